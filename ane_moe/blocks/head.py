@@ -1,0 +1,34 @@
+"""The language-model head: final norm and one slice of the vocabulary."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ane_moe.blocks.norm import RmsNorm
+from ane_moe.blocks.ports import Block, Ports
+from ane_moe.blocks.projection import Projection
+from ane_moe.spec import NormSpec
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    d_model: int
+    norm: NormSpec
+    rows: int
+    bias: bool = False
+
+
+class Head(Block):
+    """`(1, d, 1, T) -> (1, rows, 1, T)` logits."""
+
+    def __init__(self, config: HeadConfig):
+        super().__init__()
+        self.config = config
+        self.norm = RmsNorm(config.d_model, config.norm.eps)
+        self.rows = Projection(config.d_model, config.rows, config.bias)
+
+    def ports(self, tokens: int) -> Ports:
+        return Ports({"x": (1, self.config.d_model, 1, tokens)}, {"logits": (1, self.config.rows, 1, tokens)})
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.rows(self.norm(inputs["x"]))}

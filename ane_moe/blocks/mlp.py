@@ -1,0 +1,56 @@
+"""Gated MLPs: dense layers, experts and shared experts."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ane_moe.blocks.norm import RmsNorm
+from ane_moe.blocks.ports import Block, Ports
+from ane_moe.blocks.projection import Projection
+from ane_moe.spec import MlpSpec, NormSpec
+
+
+class GatedMlp(nn.Module):
+    """`down(scale * silu(gate(x)) * up(x))`: `(1, d, 1, T) -> (1, d, 1, T)`, scale `(1, 1, 1, T)` or none.
+
+    silu is written out: the engine's own `silu` is off by about 1e-3 near zero, and Apple's model-authoring rules ask
+    for `gate * sigmoid(gate)`; in just that order coremltools fuses the two back into `silu`, so `up` comes between.
+    The scale (an expert's gate) acts before `down`, on fewer channels and smaller values.
+    """
+
+    def __init__(self, d_model: int, spec: MlpSpec):
+        super().__init__()
+        self.gate = Projection(d_model, spec.width)
+        self.up = Projection(d_model, spec.width)
+        self.down = Projection(spec.width, d_model)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        gate = self.gate(x)
+        hidden = torch.sigmoid(gate) * self.up(x) * gate  # (1, I, 1, T)
+        return self.down(hidden if scale is None else hidden * scale)
+
+
+@dataclass(frozen=True)
+class DenseConfig:
+    d_model: int
+    norm: NormSpec
+    mlp: MlpSpec
+
+
+class Dense(Block):
+    """`y = x + mlp(norm(x))`: the feed-forward part of a layer without experts."""
+
+    def __init__(self, config: DenseConfig):
+        super().__init__()
+        self.config = config
+        self.norm = RmsNorm(config.d_model, config.norm.eps)
+        self.mlp = GatedMlp(config.d_model, config.mlp)
+
+    def ports(self, tokens: int) -> Ports:
+        stream = (1, self.config.d_model, 1, tokens)
+        return Ports({"x": stream}, {"y": stream})
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        x = inputs["x"]
+        return {"y": x + self.mlp(self.norm(x))}

@@ -1,0 +1,76 @@
+"""A mixture-of-experts layer, or a self-contained part of one."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ane_moe.blocks.mlp import GatedMlp
+from ane_moe.blocks.norm import RmsNorm
+from ane_moe.blocks.ports import Block, Ports
+from ane_moe.blocks.projection import Projection
+from ane_moe.blocks.router import Router
+from ane_moe.spec import MoeSpec, NormSpec
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """`experts` is how many of the layer's experts this part computes; `first` marks the part that carries the
+    residual and the shared expert. Parts of equal size share one graph: which experts they hold is a weight."""
+
+    d_model: int
+    norm: NormSpec
+    moe: MoeSpec
+    experts: int
+    first: bool
+    soft: bool = False
+
+    @property
+    def split(self) -> bool:
+        return self.experts < self.moe.router.experts
+
+
+class Moe(Block):
+    """`y = x + sum_e gate_e * expert_e(norm(x))` with every expert computed and the unchosen weighted by zero."""
+
+    def __init__(self, config: MoeConfig):
+        super().__init__()
+        self.config = config
+        d, moe = config.d_model, config.moe
+        self.norm = RmsNorm(d, config.norm.eps)
+        self.router = Router(d, moe.router, config.soft)
+        self.experts = nn.ModuleList(GatedMlp(d, moe.expert) for _ in range(config.experts))
+        if config.split:
+            self.select = Projection(moe.router.experts, config.experts)  # one-hot rows: this part's gates
+        if moe.shared is not None and config.first:
+            self.shared = GatedMlp(d, moe.shared.mlp)
+            if moe.shared.gated:
+                self.shared_gate = Projection(d, 1)
+
+    def ports(self, tokens: int) -> Ports:
+        stream = (1, self.config.d_model, 1, tokens)
+        return Ports({"x": stream}, {"y": stream, "gates": (1, self.config.moe.router.experts, 1, tokens)})
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        x = inputs["x"]
+        h = self.norm(x)
+        gates = self.router(h)  # (1, E, 1, T)
+        mine = self.select(gates) if self.config.split else gates
+        parts = [expert(h, mine[:, e : e + 1]) for e, expert in enumerate(self.experts)]
+        if self.config.first:
+            parts = [x, *self._shared(h), *parts]
+        return {"y": _tree_sum(parts), "gates": gates}
+
+    def _shared(self, h: Tensor) -> list[Tensor]:
+        shared = self.config.moe.shared
+        if shared is None:
+            return []
+        return [self.shared(h, torch.sigmoid(self.shared_gate(h)) if shared.gated else None)]
+
+
+def _tree_sum(terms: list[Tensor]) -> Tensor:
+    """Pairwise sums: rounding grows with the depth, and wide fan-ins compile slowly (ane-guide, chapter 19)."""
+    while len(terms) > 1:
+        pairs = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)]
+        terms = pairs + terms[len(pairs) * 2 :]
+    return terms[0]

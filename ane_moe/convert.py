@@ -1,0 +1,385 @@
+"""The conversion pipeline: checkpoint -> plan -> templates -> shards -> manifest."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from ane_moe.blocks.registry import build_unbound
+from ane_moe.checkpoint import Checkpoint, TensorSource, open_checkpoint
+from ane_moe.errors import UserError
+from ane_moe.families import describe
+from ane_moe.manifest import FILE_NAME, Manifest, Shard, ShardFunction, read_manifest
+from ane_moe.package import ContentKey, disk_error, file_hashes, read_content_key, remove_unfinished, sha256, stamp
+from ane_moe.plan import MB, ConversionPlan, ConvertOptions, OneHot, ShardPlan, make_plan
+from ane_moe.spec import MoeSpec
+from ane_moe.trace import Template, make_template
+
+MARKER = ".converting.json"  # present while a conversion is unfinished: which one it is
+EMBED = "embed.bin"
+GOLDEN = "golden.safetensors"
+EMBED_CHUNK_BYTES = 32 * MB
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+TOOLS = ("ane-moe", "coremltools", "torch")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step done. Bytes are of finished files; `peak_memory_bytes` is of this process and its workers, summed."""
+
+    label: str
+    written_bytes: int
+    total_bytes: int
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """`reused` shards were there already with the same content key."""
+
+    folder: Path
+    manifest: Manifest
+    written: tuple[str, ...]
+    reused: tuple[str, ...]
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What a worker reports of one shard."""
+
+    path: str
+    content_key: str
+    weight_bytes: int
+    reused: bool
+    files: dict[str, str]
+    peak_memory_bytes: int
+    process: int
+
+
+def plan(checkpoint: Path, options: ConvertOptions) -> ConversionPlan:
+    """Check the checkpoint and say what `convert` would write, without reading weights. Raises UserError."""
+    spec, sources = describe(open_checkpoint(checkpoint))
+    return make_plan(spec, sources, options)
+
+
+def convert(
+    checkpoint: Path,
+    out: Path,
+    options: ConvertOptions | None = None,
+    *,
+    workers: int = 1,
+    golden: bool = False,
+    prompts: list[list[int]] | None = None,
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> ConvertReport:
+    """Convert `checkpoint` into the shard folder `out`; an interrupted conversion goes on where it stopped.
+
+    `golden` also captures golden.safetensors from Hugging Face's own model, on `prompts` (token ids) or the built-in
+    set. Raises UserError for everything the user can mend; what is finished by then stays and is reused.
+    """
+    opened = open_checkpoint(checkpoint)
+    spec, sources = describe(opened)
+    conversion = make_plan(spec, sources, options or ConvertOptions())
+    _claim(out, opened, conversion, overwrite)
+    _require_disk(out, conversion)
+    meter = _Meter(conversion.disk_bytes, progress)
+    try:
+        with _executor(workers) as pool:
+            done = _finished(pool, opened.folder, out, conversion, meter)
+            done += _stamp_rest(pool, opened.folder, out, conversion, {shard.path for shard in done}, meter)
+        _write_embedding(opened, sources["embed.weight"], out / EMBED, meter)
+        tokenizer = _copy_tokenizer(opened.folder, out)
+        if golden:
+            _capture(opened.folder, out, conversion, prompts)
+        manifest = _manifest(opened, conversion, done, tokenizer, out)
+        _remove_strangers(out, manifest)
+        manifest.write(out)
+        (out / MARKER).unlink()
+    except OSError as error:
+        raise disk_error(error, out / "the conversion") from error
+    reused = tuple(sorted(shard.path for shard in done if shard.reused))
+    written = tuple(sorted(shard.path for shard in done if not shard.reused))
+    return ConvertReport(out, manifest, written, reused, meter.peak)
+
+
+class _Meter:
+    """Adds up progress over the processes."""
+
+    def __init__(self, total: int, report: Callable[[Progress], None]):
+        self._total, self._report, self._written = total, report, 0
+        self._peaks: dict[int, int] = {}
+
+    @property
+    def peak(self) -> int:
+        return sum(self._peaks.values())
+
+    def add(self, label: str, written: int, process: int, peak: int) -> None:
+        self._written += written
+        self._peaks[os.getpid()] = peak_memory_bytes()
+        self._peaks[process] = max(peak, self._peaks.get(process, 0))
+        self._report(Progress(label, self._written, self._total, self.peak))
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if psutil.MACOS else peak * 1024
+
+
+class _InProcess(Executor):
+    """Runs each task when it is submitted: one worker needs no second process."""
+
+    def submit(self, fn, /, *args, **kwargs):  # type: ignore[no-untyped-def]
+        future: Future = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def _executor(workers: int) -> Executor:
+    if workers == 1:
+        return _InProcess()
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+
+
+def _claim(out: Path, checkpoint: Checkpoint, conversion: ConversionPlan, overwrite: bool) -> None:
+    """Take the output folder: a new or empty one, or one that an earlier run of the same conversion began."""
+    what = _identity(checkpoint, conversion)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is not a folder", do="name another output folder")
+    marker = out / MARKER
+    if out.is_dir() and any(out.iterdir()):
+        found = _identity_on_disk(out)
+        if found is None and not marker.exists():
+            raise UserError(f"{out} holds something else", f"no {FILE_NAME} in it", "name another output folder")
+        if found != what and not overwrite:
+            raise UserError(f"{out} holds another conversion", do="name another folder, or replace it with --overwrite")
+        remove_unfinished(out)
+    out.mkdir(parents=True, exist_ok=True)
+    _write_text(marker, json.dumps(what, sort_keys=True))
+    (out / FILE_NAME).unlink(missing_ok=True)
+
+
+def _identity(checkpoint: Checkpoint, conversion: ConversionPlan) -> dict[str, str]:
+    """What tells two conversions apart at a glance; the content keys tell for certain."""
+    return {
+        "config": ContentKey(json.dumps(checkpoint.config, sort_keys=True)).digest(),
+        "options": repr(replace(conversion.options, context=conversion.context, layers=conversion.layers)),
+    }
+
+
+def _identity_on_disk(out: Path) -> dict[str, str] | None:
+    if (out / MARKER).exists():
+        try:
+            return dict(json.loads((out / MARKER).read_text()))
+        except ValueError:
+            return None
+    return read_manifest(out).source if (out / FILE_NAME).exists() else None
+
+
+def _require_disk(out: Path, conversion: ConversionPlan) -> None:
+    present = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    needed, free = conversion.disk_bytes - present, shutil.disk_usage(out).free
+    if needed > free:
+        raise UserError(f"the disk is too full for {out}", f"{free / MB:.0f} MB free, {needed / MB:.0f} MB needed")
+
+
+def _finished(pool: Executor, checkpoint: Path, out: Path, conversion: ConversionPlan, meter: _Meter) -> list[_Done]:
+    """The shards an earlier run left complete, and of exactly these weights, options and tools."""
+    present = [shard for shard in conversion.shards if (out / shard.path).exists()]
+    return _gather(pool, [pool.submit(_reuse, checkpoint, out, shard) for shard in present], meter)
+
+
+def _stamp_rest(
+    pool: Executor, checkpoint: Path, out: Path, conversion: ConversionPlan, finished: set[str], meter: _Meter
+) -> list[_Done]:
+    """Trace one template per distinct block among the unfinished shards, then write them."""
+    rest = [shard for shard in conversion.shards if shard.path not in finished]
+    traced = {key: pool.submit(make_template, key) for key in dict.fromkeys(shard.template for shard in rest)}
+    templates = {key: future.result() for key, future in traced.items()}
+    futures = [pool.submit(_stamp, checkpoint, out, shard, templates[shard.template]) for shard in rest]
+    return _gather(pool, futures, meter)
+
+
+def _gather(pool: Executor, futures: list[Future], meter: _Meter) -> list[_Done]:
+    """Collect what the workers finish; on the first error or Ctrl-C nothing new is begun."""
+    done = []
+    try:
+        for future in as_completed(futures):
+            if shard := future.result():
+                meter.add(shard.path, shard.weight_bytes, shard.process, shard.peak_memory_bytes)
+                done.append(shard)
+    except BaseException:
+        pool.shutdown(wait=True, cancel_futures=True)
+        raise
+    return done
+
+
+def _reuse(checkpoint: Path, out: Path, shard: ShardPlan) -> _Done | None:
+    """The shard as it lies on disk, if its content key is the one it would get."""
+    key = read_content_key(out / shard.path)
+    if key is None or key != _expected_key(open_checkpoint(checkpoint), shard):
+        return None
+    return _report(out, shard, key, reused=True)
+
+
+def _stamp(checkpoint: Path, out: Path, shard: ShardPlan, template: Template) -> _Done:
+    key, path = _key(shard), out / shard.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = stamp(template, _values(open_checkpoint(checkpoint), shard, key), key, path)
+    return _report(out, shard, written.content_key, reused=False)
+
+
+def _report(out: Path, shard: ShardPlan, content_key: str, reused: bool) -> _Done:
+    files = {f"{shard.path}/{name}": digest for name, digest in file_hashes(out / shard.path).items()}
+    return _Done(shard.path, content_key, shard.weight_bytes, reused, files, peak_memory_bytes(), os.getpid())
+
+
+def _key(shard: ShardPlan) -> ContentKey:
+    return ContentKey(shard.template, {name: version(name) for name in TOOLS})
+
+
+def _expected_key(checkpoint: Checkpoint, shard: ShardPlan) -> str:
+    """The content key the shard would get: reads the weights, writes nothing."""
+    key = _key(shard)
+    for source in shard.weights.values():
+        if isinstance(source, OneHot):
+            key.update(repr(source).encode())
+        else:
+            checkpoint.feed(source, key)
+    return key.digest()
+
+
+def _values(checkpoint: Checkpoint, shard: ShardPlan, key: ContentKey) -> Iterator[tuple[str, np.ndarray]]:
+    for name, source in shard.weights.items():
+        if isinstance(source, OneHot):
+            key.update(repr(source).encode())
+            yield name, np.eye(source.rows, source.columns, source.first, dtype=np.float16)
+        else:
+            yield name, checkpoint.read(source, hasher=key)
+
+
+def _write_embedding(checkpoint: Checkpoint, source: TensorSource, path: Path, meter: _Meter) -> None:
+    """The embedding table, fp16 row-major, a run of rows at a time."""
+    rows, width = source.shape
+    step = max(1, EMBED_CHUNK_BYTES // (2 * width))
+    temporary = path.with_name(f".writing-{path.name}")
+    with temporary.open("wb") as stream:
+        for first in range(0, rows, step):
+            stream.write(checkpoint.read(source.part(first, min(first + step, rows))).tobytes())
+    os.replace(temporary, path)
+    meter.add(path.name, path.stat().st_size, os.getpid(), peak_memory_bytes())
+
+
+def _copy_tokenizer(checkpoint: Path, out: Path) -> tuple[str, ...]:
+    present = tuple(name for name in TOKENIZER_FILES if (checkpoint / name).is_file())
+    for name in present:
+        temporary = out / f".writing-{name}"
+        shutil.copyfile(checkpoint / name, temporary)
+        os.replace(temporary, out / name)
+    return present
+
+
+def _capture(checkpoint: Path, out: Path, conversion: ConversionPlan, prompts: list[list[int]] | None) -> None:
+    from ane_moe.verify.golden import capture_golden
+
+    capture_golden(checkpoint, layers=conversion.layers, prompts=prompts, out=out / GOLDEN)
+
+
+def _manifest(
+    checkpoint: Checkpoint, conversion: ConversionPlan, done: list[_Done], tokenizer: tuple[str, ...], out: Path
+) -> Manifest:
+    spec, options = conversion.spec, conversion.options
+    keys = {shard.path: shard.content_key for shard in done}
+    files = {name: digest for shard in done for name, digest in shard.files.items()}
+    golden = GOLDEN if (out / GOLDEN).exists() else None
+    loose = [EMBED, *tokenizer, *([golden] if golden else [])]
+    with ThreadPoolExecutor() as pool:
+        files |= dict(zip(loose, pool.map(lambda name: sha256(out / name), loose), strict=True))
+    return Manifest(
+        family=spec.family,
+        d_model=spec.d_model,
+        vocab=spec.vocab,
+        layers=conversion.layers,
+        n_layers=len(spec.layers),
+        context=conversion.context,
+        cache_width=conversion.cache_width,
+        routing=options.routing,
+        state=options.state,
+        layout=options.layout,
+        prefill=options.prefill,
+        weights="fp16",
+        embed=EMBED,
+        ropes={name: asdict(rope) for name, rope in spec.ropes.items()},
+        shards=tuple(_shard(shard, keys[shard.path], conversion) for shard in conversion.shards),
+        tokenizer=tokenizer,
+        bos_id=spec.bos_id,
+        eos_ids=spec.eos_ids,
+        golden=golden,
+        files=dict(sorted(files.items())),
+        moe=dict(_moe_facts(conversion)),
+        versions={name: version(name) for name in TOOLS},
+        source=_identity(checkpoint, conversion),
+    )
+
+
+def _moe_facts(conversion: ConversionPlan) -> Iterable[tuple[str, dict[str, int]]]:
+    for layer in conversion.layers:
+        ffn = conversion.spec.layers[layer].ffn
+        if isinstance(ffn, MoeSpec):
+            yield str(layer), {"experts": ffn.router.experts, "k": ffn.router.k}
+
+
+def _shard(plan: ShardPlan, content_key: str, conversion: ConversionPlan) -> Shard:
+    return Shard(
+        path=plan.path,
+        kind=plan.kind,
+        layer=plan.layer,
+        functions=tuple(ShardFunction(name, tokens) for name, tokens in conversion.functions),
+        part=plan.part,
+        parts=plan.parts,
+        experts=plan.experts,
+        rows=plan.rows,
+        rope=plan.rope,
+        window=plan.window,
+        states={name: tuple(shape) for name, shape in build_unbound(plan.template.block).ports(1).states.items()},
+        weight_bytes=plan.weight_bytes,
+        content_key=content_key,
+    )
+
+
+def _remove_strangers(out: Path, manifest: Manifest) -> None:
+    """Shards of an earlier conversion with other options, which this one does not name."""
+    kept = {shard.path for shard in manifest.shards}
+    for path in out.rglob("*.mlpackage"):
+        if path.relative_to(out).as_posix() not in kept:
+            shutil.rmtree(path)
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".writing-{path.name}")
+    temporary.write_text(text + "\n")
+    os.replace(temporary, path)

@@ -1,0 +1,25 @@
+"""coremltools, imported quietly. Nothing else in the package imports it directly, so that this runs first.
+
+Off macOS it warns about eight native libraries that only macOS has, and everywhere about the versions of torch and
+scikit-learn; its converter draws progress bars of its own. None of that is for our users. Errors stay visible.
+"""
+
+import functools
+import logging
+import warnings
+
+logging.getLogger("coremltools").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message="overflow encountered in cast", module="coremltools")
+
+import coremltools as ct  # noqa: E402
+from coremltools.converters.mil.frontend.torch import ops as _torch_frontend  # noqa: E402
+from coremltools.converters.mil.mil.passes import pass_pipeline as _pass_pipeline  # noqa: E402
+from coremltools.libmilstoragepython import _BlobStorageReader as BlobReader  # noqa: E402
+from coremltools.libmilstoragepython import _BlobStorageWriter as BlobWriter  # noqa: E402
+from coremltools.proto import MIL_pb2, Model_pb2  # noqa: E402
+
+# coremltools offers no switch for its progress bars.
+_torch_frontend._tqdm = functools.partial(_torch_frontend._tqdm, disable=True)
+_pass_pipeline.tqdm = functools.partial(_pass_pipeline.tqdm, disable=True)
+
+__all__ = ["BlobReader", "BlobWriter", "MIL_pb2", "Model_pb2", "ct"]

@@ -1,0 +1,169 @@
+"""`.mlpackage` at protobuf and blob level: bind weights to a template and write the package, atomically.
+
+A package is a folder: Manifest.json, Data/com.apple.CoreML/model.mlmodel (the protobuf) and weights/weight.bin (the
+blob file, written by coremltools' own writer). It appears under its final name only when it is complete.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ane_moe.coreml_tools import BlobWriter, Model_pb2
+from ane_moe.errors import UserError
+from ane_moe.trace import Template, value_name
+
+MODEL = "Data/com.apple.CoreML/model.mlmodel"
+WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
+TEMPORARY = ".writing-"
+CONTENT_KEY = "ane_moe.content_key"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a finished package holds: bytes of weights, and the sha256 of its files by path inside the package."""
+
+    weight_bytes: int
+    content_key: str
+
+
+def stamp(template: Template, values: Iterable[tuple[str, np.ndarray]], key: "ContentKey", path: Path) -> Written:
+    """Write the package `path` from a template and its weights, each (name, fp16 array), one in memory at a time.
+
+    `key` is asked for its digest after the last value was read. Raises UserError when the disk is full; an
+    interrupted call leaves nothing at `path`.
+    """
+    temporary = path.with_name(TEMPORARY + path.name)
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / WEIGHTS).parent.mkdir(parents=True)
+    try:
+        offsets = _write_blob(values, temporary / WEIGHTS, template)
+        content_key = key.digest()
+        model = _bound(template, offsets, content_key)
+        (temporary / MODEL).write_bytes(model.SerializeToString(deterministic=True))
+        (temporary / "Manifest.json").write_text(_item_manifest(content_key))
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        raise disk_error(error, path) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Written(path.joinpath(WEIGHTS).stat().st_size, content_key)
+
+
+class ContentKey:
+    """The identity of a shard: the stored weights it was made of, its graph, and the tools that made it.
+
+    A hasher for `Checkpoint.read`; what else decides the result is given at the start.
+    """
+
+    def __init__(self, *facts: object):
+        self._sha = hashlib.sha256(repr(facts).encode())
+
+    def update(self, data: Any) -> None:
+        """Feed stored bytes."""
+        self._sha.update(data)
+
+    def digest(self) -> str:
+        """sha256, hex."""
+        return self._sha.hexdigest()
+
+
+def read_content_key(path: Path) -> str | None:
+    """The content key of a package of ours, or None when there is no such package."""
+    try:
+        model = Model_pb2.Model.FromString((path / MODEL).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return model.description.metadata.userDefined.get(CONTENT_KEY)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what an interrupted conversion left half-written below `folder`."""
+    for path in folder.rglob(f"{TEMPORARY}*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file below `folder`, by path relative to it, without hidden files."""
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(_files(folder))}
+
+
+def sha256(path: Path) -> str:
+    """sha256 of one file, hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def disk_error(error: Exception, path: Path) -> Exception:
+    """A UserError when `error` looks like a full disk, else the error itself."""
+    free = shutil.disk_usage(path.parent).free
+    if getattr(error, "errno", None) == 28 or (isinstance(error, RuntimeError) and free < 1 << 26):
+        what, do = f"the disk is full: {path.name} was not written", "free some space and run the same command again"
+        return UserError(what, f"{free / 1e6:.0f} MB free", do)
+    return error
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+
+
+def _write_blob(values: Iterable[tuple[str, np.ndarray]], path: Path, template: Template) -> dict[str, int]:
+    """Offsets by weight name. Checks that each weight of the template comes once, with as many elements as traced."""
+    writer = BlobWriter(str(path))
+    offsets: dict[str, int] = {}
+    for name, array in values:
+        if array.size != np.prod(template.weights[name]) or array.dtype != np.float16 or name in offsets:
+            raise ValueError(f"weight {name}: {array.dtype} {array.shape} does not fit {template.weights[name]}")
+        offsets[name] = writer.write_fp16_data(array.reshape(-1).view(np.uint16))
+    if missing := template.weights.keys() - offsets.keys():
+        raise ValueError(f"no value for {sorted(missing)[:5]}")
+    return offsets
+
+
+def _bound(template: Template, offsets: dict[str, int], content_key: str) -> Model_pb2.Model:
+    """The specification with every weight's `const` pointing into the blob file, in every function."""
+    model = Model_pb2.Model.FromString(template.model)
+    by_value = {value_name(name): offset for name, offset in offsets.items()}
+    for function in model.mlProgram.functions.values():
+        bound = set()
+        for operation in function.block_specializations[function.opset].operations:
+            name = operation.outputs[0].name if operation.type == "const" else ""
+            if name in by_value:
+                value = operation.attributes["val"].blobFileValue
+                value.fileName = "@model_path/weights/weight.bin"
+                value.offset = by_value[name]
+                bound.add(name)
+        if bound != by_value.keys():
+            raise ValueError(f"unbound weights: {sorted(by_value.keys() - bound)[:5]}")
+    model.description.metadata.userDefined[CONTENT_KEY] = content_key
+    return model
+
+
+def _item_manifest(content_key: str) -> str:
+    """Manifest.json. Identifiers are derived from the content, so that the same input gives the same bytes."""
+    items = {"model.mlmodel": "CoreML Model Specification", "weights": "CoreML Model Weights"}
+    identifiers = {name: str(uuid.uuid5(uuid.NAMESPACE_OID, content_key + name)).upper() for name in items}
+    entries = {
+        identifiers[name]: {
+            "author": "com.apple.CoreML",
+            "description": description,
+            "name": name,
+            "path": f"com.apple.CoreML/{name}",
+        }
+        for name, description in items.items()
+    }
+    manifest = {
+        "fileFormatVersion": "1.0.0",
+        "itemInfoEntries": entries,
+        "rootModelIdentifier": identifiers["model.mlmodel"],
+    }
+    return json.dumps(manifest, indent=4, sort_keys=True) + "\n"
