@@ -1,0 +1,301 @@
+"""Reads a Hugging Face checkpoint folder tensor by tensor, in memory bounded by one tensor.
+
+Nothing here knows an architecture: families say where each of our tensors lies, as a TensorSource.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from io import FileIO
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol, Self
+
+import numpy as np
+import torch
+
+from ane_moe.errors import UserError
+from ane_moe.safetensors_header import StoredTensor, read_header
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+CHUNK_ELEMENTS = 1 << 18            # 1 MiB of fp32: conversion and finite check stay in the L2 cache
+FP16_INF_BITS = 0x7C00
+MAX_JSON_BYTES = 64_000_000
+HARMLESS = re.compile(r"rotary_emb\.inv_freq$")     # a buffer that files of transformers before 4.32 carry
+SHOWN = 3                           # names an error lists before it only counts
+
+
+class Hasher(Protocol):
+    """What hashlib's objects offer."""
+
+    def update(self, data: Any, /) -> None: ...
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """Where one of our tensors lies in a checkpoint, and what turns the stored values into it.
+
+    Out of the stored tensor `key`, expected to have `stored_shape`: entry `index` of the first axis (one expert of a
+    fused tensor), then `rows` [first, last) of what is left, then the transpose, then times `scale`.
+    """
+
+    name: str
+    key: str
+    stored_shape: tuple[int, ...]
+    index: int | None = None
+    rows: tuple[int, int] | None = None
+    transpose: bool = False
+    scale: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of our tensor."""
+        return self._region_shape[::-1] if self.transpose else self._region_shape
+
+    @property
+    def _region_shape(self) -> tuple[int, ...]:
+        left = self.stored_shape if self.index is None else self.stored_shape[1:]
+        return left if self.rows is None else (self.rows[1] - self.rows[0], *left[1:])
+
+    @property
+    def region(self) -> tuple[int, int]:
+        """First element in the stored tensor, and number of elements: always one contiguous run."""
+        left = self.stored_shape if self.index is None else self.stored_shape[1:]
+        first_row = 0 if self.rows is None else self.rows[0]
+        start = (self.index or 0) * math.prod(left) + first_row * math.prod(left[1:])
+        return start, math.prod(self._region_shape)
+
+    def part(self, first: int, last: int) -> Self:
+        """The source of rows [first, last) of this tensor, which may not be transposed."""
+        if self.transpose:
+            raise ValueError(f"{self.name} is stored transposed: its rows are not contiguous")
+        start = 0 if self.rows is None else self.rows[0]
+        return replace(self, rows=(start + first, start + last))
+
+
+@dataclass
+class Checkpoint:
+    """An open checkpoint. Cheap to open, holds no file open; not for use by several threads at once."""
+
+    folder: Path
+    config: dict[str, Any]
+    generation: dict[str, Any]      # generation_config.json, empty when there is none
+    tensors: dict[str, StoredTensor]
+    _raw: np.ndarray = field(init=False, repr=False)
+    _wide: torch.Tensor = field(init=False, repr=False)
+    _bits: np.ndarray = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._raw = np.empty(CHUNK_ELEMENTS * 4, np.uint8)
+        self._wide = torch.empty(CHUNK_ELEMENTS, dtype=torch.float32)
+        self._bits = np.empty(CHUNK_ELEMENTS, np.uint16)
+
+    def require(self, sources: Mapping[str, TensorSource]) -> None:
+        """Check, before anything is read, that `sources` and the stored tensors agree.
+
+        Raises UserError for tensors nobody reads, and for a wrong shape or an unsupported dtype.
+        """
+        used = {source.key for source in sources.values()}
+        extra = [key for key in self.tensors if key not in used and not HARMLESS.search(key)]
+        if extra:
+            raise UserError(
+                f"{self.folder} holds {len(extra)} tensors that its config.json does not account for", listed(extra)
+            )
+        for source in sources.values():
+            self._require_sound(source)
+
+    def read(self, source: TensorSource, out: np.ndarray | None = None, hasher: Hasher | None = None) -> np.ndarray:
+        """One of our tensors, fp16, C-contiguous, of shape `source.shape`; into `out` when given, which is faster.
+
+        `hasher` is fed what `digest` would feed it. Raises UserError when a stored value is NaN or infinite, or
+        overflows fp16, or when the file has become shorter.
+        """
+        if out is not None and (out.shape != source.shape or out.dtype != np.float16 or not out.flags.c_contiguous):
+            raise ValueError(f"out must be contiguous fp16 {source.shape}, not {out.dtype} {out.shape}")
+        count = source.region[1]
+        flat = np.empty(count, np.float16) if out is None or source.transpose else out.reshape(-1)
+        if hasher is not None:
+            hasher.update(self._frame(source))
+        dtype = DTYPES[self.tensors[source.key].dtype]
+        for first, raw in self._chunks(source):
+            if hasher is not None:
+                hasher.update(raw.data)
+            stored = torch.from_numpy(raw).view(dtype)
+            narrow = flat[first : first + len(stored)]
+            self._narrow(stored, source.scale, narrow)
+            bits = np.bitwise_and(narrow.view(np.uint16), 0x7FFF, out=self._bits[: len(narrow)])
+            if bits.max() >= FP16_INF_BITS:
+                raise self._not_finite(source)
+        if not source.transpose:
+            return flat.reshape(source.shape)
+        turned = flat.reshape(source.shape[::-1]).T
+        if out is None:
+            return np.ascontiguousarray(turned)
+        out[...] = turned
+        return out
+
+    def digest(self, sources: Iterable[TensorSource]) -> str:
+        """sha256 (hex) over the stored bytes of `sources`, in order, each preceded by its name, place and transform."""
+        hasher = hashlib.sha256()
+        for source in sources:
+            self.feed(source, hasher)
+        return hasher.hexdigest()
+
+    def feed(self, source: TensorSource, hasher: Hasher) -> None:
+        """Feed `hasher` what `read` would feed it, without converting anything."""
+        hasher.update(self._frame(source))
+        for _, raw in self._chunks(source):
+            hasher.update(raw.data)
+
+    def _narrow(self, stored: torch.Tensor, scale: float, narrow: np.ndarray) -> None:
+        # By way of fp32: torch has no vector path from bf16 to fp16 (2.8 GB/s against 9.4 GB/s, one core).
+        wide = self._wide[: len(stored)].copy_(stored)
+        if scale != 1.0:
+            wide.mul_(scale)
+        torch.from_numpy(narrow).copy_(wide)
+
+    def _chunks(self, source: TensorSource) -> Iterable[tuple[int, np.ndarray]]:
+        """(first element, stored bytes) of each piece of `source`; the bytes are valid until the next piece."""
+        tensor = self.tensors[source.key]
+        item = DTYPES[tensor.dtype].itemsize
+        start, count = source.region
+        with tensor.path.open("rb", buffering=0) as stream:
+            stream.seek(tensor.offset + start * item)
+            for first in range(0, count, CHUNK_ELEMENTS):
+                raw = self._raw[: min(CHUNK_ELEMENTS, count - first) * item]
+                _read_exactly(stream, raw, tensor.path)
+                yield first, raw
+
+    def _frame(self, source: TensorSource) -> bytes:
+        fields = (source.name, source.key, self.tensors[source.key].dtype, source.stored_shape, source.index,
+                  source.rows, source.transpose, source.scale)  # fmt: skip
+        return repr(fields).encode() + b"\n"
+
+    def _require_sound(self, source: TensorSource) -> None:
+        tensor = self.tensors[source.key]
+        if tensor.dtype not in DTYPES:
+            raise UserError(
+                f"{source.key} is stored as {tensor.dtype}",
+                do=f"supported: {', '.join(DTYPES)}; dequantise the checkpoint first",
+            )
+        if tensor.shape != source.stored_shape:
+            derived = ".attn." in source.name and self.config.get("head_dim") is None
+            raise UserError(
+                f"{source.key} has the wrong shape",
+                f"{list(tensor.shape)} instead of {list(source.stored_shape)}",
+                "config.json has no head_dim" if derived else "config.json and the weights are of different models",
+            )
+
+    def _not_finite(self, source: TensorSource) -> UserError:
+        """Reads `source` once more to say what is wrong with it."""
+        dtype = DTYPES[self.tensors[source.key].dtype]
+        broken, largest, overflowing = 0, 0.0, 0
+        for _, raw in self._chunks(source):
+            values = torch.from_numpy(raw).view(dtype).double()
+            finite = values[values.isfinite()].mul(source.scale).abs()
+            broken += len(values) - len(finite)
+            overflowing += int(finite.half().isinf().sum())
+            largest = max(largest, float(finite.max()) if len(finite) else 0.0)
+        where = f"{source.key} ({source.name})"
+        if broken:
+            return UserError(f"{where} holds {broken} NaN or infinite values", do="the checkpoint is damaged")
+        return UserError(f"{where} overflows fp16 (max |w| = {largest:g})", f"{overflowing} values above 65504")
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Read the configuration and the headers of the checkpoint folder `path`; no weights yet.
+
+    Raises UserError when it is not a readable checkpoint in safetensors form.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
+        do = f"download it first: hf download {path} --local-dir {folder.name}" if hub_id else ""
+        raise UserError(f"{path} is not a checkpoint folder", "a file" if folder.exists() else "nothing there", do)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is not a checkpoint", "no config.json", "give a Hugging Face model folder")
+    config = _read_json(folder / "config.json")
+    generation = folder / "generation_config.json"
+    tensors: dict[str, StoredTensor] = {}
+    for file in _weight_files(folder):
+        header = read_header(file)
+        if twice := [key for key in header if key in tensors]:
+            raise UserError(f"{folder} stores {len(twice)} tensors twice", listed(twice))
+        tensors |= header
+    _require_indexed(folder, tensors)
+    return Checkpoint(folder, config, _read_json(generation) if generation.is_file() else {}, tensors)
+
+
+def listed(names: Collection[str]) -> str:
+    """Up to a few of `names`, and how many more there are."""
+    shown = sorted(names)[:SHOWN]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights, chosen as transformers does: the single file, else the index."""
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if names := set(_weight_map(folder).values()):
+        return [_inside(folder, name) for name in sorted(names)]
+    if files := sorted(folder.glob("*.safetensors")):
+        return files
+    pickled = sorted(entry.name for entry in folder.glob("*") if entry.suffix in (".bin", ".pt", ".pth"))
+    raise UserError(
+        f"{folder} holds no safetensors files",
+        listed(pickled) if pickled else "no weights",
+        "pickled weights are not read; save the model with save_pretrained" if pickled else "",
+    )
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return {}
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{index} has no weight_map", do="download it again")
+    return weight_map
+
+
+def _require_indexed(folder: Path, tensors: Collection[str]) -> None:
+    if (folder / "model.safetensors").is_file():
+        return
+    if missing := [key for key in _weight_map(folder) if key not in tensors]:
+        raise UserError(f"{folder} lacks {len(missing)} tensors that its index names", listed(missing))
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file `name` of an index. Only the name is checked: the Hub's cache links its files to a blob store."""
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in name:
+        raise UserError(f"{folder}'s index names a file outside the folder", repr(name), "do not trust this checkpoint")
+    if not (folder / name).is_file():
+        raise UserError(f"{folder} is incomplete", f"no {name}, which its index names", "download it again")
+    return folder / name
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise UserError(f"{path} is too large", f"{path.stat().st_size} bytes")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read", str(error)) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON", str(error)) from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} is not a JSON object", type(data).__name__)
+    return data
+
+
+def _read_exactly(stream: FileIO, raw: np.ndarray, path: Path) -> None:
+    view = raw.data
+    while view:
+        got = stream.readinto(view)
+        if not got:
+            raise UserError(f"{path} is truncated", "it ended while it was being read")
+        view = view[got:]

@@ -1,0 +1,39 @@
+"""Granite MoE (granite-3.1-1b-a400m, 3b-a800m): four multipliers, softmax over the chosen logits, fused experts."""
+
+from collections.abc import Collection
+
+from ane_moe.checkpoint import TensorSource
+from ane_moe.families.config import Config
+from ane_moe.families.decoder import decoder, full_attention, gqa, mlp, n_layers, router
+from ane_moe.families.keys import SKELETON, KeyTable, expert_keys, find_tensors, fused_experts
+from ane_moe.spec import LayerSpec, ModelSpec, MoeSpec
+
+KEYS: KeyTable = {
+    **SKELETON,
+    "layers.{layer}.ffn.router.weight": (
+        "model.layers.{layer}.block_sparse_moe.router.layer.weight",
+        "model.layers.{layer}.block_sparse_moe.router.weight",
+    ),
+    **expert_keys(
+        fused_experts("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
+        fused_experts("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"),
+    ),
+}
+
+
+def spec(config: Config) -> ModelSpec:
+    full_attention(config)
+    bias = config.flag("attention_bias")
+    attention = gqa(config, scale=config.number("attention_multiplier"), qkv_bias=bias, o_bias=bias)
+    moe = MoeSpec(router(config, renorm=True), mlp(config, "intermediate_size"))
+    return decoder(
+        config,
+        [LayerSpec(attention, moe)] * n_layers(config),
+        embed_scale=config.number("embedding_multiplier"),
+        residual_scale=config.number("residual_multiplier"),
+        logit_scale=1 / config.number("logits_scaling"),
+    )
+
+
+def tensors(spec: ModelSpec, names: Collection[str]) -> dict[str, TensorSource]:
+    return find_tensors(spec, names, KEYS)

@@ -1,0 +1,34 @@
+"""Mixtral (Mixtral-8x7B, 8x22B): the plain Llama skeleton, few and wide experts."""
+
+from collections.abc import Collection
+
+from ane_moe.checkpoint import TensorSource
+from ane_moe.families.config import Config
+from ane_moe.families.decoder import decoder, gqa, mlp, n_layers, router
+from ane_moe.families.keys import SKELETON, KeyTable, each_expert, expert_keys, find_tensors, fused_experts
+from ane_moe.spec import LayerSpec, ModelSpec, MoeSpec
+
+# transformers reads `block_sparse_moe` and its own newer `mlp` alike.
+KEYS: KeyTable = {
+    **SKELETON,
+    "layers.{layer}.ffn.router.weight": (
+        "model.layers.{layer}.block_sparse_moe.gate.weight",
+        "model.layers.{layer}.mlp.gate.weight",
+    ),
+    **expert_keys(
+        each_expert("block_sparse_moe.experts", gate="w1", up="w3", down="w2"),
+        each_expert("mlp.experts", gate="w1", up="w3", down="w2"),
+        fused_experts("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"),
+        fused_experts("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+    ),
+}
+
+
+def spec(config: Config) -> ModelSpec:
+    window = None if config.nullable("sliding_window") is None else config.integer("sliding_window")
+    moe = MoeSpec(router(config, renorm=True), mlp(config, "intermediate_size"))
+    return decoder(config, [LayerSpec(gqa(config, window=window), moe)] * n_layers(config))
+
+
+def tensors(spec: ModelSpec, names: Collection[str]) -> dict[str, TensorSource]:
+    return find_tensors(spec, names, KEYS)

@@ -1,0 +1,28 @@
+"""OLMoE (OLMoE-1B-7B): q and k norms over the whole projected vector, expert weights not renormalised."""
+
+from collections.abc import Collection
+
+from ane_moe.checkpoint import TensorSource
+from ane_moe.families.config import Config
+from ane_moe.families.decoder import decoder, full_attention, gqa, mlp, n_layers, router
+from ane_moe.families.keys import MLP_EXPERTS, SKELETON, KeyTable, find_tensors
+from ane_moe.spec import LayerSpec, ModelSpec, MoeSpec
+
+KEYS: KeyTable = {
+    **SKELETON,
+    "layers.{layer}.ffn.router.weight": ("model.layers.{layer}.mlp.gate.weight",),
+    **MLP_EXPERTS,
+}
+
+
+def spec(config: Config) -> ModelSpec:
+    full_attention(config)
+    bias = config.flag("attention_bias")
+    clip = None if config.nullable("clip_qkv") is None else config.number("clip_qkv")
+    attention = gqa(config, qk_norm="full", qkv_bias=bias, o_bias=bias, clip_qkv=clip)
+    moe = MoeSpec(router(config, renorm=config.flag("norm_topk_prob")), mlp(config, "intermediate_size"))
+    return decoder(config, [LayerSpec(attention, moe)] * n_layers(config))
+
+
+def tensors(spec: ModelSpec, names: Collection[str]) -> dict[str, TensorSource]:
+    return find_tensors(spec, names, KEYS)

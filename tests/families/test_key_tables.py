@@ -1,0 +1,188 @@
+"""The key tables, against the weights that Hugging Face itself loads and the names it itself converts."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from ane_moe.checkpoint import Checkpoint, open_checkpoint
+from ane_moe.errors import UserError
+from ane_moe.families import describe, load_family
+from ane_moe.families.keys import Fused
+from ane_moe.spec import ModelSpec
+from ane_moe.tensors import tensor_shapes
+from tests.models import FAMILIES, VARIANTS, edit_config, make_model, make_variant, save_checkpoint, save_fused
+
+MODELS = [*FAMILIES, *VARIANTS]
+
+# Our names -> where transformers keeps them at run time, gate and up stacked in one tensor.
+RUNTIME = (
+    (r"embed\.weight", "model.embed_tokens.weight"),
+    (r"head\.norm\.weight", "model.norm.weight"),
+    (r"head\.weight", "lm_head.weight"),
+    (r"layers\.(\d+)\.attn\.norm\.weight", r"model.layers.\1.input_layernorm.weight"),
+    (r"layers\.(\d+)\.ffn\.norm\.weight", r"model.layers.\1.post_attention_layernorm.weight"),
+    (r"layers\.(\d+)\.attn\.([qk]_norm)\.weight", r"model.layers.\1.self_attn.\2.weight"),
+    (r"layers\.(\d+)\.attn\.([qkvo])\.(weight|bias)", r"model.layers.\1.self_attn.\2_proj.\3"),
+    (r"layers\.(\d+)\.ffn\.router\.weight", r"model.layers.\1.MOE.ROUTER.weight"),
+    (r"layers\.(\d+)\.ffn\.experts\.(\d+)\.(gate|up)\.weight", r"model.layers.\1.MOE.experts.gate_up_proj"),
+    (r"layers\.(\d+)\.ffn\.experts\.(\d+)\.down\.weight", r"model.layers.\1.MOE.experts.down_proj"),
+    (r"layers\.(\d+)\.ffn\.shared\.(\w+)\.weight", r"model.layers.\1.mlp.shared_expert.\2_proj.weight"),
+    (r"layers\.(\d+)\.ffn\.shared_gate\.weight", r"model.layers.\1.mlp.shared_expert_gate.weight"),
+    (r"layers\.(\d+)\.ffn\.(gate|up|down)\.weight", r"model.layers.\1.mlp.\2_proj.weight"),
+)
+
+
+def build(name: str) -> PreTrainedModel:
+    return make_variant(name) if name in VARIANTS else make_model(name)
+
+
+def runtime_tensor(model: PreTrainedModel, name: str) -> torch.Tensor:
+    granite = model.config.model_type == "granitemoe"
+    key = next(re.sub(ours, theirs, name) for ours, theirs in RUNTIME if re.fullmatch(ours, name))
+    moe, router = ("block_sparse_moe", "router") if granite else ("mlp", "gate")
+    key = key.replace("MOE", moe).replace("ROUTER", router)
+    tensor = model.state_dict()[key]
+    if found := re.search(r"experts\.(\d+)\.(gate|up|down)", name):
+        tensor = tensor[int(found[1])]
+        if found[2] != "down":
+            tensor = tensor.chunk(2)[found[2] == "up"]
+    return tensor
+
+
+def assert_reads_what_transformers_holds(checkpoint: Checkpoint, model: PreTrainedModel) -> ModelSpec:
+    spec, sources = describe(checkpoint)
+    assert list(sources) == list(tensor_shapes(spec))
+    for name, source in sources.items():
+        expected = runtime_tensor(model, name)
+        assert source.shape == tuple(expected.shape), name
+        plain = checkpoint.read(replace(source, scale=1.0))
+        assert np.array_equal(plain, expected.half().numpy()), name
+        assert np.array_equal(checkpoint.read(source), (expected * source.scale).half().numpy()), name
+    return spec
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_tensor_is_the_one_transformers_holds(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    assert_reads_what_transformers_holds(open_checkpoint(save_checkpoint(model, tmp_path)), model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_stacked_experts_on_disk_are_read_as_well(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    assert_reads_what_transformers_holds(open_checkpoint(save_fused(model, tmp_path)), model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_gives_every_key_of_the_tables_to_a_tensor_of_its_model(family: str) -> None:
+    conversions = get_checkpoint_conversion_mapping(family) or []
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    model = make_model(family)
+    dense = make_model(family, mlp_only_layers=[0]) if family.startswith("qwen") else model
+    biased = {"qwen2_moe": {"qkv_bias": True}}.get(family, {"attention_bias": True})
+    held = set(model.state_dict()) | set(dense.state_dict()) | set(make_model(family, **biased).state_dict())
+    never = {"attn.o.bias", "q_norm", "k_norm", "bias"}     # of the shared skeleton, where a family has no such part
+    for ours, entries in load_family(family).KEYS.items():  # type: ignore[attr-defined]
+        for entry in entries:
+            key = (entry.key if isinstance(entry, Fused) else entry).format(layer=0, expert=1)
+            renamed, _ = rename_source_key(key, renamings, converters)
+            assert renamed in held or any(part in ours for part in never), (ours, key, renamed)
+
+
+@pytest.mark.parametrize("name", ["granitemoe", "granitemoe untied"])
+def test_multipliers_are_folded_where_the_values_flow(name: str, tmp_path: Path) -> None:
+    _, sources = describe(open_checkpoint(save_checkpoint(build(name), tmp_path)))
+    scales = {source_name: source.scale for source_name, source in sources.items() if source.scale != 1}
+    folded = {re.sub(r"\d+", "N", source_name): scale for source_name, scale in scales.items()}
+    expected = {
+        "embed.weight": 12.0,
+        "layers.N.attn.o.weight": 0.22,
+        "layers.N.attn.o.bias": 0.22,
+        "layers.N.ffn.experts.N.down.weight": 0.22,
+        "head.norm.weight": 1 / 6,
+    }
+    if name == "granitemoe untied":
+        del expected["layers.N.attn.o.bias"]
+    assert folded == expected
+
+
+def test_a_tied_head_takes_the_stored_head_when_there_is_one(tmp_path: Path) -> None:
+    """transformers does not tie two stored tensors that differ."""
+    model = make_model("qwen3_moe", tie_word_embeddings=True)
+    save_checkpoint(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] * 2}, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    _, sources = describe(checkpoint)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert np.array_equal(checkpoint.read(sources["head.weight"]), loaded.lm_head.weight.detach().half().numpy())
+    embedding = loaded.model.embed_tokens.weight.detach()
+    assert np.array_equal(checkpoint.read(sources["embed.weight"]), embedding.half().numpy())
+
+
+def test_a_tied_model_saved_by_its_head_alone_is_read(tmp_path: Path) -> None:
+    model = make_model("qwen3_moe", tie_word_embeddings=True)
+    save_checkpoint(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert_reads_what_transformers_holds(open_checkpoint(tmp_path), model)
+
+
+def test_old_rotary_buffers_are_ignored(tmp_path: Path) -> None:
+    model = make_model("mixtral")
+    save_checkpoint(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert_reads_what_transformers_holds(open_checkpoint(tmp_path), model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_missing_tensors_are_named_and_counted(family: str, tmp_path: Path) -> None:
+    save_checkpoint(make_model(family), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for layer in range(3):
+        del tensors[f"model.layers.{layer}.self_attn.v_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"lacks 3 tensors.*model\.layers\.0\.self_attn\.v_proj\.weight"):
+        describe(open_checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_that_the_config_does_not_count_are_an_error(family: str, tmp_path: Path) -> None:
+    save_checkpoint(make_model(family), tmp_path)
+    edit_config(tmp_path, num_hidden_layers=2)
+    with pytest.raises(UserError, match=r"holds \d+ tensors that its config.json does not account.*layers\.2\..*more"):
+        describe(open_checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize(("field", "key"), [("attention_bias", "bias"), ("qkv_bias", "bias")])
+def test_biases_that_the_config_denies_are_an_error(field: str, key: str, tmp_path: Path) -> None:
+    save_checkpoint(make_model({"attention_bias": "granitemoe", "qkv_bias": "qwen2_moe"}[field]), tmp_path)
+    edit_config(tmp_path, **{field: False})
+    with pytest.raises(UserError, match=key):
+        describe(open_checkpoint(tmp_path))
+
+
+def test_an_underived_head_dim_is_named_when_the_shapes_show_it(tmp_path: Path) -> None:
+    save_checkpoint(make_model("qwen3_moe"), tmp_path)
+    edit_config(tmp_path, remove=("head_dim",))
+    with pytest.raises(UserError, match=r"wrong shape.*head_dim"):
+        describe(open_checkpoint(tmp_path))
+
+
+def test_a_wrong_shape_is_named_with_both_shapes(tmp_path: Path) -> None:
+    save_checkpoint(make_model("olmoe"), tmp_path)
+    edit_config(tmp_path, intermediate_size=33)
+    with pytest.raises(UserError, match=r"experts\.0\.gate_proj\.weight has the wrong shape.*\[32, 72\].*\[33, 72\]"):
+        describe(open_checkpoint(tmp_path))

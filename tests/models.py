@@ -1,0 +1,189 @@
+"""Tiny random Hugging Face models of every family, saved as real checkpoints: what the tests convert.
+
+Sizes are odd on purpose, and everything that a fresh model leaves neutral is randomised, so that no part can be wrong
+unseen: norm weights are not 1, biases not 0, routing is not uniform.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+FAMILIES = ("granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+
+COMMON = {
+    "vocab_size": 211,
+    "hidden_size": 72,                  # not a multiple of 32
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,                     # 4 x 16 is not 72
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        **COMMON,
+        "intermediate_size": 100,
+        "moe_intermediate_size": 40,
+        "num_experts": 12,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],         # a dense layer between two sparse ones
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        "tie_word_embeddings": False,
+    },
+    "granitemoe": {
+        **COMMON,
+        "intermediate_size": 24,
+        "num_local_experts": 9,
+        "num_experts_per_tok": 4,
+        "attention_bias": True,
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.1,    # not 16 ** -0.5
+        "logits_scaling": 6.0,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": True,
+    },
+    "mixtral": {
+        **COMMON,
+        "intermediate_size": 56,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        "tie_word_embeddings": False,
+    },
+    "olmoe": {
+        **COMMON,
+        "num_attention_heads": 6,       # its q norm spans d_model, so heads x head_dim has to equal it
+        "num_key_value_heads": 3,
+        "head_dim": 12,
+        "intermediate_size": 32,
+        "num_experts": 10,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": False,
+        "clip_qkv": 1.5,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": False,
+    },
+    "qwen2_moe": {
+        **COMMON,
+        "num_key_value_heads": 4,
+        "intermediate_size": 88,
+        "moe_intermediate_size": 20,
+        "shared_expert_intermediate_size": 52,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "qkv_bias": True,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
+# Other settings under which a family's maths or layout differs: name -> (family, what differs).
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_moe tied": ("qwen3_moe", {"tie_word_embeddings": True}),
+    "qwen3_moe with biases": ("qwen3_moe", {"attention_bias": True}),
+    "qwen3_moe sparse every other layer": ("qwen3_moe", {"mlp_only_layers": [], "decoder_sparse_step": 2}),
+    "qwen3_moe not renormalised": ("qwen3_moe", {"norm_topk_prob": False}),
+    "qwen3_moe with windows": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 17}),
+    "qwen3_moe with yarn": (
+        "qwen3_moe",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "mixtral tied with windows": ("mixtral", {"tie_word_embeddings": True, "sliding_window": 17}),
+    "olmoe without clipping": ("olmoe", {"clip_qkv": None, "attention_bias": True}),
+    "olmoe tied and renormalised": ("olmoe", {"tie_word_embeddings": True, "norm_topk_prob": True}),
+    "granitemoe untied": ("granitemoe", {"tie_word_embeddings": False, "attention_bias": False}),
+    "qwen2_moe untied without biases": ("qwen2_moe", {"tie_word_embeddings": False, "qkv_bias": False}),
+    "qwen2_moe with windows": (
+        "qwen2_moe",
+        {"use_sliding_window": True, "sliding_window": 17, "max_window_layers": 2, "mlp_only_layers": [0]},
+    ),
+}
+
+
+def make_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A tiny random fp32 model of `family`, in eager mode; `overrides` are config fields."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **{**CONFIGS[family], **overrides})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
+            elif name.endswith("bias"):
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+            else:
+                parameter.mul_(4)       # the usual init, 0.02, leaves so narrow a model's routing near uniform
+    return model.eval()
+
+
+def make_variant(variant: str, seed: int = 0) -> PreTrainedModel:
+    """The model of one entry of VARIANTS."""
+    family, overrides = VARIANTS[variant]
+    return make_model(family, seed, **overrides)
+
+
+def save_checkpoint(model: PreTrainedModel, folder: Path) -> Path:
+    """Save `model` as users have it: experts as the family's own repositories store them."""
+    model.save_pretrained(folder)
+    return folder
+
+
+def save_fused(model: PreTrainedModel, folder: Path) -> Path:
+    """Save `model` with transformers 5's own names, experts stacked."""
+    save_checkpoint(model, folder)
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    tensors = {key: tensor for key, tensor in model.state_dict().items() if key not in tied}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def with_old_config_names(folder: Path) -> Path:
+    """Rewrite config.json with the names that files of transformers 4 have."""
+    config = read_config(folder)
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = None if rope["rope_type"] == "default" else {"type": rope.pop("rope_type"), **rope}
+    config["torch_dtype"] = config.pop("dtype")
+    if config["model_type"].startswith("qwen"):
+        config["num_experts"] = config.pop("num_local_experts", config.get("num_experts"))
+    write_config(folder, config)
+    return folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def edit_config(folder: Path, remove: tuple[str, ...] = (), **changes: Any) -> Path:
+    """Change some fields of config.json and take others out."""
+    config = read_config(folder)
+    write_config(folder, {key: value for key, value in (config | changes).items() if key not in remove})
+    return folder
