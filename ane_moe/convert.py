@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from ane_moe.blocks.ports import Shape
 from ane_moe.blocks.registry import build_unbound
 from ane_moe.checkpoint import Checkpoint, TensorSource, open_checkpoint
 from ane_moe.errors import UserError
@@ -87,13 +88,13 @@ def convert(
     *,
     workers: int = 1,
     golden: bool = False,
-    prompts: list[list[int]] | None = None,
+    prompts: Path | None = None,
     overwrite: bool = False,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> ConvertReport:
     """Convert `checkpoint` into the shard folder `out`; an interrupted conversion goes on where it stopped.
 
-    `golden` also captures golden.safetensors from Hugging Face's own model, on `prompts` (token ids) or the built-in
+    `golden` also captures golden.safetensors from Hugging Face's own model, on the `prompts` of a file or the built-in
     set. Raises UserError for everything the user can mend; what is finished by then stays and is reused.
     """
     opened = open_checkpoint(checkpoint)
@@ -109,7 +110,7 @@ def convert(
         _write_embedding(opened, sources["embed.weight"], out / EMBED, meter)
         tokenizer = _copy_tokenizer(opened.folder, out)
         if golden:
-            _capture(opened.folder, out, conversion, prompts)
+            _capture(opened.folder, out, conversion, prompts, meter)
         manifest = _manifest(opened, conversion, done, tokenizer, out)
         _remove_strangers(out, manifest)
         manifest.write(out)
@@ -274,22 +275,27 @@ def _expected_key(checkpoint: Checkpoint, shard: ShardPlan) -> str:
 
 
 def _values(checkpoint: Checkpoint, shard: ShardPlan, key: ContentKey) -> Iterator[tuple[str, np.ndarray]]:
+    """Each weight of the shard, valid until the next one of its shape: fresh memory costs more than the reading."""
+    buffers: dict[Shape, np.ndarray] = {}
     for name, source in shard.weights.items():
         if isinstance(source, OneHot):
             key.update(repr(source).encode())
             yield name, np.eye(source.rows, source.columns, source.first, dtype=np.float16)
         else:
-            yield name, checkpoint.read(source, hasher=key)
+            buffer = buffers.setdefault(source.shape, np.empty(source.shape, np.float16))
+            yield name, checkpoint.read(source, out=buffer, hasher=key)
 
 
 def _write_embedding(checkpoint: Checkpoint, source: TensorSource, path: Path, meter: _Meter) -> None:
     """The embedding table, fp16 row-major, a run of rows at a time."""
     rows, width = source.shape
     step = max(1, EMBED_CHUNK_BYTES // (2 * width))
+    buffer = np.empty((step, width), np.float16)
     temporary = path.with_name(f".writing-{path.name}")
     with temporary.open("wb") as stream:
         for first in range(0, rows, step):
-            stream.write(checkpoint.read(source.part(first, min(first + step, rows))).tobytes())
+            last = min(first + step, rows)
+            stream.write(checkpoint.read(source.part(first, last), out=buffer[: last - first]).data)
     os.replace(temporary, path)
     meter.add(path.name, path.stat().st_size, os.getpid(), peak_memory_bytes())
 
@@ -303,10 +309,18 @@ def _copy_tokenizer(checkpoint: Path, out: Path) -> tuple[str, ...]:
     return present
 
 
-def _capture(checkpoint: Path, out: Path, conversion: ConversionPlan, prompts: list[list[int]] | None) -> None:
-    from ane_moe.verify.golden import capture_golden
+def _capture(checkpoint: Path, out: Path, conversion: ConversionPlan, prompts: Path | None, meter: _Meter) -> None:
+    from ane_moe.verify.golden import capture_golden  # transformers takes seconds to import
+    from ane_moe.verify.prompts import read_prompts
 
-    capture_golden(checkpoint, layers=conversion.layers, prompts=prompts, out=out / GOLDEN)
+    capture_golden(
+        checkpoint,
+        layers=conversion.layers,
+        prompts=None if prompts is None else read_prompts(prompts, checkpoint),
+        out=out / GOLDEN,
+        context=conversion.context,
+        progress=lambda what, done, total: meter.add(f"golden: {what} {done}/{total}", 0, os.getpid(), 0),
+    )
 
 
 def _manifest(

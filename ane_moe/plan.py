@@ -46,6 +46,10 @@ class OneHot:
     columns: int
     first: int
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.columns
+
 
 @dataclass(frozen=True)
 class ShardPlan:
@@ -85,9 +89,25 @@ class ConversionPlan:
         return self.spec.vocab * self.spec.d_model * 2
 
     @property
+    def largest_weight_bytes(self) -> int:
+        """The largest piece a converting process holds at once."""
+        return max(2 * math.prod(source.shape) for shard in self.shards for source in shard.weights.values())
+
+    @property
     def disk_bytes(self) -> int:
         """What the conversion takes on disk, goldens and tokenizer aside."""
         return sum(shard.weight_bytes for shard in self.shards) + self.embed_bytes
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Layer numbers of a list such as `0-3` or `0,5,7-8`. Raises UserError when it is none."""
+    numbers: set[int] = set()
+    for piece in text.split(","):
+        first, _, last = piece.strip().partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal():
+            raise UserError("--layers takes a list of layers", repr(text), "write for instance 0-3 or 0,5,7-8")
+        numbers |= set(range(int(first), int(last or first) + 1))
+    return tuple(sorted(numbers))
 
 
 def make_plan(spec: ModelSpec, sources: Mapping[str, TensorSource], options: ConvertOptions) -> ConversionPlan:

@@ -41,6 +41,7 @@ PASSES = [
         "dead_code_elimination",
     )
 ]
+CONVERSION_DATE = "com.github.apple.coremltools.conversion_date"
 # MIL operation: torch operation that may consume a weight directly.
 CONSUMERS = {"conv": "aten::_convolution", "mul": "aten::mul", "add": "aten::add"}
 
@@ -260,6 +261,7 @@ def _join(programs: dict[str, Model_pb2.Model]) -> bytes:
         joined.description.ClearField(field)
     joined.mlProgram.functions.clear()
     joined.description.defaultFunctionName = names[0]
+    joined.description.metadata.userDefined.pop(CONVERSION_DATE, None)  # the same input gives the same bytes, any day
     for name, program in programs.items():
         (function,) = program.mlProgram.functions.values()
         joined.mlProgram.functions[name].CopyFrom(function)
