@@ -1,0 +1,244 @@
+"""Core ML itself, behind the interface every runtime has (macOS).
+
+Drives coremltools' `CompiledMLModel`. Facts of coremltools 9's native binding (coremlpython/CoreMLPython*.mm) that
+show here: it takes float32, float64, int32 and int8 arrays that are writable, and no float16; it returns float16
+outputs widened to float32; it offers no output backings, so every call allocates its outputs.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ane_moe.coreml_tools import ct
+from ane_moe.errors import UserError
+from ane_moe.runtime import child
+from ane_moe.runtime.modelc_cache import ModelCache
+from ane_moe.runtime.program import Feature, Interface
+from ane_moe.runtime.reader import read_program
+
+UNITS = {"cpu_and_ne": ct.ComputeUnit.CPU_AND_NE, "cpu_only": ct.ComputeUnit.CPU_ONLY,
+         "cpu_and_gpu": ct.ComputeUnit.CPU_AND_GPU, "all": ct.ComputeUnit.ALL}
+
+# What the binding is given for a declared type, and what it returns.
+PASSED_AS = {"fp16": np.float32, "fp32": np.float32, "fp64": np.float64, "int32": np.int32, "int8": np.int8}
+
+# Fragments of Core ML's messages and what stood behind them.
+CAUSES = (
+    # Anemll issue 5, VoxCPMANE issue 15: files that a download left incomplete
+    ("`nil` unless the model type is ML Program", "the package is incomplete; download or convert it again"),
+    ("Could not open", "the package is incomplete; download or convert it again"),
+    # coremltools issue 2631, and reports of error -14 with stateful models
+    ("error code: -14", "the Neural Engine compiler refused it, often for a state whose last axis is no multiple of "
+                        "32; run `ane-moe verify` for the rules it breaks, or try --units cpu_only"),
+    ("ANECCompile", "the Neural Engine compiler refused it; run `ane-moe verify` for the rules it breaks, or try "
+                    "--units cpu_only"),
+    ("macOS >= 15.0", "states and functions need macOS 15 or later"),
+)
+
+
+@dataclass(frozen=True)
+class CoreMLState:
+    """The states of one sequence, usable with every function of the package it was made from."""
+
+    package_key: str
+    native: Any
+
+
+class CoreMLFunction:
+    """One function of a package, loaded by Core ML. `model` is coremltools' CompiledMLModel."""
+
+    def __init__(self, package: Path, package_key: str, name: str, interface: Interface, model: Any):
+        self.package_key = package_key
+        self.name = name
+        self.inputs, self.outputs, self.states = interface.inputs, interface.outputs, interface.states
+        self.model = model
+        self._where = f"function {name!r} of {package}"
+
+    def make_state(self) -> CoreMLState:
+        """A new state, all zeros.
+
+        Raises UserError when Core ML cannot make one (before macOS 15).
+        """
+        with _core_ml_errors(f"Core ML could not make a state for {self._where}"):
+            return CoreMLState(self.package_key, self.model.make_state())
+
+    def predict(self, inputs: Mapping[str, np.ndarray], state: CoreMLState | None = None) -> dict[str, np.ndarray]:
+        """Run once: `inputs` maps every input to an array of its declared shape; outputs have their declared types.
+
+        Raises UserError for missing, unknown or misshapen inputs, a missing state or one of another package, an error
+        from Core ML, and outputs that are missing or not of the declared shape and type.
+        """
+        passed = self._passed(inputs)
+        native = self._native_state(state)
+        with _core_ml_errors(f"Core ML could not run {self._where}"):
+            returned = self.model.predict(passed, native)
+        return {feature.name: self._output(feature, returned) for feature in self.outputs}
+
+    def _passed(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        unknown = inputs.keys() - {feature.name for feature in self.inputs}
+        if unknown:
+            raise UserError(f"{self._where} has no input {sorted(unknown)[0]!r}",
+                            do=f"its inputs: {', '.join(feature.name for feature in self.inputs)}")
+        missing = [feature.name for feature in self.inputs if feature.name not in inputs and not feature.optional]
+        if missing:
+            raise UserError(f"{self._where} needs input {missing[0]!r}", f"inputs: {', '.join(inputs) or 'none'}")
+        return {feature.name: self._input(feature, np.asarray(inputs[feature.name]))
+                for feature in self.inputs if feature.name in inputs}
+
+    def _input(self, feature: Feature, value: np.ndarray) -> np.ndarray:
+        dtype = PASSED_AS[feature.type.dtype]
+        if not _fits(feature, value.shape) or not _converts(value, np.dtype(dtype)):
+            raise UserError(f"input {feature.name!r} of {self._where} is {_declared(feature)}",
+                            f"{value.dtype} {list(value.shape)}")
+        # The binding refuses read-only memory and takes strides at their word.
+        return np.require(value, dtype, ["C", "W"])
+
+    def _native_state(self, state: CoreMLState | None) -> Any:
+        if not self.states:
+            return None
+        names = ", ".join(feature.name for feature in self.states)
+        if state is None:
+            raise UserError(f"{self._where} has states ({names})", "a call without one", "pass `fn.make_state()`")
+        if not isinstance(state, CoreMLState) or state.package_key != self.package_key:
+            raise UserError(f"the state given to {self._where} belongs to something else", _owner(state),
+                            "use the state that a function of this package made")
+        return state.native
+
+    def _output(self, feature: Feature, returned: Mapping[str, Any]) -> np.ndarray:
+        where = f"output {feature.name!r} of {self._where}"
+        value = returned.get(feature.name)
+        if not isinstance(value, np.ndarray):
+            raise UserError(f"{where} is missing", f"{', '.join(returned) or 'no outputs'}", "convert it again")
+        if not _fits(feature, value.shape):
+            raise UserError(f"{where} is {_declared(feature)}", f"shape {list(value.shape)}", "convert it again")
+        if feature.type.dtype == "fp16":
+            return _as_fp16(value, where)
+        if value.dtype != PASSED_AS[feature.type.dtype]:
+            raise UserError(f"{where} is {_declared(feature)}", str(value.dtype), "convert it again")
+        return np.ascontiguousarray(value)
+
+
+def load_function(path: Path, function: str | None = None, *, units: str = "cpu_and_ne",
+                  cache: ModelCache | None = None, time_limit_seconds: float = child.TIME_LIMIT_SECONDS,
+                  trial: bool = True) -> CoreMLFunction:
+    """Load one function of the `.mlpackage` at `path` on the compute units `units` (a key of UNITS).
+
+    The compiled model is kept in `cache`. A function not yet known to be good is first loaded and run on zeros in a
+    child process, for at most `time_limit_seconds`; `trial=False` skips that.
+    Raises UserError when Core ML is not there, the package or the function name is wrong, or Core ML fails.
+    """
+    path = Path(path)
+    require_core_ml()
+    if units not in UNITS:
+        raise UserError("no such compute units", units, f"choose among {', '.join(UNITS)}")
+    if path.suffix != ".mlpackage":
+        raise UserError(f"{path} is not a package by its name", path.suffix or "no suffix", "name it *.mlpackage")
+    program = read_program(path)
+    name = function or program.default_function
+    if name not in program.interfaces:
+        raise UserError(f"{path} has no function {name!r}", ", ".join(program.interfaces))
+    interface = program.interfaces[name]
+    _require_passable(interface, f"function {name!r} of {path}")
+    cache = cache or default_cache()
+    key = cache.key(path)
+    if trial and not cache.is_good(key, f"{name}-{units}"):
+        child.try_function(child.Trial(str(path.resolve()), name, units, str(cache.folder), cache.os_build,
+                                       cache.limit_bytes), time_limit_seconds)
+        cache.mark_good(key, f"{name}-{units}")
+    # Core ML before macOS 15 refuses any function name, and a package of one function does not need it.
+    selected = name if len(program.functions) > 1 else None
+    model = _load(path, cache, key, lambda compiled: ct.models.CompiledMLModel(str(compiled), UNITS[units], selected))
+    return CoreMLFunction(path, key, name, interface, model)
+
+
+def require_core_ml() -> None:
+    """Raise UserError unless coremltools' native module is there."""
+    try:
+        import coremltools.libcoremlpython  # noqa: F401
+    except ImportError as error:
+        raise UserError("Core ML needs macOS and coremltools' native module", str(error),
+                        "use --runtime reference, which runs on any machine") from None
+
+
+@functools.cache
+def default_cache() -> ModelCache:
+    """The cache in the user's Library, one per process."""
+    return ModelCache()
+
+
+def _load(path: Path, cache: ModelCache, key: str, load: Callable[[Path], Any]) -> Any:
+    found = cache.find(key)
+    if found is not None:
+        try:
+            return load(found)
+        except RuntimeError:
+            cache.discard(key)              # damage that sizes do not show; a fresh compilation decides
+    compiled = compiled_package(path, cache, key)
+    with _core_ml_errors(f"Core ML could not load {path}"):
+        return load(compiled)
+
+
+def compiled_package(path: Path, cache: ModelCache, key: str) -> Path:
+    """The `.mlmodelc` of the package, from `cache` under `key` or compiled into it. Raises UserError."""
+    with _core_ml_errors(f"Core ML could not compile {path}"):
+        return cache.get(path, key,
+                         lambda destination: ct.models.utils.compile_model(str(path), str(destination)))
+
+
+def _require_passable(interface: Interface, where: str) -> None:
+    for feature in interface.inputs + interface.outputs:
+        if feature.kind != "array" or feature.type.dtype not in PASSED_AS:
+            raise UserError(f"{feature.name!r} of {where} cannot be passed to Core ML from here",
+                            f"{feature.kind} {feature.type.dtype}",
+                            f"declare it as an array of {', '.join(PASSED_AS)}")
+
+
+def _as_fp16(value: np.ndarray, where: str) -> np.ndarray:
+    """The binding widens fp16 exactly, so what does not narrow exactly was never fp16."""
+    with np.errstate(over="ignore", under="ignore"):
+        narrow = value.astype(np.float16)
+    if value.dtype.kind != "f" or not np.array_equal(narrow.astype(value.dtype), value, equal_nan=True):
+        raise UserError(f"{where} was declared fp16 but computed in more", f"{value.dtype} values between fp16's",
+                        "convert it again with fp16 outputs")
+    return np.ascontiguousarray(narrow)
+
+
+def _fits(feature: Feature, shape: tuple[int, ...]) -> bool:
+    if feature.shapes:
+        return shape in feature.shapes
+    if feature.ranges is not None:
+        return len(shape) == len(feature.ranges) and all(
+            low <= size and (high < 0 or size <= high) for size, (low, high) in zip(shape, feature.ranges, strict=True))
+    declared = feature.type.shape
+    return len(shape) == len(declared) and all(want in (None, size) for size, want in zip(shape, declared, strict=True))
+
+
+def _converts(value: np.ndarray, dtype: np.dtype) -> bool:
+    """Floats to floats of any width, integers to integers that hold the values; nothing across."""
+    if value.dtype.kind == "f" or dtype.kind == "f" or value.dtype.kind not in "iu":
+        return value.dtype.kind == dtype.kind
+    limits = np.iinfo(dtype)
+    return not value.size or bool(limits.min <= value.min() and value.max() <= limits.max)
+
+
+def _declared(feature: Feature) -> str:
+    return f"{feature.type.dtype} {list(feature.type.shape)}"
+
+
+def _owner(state: object) -> str:
+    return "a state of another package" if isinstance(state, CoreMLState) else f"a {type(state).__name__}"
+
+
+@contextmanager
+def _core_ml_errors(what: str) -> Iterator[None]:
+    """Native errors arrive as RuntimeError with Core ML's own words."""
+    try:
+        yield
+    except RuntimeError as error:
+        causes = [cause for fragment, cause in CAUSES if fragment in str(error)]
+        raise UserError(what, str(error), causes[0] if causes else "") from error
