@@ -3,18 +3,21 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
 
+from ane_moe.blocks.attention import AttentionConfig
 from ane_moe.blocks.ports import Shape
-from ane_moe.blocks.registry import build_unbound
+from ane_moe.blocks.registry import TemplateKey
 from ane_moe.checkpoint import Checkpoint, TensorSource, open_checkpoint
 from ane_moe.errors import UserError
 from ane_moe.families import describe
@@ -23,6 +26,8 @@ from ane_moe.package import ContentKey, disk_error, file_hashes, read_content_ke
 from ane_moe.plan import MB, ConversionPlan, ConvertOptions, OneHot, ShardPlan, make_plan
 from ane_moe.spec import MoeSpec
 from ane_moe.trace import Template, make_template
+
+T = TypeVar("T")
 
 MARKER = ".converting.json"  # present while a conversion is unfinished: which one it is
 EMBED = "embed.bin"
@@ -104,7 +109,7 @@ def convert(
     _require_disk(out, conversion)
     meter = _Meter(conversion.disk_bytes, progress)
     try:
-        with _executor(workers) as pool:
+        with _pool(workers) as pool:
             done = _finished(pool, opened.folder, out, conversion, meter)
             done += _stamp_rest(pool, opened.folder, out, conversion, {shard.path for shard in done}, meter)
         _write_embedding(opened, sources["embed.weight"], out / EMBED, meter)
@@ -133,6 +138,11 @@ class _Meter:
     def peak(self) -> int:
         return sum(self._peaks.values())
 
+    def shard(self, done: "_Done") -> "_Done":
+        """Count one finished shard, and hand it on."""
+        self.add(done.path, done.weight_bytes, done.process, done.peak_memory_bytes)
+        return done
+
     def add(self, label: str, written: int, process: int, peak: int) -> None:
         self._written += written
         self._peaks[os.getpid()] = peak_memory_bytes()
@@ -148,22 +158,24 @@ def peak_memory_bytes() -> int:
     return peak if psutil.MACOS else peak * 1024
 
 
-class _InProcess(Executor):
-    """Runs each task when it is submitted: one worker needs no second process."""
-
-    def submit(self, fn, /, *args, **kwargs):  # type: ignore[no-untyped-def]
-        future: Future = Future()
-        try:
-            future.set_result(fn(*args, **kwargs))
-        except Exception as error:
-            future.set_exception(error)
-        return future
+Pool = ProcessPoolExecutor | None       # None: everything in this process
 
 
-def _executor(workers: int) -> Executor:
-    if workers == 1:
-        return _InProcess()
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+def _pool(workers: int) -> AbstractContextManager[Pool]:
+    return nullcontext() if workers == 1 else ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+
+
+def _run(pool: Pool, function: Callable[..., T], calls: Sequence[tuple[Any, ...]]) -> Iterator[T]:
+    """The results of `calls`, as they come; on the first error or Ctrl-C nothing new is begun."""
+    if pool is None:
+        yield from (function(*arguments) for arguments in calls)
+        return
+    futures = [pool.submit(function, *arguments) for arguments in calls]
+    try:
+        yield from (future.result() for future in as_completed(futures))
+    except BaseException:
+        pool.shutdown(wait=True, cancel_futures=True)
+        raise
 
 
 def _claim(out: Path, checkpoint: Checkpoint, conversion: ConversionPlan, overwrite: bool) -> None:
@@ -208,35 +220,24 @@ def _require_disk(out: Path, conversion: ConversionPlan) -> None:
         raise UserError(f"the disk is too full for {out}", f"{free / MB:.0f} MB free, {needed / MB:.0f} MB needed")
 
 
-def _finished(pool: Executor, checkpoint: Path, out: Path, conversion: ConversionPlan, meter: _Meter) -> list[_Done]:
+def _finished(pool: Pool, checkpoint: Path, out: Path, conversion: ConversionPlan, meter: _Meter) -> list[_Done]:
     """The shards an earlier run left complete, and of exactly these weights, options and tools."""
-    present = [shard for shard in conversion.shards if (out / shard.path).exists()]
-    return _gather(pool, [pool.submit(_reuse, checkpoint, out, shard) for shard in present], meter)
+    present = [(checkpoint, out, shard) for shard in conversion.shards if (out / shard.path).exists()]
+    return [meter.shard(done) for done in _run(pool, _reuse, present) if done is not None]
 
 
 def _stamp_rest(
-    pool: Executor, checkpoint: Path, out: Path, conversion: ConversionPlan, finished: set[str], meter: _Meter
+    pool: Pool, checkpoint: Path, out: Path, conversion: ConversionPlan, finished: set[str], meter: _Meter
 ) -> list[_Done]:
     """Trace one template per distinct block among the unfinished shards, then write them."""
     rest = [shard for shard in conversion.shards if shard.path not in finished]
-    traced = {key: pool.submit(make_template, key) for key in dict.fromkeys(shard.template for shard in rest)}
-    templates = {key: future.result() for key, future in traced.items()}
-    futures = [pool.submit(_stamp, checkpoint, out, shard, templates[shard.template]) for shard in rest]
-    return _gather(pool, futures, meter)
+    templates = dict(_run(pool, _trace, [(key,) for key in dict.fromkeys(shard.template for shard in rest)]))
+    calls = [(checkpoint, out, shard, templates[shard.template]) for shard in rest]
+    return [meter.shard(done) for done in _run(pool, _stamp, calls)]
 
 
-def _gather(pool: Executor, futures: list[Future], meter: _Meter) -> list[_Done]:
-    """Collect what the workers finish; on the first error or Ctrl-C nothing new is begun."""
-    done = []
-    try:
-        for future in as_completed(futures):
-            if shard := future.result():
-                meter.add(shard.path, shard.weight_bytes, shard.process, shard.peak_memory_bytes)
-                done.append(shard)
-    except BaseException:
-        pool.shutdown(wait=True, cancel_futures=True)
-        raise
-    return done
+def _trace(key: TemplateKey) -> tuple[TemplateKey, Template]:
+    return key, make_template(key)
 
 
 def _reuse(checkpoint: Path, out: Path, shard: ShardPlan) -> _Done | None:
@@ -379,7 +380,7 @@ def _shard(plan: ShardPlan, content_key: str, conversion: ConversionPlan) -> Sha
         rows=plan.rows,
         rope=plan.rope,
         window=plan.window,
-        states={name: tuple(shape) for name, shape in build_unbound(plan.template.block).ports(1).states.items()},
+        states=block.caches if isinstance(block := plan.template.block, AttentionConfig) else {},
         weight_bytes=plan.weight_bytes,
         content_key=content_key,
     )

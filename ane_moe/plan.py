@@ -1,6 +1,7 @@
 """What a conversion will write: one ShardPlan per package, decided from the ModelSpec and the options alone."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -103,10 +104,10 @@ def parse_layers(text: str) -> tuple[int, ...]:
     """Layer numbers of a list such as `0-3` or `0,5,7-8`. Raises UserError when it is none."""
     numbers: set[int] = set()
     for piece in text.split(","):
-        first, _, last = piece.strip().partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal():
+        found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", piece.strip())
+        if found is None:
             raise UserError("--layers takes a list of layers", repr(text), "write for instance 0-3 or 0,5,7-8")
-        numbers |= set(range(int(first), int(last or first) + 1))
+        numbers |= set(range(int(found[1]), int(found[2] or found[1]) + 1))
     return tuple(sorted(numbers))
 
 

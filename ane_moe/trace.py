@@ -55,7 +55,6 @@ class Template:
 
     model: bytes
     weights: dict[str, Shape]
-    states: dict[str, Shape]
 
 
 class ConversionError(Exception):
@@ -72,7 +71,7 @@ def make_template(key: TemplateKey) -> Template:
     ports = {name: block.ports(tokens) for name, tokens in key.functions}
     traced = _trace(block, block.ports(1), key.layout)
     programs = {name: _convert(traced, ports[name], weights, key.layout) for name in ports}
-    return Template(_join(programs), weights, dict(block.ports(1).states))
+    return Template(_join(programs), weights)
 
 
 class _Unbound(nn.Module):
@@ -182,6 +181,8 @@ def _prove(
 ) -> None:
     """Check that the program uses every weight exactly as the trace does: same order of first use, same operation."""
     expected = _uses_in_trace(traced, n_inputs, names)
+    if unused := set(names) - {name for name, _ in expected}:
+        raise ConversionError(f"the block never uses its weights {sorted(unused)[:5]}")
     back = {placeholder: name for name, placeholder in placeholders.items()}
     found = [
         (back[binding.name], operation.type)

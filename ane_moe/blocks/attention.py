@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ane_moe.blocks.norm import RmsNorm
-from ane_moe.blocks.ports import Block, Ports
+from ane_moe.blocks.ports import Block, Ports, Shape
 from ane_moe.blocks.projection import Projection
 from ane_moe.blocks.rope import rotate
 from ane_moe.spec import GqaSpec, NormSpec
@@ -23,6 +23,12 @@ class AttentionConfig:
     rotary: int
     slots: int
     explicit: bool = False
+
+    @property
+    def caches(self) -> dict[str, Shape]:
+        """The KV caches and their shapes, state or not."""
+        cache = (1, self.mixer.kv_heads, self.mixer.head_dim, self.slots)
+        return {"k_cache": cache, "v_cache": cache}
 
 
 class Attention(Block):
@@ -54,20 +60,18 @@ class Attention(Block):
             self.q_norm = RmsNorm(m.heads * m.head_dim, m.qk_norm_eps)
             self.k_norm = RmsNorm(m.kv_heads * m.head_dim, m.qk_norm_eps)
         if not config.explicit:
-            cache = (1, m.kv_heads, m.head_dim, config.slots)
-            self.register_buffer("k_cache", torch.zeros(cache))
-            self.register_buffer("v_cache", torch.zeros(cache))
+            for name, shape in config.caches.items():
+                self.register_buffer(name, torch.zeros(shape))
 
     def ports(self, tokens: int) -> Ports:
-        c, m = self.config, self.config.mixer
+        c = self.config
         stream, row = (1, c.d_model, 1, tokens), (1, 1, tokens, c.slots)
-        cache = (1, m.kv_heads, m.head_dim, c.slots)
         rotary = {name: (1, 1, c.rotary, tokens) for name in ("cos", "sin") if c.rotary}
         inputs = {"x": stream, **rotary, "mask": row, "write": row, "keep": (1, 1, 1, c.slots)}
-        caches = {"k_cache": cache, "v_cache": cache}
         if c.explicit:
-            return Ports({**inputs, **caches}, {"y": stream} | {f"{name}_out": cache for name in caches})
-        return Ports(inputs, {"y": stream}, caches)
+            outputs = {"y": stream} | {f"{name}_out": shape for name, shape in c.caches.items()}
+            return Ports({**inputs, **c.caches}, outputs)
+        return Ports(inputs, {"y": stream}, c.caches)
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         x = inputs["x"]
