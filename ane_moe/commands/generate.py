@@ -1,0 +1,99 @@
+"""`ane-moe generate`: text out of a conversion."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ane_moe.errors import UserError
+
+
+def generate(
+    out: Annotated[Path, typer.Argument(help="Folder of a conversion.", show_default=False)],
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="File with the text to continue, UTF-8.")] = None,
+    prompt_ids: Annotated[str | None, typer.Option(help="Token ids to continue, as 1,2,3.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the checkpoint's chat template.")] = False,
+    max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that add up to this.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes draws repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
+    runtime: Annotated[str, typer.Option(help="reference, coreml or auto.")] = "auto",
+    expert_cache_mb: Annotated[float | None, typer.Option(
+        help="Keep at most this many MB (10^6 bytes) of expert functions loaded.", show_default="all")] = None,
+    concurrency: Annotated[int, typer.Option(help="Experts of a layer to run at once.")] = 1,
+    predictor: Annotated[str, typer.Option(
+        help="Load experts ahead, guessed by: none, previous (token), router (of the next layer).")] = "none",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout at the end.")] = False,
+) -> None:
+    """Continue a prompt with the shards in OUT.
+
+    Text goes to stdout as it comes, a line of figures to stderr at the end. The prompt is read from stdin when none
+    is given. Without a tokenizer, ids go in (--prompt-ids) and come out.
+    """
+    from ane_moe.runtime.figures import figures_dict, figures_line
+    from ane_moe.runtime.generation import GenerateOptions
+    from ane_moe.runtime.generation import generate as start
+    from ane_moe.runtime.session import Session
+    from ane_moe.runtime.shards import load_shards
+    from ane_moe.runtime.tokenizer import load_tokenizer
+
+    text = _prompt_text(prompt, prompt_file, prompt_ids)
+    limit = None if expert_cache_mb is None else int(expert_cache_mb * 1_000_000)
+    shards = load_shards(out, runtime, expert_cache_bytes=limit)
+    tokenizer = load_tokenizer(out, shards.manifest)
+    if text is None:
+        ids = _parse_ids(prompt_ids or "")
+    elif tokenizer is None:
+        raise UserError(f"{out} has no tokenizer", "the checkpoint had none", "give --prompt-ids 1,2,3")
+    else:
+        ids = tokenizer.encode_chat(text) if chat else tokenizer.encode(text)
+    session = Session(shards, concurrency=concurrency, predictor=predictor)
+    options = GenerateOptions(max_tokens, temperature, top_p, seed, tuple(stop or ()))
+    generation = start(session, ids, options, tokenizer.decode if tokenizer else None)
+    try:
+        for piece in generation:
+            if not as_json:
+                _show(piece.text if tokenizer else f"{piece.id} ")
+    except KeyboardInterrupt:
+        pass                                # a wish to end: what came so far is the result
+    result = generation.result()
+    if as_json:
+        typer.echo(json.dumps({"prompt_ids": result.prompt_ids, "ids": result.ids, "text": result.text,
+                               "finish_reason": result.finish_reason, "figures": figures_dict(result.figures)}))
+    else:
+        typer.echo()
+        typer.echo(f"{figures_line(result.figures)}; ended by: {result.finish_reason}", err=True)
+
+
+def _prompt_text(prompt: str | None, prompt_file: Path | None, prompt_ids: str | None) -> str | None:
+    """The prompt from the one place that was named, stdin when none was; None when it is ids."""
+    if sum(source is not None for source in (prompt, prompt_file, prompt_ids)) > 1:
+        raise UserError("the prompt is given more than once", "", "use one of --prompt, --prompt-file, --prompt-ids")
+    if prompt_ids is not None:
+        return None
+    if prompt is not None:
+        return prompt
+    if prompt_file is None and sys.stdin.isatty():
+        raise UserError("there is no prompt", "", "give --prompt, --prompt-file or --prompt-ids, or pipe it in")
+    try:
+        return (sys.stdin.buffer.read() if prompt_file is None else prompt_file.read_bytes()).decode()
+    except OSError as error:
+        raise UserError(f"{prompt_file} cannot be read", str(error.strerror)) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{prompt_file or 'stdin'} is not UTF-8 text", str(error)) from None
+
+
+def _parse_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError("--prompt-ids is not a list of ids", repr(text), "write it as 1,2,3") from None
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

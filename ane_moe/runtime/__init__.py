@@ -1,0 +1,31 @@
+"""Loading and running packages. Importing this needs neither torch nor coremltools."""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from ane_moe.errors import UserError
+from ane_moe.runtime.interface import LoadedFunction
+
+RUNTIMES = {"reference": "ane_moe.runtime.reference", "coreml": "ane_moe.runtime.coreml"}
+
+
+def resolve_runtime(name: str) -> str:
+    """`auto` as the runtime it stands for here: coreml on macOS, reference elsewhere. Raises UserError if unknown."""
+    resolved = ("coreml" if sys.platform == "darwin" else "reference") if name == "auto" else name
+    if resolved not in RUNTIMES:
+        raise UserError("Unknown runtime", found=name, do=f"choose one of: auto, {', '.join(RUNTIMES)}")
+    return resolved
+
+
+def load_package(path: str | Path, function: str | None = None, runtime: str = "auto",
+                 **options: Any) -> LoadedFunction:
+    """Load one function of an `.mlpackage` (the default function when none is named).
+
+    `options` go to the runtime: see `reference.load_function` and `coreml.load_function`.
+    Raises UserError for a package that cannot be read, an unknown function, or an op the runtime lacks.
+    """
+    module = importlib.import_module(RUNTIMES[resolve_runtime(runtime)])
+    loaded: LoadedFunction = module.load_function(Path(path), function, **options)
+    return loaded

@@ -1,0 +1,190 @@
+"""Where the time of a session goes: the shards' own time, waiting for experts to load, and the host's share."""
+
+import threading
+from dataclasses import asdict, dataclass, field
+from time import perf_counter
+
+
+@dataclass
+class KindFigures:
+    """Calls of one shard kind and the seconds spent inside them (added up, also where they overlapped)."""
+
+    calls: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class PhaseFigures:
+    """One phase (prefill or decode). `seconds` is wall time; `shard_seconds` the part with a shard call running,
+    `load_seconds` the part spent waiting for expert functions to load, the rest is the host's own."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    shard_seconds: float = 0.0
+    load_seconds: float = 0.0
+    kinds: dict[str, KindFigures] = field(default_factory=dict)
+
+    @property
+    def calls(self) -> int:
+        return sum(kind.calls for kind in self.kinds.values())
+
+    @property
+    def host_seconds(self) -> float:
+        return max(0.0, self.seconds - self.shard_seconds - self.load_seconds)
+
+    @property
+    def tok_s(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def calls_per_token(self) -> float:
+        return self.calls / self.tokens if self.tokens else 0.0
+
+    @property
+    def host_ms_per_call(self) -> float:
+        return 1000 * self.host_seconds / self.calls if self.calls else 0.0
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values for JSON, units in the names."""
+        return {
+            "tokens": self.tokens, "calls": self.calls, "tok_s": self.tok_s, "calls_per_token": self.calls_per_token,
+            "seconds": self.seconds, "shard_seconds": self.shard_seconds, "load_seconds": self.load_seconds,
+            "host_seconds": self.host_seconds, "host_ms_per_call": self.host_ms_per_call,
+            "kinds": {name: {"calls": kind.calls, "seconds": kind.seconds} for name, kind in self.kinds.items()},
+        }
+
+
+@dataclass
+class CacheFigures:
+    """The cache of expert functions. A call finds its function loaded (hit), being loaded ahead (late) or not at all
+    (miss). `bytes_unused` were loaded ahead and dropped, or still wait, without one call."""
+
+    hits: int = 0
+    late: int = 0
+    misses: int = 0
+    evictions: int = 0
+    bytes_loaded: int = 0
+    bytes_unused: int = 0
+    bytes_resident: int = 0
+    bytes_peak: int = 0
+    wait_seconds: float = 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        calls = self.hits + self.late + self.misses
+        return self.hits / calls if calls else 0.0
+
+
+@dataclass
+class PrefetchFigures:
+    """How good a predictor was in decode: of `needed` experts `right` had been named, among `predicted` ones."""
+
+    predictor: str
+    needed: int = 0
+    predicted: int = 0
+    right: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        return self.right / self.needed if self.needed else 0.0
+
+
+@dataclass
+class Figures:
+    """What a session has done since it was made. `runtime` says which runtime the times are for; `cache` is shared by
+    all sessions over the same shards."""
+
+    runtime: str
+    prefill: PhaseFigures = field(default_factory=PhaseFigures)
+    decode: PhaseFigures = field(default_factory=PhaseFigures)
+    cache: CacheFigures | None = None
+    prefetch: PrefetchFigures | None = None
+
+
+class CallClock:
+    """Divides wall time among shard calls and waits for loads, also when several threads run them.
+
+    Time with at least one call running is shard time, however many overlap; else time with at least one wait is load
+    time.
+    """
+
+    def __init__(self, phase: PhaseFigures) -> None:
+        self.phase = phase
+        self._lock = threading.Lock()
+        self._calls = 0
+        self._loads = 0
+        self._since = 0.0
+
+    def start(self) -> float:
+        """Note that a call begins; hand the returned time to `stop`."""
+        with self._lock:
+            now = self._divide()
+            self._calls += 1
+        return now
+
+    def stop(self, kind: str, started: float) -> None:
+        with self._lock:
+            now = self._divide()
+            self._calls -= 1
+            figures = self.phase.kinds.setdefault(kind, KindFigures())
+            figures.calls += 1
+            figures.seconds += now - started
+
+    def start_load(self) -> None:
+        with self._lock:
+            self._divide()
+            self._loads += 1
+
+    def stop_load(self) -> None:
+        with self._lock:
+            self._divide()
+            self._loads -= 1
+
+    def _divide(self) -> float:
+        now = perf_counter()
+        if self._calls:
+            self.phase.shard_seconds += now - self._since
+        elif self._loads:
+            self.phase.load_seconds += now - self._since
+        self._since = now
+        return now
+
+
+# What a runtime's times are times of, so that nobody takes one for another.
+CONDITIONS = {
+    "reference": "reference runtime on this machine's CPU, not a Neural Engine speed",
+    "coreml": "Core ML on this machine",
+}
+
+
+def conditions(runtime: str) -> str:
+    return CONDITIONS.get(runtime, f"{runtime} runtime")
+
+
+def figures_dict(figures: Figures) -> dict[str, object]:
+    """The figures as one JSON object; host time per call is over both phases."""
+    prefill, decode = figures.prefill, figures.decode
+    calls = prefill.calls + decode.calls
+    host = prefill.host_seconds + decode.host_seconds
+    return {
+        "runtime": figures.runtime, "conditions": conditions(figures.runtime),
+        "prefill_tok_s": prefill.tok_s, "decode_tok_s": decode.tok_s, "calls_per_token": decode.calls_per_token,
+        "host_ms_per_call": 1000 * host / calls if calls else 0.0,
+        "prefill": prefill.as_dict(), "decode": decode.as_dict(),
+        "cache": asdict(figures.cache) | {"hit_rate": figures.cache.hit_rate} if figures.cache else None,
+        "prefetch": asdict(figures.prefetch) | {"hit_rate": figures.prefetch.hit_rate} if figures.prefetch else None,
+    }
+
+
+def figures_line(figures: Figures) -> str:
+    """One line for people, naming the runtime it is for."""
+    prefill, decode = figures.prefill, figures.decode
+    parts = [f"prefill {prefill.tokens} tokens at {prefill.tok_s:.1f} tok/s, "
+             f"host {prefill.host_ms_per_call:.3f} ms per call"]
+    if decode.tokens:
+        parts.append(f"decode {decode.tokens} tokens at {decode.tok_s:.1f} tok/s, {decode.calls_per_token:.1f} calls "
+                     f"per token, host {decode.host_ms_per_call:.3f} ms per call")
+    if figures.cache:
+        parts.append(f"expert cache {100 * figures.cache.hit_rate:.0f}% hits, "
+                     f"{figures.cache.bytes_loaded / 1e6:.1f} MB loaded, {figures.cache.wait_seconds:.2f} s waited")
+    return f"{'; '.join(parts)} [{conditions(figures.runtime)}]"

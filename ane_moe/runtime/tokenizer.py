@@ -1,0 +1,101 @@
+"""The tokenizer files of a conversion, and text from ids as they come."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ane_moe.errors import UserError
+from ane_moe.manifest import Manifest
+
+Decode = Callable[[Sequence[int]], str]
+
+CONTEXT_IDS = 6                 # prompt ids decoded along with new ones, so that leading spaces survive
+
+
+class Tokenizer:
+    """Text to ids and back, by transformers, offline and without running code from the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises UserError when the files cannot be read as a tokenizer."""
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True,
+                                                                 trust_remote_code=False)
+        except Exception as error:              # the tokenizer classes raise what they like
+            raise UserError(f"the tokenizer in {folder} cannot be read", f"{type(error).__name__}: {error}",
+                            "give --prompt-ids instead") from error
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, with the special tokens the tokenizer adds by itself."""
+        return list(self._tokenizer(text)["input_ids"])
+
+    def encode_chat(self, text: str) -> list[int]:
+        """Ids of `text` as one user's message, ready for the answer, by the checkpoint's chat template."""
+        if not self._tokenizer.chat_template:
+            raise UserError("the checkpoint's tokenizer has no chat template", "none", "leave out --chat")
+        messages = [{"role": "user", "content": text}]
+        return list(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def load_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer | None:
+    """The conversion's tokenizer; None when the checkpoint had none."""
+    return Tokenizer(folder) if manifest.tokenizer else None
+
+
+class TextStream:
+    """Text of a growing id sequence: every piece is final once given out.
+
+    A piece is held back while it ends inside a character (byte-level tokens) or could be the beginning of a stop
+    string; `stopped` turns true when one is complete, and neither it nor anything after it is given out.
+    """
+
+    def __init__(self, decode: Decode, prompt_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
+        self._decode = decode
+        self._stop = tuple(stop)
+        self._ids = list(prompt_ids[-CONTEXT_IDS:])
+        self._context = decode(self._ids) if self._ids else ""      # text of `_ids` that is not new
+        self._new = 0                                               # ids after the context
+        self._held = ""
+        self.stopped = False
+
+    def push(self, identifier: int) -> str:
+        """Add one id; return the text that is certain now, often empty."""
+        self._ids.append(identifier)
+        self._new += 1
+        text = self._decode(self._ids)
+        if text.endswith("\ufffd") or len(text) <= len(self._context):
+            return ""
+        piece = text[len(self._context):]
+        self._ids = self._ids[-self._new:]
+        self._context, self._new = self._decode(self._ids), 0
+        return self._release(piece)
+
+    def finish(self) -> str:
+        """What was held back when no more ids come."""
+        if self.stopped:
+            return ""
+        piece = self._release(self._decode(self._ids)[len(self._context):]) if self._new else ""
+        if self.stopped:
+            return piece
+        rest, self._held, self._new = self._held, "", 0
+        return piece + rest
+
+    def _release(self, piece: str) -> str:
+        self._held += piece
+        found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            free = min(found)
+        else:
+            free = len(self._held) - max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        given, self._held = self._held[:free], self._held[free:]
+        return given
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-size:])), 0)
