@@ -1,0 +1,67 @@
+"""`ane-moe convert`: checkpoint to shards."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+INTERRUPTED = 130       # what a shell reports of a program that Ctrl-C ended
+
+
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="A Hugging Face model folder, or `demo`.", metavar="CHECKPOINT")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.", metavar="OUT")],
+    routing: Annotated[
+        Literal["masked", "soft"], typer.Option(help="Exact top-k gates, or the full softmax: another function.")
+    ] = "masked",
+    state: Annotated[
+        Literal["mlstate", "explicit"], typer.Option(help="KV cache as Core ML state, or as inputs and outputs.")
+    ] = "mlstate",
+    layout: Annotated[
+        Literal["bc1s", "bct1"], typer.Option(help="Axis order of the streams: [1,C,1,T] or [1,C,T,1].")
+    ] = "bc1s",
+    context: Annotated[int | None, typer.Option(help="Tokens of the KV cache. [default: 2048, or the model's]")] = None,
+    prefill: Annotated[int, typer.Option(help="Tokens of a prefill call; 0: decode functions only.")] = 64,
+    max_shard_mb: Annotated[int, typer.Option(help="Split MoE layers into shards of at most this size.")] = 220,
+    layers: Annotated[str | None, typer.Option(help="Convert only these, such as 0-3 or 0,5.", metavar="LIST")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that convert layers side by side.", min=1)] = 1,
+    golden: Annotated[bool, typer.Option("--golden", help="Also capture the original model's outputs.")] = False,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts for --golden: text parted by lines of ---, or .json texts or ids.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another conversion in OUT.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read and write no weights.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Convert a checkpoint into Core ML shards. Run it again to go on after an interruption."""
+    from ane_moe.convert import convert as run
+    from ane_moe.convert import plan
+    from ane_moe.demo import demo_checkpoint
+    from ane_moe.plan import ConvertOptions, parse_layers
+    from ane_moe.report.convert import ConvertBar, plan_document, print_plan, print_report, report_document
+
+    source = demo_checkpoint() if str(checkpoint) == "demo" else checkpoint
+    options = ConvertOptions(
+        routing=routing,
+        state=state,
+        layout=layout,
+        context=context,
+        prefill=prefill,
+        max_shard_mb=max_shard_mb,
+        layers=None if layers is None else parse_layers(layers),
+    )
+    if dry_run:
+        conversion = plan(source, options)
+        typer.echo(json.dumps(plan_document(conversion), indent=2)) if as_json else print_plan(conversion)
+        return
+    try:
+        with ConvertBar() as bar:
+            report = run(
+                source, out, options, workers=workers, golden=golden, prompts=prompts, overwrite=overwrite,
+                progress=bar.update,
+            )
+    except KeyboardInterrupt:
+        typer.echo(f"ane-moe: interrupted; finished shards are kept in {out}: run the same command again", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    typer.echo(json.dumps(report_document(report), indent=2)) if as_json else print_report(report)

@@ -1,0 +1,88 @@
+"""`ane-moe diff`: the first op where two programs part."""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ane_moe.runtime.diff import Diff, Difference
+
+
+def diff(
+    a: Annotated[Path, typer.Argument(help="An .mlpackage folder.", metavar="A")],
+    b: Annotated[Path | None, typer.Argument(
+        help="Another one; left out, A is compared with itself under the other runtime or precision.",
+        metavar="B", show_default=False)] = None,
+    given: Annotated[list[str] | None, typer.Option(
+        "--input", help="An input: its name and a .npy file. Repeatable.", metavar="NAME=FILE")] = None,
+    function: Annotated[str | None, typer.Option(help="The function of both.", show_default="the default one")] = None,
+    function_b: Annotated[str | None, typer.Option(help="The function of B.", show_default="as --function")] = None,
+    runtime: Annotated[str, typer.Option(help="Runtime of A: reference, coreml or auto.")] = "reference",
+    runtime_b: Annotated[str | None, typer.Option(help="Runtime of B.", show_default="as --runtime")] = None,
+    precision: Annotated[str, typer.Option(help="Precision of A in the reference runtime: fp32 or fp16.")] = "fp32",
+    precision_b: Annotated[str | None, typer.Option(help="Precision of B.", show_default="as --precision")] = None,
+    seed: Annotated[int, typer.Option(help="Draws the inputs that are not given.")] = 0,
+    tolerance: Annotated[float, typer.Option(help="Relative L2 beyond which two values have parted.")] = 1e-2,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Run both on the same inputs and show the first op where they part, and by how much.
+
+    Ops are matched by name, then by order. Exits with 1 when something differs by more than the tolerance.
+    """
+    from ane_moe.runtime import resolve_runtime
+    from ane_moe.runtime.arrays import read_inputs
+    from ane_moe.runtime.diff import Side
+    from ane_moe.runtime.diff import diff as compare
+
+    def side(path: Path, name: str | None, chosen: str, rounding: str) -> Side:
+        resolved = resolve_runtime(chosen)
+        return Side(path, resolved, name, {"precision": rounding} if resolved == "reference" else {})
+
+    result = compare(side(a, function, runtime, precision),
+                     side(b or a, function_b or function, runtime_b or runtime, precision_b or precision),
+                     read_inputs(given or []), seed, tolerance)
+    if as_json:
+        typer.echo(json.dumps(_document(result), indent=2))
+    else:
+        for line in _lines(result):
+            typer.echo(line)
+    if not result.same:
+        raise typer.Exit(1)
+
+
+def _document(result: "Diff") -> dict[str, Any]:
+    """JSON has no infinity: a pair that cannot be compared has null differences."""
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(inner) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {"same": result.same, **finite(asdict(result))}
+
+
+def _lines(result: "Diff") -> "Iterator[str]":
+    yield (f"{result.compared} intermediates compared, {result.unmatched_a} only in A, {result.unmatched_b} only in B; "
+           f"tolerance {result.tolerance:g}")
+    if result.first is not None:
+        yield f"first apart: {_pair(result.first)}"
+    elif result.worst is not None:
+        yield f"none apart; worst: {_pair(result.worst)}"
+    for pair in result.outputs:
+        yield f"output: {_pair(pair)}"
+
+
+def _pair(pair: "Difference") -> str:
+    from ane_moe.runtime.printer import printable
+
+    names = pair.name_a if pair.name_a == pair.name_b else f"{pair.name_a} / {pair.name_b}"
+    if pair.shape_a != pair.shape_b:
+        return printable(f"{pair.op} {names}: shapes {list(pair.shape_a)} and {list(pair.shape_b)}")
+    return printable(f"{pair.op} {names}: relative {pair.relative:.3g}, largest {pair.largest:.3g}")

@@ -1,0 +1,115 @@
+"""`ane-moe inspect`: what an .mlpackage holds."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from rich.console import RenderableType
+
+    from ane_moe.runtime.inspect import FunctionSummary, Summary
+    from ane_moe.runtime.program import Feature
+
+
+def inspect(
+    package: Annotated[Path, typer.Argument(help="An .mlpackage folder.", metavar="PACKAGE")],
+    ops: Annotated[bool, typer.Option("--ops", help="Print the program too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Show the functions, inputs, outputs, states, operations and weight formats of a package."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from ane_moe.runtime.inspect import summarize, summary_document
+    from ane_moe.runtime.printer import program_text
+    from ane_moe.runtime.reader import read_program
+
+    program = read_program(package)
+    summary = summarize(program)
+    if as_json:
+        extra = {"program": list(program_text(program))} if ops else {}
+        typer.echo(json.dumps(summary_document(summary) | extra, indent=2))
+        return
+    console = Console()
+    for part in _parts(summary):
+        console.print(part)
+    if ops:
+        for line in program_text(program):
+            console.print(Text(line), soft_wrap=True)
+
+
+def _parts(summary: "Summary") -> "list[RenderableType]":
+    from ane_moe.runtime.printer import printable
+
+    facts = [
+        ("package", str(summary.path)),
+        ("needs", f"{summary.system} (specification version {summary.specification_version})"),
+        ("default function", summary.default_function),
+        ("weights", f"{summary.weight_bytes:,} bytes stored"),
+        *((name.removeprefix("com.github.apple."), value) for name, value in summary.metadata.items()),
+    ]
+    formats = [
+        (total.format, f"{total.weights:,}", f"{total.elements:,}", f"{total.stored_bytes:,}",
+         f"{8 * total.stored_bytes / total.elements:.2f}" if total.elements else "")
+        for total in summary.formats
+    ]  # fmt: skip
+    return [
+        _table("", ("", ""), [(name, printable(value)) for name, value in facts]),
+        *(part for function in summary.functions for part in _function_parts(function)),
+        _table("weights by format", ("format", "weights", "elements", "stored bytes", "bits per element"), formats, 1),
+    ]
+
+
+def _function_parts(function: "FunctionSummary") -> "list[RenderableType]":
+    features = [
+        *(("input", feature) for feature in function.interface.inputs),
+        *(("state", feature) for feature in function.interface.states),
+        *(("output", feature) for feature in function.interface.outputs),
+    ]
+    title = f"function {function.name} ({function.opset}, weights {function.weight_bytes:,} bytes)"
+    rows = [(role, feature.name, *_type(feature)) for role, feature in features]
+    counts = [(name, f"{count:,}") for name, count in function.operations.items()]
+    return [_table(title, ("", "name", "type", "shape"), rows), _table("", ("operation", "count"), counts, 1)]
+
+
+def _type(feature: "Feature") -> tuple[str, str]:
+    shape = _by("?" if size is None else size for size in feature.type.shape) or "scalar"
+    if feature.ranges:
+        shape += " (" + _by(_range(*bounds) for bounds in feature.ranges) + ")"
+    if feature.shapes:
+        shape += " (one of " + ", ".join(map(_by, feature.shapes)) + ")"
+    kind = feature.type.dtype if feature.kind in ("array", "state") else f"{feature.kind} {feature.type.dtype}"
+    return kind + (", optional" if feature.optional else ""), shape
+
+
+def _by(sizes: "Iterable[object]") -> str:
+    return " x ".join(map(str, sizes))
+
+
+def _range(lower: int, upper: int) -> str:
+    if lower == upper:
+        return str(lower)
+    return f"{lower}..{upper if upper >= 0 else ''}"
+
+
+def _table(
+    title: str, columns: tuple[str, ...], rows: "Sequence[tuple[str, ...]]", first_number: int | None = None
+) -> "RenderableType":
+    """A table of plain text; columns from `first_number` on are aligned right."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from ane_moe.runtime.printer import printable
+
+    table = Table(show_header=any(columns), box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        number = first_number is not None and index >= first_number
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    return Group("", Text(printable(title), style="bold"), table) if title else Group("", table)

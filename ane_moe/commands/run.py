@@ -1,0 +1,99 @@
+"""`ane-moe run`: execute one function of an .mlpackage."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.table import Table
+
+    from ane_moe.runtime.tracing import Traced
+
+
+def run(
+    package: Annotated[Path, typer.Argument(help="An .mlpackage folder.", metavar="PACKAGE")],
+    given: Annotated[list[str] | None, typer.Option(
+        "--input", help="An input: its name and a .npy file. Repeatable.", metavar="NAME=FILE")] = None,
+    function: Annotated[str | None, typer.Option(help="The function to run.", show_default="the default one")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the outputs, one .npy each.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Draw the inputs that are not given from this seed.")] = None,
+    runtime: Annotated[str, typer.Option(help="reference, coreml or auto.")] = "auto",
+    precision: Annotated[str, typer.Option(
+        help="Of the reference runtime: fp32 rounds once per op, fp16 inside reductions too.")] = "fp32",
+    trace: Annotated[bool, typer.Option(
+        "--trace", help="Keep every intermediate (trace.npz in --output) and report its numbers.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Run one function once, its state fresh, and show or save what it gives."""
+    from rich.console import Console
+
+    from ane_moe.errors import UserError
+    from ane_moe.runtime import load_package, resolve_runtime
+    from ane_moe.runtime.arrays import random_inputs, read_inputs, save_archive, save_arrays
+
+    chosen = "reference" if trace else resolve_runtime(runtime)
+    if trace and resolve_runtime(runtime) != "reference" and runtime != "auto":
+        raise UserError("only the reference runtime can trace", runtime, "leave --runtime out")
+    options = {"precision": precision} if chosen == "reference" else {}
+    loaded: Any = load_package(package, function, chosen, **options)
+    inputs = read_inputs(given or [])
+    if seed is not None:
+        inputs = random_inputs([one for one in loaded.inputs if one.name not in inputs], seed) | inputs
+    state = loaded.make_state() if loaded.states else None
+    traced: tuple[Traced, ...] = ()
+    if trace:
+        from ane_moe.runtime.tracing import trace as run_traced
+
+        whole = run_traced(loaded, inputs, state)
+        results, traced = whole.results, whole.values
+    else:
+        results = loaded.predict(inputs, state)
+    if output is not None:
+        save_arrays(output, results)
+        if trace:
+            save_archive(output / "trace.npz", {value.name: value.value for value in traced})
+    if as_json:
+        typer.echo(json.dumps(_document(results, traced), indent=2))
+        return
+    console = Console()
+    if traced:
+        console.print(_trace_table(traced))
+    console.print(_output_table(results))
+
+
+def _document(results: "dict[str, np.ndarray]", traced: "tuple[Traced, ...]") -> dict[str, Any]:
+    from ane_moe.runtime.tracing import describe
+
+    def row(value: "Traced") -> dict[str, Any]:
+        return {"op": value.op, "name": value.name, "dtype": str(value.value.dtype),
+                "shape": list(value.value.shape), "largest": value.largest, "nan": value.nan, "inf": value.inf}
+
+    outputs = [row(describe("output", name, value)) for name, value in results.items()]
+    return {"outputs": outputs} | ({"trace": [row(value) for value in traced]} if traced else {})
+
+
+def _output_table(results: "dict[str, np.ndarray]") -> "Table":
+    from ane_moe.runtime.tracing import describe
+
+    return _trace_table(tuple(describe("output", name, value) for name, value in results.items()))
+
+
+def _trace_table(values: "tuple[Traced, ...]") -> "Table":
+    from rich.table import Table
+    from rich.text import Text
+
+    from ane_moe.runtime.printer import printable
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("op", "name", "type", "shape"):
+        table.add_column(column, overflow="fold")
+    for column in ("largest", "NaN", "Inf"):
+        table.add_column(column, justify="right")
+    for value in values:
+        cells = (value.op, value.name, str(value.value.dtype), " x ".join(map(str, value.value.shape)) or "scalar",
+                 f"{value.largest:.4g}", str(value.nan or ""), str(value.inf or ""))
+        table.add_row(*(Text(printable(cell)) for cell in cells), style="bold red" if value.nan or value.inf else None)
+    return table

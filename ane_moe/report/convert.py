@@ -1,0 +1,126 @@
+"""Conversions on the terminal and as JSON: the plan, the progress bar, the result."""
+
+import dataclasses
+from collections import Counter
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ane_moe.convert import ConvertReport
+from ane_moe.convert import Progress as Step
+from ane_moe.plan import MB, ConversionPlan, ShardPlan
+
+# Resident memory of a converting process beside its largest weight: torch, coremltools and one traced graph.
+# Measured by scripts/bench_convert.py, Linux x86-64, coremltools 9.0, torch 2.13.0.
+BASE_MEMORY_MB = 700
+
+
+class ConvertBar:
+    """A progress bar on stderr: shard, MB written, peak memory, time left."""
+
+    def __enter__(self) -> "ConvertBar":
+        columns = (
+            BarColumn(),
+            TextColumn("{task.fields[sizes]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
+        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._bar.add_task("tracing", total=None, sizes="")
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def update(self, step: Step) -> None:
+        """Show one step."""
+        self._bar.update(
+            self._task,
+            description=step.label,
+            total=step.total_bytes / MB,
+            completed=step.written_bytes / MB,
+            sizes=f"{step.written_bytes / MB:,.0f}/{step.total_bytes / MB:,.0f} MB, "
+            f"peak memory {step.peak_memory_bytes / MB:,.0f} MB",
+        )
+
+
+def plan_document(plan: ConversionPlan) -> dict[str, Any]:
+    """The plan as JSON data."""
+    return {
+        "family": plan.spec.family,
+        "layers": list(plan.layers),
+        "context": plan.context,
+        "options": dataclasses.asdict(plan.options),
+        "functions": [{"name": name, "tokens": tokens} for name, tokens in plan.functions],
+        "shards": [
+            {
+                "path": shard.path,
+                "kind": shard.kind,
+                "layer": shard.layer,
+                "weight_bytes": shard.weight_bytes,
+                "part": shard.part,
+                "parts": shard.parts,
+                "experts": list(shard.experts),
+                "rows": shard.rows,
+                "reason": shard.reason,
+            }
+            for shard in plan.shards
+        ],
+        "templates": len({shard.template for shard in plan.shards}),
+        "embed_bytes": plan.embed_bytes,
+        "disk_bytes": plan.disk_bytes,
+        "memory_bytes_estimated": memory_bytes_estimated(plan),
+    }
+
+
+def memory_bytes_estimated(plan: ConversionPlan) -> int:
+    """What one converting process will need: an estimate, not a measurement."""
+    return BASE_MEMORY_MB * MB + plan.largest_weight_bytes
+
+
+def print_plan(plan: ConversionPlan) -> None:
+    """The plan as a table on stdout: shards of a kind that differ only in their layer share a row."""
+    functions = ", ".join(f"{name} (T={tokens})" for name, tokens in plan.functions)
+    table = Table("shards", "count", "MB each", "MB", "why", box=None)
+    for (path, size, reason), count in _rows(plan.shards).items():
+        table.add_row(path, str(count), f"{size / MB:,.1f}", f"{count * size / MB:,.0f}", reason)
+    table.add_row("embed.bin", "1", f"{plan.embed_bytes / MB:,.1f}", f"{plan.embed_bytes / MB:,.0f}", "")
+    console = Console()
+    console.print(f"{plan.spec.family}, {len(plan.layers)} of {len(plan.spec.layers)} layers, "
+                  f"context {plan.context}, functions {functions}")  # fmt: skip
+    console.print(table)
+    console.print(f"disk {plan.disk_bytes / MB:,.0f} MB; memory about {memory_bytes_estimated(plan) / MB:,.0f} MB "
+                  "a worker (estimated)")  # fmt: skip
+
+
+def report_document(report: ConvertReport) -> dict[str, Any]:
+    """The result as JSON data."""
+    return {
+        "folder": str(report.folder),
+        "written": list(report.written),
+        "reused": list(report.reused),
+        "weight_bytes": sum(shard.weight_bytes for shard in report.manifest.shards),
+        "peak_memory_bytes": report.peak_memory_bytes,
+        "golden": report.manifest.golden,
+    }
+
+
+def print_report(report: ConvertReport) -> None:
+    """The result in two lines, and the next command."""
+    size = sum(shard.weight_bytes for shard in report.manifest.shards) / MB
+    console = Console()
+    console.print(f"{len(report.manifest.shards)} shards, {size:,.0f} MB of weights in {report.folder}: "
+                  f"{len(report.written)} written, {len(report.reused)} reused; "
+                  f"peak memory {report.peak_memory_bytes / MB:,.0f} MB")  # fmt: skip
+    with_golden = "" if report.manifest.golden else " --checkpoint CHECKPOINT"
+    console.print(f"next: ane-moe verify {report.folder}{with_golden}")
+
+
+def _rows(shards: tuple[ShardPlan, ...]) -> Counter[tuple[str, int, str]]:
+    names = (shard.path if shard.layer is None else shard.path.replace(f"{shard.layer:02d}", "NN") for shard in shards)
+    return Counter((name, s.weight_bytes, s.reason) for name, s in zip(names, shards, strict=True))

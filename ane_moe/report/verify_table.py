@@ -1,0 +1,120 @@
+"""A VerifyReport for the terminal: worst case per kind of function, every failure by name."""
+
+from collections.abc import Iterable
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ane_moe.verify.result import FunctionModelResult, RoutingResult, ShardResult, VerifyReport
+
+SHOWN_FAILURES = 20
+SHOWN_LAYERS = 8
+
+
+def verify_report(report: VerifyReport) -> RenderableType:
+    """Problems with files, or the tables of functions, routing and the whole model; the verdict last."""
+    parts: list[RenderableType] = []
+    if report.shards:
+        parts.append(_functions(report.shards))
+    if report.routing:
+        parts.append(_routing(report.routing, report.routing_mode))
+    if report.models:
+        parts += [_models(report.models), *_divergences(report.models)]
+    if report.model_skipped:
+        parts.append(Text(f"whole model not run: {report.model_skipped}"))
+    parts += [*_failures(report), _verdict(report)]
+    return Group(*parts)
+
+
+def _functions(rows: tuple[ShardResult, ...]) -> Table:
+    table = _table("Functions, teacher-forced: the worst shard of each kind", "kind", "function", "passed", "cosine",
+                   "margin", "rel. L2", "margin", "max error")
+    groups: dict[tuple[str, str], list[ShardResult]] = {}
+    for row in rows:
+        groups.setdefault((row.kind, row.function), []).append(row)
+    for (kind, function), group in groups.items():
+        worst = min(group, key=_tightness)
+        passed = sum(row.passed for row in group)
+        table.add_row(kind, function, f"{passed}/{len(group)}", _figure(worst.cosine), _signed(worst.margin),
+                      _small(worst.relative_l2), _signed(worst.relative_l2_margin), _small(worst.max_abs_error),
+                      style=None if passed == len(group) else "red")
+    return table
+
+
+def _tightness(row: ShardResult) -> float:
+    """Least of the two margins, each as a share of what its gate allows."""
+    if row.margin is None or row.relative_l2_margin is None:
+        return float("-inf")
+    return min(row.margin / max(1 - row.min_cosine, 1e-9), row.relative_l2_margin / max(row.max_relative_l2, 1e-9))
+
+
+def _routing(rows: tuple[RoutingResult, ...], mode: str) -> Table:
+    table = _table(f"Routing ({mode}), tokens with the model's experts and probability outside its top k: the "
+                   f"{min(SHOWN_LAYERS, len(rows))} worst of {len(rows)} layers",
+                   "layer", "same experts", "near-tie flips", "model's outside", "shard's outside")
+    worst = sorted(rows, key=lambda row: row.set_agreement)[:SHOWN_LAYERS]
+    for row in sorted(worst, key=lambda row: row.layer):
+        table.add_row(str(row.layer), f"{row.set_agreement:.2%}", str(row.near_tie_flips),
+                      f"{row.mass_outside_top_k:.2%}", f"{row.gate_mass_outside_top_k:.2%}")
+    return table
+
+
+def _models(rows: tuple[FunctionModelResult, ...]) -> Table:
+    table = _table("Whole model, teacher-forced (KL in nats, perplexity golden / shards)", "function", "tokens",
+                   "top-1", "mean KL", "golden", "shards", "logit cosine", "margin")
+    for row in rows:
+        table.add_row(row.function, str(row.tokens), f"{row.top1_agreement:.2%}", _small(row.mean_kl),
+                      _plain(row.perplexity_golden), _plain(row.perplexity_shards), _figure(row.logit_cosine),
+                      _signed(row.logit_cosine - row.min_logit_cosine), style=None if row.passed else "red")
+    return table
+
+
+def _divergences(rows: tuple[FunctionModelResult, ...]) -> Iterable[Text]:
+    for row in rows:
+        if first := row.first_differing_greedy_token:
+            yield Text(f"first other greedy token, {row.function}: prompt {first.prompt}, position {first.position}; "
+                       f"the golden prefers its own by {first.golden_margin:.2g} logits")
+
+
+def _failures(report: VerifyReport) -> Iterable[Text]:
+    lines = [f"{problem.path}: {problem.what}" for problem in report.integrity]
+    lines += [f"{row.path} {row.function}: {row.reason}" for row in report.shards if not row.passed]
+    lines += [f"whole model, {row.function}: logit cosine {row.logit_cosine:.6f} is below {row.min_logit_cosine}"
+              for row in report.models if not row.passed]
+    for line in lines[:SHOWN_FAILURES]:
+        yield Text(line, style="red")
+    if len(lines) > SHOWN_FAILURES:
+        yield Text(f"and {len(lines) - SHOWN_FAILURES} more (--json lists them all)", style="red")
+
+
+def _verdict(report: VerifyReport) -> Text:
+    conditions = f"{report.folder}: {report.weights} weights, {report.routing_mode} routing, {report.runtime} runtime"
+    if report.passed:
+        return Text(f"passed  {conditions}, {report.golden_tokens} tokens", style="green")
+    what = "files are damaged, nothing was run" if report.integrity else f"{report.failures} gates failed"
+    return Text(f"FAILED  {conditions}: {what}", style="bold red")
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0))
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    return table
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6f}"
+
+
+def _small(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2e}"
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.6f}"
+
+
+def _plain(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

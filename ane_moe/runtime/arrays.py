@@ -1,0 +1,96 @@
+"""Arrays in files: inputs of a run, its outputs, and random inputs where none are given."""
+
+import os
+import re
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from ane_moe.errors import UserError
+from ane_moe.runtime.program import Feature
+
+NUMPY = {"fp16": np.float16, "fp32": np.float32, "fp64": np.float64, "bool": np.bool_, "int8": np.int8,
+         "uint8": np.uint8, "int16": np.int16, "uint16": np.uint16, "int32": np.int32, "int64": np.int64}
+
+
+def read_inputs(assignments: Iterable[str]) -> dict[str, np.ndarray]:
+    """`name=file.npy` pairs as arrays. Raises UserError for a pair that is none and a file that is no plain array."""
+    inputs = {}
+    for assignment in assignments:
+        name, _, path = assignment.partition("=")
+        if not name or not path:
+            raise UserError("an input is given as NAME=FILE.npy", found=assignment)
+        inputs[name] = read_array(Path(path))
+    return inputs
+
+
+def read_array(path: Path) -> np.ndarray:
+    """The array in a .npy file; files holding Python objects are refused."""
+    try:
+        return np.load(path, allow_pickle=False, mmap_mode="r")
+    except FileNotFoundError:
+        raise UserError(f"no file {path}") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{path} is no .npy file of numbers", str(error).split("\n")[0]) from None
+
+
+def random_inputs(features: Iterable[Feature], seed: int) -> dict[str, np.ndarray]:
+    """Seeded inputs of the declared (default) shapes: normal floats, integers of 0 and 1."""
+    rng = np.random.default_rng(seed)
+    inputs: dict[str, np.ndarray] = {}
+    for feature in features:
+        dtype = NUMPY.get(feature.type.dtype)
+        if dtype is None:
+            raise UserError(f"input '{feature.name}' cannot be made up", feature.type.dtype, "give it with --input")
+        shape = tuple(1 if size is None else size for size in feature.type.shape)
+        drawn = rng.standard_normal(shape) if np.issubdtype(dtype, np.floating) else rng.integers(0, 2, shape)
+        inputs[feature.name] = np.asarray(drawn, dtype)
+    return inputs
+
+
+def save_arrays(folder: Path, arrays: Mapping[str, np.ndarray]) -> list[Path]:
+    """Write each array as `<name>.npy` into `folder`, made if absent; characters unfit for a file name become `_`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{_file_name(name)}.npy" for name in arrays]
+    if len(set(paths)) != len(paths):
+        raise UserError("two outputs would be written to one file", ", ".join(arrays))
+    for path, array in zip(paths, arrays.values(), strict=True):
+        _replace(path, partial(_save, array=array))
+    return paths
+
+
+def save_archive(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write all arrays into one compressed .npz."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, partial(_archive, arrays=arrays))
+
+
+def _save(file: IO[bytes], array: np.ndarray) -> None:
+    np.save(file, array)
+
+
+def _archive(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:      # np.savez reserves some names
+        for name, array in arrays.items():
+            with archive.open(f"{_file_name(name)}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name).lstrip(".") or "_"
+
+
+def _replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            write(file)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)

@@ -1,0 +1,96 @@
+"""What a package holds, without loading a weight or executing anything."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ane_moe.runtime.program import Function, Interface, Program
+from ane_moe.runtime.reader import read_program
+from ane_moe.runtime.weights import Weight, operations_of, unique_bytes, weights_of
+
+SYSTEMS = {6: "iOS 15", 7: "iOS 16", 8: "iOS 17", 9: "iOS 18", 10: "iOS 26"}      # by specification version
+
+
+@dataclass(frozen=True)
+class FunctionSummary:
+    """`operations` counts by type, most frequent first, nested blocks included."""
+
+    name: str
+    opset: str
+    interface: Interface
+    operations: dict[str, int]
+    weights: tuple[Weight, ...]
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class FormatTotal:
+    """All weights of one storage format in a package; weights that functions share are counted once."""
+
+    format: str
+    weights: int
+    elements: int
+    stored_bytes: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """`weight_bytes` counts each stored constant once; `system` is the oldest that runs the package."""
+
+    path: Path
+    specification_version: int
+    system: str
+    default_function: str
+    functions: tuple[FunctionSummary, ...]
+    formats: tuple[FormatTotal, ...]
+    weight_bytes: int
+    metadata: dict[str, str]
+
+
+def summarize(package: Path | Program) -> Summary:
+    """Summarize a package on disk or one read before. Raises UserError for what is not a sound ML Program."""
+    program = package if isinstance(package, Program) else read_program(package)
+    functions = tuple(
+        _function(function, program.interfaces[name]) for name, function in program.functions.items()
+    )  # fmt: skip
+    weights = [weight for function in functions for weight in function.weights]
+    return Summary(
+        path=program.path,
+        specification_version=program.specification_version,
+        system=SYSTEMS[program.specification_version],
+        default_function=program.default_function,
+        functions=functions,
+        formats=_totals(weights),
+        weight_bytes=unique_bytes(weights),
+        metadata=program.metadata,
+    )
+
+
+def summary_document(summary: Summary) -> dict:
+    """The summary as plain values for JSON; sizes are bytes, unknown dimensions null."""
+    document = asdict(summary)
+    document["path"] = str(summary.path)
+    for function in document["functions"]:
+        function |= function.pop("interface")
+        for weight in function["weights"]:
+            del weight["parts"]
+    return document
+
+
+def _function(function: Function, interface: Interface) -> FunctionSummary:
+    weights = weights_of(function)
+    counts = Counter(op.type for op in operations_of(function.block))
+    ordered = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+    return FunctionSummary(function.name, function.opset, interface, ordered, weights, unique_bytes(weights))
+
+
+def _totals(weights: Iterable[Weight]) -> tuple[FormatTotal, ...]:
+    by_format: dict[str, dict[object, Weight]] = {}
+    for weight in weights:
+        by_format.setdefault(weight.format, {})[weight.parts] = weight
+    totals = [
+        FormatTotal(name, len(group), sum(w.elements for w in group.values()), unique_bytes(group.values()))
+        for name, group in by_format.items()
+    ]
+    return tuple(sorted(totals, key=lambda total: (-total.stored_bytes, total.format)))

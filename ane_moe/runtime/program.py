@@ -1,0 +1,115 @@
+"""An ML Program as plain data: what the reader returns and the executor, printer and placement rules walk.
+
+Independent of protobuf and of the converter: names are resolved by string, constants are kept as stored until used.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """dtype: fp16 fp32 fp64 bf16 fp8e4m3fn fp8e5m2 int4..int64 uint1..uint64 bool string; a size of None is unknown."""
+
+    dtype: str
+    shape: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class StateType:
+    tensor: TensorType
+
+
+@dataclass(frozen=True)
+class OtherType:
+    """Lists, tuples and dictionaries: kept so that they can be named in an error."""
+
+    kind: str
+
+
+ValueType = TensorType | StateType | OtherType
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A literal. `load()` returns the array (scalars: rank 0), a str, or a tuple, reading the blob file only then.
+
+    Arrays may be read-only views of the file. Sub-byte integers are unpacked to one element per int8/uint8, bf16
+    becomes fp32, fp8 becomes fp16. `blob` is (file, data offset, size in bytes) for values stored outside the protobuf,
+    else None.
+    """
+
+    type: ValueType
+    load: Callable[[], np.ndarray | str | tuple]
+    blob: tuple[Path, int, int] | None = None
+    nbytes: int = 0                     # as stored
+
+
+Argument = str | Constant               # the name of a value in scope, or an inline constant
+
+
+@dataclass(frozen=True)
+class Output:
+    name: str
+    type: ValueType
+
+
+@dataclass(frozen=True)
+class Block:
+    inputs: tuple[Output, ...]
+    operations: tuple["Operation", ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """`inputs` maps an input name to its arguments (more than one for variadic inputs such as concat's `values`)."""
+
+    type: str
+    name: str
+    inputs: dict[str, tuple[Argument, ...]]
+    outputs: tuple[Output, ...]
+    blocks: tuple[Block, ...] = ()
+    attributes: dict[str, Constant] = field(default_factory=dict)   # `val` of const, all of iOS 16 constexpr_*
+
+
+@dataclass(frozen=True)
+class Function:
+    """`inputs` are tensors and states, in declared order; `opset` is e.g. "CoreML8" (iOS 18)."""
+
+    name: str
+    opset: str
+    inputs: tuple[Output, ...]
+    block: Block
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One input, output or state of a function as the model description declares it."""
+
+    name: str
+    type: TensorType
+    optional: bool = False
+    shapes: tuple[tuple[int, ...], ...] = ()                        # enumerated shapes, first is the default
+    ranges: tuple[tuple[int, int], ...] | None = None               # (lower, upper) per axis; upper -1: unbounded
+    kind: str = "array"                                             # array, state, image, dictionary, string ...
+
+
+@dataclass(frozen=True)
+class Interface:
+    inputs: tuple[Feature, ...]
+    outputs: tuple[Feature, ...]
+    states: tuple[Feature, ...] = ()
+
+
+@dataclass(frozen=True)
+class Program:
+    path: Path
+    functions: dict[str, Function]
+    interfaces: dict[str, Interface]
+    default_function: str
+    specification_version: int
+    metadata: dict[str, str]            # author, license, user-defined keys (com.github.apple.coremltools...)

@@ -1,0 +1,200 @@
+"""The reference runtime: executes any ML Program with torch on the CPU.
+
+Every op computes in fp32 and rounds its result to the declared type once; with `precision="fp16"` partial sums and
+intermediates inside ops are rounded too.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ane_moe.errors import UserError
+from ane_moe.runtime.dtypes import FLOATS, NUMPY, to_numpy, torch_dtype
+from ane_moe.runtime.ops.arithmetic import Arithmetic, Exact, Narrow
+from ane_moe.runtime.plan import FOREIGN, STATES, Plan, prepare
+from ane_moe.runtime.program import Feature, Program
+from ane_moe.runtime.reader import read_program
+
+Precision = Literal["fp32", "fp16"]
+ARITHMETIC: dict[str, type[Arithmetic]] = {"fp32": Exact, "fp16": Narrow}
+
+# Called after each op with its type, its name and its outputs by name.
+Observer = Callable[[str, str, Mapping[str, np.ndarray]], None]
+
+
+@dataclass
+class State:
+    """The tensors of a stateful model, by name."""
+
+    tensors: dict[str, Tensor]
+
+    def read(self, name: str) -> np.ndarray:
+        """A copy of one state's contents."""
+        if name not in self.tensors:
+            raise UserError("no state of this name", found=name, do=f"known: {', '.join(self.tensors)}")
+        return self.tensors[name].clone().numpy()
+
+
+class ReferenceFunction:
+    """One function of a package, prepared. Weights are read at the first call and kept until `drop_weights`."""
+
+    def __init__(self, program: Program, function: str, precision: Precision = "fp32"):
+        if precision not in ARITHMETIC:
+            raise UserError("Unknown precision", found=precision, do=f"choose one of: {', '.join(ARITHMETIC)}")
+        self.name = function
+        self.program = program
+        interface = program.interfaces[function]
+        self.inputs, self.outputs, self.states = interface.inputs, interface.outputs, interface.states
+        self._plan: Plan = prepare(program.functions[function], ARITHMETIC[precision]())
+        self._weights: list[Tensor | None] | None = None
+        self._own: frozenset[int] = frozenset()
+
+    def make_state(self) -> State:
+        return State({s.name: torch.zeros(_fixed_shape(s), dtype=torch_dtype(s.type.dtype)) for s in self.states})
+
+    def predict(self, inputs: Mapping[str, np.ndarray], state: State | None = None) -> dict[str, np.ndarray]:
+        """Run once. Floats are cast to the declared float type, as Core ML does; NaN and Inf may enter.
+
+        Raises UserError for inputs or a state that do not fit, and for an op whose result is not what is declared.
+        """
+        slots = self._slots(inputs, state)
+        self._plan.steps.execute(slots)
+        return self._results(slots)
+
+    def observe(self, inputs: Mapping[str, np.ndarray], observer: Observer,
+                state: State | None = None) -> dict[str, np.ndarray]:
+        """As `predict`, showing `observer` the outputs of each op, in order. What a cond or while_loop computes
+        inside is not shown, nor are constants and what is computed from constants alone."""
+        slots = self._slots(inputs, state)
+        self._plan.steps.execute(slots, lambda step: observer(step.op, step.name, {
+            name: slots[slot].float().numpy() if slots[slot].dtype is torch.bfloat16 else slots[slot].numpy()
+            for name, slot in step.shown}))
+        return self._results(slots)
+
+    def drop_weights(self) -> None:
+        """Free the expanded weights; the next call reads them again."""
+        self._weights = None
+
+    def _slots(self, inputs: Mapping[str, np.ndarray], state: State | None) -> list:
+        given = self._check_inputs(inputs)
+        tensors = self._check_state(state)
+        if self._weights is None:
+            self._weights = self._load_weights()
+        slots: list = self._weights.copy()
+        for name, slot in self._plan.inputs.items():
+            slots[slot] = given[name]
+        slots[STATES] = tensors
+        slots[FOREIGN] = self._own | {tensor.untyped_storage().data_ptr() for tensor in given.values()}
+        return slots
+
+    def _load_weights(self) -> list[Tensor | None]:
+        slots: list[Tensor | None] = [None] * self._plan.size
+        self._plan.setup.execute(slots)
+        kept = [slots[slot] for slot in self._plan.kept]
+        self._own = frozenset(tensor.untyped_storage().data_ptr() for tensor in kept if tensor is not None)
+        return slots
+
+    def _results(self, slots: list) -> dict[str, np.ndarray]:
+        """Outputs as arrays of their own: never a view of an input, a weight or a state."""
+        foreign = slots[FOREIGN] | {t.untyped_storage().data_ptr() for t in (slots[STATES] or {}).values()}
+        results = {}
+        for name, (slot, declared) in self._plan.outputs.items():
+            tensor = slots[slot]
+            if tensor.untyped_storage().data_ptr() in foreign:
+                tensor = tensor.clone()
+            results[name] = to_numpy(tensor, declared.dtype)
+        return results
+
+    def _check_inputs(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+        known = [feature.name for feature in self.inputs]
+        extra = sorted(set(inputs) - set(known))
+        if extra:
+            raise UserError(f"function '{self.name}' has no input '{extra[0]}'", do=f"its inputs: {', '.join(known)}")
+        missing = [feature.name for feature in self.inputs if feature.name not in inputs]
+        if missing:
+            raise UserError(f"function '{self.name}' needs input '{missing[0]}'",
+                            f"inputs: {', '.join(inputs) or 'none'}")
+        return {feature.name: self._convert(feature, inputs[feature.name]) for feature in self.inputs}
+
+    def _convert(self, feature: Feature, given: np.ndarray) -> Tensor:
+        array = np.asarray(given)
+        where = f"input '{feature.name}' of function '{self.name}'"
+        if not _shape_fits(feature, array.shape):
+            raise UserError(f"{where} has the wrong shape", str(list(array.shape)), f"it takes {_shapes(feature)}")
+        wanted = feature.type.dtype
+        if array.dtype != NUMPY[wanted]:
+            floats = array.dtype.kind == "f" and wanted in FLOATS
+            integers = array.dtype.kind in "iu" and wanted not in FLOATS and wanted != "bool"
+            if not (floats or (integers and _values_fit(array, NUMPY[wanted]))):
+                raise UserError(f"{where} has the wrong element type", str(array.dtype), f"it takes {wanted}")
+            if integers:
+                array = array.astype(NUMPY[wanted])
+        if not (array.flags.writeable and array.flags.c_contiguous):
+            array = np.array(array, order="C")
+        if array.dtype.byteorder == ">":
+            array = array.astype(array.dtype.newbyteorder("="))
+        return torch.from_numpy(array).to(torch_dtype(wanted))
+
+    def _check_state(self, state: State | None) -> dict[str, Tensor] | None:
+        if not self.states:
+            return None
+        if state is None:
+            raise UserError(f"function '{self.name}' needs a state", do="make one with make_state()")
+        if not isinstance(state, State):
+            raise UserError("the state is of another runtime", type(state).__name__, "make one with make_state()")
+        for feature in self.states:
+            tensor = state.tensors.get(feature.name)
+            wanted = (torch_dtype(feature.type.dtype), _fixed_shape(feature))
+            if tensor is None or (tensor.dtype, tuple(tensor.shape)) != wanted:
+                raise UserError(f"the state does not fit function '{self.name}'",
+                                f"{feature.name}: {'absent' if tensor is None else list(tensor.shape)}",
+                                "make it with make_state() of a function of the same package")
+        return state.tensors
+
+
+def load_function(path: Path, function: str | None = None, precision: Precision = "fp32") -> ReferenceFunction:
+    """Load `function` of the package at `path`, the default one when None.
+
+    Raises UserError for a package that cannot be read, an unknown function, or an op that is not executed.
+    """
+    program = read_program(path)
+    name = function or program.default_function
+    if name not in program.functions:
+        raise UserError(f"no function '{name}' in {path.name}", do=f"its functions: {', '.join(program.functions)}")
+    return ReferenceFunction(program, name, precision)
+
+
+def _fixed_shape(feature: Feature) -> tuple[int, ...]:
+    shape = tuple(size for size in feature.type.shape if size is not None)
+    if len(shape) != len(feature.type.shape):
+        raise UserError(f"state '{feature.name}' has no fixed shape", str(list(feature.type.shape)))
+    return shape
+
+
+def _shape_fits(feature: Feature, shape: tuple[int, ...]) -> bool:
+    if feature.shapes:
+        return shape in feature.shapes
+    if feature.ranges is not None:
+        return len(shape) == len(feature.ranges) and all(
+            low <= size and (high < 0 or size <= high) for size, (low, high) in zip(shape, feature.ranges, strict=True))
+    declared = feature.type.shape
+    return len(shape) == len(declared) and all(
+        want is None or want == size for want, size in zip(declared, shape, strict=True))
+
+
+def _shapes(feature: Feature) -> str:
+    if feature.shapes:
+        return " or ".join(str(list(shape)) for shape in feature.shapes)
+    if feature.ranges is not None:
+        return str([f"{low}..{'' if high < 0 else high}" for low, high in feature.ranges])
+    return str(list(feature.type.shape))
+
+
+def _values_fit(array: np.ndarray, dtype: type) -> bool:
+    limits = np.iinfo(dtype)
+    return not array.size or bool(limits.min <= array.min() and array.max() <= limits.max)

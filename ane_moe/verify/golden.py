@@ -1,0 +1,172 @@
+"""golden.safetensors: what the original model computes on a prompt set, for every layer.
+
+Tokens of all prompts are laid end to end. N = tokens, d = d_model, E = experts, k = experts per token, V = vocabulary.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ane_moe.errors import UserError
+
+FILE_NAME = "golden.safetensors"
+FORMAT = 1
+METADATA = "ane_moe_golden"       # one key: safetensors writes several in an order that changes from run to run
+
+_AGAIN = "convert again with --golden, or give --checkpoint"
+
+Progress = Callable[[str, int, int], None]      # what is being done, steps done, steps in all
+
+
+@dataclass(frozen=True)
+class LayerGolden:
+    """One layer, fp32: hidden state `x` in, and what the attention and feed-forward blocks each add to it, `[N,d]`.
+
+    For a MoE layer also the full router probabilities `[N,E]` and the experts chosen, int32 `[N,k]`.
+    """
+
+    x: np.ndarray
+    attn_delta: np.ndarray
+    ffn_delta: np.ndarray
+    router_probs: np.ndarray | None = None
+    router_indices: np.ndarray | None = None
+
+    @property
+    def middle(self) -> np.ndarray:
+        """Hidden state between attention and feed-forward, `[N,d]`."""
+        return self.x + self.attn_delta
+
+    @property
+    def y(self) -> np.ndarray:
+        """Hidden state after the layer, `[N,d]`."""
+        return self.middle + self.ffn_delta
+
+
+@dataclass(frozen=True)
+class Golden:
+    """`layers` maps indices to LayerGolden; `logits` (fp32 `[N,V]`) are the head's on the last captured layer's output.
+
+    They are the model's logits when every layer was captured.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    layers: Mapping[int, LayerGolden]
+    logits: np.ndarray
+    n_layers: int
+
+    @property
+    def complete(self) -> bool:
+        return sorted(self.layers) == list(range(self.n_layers))
+
+    @property
+    def spans(self) -> list[slice]:
+        """Rows of each prompt."""
+        ends = np.cumsum([len(prompt) for prompt in self.prompts]).tolist()
+        return [slice(end - len(prompt), end) for prompt, end in zip(self.prompts, ends, strict=True)]
+
+
+def capture_golden(checkpoint: Path, *, layers: tuple[int, ...], prompts: list[list[int]] | None, out: Path,
+                   context: int | None = None, progress: Progress | None = None) -> None:
+    """Run Hugging Face's own model over `prompts` (None: the built-in set) and write `out` atomically.
+
+    `layers` are the ones to keep; those before the last of them are computed too. Memory: one layer in fp32, the
+    captured activations and the logits. Raises UserError for a bad checkpoint, ids outside the vocabulary, and prompts
+    longer than `context` or the model's own.
+    """
+    from ane_moe.verify.hf_capture import capture
+    from ane_moe.verify.hf_stream import StreamedModel, quiet_transformers
+    from ane_moe.verify.prompts import builtin_prompts, check_prompts
+
+    with quiet_transformers():
+        stream = StreamedModel(checkpoint)
+        vocab = stream.config.vocab_size
+        limit = min(context or stream.config.max_position_embeddings, stream.config.max_position_embeddings)
+        ids = builtin_prompts(checkpoint, vocab, limit) if prompts is None else prompts
+        check_prompts(ids, vocab, limit)
+        _require_layers(layers, len(stream.layers), checkpoint)
+        captured, logits = capture(stream, layers, ids, progress or silent)
+    write_golden(Golden(tuple(map(tuple, ids)), captured, logits, len(stream.layers)), out)
+
+
+def write_golden(golden: Golden, out: Path) -> None:
+    """Write a golden atomically, as safetensors."""
+    tensors = {"logits": golden.logits, "prompt_ids": np.concatenate(golden.prompts).astype(np.int32),
+               "prompt_offsets": np.cumsum([0, *map(len, golden.prompts)])}
+    for index, layer in golden.layers.items():
+        tensors |= {_key(index, name): value for name, value in vars(layer).items() if value is not None}
+    about = json.dumps({"format": FORMAT, "n_layers": golden.n_layers, "layers": sorted(golden.layers)})
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, temporary,
+                  metadata={METADATA: about})
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_golden(path: Path) -> Golden:
+    """Open a golden; layers are read when asked for. Raises UserError when it is missing, damaged or incomplete."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            about = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+            if about.get("format") != FORMAT:
+                raise UserError(f"{path} is not a golden of this version", f"format {about.get('format')}", _AGAIN)
+            offsets = file.get_tensor("prompt_offsets").tolist()
+            ids = file.get_tensor("prompt_ids").tolist()
+            prompts = tuple(tuple(ids[a:b]) for a, b in pairwise(offsets))
+            _require_shapes(file, about["layers"], sum(map(len, prompts)))
+            golden = Golden(prompts, _StoredLayers(path, about["layers"]), file.get_tensor("logits"), about["n_layers"])
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read", f"{type(error).__name__}: {error}", _AGAIN) from None
+    return golden
+
+
+class _StoredLayers(Mapping[int, LayerGolden]):
+    """Reads one layer at a time, so that a large model's golden is never held whole."""
+
+    def __init__(self, path: Path, indices: list[int]):
+        self._path = path
+        self._indices = indices
+
+    def __getitem__(self, index: int) -> LayerGolden:
+        if index not in self._indices:
+            raise KeyError(index)
+        with safe_open(self._path, framework="numpy") as file:
+            held = set(file.keys())
+            return LayerGolden(**{name: file.get_tensor(_key(index, name)) for name in LayerGolden.__dataclass_fields__
+                                  if _key(index, name) in held})
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+
+def _require_shapes(file: Any, indices: list[int], tokens: int) -> None:
+    names = ["logits", *(_key(index, name) for index in indices for name in ("x", "attn_delta", "ffn_delta"))]
+    for name in names:
+        if file.get_slice(name).get_shape()[:1] != [tokens]:
+            raise ValueError(f"{name} has {file.get_slice(name).get_shape()} for {tokens} tokens")
+
+
+def _require_layers(layers: tuple[int, ...], count: int, checkpoint: Path) -> None:
+    if not layers or not all(0 <= layer < count for layer in layers):
+        raise UserError(f"{checkpoint} does not have the layers asked for", str(list(layers)),
+                        f"layers go from 0 to {count - 1}")
+
+
+def _key(layer: int, name: str) -> str:
+    return f"layer_{layer:03d}.{name}"
+
+
+def silent(_what: str, _done: int, _total: int) -> None:
+    """The progress of nobody watching."""

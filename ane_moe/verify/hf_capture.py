@@ -1,0 +1,96 @@
+"""Run a streamed Hugging Face model over prompts, layer by layer, and keep what every block computes."""
+
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from ane_moe.verify.golden import LayerGolden, Progress
+from ane_moe.verify.hf_stream import StreamedModel
+
+# The norm in front of the feed-forward block: its input is the hidden state after attention.
+FFN_NORMS = ("post_attention_layernorm", "ffn_norm")
+
+
+@torch.no_grad()
+def capture(stream: StreamedModel, layers: tuple[int, ...], prompts: list[list[int]],
+            progress: Progress) -> tuple[dict[int, LayerGolden], np.ndarray]:
+    """Activations of `layers`, and the head's fp32 logits `[N,V]` on the output of the last of them.
+
+    Every prompt goes through a layer while it is loaded; the other layers' stand-ins hand on what the layer before
+    it returned.
+    """
+    embedding = stream.model.get_input_embeddings()
+    ids = [torch.tensor([prompt]) for prompt in prompts]
+    captured: dict[int, LayerGolden] = {}
+    steps = max(layers) + 2
+    progress("golden: embedding", 0, steps)
+    with stream.loaded("embed"):
+        embedded = [embedding(one) for one in ids]
+    carried: list[Any] = list(embedded)
+    for index in range(max(layers) + 1):
+        progress(f"golden: layer {index}", index, steps)
+        layer = stream.layers[index]
+        others = [other for other in stream.layers if other is not layer]
+        taps = []
+        with stream.loaded(f"layer {index}"):
+            for number, one in enumerate(ids):
+                outputs = dict.fromkeys(others, carried[number]) | {embedding: embedded[number]}
+                with stream.stand_ins(outputs), _Tap(layer) as tap:
+                    stream.model.base_model(input_ids=one, use_cache=False)
+                carried[number] = tap.output
+                taps.append(tap)
+        if index in layers:
+            captured[index] = _joined(taps)
+    progress("golden: head", steps - 1, steps)
+    with stream.loaded("head"):
+        logits = []
+        for number, one in enumerate(ids):
+            with stream.stand_ins(dict.fromkeys(stream.layers, carried[number]) | {embedding: embedded[number]}):
+                logits.append(stream.model(input_ids=one, use_cache=False).logits[0].numpy())
+    progress("golden: head", steps, steps)
+    return captured, np.concatenate(logits)
+
+
+class _Tap:
+    """Listens to one run of a decoder layer: its input, the hidden state between its blocks, its router, its output."""
+
+    def __init__(self, layer: torch.nn.Module):
+        self._layer = layer
+        self.x: Any = None
+        self.middle: Any = None
+        self.router: Any = None
+        self.output: Any = None
+
+    def __enter__(self) -> "_Tap":
+        layer = self._layer
+        norm = next(getattr(layer, name) for name in FFN_NORMS if hasattr(layer, name))
+        routers = [module for module in layer.modules() if type(module).__name__.endswith("Router")]
+        self._handles = [
+            layer.register_forward_pre_hook(lambda _, args: setattr(self, "x", args[0][0])),
+            norm.register_forward_pre_hook(lambda _, args: setattr(self, "middle", args[0][0])),
+            layer.register_forward_hook(lambda _, args, output: setattr(self, "output", output)),
+            *(router.register_forward_hook(lambda _, args, output: setattr(self, "router", output))
+              for router in routers)]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def golden(self) -> LayerGolden:
+        output = self.output[0] if isinstance(self.output, tuple) else self.output
+        probs = indices = None
+        if self.router is not None:
+            router_logits, _, chosen = self.router
+            probs, indices = router_logits.softmax(-1).numpy(), chosen.numpy().astype(np.int32)
+        return LayerGolden(self.x.numpy(), (self.middle - self.x).numpy(), (output[0] - self.middle).numpy(),
+                           probs, indices)
+
+
+def _joined(taps: list[_Tap]) -> LayerGolden:
+    prompts = [vars(tap.golden()) for tap in taps]
+    held = [name for name, value in prompts[0].items() if value is not None]
+    return LayerGolden(**{name: np.concatenate([prompt[name] for prompt in prompts]) for name in held})

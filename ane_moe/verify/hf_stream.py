@@ -1,0 +1,210 @@
+"""Hugging Face's own model, one layer in memory at a time.
+
+The model is built on the meta device; each part (embedding, one decoder layer, head) is filled through transformers'
+own key mapping and tensor conversion, used for every prompt, and emptied again. The model's own `forward` drives it:
+parts that are not loaded are replaced by stand-ins that hand on what the real part returned in its turn, so masks,
+positions and multipliers are all computed by Hugging Face's code.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from ane_moe.errors import UserError
+
+
+class StreamedModel:
+    """A causal language model in fp32, eager attention and eager experts, whose weights come and go by part.
+
+    Raises UserError for a folder that is not a checkpoint, a quantised one, and missing or misshapen tensors.
+    """
+
+    def __init__(self, checkpoint: Path):
+        self.checkpoint = checkpoint
+        self.config = _config(checkpoint)
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(
+                self.config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager",
+                trust_remote_code=False,
+            ).eval()
+        self.layers: nn.ModuleList = self.model.base_model.layers
+        self._mapping: list[Any] = get_model_conversion_mapping(self.model)
+        self._files = _tensor_files(checkpoint)
+        self._sources = self._target_sources()
+        self._parts = self._split_targets()
+        _fill_computed_buffers(self.model)
+        self._load("rest")
+
+    @contextmanager
+    def loaded(self, part: str) -> Iterator[None]:
+        """Hold the weights of `embed`, `head` or `layer N` inside the block."""
+        self._load(part)
+        try:
+            yield
+        finally:
+            for target in self._parts[part]:
+                module, _, name = target.rpartition(".")
+                owner = self.model.get_submodule(module)
+                setattr(owner, name, nn.Parameter(getattr(owner, name).to("meta"), requires_grad=False))
+
+    @contextmanager
+    def stand_ins(self, outputs: dict[nn.Module, Any]) -> Iterator[None]:
+        """Inside the block, each module named returns the value given instead of running."""
+        with ExitStack() as stack:
+            for module, output in outputs.items():
+                module.forward = _returning(output)
+                stack.callback(delattr, module, "forward")
+            yield
+
+    def _target_sources(self) -> dict[str, list[str]]:
+        """Model tensor -> the checkpoint tensors it is made of, by transformers' own renaming."""
+        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        prefix, known = self.model.base_model_prefix, self.model.state_dict()
+        sources: dict[str, list[str]] = {}
+        for key in self._files:
+            target, _ = rename_source_key(key, renamings, converters, prefix, known)
+            if target not in known and key in known:
+                target = key
+            if target in known:
+                sources.setdefault(target, []).append(key)
+        return sources
+
+    def _split_targets(self) -> dict[str, list[str]]:
+        """Every tensor of the model by the part it belongs to; tied tensors belong to both ends."""
+        names = {id(module): name for name, module in self.model.named_modules()}
+        ends = {"embed": names[id(self.model.get_input_embeddings())] + ".",
+                "head": names[id(self.model.get_output_embeddings())] + "."}
+        layers = names[id(self.layers)] + "."
+        parts: dict[str, list[str]] = {part: [] for part in ("rest", *ends)}
+        for target in self.model.state_dict():
+            owners = [part for part, start in ends.items() if target.startswith(start)]
+            if target.startswith(layers):
+                owners = [f"layer {target.removeprefix(layers).split('.')[0]}"]
+            for owner in owners or ["rest"]:
+                parts.setdefault(owner, []).append(target)
+        for target, source in self.model.all_tied_weights_keys.items():
+            for part in ends:
+                if target in parts[part] or source in parts[part]:
+                    parts[part] = sorted({*parts[part], target, source})
+        return parts
+
+    def _load(self, part: str) -> None:
+        """Fill one part, tensor by tensor, so that no more than one converted tensor is held twice."""
+        missing = set()
+        for target in self._parts[part]:
+            if target in self._sources:
+                self._load_target(target)
+            else:
+                missing.add(target)
+        tied = self.model.all_tied_weights_keys
+        if any(target in tied or target in tied.values() for target in self._parts[part]):
+            self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        if missing:
+            raise UserError(f"{self.checkpoint} lacks tensors of the model", ", ".join(sorted(missing)[:3]),
+                            "download the checkpoint again")
+
+    def _load_target(self, target: str) -> None:
+        try:
+            with ExitStack() as stack:
+                files = {self._files[key] for key in self._sources[target]}
+                opened = {file: stack.enter_context(safe_open(file, framework="pt", backend="pread"))
+                          for file in sorted(files)}
+                slices = {key: opened[self._files[key]].get_slice(key) for key in self._sources[target]}
+                info, _ = convert_and_load_state_dict_in_model(
+                    self.model, slices, LoadStateDictConfig(dtype=torch.float32, weight_mapping=self._mapping))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.checkpoint}: {target} cannot be read", str(error),
+                            "download the checkpoint again") from None
+        wrong = [f"{name} is {tuple(found)}, the model needs {tuple(needed)}"
+                 for name, found, needed in info.mismatched_keys]
+        wrong += [f"{name}: {text.splitlines()[-1]}" for name, text in info.conversion_errors.items()]
+        if wrong:
+            raise UserError(f"{self.checkpoint} has tensors that do not fit the model", wrong[0],
+                            "check config.json against the weights")
+
+
+def _config(checkpoint: Path) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{checkpoint} is not a checkpoint that transformers can read", str(error),
+                        "give a folder with config.json and *.safetensors") from None
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"{checkpoint} is quantised", str(config.quantization_config),
+                        "take the fp16, bf16 or fp32 checkpoint")
+    return config
+
+
+def _tensor_files(checkpoint: Path) -> dict[str, str]:
+    """Tensor name -> safetensors file; the index decides when there is one, as in transformers."""
+    index = checkpoint / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{index} cannot be read", str(error), "download the checkpoint again") from None
+        outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+        if outside:
+            raise UserError(f"{index} names a file outside its folder", repr(outside[0]),
+                            "do not trust this checkpoint")
+        files = [checkpoint / name for name in names]
+    else:
+        files = sorted(checkpoint.glob("*.safetensors"))
+    found: dict[str, str] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                found.update((key, str(file)) for key in opened.keys())  # noqa: SIM118 (not a mapping)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} cannot be read", str(error), "download the checkpoint again") from None
+    if not found:
+        raise UserError(f"{checkpoint} holds no weights", "no *.safetensors", "give a folder with safetensors weights")
+    return found
+
+
+def _fill_computed_buffers(model: Any) -> None:
+    """Rotary tables and the like are not stored: transformers' own initialisation computes them."""
+    for module in model.modules():
+        computed = [name for name in module._buffers if name in module._non_persistent_buffers_set]
+        for name in computed:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+        if computed:
+            model._init_weights(module)
+
+
+def _returning(output: Any) -> Any:
+    def forward(*_args: Any, **_kwargs: Any) -> Any:
+        return output
+
+    return forward
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' own talk and progress bars, which would print a line per tensor here."""
+    shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if shown:
+            transformers_logging.enable_progress_bar()

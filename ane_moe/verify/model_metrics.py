@@ -1,0 +1,65 @@
+"""The whole model, token by token: the shards' logits against the golden's. N = tokens, V = vocabulary."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ane_moe.verify.metrics import token_cosines
+from ane_moe.verify.result import Divergence, FunctionModelResult
+
+
+@dataclass(frozen=True)
+class PromptLogits:
+    """One prompt (or its beginning): its index, its ids and both logits `[N,V]` for them."""
+
+    prompt: int
+    ids: tuple[int, ...]
+    golden: np.ndarray
+    shards: np.ndarray
+
+
+def compare_logits(function: str, prompts: Iterable[PromptLogits], min_logit_cosine: float) -> FunctionModelResult:
+    """Pool all positions of all prompts. Perplexities are None when no prompt has a second token to predict."""
+    same: list[np.ndarray] = []
+    kl: list[np.ndarray] = []
+    cosines: list[np.ndarray] = []
+    surprise: list[tuple[np.ndarray, np.ndarray]] = []
+    first: Divergence | None = None
+    for one in prompts:
+        golden, shards = _log_softmax(one.golden), _log_softmax(one.shards)
+        same.append(golden.argmax(1) == shards.argmax(1))
+        kl.append((np.exp(golden) * (golden - shards)).sum(1))
+        cosines.append(token_cosines(one.golden, one.shards))
+        following = np.array(one.ids[1:], np.int64)
+        rows = np.arange(len(following))
+        surprise.append((-golden[rows, following], -shards[rows, following]))
+        if first is None and not same[-1].all():
+            first = _divergence(one, int(same[-1].argmin()))
+    golden_nll, shards_nll = (np.concatenate(values) for values in zip(*surprise, strict=True))
+    pooled = np.concatenate(cosines)
+    logit_cosine = float(pooled.mean())
+    return FunctionModelResult(
+        function=function,
+        tokens=len(pooled),
+        top1_agreement=float(np.concatenate(same).mean()),
+        mean_kl=float(np.concatenate(kl).mean()),
+        perplexity_golden=float(np.exp(golden_nll.mean())) if golden_nll.size else None,
+        perplexity_shards=float(np.exp(shards_nll.mean())) if shards_nll.size else None,
+        logit_cosine=logit_cosine,
+        worst_logit_cosine=float(pooled.min()),
+        first_differing_greedy_token=first,
+        min_logit_cosine=min_logit_cosine,
+        passed=bool(logit_cosine >= min_logit_cosine),
+    )
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+
+
+def _divergence(one: PromptLogits, position: int) -> Divergence:
+    row = one.golden[position]
+    own, other = int(row.argmax()), int(one.shards[position].argmax())
+    return Divergence(one.prompt, position, own, other, float(row[own] - row[other]))

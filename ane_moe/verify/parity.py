@@ -1,0 +1,159 @@
+"""Every function of every shard on the golden's inputs, teacher-forced.
+
+T = tokens in a call, N = tokens of the golden, d = d_model, E = experts, V = vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ane_moe.manifest import Manifest, Shard, ShardFunction
+from ane_moe.runtime.buffers import Buffers, activation_shape, by_channel, open_embeddings, rope_rows
+from ane_moe.runtime.interface import LoadedFunction
+from ane_moe.runtime.shards import LoadedShard, check_shard, ffn_shards
+from ane_moe.verify.golden import Golden
+from ane_moe.verify.metrics import delta_distance, relative_l2_limit
+from ane_moe.verify.result import RoutingResult, ShardResult
+from ane_moe.verify.routing import compare_routing, near_tie_flips
+
+NOT_FINITE = "NaN or Inf in the output"
+
+Load = Callable[[Path, str], LoadedFunction]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Runs the shards of `folder` on `golden` and yields a row per function.
+
+    `load` opens one function of a package. Functions of one token (decode) without a cache see `decode_tokens` tokens,
+    spread over the golden, when a prefill function sees the rest; attention always sees every token.
+    """
+
+    folder: Path
+    manifest: Manifest
+    golden: Golden
+    load: Load
+    min_cosine: float
+    decode_tokens: int | None
+
+    def embed(self) -> ShardResult:
+        """The embedding table against the input of layer 0."""
+        table = open_embeddings(self.folder, self.manifest)
+        rows = table[np.concatenate(self.golden.prompts)]
+        x = self.golden.layers[0].x
+        return self._row(self.manifest.embed, "embed", None, "lookup", np.zeros_like(x), rows, x)
+
+    def attention(self, layer: int) -> Iterator[ShardResult]:
+        golden = self.golden.layers[layer]
+        x = _fp16(golden.x)
+        for shard in self.manifest.shards_of("attn", layer):
+            for function in shard.functions:
+                y = self._attend(self._open(shard, function), shard, function.tokens, x)
+                yield self._row(shard.path, "attn", layer, function.name, x, y, golden.attn_delta)
+
+    def ffn(self, layer: int) -> Iterator[ShardResult | RoutingResult]:
+        """Rows of a layer's MoE parts or its dense shard, then its routing."""
+        golden = self.golden.layers[layer]
+        shards = ffn_shards(self.manifest, layer)
+        routings = []
+        for function in shards[0].functions:
+            tokens = self._tokens(function)
+            x = _fp16(golden.middle[tokens])
+            outputs = [self._stateless(self._open(shard, function), function.tokens, x) for shard in shards]
+            y = np.sum([output["y"].astype(np.float32) for output in outputs], axis=0)
+            flipped = np.zeros(len(tokens), bool)
+            if golden.router_probs is not None and golden.router_indices is not None:
+                routed = (outputs[0]["gates"], golden.router_probs[tokens], golden.router_indices[tokens])
+                flipped = near_tie_flips(*routed)
+                routings.append(routed)
+            for shard, output in zip(shards, outputs, strict=True):
+                row = self._row(shard.path, shard.kind, layer, function.name, x, y, golden.ffn_delta[tokens], flipped)
+                yield row if np.isfinite(output["y"]).all() else _not_finite(row)
+        if routings:
+            yield compare_routing(layer, *(np.concatenate(arrays) for arrays in zip(*routings, strict=True)))
+
+    def head(self) -> Iterator[ShardResult]:
+        """Each vocabulary slice on the last captured layer's output."""
+        last = self.golden.layers[max(self.golden.layers)]
+        for shard in self.manifest.shards_of("lm_head"):
+            for function in shard.functions:
+                tokens = self._tokens(function)
+                output = self._stateless(self._open(shard, function), function.tokens, _fp16(last.y[tokens]))
+                logits = self.golden.logits[tokens, slice(*(shard.rows or (0, None)))]
+                yield self._row(shard.path, "lm_head", None, function.name, np.zeros_like(logits), output["logits"],
+                                logits)
+
+    def _open(self, shard: Shard, function: ShardFunction) -> LoadedFunction:
+        loaded = self.load(self.folder / shard.path, function.name)
+        check_shard(LoadedShard(replace(shard, functions=(function,)), {function.name: loaded}), self.manifest,
+                    self.folder)
+        return loaded
+
+    def _tokens(self, function: ShardFunction) -> np.ndarray:
+        """Golden rows a function without a cache sees."""
+        count = sum(map(len, self.golden.prompts))
+        if function.tokens > 1 or not self.manifest.prefill or self.decode_tokens is None:
+            return np.arange(count)
+        return np.unique(np.linspace(0, count - 1, min(count, self.decode_tokens)).round().astype(int))
+
+    def _stateless(self, function: LoadedFunction, tokens: int, x: np.ndarray) -> dict[str, np.ndarray]:
+        """Run `x` fp16 `[N,d]` in chunks of T, the last one padded; outputs as `[N,C]`."""
+        buffer = np.zeros(activation_shape(self.manifest, x.shape[1], tokens), np.float16)
+        collected: dict[str, list[np.ndarray]] = {}
+        for first in range(0, len(x), tokens):
+            chunk = x[first:first + tokens]
+            by_channel(buffer)[:] = 0
+            by_channel(buffer)[:, :len(chunk)] = chunk.T
+            for name, value in function.predict({"x": buffer}, None).items():
+                collected.setdefault(name, []).append(by_channel(value)[:, :len(chunk)].T.copy())
+        return {name: np.concatenate(values) for name, values in collected.items()}
+
+    def _attend(self, function: LoadedFunction, shard: Shard, tokens: int, x: np.ndarray) -> np.ndarray:
+        """Run every prompt of `x` fp16 `[N,d]` from an empty cache in chunks of T; y as `[N,d]`."""
+        ropes = {} if shard.rope is None else {shard.rope: rope_rows(self.manifest, shard.rope)}
+        buffers = Buffers(self.manifest, tokens, np.zeros((1, x.shape[1]), np.float16), [shard.window], ropes)
+        explicit = self.manifest.state == "explicit"
+        y = np.empty_like(x)
+        for span in self.golden.spans:
+            state = None if explicit else function.make_state()
+            caches = {name: np.zeros(shape, np.float16) for name, shape in shard.states.items()} if explicit else {}
+            for first in range(span.start, span.stop, tokens):
+                chunk = x[first:min(first + tokens, span.stop)]
+                buffers.place([0] * len(chunk), first - span.start)
+                buffers.columns[:, :len(chunk)] = chunk.T
+                features = {"x": buffers.x, "mask": buffers.masks[shard.window], "write": buffers.write,
+                            "keep": buffers.keep} | caches
+                for name in ropes:
+                    features |= {"cos": buffers.cos[name], "sin": buffers.sin[name]}
+                output = function.predict(features, state)
+                caches = {name: output[f"{name}_out"] for name in caches}
+                y[first:first + len(chunk)] = by_channel(output["y"])[:, :len(chunk)].T
+        return y
+
+    def _row(self, path: str, kind: str, layer: int | None, function: str, base: np.ndarray, y: np.ndarray,
+             delta: np.ndarray, left_out: np.ndarray | None = None) -> ShardResult:
+        limit = relative_l2_limit(self.min_cosine)
+        if not np.isfinite(y).all():
+            return ShardResult(path, kind, layer, function, len(y), self.min_cosine, limit, False, NOT_FINITE)
+        kept = slice(None) if left_out is None or left_out.all() else ~left_out
+        distance = delta_distance(base[kept], y[kept], delta[kept])
+        margin, l2_margin = distance.margin(self.min_cosine), distance.relative_l2_margin(limit)
+        reasons = [f"cosine {distance.cosine:.6f} is below {self.min_cosine}"] if margin < 0 else []
+        reasons += [f"relative L2 error {distance.relative_l2:.4f} is above {limit:.4f}"] if l2_margin < 0 else []
+        flips = 0 if isinstance(kept, slice) else int((~kept).sum())
+        return ShardResult(path, kind, layer, function, len(y), self.min_cosine, limit, not reasons,
+                           "; ".join(reasons) or None, flips, margin=margin, relative_l2_margin=l2_margin,
+                           **vars(distance))
+
+
+def _not_finite(row: ShardResult) -> ShardResult:
+    """A part whose own output is not finite, though the sum of the parts may be."""
+    return replace(row, passed=False, reason=NOT_FINITE)
+
+
+def _fp16(x: np.ndarray) -> np.ndarray:
+    """What the session would hand the shard; values beyond fp16 become Inf and fail by name, not silently."""
+    with np.errstate(over="ignore"):
+        return x.astype(np.float16)

@@ -1,0 +1,128 @@
+"""What verify returns: plain dataclasses, named as in the JSON document."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """One function of one shard against the golden, over `tokens` tokens.
+
+    All figures but `max_abs_error` are of the delta (of the logits for `lm_head`, of the rows for `embed`).
+    The attainable figures are a perfect shard's: its fp16 output rounds `x + delta`, which costs a small delta on a
+    large x dearly. The margins are what is left to the limits once that is allowed for; below 0 the row fails. For a
+    part of a split layer the figures are those of the sum of its parts. `near_tie_flips` tokens were left out of a MoE
+    shard's figures: routed otherwise where the golden was all but undecided. `reason` says why a row failed.
+    """
+
+    path: str
+    kind: str
+    layer: int | None
+    function: str
+    tokens: int
+    min_cosine: float
+    max_relative_l2: float
+    passed: bool
+    reason: str | None = None
+    near_tie_flips: int = 0
+    cosine: float | None = None
+    attainable_cosine: float | None = None
+    margin: float | None = None
+    worst_token_cosine: float | None = None
+    relative_l2: float | None = None
+    attainable_relative_l2: float | None = None
+    relative_l2_margin: float | None = None
+    max_abs_error: float | None = None
+
+
+@dataclass(frozen=True)
+class RoutingResult:
+    """One MoE layer: the share of tokens whose experts are exactly the golden's, and probability outside the top k.
+
+    `mass_outside_top_k` is the model's own: what the router gives to experts it does not choose (what soft routing
+    adds wrongly). `gate_mass_outside_top_k` is the share of the shard's gates on experts the model did not choose.
+    `near_tie_flips` of the tokens that disagree do so where the model's choice hung on less than fp16 resolves.
+    """
+
+    layer: int
+    tokens: int
+    set_agreement: float
+    mass_outside_top_k: float
+    gate_mass_outside_top_k: float
+    near_tie_flips: int
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first token the shards would choose otherwise, and by how much (in logits) the golden preferred its own."""
+
+    prompt: int
+    position: int
+    golden: int
+    shards: int
+    golden_margin: float
+
+
+@dataclass(frozen=True)
+class FunctionModelResult:
+    """The whole model through one kind of function, teacher-forced; KL in nats, golden against shards."""
+
+    function: str
+    tokens: int
+    top1_agreement: float
+    mean_kl: float
+    perplexity_golden: float | None
+    perplexity_shards: float | None
+    logit_cosine: float
+    worst_logit_cosine: float
+    first_differing_greedy_token: Divergence | None
+    min_logit_cosine: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with a file, found before any number was computed."""
+
+    path: str
+    what: str
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """`models` is empty, and `model_skipped` says why, when the whole model could not be run."""
+
+    passed: bool
+    folder: str
+    runtime: str
+    routing_mode: str
+    weights: str
+    golden_tokens: int
+    integrity: tuple[Problem, ...] = ()
+    shards: tuple[ShardResult, ...] = ()
+    routing: tuple[RoutingResult, ...] = ()
+    models: tuple[FunctionModelResult, ...] = ()
+    model_skipped: str | None = None
+
+    @property
+    def failures(self) -> int:
+        """Gates that failed, problems with files included."""
+        rows: tuple[ShardResult | FunctionModelResult, ...] = (*self.shards, *self.models)
+        return len(self.integrity) + sum(not row.passed for row in rows)
+
+    def as_json(self) -> dict[str, Any]:
+        """The document of `--json`: `model` is the path that covers most tokens, `model_by_function` has all."""
+        document = _json_numbers(asdict(self))
+        by_function = {entry.pop("function"): entry for entry in document.pop("models")}
+        widest = max(by_function.values(), key=lambda entry: entry["tokens"], default=None)
+        return document | {"model": widest, "model_by_function": by_function, "failures": self.failures}
+
+
+def _json_numbers(value: Any) -> Any:
+    """JSON has no NaN and no Infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _json_numbers(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_numbers(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,123 @@
+"""Prove a conversion right: its files, every function of every shard, its routing, and the whole model."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ane_moe.errors import UserError
+from ane_moe.manifest import Manifest, read_manifest
+from ane_moe.runtime import load_package, resolve_runtime
+from ane_moe.verify.golden import Golden, Progress, capture_golden, read_golden, silent
+from ane_moe.verify.integrity import check_integrity
+from ane_moe.verify.parity import Parity
+from ane_moe.verify.prompts import check_prompts, read_prompts
+from ane_moe.verify.result import RoutingResult, ShardResult, VerifyReport
+from ane_moe.verify.whole_model import WholeModel
+
+# The cosine of a delta below which a function fails: 0.97 is the field's usual gate; fp16 weights do far better.
+MIN_COSINE = {"fp16": 0.999}
+MIN_COSINE_COMPRESSED = 0.97
+# The whole model adds up the errors of its layers, and single tokens may be routed otherwise at a near tie.
+MIN_LOGIT_COSINE = {"fp16": 0.99}
+MIN_LOGIT_COSINE_COMPRESSED = 0.9
+DECODE_TOKENS = 32
+
+
+def verify(out: Path, *, checkpoint: Path | None = None, prompts: Path | None = None, runtime: str = "auto",
+           min_cosine: float | None = None, min_logit_cosine: float | None = None,
+           decode_tokens: int | None = DECODE_TOKENS, progress: Progress | None = None,
+           **options: Any) -> VerifyReport:
+    """Check the conversion in `out` against a golden: the one inside, or one captured from `checkpoint` now.
+
+    `decode_tokens` limits the one-token calls of functions without a cache and of the whole model where prefill
+    covers every token (None: no limit). `options` go to the runtime. When files are damaged nothing is run and the
+    report says which. Raises UserError when there is no conversion, no golden to compare with, or a golden or prompts
+    of something else.
+    """
+    report_progress = progress or silent
+    manifest = read_manifest(out)
+    runtime = resolve_runtime(runtime)
+    problems = check_integrity(out, manifest, report_progress)
+    with tempfile.TemporaryDirectory(prefix="ane-moe-") as scratch:
+        golden = _golden(out, manifest, checkpoint, prompts, Path(scratch), report_progress, bool(problems))
+        tokens = sum(map(len, golden.prompts)) if golden else 0
+        report = VerifyReport(False, str(out), runtime, manifest.routing, manifest.weights, tokens, problems)
+        if golden is None:
+            return report
+        parity = Parity(out, manifest, golden, lambda path, name: load_package(path, name, runtime, **options),
+                        _threshold(min_cosine, manifest, MIN_COSINE, MIN_COSINE_COMPRESSED), decode_tokens)
+        rows = list(_functions(parity, report_progress))
+        skipped = _why_no_model(manifest, golden)
+        model = WholeModel(out, manifest, golden, runtime, options,
+                           _threshold(min_logit_cosine, manifest, MIN_LOGIT_COSINE, MIN_LOGIT_COSINE_COMPRESSED),
+                           decode_tokens, report_progress)
+        models = () if skipped else tuple(model.results())
+    shards = tuple(row for row in rows if isinstance(row, ShardResult))
+    routing = tuple(row for row in rows if isinstance(row, RoutingResult))
+    passed = all(row.passed for row in shards) and all(row.passed for row in models)
+    return VerifyReport(passed, str(out), runtime, manifest.routing, manifest.weights, tokens, (), shards, routing,
+                        models, skipped)
+
+
+def _threshold(asked: float | None, manifest: Manifest, by_weights: dict[str, float], compressed: float) -> float:
+    return by_weights.get(manifest.weights, compressed) if asked is None else asked
+
+
+def _golden(out: Path, manifest: Manifest, checkpoint: Path | None, prompts: Path | None, scratch: Path,
+            progress: Progress, damaged: bool) -> Golden | None:
+    """The golden to compare with; None when the files are damaged, which is reported without one."""
+    if checkpoint is None and prompts is not None:
+        raise UserError("--prompts needs a checkpoint to run them on", "no --checkpoint", "give --checkpoint PATH")
+    if checkpoint is None and manifest.golden is None:
+        raise UserError(f"{out} holds no golden to compare with", "no golden.safetensors",
+                        "give --checkpoint PATH, or convert with --golden")
+    if damaged:
+        return None
+    if checkpoint is None:
+        assert manifest.golden is not None
+        golden = read_golden(out / manifest.golden)
+    else:
+        ids = read_prompts(prompts, checkpoint) if prompts else None
+        capture_golden(checkpoint, layers=manifest.layers, prompts=ids, out=scratch / "golden.safetensors",
+                       context=manifest.context, progress=progress)
+        golden = read_golden(scratch / "golden.safetensors")
+    _require_same_model(golden, manifest, out)
+    check_prompts([list(prompt) for prompt in golden.prompts], manifest.vocab, manifest.context)
+    return golden
+
+
+def _require_same_model(golden: Golden, manifest: Manifest, out: Path) -> None:
+    """A golden of another model is a mistake to name, not a failed gate."""
+    found = {"layers of the model": golden.n_layers, "vocabulary": golden.logits.shape[1]}
+    needed = {"layers of the model": manifest.n_layers, "vocabulary": manifest.vocab}
+    missing = [layer for layer in manifest.layers if layer not in golden.layers]
+    if not missing:
+        found["hidden size"] = golden.layers[manifest.layers[0]].x.shape[1]
+        needed["hidden size"] = manifest.d_model
+    if missing or found != needed:
+        raise UserError(f"the golden is not of the model in {out}", f"layers {missing} missing" if missing else
+                        ", ".join(f"{name} {found[name]} for {needed[name]}" for name in found
+                                  if found[name] != needed[name]),
+                        "give the checkpoint the shards were converted from")
+
+
+def _functions(parity: Parity, progress: Progress) -> Iterator[ShardResult | RoutingResult]:
+    layers = parity.manifest.layers
+    if 0 in layers:
+        yield parity.embed()
+    for number, layer in enumerate(layers):
+        progress(f"layer {layer}: attention", number, len(layers) + 1)
+        yield from parity.attention(layer)
+        progress(f"layer {layer}: feed-forward", number, len(layers) + 1)
+        yield from parity.ffn(layer)
+    progress("head", len(layers), len(layers) + 1)
+    yield from parity.head()
+
+
+def _why_no_model(manifest: Manifest, golden: Golden) -> str | None:
+    if manifest.layers != tuple(range(manifest.n_layers)):
+        return f"only {len(manifest.layers)} of {manifest.n_layers} layers were converted"
+    if not golden.complete:
+        return "the golden does not cover every layer"
+    return None

@@ -1,0 +1,99 @@
+"""The whole model end to end: the token loop over all shards, against the golden's logits."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from ane_moe.manifest import Manifest
+from ane_moe.runtime.interface import LoadedFunction
+from ane_moe.runtime.program import Feature
+from ane_moe.runtime.session import Session
+from ane_moe.runtime.shards import LoadedShard, LoadedShards, load_shards
+from ane_moe.verify.golden import Golden, Progress
+from ane_moe.verify.model_metrics import PromptLogits, compare_logits
+from ane_moe.verify.result import FunctionModelResult
+
+# The reference runtime expands weights to fp32: from fp16, and at most from 4-bit ones.
+EXPANSION = {"fp16": 2}
+EXPANSION_COMPRESSED = 8
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """Runs the conversion in `folder` on the golden's prompts, teacher-forced.
+
+    Where prefill covers every token, decode calls see about `decode_tokens` of them (None: all): each prompt's first.
+    Each pass loads the shards anew; where their expanded weights would not fit into memory, every shard reads its own
+    again for each call.
+    """
+
+    folder: Path
+    manifest: Manifest
+    golden: Golden
+    runtime: str
+    options: dict[str, Any]
+    min_logit_cosine: float
+    decode_tokens: int | None
+    progress: Progress
+
+    def results(self) -> Iterator[FunctionModelResult]:
+        prefill = bool(self.manifest.prefill)
+        each = max(1, self.decode_tokens // len(self.golden.prompts)) if self.decode_tokens and prefill else None
+        yield compare_logits("decode", self._logits("decode", each), self.min_logit_cosine)
+        if prefill:
+            yield compare_logits("prefill", self._logits("prefill", None), self.min_logit_cosine)
+
+    def _logits(self, function: str, each: int | None) -> Iterator[PromptLogits]:
+        shards = load_shards(self.folder, self.runtime, **self.options)
+        session = Session(shards if self._fits() else _forgetful(shards))
+        for number, (ids, span) in enumerate(zip(self.golden.prompts, self.golden.spans, strict=True)):
+            self.progress(f"whole model, {function}", number, len(self.golden.prompts))
+            session.reset()
+            yield PromptLogits(number, ids[:each], self.golden.logits[span][:each],
+                               session.prefill_logits(ids[:each], by=function))
+
+    def _fits(self) -> bool:
+        factor = EXPANSION.get(self.manifest.weights, EXPANSION_COMPRESSED)
+        expanded = factor * sum(shard.weight_bytes for shard in self.manifest.shards)
+        return self.runtime != "reference" or expanded < psutil.virtual_memory().available / 2
+
+
+@dataclass(frozen=True)
+class _Forgetful:
+    """A function of the reference runtime that frees its expanded weights after every call."""
+
+    function: Any
+
+    @property
+    def inputs(self) -> tuple[Feature, ...]:
+        return self.function.inputs
+
+    @property
+    def outputs(self) -> tuple[Feature, ...]:
+        return self.function.outputs
+
+    @property
+    def states(self) -> tuple[Feature, ...]:
+        return self.function.states
+
+    def make_state(self) -> Any:
+        return self.function.make_state()
+
+    def predict(self, inputs: dict[str, np.ndarray], state: Any = None) -> dict[str, np.ndarray]:
+        outputs: dict[str, np.ndarray] = self.function.predict(inputs, state)
+        self.function.drop_weights()
+        return outputs
+
+
+def _forgetful(shards: LoadedShards) -> LoadedShards:
+    def wrapped(loaded: LoadedShard) -> LoadedShard:
+        functions: dict[str, LoadedFunction] = {name: _Forgetful(one) for name, one in loaded.functions.items()}
+        return replace(loaded, functions=functions)
+
+    layers = tuple(replace(layer, attn=wrapped(layer.attn), ffn=tuple(map(wrapped, layer.ffn)))
+                   for layer in shards.layers)
+    return replace(shards, layers=layers, head=tuple(map(wrapped, shards.head)))
