@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import psutil
+import torch
 
 from ane_moe.blocks.attention import AttentionConfig
 from ane_moe.blocks.ports import Shape
@@ -110,13 +111,16 @@ def convert(
     meter = _Meter(conversion.disk_bytes, progress)
     try:
         with _pool(workers) as pool:
+            embedding = _start(pool, _write_embedding, opened.folder, sources["embed.weight"], out / EMBED)
             done = _finished(pool, opened.folder, out, conversion, meter)
             done += _stamp_rest(pool, opened.folder, out, conversion, {shard.path for shard in done}, meter)
-        _write_embedding(opened, sources["embed.weight"], out / EMBED, meter)
+            files = meter.shard(embedding.result()).files
         tokenizer = _copy_tokenizer(opened.folder, out)
         if golden:
             _capture(opened.folder, out, conversion, prompts, meter)
-        manifest = _manifest(opened, conversion, done, tokenizer, out)
+        elif not all(shard.reused for shard in done):
+            (out / GOLDEN).unlink(missing_ok=True)  # of other weights
+        manifest = _manifest(opened, conversion, done, files, tokenizer, out)
         _remove_strangers(out, manifest)
         manifest.write(out)
         (out / MARKER).unlink()
@@ -162,7 +166,24 @@ Pool = ProcessPoolExecutor | None       # None: everything in this process
 
 
 def _pool(workers: int) -> AbstractContextManager[Pool]:
-    return nullcontext() if workers == 1 else ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    """Worker processes. Off macOS they are forked from a server that has imported everything once; macOS frameworks
+    do not survive a fork."""
+    if workers == 1:
+        return nullcontext()
+    context = get_context("spawn" if psutil.MACOS else "forkserver")
+    if not psutil.MACOS:
+        context.set_forkserver_preload([__name__])
+    # One thread each: the workers are the parallelism, and waiting OpenMP threads would spin on each other's cores.
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def _start(pool: Pool, function: Callable[..., T], *arguments: Any) -> "Future[T]":
+    """Begin one call beside the rest; without a pool it is done at once."""
+    if pool is not None:
+        return pool.submit(function, *arguments)
+    future: Future[T] = Future()
+    future.set_result(function(*arguments))
+    return future
 
 
 def _run(pool: Pool, function: Callable[..., T], calls: Sequence[tuple[Any, ...]]) -> Iterator[T]:
@@ -287,8 +308,9 @@ def _values(checkpoint: Checkpoint, shard: ShardPlan, key: ContentKey) -> Iterat
             yield name, checkpoint.read(source, out=buffer, hasher=key)
 
 
-def _write_embedding(checkpoint: Checkpoint, source: TensorSource, path: Path, meter: _Meter) -> None:
+def _write_embedding(folder: Path, source: TensorSource, path: Path) -> _Done:
     """The embedding table, fp16 row-major, a run of rows at a time."""
+    checkpoint = open_checkpoint(folder)
     rows, width = source.shape
     step = max(1, EMBED_CHUNK_BYTES // (2 * width))
     buffer = np.empty((step, width), np.float16)
@@ -298,7 +320,8 @@ def _write_embedding(checkpoint: Checkpoint, source: TensorSource, path: Path, m
             last = min(first + step, rows)
             stream.write(checkpoint.read(source.part(first, last), out=buffer[: last - first]).data)
     os.replace(temporary, path)
-    meter.add(path.name, path.stat().st_size, os.getpid(), peak_memory_bytes())
+    size, files = path.stat().st_size, {path.name: sha256(path)}
+    return _Done(path.name, "", size, False, files, peak_memory_bytes(), os.getpid())
 
 
 def _copy_tokenizer(checkpoint: Path, out: Path) -> tuple[str, ...]:
@@ -325,15 +348,18 @@ def _capture(checkpoint: Path, out: Path, conversion: ConversionPlan, prompts: P
 
 
 def _manifest(
-    checkpoint: Checkpoint, conversion: ConversionPlan, done: list[_Done], tokenizer: tuple[str, ...], out: Path
+    checkpoint: Checkpoint,
+    conversion: ConversionPlan,
+    done: list[_Done],
+    files: dict[str, str],
+    tokenizer: tuple[str, ...],
+    out: Path,
 ) -> Manifest:
     spec, options = conversion.spec, conversion.options
     keys = {shard.path: shard.content_key for shard in done}
-    files = {name: digest for shard in done for name, digest in shard.files.items()}
     golden = GOLDEN if (out / GOLDEN).exists() else None
-    loose = [EMBED, *tokenizer, *([golden] if golden else [])]
-    with ThreadPoolExecutor() as pool:
-        files |= dict(zip(loose, pool.map(lambda name: sha256(out / name), loose), strict=True))
+    files = files | {name: digest for shard in done for name, digest in shard.files.items()}
+    files |= {name: sha256(out / name) for name in (*tokenizer, *([golden] if golden else []))}
     return Manifest(
         family=spec.family,
         d_model=spec.d_model,
