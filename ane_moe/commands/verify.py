@@ -17,7 +17,8 @@ def verify(
         help="Prompts for --checkpoint: text parted by lines of ---, or a .json list of texts or token ids.")] = None,
     runtime: Annotated[str, typer.Option(help="reference, coreml or auto.")] = "auto",
     min_cosine: Annotated[float | None, typer.Option(
-        min=0, max=1, help="Cosine every function must reach.", show_default="0.999 for fp16 weights, 0.97 compressed")] = None,
+        min=0, max=1, help="Cosine every function must reach.",
+        show_default="0.999 for fp16 weights, 0.97 compressed")] = None,
     min_logit_cosine: Annotated[float | None, typer.Option(
         help="Mean cosine the whole model's logits must reach.",
         show_default="0.99 for fp16 weights, 0.9 compressed")] = None,
