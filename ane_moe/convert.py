@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import numpy as np
 import psutil
 
-from ane_moe.blocks.attention import AttentionConfig
 from ane_moe.blocks.ports import Shape
 from ane_moe.blocks.registry import TemplateKey
 from ane_moe.checkpoint import Checkpoint, TensorSource, open_checkpoint
@@ -23,7 +22,8 @@ from ane_moe.errors import UserError
 from ane_moe.families import describe
 from ane_moe.manifest import FILE_NAME, Manifest, Shard, ShardFunction, read_manifest
 from ane_moe.package import ContentKey, disk_error, file_hashes, read_content_key, remove_unfinished, sha256, stamp
-from ane_moe.plan import MB, ConversionPlan, ConvertOptions, OneHot, ShardPlan, make_plan
+from ane_moe.plan import MB, ROUTERS, ConversionPlan, ConvertOptions, OneHot, ShardPlan, make_plan
+from ane_moe.router_tables import write_routers
 from ane_moe.spec import MoeSpec
 from ane_moe.trace import Template, make_template
 
@@ -113,6 +113,7 @@ def convert(
             done = _finished(pool, opened.folder, out, conversion, meter)
             done += _stamp_rest(pool, opened.folder, out, conversion, {shard.path for shard in done}, meter)
         _write_embedding(opened, sources["embed.weight"], out / EMBED, meter)
+        write_routers(opened, sources, conversion.routers, out)
         tokenizer = _copy_tokenizer(opened.folder, out)
         if golden:
             _capture(opened.folder, out, conversion, prompts, meter)
@@ -231,8 +232,10 @@ def _stamp_rest(
 ) -> list[_Done]:
     """Trace one template per distinct block among the unfinished shards, then write them."""
     rest = [shard for shard in conversion.shards if shard.path not in finished]
-    templates = dict(_run(pool, _trace, [(key,) for key in dict.fromkeys(shard.template for shard in rest)]))
-    calls = [(checkpoint, out, shard, templates[shard.template]) for shard in rest]
+    keys = dict.fromkeys(key for shard in rest for key in shard.graphs.values())
+    templates = dict(_run(pool, _trace, [(key,) for key in keys]))
+    calls = [(checkpoint, out, shard, {prefix: templates[key] for prefix, key in shard.graphs.items()})
+             for shard in rest]  # fmt: skip
     return [meter.shard(done) for done in _run(pool, _stamp, calls)]
 
 
@@ -248,10 +251,10 @@ def _reuse(checkpoint: Path, out: Path, shard: ShardPlan) -> _Done | None:
     return _report(out, shard, key, reused=True)
 
 
-def _stamp(checkpoint: Path, out: Path, shard: ShardPlan, template: Template) -> _Done:
+def _stamp(checkpoint: Path, out: Path, shard: ShardPlan, templates: dict[str, Template]) -> _Done:
     key, path = _key(shard), out / shard.path
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = stamp(template, _values(open_checkpoint(checkpoint), shard, key), key, path)
+    written = stamp(templates, _values(open_checkpoint(checkpoint), shard, key), key, path)
     return _report(out, shard, written.content_key, reused=False)
 
 
@@ -261,7 +264,7 @@ def _report(out: Path, shard: ShardPlan, content_key: str, reused: bool) -> _Don
 
 
 def _key(shard: ShardPlan) -> ContentKey:
-    return ContentKey(shard.template, {name: version(name) for name in TOOLS})
+    return ContentKey(shard.graphs, {name: version(name) for name in TOOLS})
 
 
 def _expected_key(checkpoint: Checkpoint, shard: ShardPlan) -> str:
@@ -331,7 +334,7 @@ def _manifest(
     keys = {shard.path: shard.content_key for shard in done}
     files = {name: digest for shard in done for name, digest in shard.files.items()}
     golden = GOLDEN if (out / GOLDEN).exists() else None
-    loose = [EMBED, *tokenizer, *([golden] if golden else [])]
+    loose = [EMBED, *tokenizer, *conversion.routers.values(), *([golden] if golden else [])]
     with ThreadPoolExecutor() as pool:
         files |= dict(zip(loose, pool.map(lambda name: sha256(out / name), loose), strict=True))
     return Manifest(
@@ -349,7 +352,7 @@ def _manifest(
         weights="fp16",
         embed=EMBED,
         ropes={name: asdict(rope) for name, rope in spec.ropes.items()},
-        shards=tuple(_shard(shard, keys[shard.path], conversion) for shard in conversion.shards),
+        shards=tuple(_shard(shard, keys[shard.path]) for shard in conversion.shards),
         tokenizer=tokenizer,
         bos_id=spec.bos_id,
         eos_ids=spec.eos_ids,
@@ -361,37 +364,41 @@ def _manifest(
     )
 
 
-def _moe_facts(conversion: ConversionPlan) -> Iterable[tuple[str, dict[str, int]]]:
+def _moe_facts(conversion: ConversionPlan) -> Iterable[tuple[str, dict[str, Any]]]:
     for layer in conversion.layers:
         ffn = conversion.spec.layers[layer].ffn
         if isinstance(ffn, MoeSpec):
-            yield str(layer), {"experts": ffn.router.experts, "k": ffn.router.k}
+            table = {"router": conversion.routers[layer]} if layer in conversion.routers else {}
+            yield str(layer), {"experts": ffn.router.experts, "k": ffn.router.k} | table
 
 
-def _shard(plan: ShardPlan, content_key: str, conversion: ConversionPlan) -> Shard:
+def _shard(plan: ShardPlan, content_key: str) -> Shard:
     return Shard(
         path=plan.path,
         kind=plan.kind,
         layer=plan.layer,
-        functions=tuple(ShardFunction(name, tokens) for name, tokens in conversion.functions),
+        functions=tuple(ShardFunction(name, tokens) for name, tokens in plan.functions),
         part=plan.part,
         parts=plan.parts,
         experts=plan.experts,
         rows=plan.rows,
         rope=plan.rope,
         window=plan.window,
-        states=block.caches if isinstance(block := plan.template.block, AttentionConfig) else {},
+        states=dict(plan.states),
         weight_bytes=plan.weight_bytes,
         content_key=content_key,
     )
 
 
 def _remove_strangers(out: Path, manifest: Manifest) -> None:
-    """Shards of an earlier conversion with other options, which this one does not name."""
+    """Shards and router tables of an earlier conversion with other options, which this one does not name."""
     kept = {shard.path for shard in manifest.shards}
     for path in out.rglob("*.mlpackage"):
         if path.relative_to(out).as_posix() not in kept:
             shutil.rmtree(path)
+    for path in (out / ROUTERS).glob("*"):
+        if path.relative_to(out).as_posix() not in manifest.files:
+            path.unlink()
 
 
 def _write_text(path: Path, text: str) -> None:

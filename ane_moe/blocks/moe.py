@@ -59,7 +59,7 @@ class Moe(Block):
         parts = [expert(h, mine[:, e : e + 1]) for e, expert in enumerate(self.experts)]
         if self.config.first:
             parts = [x, *self._shared(h), *parts]
-        return {"y": _tree_sum(parts), "gates": gates}
+        return {"y": tree_sum(parts), "gates": gates}
 
     def _shared(self, h: Tensor) -> list[Tensor]:
         shared = self.config.moe.shared
@@ -68,7 +68,7 @@ class Moe(Block):
         return [self.shared(h, torch.sigmoid(self.shared_gate(h)) if shared.gated else None)]
 
 
-def _tree_sum(terms: list[Tensor]) -> Tensor:
+def tree_sum(terms: list[Tensor]) -> Tensor:
     """Pairwise sums: rounding grows with the depth, and wide fan-ins compile slowly (ane-guide, chapter 19)."""
     while len(terms) > 1:
         pairs = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)]
