@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import psutil
+import torch
 
 from ane_moe.blocks.ports import Shape
 from ane_moe.blocks.registry import TemplateKey
@@ -23,7 +24,7 @@ from ane_moe.families import describe
 from ane_moe.manifest import FILE_NAME, Manifest, Shard, ShardFunction, read_manifest
 from ane_moe.package import ContentKey, disk_error, file_hashes, read_content_key, remove_unfinished, sha256, stamp
 from ane_moe.plan import MB, ROUTERS, ConversionPlan, ConvertOptions, OneHot, ShardPlan, make_plan
-from ane_moe.router_tables import write_routers
+from ane_moe.side_files import copy_tokenizer, write_embedding, write_routers
 from ane_moe.spec import MoeSpec
 from ane_moe.trace import Template, make_template
 
@@ -32,17 +33,6 @@ T = TypeVar("T")
 MARKER = ".converting.json"  # present while a conversion is unfinished: which one it is
 EMBED = "embed.bin"
 GOLDEN = "golden.safetensors"
-EMBED_CHUNK_BYTES = 32 * MB
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 TOOLS = ("ane-moe", "coremltools", "torch")
 
 
@@ -110,14 +100,17 @@ def convert(
     meter = _Meter(conversion.disk_bytes, progress)
     try:
         with _pool(workers) as pool:
+            embedding = _start(pool, _write_embedding, opened.folder, sources["embed.weight"], out / EMBED)
             done = _finished(pool, opened.folder, out, conversion, meter)
             done += _stamp_rest(pool, opened.folder, out, conversion, {shard.path for shard in done}, meter)
-        _write_embedding(opened, sources["embed.weight"], out / EMBED, meter)
+            files = meter.shard(embedding.result()).files
         write_routers(opened, sources, conversion.routers, out)
-        tokenizer = _copy_tokenizer(opened.folder, out)
+        tokenizer = copy_tokenizer(opened.folder, out)
         if golden:
             _capture(opened.folder, out, conversion, prompts, meter)
-        manifest = _manifest(opened, conversion, done, tokenizer, out)
+        elif not all(shard.reused for shard in done):
+            (out / GOLDEN).unlink(missing_ok=True)  # of other weights
+        manifest = _manifest(opened, conversion, done, files, tokenizer, out)
         _remove_strangers(out, manifest)
         manifest.write(out)
         (out / MARKER).unlink()
@@ -163,7 +156,24 @@ Pool = ProcessPoolExecutor | None       # None: everything in this process
 
 
 def _pool(workers: int) -> AbstractContextManager[Pool]:
-    return nullcontext() if workers == 1 else ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    """Worker processes. Off macOS they are forked from a server that has imported everything once; macOS frameworks
+    do not survive a fork."""
+    if workers == 1:
+        return nullcontext()
+    context = get_context("spawn" if psutil.MACOS else "forkserver")
+    if not psutil.MACOS:
+        context.set_forkserver_preload([__name__])
+    # One thread each: the workers are the parallelism, and waiting OpenMP threads would spin on each other's cores.
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def _start(pool: Pool, function: Callable[..., T], *arguments: Any) -> "Future[T]":
+    """Begin one call beside the rest; without a pool it is done at once."""
+    if pool is not None:
+        return pool.submit(function, *arguments)
+    future: Future[T] = Future()
+    future.set_result(function(*arguments))
+    return future
 
 
 def _run(pool: Pool, function: Callable[..., T], calls: Sequence[tuple[Any, ...]]) -> Iterator[T]:
@@ -290,27 +300,10 @@ def _values(checkpoint: Checkpoint, shard: ShardPlan, key: ContentKey) -> Iterat
             yield name, checkpoint.read(source, out=buffer, hasher=key)
 
 
-def _write_embedding(checkpoint: Checkpoint, source: TensorSource, path: Path, meter: _Meter) -> None:
-    """The embedding table, fp16 row-major, a run of rows at a time."""
-    rows, width = source.shape
-    step = max(1, EMBED_CHUNK_BYTES // (2 * width))
-    buffer = np.empty((step, width), np.float16)
-    temporary = path.with_name(f".writing-{path.name}")
-    with temporary.open("wb") as stream:
-        for first in range(0, rows, step):
-            last = min(first + step, rows)
-            stream.write(checkpoint.read(source.part(first, last), out=buffer[: last - first]).data)
-    os.replace(temporary, path)
-    meter.add(path.name, path.stat().st_size, os.getpid(), peak_memory_bytes())
-
-
-def _copy_tokenizer(checkpoint: Path, out: Path) -> tuple[str, ...]:
-    present = tuple(name for name in TOKENIZER_FILES if (checkpoint / name).is_file())
-    for name in present:
-        temporary = out / f".writing-{name}"
-        shutil.copyfile(checkpoint / name, temporary)
-        os.replace(temporary, out / name)
-    return present
+def _write_embedding(checkpoint: Path, source: TensorSource, path: Path) -> _Done:
+    write_embedding(open_checkpoint(checkpoint), source, path)
+    files = {path.name: sha256(path)}
+    return _Done(path.name, "", path.stat().st_size, False, files, peak_memory_bytes(), os.getpid())
 
 
 def _capture(checkpoint: Path, out: Path, conversion: ConversionPlan, prompts: Path | None, meter: _Meter) -> None:
@@ -328,15 +321,19 @@ def _capture(checkpoint: Path, out: Path, conversion: ConversionPlan, prompts: P
 
 
 def _manifest(
-    checkpoint: Checkpoint, conversion: ConversionPlan, done: list[_Done], tokenizer: tuple[str, ...], out: Path
+    checkpoint: Checkpoint,
+    conversion: ConversionPlan,
+    done: list[_Done],
+    files: dict[str, str],
+    tokenizer: tuple[str, ...],
+    out: Path,
 ) -> Manifest:
     spec, options = conversion.spec, conversion.options
     keys = {shard.path: shard.content_key for shard in done}
-    files = {name: digest for shard in done for name, digest in shard.files.items()}
     golden = GOLDEN if (out / GOLDEN).exists() else None
-    loose = [EMBED, *tokenizer, *conversion.routers.values(), *([golden] if golden else [])]
-    with ThreadPoolExecutor() as pool:
-        files |= dict(zip(loose, pool.map(lambda name: sha256(out / name), loose), strict=True))
+    files = files | {name: digest for shard in done for name, digest in shard.files.items()}
+    loose = (*tokenizer, *conversion.routers.values(), *([golden] if golden else []))
+    files |= {name: sha256(out / name) for name in loose}
     return Manifest(
         family=spec.family,
         d_model=spec.d_model,

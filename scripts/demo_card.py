@@ -180,9 +180,9 @@ else. The standard library it learnt from is under the Python Software Foundatio
 
 ## Held-out quality
 
-Measured on the saved weights, with float32 arithmetic, on {metrics.held_out_tokens:,} tokens in windows of {window}:
-on average a token is predicted from half as many. In windows of {settings[long_context]} the perplexity is
-{metrics.full_context_perplexity:.2f}.
+Measured on the saved weights, with float32 arithmetic, on {metrics.held_out_tokens:,} tokens in windows
+of {window}: on average a token is predicted from half as many. In windows of {settings[long_context]} the perplexity
+is {metrics.full_context_perplexity:.2f}.
 
 | model | perplexity per token | bits per byte |
 |---|---:|---:|
@@ -207,8 +207,8 @@ top-2 mass of 0.25.
 
 ## Samples
 
-Each is a prompt and {sample_tokens} more tokens. Greedy decoding of so small a model soon repeats itself, and a bare
-word without any line before it is unlike all text it was trained on.
+Each is a prompt and {sample_tokens} more tokens. Greedy decoding of so small a model soon repeats itself,
+and a bare word without any line before it is unlike all text it was trained on.
 
 {samples}
 """

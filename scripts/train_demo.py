@@ -5,6 +5,7 @@
 
 The corpus is the standard library of the Python that runs this script, so that any machine has it.
 Every figure in the card is measured on the saved float16 weights, with the arithmetic in float32.
+Seeds fix all choices; the last bits still depend on the machine and on the number of threads.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,6 @@ class Settings:
     vocabulary: int = 4096
     held_out_percent: int = 5
     seed: int = 0
-    threads: int = 2
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,7 @@ def source_files(root: Path) -> list[Path]:
     """List the Python files under `root` that are worth learning from, in a fixed order."""
     found = (path.relative_to(root) for path in root.rglob("*.py"))
     kept = (
-        path
-        for path in found
-        if not EXCLUDED_FOLDERS & set(path.parts) and not path.name.startswith(EXCLUDED_PREFIXES)
+        path for path in found if not EXCLUDED_FOLDERS & set(path.parts) and not path.name.startswith(EXCLUDED_PREFIXES)
     )
     return sorted(kept, key=lambda path: path.as_posix())
 
@@ -212,9 +210,7 @@ def balance_loss(router_logits: tuple[Tensor, ...], config: Qwen3MoeConfig) -> T
     HF applies it to all layers pooled, which leaves a single layer free to use two experts only.
     """
     experts, top_k = config.num_experts, config.num_experts_per_tok
-    losses = [
-        torch.as_tensor(load_balancing_loss_func((logits,), experts, top_k)) for logits in router_logits
-    ]
+    losses = [torch.as_tensor(load_balancing_loss_func((logits,), experts, top_k)) for logits in router_logits]
     return torch.stack(losses).mean()
 
 
@@ -246,9 +242,7 @@ def read_settings(checkpoint: Path) -> Settings:
     """Return the settings that a checkpoint was trained with, if its corpus is the one at hand."""
     record = json.loads((checkpoint / RECORD).read_text())
     if record["python"] != platform.python_version():
-        sys.exit(
-            f"the corpus was Python {record['python']}'s library; run this with that version to measure again"
-        )
+        sys.exit(f"the corpus was Python {record['python']}'s library; run this with that version to measure again")
     return Settings(**record["settings"])
 
 
@@ -297,13 +291,10 @@ def replace_folder(new: Path, old: Path) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=Path, default=CHECKPOINT, help="checkpoint folder (default: the package's)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=CHECKPOINT, help="checkpoint folder (default: the package's)")
     parser.add_argument("--evaluate-only", action="store_true", help="measure OUT again and rewrite its card")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU; default: %(default)s")
     for name, default in asdict(Settings()).items():
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, type=type(default), default=default, help="default: %(default)s")
@@ -319,10 +310,8 @@ def main() -> None:
     arguments = vars(parse_arguments())
     out: Path = arguments.pop("out")
     evaluate_only: bool = arguments.pop("evaluate_only")
-    settings = Settings(**arguments)
-    if evaluate_only:
-        settings = replace(read_settings(out), threads=settings.threads)
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(arguments.pop("threads"))
+    settings = read_settings(out) if evaluate_only else Settings(**arguments)
     torch.manual_seed(settings.seed)
     corpus = read_corpus(settings.held_out_percent)
     say(f"{len(corpus.train)} training files, {len(corpus.held_out)} held out")

@@ -1,11 +1,13 @@
 """`ane-moe convert`: checkpoint to shards."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+WORKERS = min(2, os.cpu_count() or 1)    # more of them wait for the disk
 INTERRUPTED = 130       # what a shell reports of a program that Ctrl-C ended
 
 
@@ -33,7 +35,7 @@ def convert(
     ] = "1,16,64",
     experts_per_function: Annotated[int, typer.Option(help="sparse: experts computed by one function.", min=1)] = 1,
     layers: Annotated[str | None, typer.Option(help="Convert only these, such as 0-3 or 0,5.", metavar="LIST")] = None,
-    workers: Annotated[int, typer.Option(help="Processes that convert layers side by side.", min=1)] = 1,
+    workers: Annotated[int, typer.Option(help="Processes that convert layers side by side.", min=1)] = WORKERS,
     golden: Annotated[bool, typer.Option("--golden", help="Also capture the original model's outputs.")] = False,
     prompts: Annotated[
         Path | None, typer.Option(help="Prompts for --golden: text parted by lines of ---, or .json texts or ids.")

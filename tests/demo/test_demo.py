@@ -96,9 +96,7 @@ def test_the_router_of_every_layer_decides_and_uses_every_expert(output):
 
 
 def test_greedy_generation_continues_a_method_with_lines_that_parse(model, tokenizer):
-    inputs = tokenizer(
-        "class Reader:\n    def __init__(self", return_tensors="pt", return_token_type_ids=False
-    )
+    inputs = tokenizer("class Reader:\n    def __init__(self", return_tensors="pt", return_token_type_ids=False)
     output = model.generate(**inputs, do_sample=False, max_new_tokens=40)
     lines = tokenizer.decode(output[0]).splitlines()[:-1]  # the last may be cut short
     assert len(lines) > 3
