@@ -57,9 +57,10 @@ class Moe(Block):
         gates = self.router(h)  # (1, E, 1, T)
         mine = self.select(gates) if self.config.split else gates
         parts = [expert(h, mine[:, e : e + 1]) for e, expert in enumerate(self.experts)]
-        if self.config.first:
-            parts = [x, *self._shared(h), *parts]
-        return {"y": tree_sum(parts), "gates": gates}
+        if not self.config.first:
+            return {"y": tree_sum(parts), "gates": gates}
+        # The stream comes last: it is larger than what is added to it, and fp16 rounds at the larger term's scale.
+        return {"y": x + tree_sum([*self._shared(h), *parts]), "gates": gates}
 
     def _shared(self, h: Tensor) -> list[Tensor]:
         shared = self.config.moe.shared

@@ -17,7 +17,8 @@ def verify(
         help="Prompts for --checkpoint: text parted by lines of ---, or a .json list of texts or token ids.")] = None,
     runtime: Annotated[str, typer.Option(help="reference, coreml or auto.")] = "auto",
     min_cosine: Annotated[float | None, typer.Option(
-        help="Cosine every function must reach.", show_default="0.999 for fp16 weights, 0.97 compressed")] = None,
+        min=0, max=1, help="Cosine every function must reach.",
+        show_default="0.999 for fp16 weights, 0.97 compressed")] = None,
     min_logit_cosine: Annotated[float | None, typer.Option(
         help="Mean cosine the whole model's logits must reach.",
         show_default="0.99 for fp16 weights, 0.9 compressed")] = None,
@@ -41,7 +42,7 @@ def verify(
     if as_json:
         typer.echo(json.dumps(report.as_json(), indent=2))
     else:
-        Console().print(verify_report(report))
+        Console().print(verify_report(report), soft_wrap=True)  # a path stays on one line
     if not report.passed:
         raise typer.Exit(1)
 

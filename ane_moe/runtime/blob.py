@@ -18,6 +18,7 @@ from ane_moe.runtime.storage import Storage, decode, stored_size
 ALIGNMENT = 64
 SENTINEL = 0xDEADBEEF
 VERSION = 2
+MAX_RESIDENT_BYTES = 64 << 20       # of the mapped file; what is read beyond it pushes earlier pages out
 HEADER = struct.Struct("<II56x")                # number of blobs, version
 METADATA = struct.Struct("<IIQQQ32x")           # sentinel, type, size in bytes, data offset, padding in bits
 
@@ -50,6 +51,7 @@ class BlobFile:
             raise UserError(f"cannot read {path.name}", str(error.strerror), "check the permissions") from None
         self._size = os.fstat(self._file.fileno()).st_size
         self._map: mmap.mmap | None = None
+        self._resident = 0
         if self._size < HEADER.size:
             raise UserError(f"weight file {path.name} has no header", f"{self._size} bytes", _REPAIR)
         _, version = HEADER.unpack(os.pread(self._file.fileno(), HEADER.size, 0))
@@ -82,7 +84,10 @@ class BlobFile:
         return BlobEntry(storage, count, offset, nbytes)
 
     def read(self, entry: BlobEntry) -> np.ndarray:
-        """The elements, one axis. Whole-byte types are read-only views of the file, the others fresh arrays."""
+        """The elements, one axis. Whole-byte types are read-only views of the file, the others fresh arrays.
+
+        Views stay valid for good, but their pages may be handed back to the system and fault in again when used.
+        """
         if entry.count == 0:
             return decode(entry.storage, np.empty(0, np.uint8), 0)
         if self._map is None:
@@ -90,10 +95,9 @@ class BlobFile:
                 self._map = mmap.mmap(self._file.fileno(), self._size, access=mmap.ACCESS_READ)
             except (OSError, ValueError) as error:      # no address space left, or cut short since it was opened
                 raise UserError(f"weight file {self.path.name} cannot be mapped", str(error)) from None
+        if self._resident > MAX_RESIDENT_BYTES:
+            self._map.madvise(mmap.MADV_DONTNEED)
+            self._resident = 0
+        self._resident += entry.nbytes
         raw = np.frombuffer(self._map, np.uint8, entry.nbytes, entry.offset)
         return decode(entry.storage, raw, entry.count)
-
-    def release(self) -> None:
-        """Let the system take back the memory of pages read so far; views stay valid and fault in again when used."""
-        if self._map is not None:
-            self._map.madvise(mmap.MADV_DONTNEED)

@@ -4,6 +4,7 @@ A package is untrusted: every path it names is resolved, must stay inside it and
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -42,7 +43,7 @@ def open_container(path: Path) -> Container:
     if not path.is_dir():
         raise UserError("no such package", str(path), "check the path")
     root = path.resolve()
-    if not (root / "Manifest.json").exists():
+    if not os.path.exists(root / "Manifest.json"):      # unlike Path.exists, False where it may not look
         raise UserError("not an .mlpackage: it has no Manifest.json", str(path), "point at the package itself")
     manifest = _manifest(_inside(root, root, "Manifest.json"))
     entries, identifier = manifest.get("itemInfoEntries"), manifest.get("rootModelIdentifier")

@@ -26,7 +26,7 @@ FLOATS = frozenset({"fp16", "fp32", "fp64", "bf16"})
 def torch_dtype(dtype: str) -> torch.dtype:
     """The dtype a value declared `dtype` is computed and stored in. Raises UserError for strings and the like."""
     if dtype not in TORCH:
-        raise UserError("A tensor has an element type that cannot be computed with", found=dtype)
+        raise UserError("a tensor has an element type that cannot be computed with", found=dtype)
     return TORCH[dtype]
 
 

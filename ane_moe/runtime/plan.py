@@ -1,46 +1,24 @@
 """Preparing a function: names resolved to slots, constants folded, ops bound, dead values noted."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ane_moe.errors import UserError
 from ane_moe.runtime.dtypes import to_torch, torch_dtype
 from ane_moe.runtime.ops import LEFT_OUT, TABLE
 from ane_moe.runtime.ops.arithmetic import Arithmetic
 from ane_moe.runtime.ops.table import Op
-from ane_moe.runtime.program import (
-    Argument,
-    Block,
-    Constant,
-    Function,
-    Operation,
-    Output,
-    StateType,
-    TensorType,
-    ValueType,
-)
+from ane_moe.runtime.program import Argument, Block, Constant, Function, Operation, StateType, TensorType
+from ane_moe.runtime.scope import FIRST, Scope, Value, tensor_type
 from ane_moe.runtime.steps import Run, Slots, Source, Step, Steps, bind, bind_dynamic, target
+from ane_moe.runtime.structural import STRUCTURAL
 
 IOS = {"CoreML5": 15, "CoreML6": 16, "CoreML7": 17, "CoreML8": 18, "CoreML9": 26}
-STATES = 0                              # the slot of the state's tensors, by name
-FOREIGN = 1                             # the slot of the storages that belong to the caller
-FIRST = 2
 MAX_PARAMETER_BYTES = 1 << 20           # of a constant that is a parameter (a shape, an axis, a mask), not data
-
-
-@dataclass(eq=False)
-class Value:
-    """Something a name stands for: a slot, a constant not yet in a slot, or both."""
-
-    type: ValueType
-    slot: int | None = None
-    constant: Constant | None = None
-    fixed: bool = False                 # the same in every call: constants and what is computed from them
 
 
 @dataclass
@@ -53,32 +31,6 @@ class Plan:
     setup: Steps
     steps: Steps
     kept: frozenset[int]
-
-
-@dataclass
-class _Scope:
-    """The names of a block, its steps, and the wide (fp32) copies of fp16 values made in it."""
-
-    steps: Steps
-    outer: "_Scope | None" = None
-    names: dict[str, Value] = field(default_factory=dict)
-    wide: dict[Value, int] = field(default_factory=dict)
-
-    def find(self, name: str) -> Value:
-        scope: _Scope | None = self
-        while scope is not None:
-            if name in scope.names:
-                return scope.names[name]
-            scope = scope.outer
-        raise UserError("the program uses a name that nothing defines", name)
-
-    def find_wide(self, value: Value) -> int | None:
-        scope: _Scope | None = self
-        while scope is not None:
-            if value in scope.wide:
-                return scope.wide[value]
-            scope = scope.outer
-        return None
 
 
 def prepare(function: Function, arith: Arithmetic) -> Plan:
@@ -95,21 +47,21 @@ class _Planner:
         self.ios = IOS[function.opset]
         self.arith = arith
         self.size = FIRST
-        self.setup = _Scope(Steps(self.where))
+        self.setup = Scope(Steps(self.where))
 
     def plan(self) -> Plan:
-        top = _Scope(Steps(self.where), self.setup)
+        top = Scope(Steps(self.where), self.setup)
         inputs = {}
         for given in self.function.inputs:
             value = Value(given.type)
             top.names[given.name] = value
             if not isinstance(given.type, StateType):
                 inputs[given.name] = value.slot = self.new_slot()
-        self.block(self.function.block, top)
+        self.operations(self.function.block, top)
         outputs = {}
         for name in self.function.block.outputs:
             value = top.find(name)
-            outputs[name] = (self.slot(value), self.tensor_type(value, name))
+            outputs[name] = (self.slot(value), tensor_type(value, name))
         results = frozenset(slot for slot, _ in outputs.values())
         top.steps.free_dead(results)
         read = frozenset(slot for step in top.steps.steps for slot in step.reads) | results
@@ -121,11 +73,6 @@ class _Planner:
         self.size += 1
         return self.size - 1
 
-    def tensor_type(self, value: Value, name: str) -> TensorType:
-        if not isinstance(value.type, TensorType):
-            raise UserError(f"'{name}' in {self.where} is not a tensor", type(value.type).__name__)
-        return value.type
-
     # ---- values -> slots
 
     def slot(self, value: Value) -> int:
@@ -135,10 +82,11 @@ class _Planner:
                 raise UserError(f"{self.where} uses a value that is not a tensor where a tensor belongs",
                                 type(value.type).__name__)
             value.slot = self.new_slot()
-            self.add(self.setup, "const", "", _loader(value.constant, value.type, value.slot), (), (value.slot,))
+            load = _loader(value.constant, value.type, value.slot)
+            self.add(self.setup, "const", value.name, load, (), (value.slot,))
         return value.slot
 
-    def wide_slot(self, value: Value, scope: _Scope) -> int:
+    def wide_slot(self, value: Value, scope: Scope) -> int:
         """The slot of `value` as fp32: its own unless it is of a narrower float type."""
         if not isinstance(value.type, TensorType) or value.type.dtype not in ("fp16", "bf16"):
             return self.slot(value)
@@ -150,23 +98,23 @@ class _Planner:
             self.add(home, "widen", "", _widener(narrow, found), (narrow,), (found,))
         return found
 
-    def add(self, scope: _Scope, op: str, name: str, run: Run, reads: Any, writes: Any,
+    def add(self, scope: Scope, op: str, name: str, run: Run, reads: Any, writes: Any,
             shown: tuple[tuple[str, int], ...] = ()) -> None:
         scope.steps.steps.append(Step(op, name, run, frozenset(reads), frozenset(writes), shown))
 
-    def argument(self, argument: Argument, scope: _Scope) -> Value:
+    def argument(self, argument: Argument, scope: Scope) -> Value:
         if isinstance(argument, str):
             return scope.find(argument)
         return Value(argument.type, constant=argument, fixed=True)
 
     # ---- operations
 
-    def block(self, block: Block, scope: _Scope) -> None:
+    def operations(self, block: Block, scope: Scope) -> None:
         for operation in block.operations:
             self.operation(operation, scope)
 
-    def operation(self, operation: Operation, scope: _Scope) -> None:
-        special = _STRUCTURAL.get(operation.type)
+    def operation(self, operation: Operation, scope: Scope) -> None:
+        special = STRUCTURAL.get(operation.type)
         try:
             if special is not None:
                 special(self, operation, scope)
@@ -178,7 +126,7 @@ class _Planner:
             what = f"op {operation.type} '{operation.name}' in {self.where}: {error.what}"
             raise UserError(what, error.found, error.do) from None
 
-    def tensor_op(self, operation: Operation, scope: _Scope) -> None:
+    def tensor_op(self, operation: Operation, scope: Scope) -> None:
         op = TABLE.find(operation.type, self.ios)
         if op is None:
             reason = LEFT_OUT.get(operation.type, f"no op of this name in the iOS{self.ios} opset")
@@ -199,7 +147,7 @@ class _Planner:
         self.add(home, operation.type, operation.name, run, reads, writes, shown)
 
     def bind(self, op: Op, arguments: Mapping[str, list[Value]], results: list[Value],
-             scope: _Scope) -> tuple[Run, set[int]]:
+             scope: Scope) -> tuple[Run, set[int]]:
         """The closure of one operation and the slots it reads."""
         sources: list[Source] = []
         names = set()
@@ -207,11 +155,11 @@ class _Planner:
             name = spec.rstrip("?*")
             names.add(name)
             sources.append(self.source(spec, arguments.get(name, []), op, scope))
-        kinds = {self.tensor_type(value, name).dtype for name in op.alike.split() for value in arguments.get(name, [])}
+        kinds = {tensor_type(value, name).dtype for name in op.alike.split() for value in arguments.get(name, [])}
         if len(kinds) > 1:
             raise UserError("its inputs are of different element types", ", ".join(sorted(kinds)))
         fixed, dynamic = self.parameters(op, {k: v for k, v in arguments.items() if k not in names})
-        types = [self.tensor_type(value, op.name) for value in results]
+        types = [tensor_type(value, op.name) for value in results]
         if "arith" in op.parameters:
             fixed["arith"] = self.arith
         if "out" in op.parameters:
@@ -227,11 +175,11 @@ class _Planner:
             return bind_dynamic(op.make, fixed, dynamic, sources, targets), reads | set(dynamic.values())
         try:
             kernel = op.make(**fixed)
-        except (KeyError, ValueError, TypeError) as error:
-            raise UserError("its parameters do not fit", str(error)) from error
+        except Exception as error:              # whatever an untrusted program's parameters can cause
+            raise UserError("its parameters do not fit", f"{type(error).__name__}: {error}") from error
         return bind(kernel, sources, targets), reads
 
-    def source(self, spec: str, values: list[Value], op: Op, scope: _Scope) -> Source:
+    def source(self, spec: str, values: list[Value], op: Op, scope: Scope) -> Source:
         if not values:
             if spec.endswith("?"):
                 return None
@@ -257,124 +205,6 @@ class _Planner:
             else:
                 dynamic[name] = self.slot(values[0])
         return fixed, dynamic
-
-    # ---- ops of the executor itself
-
-    def const(self, operation: Operation, scope: _Scope) -> None:
-        (output,) = operation.outputs
-        scope.names[output.name] = Value(output.type, constant=operation.attributes["val"], fixed=True)
-
-    def state_name(self, operation: Operation, key: str) -> tuple[str, TensorType]:
-        (argument,) = operation.inputs[key]
-        declared = {given.name: given.type for given in self.function.inputs}
-        kind = declared.get(argument) if isinstance(argument, str) else None
-        if not isinstance(kind, StateType) or not isinstance(argument, str):
-            raise UserError(f"input '{key}' is not a state", str(argument))
-        return argument, kind.tensor
-
-    def read_state(self, operation: Operation, scope: _Scope) -> None:
-        name, kind = self.state_name(operation, "input")
-        (output,) = operation.outputs
-        if output.type != kind:
-            raise UserError("result has another type than the state", f"{output.type} for {kind}")
-        slot = self.new_slot()
-        scope.names[output.name] = Value(output.type, slot)
-
-        def run(slots: Slots) -> None:
-            slots[slot] = slots[STATES][name]
-        self.add(scope, operation.type, operation.name, run, (), (slot,), ((output.name, slot),))
-
-    def write_state(self, operation: Operation, scope: _Scope) -> None:
-        name, kind = self.state_name(operation, "input")
-        (argument,) = operation.inputs["data"]
-        value = self.argument(argument, scope)
-        if value.type != kind:
-            raise UserError("data has another type than the state", f"{value.type} for {kind}")
-        slot = self.slot(value)
-
-        def run(slots: Slots) -> None:
-            data: Tensor = slots[slot]
-            owned = data.untyped_storage().data_ptr() not in slots[FOREIGN]
-            slots[STATES][name] = data if owned else data.clone()
-        self.add(scope, operation.type, operation.name, run, (slot,), ())
-
-    def nested(self, block: Block, scope: _Scope, inputs: list[int]) -> tuple[_Scope, list[int]]:
-        """A block inside an op: its scope, and the slots of its outputs."""
-        inner = _Scope(Steps(self.where), scope)
-        for given, slot in zip(block.inputs, inputs, strict=True):
-            inner.names[given.name] = Value(given.type, slot)
-        self.block(block, inner)
-        outputs = [self.slot(inner.find(name)) for name in block.outputs]
-        inner.steps.free_dead(frozenset(outputs))
-        return inner, outputs
-
-    def add_nested(self, operation: Operation, scope: _Scope, run: Run, reads: set[int], targets: list[Output],
-                   slots: list[int], inner: list[_Scope]) -> None:
-        for block in inner:
-            reads |= {slot for step in block.steps.steps for slot in step.reads}
-        shown = []
-        for output, slot in zip(targets, slots, strict=True):
-            scope.names[output.name] = Value(output.type, slot)
-            shown.append((output.name, slot))
-        self.add(scope, operation.type, operation.name, run, reads, slots, tuple(shown))
-
-    def cond(self, operation: Operation, scope: _Scope) -> None:
-        (predicate,) = operation.inputs["pred"]
-        test = self.slot(self.argument(predicate, scope))
-        (yes, yes_outputs), (no, no_outputs) = (self.nested(block, scope, []) for block in operation.blocks)
-        targets = [target(self.new_slot(), self.output_type(output), False) for output in operation.outputs]
-        if not len(targets) == len(yes_outputs) == len(no_outputs):
-            raise UserError("its blocks give another number of results than it declares", str(len(yes_outputs)))
-
-        def run(slots: Slots) -> None:
-            taken, outputs = (yes, yes_outputs) if bool(slots[test]) else (no, no_outputs)
-            taken.steps.execute(slots)
-            for into, slot in zip(targets, outputs, strict=True):
-                slots[into.slot] = into.fit(slots[slot])
-        self.add_nested(operation, scope, run, {test, *yes_outputs, *no_outputs}, list(operation.outputs),
-                        [into.slot for into in targets], [yes, no])
-
-    def while_loop(self, operation: Operation, scope: _Scope) -> None:
-        first = [self.slot(self.argument(one, scope)) for one in operation.inputs["loop_vars"]]
-        test_block, body_block = operation.blocks
-        test_inputs = [self.new_slot() for _ in test_block.inputs]
-        body_inputs = [self.new_slot() for _ in body_block.inputs]
-        test, (decision,) = self.nested(test_block, scope, test_inputs)
-        body, results = self.nested(body_block, scope, body_inputs)
-        targets = [target(self.new_slot(), self.output_type(output), False) for output in operation.outputs]
-        if not len(targets) == len(results) == len(first) == len(test_inputs) == len(body_inputs):
-            raise UserError("its blocks give another number of results than it declares", str(len(results)))
-
-        def run(slots: Slots) -> None:
-            values = [slots[slot] for slot in first]
-            while True:
-                for slot, value in zip(test_inputs, values, strict=True):
-                    slots[slot] = value
-                test.steps.execute(slots)
-                if not bool(slots[decision]):
-                    break
-                for slot, value in zip(body_inputs, values, strict=True):
-                    slots[slot] = value
-                body.steps.execute(slots)
-                values = [slots[slot] for slot in results]
-            for into, value in zip(targets, values, strict=True):
-                slots[into.slot] = into.fit(value)
-        self.add_nested(operation, scope, run, {*first, decision, *results}, list(operation.outputs),
-                        [into.slot for into in targets], [test, body])
-
-    def output_type(self, output: Output) -> TensorType:
-        if not isinstance(output.type, TensorType):
-            raise UserError(f"'{output.name}' is not a tensor", type(output.type).__name__)
-        return output.type
-
-
-_STRUCTURAL = {
-    "const": _Planner.const,
-    "read_state": _Planner.read_state,
-    "write_state": _Planner.write_state,
-    "cond": _Planner.cond,
-    "while_loop": _Planner.while_loop,
-}
 
 
 def _loader(constant: Constant, declared: TensorType, slot: int) -> Run:

@@ -175,7 +175,11 @@ def _in_scope(name: str, scope: set[str], where: str) -> str:
 
 
 def _check_structure(
-    kind: str, inputs: dict[str, tuple[Argument, ...]], blocks: tuple[Block, ...], outputs: tuple[Output, ...], where: str
+    kind: str,
+    inputs: dict[str, tuple[Argument, ...]],
+    blocks: tuple[Block, ...],
+    outputs: tuple[Output, ...],
+    where: str,
 ) -> None:
     single, nested, results = _STRUCTURE.get(kind, ((), 0, None))
     if len(blocks) != nested:

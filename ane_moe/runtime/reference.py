@@ -16,9 +16,10 @@ from torch import Tensor
 from ane_moe.errors import UserError
 from ane_moe.runtime.dtypes import FLOATS, NUMPY, to_numpy, torch_dtype
 from ane_moe.runtime.ops.arithmetic import Arithmetic, Exact, Narrow
-from ane_moe.runtime.plan import FOREIGN, STATES, Plan, prepare
+from ane_moe.runtime.plan import Plan, prepare
 from ane_moe.runtime.program import Feature, Program
 from ane_moe.runtime.reader import OpenProgram, open_program
+from ane_moe.runtime.scope import FOREIGN, STATES
 from ane_moe.runtime.weights import weights_of
 
 Precision = Literal["fp32", "fp16"]
@@ -48,7 +49,7 @@ class ReferenceFunction:
 
     def __init__(self, program: Program, function: str, precision: Precision = "fp32"):
         if precision not in ARITHMETIC:
-            raise UserError("Unknown precision", found=precision, do=f"choose one of: {', '.join(ARITHMETIC)}")
+            raise UserError("unknown precision", found=precision, do=f"choose one of: {', '.join(ARITHMETIC)}")
         self.name = function
         self.program = program
         interface = program.interfaces[function]

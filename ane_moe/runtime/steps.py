@@ -91,8 +91,16 @@ def _bind_one(compute: Callable[[Slots], Any], into: Target) -> Run:
 
     def run(slots: Slots) -> None:
         y = compute(slots)
+        if type(y) is tuple:                    # an op that splits, here into one
+            y = _only(y)
         slots[slot] = y if y.dtype is dtype and y.shape == shape else fit(y)
     return run
+
+
+def _only(results: tuple) -> Any:
+    if len(results) != 1:
+        raise UserError("op has another number of results than declared", f"{len(results)} for 1")
+    return results[0]
 
 
 def _bind_many(kernel: Kernel, sources: Sequence[Source], targets: Sequence[Target]) -> Run:
@@ -100,6 +108,7 @@ def _bind_many(kernel: Kernel, sources: Sequence[Source], targets: Sequence[Targ
 
     def run(slots: Slots) -> None:
         results = compute(slots)
+        results = results if isinstance(results, tuple) else (results,)
         if len(results) != len(targets):
             raise UserError("op has another number of results than declared", f"{len(results)} for {len(targets)}")
         for into, y in zip(targets, results, strict=True):
@@ -138,7 +147,7 @@ class Steps:
                     slots[dead] = None
         except UserError as error:
             raise self.blame(step, error) from None
-        except (RuntimeError, ValueError, IndexError, TypeError, ZeroDivisionError, MemoryError) as error:
+        except Exception as error:              # whatever an untrusted program can make a kernel raise
             raise self.blame(step, UserError("it cannot be computed", str(error).split("\n")[0])) from error
 
     def blame(self, step: Step | None, error: UserError) -> UserError:

@@ -11,9 +11,10 @@ from ane_moe.verify.result import Divergence, FunctionModelResult
 
 @dataclass(frozen=True)
 class PromptLogits:
-    """One prompt (or its beginning): its index, its ids and both logits `[N,V]` for them."""
+    """One prompt, or its end: its index, the position of the first token, the ids and both logits `[N,V]` for them."""
 
     prompt: int
+    first: int
     ids: tuple[int, ...]
     golden: np.ndarray
     shards: np.ndarray
@@ -62,4 +63,4 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 def _divergence(one: PromptLogits, position: int) -> Divergence:
     row = one.golden[position]
     own, other = int(row.argmax()), int(one.shards[position].argmax())
-    return Divergence(one.prompt, position, own, other, float(row[own] - row[other]))
+    return Divergence(one.prompt, one.first + position, own, other, float(row[own] - row[other]))

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from ane_moe.manifest import Manifest, Shard, ShardFunction
-from ane_moe.runtime.buffers import Buffers, activation_shape, by_channel, open_embeddings, rope_rows
+from ane_moe.runtime.buffers import activation_shape, by_channel, open_embeddings
 from ane_moe.runtime.interface import LoadedFunction
 from ane_moe.runtime.shards import LoadedShard, check_shard, ffn_shards
+from ane_moe.verify.cached_attention import CachedAttention
 from ane_moe.verify.golden import Golden
 from ane_moe.verify.metrics import delta_distance, relative_l2_limit
 from ane_moe.verify.result import RoutingResult, ShardResult
@@ -27,8 +28,9 @@ Load = Callable[[Path, str], LoadedFunction]
 class Parity:
     """Runs the shards of `folder` on `golden` and yields a row per function.
 
-    `load` opens one function of a package. Functions of one token (decode) without a cache see `decode_tokens` tokens,
-    spread over the golden, when a prefill function sees the rest; attention always sees every token.
+    `load` opens one function of a package. Where prefill functions see every token, one-token calls (decode) see about
+    `decode_tokens` of them (None: all): spread over the golden without a cache, the end of each prompt with one, after
+    its beginning went through prefill.
     """
 
     folder: Path
@@ -49,9 +51,19 @@ class Parity:
         golden = self.golden.layers[layer]
         x = _fp16(golden.x)
         for shard in self.manifest.shards_of("attn", layer):
+            functions = {function.name: self._open(shard, function) for function in shard.functions}
+            runner = CachedAttention(self.manifest, shard, functions)
             for function in shard.functions:
-                y = self._attend(self._open(shard, function), shard, function.tokens, x)
-                yield self._row(shard.path, "attn", layer, function.name, x, y, golden.attn_delta)
+                rows: list[int] = []
+                outputs = []
+                for span, cut in zip(self.golden.spans, self._cuts(function), strict=True):
+                    runner.start()
+                    if cut > span.start:
+                        runner.run("prefill", x[span.start:cut])
+                    outputs.append(runner.run(function.name, x[cut:span.stop]))
+                    rows += range(cut, span.stop)
+                yield self._row(shard.path, "attn", layer, function.name, x[rows], np.concatenate(outputs),
+                                golden.attn_delta[rows])
 
     def ffn(self, layer: int) -> Iterator[ShardResult | RoutingResult]:
         """Rows of a layer's MoE parts or its dense shard, then its routing."""
@@ -94,9 +106,16 @@ class Parity:
     def _tokens(self, function: ShardFunction) -> np.ndarray:
         """Golden rows a function without a cache sees."""
         count = sum(map(len, self.golden.prompts))
-        if function.tokens > 1 or not self.manifest.prefill or self.decode_tokens is None:
+        if function.name == "prefill" or not self.manifest.prefill or self.decode_tokens is None:
             return np.arange(count)
         return np.unique(np.linspace(0, count - 1, min(count, self.decode_tokens)).round().astype(int))
+
+    def _cuts(self, function: ShardFunction) -> list[int]:
+        """Golden row of each prompt at which an attention function takes over from prefill."""
+        if function.name == "prefill":
+            return [span.start for span in self.golden.spans]
+        tail = decode_tail(self.manifest, self.golden, self.decode_tokens)
+        return [span.start if tail is None else max(span.start, span.stop - tail) for span in self.golden.spans]
 
     def _stateless(self, function: LoadedFunction, tokens: int, x: np.ndarray) -> dict[str, np.ndarray]:
         """Run `x` fp16 `[N,d]` in chunks of T, the last one padded; outputs as `[N,C]`."""
@@ -109,28 +128,6 @@ class Parity:
             for name, value in function.predict({"x": buffer}, None).items():
                 collected.setdefault(name, []).append(by_channel(value)[:, :len(chunk)].T.copy())
         return {name: np.concatenate(values) for name, values in collected.items()}
-
-    def _attend(self, function: LoadedFunction, shard: Shard, tokens: int, x: np.ndarray) -> np.ndarray:
-        """Run every prompt of `x` fp16 `[N,d]` from an empty cache in chunks of T; y as `[N,d]`."""
-        ropes = {} if shard.rope is None else {shard.rope: rope_rows(self.manifest, shard.rope)}
-        buffers = Buffers(self.manifest, tokens, np.zeros((1, x.shape[1]), np.float16), [shard.window], ropes)
-        explicit = self.manifest.state == "explicit"
-        y = np.empty_like(x)
-        for span in self.golden.spans:
-            state = None if explicit else function.make_state()
-            caches = {name: np.zeros(shape, np.float16) for name, shape in shard.states.items()} if explicit else {}
-            for first in range(span.start, span.stop, tokens):
-                chunk = x[first:min(first + tokens, span.stop)]
-                buffers.place([0] * len(chunk), first - span.start)
-                buffers.columns[:, :len(chunk)] = chunk.T
-                features = {"x": buffers.x, "mask": buffers.masks[shard.window], "write": buffers.write,
-                            "keep": buffers.keep} | caches
-                for name in ropes:
-                    features |= {"cos": buffers.cos[name], "sin": buffers.sin[name]}
-                output = function.predict(features, state)
-                caches = {name: output[f"{name}_out"] for name in caches}
-                y[first:first + len(chunk)] = by_channel(output["y"])[:, :len(chunk)].T
-        return y
 
     def _row(self, path: str, kind: str, layer: int | None, function: str, base: np.ndarray, y: np.ndarray,
              delta: np.ndarray, left_out: np.ndarray | None = None) -> ShardResult:
@@ -146,6 +143,13 @@ class Parity:
         return ShardResult(path, kind, layer, function, len(y), self.min_cosine, limit, not reasons,
                            "; ".join(reasons) or None, flips, margin=margin, relative_l2_margin=l2_margin,
                            **vars(distance))
+
+
+def decode_tail(manifest: Manifest, golden: Golden, decode_tokens: int | None) -> int | None:
+    """How many tokens at the end of each prompt go through decode; None for all of them."""
+    if not manifest.prefill or decode_tokens is None:
+        return None
+    return max(1, decode_tokens // len(golden.prompts))
 
 
 def _not_finite(row: ShardResult) -> ShardResult:

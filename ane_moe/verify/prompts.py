@@ -73,8 +73,14 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def _texts(text: str) -> list[str]:
-    parts = "\n".join(line.rstrip() for line in text.splitlines()).split(f"\n{SEPARATOR}\n")
-    return [part.strip("\n") for part in parts if part.strip()]
+    parts: list[list[str]] = [[]]
+    for line in text.splitlines():
+        if line.rstrip() == SEPARATOR:
+            parts.append([])
+        else:
+            parts[-1].append(line)
+    texts = ["\n".join(part).strip("\n") for part in parts]
+    return [text for text in texts if text.strip()]
 
 
 def _tokenizer(checkpoint: Path) -> Any:

@@ -30,8 +30,8 @@ def verify(out: Path, *, checkpoint: Path | None = None, prompts: Path | None = 
            **options: Any) -> VerifyReport:
     """Check the conversion in `out` against a golden: the one inside, or one captured from `checkpoint` now.
 
-    `decode_tokens` limits the one-token calls of functions without a cache and of the whole model where prefill
-    covers every token (None: no limit). `options` go to the runtime. When files are damaged nothing is run and the
+    `decode_tokens` is about how many tokens go through one-token calls where prefill covers all of them (None: all).
+    `options` go to the runtime. When files are damaged nothing is run and the
     report says which. Raises UserError when there is no conversion, no golden to compare with, or a golden or prompts
     of something else.
     """

@@ -15,6 +15,7 @@ from ane_moe.runtime.session import Session
 from ane_moe.runtime.shards import LoadedShard, LoadedShards, load_shards
 from ane_moe.verify.golden import Golden, Progress
 from ane_moe.verify.model_metrics import PromptLogits, compare_logits
+from ane_moe.verify.parity import decode_tail
 from ane_moe.verify.result import FunctionModelResult
 
 # The reference runtime expands weights to fp32: from fp16, and at most from 4-bit ones.
@@ -26,9 +27,9 @@ EXPANSION_COMPRESSED = 8
 class WholeModel:
     """Runs the conversion in `folder` on the golden's prompts, teacher-forced.
 
-    Where prefill covers every token, decode calls see about `decode_tokens` of them (None: all): each prompt's first.
-    Each pass loads the shards anew; where their expanded weights would not fit into memory, every shard reads its own
-    again for each call.
+    Where prefill covers every token, decode calls see about `decode_tokens` of them (None: all): the end of each
+    prompt, after its beginning went through prefill. Each pass loads the shards anew; where their expanded weights
+    would not fit into memory, every shard reads its own again for each call.
     """
 
     folder: Path
@@ -41,20 +42,22 @@ class WholeModel:
     progress: Progress
 
     def results(self) -> Iterator[FunctionModelResult]:
-        prefill = bool(self.manifest.prefill)
-        each = max(1, self.decode_tokens // len(self.golden.prompts)) if self.decode_tokens and prefill else None
-        yield compare_logits("decode", self._logits("decode", each), self.min_logit_cosine)
-        if prefill:
+        tail = decode_tail(self.manifest, self.golden, self.decode_tokens)
+        yield compare_logits("decode", self._logits("decode", tail), self.min_logit_cosine)
+        if self.manifest.prefill:
             yield compare_logits("prefill", self._logits("prefill", None), self.min_logit_cosine)
 
-    def _logits(self, function: str, each: int | None) -> Iterator[PromptLogits]:
+    def _logits(self, function: str, tail: int | None) -> Iterator[PromptLogits]:
         shards = load_shards(self.folder, self.runtime, **self.options)
         session = Session(shards if self._fits() else _forgetful(shards))
         for number, (ids, span) in enumerate(zip(self.golden.prompts, self.golden.spans, strict=True)):
             self.progress(f"whole model, {function}", number, len(self.golden.prompts))
             session.reset()
-            yield PromptLogits(number, ids[:each], self.golden.logits[span][:each],
-                               session.prefill_logits(ids[:each], by=function))
+            cut = 0 if tail is None else max(0, len(ids) - tail)
+            if cut:
+                session.prefill(ids[:cut])
+            yield PromptLogits(number, cut, ids[cut:], self.golden.logits[span][cut:],
+                               session.prefill_logits(ids[cut:], by=function))
 
     def _fits(self) -> bool:
         factor = EXPANSION.get(self.manifest.weights, EXPANSION_COMPRESSED)
@@ -62,30 +65,21 @@ class WholeModel:
         return self.runtime != "reference" or expanded < psutil.virtual_memory().available / 2
 
 
-@dataclass(frozen=True)
 class _Forgetful:
     """A function of the reference runtime that frees its expanded weights after every call."""
 
-    function: Any
-
-    @property
-    def inputs(self) -> tuple[Feature, ...]:
-        return self.function.inputs
-
-    @property
-    def outputs(self) -> tuple[Feature, ...]:
-        return self.function.outputs
-
-    @property
-    def states(self) -> tuple[Feature, ...]:
-        return self.function.states
+    def __init__(self, function: Any):
+        self._function = function
+        self.inputs: tuple[Feature, ...] = function.inputs
+        self.outputs: tuple[Feature, ...] = function.outputs
+        self.states: tuple[Feature, ...] = function.states
 
     def make_state(self) -> Any:
-        return self.function.make_state()
+        return self._function.make_state()
 
     def predict(self, inputs: dict[str, np.ndarray], state: Any = None) -> dict[str, np.ndarray]:
-        outputs: dict[str, np.ndarray] = self.function.predict(inputs, state)
-        self.function.drop_weights()
+        outputs: dict[str, np.ndarray] = self._function.predict(inputs, state)
+        self._function.drop_weights()
         return outputs
 
 

@@ -115,6 +115,16 @@ def _multifunction(path: Path) -> None:
     ct.utils.save_multifunction(description, str(path))
 
 
+def _classifier(path: Path) -> None:
+    """An image in, a label and a dictionary of probabilities out."""
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    image = ct.ImageType(name="image", shape=(1, 3, 8, 8), scale=1 / 255)
+    ct.convert(
+        torch.jit.trace(module.eval(), torch.zeros(1, 3, 8, 8)), inputs=[image], skip_model_load=True,
+        classifier_config=ct.ClassifierConfig(["a", "b", "c", "d"]), minimum_deployment_target=TARGETS["ios16"],
+    ).save(str(path))  # fmt: skip
+
+
 def _loop(path: Path) -> None:
     _converted(Loop(), torch.ones(1, 4), "ios16", "fp32").save(str(path))
 
@@ -140,6 +150,7 @@ PACKAGES: dict[str, Callable[[Path], None]] = {
     "stateful": _stateful,
     "multifunction": _multifunction,
     "loop": _loop,
+    "classifier": _classifier,
 }
 
 

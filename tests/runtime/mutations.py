@@ -31,7 +31,8 @@ TEXTS = ["", "x", "y", "val", "main", "CoreML5", "CoreML8", "const", "cond", "wh
 MANIFEST_VALUES: list[Any] = [None, True, -1, 2**70, 1e308, "", "..", "/etc/passwd", "\0", "\ud800", "a" * 5000, [], {}]
 
 SEEDS = ("net_ios15_fp32", "net_ios18_fp16", "flexible", "enumerated", "lut4_ios16", "lut4_grouped", "lut2_vector",
-         "int8_ios16", "int4_block", "sparse_ios16", "sparse_lut4", "sparse_int8", "stateful", "multifunction", "loop")
+         "int8_ios16", "int4_block", "sparse_ios16", "sparse_lut4", "sparse_int8", "stateful", "multifunction", "loop",
+         "classifier")
 
 
 def mutate(path: Path, random: Random) -> None:

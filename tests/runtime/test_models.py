@@ -22,7 +22,7 @@ PRECISIONS = {"fp16": ct.precision.FLOAT16, "fp32": ct.precision.FLOAT32}
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
          "vocab_size": 64, "attn_implementation": "eager"}
 GROUPED = {**SMALL, "num_key_value_heads": 2}
-MOE = {**GROUPED, "num_hidden_layers": 2, "num_experts_per_tok": 2, "experts_implementation": "batched_mm"}
+MOE = {**GROUPED, "num_experts_per_tok": 2, "experts_implementation": "batched_mm"}
 IDS = torch.arange(3, 11)[None] % 64
 IMAGE = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -78,7 +78,6 @@ MODELS: dict[str, tuple[Callable[[], torch.nn.Module], torch.Tensor]] = {
     "qwen3_moe": (lambda: Decoder(hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(
         **MOE, num_experts=4, moe_intermediate_size=24, head_dim=8))), IDS),
     "mixtral": (lambda: Decoder(hf.MixtralForCausalLM(hf.MixtralConfig(**MOE, num_local_experts=4))), IDS),
-    "olmoe": (lambda: Decoder(hf.OlmoeForCausalLM(hf.OlmoeConfig(**MOE, num_experts=4))), IDS),
     "bert": (lambda: Encoder(hf.BertModel(hf.BertConfig(**SMALL))), IDS),
     "t5": (lambda: Pair(hf.T5ForConditionalGeneration(hf.T5Config(
         d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, vocab_size=64))), IDS),

@@ -202,7 +202,7 @@ def test_a_stateful_decoder_steps_token_by_token_like_attention_over_the_whole_t
                                  check_trace=False)
     model = ct.convert(
         traced, inputs=[ct.TensorType(name, shape, np.float16) for name, shape in shapes.items()],
-        outputs=[ct.TensorType("y", np.float16)], minimum_deployment_target=ct.target.iOS18, skip_model_load=True,
+        outputs=[ct.TensorType("y", dtype=np.float16)], minimum_deployment_target=ct.target.iOS18, skip_model_load=True,
         states=[ct.StateType(ct.TensorType(shape=(32, 16), dtype=np.float16), name=n) for n in ("k_cache", "v_cache")])
     model.save(str(tmp_path / "attention.mlpackage"))
     function = load_package(tmp_path / "attention.mlpackage", runtime="reference")
@@ -278,7 +278,7 @@ def test_the_runtimes_have_names() -> None:
     assert resolve_runtime("auto") == ("coreml" if sys.platform == "darwin" else "reference")
     with pytest.raises(UserError, match=r"Unknown runtime; found: gpu; choose one of: auto, reference, coreml"):
         resolve_runtime("gpu")
-    with pytest.raises(UserError, match="Unknown precision; found: fp8"):
+    with pytest.raises(UserError, match="unknown precision; found: fp8"):
         ReferenceFunction(read_program_of_one_op(), "main", "fp8")        # type: ignore[arg-type]
 
 
@@ -302,13 +302,16 @@ def test_loops_and_branches_run_as_written(package: Get) -> None:
 
 
 def test_blocks_see_what_is_around_them_and_nest(tmp_path: Path) -> None:
-    @mb.program(input_specs=[mb.TensorSpec((3,)), mb.TensorSpec((1,), dtype=types.int32)], opset_version=ct.target.iOS17)
+    inputs = [mb.TensorSpec((3,)), mb.TensorSpec((1,), dtype=types.int32)]
+
+    @mb.program(input_specs=inputs, opset_version=ct.target.iOS17)
     def program(x, n):
         scale = mb.mul(x=x, y=np.float32(2))
 
         def body(i, total):
             even = mb.squeeze(x=mb.equal(x=mb.mod(x=i, y=np.int32(2)), y=np.int32(0)), axes=[0])
-            step = mb.cond(pred=even, _true_fn=lambda: mb.add(x=scale, y=np.float32(1)), _false_fn=lambda: mb.identity(x=x))
+            step = mb.cond(pred=even, _true_fn=lambda: mb.add(x=scale, y=np.float32(1)),
+                           _false_fn=lambda: mb.identity(x=x))
             return mb.add(x=i, y=np.int32(1)), mb.add(x=total, y=step)
 
         zero = mb.sub(x=n, y=n)
@@ -330,7 +333,7 @@ def test_blocks_see_what_is_around_them_and_nest(tmp_path: Path) -> None:
 # ---- programs that are wrong
 
 def test_an_unknown_op_is_refused_when_the_function_is_loaded() -> None:
-    with pytest.raises(UserError, match=r"op frobnicate 'y' in function 'main': the reference runtime does not execute"):
+    with pytest.raises(UserError, match=r"op frobnicate 'y' in function 'main': .*does not execute"):
         hand_made([op("frobnicate", "y", FP16, x="x")], {"x": FP16}, {"y": FP16})
 
 
@@ -340,9 +343,9 @@ def test_an_op_that_is_left_out_says_why() -> None:
 
 
 def test_an_op_of_a_later_opset_is_unknown_in_an_earlier_one() -> None:
-    program = hand_made([op("fill_like", "y", FP16, ref_tensor="x")], {"x": FP16}, {"y": TensorType("fp16", (2,))}).program
+    program = hand_made([op("fill_like", "y", FP16, ref_tensor="x")], {"x": FP16}, {"y": FP16}).program
     older = replace(program.functions["main"], opset="CoreML5")
-    with pytest.raises(UserError, match="op fill_like.*no op of this name in the iOS15 opset"):
+    with pytest.raises(UserError, match=r"op fill_like.*no op of this name in the iOS15 opset"):
         ReferenceFunction(replace(program, functions={"main": older}), "main")
 
 
@@ -352,7 +355,7 @@ def test_an_op_of_a_later_opset_is_unknown_in_an_earlier_one() -> None:
     (TensorType("fp32", (2,)), "another type than declared; found: torch.float16 for torch.float32"),
     (TensorType("int32", (2,)), "another type than declared"),
 ])
-def test_a_result_that_is_not_what_is_declared_is_an_error_that_names_the_op(declared: TensorType, message: str) -> None:
+def test_a_result_that_is_not_what_is_declared_names_the_op(declared: TensorType, message: str) -> None:
     function = hand_made([op("relu", "y", declared, x="x")], {"x": FP16}, {"y": declared})
     with pytest.raises(UserError, match=f"op relu 'y' in function 'main': result has {message}"):
         function.predict({"x": np.ones(2, np.float16)})
@@ -361,9 +364,9 @@ def test_a_result_that_is_not_what_is_declared_is_an_error_that_names_the_op(dec
 def test_a_missing_or_unexpected_input_of_an_op_is_refused_when_loaded() -> None:
     with pytest.raises(UserError, match="op add 'y' in function 'main': a required input is missing; found: y"):
         hand_made([op("add", "y", FP16, x="x")], {"x": FP16}, {"y": FP16})
-    with pytest.raises(UserError, match="op relu 'y' in function 'main': it has an input that the op does not take"):
+    with pytest.raises(UserError, match="op relu 'y' in function 'main': it has an input that the op does not"):
         hand_made([op("relu", "y", FP16, x="x", slope="x")], {"x": FP16}, {"y": FP16})
-    with pytest.raises(UserError, match="op transpose 'y' in function 'main': a required input is missing; found: perm"):
+    with pytest.raises(UserError, match=r"op transpose 'y' in function 'main': a required input .*found: perm"):
         hand_made([op("transpose", "y", FP16, x="x")], {"x": FP16}, {"y": FP16})
 
 

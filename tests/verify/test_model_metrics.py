@@ -16,7 +16,7 @@ def prompts(noise, lengths=(9, 1, 4), seed=0):
     for index, length in enumerate(lengths):
         golden = 3 * rng.normal(size=(length, VOCAB)).astype(np.float32)
         shards = golden + noise * rng.normal(size=golden.shape).astype(np.float32)
-        made.append(PromptLogits(index, tuple(rng.integers(0, VOCAB, length).tolist()), golden, shards))
+        made.append(PromptLogits(index, 0, tuple(rng.integers(0, VOCAB, length).tolist()), golden, shards))
     return made
 
 
@@ -46,10 +46,10 @@ def test_the_first_other_greedy_token_comes_with_the_goldens_own_preference():
     shards = given[2].shards.copy()
     shards[1] = 0
     shards[1, 5] = 50
-    given[2] = PromptLogits(2, given[2].ids, given[2].golden, shards)
+    given[2] = PromptLogits(2, 3, given[2].ids, given[2].golden, shards)
     first = compare_logits("decode", given, 0.0).first_differing_greedy_token
     best = np.sort(given[2].golden[1])[-1]
-    assert (first.prompt, first.position, first.shards) == (2, 1, 5)
+    assert (first.prompt, first.position, first.shards) == (2, 3 + 1, 5)
     assert first.golden_margin == pytest.approx(best - given[2].golden[1, 5])
 
 

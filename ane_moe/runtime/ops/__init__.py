@@ -14,13 +14,15 @@ from ane_moe.runtime.ops import (
     reduction,
     resizing,
     scatter,
+    slicing,
     sorting,
 )
 from ane_moe.runtime.ops.table import Op, OpTable
 
 OPS: tuple[Op, ...] = (
     *activation.OPS, *constexpr.OPS, *conv.OPS, *elementwise.OPS, *indexing.OPS, *linear.OPS, *movement.OPS,
-    *normalization.OPS, *pooling.OPS, *quantization.OPS, *reduction.OPS, *resizing.OPS, *scatter.OPS, *sorting.OPS,
+    *normalization.OPS, *pooling.OPS, *quantization.OPS, *reduction.OPS, *resizing.OPS, *scatter.OPS, *slicing.OPS,
+    *sorting.OPS,
 )
 
 TABLE = OpTable(OPS)

@@ -20,18 +20,15 @@ def _sorted(x: Tensor, axis: int, ascending: bool) -> tuple[Tensor, Tensor]:
     return values, indices
 
 
-def _topk(out: Out, k: int = 1, axis: int = -1, ascending: bool = False, sort: bool = True,
+def _topk(k: int = 1, axis: int = -1, ascending: bool = False, sort: bool = True,
           return_indices: bool = True, output_indices_dtype: str = "int32") -> Kernel:
     def kernel(x: Tensor) -> tuple[Tensor, ...]:
         values, indices = _sorted(x, axis, ascending)
         count = x.shape[axis] if k == -1 else k
-        chosen = values.narrow(axis, 0, count), indices.narrow(axis, 0, count)
+        chosen = values.narrow(axis, 0, count)
         if not return_indices:
-            return chosen[0],
-        return chosen[0], chosen[1].to(torch_dtype(out[1].dtype))
-
-    if len(out) == 1:                   # one output is one tensor, not a tuple of one
-        return lambda x: kernel(x)[0]
+            return (chosen,)
+        return chosen, indices.narrow(axis, 0, count).to(torch_dtype(output_indices_dtype))
     return kernel
 
 

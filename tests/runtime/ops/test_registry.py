@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from coremltools.converters.mil.mil.ops.registry import SSAOpRegistry
 
@@ -43,3 +47,9 @@ def test_no_op_is_both_executed_and_left_out() -> None:
 
 def test_only_ops_without_a_place_in_a_language_model_are_left_out() -> None:
     assert {name for name, reason in LEFT_OUT.items() if reason not in REASONS} == {"classify"}
+
+
+def test_the_op_table_of_the_documentation_is_current() -> None:
+    script = Path(__file__).parents[3] / "scripts" / "make_op_table.py"
+    stale = "docs/runtime.md is stale: run scripts/make_op_table.py"
+    assert subprocess.run([sys.executable, str(script), "--check"], capture_output=True).returncode == 0, stale

@@ -90,6 +90,7 @@ def test_fill_and_fill_like_take_the_type_of_their_value(value: np.generic) -> N
 
 @pytest.mark.parametrize("start, end, step", [(0, 5, 1), (5, 0, -2), (1, 1, 1), (0, 10, 3), (-3, 4, 2)])
 @pytest.mark.parametrize("dtype", [np.int32, np.float32, np.float16])
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 def test_range_agrees_with_numpy(start: int, end: int, step: int, dtype: type) -> None:
     params = {"start": dtype(start), "end": dtype(end), "step": dtype(step)}
     assert_same(run("range_1d", {}, params)[0], np.arange(start, end, step).astype(dtype))

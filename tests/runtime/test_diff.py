@@ -1,0 +1,136 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from coremltools.converters.mil.mil import Builder as mb
+from typer.testing import CliRunner
+
+from ane_moe.cli import app
+from ane_moe.coreml_tools import ct
+from ane_moe.errors import UserError
+from ane_moe.runtime.arrays import random_inputs, read_array, read_inputs
+from ane_moe.runtime.diff import Side, align, compare, diff
+from ane_moe.runtime.program import Feature, TensorType
+from ane_moe.runtime.tracing import describe
+
+Get = Callable[[str], Path]
+
+
+def build(path: Path, offset: float, name: str = "middle", width: int = 4, overflow: bool = False) -> Path:
+    """y = softmax(relu(x + 1) * 2 + offset * [0, 1, ...]), the middle product named as asked."""
+    @mb.program(input_specs=[mb.TensorSpec((1, width))], opset_version=ct.target.iOS17)
+    def program(x):
+        x = mb.relu(x=mb.add(x=x, y=np.float32(1), name="shifted"), name="active")
+        x = mb.mul(x=x, y=np.float32(2e38 if overflow else 2), name=name)
+        x = mb.mul(x=x, y=np.float32(10), name="beyond") if overflow else x
+        tilt = (offset * np.arange(width)).astype(np.float32)
+        return mb.softmax(x=mb.add(x=x, y=tilt, name="tilted"), axis=-1, name="y")
+
+    ct.convert(program, minimum_deployment_target=ct.target.iOS17, skip_model_load=True,
+               compute_precision=ct.precision.FLOAT32).save(str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("pair")
+    return build(folder / "a.mlpackage", 0.5), build(folder / "b.mlpackage", 0.25, name="renamed")
+
+
+def test_a_package_equals_itself(pair: tuple[Path, Path]) -> None:
+    result = diff(Side(pair[0]), Side(pair[0]))
+    assert result.same and result.first is None and result.compared == 5
+    assert all(one.relative == 0 for one in result.outputs)
+
+
+def test_the_first_op_that_parts_is_found_and_a_renamed_one_is_matched_by_order(pair: tuple[Path, Path]) -> None:
+    result = diff(Side(pair[0]), Side(pair[1]))
+    assert not result.same and result.compared == 5 and result.unmatched_a == 0
+    assert result.first is not None and (result.first.op, result.first.name_a) == ("add", "tilted")
+    assert 0 < result.first.largest <= 0.75 + 1e-6
+
+
+def test_two_precisions_of_one_package_are_near_but_not_the_same(package: Get) -> None:
+    path = package("net_ios18_fp16")
+    near = diff(Side(path), Side(path, options={"precision": "fp16"}))
+    assert near.same and near.worst is not None and near.worst.relative > 0
+    strict = diff(Side(path), Side(path, options={"precision": "fp16"}), tolerance=0)
+    assert strict.first is not None
+
+
+def test_packages_with_other_inputs_are_not_compared(pair: tuple[Path, Path], package: Get) -> None:
+    with pytest.raises(UserError, match="input 'x' of function 'main' has the wrong shape"):
+        diff(Side(pair[0]), Side(package("net_ios18_fp16")))
+
+
+def test_values_are_matched_by_name_before_order() -> None:
+    def values(*names: str) -> list:
+        return [describe("add", name, np.zeros(2)) for name in names]
+    pairs = align(values("p", "q", "r"), values("r", "s", "t"))
+    assert [(a.name, b.name) for a, b in pairs] == [("p", "s"), ("q", "t"), ("r", "r")]
+
+
+@pytest.mark.parametrize("a, b, relative", [
+    ([3, 4], [3, 4.5], 0.1), ([0, 0], [0, 0], 0), ([0, 0], [0, 1], np.inf), ([np.nan, 1], [np.nan, 1], 0),
+    ([np.nan, 1], [1, 1], np.inf), ([np.inf, 1], [np.inf, 1], 0), ([np.inf, 1], [5, 1], np.inf),
+    ([1, 2], [1, 2, 3], np.inf),
+])
+def test_a_difference_is_relative_to_the_first_side(a: list, b: list, relative: float) -> None:
+    assert compare(describe("add", "x", np.array(a, float)), describe("add", "x", np.array(b, float))
+                   ).relative == pytest.approx(relative)
+
+
+def test_random_inputs_are_the_same_for_the_same_seed() -> None:
+    features = [Feature("x", TensorType("fp16", (2, 3))), Feature("n", TensorType("int32", (4,)))]
+    once, again = random_inputs(features, 7), random_inputs(features, 7)
+    assert all(np.array_equal(once[name], again[name]) for name in ("x", "n"))
+    assert once["x"].dtype == np.float16 and set(once["n"].tolist()) <= {0, 1}
+
+
+def test_an_array_file_with_objects_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "bad.npy", np.array([{"a": 1}], object), allow_pickle=True)
+    with pytest.raises(UserError, match=r"is no \.npy file of numbers"):
+        read_array(tmp_path / "bad.npy")
+    with pytest.raises(UserError, match="no file"):
+        read_inputs([f"x={tmp_path / 'absent.npy'}"])
+    with pytest.raises(UserError, match="given as NAME=FILE"):
+        read_inputs(["x"])
+
+
+# ---- the commands
+
+def test_diff_reports_in_json_and_exits_with_1_when_something_parts(pair: tuple[Path, Path]) -> None:
+    same = CliRunner().invoke(app, ["diff", str(pair[0]), "--json"])
+    assert same.exit_code == 0 and json.loads(same.stdout)["same"] is True
+    apart = CliRunner().invoke(app, ["diff", *map(str, pair), "--json"])
+    assert apart.exit_code == 1 and json.loads(apart.stdout)["first"]["name_a"] == "tilted"
+    lines = CliRunner().invoke(app, ["diff", *map(str, pair)])
+    assert lines.exit_code == 1 and "first apart: add tilted: relative" in lines.stdout
+
+
+def test_run_saves_its_outputs_and_a_trace_that_points_at_overflow(tmp_path: Path) -> None:
+    path = build(tmp_path / "hot.mlpackage", 0.5, overflow=True)
+    np.save(tmp_path / "x.npy", np.ones((1, 4), np.float32))
+    arguments = ["run", str(path), "--input", f"x={tmp_path / 'x.npy'}", "--output", str(tmp_path / "out"), "--trace"]
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    found = {row["name"]: (row["nan"], row["inf"]) for row in document["trace"]}
+    assert found["active"] == (0, 0) and found["beyond"] == (0, 4) and found["y"] == (4, 0)
+    assert np.load(tmp_path / "out" / "y.npy").shape == (1, 4)
+    with np.load(tmp_path / "out" / "trace.npz") as archive:
+        assert archive["active"].tolist() == [[2, 2, 2, 2]]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["trace.npz", "y.npy"]
+    table = CliRunner().invoke(app, arguments)
+    assert table.exit_code == 0 and "beyond" in table.stdout
+
+
+def test_run_draws_inputs_from_a_seed_and_picks_a_function(package: Get) -> None:
+    arguments = ["run", str(package("multifunction")), "--seed", "3", "--json", "--runtime", "reference"]
+    outputs = [json.loads(CliRunner().invoke(app, [*arguments, "--function", name]).stdout)["outputs"][0]["shape"]
+               for name in ("decode", "prefill")]
+    assert outputs == [[1, 16, 1, 1], [1, 16, 1, 4]]
+    missing = CliRunner().invoke(app, ["run", str(package("multifunction")), "--runtime", "reference"])
+    assert isinstance(missing.exception, UserError) and "needs input 'x'" in str(missing.exception)
