@@ -316,6 +316,7 @@ def _capture(checkpoint: Path, out: Path, conversion: ConversionPlan, prompts: P
         prompts=None if prompts is None else read_prompts(prompts, checkpoint),
         out=out / GOLDEN,
         context=conversion.context,
+        experts=conversion.options.routing == "sparse",
         progress=lambda what, done, total: meter.add(f"golden: {what} {done}/{total}", 0, os.getpid(), 0),
     )
 
