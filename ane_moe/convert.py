@@ -16,7 +16,6 @@ import numpy as np
 import psutil
 import torch
 
-from ane_moe.blocks.attention import AttentionConfig
 from ane_moe.blocks.ports import Shape
 from ane_moe.blocks.registry import TemplateKey
 from ane_moe.checkpoint import Checkpoint, TensorSource, open_checkpoint
@@ -24,7 +23,8 @@ from ane_moe.errors import UserError
 from ane_moe.families import describe
 from ane_moe.manifest import FILE_NAME, Manifest, Shard, ShardFunction, read_manifest
 from ane_moe.package import ContentKey, disk_error, file_hashes, read_content_key, remove_unfinished, sha256, stamp
-from ane_moe.plan import MB, ConversionPlan, ConvertOptions, OneHot, ShardPlan, make_plan
+from ane_moe.plan import MB, ROUTERS, ConversionPlan, ConvertOptions, OneHot, ShardPlan, make_plan
+from ane_moe.side_files import copy_tokenizer, write_embedding, write_routers
 from ane_moe.spec import MoeSpec
 from ane_moe.trace import Template, make_template
 
@@ -33,17 +33,6 @@ T = TypeVar("T")
 MARKER = ".converting.json"  # present while a conversion is unfinished: which one it is
 EMBED = "embed.bin"
 GOLDEN = "golden.safetensors"
-EMBED_CHUNK_BYTES = 32 * MB
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 TOOLS = ("ane-moe", "coremltools", "torch")
 
 
@@ -115,7 +104,8 @@ def convert(
             done = _finished(pool, opened.folder, out, conversion, meter)
             done += _stamp_rest(pool, opened.folder, out, conversion, {shard.path for shard in done}, meter)
             files = meter.shard(embedding.result()).files
-        tokenizer = _copy_tokenizer(opened.folder, out)
+        write_routers(opened, sources, conversion.routers, out)
+        tokenizer = copy_tokenizer(opened.folder, out)
         if golden:
             _capture(opened.folder, out, conversion, prompts, meter)
         elif not all(shard.reused for shard in done):
@@ -252,8 +242,10 @@ def _stamp_rest(
 ) -> list[_Done]:
     """Trace one template per distinct block among the unfinished shards, then write them."""
     rest = [shard for shard in conversion.shards if shard.path not in finished]
-    templates = dict(_run(pool, _trace, [(key,) for key in dict.fromkeys(shard.template for shard in rest)]))
-    calls = [(checkpoint, out, shard, templates[shard.template]) for shard in rest]
+    keys = dict.fromkeys(key for shard in rest for key in shard.graphs.values())
+    templates = dict(_run(pool, _trace, [(key,) for key in keys]))
+    calls = [(checkpoint, out, shard, {prefix: templates[key] for prefix, key in shard.graphs.items()})
+             for shard in rest]  # fmt: skip
     return [meter.shard(done) for done in _run(pool, _stamp, calls)]
 
 
@@ -269,10 +261,10 @@ def _reuse(checkpoint: Path, out: Path, shard: ShardPlan) -> _Done | None:
     return _report(out, shard, key, reused=True)
 
 
-def _stamp(checkpoint: Path, out: Path, shard: ShardPlan, template: Template) -> _Done:
+def _stamp(checkpoint: Path, out: Path, shard: ShardPlan, templates: dict[str, Template]) -> _Done:
     key, path = _key(shard), out / shard.path
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = stamp(template, _values(open_checkpoint(checkpoint), shard, key), key, path)
+    written = stamp(templates, _values(open_checkpoint(checkpoint), shard, key), key, path)
     return _report(out, shard, written.content_key, reused=False)
 
 
@@ -282,7 +274,7 @@ def _report(out: Path, shard: ShardPlan, content_key: str, reused: bool) -> _Don
 
 
 def _key(shard: ShardPlan) -> ContentKey:
-    return ContentKey(shard.template, {name: version(name) for name in TOOLS})
+    return ContentKey(shard.graphs, {name: version(name) for name in TOOLS})
 
 
 def _expected_key(checkpoint: Checkpoint, shard: ShardPlan) -> str:
@@ -308,29 +300,10 @@ def _values(checkpoint: Checkpoint, shard: ShardPlan, key: ContentKey) -> Iterat
             yield name, checkpoint.read(source, out=buffer, hasher=key)
 
 
-def _write_embedding(folder: Path, source: TensorSource, path: Path) -> _Done:
-    """The embedding table, fp16 row-major, a run of rows at a time."""
-    checkpoint = open_checkpoint(folder)
-    rows, width = source.shape
-    step = max(1, EMBED_CHUNK_BYTES // (2 * width))
-    buffer = np.empty((step, width), np.float16)
-    temporary = path.with_name(f".writing-{path.name}")
-    with temporary.open("wb") as stream:
-        for first in range(0, rows, step):
-            last = min(first + step, rows)
-            stream.write(checkpoint.read(source.part(first, last), out=buffer[: last - first]).data)
-    os.replace(temporary, path)
-    size, files = path.stat().st_size, {path.name: sha256(path)}
-    return _Done(path.name, "", size, False, files, peak_memory_bytes(), os.getpid())
-
-
-def _copy_tokenizer(checkpoint: Path, out: Path) -> tuple[str, ...]:
-    present = tuple(name for name in TOKENIZER_FILES if (checkpoint / name).is_file())
-    for name in present:
-        temporary = out / f".writing-{name}"
-        shutil.copyfile(checkpoint / name, temporary)
-        os.replace(temporary, out / name)
-    return present
+def _write_embedding(checkpoint: Path, source: TensorSource, path: Path) -> _Done:
+    write_embedding(open_checkpoint(checkpoint), source, path)
+    files = {path.name: sha256(path)}
+    return _Done(path.name, "", path.stat().st_size, False, files, peak_memory_bytes(), os.getpid())
 
 
 def _capture(checkpoint: Path, out: Path, conversion: ConversionPlan, prompts: Path | None, meter: _Meter) -> None:
@@ -343,6 +316,7 @@ def _capture(checkpoint: Path, out: Path, conversion: ConversionPlan, prompts: P
         prompts=None if prompts is None else read_prompts(prompts, checkpoint),
         out=out / GOLDEN,
         context=conversion.context,
+        experts=conversion.options.routing == "sparse",
         progress=lambda what, done, total: meter.add(f"golden: {what} {done}/{total}", 0, os.getpid(), 0),
     )
 
@@ -359,7 +333,8 @@ def _manifest(
     keys = {shard.path: shard.content_key for shard in done}
     golden = GOLDEN if (out / GOLDEN).exists() else None
     files = files | {name: digest for shard in done for name, digest in shard.files.items()}
-    files |= {name: sha256(out / name) for name in (*tokenizer, *([golden] if golden else []))}
+    loose = (*tokenizer, *conversion.routers.values(), *([golden] if golden else []))
+    files |= {name: sha256(out / name) for name in loose}
     return Manifest(
         family=spec.family,
         d_model=spec.d_model,
@@ -375,7 +350,7 @@ def _manifest(
         weights="fp16",
         embed=EMBED,
         ropes={name: asdict(rope) for name, rope in spec.ropes.items()},
-        shards=tuple(_shard(shard, keys[shard.path], conversion) for shard in conversion.shards),
+        shards=tuple(_shard(shard, keys[shard.path]) for shard in conversion.shards),
         tokenizer=tokenizer,
         bos_id=spec.bos_id,
         eos_ids=spec.eos_ids,
@@ -387,37 +362,41 @@ def _manifest(
     )
 
 
-def _moe_facts(conversion: ConversionPlan) -> Iterable[tuple[str, dict[str, int]]]:
+def _moe_facts(conversion: ConversionPlan) -> Iterable[tuple[str, dict[str, Any]]]:
     for layer in conversion.layers:
         ffn = conversion.spec.layers[layer].ffn
         if isinstance(ffn, MoeSpec):
-            yield str(layer), {"experts": ffn.router.experts, "k": ffn.router.k}
+            table = {"router": conversion.routers[layer]} if layer in conversion.routers else {}
+            yield str(layer), {"experts": ffn.router.experts, "k": ffn.router.k} | table
 
 
-def _shard(plan: ShardPlan, content_key: str, conversion: ConversionPlan) -> Shard:
+def _shard(plan: ShardPlan, content_key: str) -> Shard:
     return Shard(
         path=plan.path,
         kind=plan.kind,
         layer=plan.layer,
-        functions=tuple(ShardFunction(name, tokens) for name, tokens in conversion.functions),
+        functions=tuple(ShardFunction(name, tokens) for name, tokens in plan.functions),
         part=plan.part,
         parts=plan.parts,
         experts=plan.experts,
         rows=plan.rows,
         rope=plan.rope,
         window=plan.window,
-        states=block.caches if isinstance(block := plan.template.block, AttentionConfig) else {},
+        states=dict(plan.states),
         weight_bytes=plan.weight_bytes,
         content_key=content_key,
     )
 
 
 def _remove_strangers(out: Path, manifest: Manifest) -> None:
-    """Shards of an earlier conversion with other options, which this one does not name."""
+    """Shards and router tables of an earlier conversion with other options, which this one does not name."""
     kept = {shard.path for shard in manifest.shards}
     for path in out.rglob("*.mlpackage"):
         if path.relative_to(out).as_posix() not in kept:
             shutil.rmtree(path)
+    for path in (out / ROUTERS).glob("*"):
+        if path.relative_to(out).as_posix() not in manifest.files:
+            path.unlink()
 
 
 def _write_text(path: Path, text: str) -> None:

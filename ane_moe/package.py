@@ -1,4 +1,7 @@
-"""`.mlpackage` at protobuf and blob level: bind weights to a template and write the package, atomically.
+"""`.mlpackage` at protobuf and blob level: bind weights to templates and write the package, atomically.
+
+One package may hold many copies of a template, each with weights of its own: the experts of a layer. A copy is told
+from the others by its prefix, which goes before the names of its functions and weights.
 
 A package is a folder: Manifest.json, Data/com.apple.CoreML/model.mlmodel (the protobuf) and weights/weight.bin (the
 blob file, written by coremltools' own writer). It appears under its final name only when it is complete.
@@ -6,17 +9,19 @@ blob file, written by coremltools' own writer). It appears under its final name 
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ane_moe.coreml_tools import BlobWriter, Model_pb2
+from ane_moe.blocks.registry import function_name, weight_name
+from ane_moe.coreml_tools import BlobWriter, MIL_pb2, Model_pb2
 from ane_moe.errors import UserError
 from ane_moe.trace import Template, value_name
 
@@ -34,19 +39,23 @@ class Written:
     content_key: str
 
 
-def stamp(template: Template, values: Iterable[tuple[str, np.ndarray]], key: "ContentKey", path: Path) -> Written:
-    """Write the package `path` from a template and its weights, each (name, fp16 array), one in memory at a time.
+def stamp(
+    templates: Mapping[str, Template], values: Iterable[tuple[str, np.ndarray]], key: "ContentKey", path: Path
+) -> Written:
+    """Write the package `path` from templates by prefix and their weights, each (name, fp16 array).
 
-    `key` is asked for its digest after the last value was read. Raises UserError when the disk is full; an
-    interrupted call leaves nothing at `path`.
+    One weight is in memory at a time. The first function of the first copy is the default. `key` is asked for its
+    digest after the last value was read. Raises UserError when the disk is full; an interrupted call leaves nothing at
+    `path`.
     """
     temporary = path.with_name(TEMPORARY + path.name)
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / WEIGHTS).parent.mkdir(parents=True)
     try:
-        offsets = _write_blob(values, temporary / WEIGHTS, template)
+        offsets = _write_blob(values, temporary / WEIGHTS, templates)
         content_key = key.digest()
-        model = _bound(template, offsets, content_key)
+        model = _bound(templates, offsets)
+        model.description.metadata.userDefined[CONTENT_KEY] = content_key
         (temporary / MODEL).write_bytes(model.SerializeToString(deterministic=True))
         (temporary / "Manifest.json").write_text(_item_manifest(content_key))
         if path.exists():
@@ -116,36 +125,58 @@ def _files(folder: Path) -> Iterator[Path]:
     return (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
 
 
-def _write_blob(values: Iterable[tuple[str, np.ndarray]], path: Path, template: Template) -> dict[str, int]:
-    """Offsets by weight name. Checks that each weight of the template comes once, with as many elements as traced."""
+def _write_blob(
+    values: Iterable[tuple[str, np.ndarray]], path: Path, templates: Mapping[str, Template]
+) -> dict[str, int]:
+    """Offsets by weight name. Checks that each weight of each copy comes once, with as many elements as traced."""
+    shapes = {weight_name(prefix, name): shape for prefix, template in templates.items()
+              for name, shape in template.weights.items()}  # fmt: skip
     writer = BlobWriter(str(path))
     offsets: dict[str, int] = {}
     for name, array in values:
-        if array.size != np.prod(template.weights[name]) or array.dtype != np.float16 or name in offsets:
-            raise ValueError(f"weight {name}: {array.dtype} {array.shape} does not fit {template.weights[name]}")
+        if array.size != math.prod(shapes[name]) or array.dtype != np.float16 or name in offsets:
+            raise ValueError(f"weight {name}: {array.dtype} {array.shape} does not fit {shapes[name]}")
         offsets[name] = writer.write_fp16_data(array.reshape(-1).view(np.uint16))
-    if missing := template.weights.keys() - offsets.keys():
+    if missing := shapes.keys() - offsets.keys():
         raise ValueError(f"no value for {sorted(missing)[:5]}")
     return offsets
 
 
-def _bound(template: Template, offsets: dict[str, int], content_key: str) -> Model_pb2.Model:
-    """The specification with every weight's `const` pointing into the blob file, in every function."""
-    model = Model_pb2.Model.FromString(template.model)
-    by_value = {value_name(name): offset for name, offset in offsets.items()}
-    for function in model.mlProgram.functions.values():
-        bound = set()
-        for operation in function.block_specializations[function.opset].operations:
-            name = operation.outputs[0].name if operation.type == "const" else ""
-            if name in by_value:
-                value = operation.attributes["val"].blobFileValue
-                value.fileName = "@model_path/weights/weight.bin"
-                value.offset = by_value[name]
-                bound.add(name)
-        if bound != by_value.keys():
-            raise ValueError(f"unbound weights: {sorted(by_value.keys() - bound)[:5]}")
-    model.description.metadata.userDefined[CONTENT_KEY] = content_key
+def _bound(templates: Mapping[str, Template], offsets: Mapping[str, int]) -> Model_pb2.Model:
+    """One specification with the functions of every copy, each weight's `const` pointing into the blob file."""
+    parsed: dict[int, Model_pb2.Model] = {}
+    for template in templates.values():
+        if id(template) not in parsed:
+            parsed[id(template)] = Model_pb2.Model.FromString(template.model)
+    model = Model_pb2.Model()
+    model.CopyFrom(parsed[id(next(iter(templates.values())))])
+    model.mlProgram.functions.clear()
+    del model.description.functions[:]
+    for prefix, template in templates.items():
+        places = {value_name(name): offsets[weight_name(prefix, name)] for name in template.weights}
+        source = parsed[id(template)]
+        for description in source.description.functions:
+            name = function_name(prefix, description.name)
+            model.description.functions.add().CopyFrom(description)
+            model.description.functions[-1].name = name
+            model.mlProgram.functions[name].CopyFrom(source.mlProgram.functions[description.name])
+            _bind(model.mlProgram.functions[name], places)
+    model.description.defaultFunctionName = model.description.functions[0].name
     return model
+
+
+def _bind(function: MIL_pb2.Function, places: Mapping[str, int]) -> None:
+    """Point every weight of one function to its place in the blob file."""
+    bound = set()
+    for operation in function.block_specializations[function.opset].operations:
+        name = operation.outputs[0].name if operation.type == "const" else ""
+        if name in places:
+            value = operation.attributes["val"].blobFileValue
+            value.fileName = "@model_path/weights/weight.bin"
+            value.offset = places[name]
+            bound.add(name)
+    if bound != places.keys():
+        raise ValueError(f"unbound weights: {sorted(places.keys() - bound)[:5]}")
 
 
 def _item_manifest(content_key: str) -> str:

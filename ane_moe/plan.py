@@ -3,16 +3,18 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
 from ane_moe.blocks.attention import AttentionConfig
+from ane_moe.blocks.experts import ExpertGroupConfig, SharedExpertConfig
 from ane_moe.blocks.head import HeadConfig
 from ane_moe.blocks.mlp import DenseConfig
 from ane_moe.blocks.moe import MoeConfig
 from ane_moe.blocks.ports import Shape
-from ane_moe.blocks.registry import BlockConfig, TemplateKey, build_unbound
+from ane_moe.blocks.registry import BlockConfig, TemplateKey, build_unbound, function_name, weight_name
+from ane_moe.blocks.routed import RoutedAttentionConfig
 from ane_moe.checkpoint import TensorSource
 from ane_moe.errors import UserError
 from ane_moe.spec import MlpSpec, ModelSpec, MoeSpec
@@ -20,23 +22,29 @@ from ane_moe.spec import MlpSpec, ModelSpec, MoeSpec
 MB = 1_000_000
 CACHE_STEP = 32                 # a state's last axis must be a multiple of it (coremltools issue 2631)
 MAX_WEIGHT_BYTES = 1 << 31      # Core ML refuses larger weight files (coremltools PR 2593)
+BLOB_OVERHEAD = 128             # bytes a weight takes in the file beside its own: metadata and alignment
 MAX_HEAD_ROWS = 16_384          # widest axis of the M1 to M3 engines (ane-guide, appendix A)
 MIN_HEAD_PARTS = 2
 DEFAULT_CONTEXT = 2048
+ROUTERS = "router"
+MAX_EXPERT_TOKENS = 1 << 14
 
 
 @dataclass(frozen=True)
 class ConvertOptions:
     """How to convert. `context` None: 2048 or the model's own if that is less. `prefill` 0: no prefill functions.
-    `layers` None: all. `max_shard_mb` limits MoE shards; it is in MB of 10^6 bytes."""
+    `layers` None: all. `max_shard_mb` limits MoE shards; it is in MB of 10^6 bytes. For sparse routing there is a
+    function for each group of `experts_per_function` experts and each token count in `expert_tokens`."""
 
-    routing: Literal["masked", "soft"] = "masked"
+    routing: Literal["masked", "soft", "sparse"] = "masked"
     state: Literal["mlstate", "explicit"] = "mlstate"
     layout: Literal["bc1s", "bct1"] = "bc1s"
     context: int | None = None
     prefill: int = 64
     max_shard_mb: int = 220
     layers: tuple[int, ...] | None = None
+    expert_tokens: tuple[int, ...] = (1, 16, 64)
+    experts_per_function: int = 1
 
 
 @dataclass(frozen=True)
@@ -54,12 +62,13 @@ class OneHot:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One package: its graph, where each of its weights comes from, and why it was cut as it is."""
+    """One package: its graphs by prefix (see `package.stamp`), where each of its weights comes from, and why it was
+    cut as it is."""
 
     path: str
     kind: str
     layer: int | None
-    template: TemplateKey
+    graphs: Mapping[str, TemplateKey]
     weights: Mapping[str, TensorSource | OneHot]
     weight_bytes: int
     part: int = 0
@@ -68,7 +77,14 @@ class ShardPlan:
     rows: tuple[int, int] | None = None
     rope: str | None = None
     window: int | None = None
+    states: Mapping[str, Shape] = field(default_factory=dict)
     reason: str = ""
+
+    @property
+    def functions(self) -> tuple[tuple[str, int], ...]:
+        """(name, tokens) of the package's functions."""
+        return tuple((function_name(prefix, name), tokens)
+                     for prefix, graph in self.graphs.items() for name, tokens in graph.functions)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,7 +98,7 @@ class ConversionPlan:
 
     @property
     def functions(self) -> tuple[tuple[str, int], ...]:
-        """(name, tokens) of every package's functions."""
+        """(name, tokens) of every package's functions, but for those of experts."""
         return _functions(self.options)
 
     @property
@@ -99,6 +115,19 @@ class ConversionPlan:
         """What the conversion takes on disk, goldens and tokenizer aside."""
         return sum(shard.weight_bytes for shard in self.shards) + self.embed_bytes
 
+    @property
+    def routers(self) -> dict[int, str]:
+        """Paths of the router tables that guesses of the host read, by layer."""
+        return {n: f"{ROUTERS}/layer_{n:02d}.bin" for n in self.layers
+                if self.options.routing == "sparse" and isinstance(self.spec.layers[n].ffn, MoeSpec)}  # fmt: skip
+
+
+def parse_expert_tokens(text: str) -> tuple[int, ...]:
+    """Token counts of a list such as `1,16,64`. Raises UserError when it is none."""
+    if re.fullmatch(r" *[1-9]\d{0,4}( *, *[1-9]\d{0,4})* *", text) is None:
+        raise UserError("--expert-tokens takes a list of token counts", repr(text), "write for instance 1,16,64")
+    return tuple(sorted({int(piece) for piece in text.split(",")}))
+
 
 def parse_layers(text: str) -> tuple[int, ...]:
     """Layer numbers of a list such as `0-3` or `0,5,7-8`. Raises UserError when it is none."""
@@ -114,8 +143,10 @@ def parse_layers(text: str) -> tuple[int, ...]:
 def make_plan(spec: ModelSpec, sources: Mapping[str, TensorSource], options: ConvertOptions) -> ConversionPlan:
     """Cut the model into shards.
 
-    Raises UserError for a context or a layer the model does not have, and for a shard that cannot be cut below 2 GiB.
+    Raises UserError for a context or a layer the model does not have, for senseless expert functions, and for a shard
+    that cannot be cut below 2 GiB.
     """
+    _require_expert_functions(options)
     context = _context(spec, options)
     layers = tuple(range(len(spec.layers))) if options.layers is None else options.layers
     if outside := [n for n in layers if not 0 <= n < len(spec.layers)]:
@@ -135,6 +166,15 @@ def _context(spec: ModelSpec, options: ConvertOptions) -> int:
     return context
 
 
+def _require_expert_functions(options: ConvertOptions) -> None:
+    tokens = options.expert_tokens
+    if list(tokens) != sorted(set(tokens)) or not tokens or not 1 <= tokens[0] <= tokens[-1] <= MAX_EXPERT_TOKENS:
+        raise UserError("the token counts of expert functions are not possible", ",".join(map(str, tokens)) or "none",
+                        f"give rising numbers from 1 to {MAX_EXPERT_TOKENS}")  # fmt: skip
+    if options.experts_per_function < 1:
+        raise UserError("an expert function needs an expert", str(options.experts_per_function))
+
+
 def _functions(options: ConvertOptions) -> tuple[tuple[str, int], ...]:
     return (("decode", 1), *((("prefill", options.prefill),) if options.prefill else ()))
 
@@ -152,14 +192,19 @@ class _Planner:
         config = AttentionConfig(
             self.spec.d_model, self.spec.norm, mixer, rotary, self.slots, self.options.state == "explicit"
         )
-        path = f"attn/layer_{layer:02d}.mlpackage"
-        return self._shard(path, "attn", layer, config, rope=mixer.rope, window=mixer.window)
+        ffn = self.spec.layers[layer].ffn
+        routed = isinstance(ffn, MoeSpec) and self.options.routing == "sparse"
+        block = RoutedAttentionConfig(config, ffn.router) if isinstance(ffn, MoeSpec) and routed else config
+        facts = {"rope": mixer.rope, "window": mixer.window, "states": config.caches}
+        return self._shard(f"attn/layer_{layer:02d}.mlpackage", "attn", layer, block, **facts)
 
     def ffn(self, layer: int) -> list[ShardPlan]:
         ffn = self.spec.layers[layer].ffn
         if isinstance(ffn, MlpSpec):
             dense = DenseConfig(self.spec.d_model, self.spec.norm, ffn)
             return [self._shard(f"dense/layer_{layer:02d}.mlpackage", "dense", layer, dense)]
+        if self.options.routing == "sparse":
+            return self.experts(layer, ffn)
         sizes, reason = self._split(ffn)
         shards, first = [], 0
         for part, size in enumerate(sizes):
@@ -171,6 +216,35 @@ class _Planner:
             shards.append(self._shard(path, "moe", layer, config, **facts))
             first += size
         return shards
+
+    def experts(self, layer: int, moe: MoeSpec) -> list[ShardPlan]:
+        """Packages of a layer's expert functions: as few as the size limit of a weight file allows."""
+        size, total = self.options.experts_per_function, moe.router.experts
+        groups = [range(first, min(first + size, total)) for first in range(0, total, size)]
+        shared = {} if moe.shared is None else {"shared": SharedExpertConfig(self.spec.d_model, moe.shared)}
+        largest = _stored_bytes(self._group(moe, size))
+        room = MAX_WEIGHT_BYTES - sum(map(_stored_bytes, shared.values()))
+        parts = _even_parts(len(groups), math.ceil(len(groups) / max(1, room // largest)))
+        shards, first = [], 0
+        for part, count in enumerate(parts):
+            mine = groups[first : first + count]
+            configs: dict[str, BlockConfig] = {f"expert_{g.start:03d}": self._group(moe, len(g)) for g in mine}
+            suffix = f"_part_{part + 1}" if len(parts) > 1 else ""
+            facts = {
+                "part": part,
+                "parts": len(parts),
+                "experts": tuple(range(mine[0].start, mine[-1].stop)),
+                "reason": "weight files end at 2 GiB" if suffix else "",
+            }
+            path = f"experts/layer_{layer:02d}{suffix}.mlpackage"
+            functions = tuple((f"t{tokens}", tokens) for tokens in self.options.expert_tokens)
+            shards.append(self._package(path, "experts", layer, configs | (shared if part == 0 else {}), functions,
+                                        **facts))  # fmt: skip
+            first += count
+        return shards
+
+    def _group(self, moe: MoeSpec, size: int) -> ExpertGroupConfig:
+        return ExpertGroupConfig(self.spec.d_model, moe.expert, size)
 
     def head(self) -> list[ShardPlan]:
         least = max(MIN_HEAD_PARTS, math.ceil(self.spec.vocab / MAX_HEAD_ROWS))
@@ -201,26 +275,38 @@ class _Planner:
         return _even_parts(experts, math.ceil(experts / fitting)), reason
 
     def _shard(self, path: str, kind: str, layer: int | None, config: BlockConfig, **facts: Any) -> ShardPlan:
-        weight_bytes = _weight_bytes(config)
-        if weight_bytes > MAX_WEIGHT_BYTES:
+        return self._package(path, kind, layer, {"": config}, _functions(self.options), **facts)
+
+    def _package(
+        self,
+        path: str,
+        kind: str,
+        layer: int | None,
+        configs: Mapping[str, BlockConfig],
+        functions: tuple[tuple[str, int], ...],
+        **facts: Any,
+    ) -> ShardPlan:
+        weight_bytes = sum(map(_weight_bytes, configs.values()))
+        if sum(map(_stored_bytes, configs.values())) > MAX_WEIGHT_BYTES:
             raise UserError(f"{path} would hold {weight_bytes / MB:.0f} MB", "Core ML's limit is 2 GiB a package")
-        key = TemplateKey(config, _functions(self.options), self.options.layout)
-        plan = ShardPlan(path, kind, layer, key, {}, weight_bytes, **facts)
-        weights = {name: self._source(plan, name, shape) for name, shape in _weight_shapes(config).items()}
+        graphs = {prefix: TemplateKey(config, functions, self.options.layout) for prefix, config in configs.items()}
+        plan = ShardPlan(path, kind, layer, graphs, {}, weight_bytes, **facts)
+        weights = {weight_name(prefix, name): self._source(plan, prefix, name, shape)
+                   for prefix, config in configs.items() for name, shape in _weight_shapes(config).items()}  # fmt: skip
         return ShardPlan(**{**vars(plan), "weights": weights})
 
-    def _source(self, plan: ShardPlan, name: str, shape: Shape) -> TensorSource | OneHot:
+    def _source(self, plan: ShardPlan, prefix: str, name: str, shape: Shape) -> TensorSource | OneHot:
         """Where the block's parameter `name` comes from: our tensor of the same layer, or a slice of it."""
         if name == "select.weight":
             return OneHot(shape[0], shape[1], plan.experts[0])
         if plan.kind == "lm_head":
             return self.sources["head.norm.weight"] if name == "norm.weight" else self._head_rows(plan)
-        part = "attn" if plan.kind == "attn" else "ffn"
         if name.startswith("experts."):
             _, index, rest = name.split(".", 2)
-            name = f"experts.{plan.experts[int(index)]}.{rest}"
-        return self.sources[f"layers.{plan.layer}.{part}.{name.removeprefix('mlp.')}"]
-
+            first = int(prefix.removeprefix("expert_")) if prefix else plan.experts[0]
+            name = f"experts.{first + int(index)}.{rest}"
+        part = "" if name.startswith(("attn.", "ffn.")) else "attn." if plan.kind == "attn" else "ffn."
+        return self.sources[f"layers.{plan.layer}.{part}{name.removeprefix('mlp.')}"]
 
     def _head_rows(self, plan: ShardPlan) -> TensorSource:
         assert plan.rows is not None
@@ -243,3 +329,8 @@ def _weight_shapes(config: BlockConfig) -> dict[str, Shape]:
 
 def _weight_bytes(config: BlockConfig) -> int:
     return sum(2 * math.prod(shape) for shape in _weight_shapes(config).values())
+
+
+def _stored_bytes(config: BlockConfig) -> int:
+    """What the block's weights take at most in a weight file."""
+    return _weight_bytes(config) + BLOB_OVERHEAD * len(_weight_shapes(config))

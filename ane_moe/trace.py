@@ -83,17 +83,16 @@ class _Unbound(nn.Module):
         self.ports = ports
         self.layout = layout
         self.weight_names = [name for name, _ in block.named_parameters()]
-        for name, buffer in block.named_buffers():
-            self.register_buffer(name, buffer)
+        for name, shape in ports.states.items():
+            self.register_buffer(name, torch.zeros(shape))
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
         block, count = self.hidden[0], len(self.ports.inputs)
         for name, weight in zip(self.weight_names, values[count:], strict=True):
             _replace(block, name, weight)
-        for name in self.ports.states:
-            _replace(block, name, getattr(self, name))
-        inputs = dict(zip(self.ports.inputs, values[:count], strict=True))
-        outputs = block(**{name: self._oriented(name, value) for name, value in inputs.items()})
+        inputs = zip(self.ports.inputs, values[:count], strict=True)
+        states = {name: getattr(self, name) for name in self.ports.states}
+        outputs = block(**{name: self._oriented(name, value) for name, value in inputs}, **states)
         return tuple(self._oriented(name, outputs[name]) for name in self.ports.outputs)
 
     def _oriented(self, name: str, value: Tensor) -> Tensor:
@@ -101,15 +100,14 @@ class _Unbound(nn.Module):
 
 
 # Inputs and outputs with channels on axis 1 and tokens on the last: the ones `--layout` turns.
-STREAMS = ("x", "y", "gates", "logits")
+STREAMS = ("x", "y", "ffn_input", "gate", "gates", "logits")
 
 
 def _replace(block: nn.Module, path: str, value: Tensor) -> None:
-    """Put a plain tensor where a parameter or buffer was."""
+    """Put a plain tensor where a parameter was."""
     parent, _, leaf = path.rpartition(".")
     owner = block.get_submodule(parent)
     owner._parameters.pop(leaf, None)
-    owner._buffers.pop(leaf, None)
     owner.__dict__[leaf] = value
 
 

@@ -33,7 +33,7 @@ def contents(folder):
 
 
 def test_coremltools_loads_the_package_and_finds_every_weight_in_both_functions(template, values, tmp_path):
-    written = stamp(template, values.items(), ContentKey("x"), tmp_path / "a.mlpackage")
+    written = stamp({"": template}, values.items(), ContentKey("x"), tmp_path / "a.mlpackage")
     model = ct.models.MLModel(str(tmp_path / "a.mlpackage"), skip_model_load=True)
     program = load(model.get_spec(), specification_version=9, file_weights_dir=model.weights_dir)
     assert set(program.functions) == {"decode", "prefill"}
@@ -45,20 +45,20 @@ def test_coremltools_loads_the_package_and_finds_every_weight_in_both_functions(
 
 
 def test_the_functions_share_one_copy_of_the_weights(template, values, tmp_path):
-    written = stamp(template, values.items(), ContentKey("x"), tmp_path / "a.mlpackage")
+    written = stamp({"": template}, values.items(), ContentKey("x"), tmp_path / "a.mlpackage")
     stored = sum(value.nbytes for value in values.values())
     assert written.weight_bytes < stored + 64 * (2 * len(values) + 1)      # headers and alignment only
 
 
 def test_the_same_input_gives_the_same_bytes(template, values, tmp_path):
     for name in "ab":
-        stamp(template, values.items(), ContentKey("x"), tmp_path / f"{name}.mlpackage")
+        stamp({"": template}, values.items(), ContentKey("x"), tmp_path / f"{name}.mlpackage")
     assert contents(tmp_path / "a.mlpackage") == contents(tmp_path / "b.mlpackage")
 
 
 def test_the_package_carries_its_content_key(template, values, tmp_path):
     key = ContentKey("x")
-    stamp(template, values.items(), key, tmp_path / "a.mlpackage")
+    stamp({"": template}, values.items(), key, tmp_path / "a.mlpackage")
     assert read_content_key(tmp_path / "a.mlpackage") == key.digest()
     assert read_content_key(tmp_path / "nothing.mlpackage") is None
     model = Model_pb2.Model.FromString((tmp_path / "a.mlpackage" / MODEL).read_bytes())
@@ -67,7 +67,7 @@ def test_the_package_carries_its_content_key(template, values, tmp_path):
 
 
 def test_the_item_manifest_names_both_items(template, values, tmp_path):
-    stamp(template, values.items(), ContentKey("x"), tmp_path / "a.mlpackage")
+    stamp({"": template}, values.items(), ContentKey("x"), tmp_path / "a.mlpackage")
     manifest = json.loads((tmp_path / "a.mlpackage" / "Manifest.json").read_text())
     paths = {entry["path"] for entry in manifest["itemInfoEntries"].values()}
     assert paths == {"com.apple.CoreML/model.mlmodel", "com.apple.CoreML/weights"}
@@ -86,7 +86,7 @@ def test_weights_that_do_not_fit_the_template_leave_nothing_behind(template, val
     else:
         items[0] = (items[0][0], items[0][1].astype(np.float32))
     with pytest.raises(ValueError):
-        stamp(template, items, ContentKey("x"), tmp_path / "a.mlpackage")
+        stamp({"": template}, items, ContentKey("x"), tmp_path / "a.mlpackage")
     assert not list(tmp_path.iterdir())
 
 
@@ -96,12 +96,12 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing_behind(template, valu
 
     monkeypatch.setattr(package.Path, "write_bytes", full)
     with pytest.raises(UserError, match="the disk is full"):
-        stamp(template, values.items(), ContentKey("x"), tmp_path / "a.mlpackage")
+        stamp({"": template}, values.items(), ContentKey("x"), tmp_path / "a.mlpackage")
     assert not list(tmp_path.iterdir())
 
 
 def test_an_interruption_leaves_the_old_package_whole(template, values, tmp_path):
-    stamp(template, values.items(), ContentKey("x"), tmp_path / "a.mlpackage")
+    stamp({"": template}, values.items(), ContentKey("x"), tmp_path / "a.mlpackage")
     before = contents(tmp_path / "a.mlpackage")
 
     def interrupted():
@@ -109,7 +109,7 @@ def test_an_interruption_leaves_the_old_package_whole(template, values, tmp_path
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        stamp(template, interrupted(), ContentKey("y"), tmp_path / "a.mlpackage")
+        stamp({"": template}, interrupted(), ContentKey("y"), tmp_path / "a.mlpackage")
     assert contents(tmp_path / "a.mlpackage") == before
 
 

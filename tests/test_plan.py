@@ -41,14 +41,14 @@ def test_qwen3_30b_splits_its_layers_into_eight_equal_self_contained_parts():
     assert [shard.experts for shard in shards] == [tuple(range(first, first + 16)) for first in range(0, 128, 16)]
     assert [shard.path for shard in shards][:2] == ["moe/layer_00_part_1.mlpackage", "moe/layer_00_part_2.mlpackage"]
     assert all(shard.weight_bytes <= 220 * MB for shard in shards)
-    assert len({shard.template for shard in shards}) == 2                   # the first carries the residual
+    assert len({shard.graphs[""] for shard in shards}) == 2                   # the first carries the residual
     assert shards[3].weights["select.weight"] == OneHot(16, 128, 48)
     assert shards[3].weights["experts.2.up.weight"].name == "layers.0.ffn.experts.50.up.weight"
     assert "1208 MB in one piece" in shards[0].reason
 
 
 def test_layers_share_their_templates():
-    one_layer, whole = ({shard.template for shard in plan(layers=layers).shards} for layers in ((0,), None))
+    one_layer, whole = ({shard.graphs[""] for shard in plan(layers=layers).shards} for layers in ((0,), None))
     assert len(whole - one_layer) == 1                                      # only the head is new
 
 

@@ -41,8 +41,6 @@ class Attention(Block):
 
     q_norm: RmsNorm
     k_norm: RmsNorm
-    k_cache: Tensor
-    v_cache: Tensor
 
     def __init__(self, config: AttentionConfig):
         super().__init__()
@@ -59,9 +57,6 @@ class Attention(Block):
         elif m.qk_norm == "full":
             self.q_norm = RmsNorm(m.heads * m.head_dim, m.qk_norm_eps)
             self.k_norm = RmsNorm(m.kv_heads * m.head_dim, m.qk_norm_eps)
-        if not config.explicit:
-            for name, shape in config.caches.items():
-                self.register_buffer(name, torch.zeros(shape))
 
     def ports(self, tokens: int) -> Ports:
         c = self.config
@@ -102,9 +97,7 @@ class Attention(Block):
         write, keep = inputs["write"], inputs["keep"]
         if self.config.explicit:
             return inputs["k_cache"] * keep + k @ write, inputs["v_cache"] * keep + v @ write
-        self.k_cache.mul_(keep).add_(k @ write)
-        self.v_cache.mul_(keep).add_(v @ write)
-        return self.k_cache, self.v_cache
+        return inputs["k_cache"].mul_(keep).add_(k @ write), inputs["v_cache"].mul_(keep).add_(v @ write)
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         m, slots = self.config.mixer, self.config.slots

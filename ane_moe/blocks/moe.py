@@ -58,9 +58,9 @@ class Moe(Block):
         mine = self.select(gates) if self.config.split else gates
         parts = [expert(h, mine[:, e : e + 1]) for e, expert in enumerate(self.experts)]
         if not self.config.first:
-            return {"y": _tree_sum(parts), "gates": gates}
+            return {"y": tree_sum(parts), "gates": gates}
         # The stream comes last: it is larger than what is added to it, and fp16 rounds at the larger term's scale.
-        return {"y": x + _tree_sum([*self._shared(h), *parts]), "gates": gates}
+        return {"y": x + tree_sum([*self._shared(h), *parts]), "gates": gates}
 
     def _shared(self, h: Tensor) -> list[Tensor]:
         shared = self.config.moe.shared
@@ -69,7 +69,7 @@ class Moe(Block):
         return [self.shared(h, torch.sigmoid(self.shared_gate(h)) if shared.gated else None)]
 
 
-def _tree_sum(terms: list[Tensor]) -> Tensor:
+def tree_sum(terms: list[Tensor]) -> Tensor:
     """Pairwise sums: rounding grows with the depth, and wide fan-ins compile slowly (ane-guide, chapter 19)."""
     while len(terms) > 1:
         pairs = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)]

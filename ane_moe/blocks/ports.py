@@ -14,7 +14,7 @@ MASKED = -1e4
 
 @dataclass(frozen=True)
 class Ports:
-    """`states` are Core ML states: read and written in place, no output of their own."""
+    """`states` are Core ML states: passed like inputs, but read and written in place, with no output of their own."""
 
     inputs: Mapping[str, Shape]
     outputs: Mapping[str, Shape]
@@ -22,7 +22,7 @@ class Ports:
 
 
 class Block(nn.Module):
-    """Called with the inputs of `ports` by keyword, returns a dictionary of its outputs.
+    """Called with the inputs and states of `ports` by keyword, returns a dictionary of its outputs.
 
     `forward` never reads the token count: one trace serves every T.
     """

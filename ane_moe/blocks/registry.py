@@ -5,17 +5,30 @@ from dataclasses import dataclass
 import torch
 
 from ane_moe.blocks.attention import Attention, AttentionConfig
+from ane_moe.blocks.experts import ExpertGroup, ExpertGroupConfig, SharedExpert, SharedExpertConfig
 from ane_moe.blocks.head import Head, HeadConfig
 from ane_moe.blocks.mlp import Dense, DenseConfig
 from ane_moe.blocks.moe import Moe, MoeConfig
 from ane_moe.blocks.ports import Block
+from ane_moe.blocks.routed import RoutedAttention, RoutedAttentionConfig
 
-BlockConfig = AttentionConfig | MoeConfig | DenseConfig | HeadConfig
+BlockConfig = (
+    AttentionConfig
+    | RoutedAttentionConfig
+    | MoeConfig
+    | DenseConfig
+    | ExpertGroupConfig
+    | SharedExpertConfig
+    | HeadConfig
+)
 
 BLOCKS: dict[type, type[Block]] = {
     AttentionConfig: Attention,
+    RoutedAttentionConfig: RoutedAttention,
     MoeConfig: Moe,
     DenseConfig: Dense,
+    ExpertGroupConfig: ExpertGroup,
+    SharedExpertConfig: SharedExpert,
     HeadConfig: Head,
 }
 
@@ -29,10 +42,17 @@ class TemplateKey:
     layout: str = "bc1s"
 
 
+def function_name(prefix: str, name: str) -> str:
+    """What a package that holds a graph more than once calls the function `name` of the copy `prefix`."""
+    return f"{prefix}_{name}" if prefix else name
+
+
+def weight_name(prefix: str, name: str) -> str:
+    """What tells the weight `name` of the copy `prefix` from those of other copies."""
+    return f"{prefix}/{name}" if prefix else name
+
+
 def build_unbound(config: BlockConfig) -> Block:
-    """The block with parameters that take no memory (meta device); caches are real."""
+    """The block with parameters that take no memory (meta device)."""
     with torch.device("meta"):
-        block = BLOCKS[type(config)](config)
-    for name, buffer in list(block.named_buffers()):
-        block.register_buffer(name, torch.zeros(buffer.shape))
-    return block
+        return BLOCKS[type(config)](config)

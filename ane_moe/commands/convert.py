@@ -15,7 +15,11 @@ def convert(
     checkpoint: Annotated[Path, typer.Argument(help="A Hugging Face model folder, or `demo`.", metavar="CHECKPOINT")],
     out: Annotated[Path, typer.Argument(help="The folder to write.", metavar="OUT")],
     routing: Annotated[
-        Literal["masked", "soft"], typer.Option(help="Exact top-k gates, or the full softmax: another function.")
+        Literal["masked", "soft", "sparse"],
+        typer.Option(
+            help="masked: all experts, exact top-k gates. sparse: one function per expert, called by the host. "
+            "soft: the full softmax, another function than the model's."
+        ),
     ] = "masked",
     state: Annotated[
         Literal["mlstate", "explicit"], typer.Option(help="KV cache as Core ML state, or as inputs and outputs.")
@@ -26,6 +30,10 @@ def convert(
     context: Annotated[int | None, typer.Option(help="Tokens of the KV cache. [default: 2048, or the model's]")] = None,
     prefill: Annotated[int, typer.Option(help="Tokens of a prefill call; 0: decode functions only.")] = 64,
     max_shard_mb: Annotated[int, typer.Option(help="Split MoE layers into shards of at most this size.")] = 220,
+    expert_tokens: Annotated[
+        str, typer.Option(help="sparse: token counts to make expert functions for.", metavar="LIST")
+    ] = "1,16,64",
+    experts_per_function: Annotated[int, typer.Option(help="sparse: experts computed by one function.", min=1)] = 1,
     layers: Annotated[str | None, typer.Option(help="Convert only these, such as 0-3 or 0,5.", metavar="LIST")] = None,
     workers: Annotated[int, typer.Option(help="Processes that convert layers side by side.", min=1)] = WORKERS,
     golden: Annotated[bool, typer.Option("--golden", help="Also capture the original model's outputs.")] = False,
@@ -40,7 +48,7 @@ def convert(
     from ane_moe.convert import convert as run
     from ane_moe.convert import plan
     from ane_moe.demo import demo_checkpoint
-    from ane_moe.plan import ConvertOptions, parse_layers
+    from ane_moe.plan import ConvertOptions, parse_expert_tokens, parse_layers
     from ane_moe.report.convert import ConvertBar, plan_document, print_plan, print_report, report_document
 
     source = demo_checkpoint() if str(checkpoint) == "demo" else checkpoint
@@ -52,6 +60,8 @@ def convert(
         prefill=prefill,
         max_shard_mb=max_shard_mb,
         layers=None if layers is None else parse_layers(layers),
+        expert_tokens=parse_expert_tokens(expert_tokens),
+        experts_per_function=experts_per_function,
     )
     if dry_run:
         conversion = plan(source, options)

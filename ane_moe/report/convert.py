@@ -71,7 +71,7 @@ def plan_document(plan: ConversionPlan) -> dict[str, Any]:
             }
             for shard in plan.shards
         ],
-        "templates": len({shard.template for shard in plan.shards}),
+        "templates": len({graph for shard in plan.shards for graph in shard.graphs.values()}),
         "embed_bytes": plan.embed_bytes,
         "disk_bytes": plan.disk_bytes,
         "memory_bytes_estimated": memory_bytes_estimated(plan),

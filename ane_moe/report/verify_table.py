@@ -1,5 +1,6 @@
 """A VerifyReport for the terminal: worst case per kind of function, every failure by name."""
 
+import re
 from collections.abc import Iterable
 
 from rich.box import SIMPLE_HEAD
@@ -33,7 +34,7 @@ def _functions(rows: tuple[ShardResult, ...]) -> Table:
                    "margin", "rel. L2", "margin", "max error")
     groups: dict[tuple[str, str], list[ShardResult]] = {}
     for row in rows:
-        groups.setdefault((row.kind, row.function), []).append(row)
+        groups.setdefault((row.kind, re.sub(r"_\d+_", "_NNN_", row.function)), []).append(row)
     for (kind, function), group in groups.items():
         worst = min(group, key=_tightness)
         passed = sum(row.passed for row in group)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ane_moe.errors import UserError
-from ane_moe.runtime.interface import LoadedFunction
+from ane_moe.runtime.interface import LoadedFunction, Package
 
 RUNTIMES = {"reference": "ane_moe.runtime.reference", "coreml": "ane_moe.runtime.coreml"}
 
@@ -19,13 +19,22 @@ def resolve_runtime(name: str) -> str:
     return resolved
 
 
+def open_package(path: str | Path, runtime: str = "auto", **options: Any) -> Package:
+    """Open an `.mlpackage`, to load several of its functions.
+
+    `options` go to the runtime: see `reference.open_package` and `coreml.open_package`.
+    Raises UserError for a package that cannot be read.
+    """
+    module = importlib.import_module(RUNTIMES[resolve_runtime(runtime)])
+    package: Package = module.open_package(Path(path), **options)
+    return package
+
+
 def load_package(path: str | Path, function: str | None = None, runtime: str = "auto",
                  **options: Any) -> LoadedFunction:
     """Load one function of an `.mlpackage` (the default function when none is named).
 
-    `options` go to the runtime: see `reference.load_function` and `coreml.load_function`.
-    Raises UserError for a package that cannot be read, an unknown function, or an op the runtime lacks.
+    `options` are those of `open_package`. Raises UserError for a package that cannot be read, an unknown function, or
+    an op the runtime lacks.
     """
-    module = importlib.import_module(RUNTIMES[resolve_runtime(runtime)])
-    loaded: LoadedFunction = module.load_function(Path(path), function, **options)
-    return loaded
+    return open_package(path, runtime, **options).function(function)

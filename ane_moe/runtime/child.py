@@ -162,17 +162,13 @@ def serve() -> None:
 
 
 def _answer(trial: Trial) -> dict[str, Any]:
-    import numpy as np
-
-    from ane_moe.runtime.coreml import PASSED_AS, load_function
+    from ane_moe.runtime.coreml import load_function
     from ane_moe.runtime.modelc_cache import ModelCache
 
     try:
         cache = ModelCache(Path(trial.cache_folder), trial.limit_bytes, trial.os_build)
         function = load_function(Path(trial.package), trial.function, units=trial.units, cache=cache, trial=False)
-        zeros = {feature.name: np.zeros([size or 1 for size in feature.type.shape], PASSED_AS[feature.type.dtype])
-                 for feature in function.inputs}
-        function.predict(zeros, function.make_state() if function.states else None)
+        function.run_on_zeros()
     except UserError as error:
         return {"error": {"what": error.what, "found": error.found, "do": error.do}}
     return {}

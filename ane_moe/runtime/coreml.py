@@ -19,7 +19,8 @@ from ane_moe.errors import UserError
 from ane_moe.runtime import child
 from ane_moe.runtime.modelc_cache import ModelCache
 from ane_moe.runtime.program import Feature, Interface
-from ane_moe.runtime.reader import read_program
+from ane_moe.runtime.reader import open_program
+from ane_moe.runtime.weights import unique_bytes, weights_of
 
 UNITS = {"cpu_and_ne": ct.ComputeUnit.CPU_AND_NE, "cpu_only": ct.ComputeUnit.CPU_ONLY,
          "cpu_and_gpu": ct.ComputeUnit.CPU_AND_GPU, "all": ct.ComputeUnit.ALL}
@@ -79,6 +80,12 @@ class CoreMLFunction:
             returned = self.model.predict(passed, native)
         return {feature.name: self._output(feature, returned) for feature in self.outputs}
 
+    def run_on_zeros(self) -> None:
+        """Run once for what it shows and does rather than for its outputs. Raises UserError as `predict` does."""
+        zeros = {feature.name: np.zeros([size or 1 for size in feature.type.shape], PASSED_AS[feature.type.dtype])
+                 for feature in self.inputs}
+        self.predict(zeros, self.make_state() if self.states else None)
+
     def _passed(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         unknown = inputs.keys() - {feature.name for feature in self.inputs}
         if unknown:
@@ -123,37 +130,74 @@ class CoreMLFunction:
         return np.ascontiguousarray(value)
 
 
-def load_function(path: Path, function: str | None = None, *, units: str = "cpu_and_ne",
-                  cache: ModelCache | None = None, time_limit_seconds: float = child.TIME_LIMIT_SECONDS,
-                  trial: bool = True) -> CoreMLFunction:
-    """Load one function of the `.mlpackage` at `path` on the compute units `units` (a key of UNITS).
+class CoreMLPackage:
+    """An opened package: its program is parsed and its files are hashed once, functions are loaded when asked for.
 
     The compiled model is kept in `cache`. A function not yet known to be good is first loaded and run on zeros in a
     child process, for at most `time_limit_seconds`; `trial=False` skips that.
-    Raises UserError when Core ML is not there, the package or the function name is wrong, or Core ML fails.
+    """
+
+    def __init__(self, path: Path, *, units: str = "cpu_and_ne", cache: ModelCache | None = None,
+                 time_limit_seconds: float = child.TIME_LIMIT_SECONDS, trial: bool = True):
+        self.path = path
+        self._program = open_program(path)
+        self.functions = self._program.functions
+        self._units = units
+        self._cache = cache or default_cache()
+        self._key = self._cache.key(path)
+        self._time_limit_seconds = time_limit_seconds
+        self._trial = trial
+
+    def function(self, name: str | None = None, *, eager: bool = False) -> CoreMLFunction:
+        """Load a function, the default one when None; with `eager` it also runs once on zeros, since Core ML offers no
+        other way to have its weights read.
+
+        Raises UserError when the name is wrong or Core ML fails.
+        """
+        name = name or self._program.default_function
+        interface = self._program.read((name,)).interfaces[name]
+        _require_passable(interface, f"function {name!r} of {self.path}")
+        self._try(name)
+        # Core ML before macOS 15 refuses any function name, and a package of one function does not need it.
+        selected = name if len(self.functions) > 1 else None
+        model = _load(self.path, self._cache, self._key,
+                      lambda compiled: ct.models.CompiledMLModel(str(compiled), UNITS[self._units], selected))
+        function = CoreMLFunction(self.path, self._key, name, interface, model)
+        if eager:
+            function.run_on_zeros()
+        return function
+
+    def resident_bytes(self, name: str) -> int:
+        """Memory that the weights of a function take, as stored."""
+        return unique_bytes(weights_of(self._program.read((name,)).functions[name]))
+
+    def _try(self, name: str) -> None:
+        if self._trial and not self._cache.is_good(self._key, f"{name}-{self._units}"):
+            child.try_function(child.Trial(str(self.path.resolve()), name, self._units, str(self._cache.folder),
+                                           self._cache.os_build, self._cache.limit_bytes), self._time_limit_seconds)
+            self._cache.mark_good(self._key, f"{name}-{self._units}")
+
+
+def open_package(path: Path, **options: Any) -> CoreMLPackage:
+    """Open the `.mlpackage` at `path` for the compute units `units` (a key of UNITS); see CoreMLPackage for the others.
+
+    Raises UserError when Core ML is not there or the package cannot be read.
     """
     path = Path(path)
     require_core_ml()
-    if units not in UNITS:
+    if (units := options.get("units", "cpu_and_ne")) not in UNITS:
         raise UserError("no such compute units", units, f"choose among {', '.join(UNITS)}")
     if path.suffix != ".mlpackage":
         raise UserError(f"{path} is not a package by its name", path.suffix or "no suffix", "name it *.mlpackage")
-    program = read_program(path)
-    name = function or program.default_function
-    if name not in program.interfaces:
-        raise UserError(f"{path} has no function {name!r}", ", ".join(program.interfaces))
-    interface = program.interfaces[name]
-    _require_passable(interface, f"function {name!r} of {path}")
-    cache = cache or default_cache()
-    key = cache.key(path)
-    if trial and not cache.is_good(key, f"{name}-{units}"):
-        child.try_function(child.Trial(str(path.resolve()), name, units, str(cache.folder), cache.os_build,
-                                       cache.limit_bytes), time_limit_seconds)
-        cache.mark_good(key, f"{name}-{units}")
-    # Core ML before macOS 15 refuses any function name, and a package of one function does not need it.
-    selected = name if len(program.functions) > 1 else None
-    model = _load(path, cache, key, lambda compiled: ct.models.CompiledMLModel(str(compiled), UNITS[units], selected))
-    return CoreMLFunction(path, key, name, interface, model)
+    return CoreMLPackage(path, **options)
+
+
+def load_function(path: Path, function: str | None = None, **options: Any) -> CoreMLFunction:
+    """Load one function of the `.mlpackage` at `path`; `options` as for `open_package`.
+
+    Raises UserError when Core ML is not there, the package or the function name is wrong, or Core ML fails.
+    """
+    return open_package(path, **options).function(function)
 
 
 def require_core_ml() -> None:

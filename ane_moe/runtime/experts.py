@@ -20,13 +20,11 @@ import numpy as np
 
 from ane_moe.errors import UserError
 from ane_moe.manifest import Manifest, Shard
-from ane_moe.runtime import load_package
+from ane_moe.runtime import open_package
 from ane_moe.runtime.buffers import activation_shape, by_channel
 from ane_moe.runtime.expert_cache import ExpertCache, FunctionKey
 from ane_moe.runtime.figures import CallClock
-from ane_moe.runtime.interface import LoadedFunction
-from ane_moe.runtime.reader import read_program
-from ane_moe.runtime.weights import unique_bytes, weights_of
+from ane_moe.runtime.interface import LoadedFunction, Package
 
 KIND = "experts"
 NAME = re.compile(r"(?:expert_(?P<first>\d{3,})|shared)_t(?P<tokens>[1-9]\d*)")
@@ -58,6 +56,11 @@ class ExpertLayer:
     layer: int
     groups: tuple[Group, ...]
     shared: Group | None
+
+    @property
+    def all_groups(self) -> tuple[Group, ...]:
+        """The groups, and the shared one last where there is one."""
+        return (*self.groups, *([self.shared] if self.shared else []))
 
     @cached_property
     def _holder(self) -> dict[int, int]:
@@ -211,34 +214,37 @@ def expert_inputs(manifest: Manifest, group_size: int, tokens: int) -> dict[str,
 
 def open_cache(folder: Path, manifest: Manifest, layers: dict[int, ExpertLayer], runtime: str,
                limit_bytes: int | None, **options: Any) -> ExpertCache:
-    """A cache over the packages in `folder`. A function counts with the bytes its weights take on disk.
+    """A cache over the packages in `folder`, each opened once. A function counts with the memory its weights take.
 
-    Loading ends with one call on zeros, since runtimes read weights no earlier. Raises UserError when the limit is
-    below the size of the first expert.
+    Loading reads the weights. It raises UserError when a package is damaged, or lacks a function or has it with other
+    inputs than the manifest implies, and when the limit is below the size of one function.
     """
-    sizes = {group.key(tokens): len(group.experts) for layer in layers.values()
-             for group in (*layer.groups, *([layer.shared] if layer.shared else [])) for tokens in group.names}
-    tokens_of = {key: int(NAME.fullmatch(key.name)["tokens"]) for key in sizes}   # type: ignore[index]
+    sizes = {group.key(tokens): (len(group.experts), tokens) for layer in layers.values()
+             for group in layer.all_groups for tokens in group.names}
+
+    @cache
+    def package(path: str) -> Package:
+        return open_package(folder / path, runtime, **options)
 
     def load(key: FunctionKey) -> LoadedFunction:
-        function = load_package(folder / key.path, key.name, runtime, **options)
-        expected = expert_inputs(manifest, sizes[key], tokens_of[key])
-        declared = {feature.name: feature.type.shape for feature in function.inputs}
-        if declared != expected:
-            raise UserError(f"{folder / key.path}: function {key.name} has other inputs than the manifest implies",
-                            f"{declared}", f"{expected} was expected; convert again")
-        function.predict({name: np.zeros(shape, np.float16) for name, shape in expected.items()})
+        function = package(key.path).function(key.name, eager=True)
+        check_function(function, expert_inputs(manifest, *sizes[key]), f"{folder / key.path}: function {key.name}")
         return function
 
     @cache
-    def package_sizes(path: str) -> dict[str, int]:
-        program = read_program(folder / path)
-        return {name: unique_bytes(iter(weights_of(function))) for name, function in program.functions.items()}
-
     def size(key: FunctionKey) -> int:
-        known = package_sizes(key.path)
-        if key.name not in known:
+        if key.name not in package(key.path).functions:
             raise UserError(f"{folder / key.path} lacks an expert function", key.name, "convert again")
-        return known[key.name]
+        return package(key.path).resident_bytes(key.name)
 
     return ExpertCache(load, size, limit_bytes)
+
+
+def check_function(function: LoadedFunction, expected: dict[str, tuple[int, ...]], what: str) -> None:
+    """Raise UserError unless `function` declares exactly the inputs `expected`, by name and shape."""
+    declared = {feature.name: feature.type.shape for feature in function.inputs}
+    if declared != expected:
+        names = sorted(set(declared) | set(expected))
+        found = ", ".join(f"{name} {declared.get(name, 'absent')} where {expected.get(name, 'none')} was expected"
+                          for name in names if declared.get(name) != expected.get(name))
+        raise UserError(f"{what} has other inputs than the manifest implies", found, "convert again")

@@ -1,6 +1,6 @@
 """The model description: what each function takes and gives, checked against the function itself."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from ane_moe.errors import UserError
@@ -23,23 +23,23 @@ _KINDS = {
 _DAMAGED = "the package is damaged, or its converter is faulty"
 
 
-def read_interfaces(description: Any, functions: dict[str, Function]) -> tuple[dict[str, Interface], str]:
-    """Interfaces by function name, in declared order, and the name of the default function.
+def described_functions(description: Any, functions: Collection[str]) -> tuple[dict[str, Any], str]:
+    """The description of each function by name, in declared order, and the name of the default function.
 
-    Raises UserError where the description and the functions disagree.
+    Raises UserError where it names other functions than the program has.
     """
     described = {item.name: item for item in description.functions}
     if len(described) != len(description.functions):
         raise UserError("the description names a function twice", quoted(list(described)), _DAMAGED)
     if not described:
         described = {"main": description}
-    if described.keys() != functions.keys():
+    if described.keys() != set(functions):
         raise UserError("the description and the program name different functions",
                         quoted(f"{sorted(described)} and {sorted(functions)}"), _DAMAGED)
     default = description.defaultFunctionName or next(iter(described))
     if default not in described:
         raise UserError("the default function does not exist", quoted(default), f"known: {quoted(sorted(described))}")
-    return {name: _interface(item, functions[name]) for name, item in described.items()}, default
+    return described, default
 
 
 def read_metadata(proto: Any) -> dict[str, str]:
@@ -54,7 +54,8 @@ def read_metadata(proto: Any) -> dict[str, str]:
     return {key: value for key, value in fields.items() if value}
 
 
-def _interface(proto: Any, function: Function) -> Interface:
+def read_interface(proto: Any, function: Function) -> Interface:
+    """What a function takes and gives, as described. Raises UserError where the function itself says otherwise."""
     declared = {item.name: item.type for item in function.inputs}
     given = _types_of(function.block)
     outputs = {name: given.get(name) or declared[name] for name in function.block.outputs}

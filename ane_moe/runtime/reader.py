@@ -1,6 +1,7 @@
 """An .mlpackage on disk -> `Program`. The input is untrusted: each thing wrong with it is one UserError."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from google.protobuf.message import DecodeError
 
 from ane_moe.errors import UserError
 from ane_moe.runtime.container import open_container, quoted
-from ane_moe.runtime.interfaces import read_interfaces, read_metadata
+from ane_moe.runtime.interfaces import described_functions, read_interface, read_metadata
 from ane_moe.runtime.program import Argument, Block, Constant, Function, Operation, Output, Program
 from ane_moe.runtime.proto import Model_pb2
 from ane_moe.runtime.values import ValueReader, describe, read_type
@@ -16,6 +17,7 @@ from ane_moe.runtime.wire import count_messages
 
 SPECIFICATIONS = range(6, 11)       # iOS 15 to iOS 26
 MAX_MESSAGES = 4_000_000            # 80,000 operations; about 250 MB once parsed
+SHOWN = 20                          # functions an error lists at most
 UNCOUNTED_BYTES = 8 << 20           # smaller files cannot pass that memory whatever they hold
 OPSETS = ("CoreML5", "CoreML6", "CoreML7", "CoreML8", "CoreML9")     # iOS 15, 16, 17, 18, 26
 
@@ -30,29 +32,60 @@ _STRUCTURE: dict[str, tuple[tuple[str, ...], int, int | None]] = {
 _DAMAGED = "the package is damaged, or its converter is faulty"
 
 
-def read_program(path: Path) -> Program:
-    """Read a package without its weights: constants stay in the blob file until their `load()` is called.
+@dataclass(frozen=True)
+class OpenProgram:
+    """An .mlpackage whose program has been parsed, and whose functions are read when asked for."""
 
-    Names are resolved and types parsed, but no operation is checked against its semantics.
-    Raises UserError for anything that is not a sound ML Program.
-    """
+    path: Path
+    functions: tuple[str, ...]          # in declared order
+    default_function: str
+    _model: Any
+    _described: dict[str, Any]
+    _values: ValueReader
+
+    def read(self, names: Iterable[str] | None = None) -> Program:
+        """The program, with the functions named or all of them, and without its weights: constants stay in the blob
+        file until their `load()` is called.
+
+        Names are resolved and types parsed, but no operation is checked against its semantics.
+        Raises UserError for an unknown name and for anything in these functions that is not sound.
+        """
+        chosen = self.functions if names is None else tuple(names)
+        for name in chosen:
+            self.require(name)
+        protos = self._model.mlProgram.functions
+        functions = {name: _function(name, protos[name], self._values) for name in chosen}
+        return Program(
+            path=self.path,
+            functions=functions,
+            interfaces={name: read_interface(self._described[name], functions[name]) for name in chosen},
+            default_function=self.default_function,
+            specification_version=self._model.specificationVersion,
+            metadata=read_metadata(self._model.description.metadata),
+        )
+
+    def require(self, name: str) -> None:
+        """Raise UserError unless there is a function of this name."""
+        if name not in self._described:
+            raise UserError(f"no function {quoted(name)} in {self.path.name}",
+                            do=f"its functions: {', '.join(self.functions[:SHOWN])}")
+
+
+def open_program(path: Path) -> OpenProgram:
+    """Parse a package. Raises UserError for anything that is not an ML Program with functions."""
     path = Path(path)
     container = open_container(path)
     model = _parse(container.model_bytes())
-    values = ValueReader(container)
-    program = model.mlProgram
-    functions = {name: _function(name, program.functions[name], values) for name in sorted(program.functions)}
-    if not functions:
+    names = sorted(model.mlProgram.functions)
+    if not names:
         raise UserError("program has no functions", "an empty program", _DAMAGED)
-    interfaces, default = read_interfaces(model.description, functions)
-    return Program(
-        path=path,
-        functions={name: functions[name] for name in interfaces},
-        interfaces=interfaces,
-        default_function=default,
-        specification_version=model.specificationVersion,
-        metadata=read_metadata(model.description.metadata),
-    )
+    described, default = described_functions(model.description, names)
+    return OpenProgram(path, tuple(described), default, model, described, ValueReader(container))
+
+
+def read_program(path: Path) -> Program:
+    """Read a whole package without its weights. Raises UserError for anything that is not a sound ML Program."""
+    return open_program(path).read()
 
 
 def _parse(data: bytes) -> Any:

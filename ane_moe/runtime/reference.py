@@ -18,10 +18,12 @@ from ane_moe.runtime.dtypes import FLOATS, NUMPY, to_numpy, torch_dtype
 from ane_moe.runtime.ops.arithmetic import Arithmetic, Exact, Narrow
 from ane_moe.runtime.plan import Plan, prepare
 from ane_moe.runtime.program import Feature, Program
-from ane_moe.runtime.reader import read_program
+from ane_moe.runtime.reader import OpenProgram, open_program
 from ane_moe.runtime.scope import FOREIGN, STATES
+from ane_moe.runtime.weights import weights_of
 
 Precision = Literal["fp32", "fp16"]
+WIDE_BYTES = 4
 ARITHMETIC: dict[str, type[Arithmetic]] = {"fp32": Exact, "fp16": Narrow}
 
 # Called after each op with its type, its name and its outputs by name.
@@ -42,7 +44,8 @@ class State:
 
 
 class ReferenceFunction:
-    """One function of a package, prepared. Weights are read at the first call and kept until `drop_weights`."""
+    """One function of a package, prepared. Weights are read by `load_weights` or the first call, and kept until
+    `drop_weights`."""
 
     def __init__(self, program: Program, function: str, precision: Precision = "fp32"):
         if precision not in ARITHMETIC:
@@ -77,6 +80,11 @@ class ReferenceFunction:
             for name, slot in step.shown}))
         return self._results(slots)
 
+    def load_weights(self) -> None:
+        """Read and expand the weights now. Raises UserError where the package is damaged."""
+        if self._weights is None:
+            self._weights = self._load_weights()
+
     def drop_weights(self) -> None:
         """Free the expanded weights; the next call reads them again."""
         self._weights = None
@@ -84,8 +92,8 @@ class ReferenceFunction:
     def _slots(self, inputs: Mapping[str, np.ndarray], state: State | None) -> list:
         given = self._check_inputs(inputs)
         tensors = self._check_state(state)
-        if self._weights is None:
-            self._weights = self._load_weights()
+        self.load_weights()
+        assert self._weights is not None
         slots: list = self._weights.copy()
         for name, slot in self._plan.inputs.items():
             slots[slot] = given[name]
@@ -158,16 +166,42 @@ class ReferenceFunction:
         return state.tensors
 
 
+class ReferencePackage:
+    """An opened package: its program is parsed once, a function read when asked for."""
+
+    def __init__(self, program: OpenProgram, precision: Precision = "fp32"):
+        self.functions = program.functions
+        self._program = program
+        self._precision = precision
+
+    def function(self, name: str | None = None, *, eager: bool = False) -> ReferenceFunction:
+        """Prepare a function, the default one when None; with `eager` its weights are read too.
+
+        Raises UserError for an unknown name, a function that is not sound, or an op that is not executed.
+        """
+        name = name or self._program.default_function
+        function = ReferenceFunction(self._program.read((name,)), name, self._precision)
+        if eager:
+            function.load_weights()
+        return function
+
+    def resident_bytes(self, name: str) -> int:
+        """Memory that the expanded weights of a function take: fp32, whatever they are stored as."""
+        function = self._program.read((name,)).functions[name]
+        return sum(WIDE_BYTES * weight.elements for weight in weights_of(function))
+
+
+def open_package(path: Path, precision: Precision = "fp32") -> ReferencePackage:
+    """Open the package at `path`. Raises UserError when it cannot be read."""
+    return ReferencePackage(open_program(path), precision)
+
+
 def load_function(path: Path, function: str | None = None, precision: Precision = "fp32") -> ReferenceFunction:
     """Load `function` of the package at `path`, the default one when None.
 
     Raises UserError for a package that cannot be read, an unknown function, or an op that is not executed.
     """
-    program = read_program(path)
-    name = function or program.default_function
-    if name not in program.functions:
-        raise UserError(f"no function '{name}' in {path.name}", do=f"its functions: {', '.join(program.functions)}")
-    return ReferenceFunction(program, name, precision)
+    return open_package(path, precision).function(function)
 
 
 def _fixed_shape(feature: Feature) -> tuple[int, ...]:

@@ -1,6 +1,5 @@
 """The shards of a conversion, loaded: what a token loop needs, from `runtime_meta.json` alone."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,10 @@ import numpy as np
 
 from ane_moe.errors import UserError
 from ane_moe.manifest import Manifest, Shard, read_manifest
-from ane_moe.runtime import load_package, resolve_runtime
+from ane_moe.runtime import open_package, resolve_runtime
 from ane_moe.runtime.buffers import activation_shape, open_embeddings, rope_rows
 from ane_moe.runtime.expert_cache import ExpertCache
-from ane_moe.runtime.experts import ExpertLayer, expert_layers, open_cache
+from ane_moe.runtime.experts import ExpertLayer, check_function, expert_layers, open_cache
 from ane_moe.runtime.interface import LoadedFunction
 
 # Upper limits of what a manifest may ask the host to allocate; an order of magnitude above any model supported.
@@ -70,8 +69,8 @@ def load_shards(folder: Path, runtime: str = "auto", *, expert_cache_bytes: int 
     runtime = resolve_runtime(runtime)
 
     def load(shard: Shard) -> LoadedShard:
-        functions = {function.name: load_package(folder / shard.path, function.name, runtime, **options)
-                     for function in shard.functions}
+        package = open_package(folder / shard.path, runtime, **options)
+        functions = {function.name: package.function(function.name) for function in shard.functions}
         loaded = LoadedShard(shard, functions)
         check_shard(loaded, manifest, folder)
         return loaded
@@ -130,11 +129,8 @@ def _check_head(head: list[Shard], vocab: int, folder: Path) -> None:
 def check_shard(loaded: LoadedShard, manifest: Manifest, folder: Path) -> None:
     """Raise UserError unless every function declares exactly the inputs and states that sessions pass."""
     for function in loaded.shard.functions:
-        expected = input_shapes(loaded.shard, manifest, function.tokens)
-        declared = {feature.name: feature.type.shape for feature in loaded.functions[function.name].inputs}
-        if declared != expected:
-            raise UserError(f"{folder / loaded.shard.path}: function {function.name} has other inputs than the "
-                            f"manifest implies", _difference(declared, expected), "convert again")
+        check_function(loaded.functions[function.name], input_shapes(loaded.shard, manifest, function.tokens),
+                       f"{folder / loaded.shard.path}: function {function.name}")
 
 
 def input_shapes(shard: Shard, manifest: Manifest, tokens: int) -> dict[str, tuple[int, ...]]:
@@ -155,9 +151,3 @@ def _require_parts(shards: list[Shard], what: str) -> None:
     if not shards or [shard.part for shard in shards] != list(range(shards[0].parts)):
         found = f"parts {[shard.part for shard in shards]} of {shards[0].parts}" if shards else "no shard"
         raise UserError(f"{what} is incomplete", found, "convert again")
-
-
-def _difference(declared: dict[str, tuple], expected: dict[str, tuple]) -> str:
-    names: Iterable[str] = sorted(set(declared) | set(expected))
-    return ", ".join(f"{name} {declared.get(name, 'absent')} where {expected.get(name, 'none')} was expected"
-                     for name in names if declared.get(name) != expected.get(name))

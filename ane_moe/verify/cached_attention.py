@@ -31,9 +31,10 @@ class CachedAttention:
         else:
             self._state = next(iter(self._functions.values())).make_state()
 
-    def run(self, function: str, x: np.ndarray) -> np.ndarray:
-        """Go on with `x` fp16 `[N,d]` in chunks of T, the last one padded; y as `[N,d]`."""
-        buffers, y = self._buffers[function], np.empty_like(x)
+    def run(self, function: str, x: np.ndarray) -> dict[str, np.ndarray]:
+        """Go on with `x` fp16 `[N,d]` in chunks of T, the last one padded; outputs but for caches as `[N,C]`."""
+        buffers = self._buffers[function]
+        collected: dict[str, list[np.ndarray]] = {}
         for first in range(0, len(x), buffers.tokens):
             chunk = x[first:first + buffers.tokens]
             buffers.place([0] * len(chunk), self._position)
@@ -41,8 +42,9 @@ class CachedAttention:
             output = self._functions[function].predict(self._features(buffers), self._state)
             self._caches = {name: output[f"{name}_out"] for name in self._caches}
             self._position += len(chunk)
-            y[first:first + len(chunk)] = by_channel(output["y"])[:, :len(chunk)].T
-        return y
+            for name in output.keys() - {f"{name}_out" for name in self._shard.states}:
+                collected.setdefault(name, []).append(by_channel(output[name])[:, :len(chunk)].T.copy())
+        return {name: np.concatenate(values) for name, values in collected.items()}
 
     def _features(self, buffers: Buffers) -> dict[str, np.ndarray]:
         features = {"x": buffers.x, "mask": buffers.masks[self._shard.window], "write": buffers.write,

@@ -30,7 +30,9 @@ Progress = Callable[[str, int, int], None]      # what is being done, steps done
 class LayerGolden:
     """One layer, fp32: hidden state `x` in, and what the attention and feed-forward blocks each add to it, `[N,d]`.
 
-    For a MoE layer also the full router probabilities `[N,E]` and the experts chosen, int32 `[N,k]`.
+    For a MoE layer also the full router probabilities `[N,E]` and the experts chosen, int32 `[N,k]`. Where asked for,
+    also what experts compute alone: their input (the normed hidden state) and what the shared expert adds, `[N,d]`, and
+    for the tokens int32 `[E,P]` each expert was shown, its outputs `[E,P,d]` at a gate of 1.
     """
 
     x: np.ndarray
@@ -38,6 +40,10 @@ class LayerGolden:
     ffn_delta: np.ndarray
     router_probs: np.ndarray | None = None
     router_indices: np.ndarray | None = None
+    ffn_input: np.ndarray | None = None
+    shared_output: np.ndarray | None = None
+    expert_tokens: np.ndarray | None = None
+    expert_outputs: np.ndarray | None = None
 
     @property
     def middle(self) -> np.ndarray:
@@ -74,10 +80,11 @@ class Golden:
 
 
 def capture_golden(checkpoint: Path, *, layers: tuple[int, ...], prompts: list[list[int]] | None, out: Path,
-                   context: int | None = None, progress: Progress | None = None) -> None:
+                   context: int | None = None, experts: bool = False, progress: Progress | None = None) -> None:
     """Run Hugging Face's own model over `prompts` (None: the built-in set) and write `out` atomically.
 
-    `layers` are the ones to keep; those before the last of them are computed too. Memory: one layer in fp32, the
+    `layers` are the ones to keep; those before the last of them are computed too. `experts` also keeps what single
+    experts compute. Memory: one layer in fp32, the
     captured activations and the logits. Raises UserError for a bad checkpoint, ids outside the vocabulary, and prompts
     longer than `context` or the model's own.
     """
@@ -92,7 +99,7 @@ def capture_golden(checkpoint: Path, *, layers: tuple[int, ...], prompts: list[l
         ids = builtin_prompts(checkpoint, vocab, limit) if prompts is None else prompts
         check_prompts(ids, vocab, limit)
         _require_layers(layers, len(stream.layers), checkpoint)
-        captured, logits = capture(stream, layers, ids, progress or silent)
+        captured, logits = capture(stream, layers, ids, experts, progress or silent)
     write_golden(Golden(tuple(map(tuple, ids)), captured, logits, len(stream.layers)), out)
 
 

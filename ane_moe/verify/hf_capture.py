@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from ane_moe.verify.golden import LayerGolden, Progress
+from ane_moe.verify.hf_experts import with_experts
 from ane_moe.verify.hf_stream import StreamedModel
 
 # The norm in front of the feed-forward block: its input is the hidden state after attention.
@@ -14,12 +15,12 @@ FFN_NORMS = ("post_attention_layernorm", "ffn_norm")
 
 
 @torch.no_grad()
-def capture(stream: StreamedModel, layers: tuple[int, ...], prompts: list[list[int]],
+def capture(stream: StreamedModel, layers: tuple[int, ...], prompts: list[list[int]], experts: bool,
             progress: Progress) -> tuple[dict[int, LayerGolden], np.ndarray]:
     """Activations of `layers`, and the head's fp32 logits `[N,V]` on the output of the last of them.
 
     Every prompt goes through a layer while it is loaded; the other layers' stand-ins hand on what the layer before
-    it returned.
+    it returned. With `experts` each expert also runs alone.
     """
     embedding = stream.model.get_input_embeddings()
     ids = [torch.tensor([prompt]) for prompt in prompts]
@@ -41,8 +42,9 @@ def capture(stream: StreamedModel, layers: tuple[int, ...], prompts: list[list[i
                     stream.model.base_model(input_ids=one, use_cache=False)
                 carried[number] = tap.output
                 taps.append(tap)
-        if index in layers:
-            captured[index] = _joined(taps)
+            if index in layers:
+                golden = _joined(taps)
+                captured[index] = with_experts(layer, _ffn_norm(layer), golden) if experts else golden
     progress("golden: head", steps - 1, steps)
     with stream.loaded("head"):
         logits = []
@@ -65,11 +67,10 @@ class _Tap:
 
     def __enter__(self) -> "_Tap":
         layer = self._layer
-        norm = next(getattr(layer, name) for name in FFN_NORMS if hasattr(layer, name))
         routers = [module for module in layer.modules() if type(module).__name__.endswith("Router")]
         self._handles = [
             layer.register_forward_pre_hook(lambda _, args: setattr(self, "x", args[0][0])),
-            norm.register_forward_pre_hook(lambda _, args: setattr(self, "middle", args[0][0])),
+            _ffn_norm(layer).register_forward_pre_hook(lambda _, args: setattr(self, "middle", args[0][0])),
             layer.register_forward_hook(lambda _, args, output: setattr(self, "output", output)),
             *(router.register_forward_hook(lambda _, args, output: setattr(self, "router", output))
               for router in routers)]
@@ -88,6 +89,11 @@ class _Tap:
             probs, indices = router_logits.softmax(-1).numpy(), chosen.numpy().astype(np.int32)
         return LayerGolden(self.x.numpy(), (self.middle - self.x).numpy(), (output[0] - self.middle).numpy(),
                            probs, indices)
+
+
+def _ffn_norm(layer: torch.nn.Module) -> torch.nn.Module:
+    norm: torch.nn.Module = next(getattr(layer, name) for name in FFN_NORMS if hasattr(layer, name))
+    return norm
 
 
 def _joined(taps: list[_Tap]) -> LayerGolden:

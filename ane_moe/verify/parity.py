@@ -14,12 +14,11 @@ from ane_moe.runtime.buffers import activation_shape, by_channel, open_embedding
 from ane_moe.runtime.interface import LoadedFunction
 from ane_moe.runtime.shards import LoadedShard, check_shard, ffn_shards
 from ane_moe.verify.cached_attention import CachedAttention
+from ane_moe.verify.expert_parity import ExpertParity
+from ane_moe.verify.gate import NOT_FINITE, judge
 from ane_moe.verify.golden import Golden
-from ane_moe.verify.metrics import delta_distance, relative_l2_limit
 from ane_moe.verify.result import RoutingResult, ShardResult
 from ane_moe.verify.routing import compare_routing, near_tie_flips
-
-NOT_FINITE = "NaN or Inf in the output"
 
 Load = Callable[[Path, str], LoadedFunction]
 
@@ -39,6 +38,7 @@ class Parity:
     load: Load
     min_cosine: float
     decode_tokens: int | None
+    experts: ExpertParity | None = None         # where the host dispatches them
 
     def embed(self) -> ShardResult:
         """The embedding table against the input of layer 0."""
@@ -47,12 +47,14 @@ class Parity:
         x = self.golden.layers[0].x
         return self._row(self.manifest.embed, "embed", None, "lookup", np.zeros_like(x), rows, x)
 
-    def attention(self, layer: int) -> Iterator[ShardResult]:
+    def attention(self, layer: int) -> Iterator[ShardResult | RoutingResult]:
+        """Rows of a layer's attention; where it also routes, those of the dispatched experts and the routing too."""
         golden = self.golden.layers[layer]
         x = _fp16(golden.x)
         for shard in self.manifest.shards_of("attn", layer):
             functions = {function.name: self._open(shard, function) for function in shard.functions}
             runner = CachedAttention(self.manifest, shard, functions)
+            routings = []
             for function in shard.functions:
                 rows: list[int] = []
                 outputs = []
@@ -62,11 +64,21 @@ class Parity:
                         runner.run("prefill", x[span.start:cut])
                     outputs.append(runner.run(function.name, x[cut:span.stop]))
                     rows += range(cut, span.stop)
-                yield self._row(shard.path, "attn", layer, function.name, x[rows], np.concatenate(outputs),
+                joined = {name: np.concatenate([output[name] for output in outputs]) for name in outputs[0]}
+                yield self._row(shard.path, "attn", layer, function.name, x[rows], joined["y"],
                                 golden.attn_delta[rows])
+                if self.experts and "gates" in joined:
+                    yield from self.experts.dispatched(layer, function.name, rows, joined)
+                    assert golden.router_probs is not None and golden.router_indices is not None
+                    routings.append((joined["gates"], golden.router_probs[rows], golden.router_indices[rows]))
+            if routings:
+                yield compare_routing(layer, *(np.concatenate(arrays) for arrays in zip(*routings, strict=True)))
 
     def ffn(self, layer: int) -> Iterator[ShardResult | RoutingResult]:
-        """Rows of a layer's MoE parts or its dense shard, then its routing."""
+        """Rows of a layer's MoE parts or its dense shard, then its routing; or of its expert functions."""
+        if self.experts and layer in self.experts.dispatch.layers:
+            yield from self.experts.functions(layer)
+            return
         golden = self.golden.layers[layer]
         shards = ffn_shards(self.manifest, layer)
         routings = []
@@ -131,18 +143,7 @@ class Parity:
 
     def _row(self, path: str, kind: str, layer: int | None, function: str, base: np.ndarray, y: np.ndarray,
              delta: np.ndarray, left_out: np.ndarray | None = None) -> ShardResult:
-        limit = relative_l2_limit(self.min_cosine)
-        if not np.isfinite(y).all():
-            return ShardResult(path, kind, layer, function, len(y), self.min_cosine, limit, False, NOT_FINITE)
-        kept = slice(None) if left_out is None or left_out.all() else ~left_out
-        distance = delta_distance(base[kept], y[kept], delta[kept])
-        margin, l2_margin = distance.margin(self.min_cosine), distance.relative_l2_margin(limit)
-        reasons = [f"cosine {distance.cosine:.6f} is below {self.min_cosine}"] if margin < 0 else []
-        reasons += [f"relative L2 error {distance.relative_l2:.4f} is above {limit:.4f}"] if l2_margin < 0 else []
-        flips = 0 if isinstance(kept, slice) else int((~kept).sum())
-        return ShardResult(path, kind, layer, function, len(y), self.min_cosine, limit, not reasons,
-                           "; ".join(reasons) or None, flips, margin=margin, relative_l2_margin=l2_margin,
-                           **vars(distance))
+        return judge(path, kind, layer, function, base, y, delta, self.min_cosine, left_out)
 
 
 def decode_tail(manifest: Manifest, golden: Golden, decode_tokens: int | None) -> int | None:

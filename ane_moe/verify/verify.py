@@ -5,9 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from ane_moe.errors import UserError
 from ane_moe.manifest import Manifest, read_manifest
 from ane_moe.runtime import load_package, resolve_runtime
+from ane_moe.runtime.experts import ExpertDispatch, expert_layers, open_cache
+from ane_moe.verify.expert_parity import ExpertParity
 from ane_moe.verify.golden import Golden, Progress, capture_golden, read_golden, silent
 from ane_moe.verify.integrity import check_integrity
 from ane_moe.verify.parity import Parity
@@ -45,8 +49,9 @@ def verify(out: Path, *, checkpoint: Path | None = None, prompts: Path | None = 
         report = VerifyReport(False, str(out), runtime, manifest.routing, manifest.weights, tokens, problems)
         if golden is None:
             return report
+        threshold = _threshold(min_cosine, manifest, MIN_COSINE, MIN_COSINE_COMPRESSED)
         parity = Parity(out, manifest, golden, lambda path, name: load_package(path, name, runtime, **options),
-                        _threshold(min_cosine, manifest, MIN_COSINE, MIN_COSINE_COMPRESSED), decode_tokens)
+                        threshold, decode_tokens, _experts(out, manifest, golden, runtime, options, threshold))
         rows = list(_functions(parity, report_progress))
         skipped = _why_no_model(manifest, golden)
         model = WholeModel(out, manifest, golden, runtime, options,
@@ -58,6 +63,14 @@ def verify(out: Path, *, checkpoint: Path | None = None, prompts: Path | None = 
     passed = all(row.passed for row in shards) and all(row.passed for row in models)
     return VerifyReport(passed, str(out), runtime, manifest.routing, manifest.weights, tokens, (), shards, routing,
                         models, skipped)
+
+
+def _experts(out: Path, manifest: Manifest, golden: Golden, runtime: str, options: dict[str, Any],
+             min_cosine: float) -> ExpertParity | None:
+    """What runs the expert functions, where there are any, in a share of the memory that is free."""
+    layers = expert_layers(manifest)
+    cache = open_cache(out, manifest, layers, runtime, psutil.virtual_memory().available // 4, **options)
+    return ExpertParity(manifest, golden, ExpertDispatch(manifest, layers, cache), min_cosine) if layers else None
 
 
 def _threshold(asked: float | None, manifest: Manifest, by_weights: dict[str, float], compressed: float) -> float:
@@ -80,7 +93,7 @@ def _golden(out: Path, manifest: Manifest, checkpoint: Path | None, prompts: Pat
     else:
         ids = read_prompts(prompts, checkpoint) if prompts else None
         capture_golden(checkpoint, layers=manifest.layers, prompts=ids, out=scratch / "golden.safetensors",
-                       context=manifest.context, progress=progress)
+                       context=manifest.context, experts=manifest.routing == "sparse", progress=progress)
         golden = read_golden(scratch / "golden.safetensors")
     _require_same_model(golden, manifest, out)
     check_prompts([list(prompt) for prompt in golden.prompts], manifest.vocab, manifest.context)
@@ -100,6 +113,10 @@ def _require_same_model(golden: Golden, manifest: Manifest, out: Path) -> None:
                         ", ".join(f"{name} {found[name]} for {needed[name]}" for name in found
                                   if found[name] != needed[name]),
                         "give the checkpoint the shards were converted from")
+    alone = [layer for layer in expert_layers(manifest) if golden.layers[layer].expert_outputs is None]
+    if alone:
+        raise UserError("the golden does not say what single experts compute", f"layers {alone}",
+                        "convert again with --golden, or give --checkpoint PATH")
 
 
 def _functions(parity: Parity, progress: Progress) -> Iterator[ShardResult | RoutingResult]:

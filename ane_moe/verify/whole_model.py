@@ -48,7 +48,8 @@ class WholeModel:
             yield compare_logits("prefill", self._logits("prefill", None), self.min_logit_cosine)
 
     def _logits(self, function: str, tail: int | None) -> Iterator[PromptLogits]:
-        shards = load_shards(self.folder, self.runtime, **self.options)
+        shards = load_shards(self.folder, self.runtime, expert_cache_bytes=psutil.virtual_memory().available // 4,
+                             **self.options)
         session = Session(shards if self._fits() else _forgetful(shards))
         for number, (ids, span) in enumerate(zip(self.golden.prompts, self.golden.spans, strict=True)):
             self.progress(f"whole model, {function}", number, len(self.golden.prompts))
@@ -61,7 +62,7 @@ class WholeModel:
 
     def _fits(self) -> bool:
         factor = EXPANSION.get(self.manifest.weights, EXPANSION_COMPRESSED)
-        expanded = factor * sum(shard.weight_bytes for shard in self.manifest.shards)
+        expanded = factor * sum(shard.weight_bytes for shard in self.manifest.shards if shard.kind != "experts")
         return self.runtime != "reference" or expanded < psutil.virtual_memory().available / 2
 
 

@@ -24,6 +24,10 @@ def random_block(config: AttentionConfig) -> Attention:
     return block
 
 
+def empty_cache() -> dict[str, torch.Tensor]:
+    return {name: torch.zeros(shape) for name, shape in CONFIG.caches.items()}
+
+
 def chunk_inputs(x: torch.Tensor, first: int, padded: int | None = None) -> dict[str, torch.Tensor]:
     """Inputs for the tokens `x` (1, d, 1, T) at positions first, first + 1, ..., padded to `padded` tokens."""
     tokens, total = x.shape[3], padded or x.shape[3]
@@ -50,9 +54,10 @@ def plain(block: Attention, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("chunks", [[1] * 7, [3, 3, 1], [7]])
 def test_tokens_in_any_chunks_equal_full_causal_attention(chunks):
     block, x = random_block(CONFIG), torch.randn(1, D_MODEL, 1, 7)
+    cache = empty_cache()
     outputs, first = [], 0
     for size in chunks:
-        outputs.append(block(**chunk_inputs(x[..., first : first + size], first))["y"])
+        outputs.append(block(**chunk_inputs(x[..., first : first + size], first), **cache)["y"])
         first += size
     torch.testing.assert_close(torch.cat(outputs, 3), plain(block, x), atol=1e-5, rtol=1e-5)
 
@@ -60,10 +65,10 @@ def test_tokens_in_any_chunks_equal_full_causal_attention(chunks):
 @torch.no_grad()
 def test_padding_tokens_change_neither_outputs_nor_cache():
     x = torch.randn(1, D_MODEL, 1, 3)
-    padded, bare = random_block(CONFIG), random_block(CONFIG)
-    y = padded(**chunk_inputs(x, 0, padded=5))["y"]
-    torch.testing.assert_close(y[..., :3], bare(**chunk_inputs(x, 0))["y"])
-    torch.testing.assert_close(padded.k_cache, bare.k_cache)
+    block, padded, bare = random_block(CONFIG), empty_cache(), empty_cache()
+    y = block(**chunk_inputs(x, 0, padded=5), **padded)["y"]
+    torch.testing.assert_close(y[..., :3], block(**chunk_inputs(x, 0), **bare)["y"])
+    torch.testing.assert_close(padded, bare)
 
 
 @torch.no_grad()
@@ -71,10 +76,10 @@ def test_explicit_caches_equal_the_state():
     x = torch.randn(1, D_MODEL, 1, 3)
     inside, outside = random_block(CONFIG), random_block(dataclasses.replace(CONFIG, explicit=True))
     outside.load_state_dict(inside.state_dict(), strict=False)
-    empty = torch.zeros(1, MIXER.kv_heads, MIXER.head_dim, SLOTS)
-    result = outside(**chunk_inputs(x, 0), k_cache=empty, v_cache=empty)
-    torch.testing.assert_close(result["y"], inside(**chunk_inputs(x, 0))["y"])
-    torch.testing.assert_close(result["v_cache_out"], inside.v_cache)
+    state = empty_cache()
+    result = outside(**chunk_inputs(x, 0), **empty_cache())
+    torch.testing.assert_close(result["y"], inside(**chunk_inputs(x, 0), **state)["y"])
+    torch.testing.assert_close(result["v_cache_out"], state["v_cache"])
 
 
 def test_rotation_is_hugging_faces_half_split_form():

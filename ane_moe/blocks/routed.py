@@ -1,0 +1,55 @@
+"""Attention and routing in one call: what the host needs to dispatch a layer's experts."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ane_moe.blocks.attention import Attention, AttentionConfig
+from ane_moe.blocks.norm import RmsNorm
+from ane_moe.blocks.ports import Block, Ports, Shape
+from ane_moe.blocks.router import Router
+from ane_moe.spec import RouterSpec
+
+
+@dataclass(frozen=True)
+class RoutedAttentionConfig:
+    attention: AttentionConfig
+    router: RouterSpec
+
+    @property
+    def caches(self) -> dict[str, Shape]:
+        return self.attention.caches
+
+
+class Routing(nn.Module):
+    """`(1, d, 1, T) -> (1, d, 1, T), (1, E, 1, T)`: the normed input of the experts, and their exact gates."""
+
+    def __init__(self, config: RoutedAttentionConfig):
+        super().__init__()
+        self.norm = RmsNorm(config.attention.d_model, config.attention.norm.eps)
+        self.router = Router(config.attention.d_model, config.router)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.norm(x)
+        return h, self.router(h)
+
+
+class RoutedAttention(Block):
+    """`y = x + attention(norm(x))`, and the feed-forward norm and router on `y`."""
+
+    def __init__(self, config: RoutedAttentionConfig):
+        super().__init__()
+        self.config = config
+        self.attn = Attention(config.attention)
+        self.ffn = Routing(config)
+
+    def ports(self, tokens: int) -> Ports:
+        ports = self.attn.ports(tokens)
+        gates = (1, self.config.router.experts, 1, tokens)
+        outputs = {**ports.outputs, "ffn_input": ports.outputs["y"], "gates": gates}
+        return Ports(ports.inputs, outputs, ports.states)
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        outputs: dict[str, Tensor] = self.attn(**inputs)
+        ffn_input, gates = self.ffn(outputs["y"])
+        return outputs | {"ffn_input": ffn_input, "gates": gates}

@@ -1,0 +1,62 @@
+"""What a conversion holds beside its shards: the embedding table, router tables, tokenizer files."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ane_moe.checkpoint import Checkpoint, TensorSource
+
+EMBED_CHUNK_BYTES = 32_000_000
+LARGEST = 60_000        # below fp16's end; which experts score highest does not change with the scale
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+
+def write_embedding(checkpoint: Checkpoint, source: TensorSource, path: Path) -> None:
+    """The embedding table, fp16 row-major, a run of rows at a time."""
+    rows, width = source.shape
+    step = max(1, EMBED_CHUNK_BYTES // (2 * width))
+    buffer = np.empty((step, width), np.float16)
+    temporary = path.with_name(f".writing-{path.name}")
+    with temporary.open("wb") as stream:
+        for first in range(0, rows, step):
+            last = min(first + step, rows)
+            stream.write(checkpoint.read(source.part(first, last), out=buffer[: last - first]).data)
+    os.replace(temporary, path)
+
+
+def copy_tokenizer(checkpoint: Path, out: Path) -> tuple[str, ...]:
+    """Copy the tokenizer files that `checkpoint` has into `out`; returns their names."""
+    present = tuple(name for name in TOKENIZER_FILES if (checkpoint / name).is_file())
+    for name in present:
+        temporary = out / f".writing-{name}"
+        shutil.copyfile(checkpoint / name, temporary)
+        os.replace(temporary, out / name)
+    return present
+
+
+def write_routers(
+    checkpoint: Checkpoint, sources: Mapping[str, TensorSource], paths: Mapping[int, str], out: Path
+) -> None:
+    """Write each layer's router, fp16 `[E,d]` with the norm's weight folded in, to its path below `out`."""
+    for layer, path in paths.items():
+        router, norm = (checkpoint.read(sources[f"layers.{layer}.ffn.{name}.weight"]).astype(np.float32)
+                        for name in ("router", "norm"))  # fmt: skip
+        table = router * norm
+        table /= max(1.0, float(np.abs(table).max()) / LARGEST)
+        target = out / path
+        target.parent.mkdir(exist_ok=True)
+        temporary = target.with_name(f".writing-{target.name}")
+        table.astype("<f2").tofile(temporary)
+        os.replace(temporary, target)
