@@ -117,10 +117,12 @@ def _comparison(report: PlacementReport) -> Iterator[Table]:
         return
     table = Table(title="Predictions against this measurement, operations by rule", title_justify="left", box=None,
                   pad_edge=False)
-    for column in ("rule", "right", "wrong", "undecided"):
-        table.add_column(column, justify="left" if column == "rule" else "right")
+    columns = {"right": "right", "wrong": "wrong", "undecided_ane": "undecided: on", "undecided_off": "off"}
+    table.add_column("rule")
+    for title in columns.values():
+        table.add_column(title, justify="right")
     for rule, counts in sorted(report.comparison.items(), key=lambda item: -item[1]["wrong"]):
-        table.add_row(rule, *(str(counts[column]) for column in ("right", "wrong", "undecided")))
+        table.add_row(rule, *(str(counts[column]) for column in columns))
     yield table
 
 

@@ -61,6 +61,11 @@ class OpFacts:
     parts: tuple[Part, ...]
     sources: tuple[int, ...]
 
+    @property
+    def name(self) -> str:
+        """That of its first output, which compute plans use too."""
+        return self.operation.outputs[0].name if self.operation.outputs else self.operation.name
+
 
 @dataclass
 class FunctionFacts:

@@ -43,28 +43,32 @@ def _predict(function: FunctionFacts, path: str, book: RuleBook, allow: tuple[st
     overall += [_finding(rule, facts["name"], facts["role"])
                 for facts in function.features for rule in book.matching("feature", facts)]
     findings = _reported(overall)
-    verdicts = []
+    decided = []                        # by operation: the findings that hold for it
     for op in function.ops:
-        found = _of_op(op, book)
-        findings += _reported(found)
-        verdicts.append(_worst(found))
+        decided.append(_of_op(op, book))
+        findings += _reported(decided[-1])
+    verdicts = [_worst(found) for found in decided]
     stretches = _segments(function.ops, verdicts)
     for stretch in stretches:
         facts = _segment_facts([function.ops[index] for index in stretch])
-        decided = _sized(_finding(next(book.matching("segment", facts))), facts, len(stretches) > 1)
-        findings += _reported([decided])
+        cost = _sized(_finding(next(book.matching("segment", facts))), facts, len(stretches) > 1)
+        findings += _reported([cost])
         for index in stretch:
-            verdicts[index] = min((verdicts[index], decided.verdict), key=_order)
-    everywhere = _worst(overall) if overall else "ane"
-    ops = tuple(OpPlacement(op.operation.name, op.operation.type, min((verdict, everywhere), key=_order))
-                for op, verdict in zip(function.ops, verdicts, strict=True))
+            decided[index].append(cost)
+    ops = tuple(_placed(op, [*overall, *found]) for op, found in zip(function.ops, decided, strict=True))
     return FunctionPlacement(path, function.name, ops, worst_first(findings), allow, function.facts["weight_bytes"],
                              function.facts["flops"], max((op.reduction for op in function.ops), default=0))
 
 
 def _of_op(op: OpFacts, book: RuleBook) -> list[Finding]:
     rules = list(book.matching("op", op.facts)) or [NO_RULE]
-    return [_finding(rule, op.operation.name, op.operation.type) for rule in rules]
+    return [_finding(rule, op.name, op.operation.type) for rule in rules]
+
+
+def _placed(op: OpFacts, findings: list[Finding]) -> OpPlacement:
+    verdict = _worst(findings)
+    rules = tuple(dict.fromkeys(finding.rule for finding in findings if finding.verdict == verdict))
+    return OpPlacement(op.name, op.operation.type, verdict, rules=rules)
 
 
 def _segments(ops: list[OpFacts], verdicts: list[str]) -> list[list[int]]:

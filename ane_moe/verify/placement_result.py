@@ -30,12 +30,16 @@ class Finding:
 
 @dataclass(frozen=True)
 class OpPlacement:
-    """One real operation, in program order. `cost` is Core ML's own estimate (share of the function), if measured."""
+    """One real operation, in program order, by the name of its output.
+
+    `cost` is Core ML's own estimate (share of the function), if measured; `rules` are those that decided, if predicted.
+    """
 
     op: str
     op_type: str
     verdict: str
     cost: float | None = None
+    rules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,8 @@ class FunctionPlacement:
 class PlacementReport:
     """`source` is predicted or measured, never a mix. A predicted report passes as "no rule broken", no more.
 
-    `comparison` is there where a prediction for the same functions could be held against the measurement: by rule,
-    how often it was right, wrong and undecided.
+    `comparison` is there where a prediction for the same functions was held against the measurement: by rule, how many
+    operations it had right and wrong, and where it was undecided, how many turned out to be on and off the engine.
     """
 
     source: str

@@ -13,12 +13,13 @@ from tests.verify.published import POINTS, Point
 
 @dataclass(frozen=True)
 class Outcome:
-    """`predicted` over the operations that the report counted; `rules` gave it."""
+    """`predicted`, by `rules`, over the operations that the report counted; `facts`: what the cost decision saw."""
 
     point: Point
     predicted: str
     grade: str
     rules: tuple[str, ...]
+    facts: dict[str, float]
 
 
 def outcomes(points: Iterable[Point] = POINTS) -> list[Outcome]:
@@ -48,7 +49,9 @@ def _outcome(point: Point, program: Program) -> Outcome:
     predicted = _verdict(function, point)
     rules = tuple(dict.fromkeys(item.rule for item in function.findings
                                if item.verdict == "cpu" or item.verdict == predicted == "uncertain"))
-    return Outcome(point, predicted, _grade(predicted, point.reported), rules or ("cost-large",))
+    facts = {"weight_bytes": function.weight_bytes, "flops": function.flops, "reduction": function.reduction,
+             "ops": len(function.ops)}
+    return Outcome(point, predicted, _grade(predicted, point.reported), rules or ("cost-large",), facts)
 
 
 def _verdict(function: FunctionPlacement, point: Point) -> str:
