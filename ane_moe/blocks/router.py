@@ -13,7 +13,8 @@ FAR = 2e4
 def top_k_mask(logits: Tensor, k: int, experts: int) -> Tensor:
     """1 at the k largest of axis 1, 0 elsewhere; the lowest index wins ties. `(1, E, 1, T) -> (1, E, 1, T)`.
 
-    k rounds of maximum and mask: `topk`, `gather` and comparisons leave the engine, so equality is arithmetic.
+    k rounds of maximum and mask: `topk` (rf-detr pull request 1495), `gather` (ane-guide, chapter 18) and comparisons
+    (mobius) leave the engine, so equality is arithmetic.
     Two different fp16 numbers are at least 2^-24 apart, and clipping and scaling twice turns that into 0 or 1 without
     leaving fp16. `ramp` falls with the index, so that of equal maxima the first remains.
     """

@@ -19,6 +19,7 @@ from ane_moe.verify.placement_result import (
 
 STRIP_WIDTH = 40
 SHOWN_FINDINGS = 12
+SHOWN_FUNCTIONS = 40                # beyond, functions alike in everything but the layer share a line
 SHOWN_NAMES = 3
 MARKS = {"ane": ("█", "green"), "cpu": ("▁", "red"), "gpu": ("▄", "yellow"), "uncertain": ("░", "bright_black")}
 TITLES = {"predicted": "Placement, PREDICTED by rules for {target}, OS {os} (nothing was measured)",
@@ -43,12 +44,25 @@ def _functions(report: PlacementReport) -> Table:
     for name in ("engine", "CPU", "GPU", "open", "cost"):
         table.add_column(name, justify="right")
     table.add_column("verdict")
-    for row in report.functions:
+    for row, alike in _lines(report.functions):
         share = row.cost_share_ane
         counts = [str(row.count(verdict)) for verdict in ("ane", "cpu", "gpu", "uncertain")]
-        table.add_row(printable(row.path), printable(row.function), _strip(row.ops), *counts,
+        path = printable(row.path) + (f" and {alike} alike" if alike else "")
+        table.add_row(path, printable(row.function), _strip(row.ops), *counts,
                       "-" if share is None else f"{share:.1%}", row.verdict)
     return table
+
+
+def _lines(functions: tuple[FunctionPlacement, ...]) -> list[tuple[FunctionPlacement, int]]:
+    """What to show: a function, and how many more are like it."""
+    if len(functions) <= SHOWN_FUNCTIONS:
+        return [(row, 0) for row in functions]
+    groups: dict[object, list[FunctionPlacement]] = {}
+    for row in functions:
+        kind = row.path.partition("/")[0]
+        ops = tuple((op.op_type, op.verdict) for op in row.ops)
+        groups.setdefault((kind, row.function, ops, row.cost_share_ane), []).append(row)
+    return [(group[0], len(group) - 1) for group in groups.values()]
 
 
 def _strip(ops: tuple[OpPlacement, ...]) -> Text:

@@ -184,6 +184,13 @@ def test_a_passing_prediction_reads_as_no_rule_broken():
     assert "no rule broken" in text and "passed" not in text
 
 
+def test_many_functions_alike_share_a_line():
+    layers = [(swiglu(64, 64), f"moe/layer_{number:02d}.mlpackage") for number in range(45)]
+    text = render(predict([*layers, (swiglu(64, 32), "dense/layer_45.mlpackage")], find_target()))
+    assert "and 44 alike" in text and "layer_44" not in text and "layer_45" in text
+    assert "alike" not in render(predict(layers[:3], find_target()))
+
+
 @pytest.mark.parametrize(("options", "code"), [(("--target", "m4-max", "--os", "26"), 1), (("--os", "15"), 0)])
 def test_inspect_predicts_for_the_chip_and_system_asked_for(tmp_path, capsys, options, code):
     path = with_fused_attention(tmp_path / "net.mlpackage")
