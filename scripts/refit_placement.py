@@ -2,8 +2,8 @@
 
     python scripts/refit_placement.py [placement-feedback.json ...]
 
-Prints what each file says of the rules, and a [thresholds] table for ane_moe/verify/rules.toml. A threshold moves only
-where that makes fewer predictions wrong, or as many wrong and fewer uncertain. With the published placements alone it
+Prints what each file says of the rules, and a [thresholds] table for ane_moe/verification/rules.toml. A threshold
+moves only where that makes fewer predictions wrong, or as many wrong and fewer uncertain. With the published placements alone it
 promises the engine to more graphs than 24 samples bear out: look at how many support a threshold before taking it.
 """
 
@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from ane_moe.errors import UserError  # noqa: E402
-from ane_moe.verify.feedback import COLUMNS, FORMAT  # noqa: E402
-from ane_moe.verify.rules import RuleBook, load_rules  # noqa: E402
-from ane_moe.verify.targets import find_target  # noqa: E402
+from ane_moe.verification.feedback import COLUMNS, FORMAT  # noqa: E402
+from ane_moe.verification.rules import RuleBook, load_rules  # noqa: E402
+from ane_moe.verification.targets import find_target  # noqa: E402
 
 FACTS = ("weight_bytes", "flops", "reduction", "ops")
 # Which fact each threshold cuts.

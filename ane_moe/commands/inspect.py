@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from ane_moe.runtime.inspect import FunctionSummary, Summary
     from ane_moe.runtime.program import Feature, Program
-    from ane_moe.verify.placement_result import PlacementReport
+    from ane_moe.verification.placement_result import PlacementReport
 
 
 def inspect(
@@ -56,8 +56,8 @@ def inspect(
 
 
 def _predicted(program: "Program", name: str, target: str, system: int) -> "PlacementReport":
-    from ane_moe.verify.placement import predict
-    from ane_moe.verify.targets import find_target
+    from ane_moe.verification.placement import predict
+    from ane_moe.verification.targets import find_target
 
     return predict([(program, name)], find_target(target, system))
 

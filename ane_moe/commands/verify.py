@@ -46,9 +46,9 @@ def verify(
     from ane_moe.manifest import read_manifest
     from ane_moe.report.placement import placement_report
     from ane_moe.report.verify_table import verify_report
-    from ane_moe.verify.check_placement import check_placement
-    from ane_moe.verify.targets import find_target
-    from ane_moe.verify.verify import verify as run
+    from ane_moe.verification.check_placement import check_placement
+    from ane_moe.verification.targets import find_target
+    from ane_moe.verification.verify import verify as run
 
     chip = find_target(target, system)
     placement_only = compute_plan and checkpoint is None and read_manifest(out).golden is None

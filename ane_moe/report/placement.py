@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ane_moe.runtime.printer import printable
-from ane_moe.verify.placement_result import (
+from ane_moe.verification.placement_result import (
     MEASURED,
     SEVERITY,
     Finding,
@@ -17,8 +17,9 @@ from ane_moe.verify.placement_result import (
     PlacementReport,
 )
 
-STRIP_WIDTH = 40
+STRIP_WIDTH = 24
 SHOWN_FINDINGS = 12
+SHOWN_FUNCTIONS = 40                # beyond, functions alike in everything but the layer share a line
 SHOWN_NAMES = 3
 MARKS = {"ane": ("█", "green"), "cpu": ("▁", "red"), "gpu": ("▄", "yellow"), "uncertain": ("░", "bright_black")}
 TITLES = {"predicted": "Placement, PREDICTED by rules for {target}, OS {os} (nothing was measured)",
@@ -38,17 +39,30 @@ def placement_report(report: PlacementReport) -> RenderableType:
 def _functions(report: PlacementReport) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("package", "function"):
-        table.add_column(name, overflow="fold")
-    table.add_column("operations in order", no_wrap=True)
+        table.add_column(name, no_wrap=True, min_width=8)
+    table.add_column("operations in order", no_wrap=True, max_width=STRIP_WIDTH)
     for name in ("engine", "CPU", "GPU", "open", "cost"):
         table.add_column(name, justify="right")
     table.add_column("verdict")
-    for row in report.functions:
+    for row, alike in _lines(report.functions):
         share = row.cost_share_ane
         counts = [str(row.count(verdict)) for verdict in ("ane", "cpu", "gpu", "uncertain")]
-        table.add_row(printable(row.path), printable(row.function), _strip(row.ops), *counts,
+        path = printable(row.path) + (f" and {alike} alike" if alike else "")
+        table.add_row(path, printable(row.function), _strip(row.ops), *counts,
                       "-" if share is None else f"{share:.1%}", row.verdict)
     return table
+
+
+def _lines(functions: tuple[FunctionPlacement, ...]) -> list[tuple[FunctionPlacement, int]]:
+    """What to show: a function, and how many more are like it."""
+    if len(functions) <= SHOWN_FUNCTIONS:
+        return [(row, 0) for row in functions]
+    groups: dict[object, list[FunctionPlacement]] = {}
+    for row in functions:
+        kind = row.path.partition("/")[0]
+        ops = tuple((op.op_type, op.verdict) for op in row.ops)
+        groups.setdefault((kind, row.function, ops, row.cost_share_ane), []).append(row)
+    return [(group[0], len(group) - 1) for group in groups.values()]
 
 
 def _strip(ops: tuple[OpPlacement, ...]) -> Text:
@@ -107,7 +121,7 @@ def _numerics(functions: Iterable[FunctionPlacement]) -> Iterator[Table]:
     for column in ("package", "function", "output", "relative L2", "max error"):
         table.add_column(column)
     for row, name, figures in rows:
-        table.add_row(printable(row.path), printable(row.function), printable(name),
+        table.add_row(printable(row.path).removesuffix(".mlpackage"), printable(row.function), printable(name),
                       f"{figures['relative_l2']:.2e}", f"{figures['max_abs_error']:.2e}")
     yield table
 

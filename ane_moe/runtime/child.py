@@ -53,11 +53,12 @@ class Trial:
 
 
 class TrialProcess:
-    """A child that serves requests, one JSON line each way (see `serve`): trials, unless `command` starts another kind."""
+    """A child that serves requests, one JSON line each way; `command` starts one that serves other than trials."""
 
     def __init__(self, command: tuple[str, ...] | None = None) -> None:
         self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
-        self.process = subprocess.Popen(command or COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)
+        self.process = subprocess.Popen(command or COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=self.errors)
 
     def ask(self, request: dict[str, Any], time_limit_seconds: float) -> dict[str, Any] | None:
         """The child's answer; None when it ended without one.

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ane_moe.runtime.program import Program
-from ane_moe.verify.placement import predict
-from ane_moe.verify.placement_result import FunctionPlacement
-from ane_moe.verify.targets import find_target
+from ane_moe.verification.placement import predict
+from ane_moe.verification.placement_result import FunctionPlacement
+from ane_moe.verification.targets import find_target
 from tests.verify.published import POINTS, Point
 
 

@@ -2,7 +2,12 @@
 
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -11,16 +16,19 @@ from ane_moe.errors import UserError
 from ane_moe.runtime import child
 from ane_moe.runtime.modelc_cache import ModelCache
 from ane_moe.runtime.reader import read_program
-from ane_moe.verify.check_placement import check_placement
-from ane_moe.verify.compute_plan import measure
-from ane_moe.verify.feedback import COLUMNS, FILE_NAME
-from ane_moe.verify.machine import Machine, matching_target
-from ane_moe.verify.plan_child import copy_with_default
-from ane_moe.verify.targets import find_target
+from ane_moe.verification.check_placement import check_placement
+from ane_moe.verification.compute_plan import measure
+from ane_moe.verification.feedback import COLUMNS, FILE_NAME
+from ane_moe.verification.machine import Machine, matching_target
+from ane_moe.verification.plan_child import copy_with_default
+from ane_moe.verification.rules import load_rules
+from ane_moe.verification.targets import find_target
 from tests.standin.fixtures import standin  # noqa: F401
 from tests.standin.packages import FUNCTIONS, accumulator, single
 from tests.verify.test_placement import FUNCTION, render
 from tests.verify.tiny import tiny_checkpoint, tiny_conversion
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -186,6 +194,24 @@ def test_a_conversion_is_measured_compared_and_leaves_feedback(out, cache, stand
     assert document["rules"] == report.comparison and len(document["functions"]) == len(report.functions)
     assert str(out) not in json.dumps(document) and ".mlpackage" not in json.dumps(document)
     assert "Predictions against this measurement" in render(report)
+
+
+def test_feedback_moves_the_thresholds(tmp_path):
+    """Forty functions of 30 MB and few operations that ran on the engine make 30 MB large."""
+    function = {"weight_bytes": 30e6, "flops": 3e7, "reduction": 2048, "ops": 9, "legal": True,
+                "predicted": "uncertain", "ops_ane": 9, "ops_cpu": 0, "ops_gpu": 0, "cost_share_ane": 1.0}
+    document = {"format": 1, "chip": "m4-max", "os": "26.1", "coremltools": "9.0", "functions": [function] * 40,
+                "rules": {"cost-undecided": dict.fromkeys(COLUMNS, 1)}}
+    path = tmp_path / FILE_NAME
+    path.write_text(json.dumps(document))
+    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "refit_placement.py"), str(path)], cwd=tmp_path,
+                          capture_output=True, text=True, check=True)
+    before, after = (re.search(rf"{word}: (\d+) wrong, (\d+) uncertain", done.stdout) for word in ("now", "fitted"))
+    assert before and after and after[1] == "0" and int(before[2]) - int(after[2]) >= 40
+    fitted = tomllib.loads(done.stdout[done.stdout.index("[thresholds]"):])["thresholds"]
+    assert fitted.keys() == load_rules()[1].keys() and fitted["large_bytes"] <= 30e6
+    path.write_text("{}")
+    assert subprocess.run([*done.args[:2], str(path)], capture_output=True, text=True).returncode == 1
 
 
 def test_measured_and_predicted_documents_do_not_mix(out, cache):

@@ -12,9 +12,9 @@ from rich.console import Console
 from ane_moe.cli import main
 from ane_moe.report.placement import placement_report
 from ane_moe.runtime.reader import read_program
-from ane_moe.verify.facts import function_facts
-from ane_moe.verify.placement import predict
-from ane_moe.verify.targets import find_target
+from ane_moe.verification.facts import function_facts
+from ane_moe.verification.placement import predict
+from ane_moe.verification.targets import find_target
 from tests.verify.backtest import outcomes, table
 from tests.verify.graphs import Graph
 from tests.verify.offenders import CONTESTED, OFFENDERS, with_fused_attention, with_large_weights, with_state
@@ -182,6 +182,13 @@ def test_the_report_says_that_it_is_a_prediction_and_quotes_both_sides():
 def test_a_passing_prediction_reads_as_no_rule_broken():
     text = render(predict([(swiglu(2304, 9216), "p")], find_target()))
     assert "no rule broken" in text and "passed" not in text
+
+
+def test_many_functions_alike_share_a_line():
+    layers = [(swiglu(64, 64), f"moe/layer_{number:02d}.mlpackage") for number in range(45)]
+    text = render(predict([*layers, (swiglu(64, 32), "dense/layer_45.mlpackage")], find_target()))
+    assert "and 44 alike" in text and "layer_44" not in text and "layer_45" in text
+    assert "alike" not in render(predict(layers[:3], find_target()))
 
 
 @pytest.mark.parametrize(("options", "code"), [(("--target", "m4-max", "--os", "26"), 1), (("--os", "15"), 0)])

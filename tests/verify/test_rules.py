@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ane_moe.errors import UserError
-from ane_moe.verify.facts import FACTS
-from ane_moe.verify.predicate import compile_condition, names_in
-from ane_moe.verify.rules import CONFIDENCES, RULES, Rule, RuleBook, facts_named, load_rules, rule_book
-from ane_moe.verify.targets import SYSTEMS, find_target, target_names
+from ane_moe.verification.facts import FACTS
+from ane_moe.verification.predicate import compile_condition, names_in
+from ane_moe.verification.rules import CONFIDENCES, RULES, Rule, RuleBook, facts_named, load_rules, rule_book
+from ane_moe.verification.targets import SYSTEMS, find_target, target_names
 from tests.verify.backtest import outcomes
 from tests.verify.published import POINTS
 
@@ -52,7 +52,8 @@ def test_the_engine_knows_no_rule_by_name(monkeypatch):
     before = [row.predicted for row in outcomes(POINTS[:20])]
     rules, thresholds = load_rules()
     renamed = tuple(replace(each, id=f"rule-{number}") for number, each in enumerate(rules))
-    monkeypatch.setattr("ane_moe.verify.placement.rule_book", lambda target: RuleBook(renamed, thresholds, target))
+    book = "ane_moe.verification.placement.rule_book"
+    monkeypatch.setattr(book, lambda target: RuleBook(renamed, thresholds, target))
     assert [row.predicted for row in outcomes(POINTS[:20])] == before
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from ane_moe.manifest import read_manifest
 from ane_moe.runtime import resolve_runtime
-from ane_moe.verify.feedback import compare, feedback, write_feedback
-from ane_moe.verify.machine import matching_target, this_machine
-from ane_moe.verify.placement import predict
-from ane_moe.verify.placement_result import PlacementReport
-from ane_moe.verify.targets import Target
+from ane_moe.verification.feedback import compare, feedback, write_feedback
+from ane_moe.verification.machine import matching_target, this_machine
+from ane_moe.verification.placement import predict
+from ane_moe.verification.placement_result import PlacementReport
+from ane_moe.verification.targets import Target
 
 
 def check_placement(out: Path, target: Target, *, runtime: str = "auto", allow: tuple[str, ...] = (),
@@ -26,7 +26,7 @@ def check_placement(out: Path, target: Target, *, runtime: str = "auto", allow: 
     packages = [(out / shard.path, shard.path) for shard in read_manifest(out).shards]
     if resolve_runtime(runtime) != "coreml":
         return predict(packages, target, allow=allow, require_measured=require_measured)
-    from ane_moe.verify.compute_plan import measure  # coremltools takes a second to import
+    from ane_moe.verification.compute_plan import measure  # coremltools takes a second to import
 
     measured = measure(packages, allow=allow, progress=progress, **options)
     predicted = predict(packages, matching_target(this_machine(), target))

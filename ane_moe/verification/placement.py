@@ -8,8 +8,8 @@ from typing import Any
 from ane_moe.runtime.program import Program
 from ane_moe.runtime.reader import read_program
 from ane_moe.runtime.weights import Part
-from ane_moe.verify.facts import FunctionFacts, OpFacts, function_facts
-from ane_moe.verify.placement_result import (
+from ane_moe.verification.facts import FunctionFacts, OpFacts, function_facts
+from ane_moe.verification.placement_result import (
     PREDICTED,
     Finding,
     FunctionPlacement,
@@ -17,8 +17,8 @@ from ane_moe.verify.placement_result import (
     PlacementReport,
     worst_first,
 )
-from ane_moe.verify.rules import Rule, RuleBook, rule_book
-from ane_moe.verify.targets import Target
+from ane_moe.verification.rules import Rule, RuleBook, rule_book
+from ane_moe.verification.targets import Target
 
 NO_RULE = Rule("no-rule", "op", "uncertain", "no rule speaks of this operation", "rules.toml", "folklore",
                remedy="measure on a Mac")

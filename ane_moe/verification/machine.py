@@ -3,7 +3,7 @@
 import subprocess
 from dataclasses import dataclass
 
-from ane_moe.verify.targets import SYSTEMS, Target, find_target, target_names
+from ane_moe.verification.targets import SYSTEMS, Target, find_target, target_names
 
 BRAND = ("sysctl", "-n", "machdep.cpu.brand_string")        # "Apple M4 Max"
 VERSION = ("sw_vers", "-productVersion")                    # "15.5"

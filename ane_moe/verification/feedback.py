@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ane_moe.verify.placement_result import FunctionPlacement, OpPlacement, PlacementReport
+from ane_moe.verification.placement_result import FunctionPlacement, OpPlacement, PlacementReport
 
 FILE_NAME = "placement-feedback.json"
 FORMAT = 1

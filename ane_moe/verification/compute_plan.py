@@ -19,9 +19,9 @@ from ane_moe.runtime.coreml import PASSED_AS, default_cache, load_function, requ
 from ane_moe.runtime.interface import LoadedFunction
 from ane_moe.runtime.modelc_cache import ModelCache
 from ane_moe.runtime.reader import read_program
-from ane_moe.verify.facts import is_real
-from ane_moe.verify.machine import this_machine
-from ane_moe.verify.placement_result import (
+from ane_moe.verification.facts import is_real
+from ane_moe.verification.machine import this_machine
+from ane_moe.verification.placement_result import (
     MEASURED,
     Finding,
     FunctionPlacement,
@@ -30,7 +30,7 @@ from ane_moe.verify.placement_result import (
     worst_first,
 )
 
-COMMAND = (sys.executable, "-m", "ane_moe.verify.plan_child")
+COMMAND = (sys.executable, "-m", "ane_moe.verification.plan_child")
 UNITS = "cpu_and_ne"
 MIN_COST_SHARE = 0.99
 GATED = "conv"                  # every one of these has to be on the engine

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ane_moe.verify.predicate import Facts, compile_condition, names_in
-from ane_moe.verify.targets import Target
+from ane_moe.verification.predicate import Facts, compile_condition, names_in
+from ane_moe.verification.targets import Target
 
 RULES = Path(__file__).with_name("rules.toml")
 VERDICTS = ("ane", "cpu", "uncertain")
