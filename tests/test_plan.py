@@ -6,9 +6,10 @@ import math
 
 import pytest
 
+from ane_moe import plan as planning
 from ane_moe.checkpoint import TensorSource
 from ane_moe.errors import UserError
-from ane_moe.plan import MAX_HEAD_ROWS, MB, ConvertOptions, OneHot, make_plan, parse_layers
+from ane_moe.plan import MAX_HEAD_ROWS, MB, ConvertOptions, OneHot, make_plan, parse_expert_tokens, parse_layers
 from ane_moe.spec import GqaSpec, HeadSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec, NormSpec, RopeSpec, RouterSpec
 from ane_moe.tensors import tensor_shapes
 
@@ -116,3 +117,42 @@ def test_lists_of_layers():
     for wrong in ("", "a", "3-", "-1", "1;2"):
         with pytest.raises(UserError):
             parse_layers(wrong)
+
+
+def test_sparse_routing_makes_one_package_of_all_experts_and_no_moe_shard():
+    shards = plan(routing="sparse", layers=(0,)).shards
+    assert [shard.path for shard in shards] == ["attn/layer_00.mlpackage", "experts/layer_00.mlpackage"]
+    experts = shards[1]
+    assert experts.experts == tuple(range(128)) and experts.weight_bytes == 128 * 3 * 2048 * 768 * 2
+    assert len(experts.functions) == 128 * 3 and ("expert_127_t16", 16) in experts.functions
+    assert len(set(experts.graphs.values())) == 1                           # one template for all
+    assert experts.weights["expert_050/experts.0.up.weight"].name == "layers.0.ffn.experts.50.up.weight"
+    assert shards[0].weights["ffn.router.weight"].name == "layers.0.ffn.router.weight"
+    assert shards[0].weights["attn.q.weight"].name == "layers.0.attn.q.weight"
+
+
+def test_groups_of_experts_are_named_by_their_first_and_the_last_may_be_smaller():
+    experts = plan(routing="sparse", experts_per_function=50, expert_tokens=(4,), layers=(0,)).shards[1]
+    assert [name for name, _ in experts.functions] == ["expert_000_t4", "expert_050_t4", "expert_100_t4"]
+    assert [graph.block.size for graph in experts.graphs.values()] == [50, 50, 28]
+    assert experts.weights["expert_100/experts.27.down.weight"].name == "layers.0.ffn.experts.127.down.weight"
+
+
+def test_expert_packages_stay_below_the_limit_of_a_weight_file(monkeypatch):
+    one = 3 * 2048 * 768 * 2
+    monkeypatch.setattr(planning, "MAX_WEIGHT_BYTES", 40 * one + 1000)      # 39 fit, with what the file adds
+    parts = [shard for shard in plan(routing="sparse").shards if shard.kind == "experts" and shard.layer == 1]
+    assert [shard.path for shard in parts] == [f"experts/layer_01_part_{n}.mlpackage" for n in (1, 2, 3, 4)]
+    assert [len(shard.experts) for shard in parts] == [32] * 4 and {shard.parts for shard in parts} == {4}
+    assert sorted(expert for shard in parts for expert in shard.experts) == list(range(128))
+
+
+def test_token_counts_of_expert_functions_are_parsed_and_checked():
+    assert parse_expert_tokens("64, 1,16,1") == (1, 16, 64)
+    for text in ("", "0", "1,,2", "a", "-1", "1.5", "123456"):
+        with pytest.raises(UserError, match="expert-tokens"):
+            parse_expert_tokens(text)
+    for options in ({"expert_tokens": ()}, {"expert_tokens": (4, 1)}, {"expert_tokens": (0, 1)},
+                    {"experts_per_function": 0}):
+        with pytest.raises(UserError):
+            plan(routing="sparse", **options)

@@ -29,7 +29,7 @@ class _Entry:
 
 
 class ExpertCache:
-    """`load` makes a function ready to run, `size` gives its weights in bytes; both may raise UserError.
+    """`load` makes a function ready to run, `size` gives the memory its weights take, in bytes; both may raise UserError.
 
     A limit of None keeps everything. A function in use is never dropped, so a caller that holds one function at a
     time needs room for one; whoever finds no room waits until another thread lets go.
@@ -78,6 +78,10 @@ class ExpertCache:
             if self._ahead:
                 self._asked.notify()
             self._changed.notify_all()
+
+    def resident_bytes(self, key: FunctionKey) -> int:
+        """What `key` takes of the limit once loaded. Raises UserError when there is no such function."""
+        return self._size(key)
 
     def settle(self) -> None:
         """Wait until nothing is being loaded ahead."""
