@@ -1,1 +1,20 @@
-"""Mixture-of-Experts language models on the Apple Neural Engine: convert, prove, place, measure."""
+"""Mixture-of-Experts language models on the Apple Neural Engine: convert, prove, place, measure.
+
+The verbs of the command line, as functions that take plain values and return dataclasses; imported when first used.
+"""
+
+from importlib import import_module
+from typing import Any
+
+VERBS = {
+    "convert": "ane_moe.conversion",
+    "verify": "ane_moe.verification.verify",
+    "load_shards": "ane_moe.runtime.shards",
+}
+__all__ = list(VERBS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in VERBS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(VERBS[name]), name)

@@ -116,7 +116,7 @@ def plain_path(checkpoint: Path, scratch: Path) -> None:
 
     from ane_moe.blocks.registry import build_unbound
     from ane_moe.checkpoint import TensorSource, open_checkpoint
-    from ane_moe.convert import plan
+    from ane_moe.conversion import plan
     from ane_moe.coreml_tools import ct
     from ane_moe.plan import ConvertOptions
 

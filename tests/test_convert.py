@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ane_moe.convert import MARKER, ConvertOptions, convert
+from ane_moe.conversion import MARKER, ConvertOptions, convert
 from ane_moe.errors import UserError
 from ane_moe.manifest import FILE_NAME, read_manifest
 from ane_moe.package import sha256
@@ -24,7 +24,7 @@ OPTIONS = ConvertOptions(prefill=0)
 CONVERT = """
 import sys
 from pathlib import Path
-from ane_moe.convert import convert, ConvertOptions
+from ane_moe.conversion import convert, ConvertOptions
 convert(Path(sys.argv[1]), Path(sys.argv[2]), ConvertOptions(prefill=0), progress=lambda step: print(1, flush=True))
 """
 

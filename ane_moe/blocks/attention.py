@@ -100,6 +100,7 @@ class Attention(Block):
         return inputs["k_cache"].mul_(keep).add_(k @ write), inputs["v_cache"].mul_(keep).add_(v @ write)
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        # Decomposed: the fused operation returns inf and NaN on the engine since OS 26 (executorch issue 15833).
         m, slots = self.config.mixer, self.config.slots
         q = (q * m.scale).transpose(2, 3).reshape(1, m.kv_heads, -1, m.head_dim)  # (1, K, G T, D)
         scores = (q @ keys).reshape(1, m.heads, -1, slots) + mask  # (1, H, T, S)

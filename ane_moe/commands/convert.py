@@ -45,8 +45,8 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Convert a checkpoint into Core ML shards. Run it again to go on after an interruption."""
-    from ane_moe.convert import convert as run
-    from ane_moe.convert import plan
+    from ane_moe.conversion import convert as run
+    from ane_moe.conversion import plan
     from ane_moe.demo import demo_checkpoint
     from ane_moe.plan import ConvertOptions, parse_expert_tokens, parse_layers
     from ane_moe.report.convert import ConvertBar, plan_document, print_plan, print_report, report_document

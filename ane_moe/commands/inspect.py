@@ -12,12 +12,17 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from ane_moe.runtime.inspect import FunctionSummary, Summary
-    from ane_moe.runtime.program import Feature
+    from ane_moe.runtime.program import Feature, Program
+    from ane_moe.verification.placement_result import PlacementReport
 
 
 def inspect(
     package: Annotated[Path, typer.Argument(help="An .mlpackage folder.", metavar="PACKAGE")],
     ops: Annotated[bool, typer.Option("--ops", help="Print the program too.")] = False,
+    placement: Annotated[bool, typer.Option(
+        "--placement", help="Predict where each operation would run; exits with 1 when a rule is broken.")] = False,
+    target: Annotated[str, typer.Option(help="Chip to predict for: m1 ... m5-max, iphone-a17 ...")] = "m4-max",
+    system: Annotated[int, typer.Option("--os", help="System to predict for: 15, 26 or 27.")] = 26,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Show the functions, inputs, outputs, states, operations and weight formats of a package."""
@@ -30,16 +35,31 @@ def inspect(
 
     program = read_program(package)
     summary = summarize(program)
+    report = _predicted(program, package.name, target, system) if placement else None
     if as_json:
-        extra = {"program": list(program_text(program))} if ops else {}
+        extra: dict[str, object] = {"program": list(program_text(program))} if ops else {}
+        extra |= {"placement": report.as_json()} if report else {}
         typer.echo(json.dumps(summary_document(summary) | extra, indent=2))
-        return
-    console = Console()
-    for part in _parts(summary):
-        console.print(part)
-    if ops:
-        for line in program_text(program):
-            console.print(Text(line), soft_wrap=True)
+    else:
+        console = Console()
+        for part in _parts(summary):
+            console.print(part)
+        if ops:
+            for line in program_text(program):
+                console.print(Text(line), soft_wrap=True)
+        if report:
+            from ane_moe.report.placement import placement_report
+
+            console.print("", placement_report(report))
+    if report and not report.passed:
+        raise typer.Exit(1)
+
+
+def _predicted(program: "Program", name: str, target: str, system: int) -> "PlacementReport":
+    from ane_moe.verification.placement import predict
+    from ane_moe.verification.targets import find_target
+
+    return predict([(program, name)], find_target(target, system))
 
 
 def _parts(summary: "Summary") -> "list[RenderableType]":

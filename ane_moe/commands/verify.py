@@ -24,26 +24,53 @@ def verify(
         show_default="0.99 for fp16 weights, 0.9 compressed")] = None,
     decode_tokens: Annotated[int, typer.Option(
         min=0, help="Tokens for one-token calls where prefill covers all of them; 0 for no limit.")] = 32,
+    compute_plan: Annotated[bool, typer.Option(
+        "--compute-plan", help="Also: the engine each operation runs on. Measured on macOS, else predicted.")] = False,
+    target: Annotated[str, typer.Option(
+        help="Chip to predict placement for: m1 ... m5-max, iphone-a17 ...")] = "m4-max",
+    system: Annotated[int, typer.Option("--os", help="System to predict placement for: 15, 26 or 27.")] = 26,
+    allow: Annotated[list[str] | None, typer.Option(
+        help="An operation type that may be off the engine; repeat for more.", metavar="OP")] = None,
+    require_measured: Annotated[bool, typer.Option(
+        "--require-measured", help="Fail when placement can only be predicted.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Check the shards in OUT against the original model.
 
     Files first (sha256, missing and extra shards, NaN in weights), then every function of every shard on the golden's
-    inputs, then routing, then the whole model. Exits with 1 when a gate fails.
+    inputs, then routing, then the whole model. Exits with 1 when a gate fails. With --compute-plan, a conversion
+    without a golden is checked for placement alone.
     """
     from rich.console import Console
 
+    from ane_moe.manifest import read_manifest
+    from ane_moe.report.placement import placement_report
     from ane_moe.report.verify_table import verify_report
-    from ane_moe.verify.verify import verify as run
+    from ane_moe.verification.check_placement import check_placement
+    from ane_moe.verification.targets import find_target
+    from ane_moe.verification.verify import verify as run
 
+    chip = find_target(target, system)
+    placement_only = compute_plan and checkpoint is None and read_manifest(out).golden is None
+    report = placement = None
     with _progress() as progress:
-        report = run(out, checkpoint=checkpoint, prompts=prompts, runtime=runtime, min_cosine=min_cosine,
-                     min_logit_cosine=min_logit_cosine, decode_tokens=decode_tokens or None, progress=progress)
+        if not placement_only:
+            report = run(out, checkpoint=checkpoint, prompts=prompts, runtime=runtime, min_cosine=min_cosine,
+                         min_logit_cosine=min_logit_cosine, decode_tokens=decode_tokens or None, progress=progress)
+        if compute_plan and not (report and report.integrity):
+            placement = check_placement(out, chip, runtime=runtime, allow=tuple(allow or ()),
+                                        require_measured=require_measured, progress=progress)
+    if placement_only:
+        typer.echo("no golden in OUT and no --checkpoint: only placement is checked", err=True)
+    passed = all(part.passed for part in (report, placement) if part is not None)
     if as_json:
-        typer.echo(json.dumps(report.as_json(), indent=2))
+        document = report.as_json() if report else {"folder": str(out)}
+        document |= {"placement": placement.as_json()} if placement else {}
+        typer.echo(json.dumps(document | {"passed": passed}, indent=2))
     else:
-        Console().print(verify_report(report), soft_wrap=True)  # a path stays on one line
-    if not report.passed:
+        parts = [verify_report(report) if report else None, placement_report(placement) if placement else None]
+        Console().print(*filter(None, parts), sep="\n", soft_wrap=True)  # a path stays on one line
+    if not passed:
         raise typer.Exit(1)
 
 

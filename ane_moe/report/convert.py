@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ane_moe.convert import ConvertReport
-from ane_moe.convert import Progress as Step
+from ane_moe.conversion import ConvertReport
+from ane_moe.conversion import Progress as Step
 from ane_moe.plan import MB, ConversionPlan, ShardPlan
 
 # Resident memory of a converting process beside its largest weight: torch, coremltools and one traced graph.

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ane_moe.verify.result import FunctionModelResult, RoutingResult, ShardResult, VerifyReport
+from ane_moe.verification.result import FunctionModelResult, RoutingResult, ShardResult, VerifyReport
 
 SHOWN_FAILURES = 20
 SHOWN_LAYERS = 8

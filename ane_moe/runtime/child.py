@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -52,21 +53,22 @@ class Trial:
 
 
 class TrialProcess:
-    """A child that serves trials, one JSON line each way."""
+    """A child that serves requests, one JSON line each way; `command` starts one that serves other than trials."""
 
-    def __init__(self) -> None:
+    def __init__(self, command: tuple[str, ...] | None = None) -> None:
         self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
-        self.process = subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)
+        self.process = subprocess.Popen(command or COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=self.errors)
 
-    def run(self, trial: Trial, time_limit_seconds: float) -> dict[str, Any] | None:
+    def ask(self, request: dict[str, Any], time_limit_seconds: float) -> dict[str, Any] | None:
         """The child's answer; None when it ended without one.
 
         Raises TimeoutError when the limit passes; the child is dead then.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
-        request = {"trial": asdict(trial), "time_limit_seconds": time_limit_seconds}
+        limited = {"request": request, "time_limit_seconds": time_limit_seconds}
         try:
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.write(json.dumps(limited).encode() + b"\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             return None
@@ -113,7 +115,7 @@ def try_function(trial: Trial, time_limit_seconds: float = TIME_LIMIT_SECONDS) -
         child = _running if _running is not None and _running.process.poll() is None else TrialProcess()
         _running = None                     # until it has answered
         try:
-            answer = child.run(trial, time_limit_seconds)
+            answer = child.ask(asdict(trial), time_limit_seconds)
         except TimeoutError:
             raise UserError(f"Core ML did not finish loading and running {where}",
                             f"no answer within {time_limit_seconds:g} s", HANG_CAUSE) from None
@@ -148,23 +150,24 @@ def _ended(where: str, child: TrialProcess) -> UserError:
                      f"{number.name}{': ' + words if words else ''}", CAUSES.get(number, OTHER_CAUSE))
 
 
-def serve() -> None:
-    """Answer trials from stdin until it closes. Core ML's own talk goes to stderr."""
+def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Answer requests from stdin until it closes. Core ML's own talk goes to stderr."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     for line in sys.stdin:
-        request = json.loads(line)
+        limited = json.loads(line)
         # Ends a child that hangs after its parent is gone; a signal needs no help from the interpreter.
-        signal.setitimer(signal.ITIMER_REAL, request["time_limit_seconds"] + GRACE_SECONDS)
-        answers.write(json.dumps(_answer(Trial(**request["trial"]))) + "\n")
+        signal.setitimer(signal.ITIMER_REAL, limited["time_limit_seconds"] + GRACE_SECONDS)
+        answers.write(json.dumps(answer(limited["request"])) + "\n")
         answers.flush()
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _answer(trial: Trial) -> dict[str, Any]:
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
     from ane_moe.runtime.coreml import load_function
     from ane_moe.runtime.modelc_cache import ModelCache
 
+    trial = Trial(**request)
     try:
         cache = ModelCache(Path(trial.cache_folder), trial.limit_bytes, trial.os_build)
         function = load_function(Path(trial.package), trial.function, units=trial.units, cache=cache, trial=False)
@@ -175,4 +178,4 @@ def _answer(trial: Trial) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(_answer)

@@ -29,7 +29,7 @@ class _Entry:
 
 
 class ExpertCache:
-    """`load` makes a function ready to run, `size` gives the memory its weights take, in bytes; both may raise UserError.
+    """`load` makes a function ready to run, `size` gives the bytes its weights take; both may raise UserError.
 
     A limit of None keeps everything. A function in use is never dropped, so a caller that holds one function at a
     time needs room for one; whoever finds no room waits until another thread lets go.

@@ -25,6 +25,9 @@ class Planner(Protocol):
     def operations(self, block: Block, scope: Scope) -> None: ...
 
 
+# A package may come from anywhere, and an endless loop is easily written. No model of language loops this often.
+MAX_ITERATIONS = 100_000
+
 Prepare = Callable[[Planner, Operation, Scope], None]
 
 
@@ -144,7 +147,7 @@ def _while_loop(planner: Planner, operation: Operation, scope: Scope) -> None:
 
     def run(slots: Slots) -> None:
         values = [slots[slot] for slot in first]
-        while True:
+        for _ in range(MAX_ITERATIONS):
             for slot, value in zip(test_inputs, values, strict=True):
                 slots[slot] = value
             test.execute(slots)
@@ -154,6 +157,9 @@ def _while_loop(planner: Planner, operation: Operation, scope: Scope) -> None:
                 slots[slot] = value
             body.execute(slots)
             values = [slots[slot] for slot in results]
+        else:
+            raise UserError(f"the loop {operation.name} does not end", f"{MAX_ITERATIONS} iterations",
+                            "do not trust this package")
         for into, value in zip(targets, values, strict=True):
             slots[into.slot] = into.fit(value)
     reads = [*first, decision, *results, *_reads(test, body)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ane_moe.convert import ConvertOptions, convert
+from ane_moe.conversion import ConvertOptions, convert
 from ane_moe.errors import UserError
 from ane_moe.runtime.generation import GenerateOptions, generate
 from ane_moe.runtime.session import Session

@@ -14,7 +14,7 @@ from coremltools.converters.mil.mil import types
 
 from ane_moe.coreml_tools import ct
 from ane_moe.errors import UserError
-from ane_moe.runtime import load_package, resolve_runtime
+from ane_moe.runtime import load_package, resolve_runtime, structural
 from ane_moe.runtime.program import (
     Argument,
     Block,
@@ -382,3 +382,10 @@ def test_the_observer_sees_every_op_in_order(package: Get) -> None:
     out = function.observe({"x": X}, lambda kind, name, outputs: seen.append((kind, tuple(outputs))))
     assert [kind for kind, _ in seen if kind in ("conv", "silu", "softmax")] == ["conv", "silu", "conv", "softmax"]
     assert np.array_equal(out["y"], function.predict({"x": X})["y"])
+
+
+def test_an_endless_loop_ends_with_a_clear_error(package: Get, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(structural, "MAX_ITERATIONS", 500)
+    function = load_package(package("loop"), runtime="reference")
+    with pytest.raises(UserError, match="does not end"):
+        function.predict({"x": np.zeros((1, 4), np.float32)})       # doubling zeros never reaches 100

@@ -205,8 +205,9 @@ class _MLModelProxy:
         from tests.standin.structure import model_structure
 
         plan = plans.read_plan(current().plan)
-        fault(plan.get("fault", "ok"), "scripted plan error")
         program = _program(compiled)
+        if plan.get("fault_function", program.default_function) == program.default_function:
+            fault(plan.get("fault", "ok"), current().messages.get("plan", "scripted plan error"))
         proxy = _MLComputePlanProxy()
         whole = plan.get("program", True)
         proxy._structure = model_structure(program) if whole else MLModelStructure(None, None, None)

@@ -3,7 +3,9 @@
 A plan is data: `default` is the device of every operation no rule names (None: no usage is reported), `rules` are
 tried in order, and a rule matches by `function`, `op` (MIL name without opset) and `nth` (position among the matching
 operations of its function, from 0), whichever it has. `fault` is a fault of script.py, committed when the plan is
-loaded. `program: false` reports a structure without a program. Constants never have a usage or a cost.
+loaded; with `fault_function`, only for a package whose default function is that. `program: false` reports a structure
+without a program. Constants never have a usage or a cost, and neither has any operation outside the default function:
+coremltools loads the plan without naming one.
 """
 
 from dataclasses import dataclass
@@ -41,20 +43,20 @@ class Placement:
 def read_plan(plan: str | dict[str, Any]) -> dict[str, Any]:
     """A plan by name, or the plan itself; unknown keys are an error of the test."""
     data = PLANS[plan] if isinstance(plan, str) else plan
-    assert data.keys() <= {"default", "rules", "fault", "program"}, data
+    assert data.keys() <= {"default", "rules", "fault", "fault_function", "program"}, data
     return data
 
 
 def place(program: Program, plan: dict[str, Any], units: str) -> dict[int, Placement]:
     """Placement by `id` of the operation. Devices that `units` leave out become the CPU, as in Core ML."""
     placements = {}
-    for function in program.functions.values():
-        chosen = {id(operation): device for operation, device in _devices(function.name, function.block, plan)
-                  if device is not None and operation.type not in NO_USAGE}
-        for key, device in chosen.items():
-            preferred = device if device in UNITS[units] else "cpu"
-            supported = tuple(other for other in SUPPORTED[preferred] if other in UNITS[units])
-            placements[key] = Placement(preferred, supported, 1.0 / len(chosen))
+    function = program.functions[program.default_function]
+    chosen = {id(operation): device for operation, device in _devices(function.name, function.block, plan)
+              if device is not None and operation.type not in NO_USAGE}
+    for key, device in chosen.items():
+        preferred = device if device in UNITS[units] else "cpu"
+        supported = tuple(other for other in SUPPORTED[preferred] if other in UNITS[units])
+        placements[key] = Placement(preferred, supported, 1.0 / len(chosen))
     return placements
 
 

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ane_moe.errors import UserError
-from ane_moe.verify import hf_stream
-from ane_moe.verify.golden import Golden, LayerGolden, capture_golden, read_golden, write_golden
+from ane_moe.verification import hf_stream
+from ane_moe.verification.golden import Golden, LayerGolden, capture_golden, read_golden, write_golden
 from tests.models import FAMILIES, make_model, make_variant, save_checkpoint, save_fused
 
 MAX_DIFFERENCE = 2e-6

@@ -9,7 +9,7 @@ import pytest
 
 from ane_moe.manifest import read_manifest
 from ane_moe.runtime.reader import read_program
-from ane_moe.verify.integrity import check_integrity
+from ane_moe.verification.integrity import check_integrity
 
 MOE = "moe/layer_00.mlpackage"
 BLOB = f"{MOE}/Data/com.apple.CoreML/weights/weight.bin"

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics.pairwise import cosine_similarity
 
-from ane_moe.verify.metrics import cosine, delta_distance, relative_l2_limit, token_cosines
+from ane_moe.verification.metrics import cosine, delta_distance, relative_l2_limit, token_cosines
 
 GATE = 0.999
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ane_moe.verify.model_metrics import PromptLogits, compare_logits
+from ane_moe.verification.model_metrics import PromptLogits, compare_logits
 
 VOCAB = 37
 

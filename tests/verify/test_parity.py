@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ane_moe.verify.golden import Golden, LayerGolden
-from ane_moe.verify.parity import Parity
-from ane_moe.verify.result import RoutingResult, ShardResult
+from ane_moe.verification.golden import Golden, LayerGolden
+from ane_moe.verification.parity import Parity
+from ane_moe.verification.result import RoutingResult, ShardResult
 from tests.runtime.numpy_shards import (
     DIM,
     EXPERTS,

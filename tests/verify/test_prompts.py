@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 import ane_moe.demo
 from ane_moe.errors import UserError
-from ane_moe.verify.prompts import builtin_prompts, check_prompts, read_prompts
+from ane_moe.verification.prompts import builtin_prompts, check_prompts, read_prompts
 
 DEMO = Path(ane_moe.demo.__file__).parent / "checkpoint"
 PREFILL_CHUNK, MOST_TOKENS = 64, 256

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ane_moe.verify.routing import compare_routing, near_tie_flips
+from ane_moe.verification.routing import compare_routing, near_tie_flips
 
 PROBS = np.array([[0.5, 0.3, 0.2, 0.0], [0.1, 0.2, 0.3, 0.4]], np.float32)
 INDICES = np.array([[0, 1], [3, 2]], np.int32)

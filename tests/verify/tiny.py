@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from ane_moe.convert import convert
+from ane_moe.conversion import convert
 from ane_moe.plan import ConvertOptions
 from ane_moe.trace import make_template
 from tests.models import make_model, save_checkpoint
@@ -45,7 +45,7 @@ def tiny_checkpoint(family: str, folder: Path, **overrides: object) -> Path:
 def tiny_conversion(checkpoint: Path, out: Path, **options: object) -> Path:
     """Decode only, unless `prefill` says otherwise. Equal blocks are traced once in a test run, which is most of it."""
     golden = bool(options.pop("golden", False))
-    with patch("ane_moe.convert.make_template", traced_once):
+    with patch("ane_moe.conversion.make_template", traced_once):
         convert(checkpoint, out, ConvertOptions(**{"prefill": 0, **options}), golden=golden)
     return out
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ane_moe.verify.result import RoutingResult
+from ane_moe.verification.result import RoutingResult
 
 # Logits apart by less than this may change places: fp16 rounds logits of 16 to 32 by up to 0.008, and the router's
 # input by as much again, for each of the two.

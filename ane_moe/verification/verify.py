@@ -11,13 +11,13 @@ from ane_moe.errors import UserError
 from ane_moe.manifest import Manifest, read_manifest
 from ane_moe.runtime import load_package, resolve_runtime
 from ane_moe.runtime.experts import ExpertDispatch, expert_layers, open_cache
-from ane_moe.verify.expert_parity import ExpertParity
-from ane_moe.verify.golden import Golden, Progress, capture_golden, read_golden, silent
-from ane_moe.verify.integrity import check_integrity
-from ane_moe.verify.parity import Parity
-from ane_moe.verify.prompts import check_prompts, read_prompts
-from ane_moe.verify.result import RoutingResult, ShardResult, VerifyReport
-from ane_moe.verify.whole_model import WholeModel
+from ane_moe.verification.expert_parity import ExpertParity
+from ane_moe.verification.golden import Golden, Progress, capture_golden, read_golden, silent
+from ane_moe.verification.integrity import check_integrity
+from ane_moe.verification.parity import Parity
+from ane_moe.verification.prompts import check_prompts, read_prompts
+from ane_moe.verification.result import RoutingResult, ShardResult, VerifyReport
+from ane_moe.verification.whole_model import WholeModel
 
 # The cosine of a delta below which a function fails: 0.97 is the field's usual gate; fp16 weights do far better.
 MIN_COSINE = {"fp16": 0.999}

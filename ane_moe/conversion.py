@@ -307,8 +307,8 @@ def _write_embedding(checkpoint: Path, source: TensorSource, path: Path) -> _Don
 
 
 def _capture(checkpoint: Path, out: Path, conversion: ConversionPlan, prompts: Path | None, meter: _Meter) -> None:
-    from ane_moe.verify.golden import capture_golden  # transformers takes seconds to import
-    from ane_moe.verify.prompts import read_prompts
+    from ane_moe.verification.golden import capture_golden  # transformers takes seconds to import
+    from ane_moe.verification.prompts import read_prompts
 
     capture_golden(
         checkpoint,

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ane_moe.verify.metrics import token_cosines
-from ane_moe.verify.result import Divergence, FunctionModelResult
+from ane_moe.verification.metrics import token_cosines
+from ane_moe.verification.result import Divergence, FunctionModelResult
 
 
 @dataclass(frozen=True)

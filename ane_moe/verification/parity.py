@@ -13,12 +13,12 @@ from ane_moe.manifest import Manifest, Shard, ShardFunction
 from ane_moe.runtime.buffers import activation_shape, by_channel, open_embeddings
 from ane_moe.runtime.interface import LoadedFunction
 from ane_moe.runtime.shards import LoadedShard, check_shard, ffn_shards
-from ane_moe.verify.cached_attention import CachedAttention
-from ane_moe.verify.expert_parity import ExpertParity
-from ane_moe.verify.gate import NOT_FINITE, judge
-from ane_moe.verify.golden import Golden
-from ane_moe.verify.result import RoutingResult, ShardResult
-from ane_moe.verify.routing import compare_routing, near_tie_flips
+from ane_moe.verification.cached_attention import CachedAttention
+from ane_moe.verification.expert_parity import ExpertParity
+from ane_moe.verification.gate import NOT_FINITE, judge
+from ane_moe.verification.golden import Golden
+from ane_moe.verification.result import RoutingResult, ShardResult
+from ane_moe.verification.routing import compare_routing, near_tie_flips
 
 Load = Callable[[Path, str], LoadedFunction]
 

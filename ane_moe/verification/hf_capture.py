@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ane_moe.verify.golden import LayerGolden, Progress
-from ane_moe.verify.hf_experts import with_experts
-from ane_moe.verify.hf_stream import StreamedModel
+from ane_moe.verification.golden import LayerGolden, Progress
+from ane_moe.verification.hf_experts import with_experts
+from ane_moe.verification.hf_stream import StreamedModel
 
 # The norm in front of the feed-forward block: its input is the hidden state after attention.
 FFN_NORMS = ("post_attention_layernorm", "ffn_norm")

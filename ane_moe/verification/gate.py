@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from ane_moe.verify.metrics import delta_distance, relative_l2_limit
-from ane_moe.verify.result import ShardResult
+from ane_moe.verification.metrics import delta_distance, relative_l2_limit
+from ane_moe.verification.result import ShardResult
 
 NOT_FINITE = "NaN or Inf in the output"
 

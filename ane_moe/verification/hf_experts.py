@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ane_moe.verify.golden import LayerGolden
+from ane_moe.verification.golden import LayerGolden
 
 PROBES = 4
 

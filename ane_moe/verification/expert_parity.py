@@ -13,10 +13,10 @@ from ane_moe.runtime.buffers import by_channel
 from ane_moe.runtime.experts import ExpertDispatch, Group, expert_inputs, gate_name
 from ane_moe.runtime.figures import CallClock, PhaseFigures
 from ane_moe.runtime.interface import LoadedFunction
-from ane_moe.verify.gate import judge
-from ane_moe.verify.golden import Golden, LayerGolden
-from ane_moe.verify.result import ShardResult
-from ane_moe.verify.routing import near_tie_flips
+from ane_moe.verification.gate import judge
+from ane_moe.verification.golden import Golden, LayerGolden
+from ane_moe.verification.result import ShardResult
+from ane_moe.verification.routing import near_tie_flips
 
 GATES = (1, 0.5, 0.25)          # exact in fp16, and different in neighbouring tokens
 MASKED_TOKENS = 16              # shown to every expert, chosen or not

@@ -22,7 +22,7 @@ def builtin_prompts(checkpoint: Path, vocab: int, context: int) -> list[list[int
         rng = np.random.default_rng(0)
         prompts = [rng.integers(0, vocab, length).tolist() for length in RANDOM_LENGTHS]
     else:
-        texts = _texts(files("ane_moe.verify").joinpath("prompts.txt").read_text(encoding="utf-8"))
+        texts = _texts(files("ane_moe.verification").joinpath("prompts.txt").read_text(encoding="utf-8"))
         tokens = [_encode(tokenizer, text) for text in texts]
         longest = max(range(len(tokens)), key=lambda index: len(tokens[index]))
         prompts = [ids[:LONGEST if index == longest else SHORT] for index, ids in enumerate(tokens)]

@@ -13,10 +13,10 @@ from ane_moe.runtime.interface import LoadedFunction
 from ane_moe.runtime.program import Feature
 from ane_moe.runtime.session import Session
 from ane_moe.runtime.shards import LoadedShard, LoadedShards, load_shards
-from ane_moe.verify.golden import Golden, Progress
-from ane_moe.verify.model_metrics import PromptLogits, compare_logits
-from ane_moe.verify.parity import decode_tail
-from ane_moe.verify.result import FunctionModelResult
+from ane_moe.verification.golden import Golden, Progress
+from ane_moe.verification.model_metrics import PromptLogits, compare_logits
+from ane_moe.verification.parity import decode_tail
+from ane_moe.verification.result import FunctionModelResult
 
 # The reference runtime expands weights to fp32: from fp16, and at most from 4-bit ones.
 EXPANSION = {"fp16": 2}

@@ -88,9 +88,9 @@ def capture_golden(checkpoint: Path, *, layers: tuple[int, ...], prompts: list[l
     captured activations and the logits. Raises UserError for a bad checkpoint, ids outside the vocabulary, and prompts
     longer than `context` or the model's own.
     """
-    from ane_moe.verify.hf_capture import capture
-    from ane_moe.verify.hf_stream import StreamedModel, quiet_transformers
-    from ane_moe.verify.prompts import builtin_prompts, check_prompts
+    from ane_moe.verification.hf_capture import capture
+    from ane_moe.verification.hf_stream import StreamedModel, quiet_transformers
+    from ane_moe.verification.prompts import builtin_prompts, check_prompts
 
     with quiet_transformers():
         stream = StreamedModel(checkpoint)

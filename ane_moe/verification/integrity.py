@@ -12,8 +12,8 @@ from ane_moe.runtime.buffers import open_embeddings
 from ane_moe.runtime.program import Block, Constant, Program
 from ane_moe.runtime.reader import read_program
 from ane_moe.runtime.shards import check_manifest
-from ane_moe.verify.golden import Progress
-from ane_moe.verify.result import Problem
+from ane_moe.verification.golden import Progress
+from ane_moe.verification.result import Problem
 
 FLOATS = {"fp16", "fp32", "fp64", "bf16"}
 CHUNK = 1 << 22     # elements looked at, or bytes hashed, at a time
