@@ -1,6 +1,6 @@
 """Conversion speed and memory, beside `cp` of the same checkpoint and beside the plain coremltools path.
 
-    scripts/bench_convert.py CHECKPOINT --scratch FOLDER [--workers 2] [--rounds 3]
+    scripts/bench_convert.py CHECKPOINT --scratch FOLDER [--workers 2] [--rounds 3] [--routing sparse]
 
 Each step runs as a process of its own; the wall time and the peak resident memory are the operating system's figures
 for that process and its children. `cp` and the conversion alternate, so that both see the same disk and the same
@@ -33,7 +33,7 @@ def main() -> None:
         copies.append(measure(["cp", "-r", str(checkpoint), str(scratch / "copy")])[0])
         shutil.rmtree(scratch / "copy")
         command = [sys.executable, "-m", "ane_moe", "convert", str(checkpoint), str(scratch / "out")]
-        seconds, peak = measure([*command, "--workers", str(arguments.workers)])
+        seconds, peak = measure([*command, "--workers", str(arguments.workers), "--routing", arguments.routing])
         ours.append(seconds)
         peaks.append(peak)
         shutil.rmtree(scratch / "out")
@@ -44,7 +44,8 @@ def main() -> None:
     print(f"load of the machine at the end {os.getloadavg()[0]:.1f} (1 minute)")
     print(f"cp                 median {statistics.median(copies):6.1f} s   (all {rounded(copies)})")
     print(f"ane-moe convert    median {statistics.median(ours):6.1f} s   (all {rounded(ours)})   "
-          f"peak memory {max(peaks) / MB:,.0f} MB   {arguments.workers} workers")
+          f"peak memory {max(peaks) / MB:,.0f} MB   {arguments.workers} workers, "
+          f"{arguments.routing} routing")
     ratios = [mine / copy for mine, copy in zip(ours, copies, strict=True)]
     print(f"ratio to cp        median {statistics.median(ratios):6.2f}     (all {rounded(ratios, 2)})")
     print(f"plain coremltools  {plain_mb:,.0f} MB of weights in {plain_seconds:.1f} s: "
@@ -58,6 +59,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scratch", type=Path, help="folder on the disk to measure; the checkpoint's size twice")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--routing", default="masked")
     parser.add_argument("--plain-path", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.plain_path:
@@ -120,7 +122,7 @@ def plain_path(checkpoint: Path, scratch: Path) -> None:
 
     shard = next(shard for shard in plan(checkpoint, ConvertOptions()).shards if shard.kind == "moe")
     opened = open_checkpoint(checkpoint)
-    block = build_unbound(shard.template.block).to_empty(device="cpu")
+    block = build_unbound(shard.graphs[""].block).to_empty(device="cpu")
     for name, parameter in block.named_parameters():
         source = shard.weights[name]
         if isinstance(source, TensorSource):
