@@ -58,16 +58,17 @@ def plan_of(model: str, **options: Any) -> ConversionPlan:
 
 def distinct_shards(plan: ConversionPlan) -> list[ShardPlan]:
     """One shard of each graph."""
-    return list({shard.template: shard for shard in plan.shards}.values())
+    return list({tuple(shard.graphs.items()): shard for shard in plan.shards}.values())
 
 
 def write_hollow(shard: ShardPlan, folder: Path) -> Path:
     """The shard's package, its weights never stored."""
-    template = make_template(shard.template)
+    ((prefix, key),) = shard.graphs.items()
+    template = make_template(key)
     path = folder / shard.path
     (path / WEIGHTS).parent.mkdir(parents=True)
     offsets = _hollow_blob(template.weights, path / WEIGHTS)
-    (path / MODEL).write_bytes(_bound(template, offsets, "hollow").SerializeToString())
+    (path / MODEL).write_bytes(_bound({prefix: template}, offsets).SerializeToString())
     (path / "Manifest.json").write_text(_item_manifest("hollow"))
     return path
 
