@@ -1,0 +1,74 @@
+"""The folder a conversion writes: taken for one conversion at a time, and swept of what an earlier one left."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from ane_moe.checkpoint import Checkpoint
+from ane_moe.errors import UserError
+from ane_moe.manifest import FILE_NAME, Manifest, read_manifest
+from ane_moe.package import ContentKey, remove_unfinished
+from ane_moe.plan import MB, ROUTERS, ConversionPlan
+
+MARKER = ".converting.json"  # present while a conversion is unfinished: which one it is
+
+
+def claim(out: Path, checkpoint: Checkpoint, conversion: ConversionPlan, overwrite: bool) -> None:
+    """Take the output folder: a new or empty one, or one that an earlier run of the same conversion began."""
+    what = identity(checkpoint, conversion)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is not a folder", do="name another output folder")
+    marker = out / MARKER
+    if out.is_dir() and any(out.iterdir()):
+        found = _identity_on_disk(out)
+        if found is None and not marker.exists():
+            raise UserError(f"{out} holds something else", f"no {FILE_NAME} in it", "name another output folder")
+        if found != what and not overwrite:
+            raise UserError(f"{out} holds another conversion", do="name another folder, or replace it with --overwrite")
+        remove_unfinished(out)
+    out.mkdir(parents=True, exist_ok=True)
+    _write_text(marker, json.dumps(what, sort_keys=True))
+    (out / FILE_NAME).unlink(missing_ok=True)
+
+
+def identity(checkpoint: Checkpoint, conversion: ConversionPlan) -> dict[str, str]:
+    """What tells two conversions apart at a glance; the content keys tell for certain."""
+    return {
+        "config": ContentKey(json.dumps(checkpoint.config, sort_keys=True)).digest(),
+        "options": repr(replace(conversion.options, context=conversion.context, layers=conversion.layers)),
+    }
+
+
+def _identity_on_disk(out: Path) -> dict[str, str] | None:
+    if (out / MARKER).exists():
+        try:
+            return dict(json.loads((out / MARKER).read_text()))
+        except ValueError:
+            return None
+    return read_manifest(out).source if (out / FILE_NAME).exists() else None
+
+
+def require_disk(out: Path, conversion: ConversionPlan) -> None:
+    present = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    needed, free = conversion.disk_bytes - present, shutil.disk_usage(out).free
+    if needed > free:
+        raise UserError(f"the disk is too full for {out}", f"{free / MB:.0f} MB free, {needed / MB:.0f} MB needed")
+
+
+def remove_strangers(out: Path, manifest: Manifest) -> None:
+    """Shards and router tables of an earlier conversion with other options, which this one does not name."""
+    kept = {shard.path for shard in manifest.shards}
+    for path in out.rglob("*.mlpackage"):
+        if path.relative_to(out).as_posix() not in kept:
+            shutil.rmtree(path)
+    for path in (out / ROUTERS).glob("*"):
+        if path.relative_to(out).as_posix() not in manifest.files:
+            path.unlink()
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".writing-{path.name}")
+    temporary.write_text(text + "\n")
+    os.replace(temporary, path)

@@ -1,0 +1,90 @@
+"""One shard's part of a conversion, as a worker does it: trace, stamp, or find it finished."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from ane_moe.blocks.ports import Shape
+from ane_moe.blocks.registry import TemplateKey
+from ane_moe.checkpoint import Checkpoint, TensorSource, open_checkpoint
+from ane_moe.package import ContentKey, file_hashes, read_content_key, sha256, stamp
+from ane_moe.plan import OneHot, ShardPlan
+from ane_moe.side_files import write_embedding
+from ane_moe.trace import Template, make_template
+from ane_moe.workers import peak_memory_bytes
+
+TOOLS = ("ane-moe", "coremltools", "torch")
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a worker reports of one shard."""
+
+    path: str
+    content_key: str
+    weight_bytes: int
+    reused: bool
+    files: dict[str, str]
+    peak_memory_bytes: int
+    process: int
+
+
+def trace_template(key: TemplateKey) -> tuple[TemplateKey, Template]:
+    return key, make_template(key)
+
+
+def reuse_shard(checkpoint: Path, out: Path, shard: ShardPlan) -> Done | None:
+    """The shard as it lies on disk, if its content key is the one it would get."""
+    key = read_content_key(out / shard.path)
+    if key is None or key != _expected_key(open_checkpoint(checkpoint), shard):
+        return None
+    return _report(out, shard, key, reused=True)
+
+
+def stamp_shard(checkpoint: Path, out: Path, shard: ShardPlan, templates: dict[str, Template]) -> Done:
+    key, path = _key(shard), out / shard.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = stamp(templates, _values(open_checkpoint(checkpoint), shard, key), key, path)
+    return _report(out, shard, written.content_key, reused=False)
+
+
+def _report(out: Path, shard: ShardPlan, content_key: str, reused: bool) -> Done:
+    files = {f"{shard.path}/{name}": digest for name, digest in file_hashes(out / shard.path).items()}
+    return Done(shard.path, content_key, shard.weight_bytes, reused, files, peak_memory_bytes(), os.getpid())
+
+
+def _key(shard: ShardPlan) -> ContentKey:
+    return ContentKey(shard.graphs, {name: version(name) for name in TOOLS})
+
+
+def _expected_key(checkpoint: Checkpoint, shard: ShardPlan) -> str:
+    """The content key the shard would get: reads the weights, writes nothing."""
+    key = _key(shard)
+    for source in shard.weights.values():
+        if isinstance(source, OneHot):
+            key.update(repr(source).encode())
+        else:
+            checkpoint.feed(source, key)
+    return key.digest()
+
+
+def _values(checkpoint: Checkpoint, shard: ShardPlan, key: ContentKey) -> Iterator[tuple[str, np.ndarray]]:
+    """Each weight of the shard, valid until the next one of its shape: fresh memory costs more than the reading."""
+    buffers: dict[Shape, np.ndarray] = {}
+    for name, source in shard.weights.items():
+        if isinstance(source, OneHot):
+            key.update(repr(source).encode())
+            yield name, np.eye(source.rows, source.columns, source.first, dtype=np.float16)
+        else:
+            buffer = buffers.setdefault(source.shape, np.empty(source.shape, np.float16))
+            yield name, checkpoint.read(source, out=buffer, hasher=key)
+
+
+def stamp_embedding(checkpoint: Path, source: TensorSource, path: Path) -> Done:
+    write_embedding(open_checkpoint(checkpoint), source, path)
+    files = {path.name: sha256(path)}
+    return Done(path.name, "", path.stat().st_size, False, files, peak_memory_bytes(), os.getpid())
