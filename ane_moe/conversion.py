@@ -69,6 +69,7 @@ def convert(
     opened = open_checkpoint(checkpoint)
     spec, sources = describe(opened)
     conversion = make_plan(spec, sources, options or ConvertOptions())
+    ids = _prompt_ids(opened.folder, conversion, prompts) if golden and prompts else None
     claim(out, opened, conversion, overwrite)
     require_disk(out, conversion)
     meter = _Meter(conversion.disk_bytes, progress)
@@ -81,7 +82,7 @@ def convert(
         write_routers(opened, sources, conversion.routers, out)
         tokenizer = copy_tokenizer(opened.folder, out)
         if golden:
-            _capture(opened.folder, out, conversion, prompts, meter)
+            _capture(opened.folder, out, conversion, ids, meter)
         elif not all(shard.reused for shard in done):
             (out / GOLDEN).unlink(missing_ok=True)  # of other weights
         manifest = _manifest(opened, conversion, done, files, tokenizer, out)
@@ -136,14 +137,24 @@ def _stamp_rest(
     return [meter.shard(done) for done in run(pool, stamp_shard, calls)]
 
 
-def _capture(checkpoint: Path, out: Path, conversion: ConversionPlan, prompts: Path | None, meter: _Meter) -> None:
+def _prompt_ids(checkpoint: Path, conversion: ConversionPlan, prompts: Path) -> list[list[int]]:
+    """The prompts of a file, checked before hours are spent on what they are for."""
+    from ane_moe.verification.prompts import check_prompts, read_prompts
+
+    ids = read_prompts(prompts, checkpoint)
+    check_prompts(ids, conversion.spec.vocab, conversion.context)
+    return ids
+
+
+def _capture(
+    checkpoint: Path, out: Path, conversion: ConversionPlan, prompts: list[list[int]] | None, meter: _Meter
+) -> None:
     from ane_moe.verification.golden import capture_golden  # transformers takes seconds to import
-    from ane_moe.verification.prompts import read_prompts
 
     capture_golden(
         checkpoint,
         layers=conversion.layers,
-        prompts=None if prompts is None else read_prompts(prompts, checkpoint),
+        prompts=prompts,
         out=out / GOLDEN,
         context=conversion.context,
         experts=conversion.options.routing == "sparse",
@@ -209,6 +220,7 @@ def _shard(plan: ShardPlan, content_key: str) -> Shard:
         part=plan.part,
         parts=plan.parts,
         experts=plan.experts,
+        layers=plan.layers,
         rows=plan.rows,
         rope=plan.rope,
         window=plan.window,

@@ -25,7 +25,9 @@ class ShardFunction:
 
 @dataclass(frozen=True)
 class Shard:
-    """One `.mlpackage`. kind: attn, moe, dense, experts, lm_head. `layer` is None for lm_head.
+    """One `.mlpackage`. kind: attn, moe, dense, experts, stack, lm_head. `layer` is None for lm_head.
+
+    A stack holds consecutive whole `layers`, the first of them `layer`.
 
     `part`/`parts` number the pieces of a split layer (their outputs are added) or the vocabulary slices of the head
     (their outputs are concatenated; `rows` is the (first, last + 1) vocabulary range). `experts` are the expert
@@ -40,6 +42,7 @@ class Shard:
     part: int = 0
     parts: int = 1
     experts: tuple[int, ...] = ()
+    layers: tuple[int, ...] = ()
     rows: tuple[int, int] | None = None
     rope: str | None = None                 # name of the rotary table the attention reads
     window: int | None = None
@@ -80,6 +83,10 @@ class Manifest:
     def shards_of(self, kind: str, layer: int | None = None) -> list[Shard]:
         """Shards of one kind (and layer), ordered by part."""
         return sorted((s for s in self.shards if s.kind == kind and s.layer == layer), key=lambda s: s.part)
+
+    def is_stacked(self, layer: int) -> bool:
+        """Whether a stack computes the layer, with others."""
+        return any(layer in shard.layers for shard in self.shards)
 
     def write(self, folder: Path) -> None:
         """Write runtime_meta.json atomically, with sorted keys."""

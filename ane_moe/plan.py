@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from ane_moe.blocks.moe import MoeConfig
 from ane_moe.blocks.ports import Shape
 from ane_moe.blocks.registry import BlockConfig, TemplateKey, build_unbound, function_name, weight_name
 from ane_moe.blocks.routed import RoutedAttentionConfig
+from ane_moe.blocks.stack import StackConfig
 from ane_moe.checkpoint import TensorSource
 from ane_moe.errors import UserError
 from ane_moe.spec import MlpSpec, ModelSpec, MoeSpec
@@ -34,7 +35,8 @@ MAX_EXPERT_TOKENS = 1 << 14
 class ConvertOptions:
     """How to convert. `context` None: 2048 or the model's own if that is less. `prefill` 0: no prefill functions.
     `layers` None: all. `max_shard_mb` limits MoE shards; it is in MB of 10^6 bytes. For sparse routing there is a
-    function for each group of `experts_per_function` experts and each token count in `expert_tokens`."""
+    function for each group of `experts_per_function` experts and each token count in `expert_tokens`. Up to
+    `layers_per_shard` whole layers share a shard where they fit into one of `max_shard_mb`."""
 
     routing: Literal["masked", "soft", "sparse"] = "masked"
     state: Literal["mlstate", "explicit"] = "mlstate"
@@ -45,6 +47,7 @@ class ConvertOptions:
     layers: tuple[int, ...] | None = None
     expert_tokens: tuple[int, ...] = (1, 16, 64)
     experts_per_function: int = 1
+    layers_per_shard: int = 1
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class ShardPlan:
     part: int = 0
     parts: int = 1
     experts: tuple[int, ...] = ()
+    layers: tuple[int, ...] = ()
     rows: tuple[int, int] | None = None
     rope: str | None = None
     window: int | None = None
@@ -153,7 +157,7 @@ def make_plan(spec: ModelSpec, sources: Mapping[str, TensorSource], options: Con
         raise UserError(f"the model has no layer {outside[0]}", do=f"its layers are 0-{len(spec.layers) - 1}")
     width = math.ceil(context / CACHE_STEP) * CACHE_STEP
     planner = _Planner(spec, sources, options, width)
-    shards = [shard for n in layers for shard in (planner.attention(n), *planner.ffn(n))]
+    shards = [shard for group in planner.groups(layers) for shard in planner.layers(group)]
     if len(layers) == len(spec.layers):
         shards += planner.head()
     return ConversionPlan(spec, options, context, width, layers, tuple(shards))
@@ -173,6 +177,8 @@ def _require_expert_functions(options: ConvertOptions) -> None:
                         f"give rising numbers from 1 to {MAX_EXPERT_TOKENS}")  # fmt: skip
     if options.experts_per_function < 1:
         raise UserError("an expert function needs an expert", str(options.experts_per_function))
+    if options.layers_per_shard < 1:
+        raise UserError("a shard needs a layer", str(options.layers_per_shard))
 
 
 def _functions(options: ConvertOptions) -> tuple[tuple[str, int], ...]:
@@ -186,12 +192,53 @@ class _Planner:
     options: ConvertOptions
     slots: int
 
-    def attention(self, layer: int) -> ShardPlan:
+    def groups(self, layers: Sequence[int]) -> list[tuple[int, ...]]:
+        """Layers that share a shard: neighbours with one window and one RoPE, as many as asked for and as fit."""
+        groups: list[tuple[int, ...]] = []
+        for layer in layers:
+            longer = (*groups[-1], layer) if groups else (layer,)
+            if len(longer) > 1 and self._can_stack(longer):
+                groups[-1] = longer
+            else:
+                groups.append((layer,))
+        return groups
+
+    def layers(self, group: tuple[int, ...]) -> list[ShardPlan]:
+        """The shards of one layer, or the one of several."""
+        if len(group) == 1:
+            return [self.attention(group[0]), *self.ffn(group[0])]
+        first, config = self.spec.layers[group[0]].mixer, self._stack(group)
+        reason = f"{len(group)} layers, limits {self.options.layers_per_shard} and {self.options.max_shard_mb} MB"
+        path = f"stack/layer_{group[0]:02d}_to_{group[-1]:02d}.mlpackage"
+        facts = {"layers": group, "rope": first.rope, "window": first.window, "states": config.caches}
+        return [self._shard(path, "stack", group[0], config, reason=reason, **facts)]
+
+    def _can_stack(self, group: tuple[int, ...]) -> bool:
+        layers = [self.spec.layers[n] for n in group]
+        if len(group) > self.options.layers_per_shard or group[-1] != group[-2] + 1:
+            return False
+        if self.options.routing == "sparse" and any(isinstance(layer.ffn, MoeSpec) for layer in layers):
+            return False  # the host dispatches the experts between attention and the next layer
+        if len({(layer.mixer.rope, layer.mixer.window) for layer in layers}) > 1:
+            return False
+        return _weight_bytes(self._stack(group)) <= self.options.max_shard_mb * MB
+
+    def _stack(self, group: tuple[int, ...]) -> StackConfig:
+        return StackConfig(tuple((self._attention(n), self._whole_ffn(self.spec.layers[n].ffn)) for n in group))
+
+    def _whole_ffn(self, ffn: MlpSpec | MoeSpec) -> DenseConfig | MoeConfig:
+        if isinstance(ffn, MoeSpec):
+            return self._moe(ffn, ffn.router.experts, True)
+        return DenseConfig(self.spec.d_model, self.spec.norm, ffn)
+
+    def _attention(self, layer: int) -> AttentionConfig:
         mixer = self.spec.layers[layer].mixer
         rotary = len(self.spec.ropes[mixer.rope].inv_freq) if mixer.rope else 0
-        config = AttentionConfig(
-            self.spec.d_model, self.spec.norm, mixer, rotary, self.slots, self.options.state == "explicit"
-        )
+        explicit = self.options.state == "explicit"
+        return AttentionConfig(self.spec.d_model, self.spec.norm, mixer, rotary, self.slots, explicit)
+
+    def attention(self, layer: int) -> ShardPlan:
+        mixer, config = self.spec.layers[layer].mixer, self._attention(layer)
         ffn = self.spec.layers[layer].ffn
         routed = isinstance(ffn, MoeSpec) and self.options.routing == "sparse"
         block = RoutedAttentionConfig(config, ffn.router) if isinstance(ffn, MoeSpec) and routed else config
@@ -301,6 +348,9 @@ class _Planner:
             return OneHot(shape[0], shape[1], plan.experts[0])
         if plan.kind == "lm_head":
             return self.sources["head.norm.weight"] if name == "norm.weight" else self._head_rows(plan)
+        if plan.kind == "stack":
+            _, index, part, rest = name.split(".", 3)
+            return self.sources[f"layers.{plan.layers[int(index)]}.{part}.{rest.removeprefix('mlp.')}"]
         if name.startswith("experts."):
             _, index, rest = name.split(".", 2)
             first = int(prefix.removeprefix("expert_")) if prefix else plan.experts[0]

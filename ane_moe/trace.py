@@ -5,6 +5,7 @@ depend on their size), no graph pass can fold, merge or round them, and what mus
 every weight is still an input, of the same shape, used by the same kind of operation, in the same order.
 """
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,11 +97,15 @@ class _Unbound(nn.Module):
         return tuple(self._oriented(name, outputs[name]) for name in self.ports.outputs)
 
     def _oriented(self, name: str, value: Tensor) -> Tensor:
-        return value.transpose(2, 3) if self.layout == "bct1" and name in STREAMS else value
+        return value.transpose(2, 3) if self.layout == "bct1" and _is_stream(name) else value
 
 
 # Inputs and outputs with channels on axis 1 and tokens on the last: the ones `--layout` turns.
-STREAMS = ("x", "y", "ffn_input", "gate", "gates", "logits")
+STREAMS = re.compile(r"x|y|ffn_input|gate|gates(_\d+)?|logits")
+
+
+def _is_stream(name: str) -> bool:
+    return STREAMS.fullmatch(name) is not None
 
 
 def _replace(block: nn.Module, path: str, value: Tensor) -> None:
@@ -112,7 +117,7 @@ def _replace(block: nn.Module, path: str, value: Tensor) -> None:
 
 
 def _turned(name: str, shape: Shape, layout: str) -> Shape:
-    return (*shape[:2], shape[3], shape[2]) if layout == "bct1" and name in STREAMS else tuple(shape)
+    return (*shape[:2], shape[3], shape[2]) if layout == "bct1" and _is_stream(name) else tuple(shape)
 
 
 def _trace(block: Block, ports: Ports, layout: str) -> torch.jit.ScriptModule:

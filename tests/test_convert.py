@@ -200,3 +200,12 @@ def test_a_damaged_marker_does_not_claim_the_folder(checkpoint, tmp_path):
     (tmp_path / MARKER).write_text(json.dumps({"config": "x", "options": "y"}))
     with pytest.raises(UserError, match="another conversion"):
         convert(checkpoint, tmp_path, OPTIONS)
+
+
+def test_bad_prompts_are_found_before_anything_is_written(tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    save_checkpoint(make_model("mixtral"), checkpoint)
+    (tmp_path / "prompts.json").write_text("[[1, 99999]]")
+    with pytest.raises(UserError, match="vocabulary"):
+        convert(checkpoint, tmp_path / "out", golden=True, prompts=tmp_path / "prompts.json")
+    assert not (tmp_path / "out").exists()

@@ -11,12 +11,14 @@ from ane_moe.blocks.mlp import Dense, DenseConfig
 from ane_moe.blocks.moe import Moe, MoeConfig
 from ane_moe.blocks.ports import Block
 from ane_moe.blocks.routed import RoutedAttention, RoutedAttentionConfig
+from ane_moe.blocks.stack import Stack, StackConfig
 
 BlockConfig = (
     AttentionConfig
     | RoutedAttentionConfig
     | MoeConfig
     | DenseConfig
+    | StackConfig
     | ExpertGroupConfig
     | SharedExpertConfig
     | HeadConfig
@@ -27,6 +29,7 @@ BLOCKS: dict[type, type[Block]] = {
     RoutedAttentionConfig: RoutedAttention,
     MoeConfig: Moe,
     DenseConfig: Dense,
+    StackConfig: Stack,
     ExpertGroupConfig: ExpertGroup,
     SharedExpertConfig: SharedExpert,
     HeadConfig: Head,

@@ -34,6 +34,9 @@ def convert(
         str, typer.Option(help="sparse: token counts to make expert functions for.", metavar="LIST")
     ] = "1,16,64",
     experts_per_function: Annotated[int, typer.Option(help="sparse: experts computed by one function.", min=1)] = 1,
+    layers_per_shard: Annotated[
+        int, typer.Option(help="masked, dense: this many whole layers in one shard, if --max-shard-mb allows.", min=1)
+    ] = 1,
     layers: Annotated[str | None, typer.Option(help="Convert only these, such as 0-3 or 0,5.", metavar="LIST")] = None,
     workers: Annotated[int, typer.Option(help="Processes that convert layers side by side.", min=1)] = WORKERS,
     golden: Annotated[bool, typer.Option("--golden", help="Also capture the original model's outputs.")] = False,
@@ -62,6 +65,7 @@ def convert(
         layers=None if layers is None else parse_layers(layers),
         expert_tokens=parse_expert_tokens(expert_tokens),
         experts_per_function=experts_per_function,
+        layers_per_shard=layers_per_shard,
     )
     if dry_run:
         conversion = plan(source, options)

@@ -32,7 +32,8 @@ def generate(
     """Continue a prompt with the shards in OUT.
 
     Text goes to stdout as it comes, a line of figures to stderr at the end. The prompt is read from stdin when none
-    is given. Without a tokenizer, ids go in (--prompt-ids) and come out.
+    is given. Without a tokenizer, ids go in (--prompt-ids) and come out. A last token of white space is taken back,
+    and the first new one must begin with it.
     """
     from ane_moe.runtime.figures import figures_dict, figures_line
     from ane_moe.runtime.generation import GenerateOptions
@@ -53,7 +54,8 @@ def generate(
         ids = tokenizer.encode_chat(text) if chat else tokenizer.encode(text)
     session = Session(shards, concurrency=concurrency, predictor=predictor)
     options = GenerateOptions(max_tokens, temperature, top_p, seed, tuple(stop or ()))
-    generation = start(session, ids, options, tokenizer.decode if tokenizer else None)
+    begun = tokenizer.heal(ids, shards.manifest.vocab) if tokenizer and text is not None and not chat else None
+    generation = start(session, ids[:-1] if begun else ids, options, tokenizer.decode if tokenizer else None, begun)
     try:
         for piece in generation:
             if not as_json:

@@ -4,11 +4,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
+import numpy as np
+
 from ane_moe.errors import UserError
 from ane_moe.runtime.figures import Figures, PhaseFigures
 from ane_moe.runtime.sampling import Sampler
 from ane_moe.runtime.session import Session
-from ane_moe.runtime.tokenizer import Decode, TextStream
+from ane_moe.runtime.tokenizer import Begun, Decode, TextStream
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Generation:
     """Iterate for pieces as they come; `result()` gives everything so far at any time."""
 
     def __init__(self, session: Session, prompt_ids: Sequence[int], options: GenerateOptions,
-                 decode: Decode | None = None) -> None:
+                 decode: Decode | None = None, begun: Begun | None = None) -> None:
         if options.max_tokens < 1:
             raise UserError("max-tokens must be at least 1", str(options.max_tokens))
         if "" in options.stop:
@@ -59,7 +61,8 @@ class Generation:
         self._prompt_ids = list(prompt_ids)
         self._options = options
         self._sampler = Sampler(options.temperature, options.top_p, options.seed)
-        self._stream = TextStream(decode, self._prompt_ids, options.stop) if decode else None
+        self._begun = begun
+        self._stream = TextStream(decode, self._prompt_ids, options.stop, begun) if decode else None
         self._ids: list[int] = []
         self._text = ""
         self._finish_reason = "interrupted"
@@ -75,6 +78,8 @@ class Generation:
     def _run(self) -> Iterator[Piece]:
         session, figures = self._session, self._session.figures
         logits = session.prefill(self._prompt_ids)
+        if self._begun:
+            logits = np.where(self._begun.allowed, logits, -np.inf)
         phase: PhaseFigures = figures.prefill
         while True:
             started = perf_counter()
@@ -113,10 +118,11 @@ class Generation:
 
 
 def generate(session: Session, prompt_ids: Sequence[int], options: GenerateOptions | None = None,
-             decode: Decode | None = None) -> Generation:
-    """Continue `prompt_ids`; `decode` turns ids into text (without it the text stays empty).
+             decode: Decode | None = None, begun: Begun | None = None) -> Generation:
+    """Continue `prompt_ids`; `decode` turns ids into text (without it the text stays empty). The first new token
+    completes the one that was `begun`.
 
     Raises UserError at once for senseless options, and from the iteration for a prompt that is empty, has ids
     outside the vocabulary or does not fit into the context.
     """
-    return Generation(session, prompt_ids, options or GenerateOptions(), decode)
+    return Generation(session, prompt_ids, options or GenerateOptions(), decode, begun)

@@ -185,7 +185,7 @@ class Session:
         if loaded.shard.rope is not None:
             features |= {"cos": buffers.cos[loaded.shard.rope], "sin": buffers.sin[loaded.shard.rope]}
         self._caches[layer].bind(features)
-        return _Call("attn", loaded.functions[name], features, self._caches[layer])
+        return _Call(loaded.shard.kind, loaded.functions[name], features, self._caches[layer])
 
     def _expert_parts(self, concurrency: int, name: str) -> tuple[ExpertDispatch | None, Prefetch | None]:
         shards, predictor = self.shards, make_predictor(name, self.shards.folder, self.manifest)
@@ -212,7 +212,7 @@ class Session:
                 for part in layer.parts:
                     buffers.total += by_channel(part.run(clock)["y"])
                 buffers.columns[:] = buffers.total
-            elif self._dispatch:
+            elif layer.index in self.shards.experts:
                 self._run_experts(lane, layer.index, outputs, len(ids), clock)
         self.position += len(ids)
 

@@ -29,7 +29,7 @@ class LoadedShard:
 @dataclass(frozen=True)
 class LoadedLayer:
     """A layer's attention shard and what follows it: the parts of a MoE or dense shard, whose outputs are added, or
-    nothing where the host dispatches experts."""
+    nothing where the host dispatches experts. Or a stack of layers from `index` on, which nothing follows."""
 
     index: int
     attn: LoadedShard
@@ -75,9 +75,8 @@ def load_shards(folder: Path, runtime: str = "auto", *, expert_cache_bytes: int 
         check_shard(loaded, manifest, folder)
         return loaded
 
-    layers = tuple(LoadedLayer(index, load(manifest.shards_of("attn", index)[0]),
-                               tuple(load(shard) for shard in ffn_shards(manifest, index)))
-                   for index in manifest.layers)
+    layers = tuple(LoadedLayer(index, load(shard), tuple(load(part) for part in ffn_shards(manifest, index)))
+                   for index in manifest.layers for shard in mixer_shards(manifest, index))
     head = tuple(load(shard) for shard in manifest.shards_of("lm_head"))
     experts = expert_layers(manifest)
     cache = open_cache(folder, manifest, experts, runtime, expert_cache_bytes, **options) if experts else None
@@ -88,6 +87,11 @@ def load_shards(folder: Path, runtime: str = "auto", *, expert_cache_bytes: int 
 def ffn_shards(manifest: Manifest, layer: int) -> list[Shard]:
     """The MoE parts of a layer, or its dense shard; empty where experts are dispatched by the host."""
     return manifest.shards_of("moe", layer) + manifest.shards_of("dense", layer)
+
+
+def mixer_shards(manifest: Manifest, layer: int) -> list[Shard]:
+    """The shard that begins a layer: its attention, or the stack it is the first layer of; none inside a stack."""
+    return manifest.shards_of("attn", layer) + manifest.shards_of("stack", layer)
 
 
 def is_whole(manifest: Manifest) -> bool:
@@ -105,12 +109,14 @@ def check_manifest(manifest: Manifest, folder: Path) -> None:
         raise UserError(f"{folder}: the context does not fit into the cache",
                         f"context {manifest.context}, cache {manifest.cache_width}", "convert again")
     for layer in manifest.layers:
-        attention = manifest.shards_of("attn", layer)
-        if len(attention) != 1:
+        attention = mixer_shards(manifest, layer)
+        if len(attention) != 1 and not (manifest.is_stacked(layer) and not attention):
             raise UserError(f"{folder}: layer {layer} needs one attention shard", str(len(attention)), "convert again")
-        if attention[0].rope is not None and attention[0].rope not in manifest.ropes:
+        if attention and attention[0].rope is not None and attention[0].rope not in manifest.ropes:
             raise UserError(f"{folder}: layer {layer} names an unknown rotary table", attention[0].rope,
                             "convert again")
+        if manifest.is_stacked(layer):
+            continue
         parts = ffn_shards(manifest, layer) or manifest.shards_of("experts", layer)
         _require_parts(parts, f"{folder}: layer {layer}")
     if is_whole(manifest):
@@ -136,7 +142,7 @@ def check_shard(loaded: LoadedShard, manifest: Manifest, folder: Path) -> None:
 def input_shapes(shard: Shard, manifest: Manifest, tokens: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the inputs of a shard's function for `tokens` tokens."""
     shapes: dict[str, tuple[int, ...]] = {"x": activation_shape(manifest, manifest.d_model, tokens)}
-    if shard.kind != "attn":
+    if shard.kind not in ("attn", "stack"):
         return shapes
     if shard.rope is not None:
         half = len(manifest.ropes[shard.rope]["inv_freq"])

@@ -1,8 +1,11 @@
 """The tokenizer files of a conversion, and text from ids as they come."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ane_moe.errors import UserError
 from ane_moe.manifest import Manifest
@@ -10,6 +13,15 @@ from ane_moe.manifest import Manifest
 Decode = Callable[[Sequence[int]], str]
 
 CONTEXT_IDS = 6                 # prompt ids decoded along with new ones, so that leading spaces survive
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A token that the prompt begins and the model completes: what was taken back of the prompt, and the tokens, bool
+    `[V]`, that begin with it."""
+
+    taken_back: int
+    allowed: np.ndarray
 
 
 class Tokenizer:
@@ -37,6 +49,20 @@ class Tokenizer:
         messages = [{"role": "user", "content": text}]
         return list(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 
+    def heal(self, ids: Sequence[int], vocab: int) -> "Begun | None":
+        """What to take back of a prompt that ends in white space, where tokens exist that go on from it.
+
+        A prompt such as `def ` ends in a token that training text hardly ever holds there: its space begins the next
+        word's token. So that token is taken back, and the first new one must begin with it ("token healing", as in
+        the guidance library).
+        """
+        pieces = self._tokenizer.convert_ids_to_tokens(range(min(vocab, len(self._tokenizer))))
+        if len(ids) < 2 or ids[-1] in self._tokenizer.all_special_ids or self.decode(ids[-1:]).strip():
+            return None
+        allowed = np.zeros(vocab, bool)
+        allowed[:len(pieces)] = [piece is not None and piece.startswith(pieces[ids[-1]]) for piece in pieces]
+        return Begun(ids[-1], allowed) if allowed.sum() > 1 else None
+
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
@@ -53,11 +79,13 @@ class TextStream:
     string; `stopped` turns true when one is complete, and neither it nor anything after it is given out.
     """
 
-    def __init__(self, decode: Decode, prompt_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
+    def __init__(self, decode: Decode, prompt_ids: Sequence[int], stop: Sequence[str] = (),
+                 begun: Begun | None = None) -> None:
         self._decode = decode
         self._stop = tuple(stop)
         self._ids = list(prompt_ids[-CONTEXT_IDS:])
-        self._context = decode(self._ids) if self._ids else ""      # text of `_ids` that is not new
+        given = [*self._ids, begun.taken_back] if begun else self._ids
+        self._context = decode(given) if given else ""              # text that is not new
         self._new = 0                                               # ids after the context
         self._held = ""
         self.stopped = False

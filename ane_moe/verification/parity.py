@@ -20,6 +20,7 @@ from ane_moe.verification.golden import Golden
 from ane_moe.verification.result import RoutingResult, ShardResult
 from ane_moe.verification.routing import compare_routing, near_tie_flips
 
+Routed = tuple[np.ndarray, np.ndarray, np.ndarray]      # gates, the golden's probabilities, its choices
 Load = Callable[[Path, str], LoadedFunction]
 
 
@@ -56,15 +57,7 @@ class Parity:
             runner = CachedAttention(self.manifest, shard, functions)
             routings = []
             for function in shard.functions:
-                rows: list[int] = []
-                outputs = []
-                for span, cut in zip(self.golden.spans, self._cuts(function), strict=True):
-                    runner.start()
-                    if cut > span.start:
-                        runner.run("prefill", x[span.start:cut])
-                    outputs.append(runner.run(function.name, x[cut:span.stop]))
-                    rows += range(cut, span.stop)
-                joined = {name: np.concatenate([output[name] for output in outputs]) for name in outputs[0]}
+                rows, joined = self._cached(runner, function, x)
                 yield self._row(shard.path, "attn", layer, function.name, x[rows], joined["y"],
                                 golden.attn_delta[rows])
                 if self.experts and "gates" in joined:
@@ -74,12 +67,47 @@ class Parity:
             if routings:
                 yield compare_routing(layer, *(np.concatenate(arrays) for arrays in zip(*routings, strict=True)))
 
+    def stack(self, layer: int) -> Iterator[ShardResult | RoutingResult]:
+        """Rows of the stack that begins with `layer`, judged by what all its layers add; then each layer's routing."""
+        for shard in self.manifest.shards_of("stack", layer):
+            goldens = [self.golden.layers[index] for index in shard.layers]
+            x, delta = _fp16(goldens[0].x), goldens[-1].y - goldens[0].x
+            functions = {function.name: self._open(shard, function) for function in shard.functions}
+            runner = CachedAttention(self.manifest, shard, functions)
+            routings: dict[int, list[Routed]] = {}
+            for function in shard.functions:
+                rows, joined = self._cached(runner, function, x)
+                flipped = np.zeros(len(rows), bool)
+                for place, golden in enumerate(goldens):
+                    if golden.router_probs is not None and golden.router_indices is not None:
+                        routed = (joined[f"gates_{place}"], golden.router_probs[rows], golden.router_indices[rows])
+                        flipped |= near_tie_flips(*routed)
+                        routings.setdefault(shard.layers[place], []).append(routed)
+                yield self._row(shard.path, "stack", layer, function.name, x[rows], joined["y"], delta[rows], flipped)
+            for index, routed_rows in routings.items():
+                yield compare_routing(index, *(np.concatenate(arrays) for arrays in zip(*routed_rows, strict=True)))
+
+    def _cached(self, runner: CachedAttention, function: ShardFunction,
+                x: np.ndarray) -> tuple[list[int], dict[str, np.ndarray]]:
+        """Golden rows the function saw, and its outputs on them, each prompt from an empty cache on."""
+        rows: list[int] = []
+        outputs = []
+        for span, cut in zip(self.golden.spans, self._cuts(function), strict=True):
+            runner.start()
+            if cut > span.start:
+                runner.run("prefill", x[span.start:cut])
+            outputs.append(runner.run(function.name, x[cut:span.stop]))
+            rows += range(cut, span.stop)
+        return rows, {name: np.concatenate([output[name] for output in outputs]) for name in outputs[0]}
+
     def ffn(self, layer: int) -> Iterator[ShardResult | RoutingResult]:
         """Rows of a layer's MoE parts or its dense shard, then its routing; or of its expert functions."""
         if self.experts and layer in self.experts.dispatch.layers:
             yield from self.experts.functions(layer)
             return
         golden = self.golden.layers[layer]
+        if self.manifest.is_stacked(layer):
+            return
         shards = ffn_shards(self.manifest, layer)
         routings = []
         for function in shards[0].functions:

@@ -125,6 +125,7 @@ def _functions(parity: Parity, progress: Progress) -> Iterator[ShardResult | Rou
         yield parity.embed()
     for number, layer in enumerate(layers):
         progress(f"layer {layer}: attention", number, len(layers) + 1)
+        yield from parity.stack(layer)
         yield from parity.attention(layer)
         progress(f"layer {layer}: feed-forward", number, len(layers) + 1)
         yield from parity.ffn(layer)
