@@ -17,7 +17,7 @@ from ane_moe.verification.placement_result import (
     PlacementReport,
 )
 
-STRIP_WIDTH = 24
+STRIP_WIDTH = 14                    # the whole table fits into 80 columns
 SHOWN_FINDINGS = 12
 SHOWN_FUNCTIONS = 40                # beyond, functions alike in everything but the layer share a line
 SHOWN_NAMES = 3
@@ -40,14 +40,14 @@ def _functions(report: PlacementReport) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("package", "function"):
         table.add_column(name, no_wrap=True, min_width=8)
-    table.add_column("operations in order", no_wrap=True, max_width=STRIP_WIDTH)
+    table.add_column("operations", no_wrap=True, min_width=STRIP_WIDTH, max_width=STRIP_WIDTH)
     for name in ("engine", "CPU", "GPU", "open", "cost"):
-        table.add_column(name, justify="right")
-    table.add_column("verdict")
+        table.add_column(name, justify="right", no_wrap=True, min_width=max(len(name), 6 if name == "cost" else 0))
+    table.add_column("verdict", no_wrap=True, min_width=max(map(len, MARKS)))
     for row, alike in _lines(report.functions):
         share = row.cost_share_ane
         counts = [str(row.count(verdict)) for verdict in ("ane", "cpu", "gpu", "uncertain")]
-        path = printable(row.path) + (f" and {alike} alike" if alike else "")
+        path = printable(row.path.removesuffix(".mlpackage")) + (f" and {alike} alike" if alike else "")
         table.add_row(path, printable(row.function), _strip(row.ops), *counts,
                       "-" if share is None else f"{share:.1%}", row.verdict)
     return table

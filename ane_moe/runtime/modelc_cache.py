@@ -34,6 +34,7 @@ MODEL_NAME = "model.mlmodelc"           # Core ML tells a compiled model by this
 FORMAT = 1
 SETTLED_SECONDS = 2.0                   # a file changed more recently than this may change again within its mtime
 STALE_WORK_SECONDS = 24 * 3600.0
+PLANS = "plans"                         # compute plans kept beside the models they are of
 
 
 @dataclass(frozen=True)
@@ -197,10 +198,11 @@ class ModelCache:
             return removed
 
     def clear(self) -> list[Entry]:
-        """Remove every entry that no living process has loaded. Returns what was removed."""
+        """Remove every entry that no living process has loaded, and all kept compute plans. Returns the entries."""
         with self._exclusive():
             removed = [entry for entry in self._entries() if not entry.in_use]
             self._remove(removed)
+            shutil.rmtree(self.folder / PLANS, ignore_errors=True)
             return removed
 
     def _remove(self, entries: list[Entry]) -> None:

@@ -17,7 +17,7 @@ from ane_moe.errors import UserError
 from ane_moe.runtime.child import TIME_LIMIT_SECONDS, TrialProcess
 from ane_moe.runtime.coreml import PASSED_AS, default_cache, load_function, require_core_ml
 from ane_moe.runtime.interface import LoadedFunction
-from ane_moe.runtime.modelc_cache import ModelCache
+from ane_moe.runtime.modelc_cache import PLANS, ModelCache
 from ane_moe.runtime.reader import read_program
 from ane_moe.verification.facts import is_real
 from ane_moe.verification.machine import this_machine
@@ -81,7 +81,7 @@ class _Auditor:
     def __init__(self, cache: ModelCache, time_limit_seconds: float, numerics: bool):
         self.cache, self.limit, self.numerics = cache, time_limit_seconds, numerics
         self.child: TrialProcess | None = None
-        self.folder = cache.folder / "plans"
+        self.folder = cache.folder / PLANS
         self.folder.mkdir(exist_ok=True)
 
     def record(self, package: Path, function: str) -> dict[str, Any]:

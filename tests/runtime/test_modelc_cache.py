@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ane_moe.errors import UserError
-from ane_moe.runtime.modelc_cache import ModelCache
+from ane_moe.runtime.modelc_cache import PLANS, ModelCache
 
 BUILD = "24F74"
 SIZE = 1000
@@ -189,6 +189,14 @@ def test_an_entry_that_a_living_process_has_loaded_is_not_removed(tmp_path):
     holder.kill()                           # no clean-up of its own
     holder.communicate()
     assert names(cache.clear()) == "a" and cache.entries() == []
+
+
+def test_clearing_removes_the_kept_compute_plans_too(tmp_path):
+    fill(tmp_path / "cache", tmp_path, "a")
+    plan = tmp_path / "cache" / PLANS / "plan.json"
+    plan.parent.mkdir()
+    plan.touch()
+    assert names(open_cache(tmp_path / "cache").clear()) == "a" and not plan.parent.exists()
 
 
 def test_entries_of_another_os_build_go_first(tmp_path):

@@ -45,7 +45,7 @@ def tiny_checkpoint(family: str, folder: Path, **overrides: object) -> Path:
 def tiny_conversion(checkpoint: Path, out: Path, **options: object) -> Path:
     """Decode only, unless `prefill` says otherwise. Equal blocks are traced once in a test run, which is most of it."""
     golden = bool(options.pop("golden", False))
-    with patch("ane_moe.conversion.make_template", traced_once):
+    with patch("ane_moe.stamping.make_template", traced_once):
         convert(checkpoint, out, ConvertOptions(**{"prefill": 0, **options}), golden=golden)
     return out
 
