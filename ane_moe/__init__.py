@@ -9,6 +9,7 @@ from typing import Any
 VERBS = {
     "convert": "ane_moe.conversion",
     "verify": "ane_moe.verification.verify",
+    "bench": "ane_moe.benchmark.measurement",
     "load_shards": "ane_moe.runtime.shards",
 }
 __all__ = list(VERBS)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ane_moe.commands.bench import bench
 from ane_moe.commands.cache import cache
 from ane_moe.commands.convert import convert
 from ane_moe.commands.demo import demo
@@ -17,7 +18,7 @@ from ane_moe.commands.verify import verify
 from ane_moe.errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
-for command in (convert, verify, generate, inspect, run, diff, demo, cache):
+for command in (convert, verify, generate, bench, inspect, run, diff, demo, cache):
     app.command(command.__name__)(command)
 
 

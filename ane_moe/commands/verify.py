@@ -1,8 +1,6 @@
 """`ane-moe verify`: prove a conversion right."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -45,6 +43,7 @@ def verify(
 
     from ane_moe.manifest import read_manifest
     from ane_moe.report.placement import placement_report
+    from ane_moe.report.step_bar import step_bar
     from ane_moe.report.verify_table import verify_report
     from ane_moe.verification.check_placement import check_placement
     from ane_moe.verification.targets import find_target
@@ -53,7 +52,7 @@ def verify(
     chip = find_target(target, system)
     placement_only = compute_plan and checkpoint is None and read_manifest(out).golden is None
     report = placement = None
-    with _progress() as progress:
+    with step_bar() as progress:
         if not placement_only:
             report = run(out, checkpoint=checkpoint, prompts=prompts, runtime=runtime, min_cosine=min_cosine,
                          min_logit_cosine=min_logit_cosine, decode_tokens=decode_tokens or None, progress=progress)
@@ -72,15 +71,3 @@ def verify(
         Console().print(*filter(None, parts), sep="\n", soft_wrap=True)  # a path stays on one line
     if not passed:
         raise typer.Exit(1)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """One bar on stderr that follows whatever is being done; gone when it ends."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("reading")
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)

@@ -113,16 +113,16 @@ class VerifyReport:
 
     def as_json(self) -> dict[str, Any]:
         """The document of `--json`: `model` is the path that covers most tokens, `model_by_function` has all."""
-        document = _json_numbers(asdict(self))
+        document = json_numbers(asdict(self))
         by_function = {entry.pop("function"): entry for entry in document.pop("models")}
         widest = max(by_function.values(), key=lambda entry: entry["tokens"], default=None)
         return document | {"model": widest, "model_by_function": by_function, "failures": self.failures}
 
 
-def _json_numbers(value: Any) -> Any:
+def json_numbers(value: Any) -> Any:
     """JSON has no NaN and no Infinity: they become null."""
     if isinstance(value, dict):
-        return {key: _json_numbers(item) for key, item in value.items()}
+        return {key: json_numbers(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_json_numbers(item) for item in value]
+        return [json_numbers(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

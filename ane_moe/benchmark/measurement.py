@@ -1,0 +1,185 @@
+"""Measure a conversion: prove its output, then time its functions and its token loop."""
+
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import psutil
+
+from ane_moe.benchmark.energy import NotPermitted, measure_energy, require_powermetrics
+from ane_moe.benchmark.function_timing import time_functions
+from ane_moe.benchmark.loop_timing import PREFILL_RUNS, default_fills, default_lengths, time_decode, time_prefill
+from ane_moe.benchmark.output_check import check_output, open_golden
+from ane_moe.benchmark.result import BenchReport, LoadTiming, Memory, Side, Versus
+from ane_moe.benchmark.surroundings import surroundings, thermal_state
+from ane_moe.benchmark.versus_mlx import run_mlx
+from ane_moe.errors import UserError
+from ane_moe.manifest import Manifest, read_manifest
+from ane_moe.runtime import resolve_runtime
+from ane_moe.runtime.session import Session
+from ane_moe.runtime.shards import LoadedShards, load_shards
+from ane_moe.verification.golden import Golden, Progress, silent
+from ane_moe.verification.verify import MIN_LOGIT_COSINE, MIN_LOGIT_COSINE_COMPRESSED
+from ane_moe.workers import peak_memory_bytes
+
+DEFAULT_UNITS = "cpu_and_ne"
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """How to measure. `runs` warm calls of each function after `warmup`; `tokens` decoded at each context fill of
+    `fills`; prompts of `lengths` tokens (None: chosen by the context). `units` None: cpu_and_ne on Core ML."""
+
+    runs: int = 20
+    warmup: int = 3
+    tokens: int = 32
+    fills: tuple[int, ...] | None = None
+    lengths: tuple[int, ...] | None = None
+    units: str | None = None
+    expert_cache_bytes: int | None = None
+    concurrency: int = 1
+    predictor: str = "none"
+    energy: bool = False
+    vs_mlx: Path | None = None
+
+
+def bench(out: Path, options: BenchOptions | None = None, *, runtime: str = "auto",
+          min_logit_cosine: float | None = None, progress: Progress | None = None,
+          **runtime_options: Any) -> BenchReport:
+    """Time the conversion in `out` on this machine, unless its output is wrong: then the report holds no speed.
+
+    `runtime_options` go to the runtime. Raises UserError when there is no whole conversion or no golden in it, and for
+    options that do not fit it or this machine.
+    """
+    options = options or BenchOptions()
+    report_progress = progress or silent
+    _require_sensible(options)
+    manifest = read_manifest(out)
+    runtime = resolve_runtime(runtime)
+    units = _units(options, runtime)
+    golden = open_golden(out, manifest)
+    runtime_options |= {"units": units} if units else {}
+    compiled = _compiled_before(out, manifest, runtime, runtime_options)
+    conditions = surroundings(manifest, runtime, units, options.warmup, compiled)
+    report_progress("loading", 0, 1)
+    session, load = _load(out, runtime, options, golden, runtime_options)
+    threshold = _threshold(min_logit_cosine, manifest)
+    checks = check_output(session, golden, threshold, report_progress)
+    report = BenchReport(all(check.passed for check in checks), str(out), runtime, conditions, checks)
+    if not report.passed:
+        return report
+    text = list(chain.from_iterable(golden.prompts))
+    fills = options.fills or default_fills(manifest, options.tokens, options.warmup)
+    lengths = options.lengths or default_lengths(manifest)
+    report = replace(
+        report,
+        load=load,
+        functions=tuple(time_functions(out, manifest, runtime, options.warmup, options.runs, report_progress,
+                                       **runtime_options)),
+        decode=tuple(time_decode(session, text, fills, options.tokens, options.warmup, report_progress)),
+        prefill=tuple(time_prefill(session, text, lengths, PREFILL_RUNS, report_progress)),
+    )
+    if options.energy:
+        report_progress("energy", 0, 1)
+        report = _with_energy(report, session, text)
+    if options.vs_mlx:
+        report_progress("mlx-lm", 0, 1)
+        report = replace(report, versus=_versus(session, options, text, max(lengths)))
+    return replace(report, memory=_memory(session.shards), conditions=replace(conditions, thermal=thermal_state()))
+
+
+def _require_sensible(options: BenchOptions) -> None:
+    for name in ("runs", "tokens", "concurrency"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} must be at least 1", str(getattr(options, name)))
+    if options.warmup < 0:
+        raise UserError("--warmup must be 0 or more", str(options.warmup))
+    if options.energy:
+        require_powermetrics(shutil.which)
+
+
+def _units(options: BenchOptions, runtime: str) -> str | None:
+    if runtime == "coreml":
+        return options.units or DEFAULT_UNITS
+    if options.units is not None:
+        raise UserError("--units chooses among Core ML's compute units", f"the {runtime} runtime",
+                        "leave it out, or run on a Mac")
+    return None
+
+
+def _compiled_before(out: Path, manifest: Manifest, runtime: str, options: dict[str, Any]) -> str | None:
+    """How many packages need no compilation any more: what loading takes depends on little else."""
+    if runtime != "coreml":
+        return None
+    from ane_moe.runtime.coreml import default_cache
+
+    cache = options.get("cache") or default_cache()
+    found = sum(cache.find(cache.key(out / shard.path)) is not None for shard in manifest.shards)
+    return f"{found} of {len(manifest.shards)} packages"
+
+
+def _load(out: Path, runtime: str, options: BenchOptions, golden: Golden,
+          runtime_options: dict[str, Any]) -> tuple[Session, LoadTiming]:
+    started = perf_counter()
+    shards = load_shards(out, runtime, expert_cache_bytes=options.expert_cache_bytes, **runtime_options)
+    session = Session(shards, concurrency=options.concurrency, predictor=options.predictor)
+    loaded = perf_counter()
+    session.decode(golden.prompts[0][0])
+    functions = sum(len(shard.functions) for shard in shards.manifest.shards if shard.kind != "experts")
+    return session, LoadTiming(loaded - started, perf_counter() - loaded, functions)
+
+
+def _threshold(asked: float | None, manifest: Manifest) -> float:
+    return MIN_LOGIT_COSINE.get(manifest.weights, MIN_LOGIT_COSINE_COMPRESSED) if asked is None else asked
+
+
+def _memory(shards: LoadedShards) -> Memory:
+    manifest = shards.manifest
+    caches = sum(2 * math.prod(shape) for shard in manifest.shards for shape in shard.states.values())
+    now = psutil.Process().memory_info().rss
+    return Memory(
+        process_bytes=now,
+        peak_bytes=max(now, peak_memory_bytes()),  # the two are counted apart
+        weight_bytes=sum(shard.weight_bytes for shard in manifest.shards),
+        kv_cache_bytes=caches,
+        expert_cache_peak_bytes=shards.cache.figures.bytes_peak if shards.cache else None,
+    )
+
+
+def _with_energy(report: BenchReport, session: Session, text: Sequence[int]) -> BenchReport:
+    """Energy, or why there is none."""
+    identifier = text[0]
+    session.reset()
+
+    def decode_token() -> None:
+        nonlocal identifier
+        if not session.room:
+            session.reset()
+        identifier = int(np.argmax(session.decode(identifier)))
+
+    try:
+        return replace(report, energy=measure_energy(decode_token))
+    except NotPermitted as refusal:
+        return replace(report, energy_skipped=f"{refusal} (powermetrics needs root: run `sudo -v` before, or allow it "
+                                              "in sudoers)")
+
+
+def _versus(session: Session, options: BenchOptions, text: Sequence[int], length: int) -> Versus:
+    """Our loop and mlx-lm's on one prompt."""
+    assert options.vs_mlx
+    manifest = session.manifest
+    length = min(length, manifest.context - options.tokens - 1)
+    if length < 1:
+        raise UserError("the context leaves no room for a prompt", f"{manifest.context} tokens", "give fewer --tokens")
+    prefill, = time_prefill(session, text, [length], PREFILL_RUNS, silent)
+    decode, = time_decode(session, text, [length], options.tokens, 1, silent)
+    prompt = [text[index % len(text)] for index in range(length)]
+    ours = Side("ane-moe", manifest.weights, 1000 * length / prefill.latency.median_ms, decode.tok_s,
+                options.tokens, peak_memory_bytes(), PREFILL_RUNS)
+    return run_mlx(options.vs_mlx, manifest, ours, prompt)
