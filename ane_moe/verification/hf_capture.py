@@ -1,5 +1,6 @@
 """Run a streamed Hugging Face model over prompts, layer by layer, and keep what every block computes."""
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -17,45 +18,61 @@ FFN_NORMS = ("post_attention_layernorm", "ffn_norm")
 @torch.no_grad()
 def capture(stream: StreamedModel, layers: tuple[int, ...], prompts: list[list[int]], experts: bool,
             progress: Progress) -> tuple[dict[int, LayerGolden], np.ndarray]:
-    """Activations of `layers`, and the head's fp32 logits `[N,V]` on the output of the last of them.
+    """Activations of `layers`, and the head's fp32 logits `[N,V]` on the output of the last of them. With `experts`
+    each expert also runs alone."""
+    captured: dict[int, LayerGolden] = {}
+
+    def visit(index: int, layer: torch.nn.Module, taps: list[Tap]) -> None:
+        if index in layers:
+            golden = _joined(taps)
+            captured[index] = with_experts(layer, _ffn_norm(layer), golden) if experts else golden
+
+    steps = max(layers) + 2
+    carried, embedded = walk_layers(stream, max(layers) + 1, prompts, visit, progress)
+    progress("original model: head", steps - 1, steps)
+    embedding = stream.model.get_input_embeddings()
+    with stream.loaded("head"):
+        logits = []
+        for number, prompt in enumerate(prompts):
+            with stream.stand_ins(dict.fromkeys(stream.layers, carried[number]) | {embedding: embedded[number]}):
+                logits.append(stream.model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0].numpy())
+    progress("original model: head", steps, steps)
+    return captured, np.concatenate(logits)
+
+
+@torch.no_grad()
+def walk_layers(stream: StreamedModel, count: int, prompts: list[list[int]],
+                visit: Callable[[int, torch.nn.Module, list["Tap"]], None],
+                progress: Progress) -> tuple[list[Any], list[Any]]:
+    """Run the first `count` layers one after the other, and call `visit` with each while it is loaded: its index, the
+    layer, and what was heard of it for every prompt.
 
     Every prompt goes through a layer while it is loaded; the other layers' stand-ins hand on what the layer before
-    it returned. With `experts` each expert also runs alone.
+    it returned. Returns what the last layer and what the embedding gave, by prompt.
     """
     embedding = stream.model.get_input_embeddings()
     ids = [torch.tensor([prompt]) for prompt in prompts]
-    captured: dict[int, LayerGolden] = {}
-    steps = max(layers) + 2
-    progress("golden: embedding", 0, steps)
+    progress("original model: embedding", 0, count + 1)
     with stream.loaded("embed"):
         embedded = [embedding(one) for one in ids]
     carried: list[Any] = list(embedded)
-    for index in range(max(layers) + 1):
-        progress(f"golden: layer {index}", index, steps)
+    for index in range(count):
+        progress(f"original model: layer {index}", index, count + 1)
         layer = stream.layers[index]
         others = [other for other in stream.layers if other is not layer]
         taps = []
         with stream.loaded(f"layer {index}"):
             for number, one in enumerate(ids):
                 outputs = dict.fromkeys(others, carried[number]) | {embedding: embedded[number]}
-                with stream.stand_ins(outputs), _Tap(layer) as tap:
+                with stream.stand_ins(outputs), Tap(layer) as tap:
                     stream.model.base_model(input_ids=one, use_cache=False)
                 carried[number] = tap.output
                 taps.append(tap)
-            if index in layers:
-                golden = _joined(taps)
-                captured[index] = with_experts(layer, _ffn_norm(layer), golden) if experts else golden
-    progress("golden: head", steps - 1, steps)
-    with stream.loaded("head"):
-        logits = []
-        for number, one in enumerate(ids):
-            with stream.stand_ins(dict.fromkeys(stream.layers, carried[number]) | {embedding: embedded[number]}):
-                logits.append(stream.model(input_ids=one, use_cache=False).logits[0].numpy())
-    progress("golden: head", steps, steps)
-    return captured, np.concatenate(logits)
+            visit(index, layer, taps)
+    return carried, embedded
 
 
-class _Tap:
+class Tap:
     """Listens to one run of a decoder layer: its input, the hidden state between its blocks, its router, its output."""
 
     def __init__(self, layer: torch.nn.Module):
@@ -65,7 +82,7 @@ class _Tap:
         self.router: Any = None
         self.output: Any = None
 
-    def __enter__(self) -> "_Tap":
+    def __enter__(self) -> "Tap":
         layer = self._layer
         routers = [module for module in layer.modules() if type(module).__name__.endswith("Router")]
         self._handles = [
@@ -96,7 +113,7 @@ def _ffn_norm(layer: torch.nn.Module) -> torch.nn.Module:
     return norm
 
 
-def _joined(taps: list[_Tap]) -> LayerGolden:
+def _joined(taps: list[Tap]) -> LayerGolden:
     prompts = [vars(tap.golden()) for tap in taps]
     held = [name for name, value in prompts[0].items() if value is not None]
     return LayerGolden(**{name: np.concatenate([prompt[name] for prompt in prompts]) for name in held})

@@ -1,0 +1,180 @@
+"""Recording a routing trace: from the shards of a conversion, or from Hugging Face's own model.
+
+T = tokens of a prefill call, E = experts, k = experts per token.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from ane_moe.errors import UserError
+from ane_moe.manifest import FILE_NAME, Manifest
+from ane_moe.routing.routing_trace import LayerRouting, RoutingTrace, by_weight
+from ane_moe.runtime.buffers import by_channel
+from ane_moe.runtime.interface import LoadedFunction
+from ane_moe.runtime.program import Feature
+from ane_moe.runtime.session import Session
+from ane_moe.runtime.shards import LoadedShard, LoadedShards, load_shards
+from ane_moe.verification.golden import Progress, silent
+from ane_moe.verification.prompts import read_prompts
+
+GATES = re.compile(r"gates(?:_(\d+))?")
+WINDOW = 512            # tokens of a passage, unless the context is shorter
+MAX_TOKENS = 8192
+
+
+def record(source: Path, text: Path, *, window: int | None = None, max_tokens: int = MAX_TOKENS,
+           runtime: str = "auto", progress: Progress | None = None, **options: Any) -> RoutingTrace:
+    """Run the conversion or the checkpoint in `source` over `text`, cut into passages of `window` tokens (None: 512, or
+    the context), `max_tokens` in all. `options` go to the runtime.
+
+    `text` is as for `read_prompts`: UTF-8, parted by lines of ---, or JSON. Raises UserError for a folder that is
+    neither, text that gives no tokens, and a model without experts.
+    """
+    if max_tokens < 1 or (window is not None and window < 1):
+        raise UserError("a trace needs tokens", f"a window of {window}, {max_tokens} in all")
+    from ane_moe.verification.hf_stream import quiet_transformers
+
+    with quiet_transformers():                  # which warns of texts longer than the context: they are cut here
+        prompts = read_prompts(text, source)
+    report = progress or silent
+    if (source / FILE_NAME).is_file():
+        return _record_shards(source, prompts, window, max_tokens, runtime, report, options)
+    return _record_checkpoint(source, prompts, window, max_tokens, report)
+
+
+def _passages(prompts: list[list[int]], window: int, max_tokens: int) -> list[list[int]]:
+    passages: list[list[int]] = []
+    for prompt in prompts:
+        for first in range(0, len(prompt), window):
+            room = max_tokens - sum(map(len, passages))
+            if room > 0:
+                passages.append(prompt[first:first + min(window, room)])
+    if not passages:
+        raise UserError("the text holds no tokens", "an empty text", "give some text to trace")
+    return passages
+
+
+def _trace(family: str, source: str, passages: list[list[int]], layers: dict[int, LayerRouting]) -> RoutingTrace:
+    if not layers:
+        raise UserError("there is no routing to trace", "a model without experts", "trace a mixture of experts")
+    starts = np.cumsum([0, *map(len, passages[:-1])]).astype(np.int64)
+    return RoutingTrace(family, source, np.concatenate(passages).astype(np.int32), starts, layers)
+
+
+# -- shards -------------------------------------------------------------------------------------------------------
+
+class _Listener:
+    """A function that keeps the gates of its last call, by output name, `[E,T]`."""
+
+    def __init__(self, function: LoadedFunction) -> None:
+        self._function = function
+        self.inputs: tuple[Feature, ...] = function.inputs
+        self.outputs: tuple[Feature, ...] = function.outputs
+        self.states: tuple[Feature, ...] = function.states
+        self.gates: dict[str, np.ndarray] = {}
+
+    def make_state(self) -> Any:
+        return self._function.make_state()
+
+    def predict(self, inputs: dict[str, np.ndarray], state: Any = None) -> dict[str, np.ndarray]:
+        outputs = self._function.predict(inputs, state)
+        self.gates = {name: by_channel(value) for name, value in outputs.items() if GATES.fullmatch(name)}
+        return outputs
+
+
+def _record_shards(folder: Path, prompts: list[list[int]], window: int | None, max_tokens: int, runtime: str,
+                   progress: Progress, options: dict[str, Any]) -> RoutingTrace:
+    shards = load_shards(folder, runtime, expert_cache_bytes=psutil.virtual_memory().available // 4, **options)
+    manifest = shards.manifest
+    listening, listeners = _listening(shards)
+    session = Session(listening)
+    passages = _passages(prompts, min(window or WINDOW, manifest.context), max_tokens)
+    found: dict[int, list[np.ndarray]] = {layer: [] for layer in listeners}
+    for number, passage in enumerate(passages):
+        progress("tracing", number, len(passages))
+        session.reset()
+        for chunk in _chunks(passage, manifest.prefill or 1):
+            session.prefill(chunk)
+            for layer, (listener, name) in listeners.items():
+                found[layer].append(listener.gates[name][:, :len(chunk)].T.astype(np.float32))
+    layers = {}
+    for layer, gates in found.items():
+        facts = manifest.moe[str(layer)]
+        layers[layer] = _from_gates(np.concatenate(gates), int(facts["k"]), stored_expert_bytes(manifest, layer))
+    return _trace(manifest.family, f"{manifest.routing} shards, {manifest.weights} weights, {shards.runtime} runtime",
+                  passages, layers)
+
+
+def _listening(shards: LoadedShards) -> tuple[LoadedShards, dict[int, tuple[_Listener, str]]]:
+    """The shards with ears, and for each layer with experts who hears its gates, under which name."""
+    prefill = "prefill" if shards.manifest.prefill else "decode"
+    listeners: dict[int, tuple[_Listener, str]] = {}
+
+    def heard(loaded: LoadedShard, layer: int) -> LoadedShard:
+        listener = _Listener(loaded.functions[prefill])
+        for feature in listener.outputs:
+            if match := GATES.fullmatch(feature.name):
+                index = loaded.shard.layers[int(match[1])] if match[1] else layer
+                listeners.setdefault(index, (listener, feature.name))
+        return replace(loaded, functions=loaded.functions | {prefill: listener})
+
+    layers = tuple(replace(layer, attn=heard(layer.attn, layer.index),
+                           ffn=tuple(heard(part, layer.index) for part in layer.ffn)) for layer in shards.layers)
+    return replace(shards, layers=layers), dict(sorted(listeners.items()))
+
+
+def _from_gates(gates: np.ndarray, k: int, expert_bytes: int) -> LayerRouting:
+    """The k largest of fp32 `gates [N,E]`: all there are, except with soft routing."""
+    chosen = np.argsort(-gates, axis=1, kind="stable")[:, :k]
+    return LayerRouting(gates.shape[1], *by_weight(chosen, np.take_along_axis(gates, chosen, 1)),
+                        expert_bytes=expert_bytes)
+
+
+def stored_expert_bytes(manifest: Manifest, layer: int) -> int:
+    """An expert's share of its layer's expert weights as stored: routers and shared experts, small beside them, are
+    counted in. 0 where a stack holds them together with attention."""
+    shards = manifest.shards_of("experts", layer) or manifest.shards_of("moe", layer)
+    return sum(shard.weight_bytes for shard in shards) // int(manifest.moe[str(layer)]["experts"])
+
+
+def _chunks(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for first in range(0, len(ids), size):
+        yield ids[first:first + size]
+
+
+# -- Hugging Face -------------------------------------------------------------------------------------------------
+
+def _record_checkpoint(checkpoint: Path, prompts: list[list[int]], window: int | None, max_tokens: int,
+                       progress: Progress) -> RoutingTrace:
+    from ane_moe.verification.hf_capture import Tap, walk_layers
+    from ane_moe.verification.hf_stream import StreamedModel, quiet_transformers
+    from ane_moe.verification.prompts import check_prompts
+
+    layers: dict[int, LayerRouting] = {}
+    with quiet_transformers():
+        stream = StreamedModel(checkpoint)
+        limit = stream.config.max_position_embeddings
+        passages = _passages(prompts, min(window or WINDOW, limit), max_tokens)
+        check_prompts(passages, stream.config.vocab_size, limit)
+
+        def visit(index: int, layer: Any, taps: list[Tap]) -> None:
+            if taps[0].router is not None:
+                probs, weights, chosen = (np.concatenate([tap.router[part].numpy() for tap in taps])
+                                          for part in range(3))
+                size = _expert_bytes(layer, probs.shape[1])
+                layers[index] = LayerRouting(probs.shape[1], *by_weight(chosen, weights), expert_bytes=size)
+
+        walk_layers(stream, len(stream.layers), passages, visit, progress)
+    return _trace(stream.config.model_type, "Hugging Face model in fp32", passages, layers)
+
+
+def _expert_bytes(layer: Any, experts: int) -> int:
+    """What one expert takes in fp16, by the modules' own parameters."""
+    module = next(module for module in layer.modules() if type(module).__name__.endswith("Experts"))
+    return 2 * sum(parameter.numel() for parameter in module.parameters()) // experts

@@ -1,0 +1,74 @@
+"""What a routing trace says at a glance, layer by layer."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from ane_moe.routing.routing_trace import RoutingTrace
+from ane_moe.routing.traffic import ExpertTraffic, expert_traffic
+
+CACHE_SHARES = (0.25, 0.5, 0.75, 1.0)       # of all experts' bytes
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """`usage` is each expert's share of the choices, summing to 1; `entropy` its entropy over that of even use, 0 to 1.
+    `repeated` is the share of a token's experts that the token before it in the passage chose too; None without one.
+    `top_weight` is the mean share of the largest weight."""
+
+    layer: int
+    experts: int
+    k: int
+    usage: tuple[float, ...]
+    entropy: float
+    repeated: float | None
+    top_weight: float
+
+
+@dataclass(frozen=True)
+class TraceSummary:
+    """`traffic` is empty where the trace does not say what experts take."""
+
+    family: str
+    source: str
+    tokens: int
+    passages: int
+    expert_bytes: int
+    layers: tuple[LayerStatistics, ...]
+    traffic: tuple[ExpertTraffic, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        document = asdict(self)
+        for entry, one in zip(document["traffic"], self.traffic, strict=True):
+            entry["hit_rate"] = one.hit_rate
+        return document
+
+
+def summarise(trace: RoutingTrace) -> TraceSummary:
+    """Usage of experts, and the traffic of a cache that holds a quarter, half, three quarters and all of them."""
+    total = sum(one.experts * one.expert_bytes for one in trace.layers.values())
+    known = all(one.expert_bytes for one in trace.layers.values())
+    traffic = [expert_traffic(trace, int(share * total)) for share in CACHE_SHARES] if known else []
+    layers = tuple(_layer(trace, layer) for layer in trace.layers)
+    return TraceSummary(trace.family, trace.source, len(trace.tokens), len(trace.starts), total, layers, tuple(traffic))
+
+
+def _layer(trace: RoutingTrace, layer: int) -> LayerStatistics:
+    routing = trace.layers[layer]
+    mask = routing.mask()
+    counts = mask.sum(0)
+    usage = counts / max(counts.sum(), 1)
+    seen = usage[usage > 0]
+    entropy = float(-(seen * np.log(seen)).sum() / math.log(routing.experts)) if routing.experts > 1 else 1.0
+    follows = np.ones(len(mask), bool)
+    follows[trace.starts] = False
+    rows = np.flatnonzero(follows)
+    again = (mask[rows] & mask[rows - 1]).sum()
+    repeated = float(again / max(mask[rows].sum(), 1)) if len(rows) else None
+    sums = routing.weights.sum(1)
+    top = float((routing.weights.max(1) / np.where(sums > 0, sums, 1)).mean())
+    return LayerStatistics(layer, routing.experts, routing.chosen.shape[1], tuple(usage.tolist()), entropy, repeated,
+                           top)

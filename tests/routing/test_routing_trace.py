@@ -1,0 +1,209 @@
+"""Traces against Hugging Face's own routing, from a checkpoint and from every kind of shards."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ane_moe.cli import app
+from ane_moe.errors import UserError
+from ane_moe.routing.recorder import record
+from ane_moe.routing.routing_trace import LayerRouting, RoutingTrace, read_trace, write_trace
+from ane_moe.routing.statistics import summarise
+from ane_moe.routing.traffic import expert_traffic
+from ane_moe.runtime.session import Session
+from ane_moe.runtime.shards import load_shards
+from tests.models import FAMILIES, make_model, save_checkpoint
+from tests.verify.tiny import tiny_conversion, tiny_model
+
+WINDOW = 20
+PROMPTS = [np.random.default_rng(1).integers(3, 60, 45).tolist(), [7, 8, 9]]       # passages of 20, 20, 5 and 3
+NEAR_TIE = 0.03         # in logits: what fp16 may turn
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "prompts.json"
+    path.write_text(json.dumps(PROMPTS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.set_num_threads(1)
+    return tiny_model("qwen3_moe", num_hidden_layers=2, max_position_embeddings=128)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tmp_path_factory):
+    return save_checkpoint(model, tmp_path_factory.mktemp("traced") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def traced(checkpoint, prompts):
+    return record(checkpoint, prompts, window=WINDOW)
+
+
+@pytest.fixture(scope="module")
+def sparse(checkpoint, tmp_path_factory):
+    return tiny_conversion(checkpoint, tmp_path_factory.mktemp("traced") / "sparse", routing="sparse",
+                           expert_tokens=(1,))
+
+
+def passages():
+    return [prompt[first:first + WINDOW] for prompt in PROMPTS for first in range(0, len(prompt), WINDOW)]
+
+
+def router_logits(model):
+    """Of all layers, `[N,E]`, by the model's own output."""
+    with torch.no_grad():
+        each = [model(torch.tensor([ids]), output_router_logits=True).router_logits for ids in passages()]
+    return [torch.cat(layer).numpy() for layer in zip(*each, strict=True)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoints_trace_is_hugging_faces_own_routing(family, tmp_path, prompts):
+    model = make_model(family)
+    found = record(save_checkpoint(model, tmp_path), prompts, window=WINDOW)
+    assert found.tokens.tolist() == [identifier for passage in passages() for identifier in passage]
+    assert found.starts.tolist() == [0, 20, 40, 45] and found.family == family
+    for layer, logits in zip(found.layers.values(), router_logits(model), strict=True):
+        k = layer.chosen.shape[1]
+        top = np.sort(logits, 1)[:, ::-1][:, :k]
+        np.testing.assert_allclose(np.take_along_axis(logits, layer.chosen.astype(int), 1), top, atol=1e-4)
+        expected = np.exp(top - top.max(1, keepdims=True))
+        np.testing.assert_allclose(layer.weights / layer.weights.sum(1, keepdims=True),
+                                   expected / expected.sum(1, keepdims=True), rtol=1e-4)
+        assert layer.experts == logits.shape[1]
+
+
+@pytest.mark.parametrize("options", [{"prefill": 8}, {"routing": "sparse", "expert_tokens": (1,)},
+                                     {"prefill": 8, "layers_per_shard": 2}, {"prefill": 8, "routing": "soft"}],
+                         ids=["masked", "sparse", "stack", "soft"])
+def test_the_shards_trace_is_the_checkpoints_but_for_near_ties(options, model, checkpoint, traced, prompts, tmp_path):
+    out = tiny_conversion(checkpoint, tmp_path / "out", **options)
+    found = record(out, prompts, window=WINDOW)
+    np.testing.assert_array_equal(found.tokens, traced.tokens)
+    np.testing.assert_array_equal(found.starts, traced.starts)
+    assert found.layers.keys() == traced.layers.keys()
+    soft = options.get("routing") == "soft"         # another function: from the second layer on the input differs
+    for layer, logits in list(zip(traced.layers, router_logits(model), strict=True))[:1 if soft else None]:
+        ordered = np.sort(logits, 1)[:, ::-1]
+        clear = (np.diff(ordered[:, :3], axis=1) < -NEAR_TIE).all(1)
+        ours, theirs = found.layers[layer], traced.layers[layer]
+        assert clear.sum() > 30
+        np.testing.assert_array_equal(ours.chosen[clear], theirs.chosen[clear])
+        ratios = [one.weights[clear] / one.weights[clear].sum(1, keepdims=True) for one in (ours, theirs)]
+        np.testing.assert_allclose(*ratios, atol=0.02)
+
+
+def test_expert_bytes_are_what_experts_take(model, checkpoint, traced, sparse, prompts):
+    experts = model.model.layers[0].mlp.experts
+    stored = sum(parameter.numel() for parameter in experts.parameters()) * 2 // 4
+    assert {layer.expert_bytes for layer in traced.layers.values()} == {stored}
+    assert {layer.expert_bytes for layer in record(sparse, prompts).layers.values()} == {stored}
+
+
+def test_traffic_is_what_the_real_cache_counts(sparse, prompts, traced):
+    size = 4 * 3 * 24 * 24                          # the reference runtime holds an expert's weights in fp32
+    for experts in (1, 3, 5, 8):
+        shards = load_shards(sparse, "reference", expert_cache_bytes=experts * size)
+        session = Session(shards)
+        for passage in passages():
+            session.reset()
+            for identifier in passage:
+                session.decode(identifier)
+        found = expert_traffic(record(sparse, prompts, window=WINDOW), experts * size,
+                               function_bytes=dict.fromkeys(traced.layers, size))
+        real = session.figures.cache
+        assert (found.hits, found.misses) == (real.hits, real.misses)
+        assert found.bytes_loaded_per_token * found.tokens == pytest.approx(real.bytes_loaded)
+        assert found.functions_per_token == pytest.approx((real.hits + real.misses) / 48)
+
+
+def test_statistics_equal_a_count_by_hand():
+    chosen = np.array([[0, 1], [0, 2], [1, 2]], np.int16)
+    weights = np.array([[0.75, 0.25], [0.5, 0.5], [1, 0]], np.float32)     # the last chose one expert only
+    layers = {4: LayerRouting(4, chosen, weights)}
+    trace = RoutingTrace("x", "test", np.arange(3, dtype=np.int32), np.array([0, 2]), layers)
+    layer, = summarise(trace).layers
+    assert layer.usage == pytest.approx((0.4, 0.4, 0.2, 0))
+    assert layer.repeated == pytest.approx(1 / 2)                          # token 1 of passage 0: expert 0 again
+    assert layer.top_weight == pytest.approx((0.75 + 0.5 + 1) / 3)
+    assert layer.entropy == pytest.approx(-(0.8 * np.log(0.4) + 0.2 * np.log(0.2)) / np.log(4))
+    assert summarise(trace).traffic == ()
+
+
+# -- the file -----------------------------------------------------------------------------------------------------
+
+def test_a_trace_reads_back_as_written_and_is_the_same_file_each_time(traced, tmp_path):
+    one, two = tmp_path / "one.npz", tmp_path / "two.npz"
+    write_trace(traced, one)
+    write_trace(traced, two)
+    assert one.read_bytes() == two.read_bytes()
+    found = read_trace(one)
+    assert (found.family, found.source) == (traced.family, traced.source)
+    np.testing.assert_array_equal(found.tokens, traced.tokens)
+    for layer, routing in traced.layers.items():
+        np.testing.assert_array_equal(found.layers[layer].chosen, routing.chosen)
+        np.testing.assert_array_equal(found.layers[layer].weights, routing.weights)
+        assert found.layers[layer].expert_bytes == routing.expert_bytes
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("format", np.array(2)), ("starts", np.array([0, 99])), ("starts", np.array([1])), ("starts", np.array([], int)),
+    ("experts", np.array([4])), ("layer_000.chosen", np.full((48, 2), 4, np.int16)),
+    ("layer_000.chosen", np.full((48, 2), -1, np.int16)), ("layer_000.chosen", np.zeros((48, 2), np.int64)),
+    ("layer_000.weights", np.full((48, 2), np.nan, np.float32)), ("layer_001.weights", np.ones((47, 2), np.float32)),
+    ("layer_000.chosen", None), ("tokens", None), ("family", np.array([{"pickled": 1}], object)),
+])
+def test_a_damaged_trace_is_named(traced, tmp_path, name, value):
+    path = tmp_path / "trace.npz"
+    write_trace(traced, path)
+    with np.load(path) as arrays:
+        changed = {key: arrays[key] for key in arrays.files} | {name: value}
+    np.savez(path, **{key: array for key, array in changed.items() if array is not None})
+    with pytest.raises(UserError, match="cannot be read as a routing trace"):
+        read_trace(path)
+
+
+def test_a_file_that_unpacks_to_too_much_is_refused_before_it_is(traced, tmp_path, monkeypatch):
+    write_trace(traced, tmp_path / "trace.npz")
+    monkeypatch.setattr("ane_moe.routing.routing_trace.MAX_BYTES", 100)
+    with pytest.raises(UserError, match="too large"):
+        read_trace(tmp_path / "trace.npz")
+    (tmp_path / "text.npz").write_text("no archive")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_trace(tmp_path / "text.npz")
+
+
+# -- the commands -------------------------------------------------------------------------------------------------
+
+def run(*arguments):
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+def test_trace_and_group_from_the_command_line(checkpoint, prompts, tmp_path):
+    trace, grouping = tmp_path / "trace.npz", tmp_path / "grouping.json"
+    result = run("trace", checkpoint, "--text", prompts, "--out", trace, "--max-tokens", 30, "--json")
+    document = json.loads(result.stdout)
+    assert (document["tokens"], document["passages"], len(document["layers"])) == (30, 1, 2)
+    assert document["traffic"][-1]["misses"] <= 8 and 0 <= document["traffic"][0]["hit_rate"] <= 1
+    assert "layer" in run("trace", checkpoint, "--text", prompts, "--out", trace).stdout
+    found = json.loads(run("group", trace, "--out", grouping, "--experts-per-function", 2, "--json").stdout)
+    assert found["functions_per_token"].keys() == {"0", "1"} and grouping.is_file()
+    assert "saved" in run("group", trace, "--out", grouping).stdout
+
+
+@pytest.mark.parametrize("text", ["[]", "[[]]", "no json"])
+def test_text_without_tokens_is_a_users_error(checkpoint, tmp_path, text):
+    (tmp_path / "prompts.json").write_text(text)
+    with pytest.raises(UserError):
+        record(checkpoint, tmp_path / "prompts.json")
+
+
+def test_a_folder_that_is_neither_is_a_users_error(tmp_path, prompts):
+    with pytest.raises(UserError):
+        record(tmp_path, prompts)
