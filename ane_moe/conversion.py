@@ -1,19 +1,21 @@
 """The conversion pipeline: checkpoint -> plan -> templates -> shards -> manifest."""
 
+import math
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ane_moe import stamping
-from ane_moe.checkpoint import Checkpoint, open_checkpoint
+from ane_moe.checkpoint import Checkpoint, TensorSource, open_checkpoint
+from ane_moe.compress.recipe import FP16, role_of
 from ane_moe.families import describe
 from ane_moe.manifest import Manifest, Shard, ShardFunction
 from ane_moe.output_folder import MARKER, claim, identity, remove_strangers, require_disk
 from ane_moe.package import disk_error, sha256
-from ane_moe.plan import ConversionPlan, ConvertOptions, ShardPlan, make_plan
+from ane_moe.plan import ConversionPlan, ConvertOptions, Recovery, ShardPlan, make_plan
 from ane_moe.side_files import copy_tokenizer, write_routers
 from ane_moe.spec import MoeSpec
 from ane_moe.stamping import TOOLS, Done, reuse_shard, stamp_embedding, stamp_shard, trace_template
@@ -21,6 +23,7 @@ from ane_moe.workers import Pool, open_pool, peak_memory_bytes, run, start
 
 EMBED = "embed.bin"
 GOLDEN = "golden.safetensors"
+GOLDEN_AS_STORED = "golden_as_stored.safetensors"
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,13 @@ def convert(
             files = meter.shard(embedding.result()).files
         write_routers(opened, sources, conversion.routers, out)
         tokenizer = copy_tokenizer(opened.folder, out)
+        manifest = _manifest(opened, conversion, done, files, tokenizer)
         if golden:
-            _capture(opened.folder, out, conversion, ids, meter)
+            manifest = _capture(opened.folder, out, conversion, manifest, ids, meter)
         elif not all(shard.reused for shard in done):
-            (out / GOLDEN).unlink(missing_ok=True)  # of other weights
-        manifest = _manifest(opened, conversion, done, files, tokenizer, out)
+            for name in (GOLDEN, GOLDEN_AS_STORED):
+                (out / name).unlink(missing_ok=True)  # of other weights
+        manifest = _complete(manifest, conversion, out)
         remove_strangers(out, manifest)
         manifest.write(out)
         (out / MARKER).unlink()
@@ -147,9 +152,19 @@ def _prompt_ids(checkpoint: Path, conversion: ConversionPlan, prompts: Path) -> 
 
 
 def _capture(
-    checkpoint: Path, out: Path, conversion: ConversionPlan, prompts: list[list[int]] | None, meter: _Meter
-) -> None:
-    from ane_moe.verification.golden import capture_golden  # transformers takes seconds to import
+    checkpoint: Path,
+    out: Path,
+    conversion: ConversionPlan,
+    manifest: Manifest,
+    prompts: list[list[int]] | None,
+    meter: _Meter,
+) -> Manifest:
+    """Write the goldens; the manifest with what compression cost."""
+    from ane_moe.verification.golden import capture_golden, read_golden  # transformers takes seconds to import
+    from ane_moe.verification.stored_model import capture_as_stored, with_errors
+
+    def progress(what: str, done: int, total: int) -> None:
+        meter.add(f"golden: {what} {done}/{total}", 0, os.getpid(), 0)
 
     capture_golden(
         checkpoint,
@@ -158,8 +173,13 @@ def _capture(
         out=out / GOLDEN,
         context=conversion.context,
         experts=conversion.options.routing == "sparse",
-        progress=lambda what, done, total: meter.add(f"golden: {what} {done}/{total}", 0, os.getpid(), 0),
+        progress=progress,
     )
+    if manifest.weights == FP16.name:
+        return manifest
+    original = read_golden(out / GOLDEN)
+    errors = capture_as_stored(checkpoint, out, manifest, original, out / GOLDEN_AS_STORED, progress)
+    return replace(manifest, compression=with_errors(manifest.compression, errors))
 
 
 def _manifest(
@@ -168,14 +188,11 @@ def _manifest(
     done: list[Done],
     files: dict[str, str],
     tokenizer: tuple[str, ...],
-    out: Path,
 ) -> Manifest:
+    """The manifest but for what lies beside the shards."""
     spec, options = conversion.spec, conversion.options
     keys = {shard.path: shard.content_key for shard in done}
-    golden = GOLDEN if (out / GOLDEN).exists() else None
     files = files | {name: digest for shard in done for name, digest in shard.files.items()}
-    loose = (*tokenizer, *conversion.routers.values(), *([golden] if golden else []))
-    files |= {name: sha256(out / name) for name in loose}
     return Manifest(
         family=spec.family,
         d_model=spec.d_model,
@@ -188,19 +205,46 @@ def _manifest(
         state=options.state,
         layout=options.layout,
         prefill=options.prefill,
-        weights="fp16",
+        weights=options.recipe.name,
+        recipe=options.recipe.as_json(),
         embed=EMBED,
         ropes={name: asdict(rope) for name, rope in spec.ropes.items()},
         shards=tuple(_shard(shard, keys[shard.path]) for shard in conversion.shards),
         tokenizer=tokenizer,
         bos_id=spec.bos_id,
         eos_ids=spec.eos_ids,
-        golden=golden,
-        files=dict(sorted(files.items())),
+        files=files,
+        compression=_compression(conversion),
         moe=dict(_moe_facts(conversion)),
         versions={name: version(name) for name in TOOLS},
         source=identity(checkpoint, conversion),
     )
+
+
+def _complete(manifest: Manifest, conversion: ConversionPlan, out: Path) -> Manifest:
+    """Add the goldens that are there, and the hashes of what lies beside the shards."""
+    golden, as_stored = (name if (out / name).exists() else None for name in (GOLDEN, GOLDEN_AS_STORED))
+    loose = (*manifest.tokenizer, *conversion.routers.values(), *(name for name in (golden, as_stored) if name))
+    files = manifest.files | {name: sha256(out / name) for name in loose}
+    return replace(manifest, golden=golden, golden_as_stored=as_stored, files=dict(sorted(files.items())))
+
+
+def _compression(conversion: ConversionPlan) -> dict[str, dict[str, Any]]:
+    """Formats, weights, bytes and bits by role, for what is not fp16; directions kept apart count as bytes."""
+    roles: dict[str, dict[str, Any]] = {}
+    for shard in conversion.shards:
+        for name, source in shard.weights.items():
+            tensor = source.source if isinstance(source, Recovery) else source
+            role = role_of(tensor.name)[0] if isinstance(tensor, TensorSource) else None
+            if role is None or (name not in shard.choices and not isinstance(source, Recovery)):
+                continue
+            facts = roles.setdefault(role, {"formats": {}, "weights": 0, "bytes": 0})
+            facts["bytes"] += shard.payloads[name]
+            if name in shard.choices:
+                form, count = shard.choices[name].format, math.prod(source.shape)
+                facts["weights"] += count
+                facts["formats"][form] = facts["formats"].get(form, 0) + count
+    return {role: facts | {"bits_per_weight": 8 * facts["bytes"] / facts["weights"]} for role, facts in roles.items()}
 
 
 def _moe_facts(conversion: ConversionPlan) -> Iterable[tuple[str, dict[str, Any]]]:

@@ -74,6 +74,9 @@ class Manifest:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     golden: str | None = None
+    recipe: dict[str, Any] = field(default_factory=dict)    # what each role is stored as (compress/recipe.py)
+    golden_as_stored: str | None = None     # of the same model with the compressed weights of the packages
+    compression: dict[str, dict[str, Any]] = field(default_factory=dict)    # role -> formats, bytes, bits, errors
     files: dict[str, str] = field(default_factory=dict)     # sha256 of every file, packages file by file
     moe: dict[str, dict[str, Any]] = field(default_factory=dict)    # layer -> {"experts": E, "k": k}
     versions: dict[str, str] = field(default_factory=dict)
@@ -114,8 +117,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{path} cannot be read", f"{type(error).__name__}: {error}", "convert again") from None
     for relative in [s.path for s in manifest.shards] + [manifest.embed, *manifest.files, *manifest.tokenizer]:
         _require_inside(relative, path)
-    if manifest.golden is not None:
-        _require_inside(manifest.golden, path)
+    for golden in (manifest.golden, manifest.golden_as_stored):
+        if golden is not None:
+            _require_inside(golden, path)
     return manifest
 
 

@@ -4,7 +4,7 @@ One package may hold many copies of a template, each with weights of its own: th
 from the others by its prefix, which goes before the names of its functions and weights.
 
 A package is a folder: Manifest.json, Data/com.apple.CoreML/model.mlmodel (the protobuf) and weights/weight.bin (the
-blob file, written by coremltools' own writer). It appears under its final name only when it is complete.
+blob file). It appears under its final name only when it is complete.
 """
 
 import hashlib
@@ -14,14 +14,17 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ane_moe.blob_writer import BlobWriter
 from ane_moe.blocks.registry import function_name, weight_name
-from ane_moe.coreml_tools import BlobWriter, MIL_pb2, Model_pb2
+from ane_moe.compress.encoded import Encoded, Expansion, Stored
+from ane_moe.compress.operations import FILE, expansion_operations
+from ane_moe.coreml_tools import MIL_pb2, Model_pb2
 from ane_moe.errors import UserError
 from ane_moe.trace import Template, value_name
 
@@ -29,6 +32,8 @@ MODEL = "Data/com.apple.CoreML/model.mlmodel"
 WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
 TEMPORARY = ".writing-"
 CONTENT_KEY = "ane_moe.content_key"
+
+Weight = np.ndarray | Encoded
 
 
 @dataclass(frozen=True)
@@ -40,9 +45,9 @@ class Written:
 
 
 def stamp(
-    templates: Mapping[str, Template], values: Iterable[tuple[str, np.ndarray]], key: "ContentKey", path: Path
+    templates: Mapping[str, Template], values: Iterable[tuple[str, Weight]], key: "ContentKey", path: Path
 ) -> Written:
-    """Write the package `path` from templates by prefix and their weights, each (name, fp16 array).
+    """Write the package `path` from templates by prefix and their weights, each (name, fp16 array or encoded).
 
     One weight is in memory at a time. The first function of the first copy is the default. `key` is asked for its
     digest after the last value was read. Raises UserError when the disk is full; an interrupted call leaves nothing at
@@ -52,9 +57,9 @@ def stamp(
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / WEIGHTS).parent.mkdir(parents=True)
     try:
-        offsets = _write_blob(values, temporary / WEIGHTS, templates)
+        places = _write_blob(values, temporary / WEIGHTS, templates)
         content_key = key.digest()
-        model = _bound(templates, offsets)
+        model = _bound(templates, places)
         model.description.metadata.userDefined[CONTENT_KEY] = content_key
         (temporary / MODEL).write_bytes(model.SerializeToString(deterministic=True))
         (temporary / "Manifest.json").write_text(_item_manifest(content_key))
@@ -125,25 +130,60 @@ def _files(folder: Path) -> Iterator[Path]:
     return (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where the parts of a weight lie in the blob file: by input for each of its expansions, or one offset."""
+
+    offset: int = 0
+    expansions: tuple[tuple[Expansion, Mapping[str, int]], ...] = ()
+
+
 def _write_blob(
-    values: Iterable[tuple[str, np.ndarray]], path: Path, templates: Mapping[str, Template]
-) -> dict[str, int]:
-    """Offsets by weight name. Checks that each weight of each copy comes once, with as many elements as traced."""
+    values: Iterable[tuple[str, Weight]], path: Path, templates: Mapping[str, Template]
+) -> dict[str, _Place]:
+    """Places by weight name. Checks that each weight of each copy comes once, with as many elements as traced."""
     shapes = {weight_name(prefix, name): shape for prefix, template in templates.items()
               for name, shape in template.weights.items()}  # fmt: skip
-    writer = BlobWriter(str(path))
-    offsets: dict[str, int] = {}
-    for name, array in values:
-        if array.size != math.prod(shapes[name]) or array.dtype != np.float16 or name in offsets:
-            raise ValueError(f"weight {name}: {array.dtype} {array.shape} does not fit {shapes[name]}")
-        offsets[name] = writer.write_fp16_data(array.reshape(-1).view(np.uint16))
-    if missing := shapes.keys() - offsets.keys():
+    places: dict[str, _Place] = {}
+    with BlobWriter(path) as writer:
+        for name, value in values:
+            size, type_ = _extent(value)
+            if size != math.prod(shapes[name]) or type_ != "fp16" or name in places:
+                raise ValueError(f"weight {name}: {type_}, {size} elements, does not fit {shapes[name]}")
+            places[name] = _store(writer, value)
+    if missing := shapes.keys() - places.keys():
         raise ValueError(f"no value for {sorted(missing)[:5]}")
-    return offsets
+    return places
 
 
-def _bound(templates: Mapping[str, Template], offsets: Mapping[str, int]) -> Model_pb2.Model:
-    """One specification with the functions of every copy, each weight's `const` pointing into the blob file."""
+def _extent(value: Weight) -> tuple[int, str]:
+    """Elements of a weight once expanded, and their type."""
+    if isinstance(value, Encoded):
+        type_, shape = value.expansions[-1].outputs[-1]
+        return math.prod(shape), type_
+    return value.size, "fp16" if value.dtype == np.float16 else str(value.dtype)
+
+
+def _store(writer: BlobWriter, value: Weight) -> _Place:
+    if not isinstance(value, Encoded):
+        return _Place(writer.add(value, "fp16"))
+    placed = []
+    for expansion in value.expansions:
+        inputs = {name: writer.add(part.values, part.type) for name, part in expansion.inputs.items()
+                  if isinstance(part, Stored)}  # fmt: skip
+        placed.append((_without_values(expansion), inputs))
+    return _Place(expansions=tuple(placed))
+
+
+def _without_values(expansion: Expansion) -> Expansion:
+    """The expansion with arrays that take no memory: their shapes and types are still needed when it is written."""
+    inputs = {name: replace(part, values=np.broadcast_to(part.values.dtype.type(0), part.values.shape))
+              if isinstance(part, Stored) else part for name, part in expansion.inputs.items()}  # fmt: skip
+    return replace(expansion, inputs=inputs)
+
+
+def _bound(templates: Mapping[str, Template], places: Mapping[str, _Place]) -> Model_pb2.Model:
+    """One specification with the functions of every copy, each weight pointing into the blob file."""
     parsed: dict[int, Model_pb2.Model] = {}
     for template in templates.values():
         if id(template) not in parsed:
@@ -153,30 +193,37 @@ def _bound(templates: Mapping[str, Template], offsets: Mapping[str, int]) -> Mod
     model.mlProgram.functions.clear()
     del model.description.functions[:]
     for prefix, template in templates.items():
-        places = {value_name(name): offsets[weight_name(prefix, name)] for name in template.weights}
+        mine = {value_name(name): places[weight_name(prefix, name)] for name in template.weights}
         source = parsed[id(template)]
         for description in source.description.functions:
             name = function_name(prefix, description.name)
             model.description.functions.add().CopyFrom(description)
             model.description.functions[-1].name = name
             model.mlProgram.functions[name].CopyFrom(source.mlProgram.functions[description.name])
-            _bind(model.mlProgram.functions[name], places)
+            _bind(model.mlProgram.functions[name], mine)
     model.description.defaultFunctionName = model.description.functions[0].name
     return model
 
 
-def _bind(function: MIL_pb2.Function, places: Mapping[str, int]) -> None:
-    """Point every weight of one function to its place in the blob file."""
+def _bind(function: MIL_pb2.Function, places: Mapping[str, _Place]) -> None:
+    """Point every weight of one function to its place in the blob file; expansions take the place of its `const`."""
+    block = function.block_specializations[function.opset]
+    operations = list(block.operations)
     bound = set()
-    for operation in function.block_specializations[function.opset].operations:
+    for operation in operations:
         name = operation.outputs[0].name if operation.type == "const" else ""
         if name in places:
             value = operation.attributes["val"].blobFileValue
-            value.fileName = "@model_path/weights/weight.bin"
-            value.offset = places[name]
+            value.fileName, value.offset = FILE, places[name].offset
             bound.add(name)
     if bound != places.keys():
         raise ValueError(f"unbound weights: {sorted(places.keys() - bound)[:5]}")
+    if any(place.expansions for place in places.values()):
+        del block.operations[:]
+        for operation in operations:
+            name = operation.outputs[0].name if operation.outputs else ""
+            place = places.get(name, _Place())
+            block.operations.extend(expansion_operations(name, place.expansions) or [operation])
 
 
 def _item_manifest(content_key: str) -> str:

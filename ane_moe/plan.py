@@ -3,27 +3,30 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from ane_moe.blocks.attention import AttentionConfig
 from ane_moe.blocks.experts import ExpertGroupConfig, SharedExpertConfig
 from ane_moe.blocks.head import HeadConfig
-from ane_moe.blocks.mlp import DenseConfig
+from ane_moe.blocks.mlp import DenseConfig, MlpRanks
 from ane_moe.blocks.moe import MoeConfig
 from ane_moe.blocks.ports import Shape
 from ane_moe.blocks.registry import BlockConfig, TemplateKey, build_unbound, function_name, weight_name
 from ane_moe.blocks.routed import RoutedAttentionConfig
 from ane_moe.blocks.stack import StackConfig
 from ane_moe.checkpoint import TensorSource
+from ane_moe.compress.recipe import INT8, Choice, Recipe, find_format
 from ane_moe.errors import UserError
 from ane_moe.spec import MlpSpec, ModelSpec, MoeSpec
+from ane_moe.tensors import tensor_of
 
 MB = 1_000_000
 CACHE_STEP = 32                 # a state's last axis must be a multiple of it (coremltools issue 2631)
 MAX_WEIGHT_BYTES = 1 << 31      # Core ML refuses larger weight files (coremltools PR 2593)
-BLOB_OVERHEAD = 128             # bytes a weight takes in the file beside its own: metadata and alignment
+BLOB_OVERHEAD = 128             # bytes a stored array takes in the file beside its own: metadata and alignment
+MAX_PARTS = 3                   # arrays of an encoded weight: indices or data, palettes or mask, scales
 MAX_HEAD_ROWS = 16_384          # widest axis of the M1 to M3 engines (ane-guide, appendix A)
 MIN_HEAD_PARTS = 2
 DEFAULT_CONTEXT = 2048
@@ -36,7 +39,8 @@ class ConvertOptions:
     """How to convert. `context` None: 2048 or the model's own if that is less. `prefill` 0: no prefill functions.
     `layers` None: all. `max_shard_mb` limits MoE shards; it is in MB of 10^6 bytes. For sparse routing there is a
     function for each group of `experts_per_function` experts and each token count in `expert_tokens`. Up to
-    `layers_per_shard` whole layers share a shard where they fit into one of `max_shard_mb`."""
+    `layers_per_shard` whole layers share a shard where they fit into one of `max_shard_mb`. `recipe` says how the
+    matrices are stored."""
 
     routing: Literal["masked", "soft", "sparse"] = "masked"
     state: Literal["mlstate", "explicit"] = "mlstate"
@@ -48,6 +52,7 @@ class ConvertOptions:
     expert_tokens: tuple[int, ...] = (1, 16, 64)
     experts_per_function: int = 1
     layers_per_shard: int = 1
+    recipe: Recipe = INT8
 
 
 @dataclass(frozen=True)
@@ -64,16 +69,33 @@ class OneHot:
 
 
 @dataclass(frozen=True)
+class Recovery:
+    """One of the two thin matrices kept apart from `source`: its `rank` strongest directions, on the way in or out."""
+
+    source: TensorSource
+    rank: int
+    side: Literal["in", "out"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.source.shape
+        return (self.rank, columns) if self.side == "in" else (rows, self.rank)
+
+
+Source = TensorSource | OneHot | Recovery
+
+
+@dataclass(frozen=True)
 class ShardPlan:
     """One package: its graphs by prefix (see `package.stamp`), where each of its weights comes from, and why it was
-    cut as it is."""
+    cut as it is. `choices` are of the weights that are not stored as plain fp16."""
 
     path: str
     kind: str
     layer: int | None
     graphs: Mapping[str, TemplateKey]
-    weights: Mapping[str, TensorSource | OneHot]
-    weight_bytes: int
+    weights: Mapping[str, Source]
+    choices: Mapping[str, Choice] = field(default_factory=dict)
     part: int = 0
     parts: int = 1
     experts: tuple[int, ...] = ()
@@ -83,6 +105,21 @@ class ShardPlan:
     window: int | None = None
     states: Mapping[str, Shape] = field(default_factory=dict)
     reason: str = ""
+
+    @cached_property
+    def payloads(self) -> dict[str, int]:
+        """Bytes that each weight takes in the weight file, metadata aside."""
+        return {name: find_format(self.choices[name].format).stored_bytes(*source.shape) if name in self.choices
+                else 2 * math.prod(source.shape) for name, source in self.weights.items()}  # fmt: skip
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(self.payloads.values())
+
+    @property
+    def file_bytes(self) -> int:
+        """What the weight file takes at most."""
+        return self.weight_bytes + BLOB_OVERHEAD * (len(self.weights) + MAX_PARTS * len(self.choices))
 
     @property
     def functions(self) -> tuple[tuple[str, int], ...]:
@@ -160,6 +197,10 @@ def make_plan(spec: ModelSpec, sources: Mapping[str, TensorSource], options: Con
     shards = [shard for group in planner.groups(layers) for shard in planner.layers(group)]
     if len(layers) == len(spec.layers):
         shards += planner.head()
+    for shard in shards:
+        if shard.file_bytes > MAX_WEIGHT_BYTES:
+            raise UserError(f"{shard.path} would hold {shard.weight_bytes / MB:.0f} MB",
+                            "Core ML's limit is 2 GiB a package")  # fmt: skip
     return ConversionPlan(spec, options, context, width, layers, tuple(shards))
 
 
@@ -205,13 +246,14 @@ class _Planner:
 
     def layers(self, group: tuple[int, ...]) -> list[ShardPlan]:
         """The shards of one layer, or the one of several."""
-        if len(group) == 1:
-            return [self.attention(group[0]), *self.ffn(group[0])]
+        return [self.stack(group)] if len(group) > 1 else [self.attention(group[0]), *self.ffn(group[0])]
+
+    def stack(self, group: Sequence[int]) -> ShardPlan:
         first, config = self.spec.layers[group[0]].mixer, self._stack(group)
         reason = f"{len(group)} layers, limits {self.options.layers_per_shard} and {self.options.max_shard_mb} MB"
         path = f"stack/layer_{group[0]:02d}_to_{group[-1]:02d}.mlpackage"
-        facts = {"layers": group, "rope": first.rope, "window": first.window, "states": config.caches}
-        return [self._shard(path, "stack", group[0], config, reason=reason, **facts)]
+        facts = {"layers": tuple(group), "rope": first.rope, "window": first.window, "states": config.caches}
+        return self._shard(path, "stack", group[0], config, reason=reason, **facts)
 
     def _can_stack(self, group: tuple[int, ...]) -> bool:
         layers = [self.spec.layers[n] for n in group]
@@ -221,21 +263,31 @@ class _Planner:
             return False  # the host dispatches the experts between attention and the next layer
         if len({(layer.mixer.rope, layer.mixer.window) for layer in layers}) > 1:
             return False
-        return _weight_bytes(self._stack(group)) <= self.options.max_shard_mb * MB
+        return self.stack(group).weight_bytes <= self.options.max_shard_mb * MB
 
-    def _stack(self, group: tuple[int, ...]) -> StackConfig:
-        return StackConfig(tuple((self._attention(n), self._whole_ffn(self.spec.layers[n].ffn)) for n in group))
+    def _stack(self, group: Sequence[int]) -> StackConfig:
+        return StackConfig(tuple((self._attention(n), self._whole_ffn(n)) for n in group))
 
-    def _whole_ffn(self, ffn: MlpSpec | MoeSpec) -> DenseConfig | MoeConfig:
+    def _whole_ffn(self, layer: int) -> DenseConfig | MoeConfig:
+        ffn = self.spec.layers[layer].ffn
         if isinstance(ffn, MoeSpec):
-            return self._moe(ffn, ffn.router.experts, True)
-        return DenseConfig(self.spec.d_model, self.spec.norm, ffn)
+            return self._moe(layer, ffn, ffn.router.experts, True)
+        return DenseConfig(self.spec.d_model, self.spec.norm, ffn, self._mlp_ranks(f"layers.{layer}.ffn"))
+
+    def _mlp_ranks(self, prefix: str) -> MlpRanks:
+        gate, up, down = (self._rank(f"{prefix}.{name}.weight") for name in ("gate", "up", "down"))
+        return gate, up, down
+
+    def _rank(self, tensor: str) -> int:
+        """Directions kept apart from a tensor: never more than half of those it has."""
+        return min(self.options.recipe.choice(tensor).rank, min(self.sources[tensor].shape) // 2)
 
     def _attention(self, layer: int) -> AttentionConfig:
         mixer = self.spec.layers[layer].mixer
         rotary = len(self.spec.ropes[mixer.rope].inv_freq) if mixer.rope else 0
         explicit = self.options.state == "explicit"
-        return AttentionConfig(self.spec.d_model, self.spec.norm, mixer, rotary, self.slots, explicit)
+        q, k, v, o = (self._rank(f"layers.{layer}.attn.{name}.weight") for name in "qkvo")
+        return AttentionConfig(self.spec.d_model, self.spec.norm, mixer, rotary, self.slots, explicit, (q, k, v, o))
 
     def attention(self, layer: int) -> ShardPlan:
         mixer, config = self.spec.layers[layer].mixer, self._attention(layer)
@@ -248,17 +300,16 @@ class _Planner:
     def ffn(self, layer: int) -> list[ShardPlan]:
         ffn = self.spec.layers[layer].ffn
         if isinstance(ffn, MlpSpec):
-            dense = DenseConfig(self.spec.d_model, self.spec.norm, ffn)
-            return [self._shard(f"dense/layer_{layer:02d}.mlpackage", "dense", layer, dense)]
+            return [self._shard(f"dense/layer_{layer:02d}.mlpackage", "dense", layer, self._whole_ffn(layer))]
         if self.options.routing == "sparse":
             return self.experts(layer, ffn)
-        sizes, reason = self._split(ffn)
+        sizes, reason = self._split(layer, ffn)
         shards, first = [], 0
         for part, size in enumerate(sizes):
             suffix = f"_part_{part + 1}" if len(sizes) > 1 else ""
             path = f"moe/layer_{layer:02d}{suffix}.mlpackage"
             experts = tuple(range(first, first + size))
-            config = self._moe(ffn, size, part == 0)
+            config = self._moe(layer, ffn, size, part == 0)
             facts = {"part": part, "parts": len(sizes), "experts": experts, "reason": reason}
             shards.append(self._shard(path, "moe", layer, config, **facts))
             first += size
@@ -268,14 +319,25 @@ class _Planner:
         """Packages of a layer's expert functions: as few as the size limit of a weight file allows."""
         size, total = self.options.experts_per_function, moe.router.experts
         groups = [range(first, min(first + size, total)) for first in range(0, total, size)]
-        shared = {} if moe.shared is None else {"shared": SharedExpertConfig(self.spec.d_model, moe.shared)}
-        largest = _stored_bytes(self._group(moe, size))
-        room = MAX_WEIGHT_BYTES - sum(map(_stored_bytes, shared.values()))
+        functions = tuple((f"t{tokens}", tokens) for tokens in self.options.expert_tokens)
+        shared: dict[str, BlockConfig] = {}
+        if moe.shared is not None:
+            ranks = self._mlp_ranks(f"layers.{layer}.ffn.shared")
+            shared["shared"] = SharedExpertConfig(self.spec.d_model, moe.shared, ranks)
+
+        def package(path: str, configs: dict[str, BlockConfig], **facts: Any) -> ShardPlan:
+            return self._package(path, "experts", layer, configs, functions, **facts)
+
+        def name(group: range) -> str:
+            return f"expert_{group.start:03d}"
+
+        largest = max(package("", {name(group): self._group(layer, moe, len(group))}).file_bytes for group in groups)
+        room = MAX_WEIGHT_BYTES - package("", shared).file_bytes
         parts = _even_parts(len(groups), math.ceil(len(groups) / max(1, room // largest)))
         shards, first = [], 0
         for part, count in enumerate(parts):
             mine = groups[first : first + count]
-            configs: dict[str, BlockConfig] = {f"expert_{g.start:03d}": self._group(moe, len(g)) for g in mine}
+            configs: dict[str, BlockConfig] = {name(group): self._group(layer, moe, len(group)) for group in mine}
             suffix = f"_part_{part + 1}" if len(parts) > 1 else ""
             facts = {
                 "part": part,
@@ -284,39 +346,44 @@ class _Planner:
                 "reason": "weight files end at 2 GiB" if suffix else "",
             }
             path = f"experts/layer_{layer:02d}{suffix}.mlpackage"
-            functions = tuple((f"t{tokens}", tokens) for tokens in self.options.expert_tokens)
-            shards.append(self._package(path, "experts", layer, configs | (shared if part == 0 else {}), functions,
-                                        **facts))  # fmt: skip
+            shards.append(package(path, configs | (shared if part == 0 else {}), **facts))
             first += count
         return shards
 
-    def _group(self, moe: MoeSpec, size: int) -> ExpertGroupConfig:
-        return ExpertGroupConfig(self.spec.d_model, moe.expert, size)
+    def _group(self, layer: int, moe: MoeSpec, size: int) -> ExpertGroupConfig:
+        return ExpertGroupConfig(self.spec.d_model, moe.expert, size, self._mlp_ranks(f"layers.{layer}.ffn.experts.0"))
 
     def head(self) -> list[ShardPlan]:
         least = max(MIN_HEAD_PARTS, math.ceil(self.spec.vocab / MAX_HEAD_ROWS))
         sizes = _even_parts(self.spec.vocab, least)
         shards, first = [], 0
         for part, rows in enumerate(sizes):
-            config = HeadConfig(self.spec.d_model, self.spec.norm, rows, self.spec.head.bias)
+            config = HeadConfig(self.spec.d_model, self.spec.norm, rows, self.spec.head.bias, self._rank("head.weight"))
             path, reason = f"lm_head/part_{part}.mlpackage", f"at most {MAX_HEAD_ROWS} output rows a slice"
             facts = {"part": part, "parts": len(sizes), "rows": (first, first + rows), "reason": reason}
             shards.append(self._shard(path, "lm_head", None, config, **facts))
             first += rows
         return shards
 
-    def _moe(self, moe: MoeSpec, experts: int, first: bool) -> MoeConfig:
-        return MoeConfig(self.spec.d_model, self.spec.norm, moe, experts, first, self.options.routing == "soft")
+    def _moe(self, layer: int, moe: MoeSpec, experts: int, first: bool) -> MoeConfig:
+        soft, prefix = self.options.routing == "soft", f"layers.{layer}.ffn"
+        ranks = self._mlp_ranks(f"{prefix}.experts.0")
+        shared = (0, 0, 0) if moe.shared is None else self._mlp_ranks(f"{prefix}.shared")
+        return MoeConfig(self.spec.d_model, self.spec.norm, moe, experts, first, soft, ranks, shared)
 
-    def _split(self, moe: MoeSpec) -> tuple[list[int], str]:
+    def _split(self, layer: int, moe: MoeSpec) -> tuple[list[int], str]:
         """Experts per part, and why: the fewest parts within the limit, equal ones where that costs few more."""
         limit, experts = self.options.max_shard_mb * MB, moe.router.experts
-        whole = _weight_bytes(self._moe(moe, experts, True))
-        if whole <= limit:
+        whole = self._shard("", "moe", layer, self._moe(layer, moe, experts, True), experts=tuple(range(experts)))
+        if whole.weight_bytes <= limit:
             return [experts], ""
-        one, two = (_weight_bytes(self._moe(moe, n, True)) for n in (1, 2))
-        fitting = 1 + (limit - one) // (two - one)
-        reason = f"{whole / MB:.0f} MB in one piece, limit {self.options.max_shard_mb} MB"
+        each = [0] * experts
+        for name, size in whole.payloads.items():
+            if name.startswith("experts."):
+                each[int(name.split(".")[1])] += size
+        row = 2 * experts                                               # of the one-hot matrix that picks the gates
+        fitting = (limit - (whole.weight_bytes - sum(each))) // (max(each) + row)
+        reason = f"{whole.weight_bytes / MB:.0f} MB in one piece, limit {self.options.max_shard_mb} MB"
         if fitting < 1:
             return [1] * experts, f"{reason}; one expert alone is above it"
         return _even_parts(experts, math.ceil(experts / fitting)), reason
@@ -333,34 +400,27 @@ class _Planner:
         functions: tuple[tuple[str, int], ...],
         **facts: Any,
     ) -> ShardPlan:
-        weight_bytes = sum(map(_weight_bytes, configs.values()))
-        if sum(map(_stored_bytes, configs.values())) > MAX_WEIGHT_BYTES:
-            raise UserError(f"{path} would hold {weight_bytes / MB:.0f} MB", "Core ML's limit is 2 GiB a package")
         graphs = {prefix: TemplateKey(config, functions, self.options.layout) for prefix, config in configs.items()}
-        plan = ShardPlan(path, kind, layer, graphs, {}, weight_bytes, **facts)
+        plan = ShardPlan(path, kind, layer, graphs, {}, **facts)
         weights = {weight_name(prefix, name): self._source(plan, prefix, name, shape)
                    for prefix, config in configs.items() for name, shape in _weight_shapes(config).items()}  # fmt: skip
-        return ShardPlan(**{**vars(plan), "weights": weights})
+        chosen = {name: self.options.recipe.choice(source.name) for name, source in weights.items()
+                  if isinstance(source, TensorSource)}  # fmt: skip
+        return replace(plan, weights=weights, choices={n: c for n, c in chosen.items() if c != Choice()})
 
-    def _source(self, plan: ShardPlan, prefix: str, name: str, shape: Shape) -> TensorSource | OneHot:
-        """Where the block's parameter `name` comes from: our tensor of the same layer, or a slice of it."""
+    def _source(self, plan: ShardPlan, prefix: str, name: str, shape: Shape) -> Source:
+        """Where the block's parameter `name` comes from."""
         if name == "select.weight":
             return OneHot(shape[0], shape[1], plan.experts[0])
-        if plan.kind == "lm_head":
-            return self.sources["head.norm.weight"] if name == "norm.weight" else self._head_rows(plan)
-        if plan.kind == "stack":
-            _, index, part, rest = name.split(".", 3)
-            return self.sources[f"layers.{plan.layers[int(index)]}.{part}.{rest.removeprefix('mlp.')}"]
-        if name.startswith("experts."):
-            _, index, rest = name.split(".", 2)
-            first = int(prefix.removeprefix("expert_")) if prefix else plan.experts[0]
-            name = f"experts.{first + int(index)}.{rest}"
-        part = "" if name.startswith(("attn.", "ffn.")) else "attn." if plan.kind == "attn" else "ffn."
-        return self.sources[f"layers.{plan.layer}.{part}{name.removeprefix('mlp.')}"]
+        if found := re.fullmatch(r"(.+)\.recover_(in|out)", name):
+            side: Literal["in", "out"] = "in" if found[2] == "in" else "out"
+            return Recovery(self._tensor(plan, prefix, f"{found[1]}.weight"), shape[0 if side == "in" else 1], side)
+        return self._tensor(plan, prefix, name)
 
-    def _head_rows(self, plan: ShardPlan) -> TensorSource:
-        assert plan.rows is not None
-        return self.sources["head.weight"].part(*plan.rows)
+    def _tensor(self, plan: ShardPlan, prefix: str, name: str) -> TensorSource:
+        """Our tensor, or the slice of it that the shard holds."""
+        source = self.sources[tensor_of(plan.kind, plan.layer, plan.layers, plan.experts, prefix, name)]
+        return source.part(*plan.rows) if plan.rows and source.name == "head.weight" else source
 
 
 def _even_parts(total: int, least: int) -> list[int]:
@@ -375,12 +435,3 @@ def _even_parts(total: int, least: int) -> list[int]:
 @lru_cache
 def _weight_shapes(config: BlockConfig) -> dict[str, Shape]:
     return {name: tuple(parameter.shape) for name, parameter in build_unbound(config).named_parameters()}
-
-
-def _weight_bytes(config: BlockConfig) -> int:
-    return sum(2 * math.prod(shape) for shape in _weight_shapes(config).values())
-
-
-def _stored_bytes(config: BlockConfig) -> int:
-    """What the block's weights take at most in a weight file."""
-    return _weight_bytes(config) + BLOB_OVERHEAD * len(_weight_shapes(config))

@@ -11,13 +11,16 @@ import numpy as np
 from ane_moe.blocks.ports import Shape
 from ane_moe.blocks.registry import TemplateKey
 from ane_moe.checkpoint import Checkpoint, TensorSource, open_checkpoint
-from ane_moe.package import ContentKey, file_hashes, read_content_key, sha256, stamp
-from ane_moe.plan import OneHot, ShardPlan
+from ane_moe.compress.low_rank import LowRank, split_directions
+from ane_moe.compress.recipe import Choice, find_format
+from ane_moe.package import ContentKey, Weight, file_hashes, read_content_key, sha256, stamp
+from ane_moe.plan import OneHot, Recovery, ShardPlan
 from ane_moe.side_files import write_embedding
 from ane_moe.trace import Template, make_template
 from ane_moe.workers import peak_memory_bytes
 
 TOOLS = ("ane-moe", "coremltools", "torch")
+ENCODING = 1        # counts up when a weight format comes to give other bytes
 
 
 @dataclass(frozen=True)
@@ -58,30 +61,39 @@ def _report(out: Path, shard: ShardPlan, content_key: str, reused: bool) -> Done
 
 
 def _key(shard: ShardPlan) -> ContentKey:
-    return ContentKey(shard.graphs, {name: version(name) for name in TOOLS})
+    return ContentKey(shard.graphs, sorted(shard.choices.items()), ENCODING, {name: version(name) for name in TOOLS})
 
 
 def _expected_key(checkpoint: Checkpoint, shard: ShardPlan) -> str:
     """The content key the shard would get: reads the weights, writes nothing."""
     key = _key(shard)
     for source in shard.weights.values():
-        if isinstance(source, OneHot):
-            key.update(repr(source).encode())
-        else:
+        if isinstance(source, TensorSource):
             checkpoint.feed(source, key)
+        else:
+            key.update(repr(source).encode())
     return key.digest()
 
 
-def _values(checkpoint: Checkpoint, shard: ShardPlan, key: ContentKey) -> Iterator[tuple[str, np.ndarray]]:
+def _values(checkpoint: Checkpoint, shard: ShardPlan, key: ContentKey) -> Iterator[tuple[str, Weight]]:
     """Each weight of the shard, valid until the next one of its shape: fresh memory costs more than the reading."""
     buffers: dict[Shape, np.ndarray] = {}
+    ranks = {other.source: other.rank for other in shard.weights.values() if isinstance(other, Recovery)}
+    apart: dict[TensorSource, LowRank] = {}             # directions of a weight come after it
     for name, source in shard.weights.items():
-        if isinstance(source, OneHot):
+        if not isinstance(source, TensorSource):
             key.update(repr(source).encode())
+        if isinstance(source, OneHot):
             yield name, np.eye(source.rows, source.columns, source.first, dtype=np.float16)
+        elif isinstance(source, Recovery):
+            yield name, apart[source.source].into if source.side == "in" else apart.pop(source.source).out
         else:
             buffer = buffers.setdefault(source.shape, np.empty(source.shape, np.float16))
-            yield name, checkpoint.read(source, out=buffer, hasher=key)
+            weight, choice = checkpoint.read(source, out=buffer, hasher=key), shard.choices.get(name, Choice())
+            if rank := ranks.get(source, 0):
+                apart[source] = split_directions(weight, rank)
+                weight = apart[source].remainder
+            yield name, find_format(choice.format).encode(weight) or weight
 
 
 def stamp_embedding(checkpoint: Path, source: TensorSource, path: Path) -> Done:

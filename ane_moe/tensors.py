@@ -9,6 +9,8 @@ A checkpoint's keys are a family's business; downstream of the families only the
     layers.N.ffn.shared.{gate,up,down}.weight                   layers.N.ffn.shared_gate.weight [1, d]
 """
 
+from collections.abc import Sequence
+
 from ane_moe.spec import GqaSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec
 
 Shapes = dict[str, tuple[int, ...]]
@@ -28,6 +30,26 @@ def layer_shapes(layer: LayerSpec, d_model: int) -> Shapes:
     """The tensors of one layer, named from `attn.` and `ffn.` on."""
     ffn = _moe_shapes(layer.ffn, d_model) if isinstance(layer.ffn, MoeSpec) else _mlp_shapes("ffn", layer.ffn, d_model)
     return _gqa_shapes(layer.mixer, d_model) | {"ffn.norm.weight": (d_model,)} | ffn
+
+
+def tensor_of(kind: str, layer: int | None, layers: Sequence[int], experts: Sequence[int], prefix: str,
+              weight: str) -> str:
+    """Our tensor of which a shard's block holds the parameter `weight`.
+
+    `layers` are those of a stack and `experts` those of a part; `prefix` names the copy of a block in a package of
+    expert functions: `expert_` and the number of its first one, or `shared`.
+    """
+    if kind == "lm_head":
+        return "head.norm.weight" if weight == "norm.weight" else "head.weight"
+    if kind == "stack":
+        _, index, part, rest = weight.split(".", 3)
+        return f"layers.{layers[int(index)]}.{part}.{rest.removeprefix('mlp.')}"
+    if weight.startswith("experts."):
+        _, index, rest = weight.split(".", 2)
+        first = int(prefix.removeprefix("expert_")) if prefix else experts[0]
+        weight = f"experts.{first + int(index)}.{rest}"
+    part = "" if weight.startswith(("attn.", "ffn.")) else "attn." if kind == "attn" else "ffn."
+    return f"layers.{layer}.{part}{weight.removeprefix('mlp.')}"
 
 
 def folded_scale(spec: ModelSpec, name: str) -> float:

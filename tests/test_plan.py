@@ -8,6 +8,7 @@ import pytest
 
 from ane_moe import plan as planning
 from ane_moe.checkpoint import TensorSource
+from ane_moe.compress.recipe import FP16
 from ane_moe.errors import UserError
 from ane_moe.plan import MAX_HEAD_ROWS, MB, ConvertOptions, OneHot, make_plan, parse_expert_tokens, parse_layers
 from ane_moe.spec import GqaSpec, HeadSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec, NormSpec, RopeSpec, RouterSpec
@@ -28,7 +29,7 @@ QWEN3 = ModelSpec(
 
 def plan(spec=QWEN3, **options):
     sources = {name: TensorSource(name, name, shape) for name, shape in tensor_shapes(spec).items()}
-    return make_plan(spec, sources, ConvertOptions(**options))
+    return make_plan(spec, sources, ConvertOptions(**{"recipe": FP16, **options}))
 
 
 def with_experts(count, width):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ane_moe.checkpoint import open_checkpoint
+from ane_moe.compress.recipe import FP16
 from ane_moe.conversion import convert, plan
 from ane_moe.errors import UserError
 from ane_moe.families import describe
@@ -30,7 +31,7 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def apart(checkpoint, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("apart") / "out"
-    convert(checkpoint, out, ConvertOptions(context=64, prefill=16))
+    convert(checkpoint, out, ConvertOptions(context=64, recipe=FP16, prefill=16))
     return out
 
 
@@ -43,7 +44,7 @@ def logits_and_calls(out: Path) -> tuple[np.ndarray, int]:
 
 @pytest.mark.parametrize(("state", "layout"), [("mlstate", "bc1s"), ("explicit", "bct1")])
 def test_stacked_layers_give_the_same_logits_by_fewer_calls(checkpoint, apart, tmp_path, state, layout):
-    options = ConvertOptions(context=64, prefill=16, layers_per_shard=2, state=state, layout=layout)
+    options = ConvertOptions(context=64, recipe=FP16, prefill=16, layers_per_shard=2, state=state, layout=layout)
     convert(checkpoint, tmp_path / "out", options)
     kinds = [(shard.kind, shard.layers) for shard in read_manifest(tmp_path / "out").shards]
     assert kinds[:3] == [("stack", (0, 1)), ("attn", ()), ("moe", ())]
@@ -56,7 +57,7 @@ def test_stacked_layers_give_the_same_logits_by_fewer_calls(checkpoint, apart, t
 
 def test_verify_proves_a_stack_and_finds_a_wrong_one(checkpoint, tmp_path):
     out = tmp_path / "out"
-    convert(checkpoint, out, ConvertOptions(context=64, layers_per_shard=3), golden=True)
+    convert(checkpoint, out, ConvertOptions(context=64, recipe=FP16, layers_per_shard=3), golden=True)
     report = verify(out, runtime="reference", decode_tokens=4)
     stacks = [row for row in report.shards if row.kind == "stack"]
     assert report.passed
@@ -73,9 +74,9 @@ def test_verify_proves_a_stack_and_finds_a_wrong_one(checkpoint, tmp_path):
 
 def test_the_size_limit_cuts_a_stack(checkpoint):
     spec, sources = describe(open_checkpoint(checkpoint))
-    whole = make_plan(spec, sources, ConvertOptions(context=64, layers_per_shard=3))
+    whole = make_plan(spec, sources, ConvertOptions(context=64, recipe=FP16, layers_per_shard=3))
     assert [shard.kind for shard in whole.shards[:1]] == ["stack"]
-    tight = make_plan(spec, sources, ConvertOptions(context=64, layers_per_shard=3, max_shard_mb=0))
+    tight = make_plan(spec, sources, ConvertOptions(context=64, recipe=FP16, layers_per_shard=3, max_shard_mb=0))
     assert not any(shard.kind == "stack" for shard in tight.shards)
 
 
@@ -91,6 +92,6 @@ def test_a_shard_needs_a_layer(checkpoint):
 
 def test_stacks_hold_each_weight_once(checkpoint):
     for count, state in product((1, 2, 3), ("mlstate", "explicit")):
-        shards = plan(checkpoint, ConvertOptions(context=64, layers_per_shard=count, state=state)).shards
+        shards = plan(checkpoint, ConvertOptions(context=64, recipe=FP16, layers_per_shard=count, state=state)).shards
         names = [source.name for shard in shards if shard.kind != "lm_head" for source in shard.weights.values()]
         assert len(names) == len(set(names))

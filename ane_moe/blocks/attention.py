@@ -23,6 +23,7 @@ class AttentionConfig:
     rotary: int
     slots: int
     explicit: bool = False
+    ranks: tuple[int, int, int, int] = (0, 0, 0, 0)     # directions kept apart from q, k, v and o
 
     @property
     def caches(self) -> dict[str, Shape]:
@@ -47,10 +48,11 @@ class Attention(Block):
         self.config = config
         m, d = config.mixer, config.d_model
         self.norm = RmsNorm(d, config.norm.eps)
-        self.q = Projection(d, m.heads * m.head_dim, m.qkv_bias)
-        self.k = Projection(d, m.kv_heads * m.head_dim, m.qkv_bias)
-        self.v = Projection(d, m.kv_heads * m.head_dim, m.qkv_bias)
-        self.o = Projection(m.heads * m.head_dim, d, m.o_bias)
+        ranks = config.ranks
+        self.q = Projection(d, m.heads * m.head_dim, m.qkv_bias, ranks[0])
+        self.k = Projection(d, m.kv_heads * m.head_dim, m.qkv_bias, ranks[1])
+        self.v = Projection(d, m.kv_heads * m.head_dim, m.qkv_bias, ranks[2])
+        self.o = Projection(m.heads * m.head_dim, d, m.o_bias, ranks[3])
         if m.qk_norm == "head":
             self.q_norm = RmsNorm(m.head_dim, m.qk_norm_eps, axis=2)
             self.k_norm = RmsNorm(m.head_dim, m.qk_norm_eps, axis=2)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ane_moe.blocks.mlp import GatedMlp
+from ane_moe.blocks.mlp import GatedMlp, MlpRanks
 from ane_moe.blocks.moe import tree_sum
 from ane_moe.blocks.ports import Block, Ports
 from ane_moe.blocks.projection import Projection
@@ -17,6 +17,7 @@ class ExpertGroupConfig:
     d_model: int
     expert: MlpSpec
     size: int = 1
+    ranks: MlpRanks = (0, 0, 0)
 
 
 class ExpertGroup(Block):
@@ -25,7 +26,7 @@ class ExpertGroup(Block):
     def __init__(self, config: ExpertGroupConfig):
         super().__init__()
         self.config = config
-        self.experts = nn.ModuleList(GatedMlp(config.d_model, config.expert) for _ in range(config.size))
+        self.experts = nn.ModuleList(GatedMlp(config.d_model, config.expert, config.ranks) for _ in range(config.size))
         self.gate_name = "gate" if config.size == 1 else "gates"
 
     def ports(self, tokens: int) -> Ports:
@@ -43,6 +44,7 @@ class ExpertGroup(Block):
 class SharedExpertConfig:
     d_model: int
     shared: SharedSpec
+    ranks: MlpRanks = (0, 0, 0)
 
 
 class SharedExpert(Block):
@@ -51,7 +53,7 @@ class SharedExpert(Block):
     def __init__(self, config: SharedExpertConfig):
         super().__init__()
         self.config = config
-        self.shared = GatedMlp(config.d_model, config.shared.mlp)
+        self.shared = GatedMlp(config.d_model, config.shared.mlp, config.ranks)
         if config.shared.gated:
             self.shared_gate = Projection(config.d_model, 1)
 

@@ -16,6 +16,7 @@ class HeadConfig:
     norm: NormSpec
     rows: int
     bias: bool = False
+    rank: int = 0
 
 
 class Head(Block):
@@ -25,7 +26,7 @@ class Head(Block):
         super().__init__()
         self.config = config
         self.norm = RmsNorm(config.d_model, config.norm.eps)
-        self.rows = Projection(config.d_model, config.rows, config.bias)
+        self.rows = Projection(config.d_model, config.rows, config.bias, config.rank)
 
     def ports(self, tokens: int) -> Ports:
         return Ports({"x": (1, self.config.d_model, 1, tokens)}, {"logits": (1, self.config.rows, 1, tokens)})

@@ -10,6 +10,8 @@ from ane_moe.blocks.ports import Block, Ports
 from ane_moe.blocks.projection import Projection
 from ane_moe.spec import MlpSpec, NormSpec
 
+MlpRanks = tuple[int, int, int]     # directions kept apart from gate, up and down
+
 
 class GatedMlp(nn.Module):
     """`down(scale * silu(gate(x)) * up(x))`: `(1, d, 1, T) -> (1, d, 1, T)`, scale `(1, 1, 1, T)` or none.
@@ -19,11 +21,11 @@ class GatedMlp(nn.Module):
     The scale (an expert's gate) acts before `down`, on fewer channels and smaller values.
     """
 
-    def __init__(self, d_model: int, spec: MlpSpec):
+    def __init__(self, d_model: int, spec: MlpSpec, ranks: MlpRanks = (0, 0, 0)):
         super().__init__()
-        self.gate = Projection(d_model, spec.width)
-        self.up = Projection(d_model, spec.width)
-        self.down = Projection(spec.width, d_model)
+        self.gate = Projection(d_model, spec.width, rank=ranks[0])
+        self.up = Projection(d_model, spec.width, rank=ranks[1])
+        self.down = Projection(spec.width, d_model, rank=ranks[2])
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         gate = self.gate(x)
@@ -36,6 +38,7 @@ class DenseConfig:
     d_model: int
     norm: NormSpec
     mlp: MlpSpec
+    ranks: MlpRanks = (0, 0, 0)
 
 
 class Dense(Block):
@@ -45,7 +48,7 @@ class Dense(Block):
         super().__init__()
         self.config = config
         self.norm = RmsNorm(config.d_model, config.norm.eps)
-        self.mlp = GatedMlp(config.d_model, config.mlp)
+        self.mlp = GatedMlp(config.d_model, config.mlp, config.ranks)
 
     def ports(self, tokens: int) -> Ports:
         stream = (1, self.config.d_model, 1, tokens)

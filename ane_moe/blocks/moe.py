@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ane_moe.blocks.mlp import GatedMlp
+from ane_moe.blocks.mlp import GatedMlp, MlpRanks
 from ane_moe.blocks.norm import RmsNorm
 from ane_moe.blocks.ports import Block, Ports
 from ane_moe.blocks.projection import Projection
@@ -24,6 +24,8 @@ class MoeConfig:
     experts: int
     first: bool
     soft: bool = False
+    ranks: MlpRanks = (0, 0, 0)
+    shared_ranks: MlpRanks = (0, 0, 0)
 
     @property
     def split(self) -> bool:
@@ -39,11 +41,11 @@ class Moe(Block):
         d, moe = config.d_model, config.moe
         self.norm = RmsNorm(d, config.norm.eps)
         self.router = Router(d, moe.router, config.soft)
-        self.experts = nn.ModuleList(GatedMlp(d, moe.expert) for _ in range(config.experts))
+        self.experts = nn.ModuleList(GatedMlp(d, moe.expert, config.ranks) for _ in range(config.experts))
         if config.split:
             self.select = Projection(moe.router.experts, config.experts)  # one-hot rows: this part's gates
         if moe.shared is not None and config.first:
-            self.shared = GatedMlp(d, moe.shared.mlp)
+            self.shared = GatedMlp(d, moe.shared.mlp, config.shared_ranks)
             if moe.shared.gated:
                 self.shared_gate = Projection(d, 1)
 

@@ -37,6 +37,18 @@ def convert(
     layers_per_shard: Annotated[
         int, typer.Option(help="masked, dense: this many whole layers in one shard, if --max-shard-mb allows.", min=1)
     ] = 1,
+    compress: Annotated[
+        str, typer.Option(help="Weight format, preset (safe, small, tiny) or .toml recipe.", metavar="FORMAT")
+    ] = "int8",
+    lut_group: Annotated[
+        Literal["8", "16", "32", "tensor"] | None, typer.Option(help="Output channels that share a palette.")
+    ] = None,
+    lut_vector: Annotated[
+        Literal["2", "4"] | None, typer.Option(help="Weights that a palette's entry stands for.")
+    ] = None,
+    recover_rank: Annotated[
+        int | None, typer.Option(help="Singular directions of each matrix to keep apart in fp16.", metavar="R")
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="Convert only these, such as 0-3 or 0,5.", metavar="LIST")] = None,
     workers: Annotated[int, typer.Option(help="Processes that convert layers side by side.", min=1)] = WORKERS,
     golden: Annotated[bool, typer.Option("--golden", help="Also capture the original model's outputs.")] = False,
@@ -48,6 +60,7 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Convert a checkpoint into Core ML shards. Run it again to go on after an interruption."""
+    from ane_moe.compress.recipe import find_recipe
     from ane_moe.conversion import convert as run
     from ane_moe.conversion import plan
     from ane_moe.demo import demo_checkpoint
@@ -66,7 +79,10 @@ def convert(
         expert_tokens=parse_expert_tokens(expert_tokens),
         experts_per_function=experts_per_function,
         layers_per_shard=layers_per_shard,
+        recipe=find_recipe(compress, group=lut_group, vector=int(lut_vector or 0) or None, rank=recover_rank),
     )
+    for warning in options.recipe.warnings:
+        typer.echo(f"ane-moe: warning: {warning}", err=True)
     if dry_run:
         conversion = plan(source, options)
         typer.echo(json.dumps(plan_document(conversion), indent=2)) if as_json else print_plan(conversion)

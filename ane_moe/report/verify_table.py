@@ -1,7 +1,8 @@
 """A VerifyReport for the terminal: worst case per kind of function, every failure by name."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
@@ -12,13 +13,21 @@ from ane_moe.verification.result import FunctionModelResult, RoutingResult, Shar
 
 SHOWN_FAILURES = 20
 SHOWN_LAYERS = 8
+CAUSES = {
+    "compression": "; the shards compute what their weights say: the loss is the compression's",
+    "unknown": "; --checkpoint tells whether conversion or compression is to blame",
+}
 
 
 def verify_report(report: VerifyReport) -> RenderableType:
     """Problems with files, or the tables of functions, routing and the whole model; the verdict last."""
     parts: list[RenderableType] = []
+    if report.compression:
+        parts.append(_compression(report.compression))
+    if report.as_stored:
+        parts.append(_functions(report.as_stored.shards, "Functions against the weights as stored: conversion alone"))
     if report.shards:
-        parts.append(_functions(report.shards))
+        parts.append(_functions(report.shards, "Functions, teacher-forced: the worst shard of each kind"))
     if report.routing:
         parts.append(_routing(report.routing, report.routing_mode))
     if report.models:
@@ -29,9 +38,18 @@ def verify_report(report: VerifyReport) -> RenderableType:
     return Group(*parts)
 
 
-def _functions(rows: tuple[ShardResult, ...]) -> Table:
-    table = _table("Functions, teacher-forced: the worst shard of each kind", "kind", "function", "passed", "cosine",
-                   "margin", "rel. L2", "margin", "max error")
+def _compression(roles: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = _table("Weights by role; the error is of the weights, relative L2", "role", "format", "MB", "bits", "error",
+                   "without directions apart")
+    for role, facts in sorted(roles.items()):
+        size, bits = f"{facts['bytes'] / 1e6:.1f}", f"{facts['bits_per_weight']:.2f}"
+        table.add_row(role, ", ".join(facts["formats"]), size, bits,
+                      _small(facts.get("relative_error")), _small(facts.get("relative_error_without_directions")))
+    return table
+
+
+def _functions(rows: tuple[ShardResult, ...], title: str) -> Table:
+    table = _table(title, "kind", "function", "passed", "cosine", "margin", "rel. L2", "margin", "max error")
     groups: dict[tuple[str, str], list[ShardResult]] = {}
     for row in rows:
         groups.setdefault((row.kind, re.sub(r"_\d+_", "_NNN_", row.function)), []).append(row)
@@ -81,6 +99,11 @@ def _divergences(rows: tuple[FunctionModelResult, ...]) -> Iterable[Text]:
 
 def _failures(report: VerifyReport) -> Iterable[Text]:
     lines = [f"{problem.path}: {problem.what}" for problem in report.integrity]
+    if report.as_stored:
+        lines += [f"{row.path} {row.function}, against the weights as stored: {row.reason}"
+                  for row in report.as_stored.shards if not row.passed]
+        lines += [f"whole model, {row.function}, against the weights as stored: logit cosine {row.logit_cosine:.6f} is "
+                  f"below {row.min_logit_cosine}" for row in report.as_stored.models if not row.passed]
     lines += [f"{row.path} {row.function}: {row.reason}" for row in report.shards if not row.passed]
     lines += [f"whole model, {row.function}: logit cosine {row.logit_cosine:.6f} is below {row.min_logit_cosine}"
               for row in report.models if not row.passed]
@@ -95,6 +118,7 @@ def _verdict(report: VerifyReport) -> Text:
     if report.passed:
         return Text(f"passed  {conditions}, {report.golden_tokens} tokens", style="green")
     what = "files are damaged, nothing was run" if report.integrity else f"{report.failures} gates failed"
+    what += CAUSES.get(report.cause or "", "")
     return Text(f"FAILED  {conditions}: {what}", style="bold red")
 
 

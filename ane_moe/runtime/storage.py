@@ -66,6 +66,32 @@ def decode(storage: Storage, raw: np.ndarray, count: int) -> np.ndarray:
     return values
 
 
+def encode(storage: Storage, values: np.ndarray) -> np.ndarray:
+    """The bytes (uint8) that store `values`: their own where an element takes whole bytes, packed integers else."""
+    flat = np.ascontiguousarray(values).reshape(-1)
+    if storage.bits >= 8:
+        if flat.dtype != storage.stored:
+            raise ValueError(f"{flat.dtype} is not stored as {storage.name}")
+        return flat.view(np.uint8)
+    return _pack(storage, flat.view(np.uint8))
+
+
+def _pack(storage: Storage, values: np.ndarray) -> np.ndarray:
+    """The reverse of `_unpack`."""
+    group_bytes = 3 if 8 % storage.bits else 1
+    per_group = group_bytes * 8 // storage.bits
+    groups = -(-values.size // per_group)
+    padded = values if values.size == groups * per_group else np.pad(values, (0, groups * per_group - values.size))
+    slots = padded.reshape(groups, per_group) & np.uint8((1 << storage.bits) - 1)
+    word: np.ndarray = slots[:, 0].astype(np.uint8 if group_bytes == 1 else np.uint32)
+    for slot in range(1, per_group):
+        word = word | (slots[:, slot].astype(word.dtype) << word.dtype.type(slot * storage.bits))
+    if group_bytes == 1:
+        return word[:stored_size(storage, values.size)]
+    return np.ascontiguousarray(word.view(np.uint8).reshape(groups, 4)[:, :3]).reshape(-1)[
+        :stored_size(storage, values.size)]
+
+
 def _unpack(storage: Storage, raw: np.ndarray, count: int) -> np.ndarray:
     """Elements lie from the least significant bit up, across byte borders for 3 and 6 bits (MILBlob SubByteTypes)."""
     group_bytes = 3 if 8 % storage.bits else 1

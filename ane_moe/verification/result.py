@@ -1,7 +1,7 @@
 """What verify returns: plain dataclasses, named as in the JSON document."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -90,8 +90,28 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """The functions, the routing and the whole model against one golden."""
+
+    shards: tuple[ShardResult, ...] = ()
+    routing: tuple[RoutingResult, ...] = ()
+    models: tuple[FunctionModelResult, ...] = ()
+
+    @property
+    def failures(self) -> int:
+        """Gates that failed."""
+        rows: tuple[ShardResult | FunctionModelResult, ...] = (*self.shards, *self.models)
+        return sum(not row.passed for row in rows)
+
+
+@dataclass(frozen=True)
 class VerifyReport:
-    """`models` is empty, and `model_skipped` says why, when the whole model could not be run."""
+    """`models` is empty, and `model_skipped` says why, when the whole model could not be run.
+
+    The results are against the original model. For compressed weights `as_stored` is against the same model with the
+    weights that the packages hold: what fails there was converted wrongly, what fails only here is lost to
+    compression. `compression` has bits and errors by role (see `Manifest.compression`).
+    """
 
     passed: bool
     folder: str
@@ -104,19 +124,33 @@ class VerifyReport:
     routing: tuple[RoutingResult, ...] = ()
     models: tuple[FunctionModelResult, ...] = ()
     model_skipped: str | None = None
+    as_stored: Comparison | None = None
+    compression: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def failures(self) -> int:
         """Gates that failed, problems with files included."""
-        rows: tuple[ShardResult | FunctionModelResult, ...] = (*self.shards, *self.models)
-        return len(self.integrity) + sum(not row.passed for row in rows)
+        against_original = Comparison(self.shards, self.routing, self.models).failures
+        return len(self.integrity) + against_original + (self.as_stored.failures if self.as_stored else 0)
+
+    @property
+    def cause(self) -> str | None:
+        """What is to blame for failures: "files", "conversion", "compression", or "unknown" (not told apart)."""
+        if self.integrity:
+            return "files"
+        if not self.failures:
+            return None
+        if self.as_stored is None:
+            return "conversion" if self.weights == "fp16" else "unknown"
+        return "conversion" if self.as_stored.failures else "compression"
 
     def as_json(self) -> dict[str, Any]:
         """The document of `--json`: `model` is the path that covers most tokens, `model_by_function` has all."""
         document = json_numbers(asdict(self))
         by_function = {entry.pop("function"): entry for entry in document.pop("models")}
         widest = max(by_function.values(), key=lambda entry: entry["tokens"], default=None)
-        return document | {"model": widest, "model_by_function": by_function, "failures": self.failures}
+        return document | {"model": widest, "model_by_function": by_function, "failures": self.failures,
+                           "cause": self.cause}
 
 
 def json_numbers(value: Any) -> Any:

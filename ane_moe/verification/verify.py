@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from ane_moe.verification.golden import Golden, Progress, capture_golden, read_g
 from ane_moe.verification.integrity import check_integrity
 from ane_moe.verification.parity import Parity
 from ane_moe.verification.prompts import check_prompts, read_prompts
-from ane_moe.verification.result import RoutingResult, ShardResult, VerifyReport
+from ane_moe.verification.result import Comparison, RoutingResult, ShardResult, VerifyReport
+from ane_moe.verification.stored_model import capture_as_stored, with_errors
 from ane_moe.verification.whole_model import WholeModel
 
 # The cosine of a delta below which a function fails: 0.97 is the field's usual gate; fp16 weights do far better.
@@ -44,25 +46,33 @@ def verify(out: Path, *, checkpoint: Path | None = None, prompts: Path | None = 
     runtime = resolve_runtime(runtime)
     problems = check_integrity(out, manifest, report_progress)
     with tempfile.TemporaryDirectory(prefix="ane-moe-") as scratch:
-        golden = _golden(out, manifest, checkpoint, prompts, Path(scratch), report_progress, bool(problems))
-        tokens = sum(map(len, golden.prompts)) if golden else 0
+        goldens = _goldens(out, manifest, checkpoint, prompts, Path(scratch), report_progress, bool(problems))
+        tokens = sum(map(len, goldens.original.prompts)) if goldens else 0
         report = VerifyReport(False, str(out), runtime, manifest.routing, manifest.weights, tokens, problems)
-        if golden is None:
+        if goldens is None:
             return report
-        threshold = _threshold(min_cosine, manifest, MIN_COSINE, MIN_COSINE_COMPRESSED)
-        parity = Parity(out, manifest, golden, lambda path, name: load_package(path, name, runtime, **options),
-                        threshold, decode_tokens, _experts(out, manifest, golden, runtime, options, threshold))
-        rows = list(_functions(parity, report_progress))
-        skipped = _why_no_model(manifest, golden)
-        model = WholeModel(out, manifest, golden, runtime, options,
-                           _threshold(min_logit_cosine, manifest, MIN_LOGIT_COSINE, MIN_LOGIT_COSINE_COMPRESSED),
-                           decode_tokens, report_progress)
-        models = () if skipped else tuple(model.results())
-    shards = tuple(row for row in rows if isinstance(row, ShardResult))
-    routing = tuple(row for row in rows if isinstance(row, RoutingResult))
-    passed = all(row.passed for row in shards) and all(row.passed for row in models)
-    return VerifyReport(passed, str(out), runtime, manifest.routing, manifest.weights, tokens, (), shards, routing,
-                        models, skipped)
+
+        def compare(golden: Golden, weights: str, cosine: float | None, logits: float | None) -> Comparison:
+            limits = (_threshold(cosine, weights, MIN_COSINE, MIN_COSINE_COMPRESSED),
+                      _threshold(logits, weights, MIN_LOGIT_COSINE, MIN_LOGIT_COSINE_COMPRESSED))
+            return _compared(out, manifest, golden, runtime, options, limits, decode_tokens, report_progress)
+
+        as_stored = compare(goldens.as_stored, "fp16", None, None) if goldens.as_stored else None
+        found = compare(goldens.original, manifest.weights, min_cosine, min_logit_cosine)
+        report = replace(report, **vars(found), model_skipped=_why_no_model(manifest, goldens.original),
+                         as_stored=as_stored, compression=goldens.compression)
+    return replace(report, passed=not report.failures)
+
+
+def _compared(out: Path, manifest: Manifest, golden: Golden, runtime: str, options: dict[str, Any],
+              limits: tuple[float, float], decode_tokens: int | None, progress: Progress) -> Comparison:
+    parity = Parity(out, manifest, golden, lambda path, name: load_package(path, name, runtime, **options), limits[0],
+                    decode_tokens, _experts(out, manifest, golden, runtime, options, limits[0]))
+    rows = list(_functions(parity, progress))
+    model = WholeModel(out, manifest, golden, runtime, options, limits[1], decode_tokens, progress)
+    return Comparison(tuple(row for row in rows if isinstance(row, ShardResult)),
+                      tuple(row for row in rows if isinstance(row, RoutingResult)),
+                      () if _why_no_model(manifest, golden) else tuple(model.results()))
 
 
 def _experts(out: Path, manifest: Manifest, golden: Golden, runtime: str, options: dict[str, Any],
@@ -73,13 +83,22 @@ def _experts(out: Path, manifest: Manifest, golden: Golden, runtime: str, option
     return ExpertParity(manifest, golden, ExpertDispatch(manifest, layers, cache), min_cosine) if layers else None
 
 
-def _threshold(asked: float | None, manifest: Manifest, by_weights: dict[str, float], compressed: float) -> float:
-    return by_weights.get(manifest.weights, compressed) if asked is None else asked
+def _threshold(asked: float | None, weights: str, by_weights: dict[str, float], compressed: float) -> float:
+    return by_weights.get(weights, compressed) if asked is None else asked
 
 
-def _golden(out: Path, manifest: Manifest, checkpoint: Path | None, prompts: Path | None, scratch: Path,
-            progress: Progress, damaged: bool) -> Golden | None:
-    """The golden to compare with; None when the files are damaged, which is reported without one."""
+@dataclass(frozen=True)
+class _Goldens:
+    """The original model's, and for compressed weights the one of the model as it is stored, where there is one."""
+
+    original: Golden
+    as_stored: Golden | None
+    compression: dict[str, dict[str, Any]]
+
+
+def _goldens(out: Path, manifest: Manifest, checkpoint: Path | None, prompts: Path | None, scratch: Path,
+             progress: Progress, damaged: bool) -> _Goldens | None:
+    """The goldens to compare with; None when the files are damaged, which is reported without one."""
     if checkpoint is None and prompts is not None:
         raise UserError("--prompts needs a checkpoint to run them on", "no --checkpoint", "give --checkpoint PATH")
     if checkpoint is None and manifest.golden is None:
@@ -89,15 +108,29 @@ def _golden(out: Path, manifest: Manifest, checkpoint: Path | None, prompts: Pat
         return None
     if checkpoint is None:
         assert manifest.golden is not None
-        golden = read_golden(out / manifest.golden)
+        stored = read_golden(out / manifest.golden_as_stored) if manifest.golden_as_stored else None
+        found = _Goldens(read_golden(out / manifest.golden), stored, manifest.compression)
     else:
-        ids = read_prompts(prompts, checkpoint) if prompts else None
-        capture_golden(checkpoint, layers=manifest.layers, prompts=ids, out=scratch / "golden.safetensors",
-                       context=manifest.context, experts=manifest.routing == "sparse", progress=progress)
-        golden = read_golden(scratch / "golden.safetensors")
-    _require_same_model(golden, manifest, out)
-    check_prompts([list(prompt) for prompt in golden.prompts], manifest.vocab, manifest.context)
-    return golden
+        found = _captured(out, manifest, checkpoint, prompts, scratch, progress)
+    for golden in (found.original, found.as_stored):
+        if golden is not None:
+            _require_same_model(golden, manifest, out)
+            check_prompts([list(prompt) for prompt in golden.prompts], manifest.vocab, manifest.context)
+    return found
+
+
+def _captured(out: Path, manifest: Manifest, checkpoint: Path, prompts: Path | None, scratch: Path,
+              progress: Progress) -> _Goldens:
+    """Goldens of the checkpoint, and of what the conversion made of it."""
+    ids = read_prompts(prompts, checkpoint) if prompts else None
+    capture_golden(checkpoint, layers=manifest.layers, prompts=ids, out=scratch / "golden.safetensors",
+                   context=manifest.context, experts=manifest.routing == "sparse", progress=progress)
+    original = read_golden(scratch / "golden.safetensors")
+    _require_same_model(original, manifest, out)
+    if manifest.weights == "fp16":
+        return _Goldens(original, None, {})
+    errors = capture_as_stored(checkpoint, out, manifest, original, scratch / "as_stored.safetensors", progress)
+    return _Goldens(original, read_golden(scratch / "as_stored.safetensors"), with_errors(manifest.compression, errors))
 
 
 def _require_same_model(golden: Golden, manifest: Manifest, out: Path) -> None:

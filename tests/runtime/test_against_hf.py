@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from ane_moe.compress.recipe import FP16
 from ane_moe.conversion import ConvertOptions, convert
 from ane_moe.errors import UserError
 from ane_moe.runtime.generation import GenerateOptions, generate
@@ -27,7 +28,7 @@ def one_thread():
 
 def converted(model, folder: Path, **options) -> Path:
     save_checkpoint(model, folder / "checkpoint")
-    convert(folder / "checkpoint", folder / "out", ConvertOptions(context=160, **options))
+    convert(folder / "checkpoint", folder / "out", ConvertOptions(context=160, recipe=FP16, **options))
     return folder / "out"
 
 

@@ -7,14 +7,17 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from ane_moe.checkpoint import TensorSource
+from ane_moe.compress.recipe import FP16
 from ane_moe.families import load_family
 from ane_moe.families.config import Config
-from ane_moe.package import MODEL, WEIGHTS, _bound, _item_manifest
+from ane_moe.package import MODEL, WEIGHTS, _bound, _item_manifest, _Place
 from ane_moe.plan import ConversionPlan, ConvertOptions, ShardPlan, make_plan
 from ane_moe.runtime.blob import ALIGNMENT, HEADER, METADATA, SENTINEL, VERSION
+from ane_moe.tensors import tensor_shapes
 from ane_moe.trace import make_template
 
-FP16 = 1
+FP16_CODE = 1
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3-30B-A3B": ("qwen3_moe", {
         "hidden_size": 2048, "num_hidden_layers": 1, "num_attention_heads": 32, "num_key_value_heads": 4,
@@ -39,21 +42,13 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-class _Anywhere(dict):
-    """A source for every tensor: a plan does not look into them."""
-
-    def __missing__(self, name: str) -> "_Anywhere":
-        return self
-
-    def part(self, *rows: int) -> "_Anywhere":
-        return self
-
-
 def plan_of(model: str, **options: Any) -> ConversionPlan:
     """One layer and the head of a real model."""
     family, fields = CONFIGS[model]
     config = AutoConfig.for_model(family, **fields).to_dict()
-    return make_plan(load_family(family).spec(Config(config, model)), _Anywhere(), ConvertOptions(**options))
+    spec = load_family(family).spec(Config(config, model))
+    sources = {name: TensorSource(name, name, shape) for name, shape in tensor_shapes(spec).items()}
+    return make_plan(spec, sources, ConvertOptions(**{"recipe": FP16, **options}))
 
 
 def distinct_shards(plan: ConversionPlan) -> list[ShardPlan]:
@@ -68,7 +63,8 @@ def write_hollow(shard: ShardPlan, folder: Path) -> Path:
     path = folder / shard.path
     (path / WEIGHTS).parent.mkdir(parents=True)
     offsets = _hollow_blob(template.weights, path / WEIGHTS)
-    (path / MODEL).write_bytes(_bound({prefix: template}, offsets).SerializeToString())
+    places = {name: _Place(offset) for name, offset in offsets.items()}
+    (path / MODEL).write_bytes(_bound({prefix: template}, places).SerializeToString())
     (path / "Manifest.json").write_text(_item_manifest("hollow"))
     return path
 
@@ -80,7 +76,7 @@ def _hollow_blob(shapes: dict[str, tuple[int, ...]], path: Path) -> dict[str, in
         for name, shape in shapes.items():
             offsets[name], nbytes = end, 2 * math.prod(shape)
             stream.seek(end)
-            stream.write(METADATA.pack(SENTINEL, FP16, nbytes, end + METADATA.size, 0))
+            stream.write(METADATA.pack(SENTINEL, FP16_CODE, nbytes, end + METADATA.size, 0))
             end += METADATA.size + math.ceil(nbytes / ALIGNMENT) * ALIGNMENT
     os.truncate(path, end)
     return offsets

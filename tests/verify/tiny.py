@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from ane_moe.compress.recipe import FP16
 from ane_moe.conversion import convert
 from ane_moe.plan import ConvertOptions
 from ane_moe.trace import make_template
@@ -46,7 +47,7 @@ def tiny_conversion(checkpoint: Path, out: Path, **options: object) -> Path:
     """Decode only, unless `prefill` says otherwise. Equal blocks are traced once in a test run, which is most of it."""
     golden = bool(options.pop("golden", False))
     with patch("ane_moe.stamping.make_template", traced_once):
-        convert(checkpoint, out, ConvertOptions(**{"prefill": 0, **options}), golden=golden)
+        convert(checkpoint, out, ConvertOptions(**{"prefill": 0, "recipe": FP16, **options}), golden=golden)
     return out
 
 

@@ -1,0 +1,178 @@
+"""The model as its packages store it: every tensor read back from them, and a checkpoint made of these.
+
+Hugging Face's code on that checkpoint computes what the compressed weights mean. Shards that agree with it were
+converted right, whatever the compression lost.
+"""
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ane_moe.checkpoint import Checkpoint, TensorSource
+from ane_moe.compress.expand import expand
+from ane_moe.compress.recipe import Choice, find_format, recipe_of, role_of
+from ane_moe.errors import UserError
+from ane_moe.manifest import Manifest, Shard
+from ane_moe.runtime.reader import read_program
+from ane_moe.runtime.weight_values import weight_values
+from ane_moe.tensors import tensor_of
+
+PREFIX = "w_"
+COPIED = ("config.json", "generation_config.json")
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """One of our tensors as a shard holds it: fp16, or fp32 with directions kept apart added back. `rows` are those
+    of the tensor that the shard has (None: all); `directions` says whether any were apart."""
+
+    name: str
+    rows: tuple[int, int] | None
+    value: np.ndarray
+    directions: bool
+
+
+def stored_weights(folder: Path, manifest: Manifest) -> Iterator[StoredWeight]:
+    """Every tensor of every shard, expanded by the reference runtime's operations, one at a time."""
+    for shard in manifest.shards:
+        program = read_program(folder / shard.path)
+        for function, prefix in _one_function_each(shard):
+            values: dict[str, np.ndarray] = {}
+            for name, value in weight_values(program.functions[function]):
+                if name.startswith(PREFIX):
+                    values[name.removeprefix(PREFIX).replace("__", ".")] = value
+            for name in [name for name in values if not re.search(r"\.recover_(in|out)$|^select\.weight$", name)]:
+                yield _joined(shard, prefix, name, values)
+
+
+def _one_function_each(shard: Shard) -> list[tuple[str, str]]:
+    """(function, prefix of its copy): one for each set of weights, functions that differ in tokens sharing theirs."""
+    if shard.kind != "experts":
+        return [(shard.functions[0].name, "")]
+    first: dict[str, str] = {}
+    for function in shard.functions:
+        first.setdefault(function.name.rpartition("_")[0], function.name)
+    return [(name, prefix) for prefix, name in first.items()]
+
+
+def _joined(shard: Shard, prefix: str, name: str, values: Mapping[str, np.ndarray]) -> StoredWeight:
+    tensor = tensor_of(shard.kind, shard.layer, shard.layers, shard.experts, prefix, name)
+    stem, value = name.removesuffix(".weight"), values[name]
+    into, out = values.get(f"{stem}.recover_in"), values.get(f"{stem}.recover_out")
+    rows = shard.rows if tensor == "head.weight" else None
+    if into is None or out is None:
+        return StoredWeight(tensor, rows, value, False)
+    directions = out[:, :, 0, 0].astype(np.float32) @ into[:, :, 0, 0].astype(np.float32)
+    return StoredWeight(tensor, rows, value[:, :, 0, 0].astype(np.float32) + directions, True)
+
+
+@dataclass
+class RoleError:
+    """Squared errors of the matrices of one role against the checkpoint, and of the weights themselves. `bare` is
+    what the error would be without directions kept apart, 0 where there are none."""
+
+    squared: float = 0.0
+    total: float = 0.0
+    bare: float = 0.0
+    layers: dict[int, list[float]] = field(default_factory=dict)        # squared, total and bare by layer
+
+    def add(self, layer: int | None, squared: float, total: float, bare: float) -> None:
+        self.squared, self.total, self.bare = self.squared + squared, self.total + total, self.bare + bare
+        if layer is not None:
+            sums = self.layers.setdefault(layer, [0.0, 0.0, 0.0])
+            self.layers[layer] = [a + b for a, b in zip(sums, (squared, total, bare), strict=True)]
+
+
+def write_as_stored(checkpoint: Checkpoint, sources: Mapping[str, TensorSource], folder: Path, manifest: Manifest,
+                    out: Path) -> dict[str, RoleError]:
+    """Write the checkpoint `out`: `checkpoint` with the weights that the conversion in `folder` stores.
+
+    It takes as much disk as the original, twice that where a multiplier is folded in or directions are apart. Returns
+    errors by role. Raises UserError when the disk is too full or the conversion has tensors the checkpoint lacks.
+    """
+    out.mkdir(parents=True)
+    for name in COPIED:
+        if (checkpoint.folder / name).is_file():
+            shutil.copyfile(checkpoint.folder / name, out / name)
+    wide = {source.key for name, source in sources.items() if source.scale != 1 or _apart(manifest, name)}
+    stored = _allocate(checkpoint, {source.key for source in sources.values()}, wide, out / "model.safetensors")
+    for source in sources.values():                 # what no shard holds: the embedding, layers left out
+        _fill(stored[source.key], source, checkpoint.read(source))
+    errors: dict[str, RoleError] = {}
+    for weight in stored_weights(folder, manifest):
+        if weight.name not in sources:
+            raise UserError(f"{folder} holds a tensor that the checkpoint lacks", weight.name,
+                            "give the checkpoint that was converted")
+        source = sources[weight.name] if weight.rows is None else sources[weight.name].part(*weight.rows)
+        _measure(errors, checkpoint, source, weight, manifest)
+        _fill(stored[source.key], source, weight.value)
+    for array in stored.values():
+        array.flush()
+    return errors
+
+
+def _measure(errors: dict[str, RoleError], checkpoint: Checkpoint, source: TensorSource, weight: StoredWeight,
+             manifest: Manifest) -> None:
+    role, layer = role_of(weight.name)
+    if role is None:
+        return
+    original = checkpoint.read(source).astype(np.float32)
+    bare = 0.0
+    if weight.directions:
+        encoded = find_format(_choice(manifest, weight.name).format).encode(original.astype(np.float16))
+        bare = 0.0 if encoded is None else _squares(expand(encoded) - original)
+    value = weight.value.reshape(original.shape)
+    errors.setdefault(role, RoleError()).add(layer, _squares(value - original), _squares(original), bare)
+
+
+def _squares(values: np.ndarray) -> float:
+    flat = values.astype(np.float32).reshape(-1)
+    return float(np.dot(flat, flat))
+
+
+def _apart(manifest: Manifest, name: str) -> bool:
+    return _choice(manifest, name).rank > 0
+
+
+def _choice(manifest: Manifest, name: str) -> Choice:
+    return recipe_of(manifest.weights, manifest.recipe).choice(name)
+
+
+def _allocate(checkpoint: Checkpoint, keys: set[str], wide: set[str], path: Path) -> dict[str, np.memmap]:
+    """A safetensors file with room for the stored tensors `keys`, fp16 or (`wide`) fp32, as writable arrays."""
+    places: dict[str, tuple[type, int]] = {}
+    header: dict[str, dict[str, Any]] = {}
+    end = 0
+    for key in sorted(keys):
+        shape, dtype = checkpoint.tensors[key].shape, np.float32 if key in wide else np.float16
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        header[key] = {"dtype": "F32" if key in wide else "F16", "shape": list(shape)}
+        header[key]["data_offsets"] = [end, end + size]
+        places[key] = (dtype, end)
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    if (free := shutil.disk_usage(path.parent).free) < end:
+        raise UserError("the disk is too full for the model as it is stored", f"{free / 1e6:.0f} MB free, "
+                        f"{end / 1e6:.0f} MB needed", "free some space, or set TMPDIR to another disk")
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    first = 8 + len(text)
+    return {key: np.memmap(path, dtype, "r+", first + place, (math.prod(header[key]["shape"]),))
+            for key, (dtype, place) in places.items()}
+
+
+def _fill(stored: np.memmap, source: TensorSource, value: np.ndarray) -> None:
+    """Put one of our tensors where the checkpoint has it, its folded multiplier taken out again."""
+    start, count = source.region
+    flat = value.reshape(source.shape)
+    flat = flat.T if source.transpose else flat
+    stored[start : start + count] = (flat.astype(np.float32) / source.scale).reshape(-1)

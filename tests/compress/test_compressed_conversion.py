@@ -1,0 +1,112 @@
+"""Compressed packages: what they hold is read back by coremltools and by the reference runtime, bit for bit."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from coremltools.converters.mil.frontend.milproto.load import load as load_program
+
+from ane_moe.checkpoint import open_checkpoint
+from ane_moe.compress.expand import expand
+from ane_moe.compress.recipe import find_format, find_recipe
+from ane_moe.conversion import plan
+from ane_moe.coreml_tools import Model_pb2
+from ane_moe.manifest import read_manifest
+from ane_moe.package import MODEL
+from ane_moe.plan import ConvertOptions
+from ane_moe.runtime import load_package
+from ane_moe.runtime.inspect import summarize
+from ane_moe.runtime.session import Session
+from ane_moe.runtime.shards import load_shards
+from ane_moe.trace import value_name
+from ane_moe.verification.verify import verify
+from tests.verify.tiny import tiny_checkpoint, tiny_conversion
+
+FORMATS = ["int8", "int4-channel", "lut6", "lut4", "lut3-tensor", "lut4+scale", "lut4-v2", "apple2", "int4-block32",
+           "sparse50", "sparse50+int8", "sparse50+lut4"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return tiny_checkpoint("qwen3_moe", tmp_path_factory.mktemp("checkpoint"))
+
+
+def expanded_by_coremltools(package: Path) -> dict[str, dict[str, np.ndarray]]:
+    """Values of all compressed weights by function, as coremltools' own loader expands them."""
+    model = Model_pb2.Model.FromString((package / MODEL).read_bytes())
+    program = load_program(model, model.specificationVersion, str(package / "Data/com.apple.CoreML/weights"))
+    return {name: {op.outputs[0].name: value_of(op) for op in function.operations
+                   if op.op_type.startswith("constexpr") and len(op.outputs) == 1 and op.name.startswith("w_")}
+            for name, function in program.functions.items()}  # fmt: skip
+
+
+def value_of(op) -> np.ndarray:
+    """coremltools does not follow a palette that is itself made by an operation; its own look-up is called on that."""
+    if op.op_type == "constexpr_lut_to_dense" and op.lut.op is not None and op.lut.op.op_type.startswith("constexpr"):
+        return op.decompress(op.indices.val, value_of(op.lut.op).astype(np.float16), None)
+    return op.materialized_val_inference()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_weight_of_the_package_is_the_one_meant(checkpoint, tmp_path, name):
+    options = ConvertOptions(recipe=find_recipe(name), prefill=4)
+    out = tiny_conversion(checkpoint, tmp_path / "out", recipe=options.recipe, prefill=4)
+    opened, seen = open_checkpoint(checkpoint), 0
+    for shard in plan(checkpoint, options).shards:
+        theirs = expanded_by_coremltools(out / shard.path)
+        assert set(theirs) == {"decode", "prefill"}
+        for weight, choice in shard.choices.items():
+            meant = expand(find_format(choice.format).encode(opened.read(shard.weights[weight])))
+            for function in theirs.values():
+                found = function[value_name(weight)]
+                assert np.array_equal(found.astype(np.float16).reshape(meant.shape), meant), weight
+            seen += 1
+    assert seen == 4 + 4 * 3 + 2                         # attention, experts, head
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_inspect_and_manifest_agree_about_the_bytes(checkpoint, tmp_path, name):
+    out = tiny_conversion(checkpoint, tmp_path / "out", recipe=find_recipe(name), prefill=4)
+    manifest = read_manifest(out)
+    assert manifest.weights == name and manifest.recipe["roles"]["default"]["format"] == name
+    for shard in manifest.shards:
+        stored = summarize(out / shard.path).weight_bytes
+        size = (out / shard.path / "Data/com.apple.CoreML/weights/weight.bin").stat().st_size
+        assert stored <= shard.weight_bytes + 4 * 40 and shard.weight_bytes <= size    # vector axes lie in the program
+        # Decode and prefill share one copy: a second one would not fit.
+        assert size < shard.weight_bytes + 128 * 4 * 40
+
+
+@pytest.mark.parametrize("routing", ["masked", "sparse"])
+@pytest.mark.parametrize("name", ["int8", "lut4", "tiny"])
+def test_compressed_models_verify_and_generate(checkpoint, tmp_path, name, routing):
+    out = tiny_conversion(checkpoint, tmp_path / "out", recipe=find_recipe(name), routing=routing,
+                          golden=True, prefill=4)
+    report = verify(out, runtime="reference", min_cosine=0.5, min_logit_cosine=0.5)
+    assert report.weights == name and not report.integrity and report.shards
+    logits = Session(load_shards(out, "reference")).prefill([3, 5, 7, 9, 11])
+    assert np.isfinite(logits).all() and np.ptp(logits) > 0
+
+
+def test_directions_kept_apart_lower_the_error(checkpoint, tmp_path):
+    errors = {}
+    for rank in (0, 4):
+        recipe = find_recipe("apple2", rank=rank)
+        out = tiny_conversion(checkpoint, tmp_path / f"rank{rank}", recipe=recipe, golden=True)
+        report = verify(out, runtime="reference", min_cosine=0.0, min_logit_cosine=0.0)
+        errors[rank] = np.mean([row.relative_l2 for row in report.shards if row.relative_l2 is not None])
+    assert errors[4] < errors[0]
+
+
+def test_the_recipe_is_part_of_the_content_key(checkpoint, tmp_path):
+    out = tiny_conversion(checkpoint, tmp_path / "a", recipe=find_recipe("int8"))
+    other = tiny_conversion(checkpoint, tmp_path / "b", recipe=find_recipe("small"))
+    keys = [{shard.path: shard.content_key for shard in read_manifest(folder).shards} for folder in (out, other)]
+    assert {path for path in keys[0] if keys[0][path] != keys[1][path]} == {"moe/layer_00.mlpackage"}
+
+
+def test_functions_load_with_compressed_weights(checkpoint, tmp_path):
+    out = tiny_conversion(checkpoint, tmp_path / "out", recipe=find_recipe("sparse50+lut4"))
+    function = load_package(out / "moe/layer_00.mlpackage", "decode", "reference")
+    outputs = function.predict({"x": np.ones((1, 24, 1, 1), np.float16)}, None)
+    assert np.isfinite(outputs["y"]).all()
