@@ -31,7 +31,7 @@ class Shard:
 
     `part`/`parts` number the pieces of a split layer (their outputs are added) or the vocabulary slices of the head
     (their outputs are concatenated; `rows` is the (first, last + 1) vocabulary range). `experts` are the expert
-    indices the shard holds. `states` maps state names to shapes; with `state = "explicit"` in the manifest the same
+    indices the shard holds; `groups` those of each expert function, where they are not neighbours. `states` maps state names to shapes; with `state = "explicit"` in the manifest the same
     names are inputs, and outputs called `<name>_out`.
     """
 
@@ -42,6 +42,7 @@ class Shard:
     part: int = 0
     parts: int = 1
     experts: tuple[int, ...] = ()
+    groups: tuple[tuple[int, ...], ...] = ()
     layers: tuple[int, ...] = ()
     rows: tuple[int, int] | None = None
     rope: str | None = None                 # name of the rotary table the attention reads

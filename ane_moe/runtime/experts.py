@@ -7,11 +7,13 @@ above 1; nothing for shared) to `y [1,d,1,B]`.
 """
 
 import re
+import sys
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import zip_longest
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -87,26 +89,32 @@ def expert_layers(manifest: Manifest) -> dict[int, ExpertLayer]:
 
 
 def _groups(shard: Shard) -> list[Group]:
-    """The groups of one package: a group goes from the expert its functions are named by to the next named one."""
+    """The groups of one package: those the manifest gives, else each goes from the expert its functions are named by
+    to the next named one."""
     names: dict[int | None, dict[int, str]] = {}
     for function in shard.functions:
         match = NAME.fullmatch(function.name)
         if match is None or int(match["tokens"]) != function.tokens:
             raise UserError(f"{shard.path} has an unknown expert function", function.name, "convert again")
         names.setdefault(int(match["first"]) if match["first"] else None, {})[function.tokens] = function.name
-    firsts = sorted(first for first in names if first is not None)
-    experts = sorted(shard.experts)
-    homeless = [expert for expert in experts if not firsts or expert < firsts[0]]
-    if homeless or not set(firsts) <= set(experts):
-        raise UserError(f"{shard.path}: experts and functions do not fit together",
-                        f"experts {experts}, functions for {firsts}", "convert again")
     if len({frozenset(buckets) for buckets in names.values()}) != 1:
         raise UserError(f"{shard.path} lacks an expert function", "some experts have other token counts than others",
                         "convert again")
-    ends = [*firsts[1:], experts[-1] + 1] if experts else []
-    groups = [Group(tuple(e for e in experts if first <= e < end), shard.path, names[first])
-              for first, end in zip(firsts, ends, strict=True)]
+    firsts = sorted(first for first in names if first is not None)
+    members = {group[0]: group for group in shard.groups if group} if shard.groups else _neighbours(shard, firsts)
+    held = sorted(expert for group in members.values() for expert in group)
+    misnamed = [first for first, group in members.items() if group[:1] != (first,)]
+    if misnamed or sorted(members) != firsts or held != sorted(shard.experts):
+        raise UserError(f"{shard.path}: experts and functions do not fit together",
+                        f"experts {sorted(shard.experts)}, functions for {firsts}", "convert again")
+    groups = [Group(members[first], shard.path, names[first]) for first in firsts]
     return groups + ([Group((), shard.path, names[None])] if None in names else [])
+
+
+def _neighbours(shard: Shard, firsts: list[int]) -> dict[int, tuple[int, ...]]:
+    """Experts of the groups that begin with `firsts`, when each ends where the next begins."""
+    return {first: tuple(expert for expert in sorted(shard.experts) if first <= expert < end)
+            for first, end in zip_longest(firsts, firsts[1:], fillvalue=sys.maxsize)}
 
 
 class _Scratch:

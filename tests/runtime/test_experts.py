@@ -53,6 +53,39 @@ def test_every_token_gets_exactly_its_experts(count, k, group, parts, buckets, l
     np.testing.assert_allclose(total, expected + (x / 2 if shared else 0), atol=2e-2)
 
 
+GROUPS = ((0, 3), (1, 4), (2,))
+
+
+def with_groups(manifest, groups=GROUPS):
+    """The manifest with its one expert package cut into groups that are no neighbours."""
+    functions = tuple(ShardFunction(f"expert_{group[0]:03d}_t{tokens}", tokens) for group in GROUPS for tokens in (1, 4))
+    return replace(manifest, shards=tuple(replace(shard, functions=functions, groups=groups)
+                                          if shard.kind == "experts" else shard for shard in manifest.shards))
+
+
+@given(count=st.integers(1, 12), k=st.integers(1, EXPERTS))
+@settings(max_examples=30, deadline=None)
+def test_groups_of_experts_that_are_no_neighbours_get_their_own_gates(count, k):
+    decoder = Decoder((None,))
+    manifest = with_groups(make_manifest((None,), routing="sparse", group=2, parts=1))
+    w, x = decoder.layers[0], np.random.default_rng(count).normal(size=(D, count)).astype(np.float16)
+    g = gates(w, x.astype(np.float64), k).astype(np.float16)
+    dispatch = dispatch_of(decoder, manifest)
+    total = np.zeros((D, count), np.float32)
+    dispatch.add(0, dispatch.chosen(g), x, g, total, CallClock(PhaseFigures()))
+    expected = sum(expert(w, e, x.astype(np.float64)) * g[e].astype(np.float64) for e in range(EXPERTS))
+    np.testing.assert_allclose(total, expected, atol=2e-2)
+    assert [group.experts for group in dispatch.layers[0].groups_of([4, 3])] == [(0, 3), (1, 4)]
+
+
+@pytest.mark.parametrize("groups", [((0, 3), (1, 4)), ((0, 3), (1, 4), (2, 2)), ((0, 3), (1, 4), (3,)),
+                                    ((0, 3), (1, 4), ()), ((0, 3), (1, 4), (2, 5)), ((3, 0), (1, 4), (2,))])
+def test_groups_that_do_not_fit_the_package_are_refused(groups):
+    manifest = with_groups(make_manifest((None,), routing="sparse", group=2, parts=1), groups)
+    with pytest.raises(UserError, match="do not fit together"):
+        expert_layers(manifest)
+
+
 @given(length=st.integers(1, 40), state=st.sampled_from(["mlstate", "explicit"]), group=st.integers(1, 3),
        by=st.sampled_from(["prefill", "decode"]), parts=st.integers(1, 2))
 @settings(max_examples=30, deadline=None)
