@@ -264,6 +264,7 @@ def _shard(plan: ShardPlan, content_key: str) -> Shard:
         part=plan.part,
         parts=plan.parts,
         experts=plan.experts,
+        groups=plan.groups,
         layers=plan.layers,
         rows=plan.rows,
         rope=plan.rope,

@@ -31,8 +31,9 @@ class Shard:
 
     `part`/`parts` number the pieces of a split layer (their outputs are added) or the vocabulary slices of the head
     (their outputs are concatenated; `rows` is the (first, last + 1) vocabulary range). `experts` are the expert
-    indices the shard holds; `groups` those of each expert function, where they are not neighbours. `states` maps state names to shapes; with `state = "explicit"` in the manifest the same
-    names are inputs, and outputs called `<name>_out`.
+    indices the shard holds; `groups` those of each expert function, where they are not neighbours. `states` maps state
+    names to shapes; with `state = "explicit"` in the manifest the same names are inputs, and outputs called
+    `<name>_out`.
     """
 
     path: str

@@ -40,7 +40,7 @@ class ConvertOptions:
     `layers` None: all. `max_shard_mb` limits MoE shards; it is in MB of 10^6 bytes. For sparse routing there is a
     function for each group of `experts_per_function` experts and each token count in `expert_tokens`. Up to
     `layers_per_shard` whole layers share a shard where they fit into one of `max_shard_mb`. `recipe` says how the
-    matrices are stored."""
+    matrices are stored. `groups` gives the experts of each function by layer, where they are not neighbours."""
 
     routing: Literal["masked", "soft", "sparse"] = "masked"
     state: Literal["mlstate", "explicit"] = "mlstate"
@@ -53,6 +53,7 @@ class ConvertOptions:
     experts_per_function: int = 1
     layers_per_shard: int = 1
     recipe: Recipe = INT8
+    groups: Mapping[int, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class ShardPlan:
     part: int = 0
     parts: int = 1
     experts: tuple[int, ...] = ()
+    groups: tuple[tuple[int, ...], ...] = ()
     layers: tuple[int, ...] = ()
     rows: tuple[int, int] | None = None
     rope: str | None = None
@@ -218,6 +220,8 @@ def _require_expert_functions(options: ConvertOptions) -> None:
                         f"give rising numbers from 1 to {MAX_EXPERT_TOKENS}")  # fmt: skip
     if options.experts_per_function < 1:
         raise UserError("an expert function needs an expert", str(options.experts_per_function))
+    if options.groups and options.routing != "sparse":
+        raise UserError("a grouping is of expert functions", f"{options.routing} routing", "give --routing sparse")
     if options.layers_per_shard < 1:
         raise UserError("a shard needs a layer", str(options.layers_per_shard))
 
@@ -317,8 +321,7 @@ class _Planner:
 
     def experts(self, layer: int, moe: MoeSpec) -> list[ShardPlan]:
         """Packages of a layer's expert functions: as few as the size limit of a weight file allows."""
-        size, total = self.options.experts_per_function, moe.router.experts
-        groups = [range(first, min(first + size, total)) for first in range(0, total, size)]
+        groups = self._expert_groups(layer, moe.router.experts)
         functions = tuple((f"t{tokens}", tokens) for tokens in self.options.expert_tokens)
         shared: dict[str, BlockConfig] = {}
         if moe.shared is not None:
@@ -328,10 +331,11 @@ class _Planner:
         def package(path: str, configs: dict[str, BlockConfig], **facts: Any) -> ShardPlan:
             return self._package(path, "experts", layer, configs, functions, **facts)
 
-        def name(group: range) -> str:
-            return f"expert_{group.start:03d}"
+        def name(group: tuple[int, ...]) -> str:
+            return f"expert_{group[0]:03d}"
 
-        largest = max(package("", {name(group): self._group(layer, moe, len(group))}).file_bytes for group in groups)
+        largest = max(package("", {name(group): self._group(layer, moe, len(group))}, groups=(group,)).file_bytes
+                      for group in groups)
         room = MAX_WEIGHT_BYTES - package("", shared).file_bytes
         parts = _even_parts(len(groups), math.ceil(len(groups) / max(1, room // largest)))
         shards, first = [], 0
@@ -342,13 +346,26 @@ class _Planner:
             facts = {
                 "part": part,
                 "parts": len(parts),
-                "experts": tuple(range(mine[0].start, mine[-1].stop)),
+                "experts": tuple(sorted(expert for group in mine for expert in group)),
+                "groups": tuple(mine) if self.options.groups else (),
                 "reason": "weight files end at 2 GiB" if suffix else "",
             }
             path = f"experts/layer_{layer:02d}{suffix}.mlpackage"
             shards.append(package(path, configs | (shared if part == 0 else {}), **facts))
             first += count
         return shards
+
+    def _expert_groups(self, layer: int, total: int) -> list[tuple[int, ...]]:
+        """Experts of each function, in the order of their first ones."""
+        size, given = self.options.experts_per_function, self.options.groups
+        if not given:
+            return [tuple(range(first, min(first + size, total))) for first in range(0, total, size)]
+        groups = sorted(given.get(layer, ()))
+        if sorted(expert for group in groups for expert in group) != list(range(total)) \
+                or any(group != tuple(sorted(group)) or not 0 < len(group) <= size for group in groups):
+            raise UserError(f"the grouping does not fit layer {layer}", f"{len(groups)} groups for {total} experts",
+                            "make it from a trace of this model")
+        return groups
 
     def _group(self, layer: int, moe: MoeSpec, size: int) -> ExpertGroupConfig:
         return ExpertGroupConfig(self.spec.d_model, moe.expert, size, self._mlp_ranks(f"layers.{layer}.ffn.experts.0"))
@@ -419,7 +436,7 @@ class _Planner:
 
     def _tensor(self, plan: ShardPlan, prefix: str, name: str) -> TensorSource:
         """Our tensor, or the slice of it that the shard holds."""
-        source = self.sources[tensor_of(plan.kind, plan.layer, plan.layers, plan.experts, prefix, name)]
+        source = self.sources[tensor_of(plan.kind, plan.layer, plan.layers, plan.experts, prefix, name, plan.groups)]
         return source.part(*plan.rows) if plan.rows and source.name == "head.weight" else source
 
 

@@ -33,11 +33,12 @@ def layer_shapes(layer: LayerSpec, d_model: int) -> Shapes:
 
 
 def tensor_of(kind: str, layer: int | None, layers: Sequence[int], experts: Sequence[int], prefix: str,
-              weight: str) -> str:
+              weight: str, groups: Sequence[Sequence[int]] = ()) -> str:
     """Our tensor of which a shard's block holds the parameter `weight`.
 
     `layers` are those of a stack and `experts` those of a part; `prefix` names the copy of a block in a package of
-    expert functions: `expert_` and the number of its first one, or `shared`.
+    expert functions: `expert_` and the number of its first one, or `shared`. `groups` are the experts of those copies
+    where they are not neighbours.
     """
     if kind == "lm_head":
         return "head.norm.weight" if weight == "norm.weight" else "head.weight"
@@ -47,7 +48,8 @@ def tensor_of(kind: str, layer: int | None, layers: Sequence[int], experts: Sequ
     if weight.startswith("experts."):
         _, index, rest = weight.split(".", 2)
         first = int(prefix.removeprefix("expert_")) if prefix else experts[0]
-        weight = f"experts.{first + int(index)}.{rest}"
+        mine = next((group for group in groups if group[0] == first), None)
+        weight = f"experts.{mine[int(index)] if mine else first + int(index)}.{rest}"
     part = "" if weight.startswith(("attn.", "ffn.")) else "attn." if kind == "attn" else "ffn."
     return f"layers.{layer}.{part}{weight.removeprefix('mlp.')}"
 

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from ane_moe.errors import UserError
+
 WORKERS = min(2, os.cpu_count() or 1)    # more of them wait for the disk
 INTERRUPTED = 130       # what a shell reports of a program that Ctrl-C ended
 
@@ -34,6 +36,10 @@ def convert(
         str, typer.Option(help="sparse: token counts to make expert functions for.", metavar="LIST")
     ] = "1,16,64",
     experts_per_function: Annotated[int, typer.Option(help="sparse: experts computed by one function.", min=1)] = 1,
+    grouping: Annotated[
+        Path | None, typer.Option(help="sparse: the experts of each function, as `ane-moe group` wrote them.",
+                                  metavar="FILE.json"),
+    ] = None,
     layers_per_shard: Annotated[
         int, typer.Option(help="masked, dense: this many whole layers in one shard, if --max-shard-mb allows.", min=1)
     ] = 1,
@@ -67,6 +73,14 @@ def convert(
     from ane_moe.plan import ConvertOptions, parse_expert_tokens, parse_layers
     from ane_moe.report.convert import ConvertBar, plan_document, print_plan, print_report, report_document
 
+    if grouping is not None:
+        from ane_moe.routing.grouping import read_grouping
+
+        groups = read_grouping(grouping)
+        if experts_per_function not in (1, groups.experts_per_function):
+            raise UserError("--grouping and --experts-per-function disagree",
+                            f"{groups.experts_per_function} in {grouping}, {experts_per_function} given",
+                            "leave --experts-per-function out")  # fmt: skip
     source = demo_checkpoint() if str(checkpoint) == "demo" else checkpoint
     options = ConvertOptions(
         routing=routing,
@@ -77,9 +91,10 @@ def convert(
         max_shard_mb=max_shard_mb,
         layers=None if layers is None else parse_layers(layers),
         expert_tokens=parse_expert_tokens(expert_tokens),
-        experts_per_function=experts_per_function,
+        experts_per_function=experts_per_function if grouping is None else groups.experts_per_function,
         layers_per_shard=layers_per_shard,
         recipe=find_recipe(compress, group=lut_group, vector=int(lut_vector or 0) or None, rank=recover_rank),
+        groups={} if grouping is None else groups.layers,
     )
     for warning in options.recipe.warnings:
         typer.echo(f"ane-moe: warning: {warning}", err=True)

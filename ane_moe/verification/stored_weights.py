@@ -63,7 +63,7 @@ def _one_function_each(shard: Shard) -> list[tuple[str, str]]:
 
 
 def _joined(shard: Shard, prefix: str, name: str, values: Mapping[str, np.ndarray]) -> StoredWeight:
-    tensor = tensor_of(shard.kind, shard.layer, shard.layers, shard.experts, prefix, name)
+    tensor = tensor_of(shard.kind, shard.layer, shard.layers, shard.experts, prefix, name, shard.groups)
     stem, value = name.removesuffix(".weight"), values[name]
     into, out = values.get(f"{stem}.recover_in"), values.get(f"{stem}.recover_out")
     rows = shard.rows if tensor == "head.weight" else None

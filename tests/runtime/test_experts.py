@@ -58,7 +58,7 @@ GROUPS = ((0, 3), (1, 4), (2,))
 
 def with_groups(manifest, groups=GROUPS):
     """The manifest with its one expert package cut into groups that are no neighbours."""
-    functions = tuple(ShardFunction(f"expert_{group[0]:03d}_t{tokens}", tokens) for group in GROUPS for tokens in (1, 4))
+    functions = tuple(ShardFunction(f"expert_{group[0]:03d}_t{count}", count) for group in GROUPS for count in (1, 4))
     return replace(manifest, shards=tuple(replace(shard, functions=functions, groups=groups)
                                           if shard.kind == "experts" else shard for shard in manifest.shards))
 
