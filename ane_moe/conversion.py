@@ -252,7 +252,8 @@ def _moe_facts(conversion: ConversionPlan) -> Iterable[tuple[str, dict[str, Any]
         ffn = conversion.spec.layers[layer].ffn
         if isinstance(ffn, MoeSpec):
             table = {"router": conversion.routers[layer]} if layer in conversion.routers else {}
-            yield str(layer), {"experts": ffn.router.experts, "k": ffn.router.k} | table
+            widths = {"expert_width": ffn.expert.width, "shared_width": ffn.shared.mlp.width if ffn.shared else 0}
+            yield str(layer), {"experts": ffn.router.experts, "k": ffn.router.k} | widths | table
 
 
 def _shard(plan: ShardPlan, content_key: str) -> Shard:

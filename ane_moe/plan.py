@@ -337,7 +337,7 @@ class _Planner:
         largest = max(package("", {name(group): self._group(layer, moe, len(group))}, groups=(group,)).file_bytes
                       for group in groups)
         room = MAX_WEIGHT_BYTES - package("", shared).file_bytes
-        parts = _even_parts(len(groups), math.ceil(len(groups) / max(1, room // largest)))
+        parts = even_parts(len(groups), math.ceil(len(groups) / max(1, room // largest)))
         shards, first = [], 0
         for part, count in enumerate(parts):
             mine = groups[first : first + count]
@@ -372,7 +372,7 @@ class _Planner:
 
     def head(self) -> list[ShardPlan]:
         least = max(MIN_HEAD_PARTS, math.ceil(self.spec.vocab / MAX_HEAD_ROWS))
-        sizes = _even_parts(self.spec.vocab, least)
+        sizes = even_parts(self.spec.vocab, least)
         shards, first = [], 0
         for part, rows in enumerate(sizes):
             config = HeadConfig(self.spec.d_model, self.spec.norm, rows, self.spec.head.bias, self._rank("head.weight"))
@@ -403,7 +403,7 @@ class _Planner:
         reason = f"{whole.weight_bytes / MB:.0f} MB in one piece, limit {self.options.max_shard_mb} MB"
         if fitting < 1:
             return [1] * experts, f"{reason}; one expert alone is above it"
-        return _even_parts(experts, math.ceil(experts / fitting)), reason
+        return even_parts(experts, math.ceil(experts / fitting)), reason
 
     def _shard(self, path: str, kind: str, layer: int | None, config: BlockConfig, **facts: Any) -> ShardPlan:
         return self._package(path, kind, layer, {"": config}, _functions(self.options), **facts)
@@ -440,7 +440,7 @@ class _Planner:
         return source.part(*plan.rows) if plan.rows and source.name == "head.weight" else source
 
 
-def _even_parts(total: int, least: int) -> list[int]:
+def even_parts(total: int, least: int) -> list[int]:
     """Sizes of at least `least` parts: equal ones if a divisor is near (one graph serves all), else nearly equal."""
     for parts in range(least, 2 * least + 1):
         if total % parts == 0:
