@@ -113,10 +113,12 @@ def _expert_piece(shards: list[Shard], facts: dict[str, Any], recipe: Recipe) ->
 
 
 def _planned_experts(plan: ConversionPlan, layer: int, shards: list[ShardPlan]) -> Piece:
-    moe, options = plan.spec.layers[layer].ffn, plan.options
+    moe = plan.spec.layers[layer].ffn
     assert isinstance(moe, MoeSpec)
     share = _shared_share(moe.router.experts, moe.expert.width, moe.shared.mlp.width if moe.shared else 0)
-    experts = ExpertSet(moe.router.experts, moe.router.k, options.experts_per_function, options.expert_tokens, share)
+    functions = sum(prefix.startswith("expert_") for shard in shards for prefix in shard.graphs)
+    group = math.ceil(moe.router.experts / functions)
+    experts = ExpertSet(moe.router.experts, moe.router.k, group, plan.options.expert_tokens, share)
     stored, weights = sum(shard.weight_bytes for shard in shards), sum(map(_elements, shards))
     return Piece("experts", stored, weights, _rate(shards[0]), packages=len(shards), experts=experts)
 
