@@ -1,7 +1,7 @@
 """No speed for wrong output: the loaded shards against the golden, before anything is timed."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,33 +18,54 @@ from ane_moe.verification.prompts import check_prompts
 
 # A difference of two logits carries both their errors, and four standard deviations are beyond chance.
 CLEAR = 4 * math.sqrt(2)
+AGAIN = "run `ane-moe convert CHECKPOINT OUT --golden` again: finished shards are reused"
 DECODE_TOKENS = 32      # checked through one-token calls where prefill covers every token
 
 
-def open_golden(folder: Path, manifest: Manifest) -> Golden:
-    """The conversion's golden. Raises UserError when there is none, or it is not one of the whole model."""
-    do = "run `ane-moe convert CHECKPOINT OUT --golden` again: finished shards are reused"
+ORIGINAL, AS_STORED = "original", "as stored"
+
+
+def open_goldens(folder: Path, manifest: Manifest) -> dict[str, Golden]:
+    """The conversion's goldens: of the original model and, for compressed weights, of the same model with the weights
+    as stored. Raises UserError when there is none, or it is not one of the whole model."""
     if manifest.golden is None:
         raise UserError(f"{folder} holds no golden, and no speed is reported for unchecked output",
-                        "no golden.safetensors", do)
-    golden = read_golden(folder / manifest.golden)
+                        "no golden.safetensors", AGAIN)
+    goldens = {ORIGINAL: _whole(read_golden(folder / manifest.golden), manifest)}
+    if manifest.golden_as_stored:
+        goldens[AS_STORED] = _whole(read_golden(folder / manifest.golden_as_stored), manifest)
+        if goldens[AS_STORED].prompts != goldens[ORIGINAL].prompts:
+            raise UserError("the goldens are not of the same prompts", manifest.golden_as_stored, AGAIN)
+    check_prompts([list(prompt) for prompt in goldens[ORIGINAL].prompts], manifest.vocab, manifest.context)
+    return goldens
+
+
+def _whole(golden: Golden, manifest: Manifest) -> Golden:
     if not golden.complete or golden.logits.shape[1] != manifest.vocab or golden.n_layers != manifest.n_layers:
         raise UserError("the golden is not of this whole model", f"{len(golden.layers)} of {golden.n_layers} layers, "
-                        f"{golden.logits.shape[1]} for {manifest.vocab} vocabulary entries", do)
-    check_prompts([list(prompt) for prompt in golden.prompts], manifest.vocab, manifest.context)
+                        f"{golden.logits.shape[1]} for {manifest.vocab} vocabulary entries", AGAIN)
     return golden
 
 
-def check_output(session: Session, golden: Golden, min_logit_cosine: float,
+def check_output(session: Session, goldens: Mapping[str, Golden], min_logit_cosine: Mapping[str, float],
                  progress: Progress) -> tuple[OutputCheck, ...]:
-    """Teacher-forced through the decode functions and, where there are any, the prefill functions."""
+    """Teacher-forced through the decode functions and, where there are any, the prefill functions, each against every
+    golden."""
     functions = ("decode", *(("prefill",) if session.manifest.prefill else ()))
-    return tuple(_check(name, list(_logits(session, golden, name, progress)), min_logit_cosine) for name in functions)
+    return tuple(check for function in functions
+                 for check in _check(session, function, goldens, min_logit_cosine, progress))
 
 
-def _check(function: str, prompts: list[PromptLogits], min_logit_cosine: float) -> OutputCheck:
-    wrong = sum(_wrong_tokens(one, min_logit_cosine) for one in prompts)
-    return OutputCheck(compare_logits(function, prompts, min_logit_cosine), wrong)
+def _check(session: Session, function: str, goldens: Mapping[str, Golden], min_logit_cosine: Mapping[str, float],
+           progress: Progress) -> Iterator[OutputCheck]:
+    original = goldens[ORIGINAL]
+    runs = list(_run(session, original, function, progress))
+    for name, golden in goldens.items():
+        prompts = [PromptLogits(number, cut, original.prompts[number][cut:], golden.logits[golden.spans[number]][cut:],
+                                logits) for number, (cut, logits) in enumerate(runs)]
+        limit = min_logit_cosine[name]
+        wrong = sum(_wrong_tokens(one, limit) for one in prompts)
+        yield OutputCheck(name, compare_logits(function, prompts, limit), wrong)
 
 
 def _wrong_tokens(one: PromptLogits, min_logit_cosine: float) -> int:
@@ -56,13 +77,13 @@ def _wrong_tokens(one: PromptLogits, min_logit_cosine: float) -> int:
     return int((preferred > CLEAR * relative_l2_limit(min_logit_cosine) * spread).sum())
 
 
-def _logits(session: Session, golden: Golden, function: str, progress: Progress) -> Iterator[PromptLogits]:
+def _run(session: Session, golden: Golden, function: str, progress: Progress) -> Iterator[tuple[int, np.ndarray]]:
+    """For each prompt the position from which `function` ran, and its logits `[N,V]` from there on."""
     tail = decode_tail(session.manifest, golden, DECODE_TOKENS) if function == "decode" else None
-    for number, (ids, span) in enumerate(zip(golden.prompts, golden.spans, strict=True)):
+    for number, ids in enumerate(golden.prompts):
         progress(f"checking output, {function}", number, len(golden.prompts))
         session.reset()
         cut = 0 if tail is None else max(0, len(ids) - tail)
         if cut:
             session.prefill(ids[:cut])
-        yield PromptLogits(number, cut, ids[cut:], golden.logits[span][cut:],
-                           session.prefill_logits(ids[cut:], by=function))
+        yield cut, session.prefill_logits(ids[cut:], by=function)

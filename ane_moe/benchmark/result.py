@@ -45,12 +45,14 @@ class Conditions:
 
 @dataclass(frozen=True)
 class OutputCheck:
-    """The whole model through one kind of function against the golden, in this very run.
+    """The whole model through one kind of function against a golden, in this very run: "original" or, for compressed
+    weights, also "as stored" (the same model with the weights that the packages hold).
 
     `wrong_tokens` are greedy tokens other than the golden's where the golden's preference was larger than any error
     that the cosine gate allows could turn.
     """
 
+    golden: str
     model: FunctionModelResult
     wrong_tokens: int
 

@@ -48,9 +48,9 @@ def _conditions(report: BenchReport) -> Iterable[Text]:
 
 def _check(check: OutputCheck) -> Text:
     model = check.model
-    text = (f"output, {model.function}: {model.tokens} tokens, logit cosine {model.logit_cosine:.6f} (at least "
-            f"{model.min_logit_cosine}), same greedy token {model.top1_agreement:.1%}, clearly wrong "
-            f"{check.wrong_tokens}")
+    text = (f"output, {model.function}, golden {check.golden}: {model.tokens} tokens, logit cosine "
+            f"{model.logit_cosine:.6f} (at least {model.min_logit_cosine}), same greedy token "
+            f"{model.top1_agreement:.1%}, clearly wrong {check.wrong_tokens}")
     return Text(text, style="green" if check.passed else "red")
 
 

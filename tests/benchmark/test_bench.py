@@ -16,6 +16,7 @@ from ane_moe.benchmark.measurement import BenchOptions
 from ane_moe.benchmark.output_check import CLEAR, _wrong_tokens
 from ane_moe.benchmark.result import latency
 from ane_moe.cli import app
+from ane_moe.compress.recipe import INT8
 from ane_moe.errors import UserError
 from ane_moe.manifest import read_manifest
 from ane_moe.runtime.modelc_cache import ModelCache
@@ -25,6 +26,7 @@ from ane_moe.verification.metrics import relative_l2_limit
 from ane_moe.verification.model_metrics import PromptLogits
 from tests.runtime.numpy_shards import EXPERTS, Decoder, make_manifest, make_shards
 from tests.standin.fixtures import standin as standin
+from tests.verify.tiny import tiny_conversion
 
 QUICK = ("--runs", "2", "--warmup", "1", "--tokens", "3", "--fills", "0,40", "--lengths", "16,40")
 
@@ -121,8 +123,8 @@ def test_a_fill_that_leaves_no_room_is_refused(small):
 
 # -- no speed for wrong output ------------------------------------------------------------------------------------
 
-def edit_golden(folder, edit):
-    path = folder / "golden.safetensors"
+def edit_golden(folder, edit, name="golden.safetensors"):
+    path = folder / name
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata()
     tensors = load_file(path)
@@ -152,6 +154,31 @@ def test_one_clearly_wrong_greedy_token_fails_where_the_mean_cosine_does_not(sma
     report = bench(small_copy, BenchOptions(runs=1), min_logit_cosine=0.9)
     assert all(check.model.passed for check in report.checks)
     assert [check.wrong_tokens for check in report.checks] == [1, 1] and not report.passed
+
+
+def test_compression_excuses_no_wrong_shard(small_checkpoint, tmp_path):
+    out = tiny_conversion(small_checkpoint, tmp_path / "out", prefill=16, golden=True, recipe=INT8)
+    options = BenchOptions(runs=1, tokens=1, fills=(0,), lengths=(16,))
+    report = bench(out, options)
+    assert report.passed
+    assert [(check.golden, check.model.function) for check in report.checks] == [
+        ("original", "decode"), ("as stored", "decode"), ("original", "prefill"), ("as stored", "prefill")]
+    found = {check.golden: check.model for check in report.checks}
+    assert found["as stored"].logit_cosine > found["original"].logit_cosine
+    assert (found["original"].min_logit_cosine, found["as stored"].min_logit_cosine) == (0.9, 0.99)
+
+    def disturb(tensors):           # an error that the gate for compressed weights would let through
+        noise = np.random.default_rng(0).standard_normal(tensors["logits"].shape).astype(np.float32)
+        tensors["logits"] += 0.25 * noise * tensors["logits"].std()
+
+    edit_golden(out, disturb, "golden_as_stored.safetensors")
+    report = bench(out, options)
+    assert not report.passed and report.load is None
+    assert [check.passed for check in report.checks] == [True, False, True, False]
+    edit_golden(out, lambda tensors: tensors.update(prompt_ids=tensors["prompt_ids"][::-1].copy()),
+                "golden_as_stored.safetensors")
+    with pytest.raises(UserError, match="same prompts"):
+        bench(out, options)
 
 
 def test_a_token_is_clearly_wrong_just_beyond_what_the_gate_allows():
