@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from ane_moe.benchmark.beside import Beside, set_beside
 from ane_moe.benchmark.energy import NotPermitted, measure_energy, require_powermetrics
 from ane_moe.benchmark.function_timing import time_functions
 from ane_moe.benchmark.loop_timing import PREFILL_RUNS, default_fills, default_lengths, time_decode, time_prefill
@@ -90,7 +91,11 @@ def bench(out: Path, options: BenchOptions | None = None, *, runtime: str = "aut
     if options.vs_mlx:
         report_progress("mlx-lm", 0, 1)
         report = replace(report, versus=_versus(session, options, text, max(lengths)))
-    return replace(report, memory=_memory(session.shards), conditions=replace(conditions, thermal=thermal_state()))
+    report = replace(report, memory=_memory(session.shards), conditions=replace(conditions, thermal=thermal_state()))
+    beside = set_beside(report, out)
+    if isinstance(beside, Beside):
+        return replace(report, predicted=beside.as_json())
+    return replace(report, predicted_skipped=beside)
 
 
 def _require_sensible(options: BenchOptions) -> None:
@@ -112,15 +117,15 @@ def _units(options: BenchOptions, runtime: str) -> str | None:
     return None
 
 
-def _compiled_before(out: Path, manifest: Manifest, runtime: str, options: dict[str, Any]) -> str | None:
-    """How many packages need no compilation any more: what loading takes depends on little else."""
+def _compiled_before(out: Path, manifest: Manifest, runtime: str, options: dict[str, Any]) -> tuple[int, int] | None:
+    """How many packages, of all, need no compilation any more: what loading takes depends on little else."""
     if runtime != "coreml":
         return None
     from ane_moe.runtime.coreml import default_cache
 
     cache = options.get("cache") or default_cache()
     found = sum(cache.find(cache.key(out / shard.path)) is not None for shard in manifest.shards)
-    return f"{found} of {len(manifest.shards)} packages"
+    return found, len(manifest.shards)
 
 
 def _load(out: Path, runtime: str, options: BenchOptions, first: int,

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ane_moe.verification.result import FunctionModelResult, json_numbers
@@ -39,8 +39,13 @@ class Conditions:
     context: int
     prefill_tokens: int                 # T of the prefill functions, 0 when there are none
     warmup: int                         # calls before those that count
-    compiled_before: str | None         # packages Core ML had compiled before the run; None on other runtimes
+    compiled_before: tuple[int, int] | None     # packages Core ML had compiled before, of all; None on other runtimes
     started: str                        # UTC
+
+    @property
+    def all_compiled(self) -> bool:
+        """Whether loading needed no compilation."""
+        return self.compiled_before is not None and self.compiled_before[0] == self.compiled_before[1]
 
 
 @dataclass(frozen=True)
@@ -197,7 +202,8 @@ class BenchReport:
     energy: Energy | None = None
     energy_skipped: str | None = None
     versus: Versus | None = None
-    predicted: dict[str, Any] | None = field(default=None)
+    predicted: dict[str, Any] | None = None     # benchmark/beside.py
+    predicted_skipped: str | None = None
 
     @property
     def is_device(self) -> bool:

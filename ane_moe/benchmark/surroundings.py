@@ -22,7 +22,7 @@ POWER_SUPPLIES = Path("/sys/class/power_supply")
 
 
 def surroundings(manifest: Manifest, runtime: str, units: str | None, warmup: int,
-                 compiled_before: str | None) -> Conditions:
+                 compiled_before: tuple[int, int] | None) -> Conditions:
     """The conditions of a run that begins now."""
     machine = this_machine()
     return Conditions(

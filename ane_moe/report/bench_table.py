@@ -1,6 +1,7 @@
 """A BenchReport for the terminal. Every table's title says which runtime its times are of."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
@@ -28,6 +29,9 @@ def bench_report(report: BenchReport, comparison: Comparison | None = None) -> R
     parts += [*_totals(report), *(_energy(report.energy) if report.energy else [])]
     parts += [Text(f"no energy: {report.energy_skipped}", style="yellow")] if report.energy_skipped else []
     parts += [_versus(report.versus)] if report.versus else []
+    parts += [_predicted(report.predicted)] if report.predicted else []
+    if report.predicted_skipped and report.is_device:
+        parts.append(Text(f"no prediction: {report.predicted_skipped}", style="dim"))
     parts += [_comparison(comparison)] if comparison else []
     return Group(*parts)
 
@@ -40,8 +44,8 @@ def _conditions(report: BenchReport) -> Iterable[Text]:
              "low power mode" if one.low_power_mode else None, one.thermal,
              f"{one.weights} weights", f"{one.routing} routing", f"context {one.context}",
              f"T={one.prefill_tokens} in prefill" if one.prefill_tokens else "no prefill functions",
-             f"{one.warmup} warm-up calls", one.compiled_before and f"compiled before: {one.compiled_before}",
-             one.started]
+             f"{one.warmup} warm-up calls",
+             one.compiled_before and "{} of {} packages compiled before".format(*one.compiled_before), one.started]
     yield Text(", ".join(filter(None, facts)))
     yield Text(", ".join(f"{name} {version}" for name, version in one.versions.items()))
 
@@ -111,6 +115,18 @@ def _versus(versus: Versus) -> Group:
         table.add_row(side.name, side.weights, f"{side.prefill_tok_s:.1f}", f"{side.decode_tok_s:.1f}",
                       str(side.new_tokens), f"{side.peak_bytes / MB:,.0f}", str(side.runs))
     return Group(table, Text(versus.remark, style="dim"))
+
+
+def _predicted(beside: dict[str, Any]) -> Group:
+    table = Table(title=f"Predicted for {beside['chip']} beside measured (ratio: measured over expected)",
+                  title_justify="left", box=SIMPLE_HEAD)  # fmt: skip
+    for column in ("", "unit", "predicted low", "expected", "high", "measured", "ratio", "within"):
+        table.add_column(column, justify="left" if column in ("", "unit") else "right")
+    for row in beside["rows"]:
+        ends = row["predicted"]
+        table.add_row(row["what"], row["unit"], _ms(ends["low"]), _ms(ends["expected"]), _ms(ends["high"]),
+                      _ms(row["measured"]), f"{row['ratio']:.2f}", "yes" if row["within"] else "no")
+    return Group(table, Text(f"{beside['loop']} loop; {beside['note']}", style="dim"))
 
 
 def _comparison(comparison: Comparison) -> Group:

@@ -2,23 +2,29 @@
 
 import json
 import shutil
+from io import StringIO
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from safetensors.numpy import load_file, safe_open, save_file
 from typer.testing import CliRunner
 
 from ane_moe import bench
+from ane_moe.benchmark.chips import find_chip
+from ane_moe.benchmark.cost_model import predict
 from ane_moe.benchmark.loop_timing import default_fills, default_lengths, time_decode, time_prefill
 from ane_moe.benchmark.measurement import BenchOptions
 from ane_moe.benchmark.output_check import CLEAR, _wrong_tokens
 from ane_moe.benchmark.result import latency
+from ane_moe.benchmark.workload import workload_of
 from ane_moe.cli import app
 from ane_moe.compress.recipe import INT8
 from ane_moe.errors import UserError
 from ane_moe.manifest import read_manifest
+from ane_moe.report.bench_table import bench_report
 from ane_moe.runtime.modelc_cache import ModelCache
 from ane_moe.runtime.session import Session
 from ane_moe.verification.golden import silent
@@ -211,8 +217,39 @@ def test_core_ml_gets_the_units_and_its_figures_are_a_devices(small, tmp_path, s
     assert first.passed and first.is_device and first.as_json()["device_figures"]
     assert first.conditions.units == "cpu_only"
     count = len(read_manifest(small).shards)
-    assert first.conditions.compiled_before == f"0 of {count} packages"
-    assert again.conditions.compiled_before == f"{count} of {count} packages"
+    assert first.conditions.compiled_before == (0, count)
+    assert again.conditions.compiled_before == (count, count)
+
+
+@pytest.mark.parametrize(("brand", "units", "why"), [
+    ("Apple M4 Max", "cpu_and_ne", None), ("Apple M99", "cpu_and_ne", "m99"), ("Apple M4 Max", "cpu_only", "units")])
+def test_the_prediction_stands_beside_what_was_measured(small, tmp_path, standin, brand, units, why):
+    tool = standin.folder / "bin" / "sysctl"
+    tool.write_text(f"#!/bin/sh\necho '{brand}'\n")
+    tool.chmod(0o755)
+    options = BenchOptions(runs=1, warmup=0, tokens=2, fills=(0,), lengths=(16, 20), units=units)
+    cache = ModelCache(tmp_path / "cache")
+    cold = bench(small, options, runtime="coreml", cache=cache, trial=False)
+    if why:
+        assert cold.predicted is None and why in cold.predicted_skipped
+        return
+    warm = bench(small, options, runtime="coreml", cache=cache, trial=False)
+    expected = predict(workload_of(small), find_chip("m4-max"), loop="naive")
+    whats = ["decode after 0 tokens", "prefill of 16 tokens"]               # 20 tokens are no whole calls of 16
+    assert [row["what"] for row in cold.predicted["rows"]] == whats         # loading included compilation
+    assert [row["what"] for row in warm.predicted["rows"]] == [*whats, "loading"]
+    decode, prefill, loading = warm.predicted["rows"]
+    assert decode["predicted"] == vars(expected.decode.per_token_ms)
+    assert prefill["measured"] == pytest.approx(warm.prefill[0].latency.median_ms / 16)
+    assert loading["ratio"] == pytest.approx(warm.load.seconds / expected.load_seconds.expected)
+    assert decode["within"] == expected.decode.per_token_ms.contains(decode["measured"])
+    text = StringIO()
+    Console(file=text, width=160).print(bench_report(warm))
+    assert "Predicted for m4-max" in text.getvalue() and "NOT A DEVICE" not in text.getvalue()
+
+
+def test_the_reference_runtime_is_not_held_against_a_chip(document):
+    assert document["predicted"] is None and "reference" in document["predicted_skipped"]
 
 
 def test_units_mean_nothing_to_the_reference_runtime(small):
