@@ -1,16 +1,24 @@
 """`ane-moe group`: which experts share a function."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ane_moe.errors import UserError
+
 
 def group(
     trace: Annotated[Path, typer.Argument(help="A routing trace.", metavar="TRACE.npz", show_default=False)],
     out: Annotated[Path, typer.Option(help="Write the grouping here.", metavar="FILE.json", show_default=False)],
-    experts_per_function: Annotated[int, typer.Option(help="Experts that share a function.", min=1)] = 2,
+    experts_per_function: Annotated[str, typer.Option(
+        help="Experts that share a function, or `auto`: as many as the target is expected to run fastest.",
+        metavar="G|auto")] = "auto",
+    target: Annotated[str, typer.Option(help="For auto: chip to predict for, m1 ... m5-max.")] = "m4-max",
+    form: Annotated[str, typer.Option(
+        "--format", help="For auto: weight format of the conversion, such as fp16, int8 or lut4.")] = "int8",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Group experts that tokens choose together, so that a token calls few functions.
@@ -19,13 +27,24 @@ def group(
     """
     from rich.console import Console
 
-    from ane_moe.report.routing_table import grouping_table
+    from ane_moe.benchmark.chips import find_chip
+    from ane_moe.report.routing_table import grouping_table, size_table
+    from ane_moe.routing.function_size import choose_size
     from ane_moe.routing.grouping import group_experts, write_grouping
     from ane_moe.routing.routing_trace import read_trace
 
-    report = group_experts(read_trace(trace), experts_per_function)
+    routing = read_trace(trace)
+    choice = None
+    if experts_per_function == "auto":
+        choice = choose_size(routing, find_chip(target), form)
+        report = choice.report
+    elif re.fullmatch(r"[1-9]\d{0,4}", experts_per_function):
+        report = group_experts(routing, int(experts_per_function))
+    else:
+        raise UserError("--experts-per-function takes a number or auto", repr(experts_per_function))
     write_grouping(report.grouping, out)
     if as_json:
-        typer.echo(json.dumps({"file": str(out)} | report.as_json(), indent=2))
+        document = {"file": str(out)} | report.as_json() | {"choice": choice and choice.as_json()}
+        typer.echo(json.dumps(document, indent=2))
     else:
-        Console().print(grouping_table(report), soft_wrap=True)
+        Console().print(*([size_table(choice)] if choice else []), grouping_table(report), soft_wrap=True)

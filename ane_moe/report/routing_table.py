@@ -5,6 +5,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ane_moe.benchmark.chips import Range
+from ane_moe.routing.function_size import SizeChoice
 from ane_moe.routing.grouping import GroupingReport
 from ane_moe.routing.statistics import TraceSummary
 
@@ -39,11 +41,31 @@ def grouping_table(report: GroupingReport) -> RenderableType:
                    "layer", "alone", "by index", "grouped", "saved")
     for layer, gain in report.gains.items():
         table.add_row(str(layer), f"{gain.ungrouped:.3f}", f"{gain.index_order:.3f}", f"{gain.grouped:.3f}",
-                      f"{1 - gain.grouped / gain.index_order:+.1%}")
+                      _saved(gain.grouped, gain.index_order))
     alone, index, grouped = (sum(getattr(gain, name) for gain in report.gains.values())
                              for name in ("ungrouped", "index_order", "grouped"))
-    table.add_row("all", f"{alone:.3f}", f"{index:.3f}", f"{grouped:.3f}", f"{1 - grouped / index:+.1%}")
+    table.add_row("all", f"{alone:.3f}", f"{index:.3f}", f"{grouped:.3f}", _saved(grouped, index))
     return table
+
+
+def size_table(choice: SizeChoice) -> RenderableType:
+    """What each number of experts per function is predicted to take; the chosen one marked."""
+    table = _table(f"Expert calls of a token on {choice.chip}, {choice.format} weights: PREDICTED ms, low / expected / "
+                   "high", "experts", "functions a token", "grouped", "by index")
+    best = choice.report.grouping.experts_per_function
+    for cost in choice.costs:
+        mark = " *" if cost.experts_per_function == best else ""
+        table.add_row(f"{cost.experts_per_function}{mark}", f"{cost.functions_per_token:.3f}",
+                      _range(cost.ms_per_token), _range(cost.ms_per_token_by_index))
+    return Group(table, Text(f"* the least expected; {choice.note}", style="dim"))
+
+
+def _saved(grouped: float, index_order: float) -> str:
+    return f"{1 - grouped / index_order:+.1%}" if index_order else "-"
+
+
+def _range(value: Range) -> str:
+    return f"{value.low:.3g} / {value.expected:.3g} / {value.high:.3g}"
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import psutil
 
+from ane_moe.benchmark.formats import bits_of
+from ane_moe.compress.recipe import recipe_of
 from ane_moe.errors import UserError
 from ane_moe.manifest import FILE_NAME, Manifest
 from ane_moe.routing.routing_trace import LayerRouting, RoutingTrace, by_weight
@@ -106,7 +108,9 @@ def _record_shards(folder: Path, prompts: list[list[int]], window: int | None, m
     layers = {}
     for layer, gates in found.items():
         facts = manifest.moe[str(layer)]
-        layers[layer] = _from_gates(np.concatenate(gates), int(facts["k"]), stored_expert_bytes(manifest, layer))
+        size, count = expert_size(manifest, layer)
+        layers[layer] = replace(_from_gates(np.concatenate(gates), int(facts["k"])), expert_bytes=size,
+                                expert_weights=count)
     return _trace(manifest.family, f"{manifest.routing} shards, {manifest.weights} weights, {shards.runtime} runtime",
                   passages, layers)
 
@@ -129,18 +133,20 @@ def _listening(shards: LoadedShards) -> tuple[LoadedShards, dict[int, tuple[_Lis
     return replace(shards, layers=layers), dict(sorted(listeners.items()))
 
 
-def _from_gates(gates: np.ndarray, k: int, expert_bytes: int) -> LayerRouting:
+def _from_gates(gates: np.ndarray, k: int) -> LayerRouting:
     """The k largest of fp32 `gates [N,E]`: all there are, except with soft routing."""
     chosen = np.argsort(-gates, axis=1, kind="stable")[:, :k]
-    return LayerRouting(gates.shape[1], *by_weight(chosen, np.take_along_axis(gates, chosen, 1)),
-                        expert_bytes=expert_bytes)
+    return LayerRouting(gates.shape[1], *by_weight(chosen, np.take_along_axis(gates, chosen, 1)))
 
 
-def stored_expert_bytes(manifest: Manifest, layer: int) -> int:
-    """An expert's share of its layer's expert weights as stored: routers and shared experts, small beside them, are
-    counted in. 0 where a stack holds them together with attention."""
+def expert_size(manifest: Manifest, layer: int) -> tuple[int, int]:
+    """Bytes and number of an expert's weights, by its share of the layer's expert files: routers and shared experts,
+    small beside them, are counted in. 0 where a stack holds them together with attention."""
     shards = manifest.shards_of("experts", layer) or manifest.shards_of("moe", layer)
-    return sum(shard.weight_bytes for shard in shards) // int(manifest.moe[str(layer)]["experts"])
+    size = sum(shard.weight_bytes for shard in shards) // int(manifest.moe[str(layer)]["experts"])
+    recipe = recipe_of(manifest.weights, manifest.recipe)
+    bits = bits_of(recipe.choice(f"layers.{layer}.ffn.experts.0.gate.weight").format)
+    return size, round(8 * size / bits)
 
 
 def _chunks(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
@@ -167,14 +173,14 @@ def _record_checkpoint(checkpoint: Path, prompts: list[list[int]], window: int |
             if taps[0].router is not None:
                 probs, weights, chosen = (np.concatenate([tap.router[part].numpy() for tap in taps])
                                           for part in range(3))
-                size = _expert_bytes(layer, probs.shape[1])
-                layers[index] = LayerRouting(probs.shape[1], *by_weight(chosen, weights), expert_bytes=size)
+                count = _expert_weights(layer, probs.shape[1])
+                layers[index] = LayerRouting(probs.shape[1], *by_weight(chosen, weights), 2 * count, count)
 
         walk_layers(stream, len(stream.layers), passages, visit, progress)
     return _trace(stream.config.model_type, "Hugging Face model in fp32", passages, layers)
 
 
-def _expert_bytes(layer: Any, experts: int) -> int:
-    """What one expert takes in fp16, by the modules' own parameters."""
+def _expert_weights(layer: Any, experts: int) -> int:
+    """How many weights one expert has, by the modules' own parameters."""
     module = next(module for module in layer.modules() if type(module).__name__.endswith("Experts"))
-    return 2 * sum(parameter.numel() for parameter in module.parameters()) // experts
+    return sum(parameter.numel() for parameter in module.parameters()) // experts

@@ -6,7 +6,7 @@ N = tokens, k = experts per token, E = experts of the layer, P = passages the to
 import os
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ _AGAIN = "make one with `ane-moe trace`"
 @dataclass(frozen=True)
 class LayerRouting:
     """`chosen` int16 `[N,k]`, by falling weight; `weights` fp32 `[N,k]`, 0 where fewer than k were chosen (an fp16 gate
-    that vanished). `experts` is E; `expert_bytes` what one expert's weights take as stored, 0 when unknown."""
+    that vanished). `experts` is E; `expert_bytes` what one expert's weights take as stored and `expert_weights` how
+    many they are, 0 when unknown."""
 
     experts: int
     chosen: np.ndarray
     weights: np.ndarray
     expert_bytes: int = 0
+    expert_weights: int = 0
 
     def mask(self) -> np.ndarray:
         """Whether each token chose each expert, bool `[N,E]`."""
@@ -54,7 +56,7 @@ class RoutingTrace:
 
     def tokens_of(self, part: slice) -> "RoutingTrace":
         """The trace of some of the tokens, as one passage."""
-        layers = {index: LayerRouting(one.experts, one.chosen[part], one.weights[part], one.expert_bytes)
+        layers = {index: replace(one, chosen=one.chosen[part], weights=one.weights[part])
                   for index, one in self.layers.items()}
         return RoutingTrace(self.family, self.source, self.tokens[part], np.zeros(1, np.int64), layers)
 
@@ -78,6 +80,7 @@ def write_trace(trace: RoutingTrace, path: Path) -> None:
         "layers": np.array(indices, np.int32),
         "experts": np.array([trace.layers[index].experts for index in indices], np.int32),
         "expert_bytes": np.array([trace.layers[index].expert_bytes for index in indices], np.int64),
+        "expert_weights": np.array([trace.layers[index].expert_weights for index in indices], np.int64),
     }
     for index in indices:
         arrays |= {f"layer_{index:03d}.chosen": trace.layers[index].chosen,
@@ -115,17 +118,17 @@ def _parsed(arrays: Any) -> RoutingTrace:
             or starts[-1] >= len(tokens):
         raise ValueError("passages and tokens do not fit together")
     layers = {}
-    for index, experts, size in zip(arrays["layers"].tolist(), arrays["experts"].tolist(),
-                                    arrays["expert_bytes"].tolist(), strict=True):
+    facts = (arrays[name].tolist() for name in ("layers", "experts", "expert_bytes", "expert_weights"))
+    for index, experts, size, count in zip(*facts, strict=True):
         chosen, weights = arrays[f"layer_{index:03d}.chosen"], arrays[f"layer_{index:03d}.weights"]
         if chosen.dtype != np.int16 or weights.dtype != np.float32 or chosen.shape != weights.shape \
-                or chosen.ndim != 2 or len(chosen) != len(tokens) or size < 0:
+                or chosen.ndim != 2 or len(chosen) != len(tokens) or min(size, count) < 0:
             raise ValueError(f"layer {index} has {chosen.dtype} {chosen.shape} and {weights.dtype} {weights.shape}")
         if chosen.size and not 0 <= chosen.min() <= chosen.max() < experts:
             raise ValueError(f"layer {index} names an expert it does not have")
         if not np.isfinite(weights).all():
             raise ValueError(f"layer {index} has weights that are not finite")
-        layers[index] = LayerRouting(experts, chosen, weights, size)
+        layers[index] = LayerRouting(experts, chosen, weights, size, count)
     if not layers:
         raise ValueError("no layers")
     return RoutingTrace(str(arrays["family"]), str(arrays["source"]), tokens, starts, layers)

@@ -1,6 +1,7 @@
 """Groups against all groupings there are, planted ones, and costs counted anew."""
 
 import json
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -8,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ane_moe.benchmark.chips import find_chip
 from ane_moe.errors import UserError
+from ane_moe.routing.function_size import choose_size
 from ane_moe.routing.grouping import (
     Grouping,
     best_groups,
@@ -109,6 +112,32 @@ def test_traffic_of_groups_counts_functions_and_their_bytes():
         expert_traffic(trace, 19, groups)
     with pytest.raises(UserError, match="does not say"):
         expert_traffic(trace_of(mask, expert_bytes=0), None)
+
+
+def with_weights(trace, count):
+    return replace(trace, layers={index: replace(one, expert_weights=count) for index, one in trace.layers.items()})
+
+
+def test_the_size_is_chosen_by_the_cost_of_calls_against_that_of_bytes():
+    trace = trace_of(random_mask(5, 300, 16, 4))
+    chip = find_chip("m4-max")
+    tiny, huge = (choose_size(with_weights(trace, count), chip, "fp16") for count in (1000, 500_000_000))
+    assert tiny.report.grouping.experts_per_function == 16      # calls are all that costs
+    assert huge.report.grouping.experts_per_function == 1       # bytes are all that costs
+    for choice in (tiny, huge):
+        assert [cost.experts_per_function for cost in choice.costs] == [1, 2, 4, 8, 16]
+        best = min(choice.costs, key=lambda cost: cost.ms_per_token.expected)
+        assert best.experts_per_function == choice.report.grouping.experts_per_function
+    call = chip.range("call_ms").expected + chip.range("expert_host_ms").expected
+    streamed = 1000 * 2 / (chip.range("stream_gb_s").expected * 1e6)
+    cost = tiny.costs[0]                                        # by hand: 4 calls of one expert, and the host's part
+    assert cost.functions_per_token == pytest.approx(4)
+    assert cost.ms_per_token.expected == pytest.approx(4 * (call + streamed) + chip.range("host_ms").expected)
+
+
+def test_a_trace_without_sizes_gives_no_choice():
+    with pytest.raises(UserError, match="how many weights"):
+        choose_size(trace_of(random_mask(5, 30, 8, 2)), find_chip("m1"), "int8")
 
 
 def test_a_grouping_reads_back_as_written(tmp_path):

@@ -8,6 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from ane_moe.cli import app
+from ane_moe.compress.recipe import INT8
 from ane_moe.errors import UserError
 from ane_moe.routing.recorder import record
 from ane_moe.routing.routing_trace import LayerRouting, RoutingTrace, read_trace, write_trace
@@ -104,6 +105,15 @@ def test_expert_bytes_are_what_experts_take(model, checkpoint, traced, sparse, p
     stored = sum(parameter.numel() for parameter in experts.parameters()) * 2 // 4
     assert {layer.expert_bytes for layer in traced.layers.values()} == {stored}
     assert {layer.expert_bytes for layer in record(sparse, prompts).layers.values()} == {stored}
+    assert {layer.expert_weights for layer in record(sparse, prompts).layers.values()} == {stored // 2}
+
+
+def test_an_int8_conversion_has_as_many_weights_in_fewer_bytes(checkpoint, traced, prompts, tmp_path):
+    out = tiny_conversion(checkpoint, tmp_path / "out", routing="sparse", expert_tokens=(1,), recipe=INT8)
+    found, original = record(out, prompts).layers[0], traced.layers[0]
+    assert original.expert_weights == original.expert_bytes // 2 == 3 * 24 * 24
+    assert found.expert_bytes < 0.6 * original.expert_bytes
+    assert found.expert_weights == pytest.approx(original.expert_weights, rel=0.1)      # scales are counted in
 
 
 def test_traffic_is_what_the_real_cache_counts(sparse, prompts, traced):
@@ -150,10 +160,12 @@ def test_a_trace_reads_back_as_written_and_is_the_same_file_each_time(traced, tm
         np.testing.assert_array_equal(found.layers[layer].chosen, routing.chosen)
         np.testing.assert_array_equal(found.layers[layer].weights, routing.weights)
         assert found.layers[layer].expert_bytes == routing.expert_bytes
+        assert found.layers[layer].expert_weights == routing.expert_weights
 
 
 @pytest.mark.parametrize(("name", "value"), [
     ("format", np.array(2)), ("starts", np.array([0, 99])), ("starts", np.array([1])), ("starts", np.array([], int)),
+    ("expert_weights", np.array([1])), ("expert_bytes", np.array([-1, 5])),
     ("experts", np.array([4])), ("layer_000.chosen", np.full((48, 2), 4, np.int16)),
     ("layer_000.chosen", np.full((48, 2), -1, np.int16)), ("layer_000.chosen", np.zeros((48, 2), np.int64)),
     ("layer_000.weights", np.full((48, 2), np.nan, np.float32)), ("layer_001.weights", np.ones((47, 2), np.float32)),
@@ -194,7 +206,13 @@ def test_trace_and_group_from_the_command_line(checkpoint, prompts, tmp_path):
     assert "layer" in run("trace", checkpoint, "--text", prompts, "--out", trace).stdout
     found = json.loads(run("group", trace, "--out", grouping, "--experts-per-function", 2, "--json").stdout)
     assert found["functions_per_token"].keys() == {"0", "1"} and grouping.is_file()
-    assert "saved" in run("group", trace, "--out", grouping).stdout
+    assert "saved" in run("group", trace, "--out", grouping, "--experts-per-function", 2).stdout
+    chosen = json.loads(run("group", trace, "--out", grouping, "--target", "m1", "--json").stdout)
+    assert chosen["choice"]["kind"] == "predicted" and chosen["choice"]["chip"] == "m1"
+    assert [size["experts_per_function"] for size in chosen["choice"]["sizes"]] == [1, 2, 4]
+    assert "PREDICTED" in run("group", trace, "--out", grouping).stdout
+    for wrong in (("--experts-per-function", "0"), ("--target", "m99"), ("--format", "int9")):
+        assert isinstance(run("group", trace, "--out", grouping, *wrong).exception, UserError)
 
 
 @pytest.mark.parametrize("text", ["[]", "[[]]", "no json"])
