@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 VERBS = {
+    "outlook": "ane_moe.outlook",
     "convert": "ane_moe.conversion",
     "verify": "ane_moe.verification.verify",
     "bench": "ane_moe.benchmark.measurement",

@@ -9,7 +9,7 @@ import pytest
 from ane_moe.manifest import FILE_NAME
 from tests.models import make_model, save_checkpoint
 
-COMMANDS = ["convert", "verify", "generate", "inspect", "run", "diff", "demo", "cache"]
+COMMANDS = ["plan", "convert", "verify", "generate", "inspect", "run", "diff", "demo", "cache"]
 
 
 def ane_moe(*arguments):

@@ -1,0 +1,265 @@
+"""What converting a model would give, before any work: sizes, calls, predicted speed and placement."""
+
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ane_moe.benchmark.chips import Range, find_chip
+from ane_moe.benchmark.cost_model import NOTE, Prediction, predict
+from ane_moe.benchmark.geometry import DEFAULT_CONTEXT, Geometry, geometry_of
+from ane_moe.benchmark.layout import layout_of
+from ane_moe.benchmark.pieces import Piece
+from ane_moe.benchmark.workload import Workload, assemble
+from ane_moe.compress.recipe import Recipe, find_recipe
+from ane_moe.errors import UserError
+from ane_moe.families import supported
+from ane_moe.plan import ConvertOptions
+from ane_moe.verification.rules import Rule, load_rules
+from ane_moe.verification.targets import find_target
+
+CONVERSION_TIME = Path(__file__).parent / "benchmark" / "conversion_time.toml"
+MAX_CONFIG_BYTES = 8 << 20
+ROUTINGS: tuple[Literal["masked", "sparse"], ...] = ("masked", "sparse")
+DEFAULT_RECIPE = "int8"
+RECIPES = ("fp16", "int8", "small", "tiny")
+FEW_OPS = ("experts", "shared", "dense", "lm_head")     # functions of fewer operations than the rules call few
+CLOSE = 1.1         # expected speeds nearer than this factor do not decide
+
+
+@dataclass(frozen=True)
+class Concern:
+    """A placement rule that a kind of package or function would meet. verdict: cpu (off the engine) or uncertain.
+    `function_bytes`: the weights of what it is about."""
+
+    kind: str
+    rule: str
+    verdict: str
+    reason: str
+    function_bytes: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to convert. `conversion_seconds` is None where a format was never timed."""
+
+    routing: str
+    recipe: str
+    workload: Workload
+    prediction: Prediction
+    concerns: tuple[Concern, ...]
+    conversion_seconds: Range | None
+
+    @property
+    def stays(self) -> bool:
+        """Whether no rule takes any of it off the engine."""
+        return all(concern.verdict != "cpu" for concern in self.concerns)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """Every way that was asked about, and which to take. All speeds are predicted."""
+
+    model_type: str
+    supported: bool
+    target: str
+    context: int
+    weights: int
+    notes: tuple[str, ...]
+    choices: tuple[Choice, ...]
+    recommendation: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON data; ranges as low, expected, high."""
+        return {
+            "model_type": self.model_type,
+            "supported": self.supported,
+            "target": self.target,
+            "context": self.context,
+            "weights": self.weights,
+            "notes": list(self.notes),
+            "choices": [_choice_json(choice) for choice in self.choices],
+            "recommendation": self.recommendation,
+            "note": NOTE,
+        }
+
+
+def outlook(
+    checkpoint: str | Path,
+    *,
+    target: str = "m4-max",
+    recipes: Sequence[str] = RECIPES,
+    context: int | None = None,
+    prefill: int = 64,
+    max_shard_mb: int = 220,
+) -> Outlook:
+    """What `convert` would make of a checkpoint folder, a config.json, or a model of the Hugging Face Hub by its id.
+
+    Only the configuration is read. Raises UserError when there is none, or it lacks what sizes depend on.
+    """
+    values, where = read_config(checkpoint)
+    return outlook_of(values, where, target=target, recipes=recipes, context=context, prefill=prefill,
+                      max_shard_mb=max_shard_mb)  # fmt: skip
+
+
+def outlook_of(
+    values: dict[str, Any],
+    where: str = "config.json",
+    *,
+    target: str = "m4-max",
+    recipes: Sequence[str] = RECIPES,
+    context: int | None = None,
+    prefill: int = 64,
+    max_shard_mb: int = 220,
+) -> Outlook:
+    """`outlook` of a configuration that has been read."""
+    geometry = geometry_of(values, where)
+    tokens = min(DEFAULT_CONTEXT, geometry.context) if context is None else context
+    if not 1 <= tokens <= geometry.context:
+        raise UserError(f"a context of {tokens} tokens is not possible", f"the model's own is {geometry.context}")
+    choices = []
+    for routing in ROUTINGS:
+        for name in recipes:
+            recipe = find_recipe(name)
+            options = ConvertOptions(routing=routing, prefill=prefill, max_shard_mb=max_shard_mb, recipe=recipe)
+            choices.append(_choice(geometry, options, tokens, target))
+    known = geometry.model_type in supported()
+    notes = geometry.notes if known else (f"convert does not know {geometry.model_type} yet: sizes come from the "
+                                          "fields of its config.json", *geometry.notes)  # fmt: skip
+    return Outlook(geometry.model_type, known, target, tokens, geometry.weights, notes, tuple(choices),
+                   recommendation(choices))  # fmt: skip
+
+
+def recommendation(choices: Iterable[Choice]) -> str:
+    """The way to take, in one sentence with the reason: the fastest that no rule takes off the engine; of those as good
+    as equal, `convert`'s default format, else the one with the most bytes, since fewer cost quality."""
+    listed = list(choices)
+    staying = [choice for choice in listed if choice.stays]
+    if not staying:
+        return "None: the placement rules take part of every one off the engine; the concerns say which."
+    fastest = max(_speed(choice).expected for choice in staying)
+    close = [choice for choice in staying if _speed(choice).expected * CLOSE >= fastest]
+    best = max(close, key=lambda choice: (choice.recipe == DEFAULT_RECIPE, choice.workload.package_bytes))
+    speed, unsure = _speed(best), any(concern.verdict == "uncertain" for concern in best.concerns)
+    preferred = "convert's default format" if best.recipe == DEFAULT_RECIPE else "the least compression of these"
+    reason = "the fastest expected" if len(close) == 1 else f"within 10 % of the fastest expected, and {preferred}"
+    refused = [f"{choice.routing} {choice.recipe}" for choice in listed if not choice.stays]
+    others = f"; left out, since functions would leave the engine: {', '.join(refused)}" if refused else ""
+    doubt = "; placement is undecided, so verify it on a Mac first" if unsure else ""
+    predicted = f"predicted {speed.low:.1f} to {speed.high:.1f} tok/s (expected {speed.expected:.1f})"
+    bound = f"bound by {best.prediction.bound}"
+    return f"Take --routing {best.routing} --compress {best.recipe}: {reason}, {predicted}, {bound}{others}{doubt}."
+
+
+def read_config(checkpoint: str | Path) -> tuple[dict[str, Any], str]:
+    """The configuration of a folder, a file or a Hub id, and where it was read."""
+    path = Path(checkpoint)
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(checkpoint)):
+            raise UserError(f"{checkpoint} has no config.json", do="give a model folder, its config.json, or a Hub id")
+        file = _from_hub(str(checkpoint))
+    try:
+        if file.stat().st_size > MAX_CONFIG_BYTES:
+            raise UserError(f"{file} is too large for a configuration", f"{file.stat().st_size} bytes")
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read", str(error)) from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is not a configuration", type(values).__name__, "it has to be a JSON object")
+    return values, str(file)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, "config.json"))
+    except Exception as error:      # of many libraries: no network, no such model, no permission
+        raise UserError(f"config.json of {name} cannot be fetched from the Hugging Face Hub",
+                        str(error).strip().split("\n")[0][:200] or type(error).__name__,
+                        "give a local folder or config.json") from None  # fmt: skip
+
+
+def _choice(geometry: Geometry, options: ConvertOptions, context: int, target: str) -> Choice:
+    pieces = layout_of(geometry, options, context)
+    embed = 2 * geometry.vocab * geometry.d_model
+    workload = assemble(pieces, options.routing, options.recipe.name, options.prefill, embed)
+    return Choice(options.routing, options.recipe.name, workload, predict(workload, find_chip(target)),
+                  concerns_of(workload, pieces, target), _conversion_seconds(geometry, options.recipe))  # fmt: skip
+
+
+def concerns_of(workload: Workload, pieces: Iterable[Piece], target: str) -> tuple[Concern, ...]:
+    """The rules of placement that sizes alone decide (`rules.toml`), each once for a kind of function."""
+    rules, thresholds = load_rules()
+    named, listed = {rule.id: rule for rule in rules}, list(pieces)
+    found: dict[tuple[str, str], Concern] = {}
+    for call in workload.decode:
+        flops, few = 2 * call.weights, call.kind in FEW_OPS
+        if call.stored_bytes < thresholds["small_bytes"] and flops < thresholds["small_flops"]:
+            _add(found, call.kind, named["cost-small"], call.stored_bytes, "cpu")
+        elif not (call.stored_bytes >= thresholds["large_bytes"] or flops >= thresholds["large_flops"]
+                  or (call.stored_bytes >= thresholds["medium_bytes"] and not few)):  # fmt: skip
+            _add(found, call.kind, named["cost-undecided"], call.stored_bytes, "uncertain")
+    limit = find_target(target).limits["program_bytes"]
+    for piece in listed:
+        size = piece.stored_bytes // piece.packages
+        if size > limit and find_target(target).device == "iphone":
+            _add(found, piece.kind, named["iphone-over-1-gb"], size, "cpu")
+        if piece.kind == "moe" and size > 250e6:
+            _add(found, piece.kind, named["packed-experts-over-250-mb"], size, "uncertain")
+        if piece.experts and piece.experts.functions * len(piece.experts.tokens) / piece.packages > 128:
+            _add(found, piece.kind, named["many-functions"], size, "uncertain")
+    return tuple(found.values())
+
+
+def _add(found: dict[tuple[str, str], Concern], kind: str, rule: Rule, size: int, verdict: str) -> None:
+    found.setdefault((kind, rule.id), Concern(kind, rule.id, verdict, rule.reason, size))
+
+
+def _conversion_seconds(geometry: Geometry, recipe: Recipe) -> Range | None:
+    """Writing all weights, and encoding those of each format, which two workers share."""
+    times = tomllib.loads(CONVERSION_TIME.read_text())
+    size = 2 * (geometry.weights + geometry.vocab * geometry.d_model) / 1e6
+    formats: dict[str, float] = {}
+    for number, layer in enumerate(geometry.layers):
+        once = [(matrix, 1) for matrix in (*layer.mixer, *layer.dense, *layer.shared)]
+        for matrix, count in [*once, *((matrix, layer.experts) for matrix in layer.expert)]:
+            name = recipe.choice(f"layers.{number}.{matrix.name}").format
+            formats[name] = formats.get(name, 0.0) + 2e-6 * count * matrix.weights
+    head = recipe.choice("head.weight").format
+    formats[head] = formats.get(head, 0.0) + 2e-6 * geometry.vocab * geometry.d_model
+    formats.pop("fp16", None)
+    if any(_base(name) not in times["encode"] for name in formats):
+        return None
+    seconds = [size / times["write"][end] + sum(amount / times["encode"][_base(name)][end] / 2
+                                               for name, amount in formats.items())
+               for end in ("high", "expected", "low")]  # fmt: skip
+    return Range(*seconds)
+
+
+def _base(name: str) -> str:
+    """A palette's name without its group, which hardly changes the time."""
+    return re.sub(r"-g\d+$", "", name)
+
+
+def _speed(choice: Choice) -> Range:
+    return choice.prediction.decode.tok_s
+
+
+def _choice_json(choice: Choice) -> dict[str, Any]:
+    work = choice.workload
+    return {
+        "routing": choice.routing,
+        "recipe": choice.recipe,
+        "disk_bytes": work.disk_bytes,
+        "packages": work.packages,
+        "calls_per_token": asdict(work.calls_per_token),
+        "weight_bytes_per_token": asdict(work.weight_bytes_per_token),
+        "conversion_seconds_estimated": asdict(choice.conversion_seconds) if choice.conversion_seconds else None,
+        "concerns": [asdict(concern) for concern in choice.concerns],
+        "prediction": choice.prediction.as_json(),
+    }
