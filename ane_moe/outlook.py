@@ -148,10 +148,21 @@ def recommendation(choices: Iterable[Choice]) -> str:
     reason = "the fastest expected" if len(close) == 1 else f"within 10 % of the fastest expected, and {preferred}"
     refused = [f"{choice.routing} {choice.recipe}" for choice in listed if not choice.stays]
     others = f"; left out, since functions would leave the engine: {', '.join(refused)}" if refused else ""
-    doubt = "; placement is undecided, so verify it on a Mac first" if unsure else ""
+    doubt = f"; placement is undecided, so verify it on a Mac first{_alternative(best, staying)}" if unsure else ""
     predicted = f"predicted {speed.low:.1f} to {speed.high:.1f} tok/s (expected {speed.expected:.1f})"
     bound = f"bound by {best.prediction.bound}"
     return f"Take --routing {best.routing} --compress {best.recipe}: {reason}, {predicted}, {bound}{others}{doubt}."
+
+
+def _alternative(best: Choice, staying: Iterable[Choice]) -> str:
+    """The same weights by the other routing, where only the placement of single experts is what is in doubt."""
+    experts_unsure = any(concern.kind == "experts" for concern in best.concerns)
+    same = [choice for choice in staying if choice.recipe == best.recipe and choice.routing != best.routing]
+    if not (experts_unsure and same):
+        return ""
+    speed = _speed(same[0])
+    return (f"; if its experts stay on the CPU, {same[0].routing} is predicted {speed.low:.1f} to {speed.high:.1f} tok/s "
+            f"(expected {speed.expected:.1f})")  # fmt: skip
 
 
 def read_config(checkpoint: str | Path) -> tuple[dict[str, Any], str]:
@@ -175,7 +186,9 @@ def read_config(checkpoint: str | Path) -> tuple[dict[str, Any], str]:
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()   # its warnings of each attempt would stand before the one line that counts
     try:
         return Path(hf_hub_download(name, "config.json"))
     except Exception as error:      # of many libraries: no network, no such model, no permission
