@@ -161,8 +161,8 @@ def _alternative(best: Choice, staying: Iterable[Choice]) -> str:
     if not (experts_unsure and same):
         return ""
     speed = _speed(same[0])
-    return (f"; if its experts stay on the CPU, {same[0].routing} is predicted {speed.low:.1f} to {speed.high:.1f} tok/s "
-            f"(expected {speed.expected:.1f})")  # fmt: skip
+    predicted = f"predicted {speed.low:.1f} to {speed.high:.1f} tok/s (expected {speed.expected:.1f})"
+    return f"; if its experts stay on the CPU, {same[0].routing} is {predicted}"
 
 
 def read_config(checkpoint: str | Path) -> tuple[dict[str, Any], str]:
