@@ -10,18 +10,23 @@ from typing import Any
 
 from ane_moe import stamping
 from ane_moe.checkpoint import Checkpoint, TensorSource, open_checkpoint
+from ane_moe.compress.budget import fit_budget, measure_sensitivity, reach_cosine
+from ane_moe.compress.calibration import FILE_NAME as CALIBRATION
+from ane_moe.compress.calibration import Moments
 from ane_moe.compress.recipe import FP16, role_of
+from ane_moe.errors import UserError
 from ane_moe.families import describe
 from ane_moe.manifest import Manifest, Shard, ShardFunction
 from ane_moe.output_folder import MARKER, claim, identity, remove_strangers, require_disk
 from ane_moe.package import disk_error, sha256
-from ane_moe.plan import ConversionPlan, ConvertOptions, Recovery, ShardPlan, make_plan
+from ane_moe.plan import MB, ConversionPlan, ConvertOptions, Recovery, ShardPlan, make_plan
 from ane_moe.side_files import copy_tokenizer, write_routers
-from ane_moe.spec import MoeSpec
+from ane_moe.spec import ModelSpec, MoeSpec
 from ane_moe.stamping import TOOLS, Done, reuse_shard, stamp_embedding, stamp_shard, trace_template
 from ane_moe.workers import Pool, open_pool, peak_memory_bytes, run, start
 
 EMBED = "embed.bin"
+BUILTIN_TEXT = "builtin"
 GOLDEN = "golden.safetensors"
 GOLDEN_AS_STORED = "golden_as_stored.safetensors"
 
@@ -73,14 +78,19 @@ def convert(
     spec, sources = describe(opened)
     conversion = make_plan(spec, sources, options or ConvertOptions())
     ids = _prompt_ids(opened.folder, conversion, prompts) if golden and prompts else None
+    _require_text(conversion.options)
     claim(out, opened, conversion, overwrite)
     require_disk(out, conversion)
     meter = _Meter(conversion.disk_bytes, progress)
     try:
         with open_pool(workers, stamping.__name__) as pool:
+            calibration = _calibration(opened.folder, out, conversion.options, meter)
+            if calibration and (conversion.options.budget_mb or conversion.options.min_cosine):
+                conversion = _with_formats(pool, opened.folder, spec, sources, conversion, calibration, meter)
             embedding = start(pool, stamp_embedding, opened.folder, sources["embed.weight"], out / EMBED)
-            done = _finished(pool, opened.folder, out, conversion, meter)
-            done += _stamp_rest(pool, opened.folder, out, conversion, {shard.path for shard in done}, meter)
+            done = _finished(pool, opened.folder, out, conversion, calibration, meter)
+            finished = {shard.path for shard in done}
+            done += _stamp_rest(pool, opened.folder, out, conversion, calibration, finished, meter)
             files = meter.shard(embedding.result()).files
         write_routers(opened, sources, conversion.routers, out)
         tokenizer = copy_tokenizer(opened.folder, out)
@@ -124,20 +134,80 @@ class _Meter:
         self._report(Progress(label, self._written, self._total, self.peak))
 
 
-def _finished(pool: Pool, checkpoint: Path, out: Path, conversion: ConversionPlan, meter: _Meter) -> list[Done]:
+def _require_text(options: ConvertOptions) -> None:
+    if options.calibrate not in (None, BUILTIN_TEXT) and not Path(str(options.calibrate)).is_file():
+        raise UserError(f"{options.calibrate} is not a file", do=f"give a text to calibrate with, or `{BUILTIN_TEXT}`")
+    if options.budget_mb is not None and options.min_cosine is not None:
+        raise UserError("--budget-mb and --min-cosine exclude each other", do="give one of them")
+
+
+def _calibration(checkpoint: Path, out: Path, options: ConvertOptions, meter: _Meter) -> Path | None:
+    """The calibration file of these options, made now unless an earlier run left it; None when none is asked for."""
+    path = out / CALIBRATION
+    asked = options.calibrate or (BUILTIN_TEXT if options.budget_mb or options.min_cosine else None)
+    if asked is None:
+        path.unlink(missing_ok=True)
+        return None
+    from ane_moe.verification.hf_moments import calibrate, calibration_digest
+
+    text = None if asked == BUILTIN_TEXT else Path(asked)
+    if not path.is_file() or Moments(path).of != calibration_digest(checkpoint, text):
+        def progress(what: str, done: int, total: int) -> None:
+            meter.add(f"calibration: {what} {done}/{total}", 0, os.getpid(), 0)
+
+        calibrate(checkpoint, text, progress).write(path)
+    return path
+
+
+def _with_formats(
+    pool: Pool,
+    checkpoint: Path,
+    spec: ModelSpec,
+    sources: dict[str, TensorSource],
+    conversion: ConversionPlan,
+    calibration: Path,
+    meter: _Meter,
+) -> ConversionPlan:
+    """The plan with a format for each matrix, within the budget or the least cosine asked for."""
+    options, measured = conversion.options, []
+    for found in run(pool, measure_sensitivity, [(checkpoint, calibration, m) for m in conversion.matrices.values()]):
+        measured += found
+        meter.add(f"sensitivity: {len(measured)} matrices", 0, os.getpid(), 0)
+    measured.sort(key=lambda entry: entry.tensor)
+    if options.budget_mb is not None:
+        matrices = sum(shard.payloads[name] for shard in conversion.shards for name, source in shard.weights.items()
+                       if isinstance(source, TensorSource) and role_of(source.name)[0])  # fmt: skip
+        formats = fit_budget(measured, int(options.budget_mb * MB) - (conversion.disk_bytes - matrices))
+        name = f"budget {options.budget_mb:g} MB"
+    else:
+        formats = reach_cosine(measured, options.min_cosine or 0.0)
+        name = f"cosine {options.min_cosine:g}"
+    recipe = replace(options.recipe, name=name, overrides=formats)
+    return make_plan(spec, sources, replace(options, recipe=recipe))
+
+
+def _finished(
+    pool: Pool, checkpoint: Path, out: Path, conversion: ConversionPlan, calibration: Path | None, meter: _Meter
+) -> list[Done]:
     """The shards an earlier run left complete, and of exactly these weights, options and tools."""
-    present = [(checkpoint, out, shard) for shard in conversion.shards if (out / shard.path).exists()]
+    present = [(checkpoint, out, shard, calibration) for shard in conversion.shards if (out / shard.path).exists()]
     return [meter.shard(done) for done in run(pool, reuse_shard, present) if done is not None]
 
 
 def _stamp_rest(
-    pool: Pool, checkpoint: Path, out: Path, conversion: ConversionPlan, finished: set[str], meter: _Meter
+    pool: Pool,
+    checkpoint: Path,
+    out: Path,
+    conversion: ConversionPlan,
+    calibration: Path | None,
+    finished: set[str],
+    meter: _Meter,
 ) -> list[Done]:
     """Trace one template per distinct block among the unfinished shards, then write them."""
     rest = [shard for shard in conversion.shards if shard.path not in finished]
     keys = dict.fromkeys(key for shard in rest for key in shard.graphs.values())
     templates = dict(run(pool, trace_template, [(key,) for key in keys]))
-    calls = [(checkpoint, out, shard, {prefix: templates[key] for prefix, key in shard.graphs.items()})
+    calls = [(checkpoint, out, shard, {prefix: templates[key] for prefix, key in shard.graphs.items()}, calibration)
              for shard in rest]  # fmt: skip
     return [meter.shard(done) for done in run(pool, stamp_shard, calls)]
 
@@ -224,7 +294,8 @@ def _manifest(
 def _complete(manifest: Manifest, conversion: ConversionPlan, out: Path) -> Manifest:
     """Add the goldens that are there, and the hashes of what lies beside the shards."""
     golden, as_stored = (name if (out / name).exists() else None for name in (GOLDEN, GOLDEN_AS_STORED))
-    loose = (*manifest.tokenizer, *conversion.routers.values(), *(name for name in (golden, as_stored) if name))
+    beside = [name for name in (golden, as_stored, CALIBRATION) if name and (out / name).exists()]
+    loose = (*manifest.tokenizer, *conversion.routers.values(), *beside)
     files = manifest.files | {name: sha256(out / name) for name in loose}
     return replace(manifest, golden=golden, golden_as_stored=as_stored, files=dict(sorted(files.items())))
 

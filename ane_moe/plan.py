@@ -17,7 +17,7 @@ from ane_moe.blocks.registry import BlockConfig, TemplateKey, build_unbound, fun
 from ane_moe.blocks.routed import RoutedAttentionConfig
 from ane_moe.blocks.stack import StackConfig
 from ane_moe.checkpoint import TensorSource
-from ane_moe.compress.recipe import INT8, Choice, Recipe, find_format
+from ane_moe.compress.recipe import INT8, Choice, Recipe, find_format, role_of
 from ane_moe.errors import UserError
 from ane_moe.spec import MlpSpec, ModelSpec, MoeSpec
 from ane_moe.tensors import tensor_of
@@ -40,7 +40,9 @@ class ConvertOptions:
     `layers` None: all. `max_shard_mb` limits MoE shards; it is in MB of 10^6 bytes. For sparse routing there is a
     function for each group of `experts_per_function` experts and each token count in `expert_tokens`. Up to
     `layers_per_shard` whole layers share a shard where they fit into one of `max_shard_mb`. `recipe` says how the
-    matrices are stored. `groups` gives the experts of each function by layer, where they are not neighbours."""
+    matrices are stored; `calibrate` is a text file or "builtin", whose passage through the model says which of their
+    inputs matter; `budget_mb` (of 10^6 bytes, for all of OUT's weights) or `min_cosine` let it choose formats.
+    `groups` gives the experts of each function by layer, where they are not neighbours."""
 
     routing: Literal["masked", "soft", "sparse"] = "masked"
     state: Literal["mlstate", "explicit"] = "mlstate"
@@ -54,6 +56,9 @@ class ConvertOptions:
     layers_per_shard: int = 1
     recipe: Recipe = INT8
     groups: Mapping[int, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    calibrate: str | None = None
+    budget_mb: float | None = None
+    min_cosine: float | None = None
 
 
 @dataclass(frozen=True)
@@ -147,6 +152,20 @@ class ConversionPlan:
     @property
     def embed_bytes(self) -> int:
         return self.spec.vocab * self.spec.d_model * 2
+
+    @property
+    def matrices(self) -> dict[int | None, list[TensorSource]]:
+        """The matrices that have a role, whole, by layer (None: the head)."""
+        found: dict[str, TensorSource] = {}
+        for shard in self.shards:
+            for source in shard.weights.values():
+                if isinstance(source, TensorSource) and role_of(source.name)[0]:
+                    whole = replace(source, rows=None) if source.name == "head.weight" else source
+                    found.setdefault(source.name, whole)
+        by_layer: dict[int | None, list[TensorSource]] = {}
+        for source in found.values():
+            by_layer.setdefault(role_of(source.name)[1], []).append(source)
+        return by_layer
 
     @property
     def largest_weight_bytes(self) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 from ane_moe.blocks.ports import Shape
 from ane_moe.blocks.registry import TemplateKey
 from ane_moe.checkpoint import Checkpoint, TensorSource, open_checkpoint
+from ane_moe.compress.calibration import Moments
 from ane_moe.compress.low_rank import LowRank, split_directions
 from ane_moe.compress.recipe import Choice, find_format
 from ane_moe.package import ContentKey, Weight, file_hashes, read_content_key, sha256, stamp
@@ -40,18 +41,21 @@ def trace_template(key: TemplateKey) -> tuple[TemplateKey, Template]:
     return key, make_template(key)
 
 
-def reuse_shard(checkpoint: Path, out: Path, shard: ShardPlan) -> Done | None:
+def reuse_shard(checkpoint: Path, out: Path, shard: ShardPlan, calibration: Path | None) -> Done | None:
     """The shard as it lies on disk, if its content key is the one it would get."""
     key = read_content_key(out / shard.path)
-    if key is None or key != _expected_key(open_checkpoint(checkpoint), shard):
+    if key is None or key != _expected_key(open_checkpoint(checkpoint), shard, calibration):
         return None
     return _report(out, shard, key, reused=True)
 
 
-def stamp_shard(checkpoint: Path, out: Path, shard: ShardPlan, templates: dict[str, Template]) -> Done:
-    key, path = _key(shard), out / shard.path
+def stamp_shard(
+    checkpoint: Path, out: Path, shard: ShardPlan, templates: dict[str, Template], calibration: Path | None
+) -> Done:
+    key, path = _key(shard, calibration), out / shard.path
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = stamp(templates, _values(open_checkpoint(checkpoint), shard, key), key, path)
+    moments = Moments(calibration) if calibration else None
+    written = stamp(templates, _values(open_checkpoint(checkpoint), shard, key, moments), key, path)
     return _report(out, shard, written.content_key, reused=False)
 
 
@@ -60,13 +64,15 @@ def _report(out: Path, shard: ShardPlan, content_key: str, reused: bool) -> Done
     return Done(shard.path, content_key, shard.weight_bytes, reused, files, peak_memory_bytes(), os.getpid())
 
 
-def _key(shard: ShardPlan) -> ContentKey:
-    return ContentKey(shard.graphs, sorted(shard.choices.items()), ENCODING, {name: version(name) for name in TOOLS})
+def _key(shard: ShardPlan, calibration: Path | None) -> ContentKey:
+    seen = sha256(calibration) if calibration and shard.choices else None
+    choices = sorted((name, choice.format, choice.rank) for name, choice in shard.choices.items())
+    return ContentKey(shard.graphs, choices, seen, ENCODING, {name: version(name) for name in TOOLS})
 
 
-def _expected_key(checkpoint: Checkpoint, shard: ShardPlan) -> str:
+def _expected_key(checkpoint: Checkpoint, shard: ShardPlan, calibration: Path | None) -> str:
     """The content key the shard would get: reads the weights, writes nothing."""
-    key = _key(shard)
+    key = _key(shard, calibration)
     for source in shard.weights.values():
         if isinstance(source, TensorSource):
             checkpoint.feed(source, key)
@@ -75,7 +81,9 @@ def _expected_key(checkpoint: Checkpoint, shard: ShardPlan) -> str:
     return key.digest()
 
 
-def _values(checkpoint: Checkpoint, shard: ShardPlan, key: ContentKey) -> Iterator[tuple[str, Weight]]:
+def _values(
+    checkpoint: Checkpoint, shard: ShardPlan, key: ContentKey, moments: Moments | None
+) -> Iterator[tuple[str, Weight]]:
     """Each weight of the shard, valid until the next one of its shape: fresh memory costs more than the reading."""
     buffers: dict[Shape, np.ndarray] = {}
     ranks = {other.source: other.rank for other in shard.weights.values() if isinstance(other, Recovery)}
@@ -90,10 +98,13 @@ def _values(checkpoint: Checkpoint, shard: ShardPlan, key: ContentKey) -> Iterat
         else:
             buffer = buffers.setdefault(source.shape, np.empty(source.shape, np.float16))
             weight, choice = checkpoint.read(source, out=buffer, hasher=key), shard.choices.get(name, Choice())
+            form, m = find_format(choice.format), None
+            if moments and choice != Choice():
+                m = moments.find(source.name, source.shape[1])
             if rank := ranks.get(source, 0):
-                apart[source] = split_directions(weight, rank)
+                apart[source] = split_directions(weight, rank, m)
                 weight = apart[source].remainder
-            yield name, find_format(choice.format).encode(weight) or weight
+            yield name, form.encode(weight, m) or weight
 
 
 def stamp_embedding(checkpoint: Path, source: TensorSource, path: Path) -> Done:

@@ -55,6 +55,16 @@ def convert(
     recover_rank: Annotated[
         int | None, typer.Option(help="Singular directions of each matrix to keep apart in fp16.", metavar="R")
     ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(help="Text that shows which inputs matter: a file, or `builtin`.", metavar="FILE"),
+    ] = None,
+    budget_mb: Annotated[
+        float | None, typer.Option(help="Choose formats so that all weights take this many MB.", min=0.001)
+    ] = None,
+    min_cosine: Annotated[
+        float | None, typer.Option(help="Choose the smallest formats that keep this cosine.", min=0.0, max=1.0)
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="Convert only these, such as 0-3 or 0,5.", metavar="LIST")] = None,
     workers: Annotated[int, typer.Option(help="Processes that convert layers side by side.", min=1)] = WORKERS,
     golden: Annotated[bool, typer.Option("--golden", help="Also capture the original model's outputs.")] = False,
@@ -95,6 +105,9 @@ def convert(
         layers_per_shard=layers_per_shard,
         recipe=find_recipe(compress, group=lut_group, vector=int(lut_vector or 0) or None, rank=recover_rank),
         groups={} if grouping is None else groups.layers,
+        calibrate=calibrate,
+        budget_mb=budget_mb,
+        min_cosine=min_cosine,
     )
     for warning in options.recipe.warnings:
         typer.echo(f"ane-moe: warning: {warning}", err=True)

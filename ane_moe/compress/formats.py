@@ -262,7 +262,7 @@ def _integers(w: torch.Tensor, m: torch.Tensor | None, top: int,
     for clip in clips:
         scale = _fp16_scale(largest * (clip / top), top)
         q = (w / scale).round_().clamp_(-top, top)
-        if len(clips) == 1:
+        if len(clips) == 1 and m is None:
             return q.to(torch.int8), scale
         error = ((q * scale - w) ** 2 * (1 if m is None else m)).sum(2, keepdim=True)
         if best_q is None or best_s is None or least is None:
@@ -272,7 +272,14 @@ def _integers(w: torch.Tensor, m: torch.Tensor | None, top: int,
             best_q, best_s = torch.where(better, q, best_q), torch.where(better, scale, best_s)
             least = torch.where(better, error, least)
     assert best_q is not None and best_s is not None
-    return best_q.to(torch.int8), best_s
+    return best_q.to(torch.int8), best_s if m is None else _refined(w, m, best_q, best_s, top)
+
+
+def _refined(w: torch.Tensor, m: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, top: int) -> torch.Tensor:
+    """The scale of least squares for these integers; where there is none, the one given."""
+    squares = (m * q * q).sum(2, keepdim=True)
+    fitted = (m * w * q).sum(2, keepdim=True) / squares.clamp(min=1e-30)
+    return torch.where((squares > 0) & (fitted > LEAST_SCALE), _fp16_scale(fitted, top), scale)
 
 
 def _fp16_scale(scale: torch.Tensor, top: int) -> torch.Tensor:

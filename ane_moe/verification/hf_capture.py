@@ -25,7 +25,7 @@ def capture(stream: StreamedModel, layers: tuple[int, ...], prompts: list[list[i
     def visit(index: int, layer: torch.nn.Module, taps: list[Tap]) -> None:
         if index in layers:
             golden = _joined(taps)
-            captured[index] = with_experts(layer, _ffn_norm(layer), golden) if experts else golden
+            captured[index] = with_experts(layer, ffn_norm(layer), golden) if experts else golden
 
     steps = max(layers) + 2
     carried, embedded = walk_layers(stream, max(layers) + 1, prompts, visit, progress)
@@ -87,7 +87,7 @@ class Tap:
         routers = [module for module in layer.modules() if type(module).__name__.endswith("Router")]
         self._handles = [
             layer.register_forward_pre_hook(lambda _, args: setattr(self, "x", args[0][0])),
-            _ffn_norm(layer).register_forward_pre_hook(lambda _, args: setattr(self, "middle", args[0][0])),
+            ffn_norm(layer).register_forward_pre_hook(lambda _, args: setattr(self, "middle", args[0][0])),
             layer.register_forward_hook(lambda _, args, output: setattr(self, "output", output)),
             *(router.register_forward_hook(lambda _, args, output: setattr(self, "router", output))
               for router in routers)]
@@ -108,7 +108,8 @@ class Tap:
                            probs, indices)
 
 
-def _ffn_norm(layer: torch.nn.Module) -> torch.nn.Module:
+def ffn_norm(layer: torch.nn.Module) -> torch.nn.Module:
+    """The norm in front of the feed-forward block."""
     norm: torch.nn.Module = next(getattr(layer, name) for name in FFN_NORMS if hasattr(layer, name))
     return norm
 

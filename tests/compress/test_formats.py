@@ -149,7 +149,7 @@ def test_scales_help_rows_of_different_size():
 def test_moments_move_the_error_to_where_it_does_not_matter():
     weight, moments = GAUSS[8:40], np.ones(160, np.float32)
     moments[:20] = 1000
-    for name in ("lut4", "lut3-v2", "apple2", "int4-channel", "lut4+scale", "sparse0+lut3"):
+    for name in ("int8", "lut4", "lut3-v2", "apple2", "int4-channel", "lut4+scale", "sparse0+lut3"):
         squared = [(expand(encode(name, weight, m)).astype(np.float64) - weight) ** 2 for m in (None, moments)]
         assert (squared[1] * moments).sum() < (squared[0] * moments).sum()
 

@@ -1,0 +1,143 @@
+"""Calibration by Hugging Face's own model, one layer in memory at a time.
+
+What enters attention, the feed-forward blocks and the head is heard from the running model. What enters an expert's
+`down` is computed here from the expert's own weights, for the tokens that chose it.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ane_moe.checkpoint import Checkpoint, TensorSource, open_checkpoint
+from ane_moe.compress.calibration import Calibration
+from ane_moe.errors import UserError
+from ane_moe.families import describe
+from ane_moe.spec import MlpSpec, ModelSpec, MoeSpec
+from ane_moe.verification.golden import Progress, silent
+from ane_moe.verification.hf_capture import Tap, ffn_norm, walk_layers
+from ane_moe.verification.hf_stream import StreamedModel, quiet_transformers
+from ane_moe.verification.prompts import builtin_prompts, check_prompts, read_prompts
+
+PASSAGE = 512           # tokens of the text that run together
+MAX_TOKENS = 16_384
+
+
+def calibration_digest(checkpoint: Path, text: Path | None) -> str:
+    """Tells two calibrations apart: the model's configuration, its weights' sizes, and the text. Raises UserError when
+    the text cannot be read."""
+    opened = open_checkpoint(checkpoint)
+    facts = json.dumps([opened.config, sorted((key, tensor.shape) for key, tensor in opened.tensors.items())],
+                       sort_keys=True)
+    sha = hashlib.sha256(facts.encode())
+    try:
+        sha.update(text.read_bytes() if text else b"builtin")
+    except OSError as error:
+        raise UserError(f"{text} cannot be read", str(error.strerror), "give a text file, or `builtin`") from None
+    return sha.hexdigest()
+
+
+def calibrate(checkpoint: Path, text: Path | None, progress: Progress | None = None) -> Calibration:
+    """Run the model over a text file (None: the built-in prompts) and collect what enters its matrices.
+
+    The text is parted as for prompts and cut into passages of 512 tokens, 16,384 in all. Raises UserError for a bad
+    checkpoint, and for a text that gives no tokens.
+    """
+    opened = open_checkpoint(checkpoint)
+    spec, sources = describe(opened)
+    with quiet_transformers():
+        stream = StreamedModel(checkpoint)
+        passages = _passages(checkpoint, text, spec)
+        check_prompts(passages, spec.vocab, spec.context)
+        collector = _Collector(opened, spec, sources, stream)
+        carried, _ = walk_layers(stream, len(stream.layers), passages, collector.visit, progress or silent)
+        final_energy = collector.head(carried)
+    tokens, of = sum(map(len, passages)), calibration_digest(checkpoint, text)
+    return Calibration(collector.moments, collector.counts, collector.energies, final_energy, tokens, of)
+
+
+def _passages(checkpoint: Path, text: Path | None, spec: ModelSpec) -> list[list[int]]:
+    if text is None:
+        return builtin_prompts(checkpoint, spec.vocab, spec.context)
+    length = min(PASSAGE, spec.context)
+    cut = [ids[first : first + length] for ids in read_prompts(text, checkpoint)
+           for first in range(0, len(ids), length)]  # fmt: skip
+    kept: list[list[int]] = []
+    for passage in cut:
+        if room := MAX_TOKENS - sum(map(len, kept)):
+            kept.append(passage[:room])
+    return kept
+
+
+class _Collector:
+    """Means of squares by our tensor name, and counts by layer, as the layers pass."""
+
+    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, sources: Mapping[str, TensorSource],
+                 stream: StreamedModel):
+        self._checkpoint, self._spec, self._sources, self._stream = checkpoint, spec, sources, stream
+        self._heard: dict[str, list[torch.Tensor]] = {}
+        self.moments: dict[str, np.ndarray] = {}
+        self.counts: dict[int, np.ndarray] = {}
+        self.energies: dict[int, np.ndarray] = {}
+        modules = dict(stream.model.named_modules())
+        for layer in range(len(spec.layers)):
+            for name in (f"layers.{layer}.attn.q.weight", f"layers.{layer}.attn.o.weight"):
+                modules[sources[name].key.removesuffix(".weight")].register_forward_pre_hook(self._listen(name))
+
+    def _listen(self, name: str) -> "_Ear":
+        return _Ear(self._heard.setdefault(name, []))
+
+    @torch.no_grad()
+    def visit(self, index: int, layer: torch.nn.Module, taps: list[Tap]) -> None:
+        """Take in one layer, while it is loaded."""
+        for name in (f"layers.{index}.attn.q.weight", f"layers.{index}.attn.o.weight"):
+            self.moments[name] = _mean_squares(torch.cat(self._heard.pop(name)))
+        goldens = [tap.golden() for tap in taps]
+        added = [np.concatenate([getattr(golden, name) for golden in goldens]) for name in ("attn_delta", "ffn_delta")]
+        self.energies[index] = np.array([(delta.astype(np.float64) ** 2).sum(1).mean() for delta in added])
+        middle = torch.from_numpy(np.concatenate([golden.middle for golden in goldens]))
+        x, ffn = ffn_norm(layer)(middle[None])[0], self._spec.layers[index].ffn     # (N, d)
+        if isinstance(ffn, MlpSpec):
+            self._mlp(f"layers.{index}.ffn", x)
+            return
+        chosen = np.concatenate([golden.router_indices for golden in goldens if golden.router_indices is not None])
+        self.counts[index] = np.bincount(chosen.reshape(-1), minlength=ffn.router.experts)
+        for expert in range(ffn.router.experts):
+            if self.counts[index][expert]:
+                self._mlp(f"layers.{index}.ffn.experts.{expert}", x[torch.from_numpy((chosen == expert).any(1))])
+        if isinstance(ffn, MoeSpec) and ffn.shared is not None:
+            self._mlp(f"layers.{index}.ffn.shared", x)
+
+    @torch.no_grad()
+    def head(self, carried: list[torch.Tensor]) -> float:
+        """Take in what enters the head; the mean squared length of the hidden state before it."""
+        last = torch.cat([one[0] if isinstance(one, tuple) else one for one in carried], dim=1)
+        self.moments["head.weight"] = _mean_squares(self._stream.model.base_model.norm(last)[0])
+        return float(last[0].double().square().sum(-1).mean())
+
+    def _mlp(self, prefix: str, x: torch.Tensor) -> None:
+        gate, up = (self._weight(f"{prefix}.{name}.weight") for name in ("gate", "up"))
+        self.moments[f"{prefix}.gate.weight"] = _mean_squares(x)
+        self.moments[f"{prefix}.down.weight"] = _mean_squares(torch.nn.functional.silu(x @ gate.T) * (x @ up.T))
+
+    def _weight(self, name: str) -> torch.Tensor:
+        source = self._sources[name]
+        return torch.from_numpy(self._checkpoint.read(source)).float() / source.scale
+
+
+class _Ear:
+    """A hook that keeps what a module is given, `(N, columns)`."""
+
+    def __init__(self, heard: list[torch.Tensor]):
+        self._heard = heard
+
+    def __call__(self, _module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        self._heard.append(arguments[0].detach().flatten(0, -2))
+
+
+def _mean_squares(x: torch.Tensor) -> np.ndarray:
+    moments: np.ndarray = x.float().square().mean(0).numpy()
+    return moments
