@@ -23,6 +23,7 @@ from ane_moe.verification.targets import find_target
 
 CONVERSION_TIME = Path(__file__).parent / "benchmark" / "conversion_time.toml"
 MAX_CONFIG_BYTES = 8 << 20
+CONFIG = "config.json"
 ROUTINGS: tuple[Literal["masked", "sparse"], ...] = ("masked", "sparse")
 DEFAULT_RECIPE = "int8"
 RECIPES = ("fp16", "int8", "small", "tiny")
@@ -168,7 +169,7 @@ def _alternative(best: Choice, staying: Iterable[Choice]) -> str:
 def read_config(checkpoint: str | Path) -> tuple[dict[str, Any], str]:
     """The configuration of a folder, a file or a Hub id, and where it was read."""
     path = Path(checkpoint)
-    file = path / "config.json" if path.is_dir() else path
+    file = path / CONFIG if path.is_dir() else path
     if not file.is_file():
         if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(checkpoint)):
             raise UserError(f"{checkpoint} has no config.json", do="give a model folder, its config.json, or a Hub id")
@@ -185,14 +186,16 @@ def read_config(checkpoint: str | Path) -> tuple[dict[str, Any], str]:
 
 
 def _from_hub(name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import logging
+    """config.json of a model on the Hub, from its cache if it is there."""
+    import huggingface_hub as hub
 
-    logging.set_verbosity_error()   # its warnings of each attempt would stand before the one line that counts
+    if isinstance(cached := hub.try_to_load_from_cache(name, CONFIG), str):
+        return Path(cached)
     try:
-        return Path(hf_hub_download(name, "config.json"))
+        hub.get_hf_file_metadata(hub.hf_hub_url(name, CONFIG))      # asks once; a download tries for half a minute
+        return Path(hub.hf_hub_download(name, CONFIG))
     except Exception as error:      # of many libraries: no network, no such model, no permission
-        raise UserError(f"config.json of {name} cannot be fetched from the Hugging Face Hub",
+        raise UserError(f"{CONFIG} of {name} cannot be fetched from the Hugging Face Hub",
                         str(error).strip().split("\n")[0][:200] or type(error).__name__,
                         "give a local folder or config.json") from None  # fmt: skip
 

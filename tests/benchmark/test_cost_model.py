@@ -98,15 +98,22 @@ def test_distinct_groups_of_experts():
     assert distinct_groups(ExpertSet(8, 2, 1, (1,)), 64).expected == pytest.approx(8, abs=1e-3)
 
 
-@pytest.mark.parametrize("routing", ["masked", "sparse"])
-def test_a_conversion_costs_what_its_plan_said(tmp_path, routing):
+@pytest.mark.parametrize(("routing", "recipe"), [("masked", "small"), ("sparse", "fp16")])
+def test_a_conversion_costs_what_its_plan_said(tmp_path, routing, recipe):
+    """Weights of compressed shards are counted from their bytes, which in tiny matrices are scales by a good part."""
     checkpoint = save_checkpoint(make_model("qwen2_moe"), tmp_path / "model")
-    options = ConvertOptions(routing=routing, prefill=16, layers=(0,), recipe=find_recipe("fp16"))
+    options = ConvertOptions(routing=routing, prefill=16, layers=(0,), recipe=find_recipe(recipe))
     planned = workload_of_plan(plan(checkpoint, options))
     convert(checkpoint, tmp_path / "out", options)
-    assert workload_of(tmp_path / "out") == planned
+    found = workload_of(tmp_path / "out")
+    if recipe == "fp16":
+        assert found == planned
+    assert found.package_bytes == planned.package_bytes and found.calls_per_token == planned.calls_per_token
+    for one, other in zip(found.decode, planned.decode, strict=True):
+        assert (one.kind, one.rate, one.stored_bytes) == (other.kind, other.rate, other.stored_bytes)
+        assert other.weights <= one.weights <= 3 * other.weights
     shards = sum(path.stat().st_size for path in (tmp_path / "out").rglob("weight.bin"))
-    assert 0.5 * shards < planned.package_bytes <= shards  # tiny tensors, each with its metadata
+    assert 0.2 * shards < planned.package_bytes <= shards       # tiny tensors, each with its metadata
 
 
 def test_compressed_weights_stream_fewer_bytes_at_their_own_rate(tmp_path):
