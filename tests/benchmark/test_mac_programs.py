@@ -3,8 +3,10 @@
 import plistlib
 import sys
 import textwrap
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 from ane_moe.benchmark.energy import NotPermitted, mean_power, measure_energy, require_powermetrics
 from ane_moe.benchmark.measurement import BenchOptions, bench
@@ -13,6 +15,7 @@ from ane_moe.benchmark.surroundings import low_power_mode, power_source, thermal
 from ane_moe.benchmark.versus_mlx import run_mlx
 from ane_moe.errors import UserError
 from ane_moe.manifest import read_manifest
+from ane_moe.report.bench_table import bench_report
 from tests.models import edit_config
 
 OURS = Side("ane-moe", "fp16", 100.0, 10.0, 4, 1000, 3)
@@ -117,7 +120,7 @@ def load(path):
     return "model", "tokenizer"
 
 def stream_generate(model, tokenizer, prompt, max_tokens):
-    assert tokenizer == ("tokens", []) and prompt == [5, 6, 7]
+    assert tokenizer == ("tokens", []) and (prompt == [5, 6, 7] or len(prompt) == 16)
     turn = next(turns)          # the first warms up
     rate = 1.0 if turn == 0 else 100.0 * turn
     for count in range(1, max_tokens + 1):
@@ -143,6 +146,26 @@ def test_mlx_runs_the_same_prompt_and_its_medians_leave_the_warm_up_out(mlx, sma
     assert (theirs.name, theirs.prefill_tok_s, theirs.decode_tok_s) == ("mlx-lm 0.28.2", 200, 20)
     assert (theirs.new_tokens, theirs.peak_bytes, theirs.runs) == (4, 1_500_000_000, 3)
     assert (found.ours, found.prompt_tokens) == (OURS, 3) and "GPU" in found.remark
+
+
+def test_bench_shows_energy_and_the_other_program_beside_its_own_figures(mlx, program, tmp_path, small,
+                                                                         small_checkpoint):
+    fake_powermetrics(program, tmp_path)
+    options = BenchOptions(runs=1, warmup=0, tokens=4, fills=(0,), lengths=(16,), energy=True, vs_mlx=small_checkpoint)
+    report = bench(small, options, runtime="reference")
+    versus, document = report.versus, report.as_json()
+    assert (versus.prompt_tokens, versus.ours.new_tokens, versus.theirs.new_tokens) == (16, 4, 4)
+    assert versus.ours.prefill_tok_s > 0 and versus.ours.decode_tok_s > 0
+    assert document["versus"]["theirs"]["name"] == "mlx-lm 0.28.2" and document["energy"]["tokens"] > 0
+    text = StringIO()
+    Console(file=text, width=160).print(bench_report(report))
+    assert all(words in text.getvalue() for words in ("mlx-lm 0.28.2", "mJ per token", "estimates by powermetrics"))
+
+
+def test_a_failing_mlx_is_named(mlx, tmp_path, small, small_checkpoint):
+    (tmp_path / "site" / "mlx_lm" / "tokenizer_utils.py").write_text("raise RuntimeError('no Metal device')")
+    with pytest.raises(UserError, match="no Metal device"):
+        run_mlx(small_checkpoint, read_manifest(small), OURS, [5, 6, 7])
 
 
 def test_without_mlx_it_says_what_to_install(small, small_checkpoint):
