@@ -15,21 +15,30 @@ def print_outlook(found: Outlook) -> None:
     console = Console()
     size = f"{found.weights / 1e9:.2f} billion weights in shards"
     _print(console, f"{found.model_type}, {size}, context {found.context}, on {found.target}")
-    table = Table("routing", "weights", "MB", "memory GB", "shards", "calls/token", "MB/token", "tok/s", "bound by",
-                  "convert", "", box=None)  # fmt: skip
-    for column in table.columns[2:8]:
-        column.justify = "right"
     marks = _marks(found)
+    sizes = _table("MB", "shards", "calls/token", "MB/token", "convert", "see")
+    speeds = _table("tok/s", "prefill tok/s", "memory GB", "load s", "bound by")
     for choice in found.choices:
-        table.add_row(*_cells(choice, marks))
-    console.print(table)
-    _print(console, f"tok/s of decoding, memory and convert times are low-expected-high: {NOTE}. MB of 1e6 bytes.")
+        sizes.add_row(choice.routing, choice.recipe, *_size_cells(choice, marks))
+        speeds.add_row(choice.routing, choice.recipe, *_speed_cells(choice))
+    console.print(sizes)
+    _print(console, f"\nPredicted, low-expected-high ({NOTE}):")
+    console.print(speeds)
+    _print(console, "\nMB are of 1e6 bytes; convert times are estimates from a Linux machine.")
     for key, mark in marks.items():
         _print(console, f"{mark} {_concern(found, *key)}")
     for note in found.notes:
         _print(console, f"note: {note}")
     _print(console, "soft routing costs what masked costs, and is another function than the model's.")
     _print(console, found.recommendation)
+
+
+def _table(*columns: str) -> Table:
+    """Cells are never cut or wrapped: a range without one of its ends would say something else."""
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for name in ("routing", "weights", *columns):
+        table.add_column(name, no_wrap=True, overflow="ignore")
+    return table
 
 
 def _print(console: Console, text: str) -> None:
@@ -49,26 +58,32 @@ def _concern(found: Outlook, kind: str, rule: str) -> str:
     return f"{state}: {kind} of {', '.join(sizes)} MB: {same[0].reason} ({rule})"
 
 
-def _cells(choice: Choice, marks: dict[tuple[str, str], str]) -> tuple[str, ...]:
-    work, predicted = choice.workload, choice.prediction
-    memory = predicted.memory_bytes
+def _size_cells(choice: Choice, marks: dict[tuple[str, str], str]) -> tuple[str, ...]:
+    work = choice.workload
     return (
-        choice.routing,
-        choice.recipe,
         f"{work.disk_bytes / 1e6:,.0f}",
-        f"{memory.low / 1e9:.1f}-{memory.expected / 1e9:.1f}-{memory.high / 1e9:.1f}",
         f"{work.packages}",
         f"{work.calls_per_token.expected:.0f}",
         f"{work.weight_bytes_per_token.expected / 1e6:,.0f}",
-        _range(predicted.decode.tok_s),
-        predicted.bound,
         _duration(choice.conversion_seconds),
         " ".join(marks[c.kind, c.rule] for c in choice.concerns),
     )
 
 
-def _range(value: Range) -> str:
-    return "-".join(f"{end:.3g}" for end in (value.low, value.expected, value.high))
+def _speed_cells(choice: Choice) -> tuple[str, ...]:
+    predicted = choice.prediction
+    return (
+        _range(predicted.decode.tok_s),
+        _range(predicted.prefill.tok_s),
+        _range(predicted.memory_bytes, 1e9),
+        _range(predicted.load_seconds),
+        predicted.bound,
+    )
+
+
+def _range(value: Range, unit: float = 1) -> str:
+    ends = (end / unit for end in (value.low, value.expected, value.high))
+    return "-".join(f"{end:,.0f}" if end >= 99.5 else f"{end:.2g}" for end in ends)
 
 
 def _duration(seconds: Range | None) -> str:
