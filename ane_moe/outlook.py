@@ -128,8 +128,9 @@ def outlook_of(
             options = ConvertOptions(routing=routing, prefill=prefill, max_shard_mb=max_shard_mb, recipe=recipe)
             choices.append(_choice(geometry, options, tokens, target))
     known = geometry.model_type in supported()
-    notes = geometry.notes if known else (f"convert does not know {geometry.model_type} yet: sizes come from the "
-                                          "fields of its config.json", *geometry.notes)  # fmt: skip
+    unknown = (f"convert does not know {geometry.model_type} yet: sizes come from the common fields of its config.json, "
+               "and are wrong where its layers hold other parts",)  # fmt: skip
+    notes = geometry.notes if known else (*unknown, *geometry.notes)
     return Outlook(geometry.model_type, known, target, tokens, geometry.weights, notes, tuple(choices),
                    recommendation(choices))  # fmt: skip
 
