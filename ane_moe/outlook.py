@@ -128,7 +128,7 @@ def outlook_of(
             options = ConvertOptions(routing=routing, prefill=prefill, max_shard_mb=max_shard_mb, recipe=recipe)
             choices.append(_choice(geometry, options, tokens, target))
     known = geometry.model_type in supported()
-    unknown = (f"convert does not know {geometry.model_type} yet: sizes come from the common fields of its config.json, "
+    unknown = (f"convert does not know {geometry.model_type} yet: sizes come from common fields of its config.json, "
                "and are wrong where its layers hold other parts",)  # fmt: skip
     notes = geometry.notes if known else (*unknown, *geometry.notes)
     return Outlook(geometry.model_type, known, target, tokens, geometry.weights, notes, tuple(choices),
