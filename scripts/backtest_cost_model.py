@@ -32,7 +32,7 @@ def table(rows: list[Outcome]) -> str:
     rest = held_out(rows)
     lines = [
         sentence("Held out", summary(rest)),
-        sentence("Without the rows whose series has fitted members", summary([row for row in rest if not row.series])),
+        sentence("Of these, unrelated to any figure of the model", summary([row for row in rest if not row.series])),
         "",
         "| timing | chip | measured, ms a token | predicted: low / expected / high | error | | source | assumed |",
         "|---|---|---|---|---|---|---|---|",

@@ -17,7 +17,8 @@ MEASUREMENTS = Path(__file__).with_name("measurements.toml")
 @dataclass(frozen=True)
 class Outcome:
     """One published timing beside its prediction, in ms a token. `fitted`: a figure of the model was read off it, so
-    its agreement proves nothing. `series`: rows of one experiment of which others are fitted."""
+    its agreement proves nothing. `series`: rows of one experiment of which others are fitted, or whose
+    source set an end of a range."""
 
     name: str
     chip: str
