@@ -15,13 +15,14 @@ from ane_moe.commands.generate import generate
 from ane_moe.commands.group import group
 from ane_moe.commands.inspect import inspect
 from ane_moe.commands.plan import plan
+from ane_moe.commands.report import report
 from ane_moe.commands.run import run
 from ane_moe.commands.trace import trace
 from ane_moe.commands.verify import verify
 from ane_moe.errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
-for command in (plan, convert, verify, generate, bench, trace, group, inspect, run, diff, demo, cache):
+for command in (plan, convert, verify, generate, bench, report, trace, group, inspect, run, diff, demo, cache):
     app.command(command.__name__)(command)
 
 

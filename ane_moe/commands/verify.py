@@ -31,6 +31,7 @@ def verify(
         help="An operation type that may be off the engine; repeat for more.", metavar="OP")] = None,
     require_measured: Annotated[bool, typer.Option(
         "--require-measured", help="Fail when placement can only be predicted.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Also write the results as a page (see `report`).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Check the shards in OUT against the original model.
@@ -69,5 +70,11 @@ def verify(
     else:
         parts = [verify_report(report) if report else None, placement_report(placement) if placement else None]
         Console().print(*filter(None, parts), sep="\n", soft_wrap=True)  # a path stays on one line
+    if html:
+        from ane_moe.report.html import render_html
+        from ane_moe.report.page_file import write_text
+        from ane_moe.report.report_data import gather
+
+        write_text(html, render_html(gather(out, verify=report, placement=placement, target=target)))
     if not passed:
         raise typer.Exit(1)

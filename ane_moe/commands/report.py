@@ -1,0 +1,55 @@
+"""`ane-moe report`: one page that says all there is to say of a conversion."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    out: Annotated[Path, typer.Argument(help="Folder of a conversion.", show_default=False)],
+    html: Annotated[Path | None, typer.Option(help="The page to write. [default: OUT/report.html]")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write the content as Markdown.")] = None,
+    bench: Annotated[Path | None, typer.Option(help="Figures saved by `bench --save`.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="A routing trace, in place of the golden's few tokens.")] = None,
+    verify: Annotated[bool, typer.Option(help="Verify first, where there is a golden.")] = True,
+    target: Annotated[str, typer.Option(help="Chip to predict placement and speed for.")] = "m4-max",
+    system: Annotated[int, typer.Option("--os", help="System to predict placement for: 15, 26 or 27.")] = 26,
+    runtime: Annotated[str, typer.Option(help="reference, coreml or auto.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print paths and verdict as one JSON document.")] = False,
+) -> None:
+    """Write an HTML page: verdict, parity, placement, routing, speed, weights, conditions. No network, no scripts.
+
+    Exits with 1 when a gate failed; the page is written all the same.
+    """
+    from ane_moe.manifest import read_manifest
+    from ane_moe.report.page_file import write_text
+    from ane_moe.report.report_data import gather
+    from ane_moe.report.step_bar import step_bar
+    from ane_moe.verification.check_placement import check_placement
+    from ane_moe.verification.targets import find_target
+    from ane_moe.verification.verify import verify as run
+
+    chip = find_target(target, system)
+    result = None
+    with step_bar() as progress:
+        if verify and read_manifest(out).golden is not None:
+            result = run(out, runtime=runtime, progress=progress)
+        sound = result is None or not result.integrity
+        placement = check_placement(out, chip, runtime=runtime, progress=progress) if sound else None
+        data = gather(out, verify=result, placement=placement, bench=bench, trace=trace, target=target)
+    from ane_moe.report.html import render_html
+    from ane_moe.report.markdown import render_markdown
+
+    page = html or out / "report.html"
+    write_text(page, render_html(data))
+    if markdown:
+        write_text(markdown, render_markdown(data))
+    if as_json:
+        paths = {"html": str(page), "markdown": str(markdown) if markdown else None}
+        typer.echo(json.dumps(paths | {"passed": data.passed}, indent=2))
+    else:
+        typer.echo(f"report: {page}" + (f", {markdown}" if markdown else ""))
+    if data.passed is False:
+        raise typer.Exit(1)
