@@ -2,9 +2,9 @@
 
     scripts/bench_palette.py [--rows 768] [--columns 2048] [--rounds 3]
 
-Both make 4-bit k-means palettes, once of groups of 16 output channels and once of the whole matrix, of the weight of one
-1x1 convolution drawn from a normal distribution. coremltools' own time is that of `palettize_weights` on a model of this
-one convolution; ours that of encoding the weight.
+Both make 4-bit k-means palettes, once of groups of 16 output channels and once of the whole matrix, of the weight of
+one 1x1 convolution drawn from a normal distribution. coremltools' own time is that of `palettize_weights` on a model of
+this one convolution; ours that of encoding the weight.
 """
 
 import argparse
