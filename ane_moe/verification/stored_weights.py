@@ -9,7 +9,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ane_moe.runtime.weight_values import weight_values
 from ane_moe.tensors import tensor_of
 
 PREFIX = "w_"
-COPIED = ("config.json", "generation_config.json")
+HEAD_KEY, EMBED_KEY = "lm_head.weight", "model.embed_tokens.weight"     # in every family (families/keys.py)
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,15 @@ def write_as_stored(checkpoint: Checkpoint, sources: Mapping[str, TensorSource],
     errors by role. Raises UserError when the disk is too full or the conversion has tensors the checkpoint lacks.
     """
     out.mkdir(parents=True)
-    for name in COPIED:
-        if (checkpoint.folder / name).is_file():
-            shutil.copyfile(checkpoint.folder / name, out / name)
-    wide = {source.key for name, source in sources.items() if source.scale != 1 or _apart(manifest, name)}
-    stored = _allocate(checkpoint, {source.key for source in sources.values()}, wide, out / "model.safetensors")
-    for source in sources.values():                 # what no shard holds: the embedding, layers left out
-        _fill(stored[source.key], source, checkpoint.read(source))
+    places = _untied(sources)
+    (out / "config.json").write_text(json.dumps(checkpoint.config | {"tie_word_embeddings": False}))
+    if checkpoint.generation:
+        (out / "generation_config.json").write_text(json.dumps(checkpoint.generation))
+    wide = {place.key for name, place in places.items() if place.scale != 1 or _apart(manifest, name)}
+    shapes = {place.key: place.stored_shape for place in places.values()}
+    stored = _allocate(shapes, wide, out / "model.safetensors")
+    for name, source in sources.items():            # what no shard holds: the embedding, layers left out
+        _fill(stored[places[name].key], source, checkpoint.read(source))
     errors: dict[str, RoleError] = {}
     for weight in stored_weights(folder, manifest):
         if weight.name not in sources:
@@ -112,10 +114,21 @@ def write_as_stored(checkpoint: Checkpoint, sources: Mapping[str, TensorSource],
                             "give the checkpoint that was converted")
         source = sources[weight.name] if weight.rows is None else sources[weight.name].part(*weight.rows)
         _measure(errors, checkpoint, source, weight, manifest)
-        _fill(stored[source.key], source, weight.value)
+        _fill(stored[places[weight.name].key], source, weight.value)
     for array in stored.values():
         array.flush()
     return errors
+
+
+def _untied(sources: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
+    """Where each of our tensors goes: where it was, but head and embedding apart though one tensor was stored for both
+    (the head may be compressed, the embedding is not)."""
+    places = dict(sources)
+    if sources["head.weight"].key == sources["embed.weight"].key:
+        as_head = sources["head.weight"].key == HEAD_KEY
+        name, key = ("embed.weight", EMBED_KEY) if as_head else ("head.weight", HEAD_KEY)
+        places[name] = replace(sources[name], key=key)
+    return places
 
 
 def _measure(errors: dict[str, RoleError], checkpoint: Checkpoint, source: TensorSource, weight: StoredWeight,
@@ -145,13 +158,13 @@ def _choice(manifest: Manifest, name: str) -> Choice:
     return recipe_of(manifest.weights, manifest.recipe).choice(name)
 
 
-def _allocate(checkpoint: Checkpoint, keys: set[str], wide: set[str], path: Path) -> dict[str, np.memmap]:
-    """A safetensors file with room for the stored tensors `keys`, fp16 or (`wide`) fp32, as writable arrays."""
+def _allocate(shapes: Mapping[str, tuple[int, ...]], wide: set[str], path: Path) -> dict[str, np.memmap]:
+    """A safetensors file with room for tensors of these shapes, fp16 or (`wide`) fp32, as writable arrays."""
     places: dict[str, tuple[type, int]] = {}
     header: dict[str, dict[str, Any]] = {}
     end = 0
-    for key in sorted(keys):
-        shape, dtype = checkpoint.tensors[key].shape, np.float32 if key in wide else np.float16
+    for key, shape in sorted(shapes.items()):
+        dtype = np.float32 if key in wide else np.float16
         size = math.prod(shape) * np.dtype(dtype).itemsize
         header[key] = {"dtype": "F32" if key in wide else "F16", "shape": list(shape)}
         header[key]["data_offsets"] = [end, end + size]
