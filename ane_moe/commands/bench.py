@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -38,6 +39,7 @@ def bench(
         help="For --vs: the checkpoint, or its mlx conversion.", metavar="FOLDER")] = None,
     save: Annotated[Path | None, typer.Option(help="Write the report here, as JSON.", metavar="FILE")] = None,
     against: Annotated[Path | None, typer.Option(help="Compare with a saved report.", metavar="FILE")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write the figures as a page (see `report`).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Time the shards in OUT: every kind of function, decoding, prefill.
@@ -68,6 +70,12 @@ def bench(
     comparison = compare(report, earlier, str(against)) if earlier and report.passed else None
     if save and report.passed:
         save_report(report, save)
+    if html and report.passed:
+        from ane_moe.report.html import render_html
+        from ane_moe.report.page_file import write_text
+        from ane_moe.report.report_data import gather
+
+        write_text(html, render_html(replace(gather(out), bench=report.as_json())))
     if as_json:
         typer.echo(json.dumps(report.as_json() | {"against": comparison and comparison.as_json()}, indent=2))
     else:

@@ -119,3 +119,11 @@ def test_a_browser_shows_it_without_errors_or_sideways_scrolling(data, tmp_path,
     assert len(found["plots"]) == 4 and all(200 < plot <= width for plot in found["plots"])
     subprocess.run([*base, f"--screenshot={picture}", probe.as_uri()], capture_output=True, timeout=120, check=True)
     assert matplotlib.image.imread(picture)[:, :, :3].std() > 0.02
+
+
+def test_bench_writes_its_figures_as_a_page(data, tmp_path):
+    short = ["--runs", "1", "--warmup", "0", "--tokens", "2", "--fills", "0", "--lengths", "32"]
+    page = tmp_path / "bench.html"
+    result = CliRunner().invoke(app, ["bench", data.folder, "--runtime", "reference", *short, "--html", str(page)])
+    assert result.exit_code == 0, result.output
+    assert "Where the time goes" in page.read_text() and "NOT A DEVICE" in page.read_text()
