@@ -57,10 +57,10 @@ class Moments:
 
     def __init__(self, path: Path):
         try:
-            with safe_open(path, framework="numpy") as file:
-                self._names = set(file.keys())
-                about = json.loads((file.metadata() or {})[METADATA])
-                self.tokens, self.of = int(about["tokens"]), str(about["of"])
+            self._file = safe_open(path, framework="numpy")     # its header names every matrix: parsed once
+            self._names = set(self._file.keys())
+            about = json.loads((self._file.metadata() or {})[METADATA])
+            self.tokens, self.of = int(about["tokens"]), str(about["of"])
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             raise UserError(f"{path} cannot be read", str(error), "delete it and convert again") from None
         self._path = path
@@ -70,8 +70,7 @@ class Moments:
         name = re.sub(r"\.(up|k|v)\.weight$", lambda found: f".{SAME_INPUT[found[1]]}.weight", tensor)
         if f"inputs.{name}" not in self._names:
             return None
-        with safe_open(self._path, framework="numpy") as file:
-            moments: np.ndarray = file.get_tensor(f"inputs.{name}")
+        moments: np.ndarray = self._file.get_tensor(f"inputs.{name}")
         if moments.shape != (columns,) or not np.isfinite(moments).all() or moments.min() < 0:
             raise UserError(f"{self._path} does not fit {tensor}", f"{moments.shape} for {columns} columns",
                             "delete it and convert again")
@@ -84,9 +83,8 @@ class Moments:
         if found is None:
             return 1.0
         layer, block, expert = found[1], ("attn", "ffn").index(found[2]), found[3]
-        with safe_open(self._path, framework="numpy") as file:
-            energy = file.get_tensor(f"energy.layer_{layer}")[block] / file.get_tensor("energy.final")[0]
-            if expert is None:
-                return float(energy)
-            counts = file.get_tensor(f"counts.layer_{layer}")
+        energy = self._file.get_tensor(f"energy.layer_{layer}")[block] / self._file.get_tensor("energy.final")[0]
+        if expert is None:
+            return float(energy)
+        counts = self._file.get_tensor(f"counts.layer_{layer}")
         return float(energy * counts[int(expert)] / counts.sum())

@@ -97,8 +97,8 @@ class Palette(Format):
         palettes = fit_palettes(grouped, 1 << self.bits, weights)
         indices = assign(grouped, palettes).reshape(rows, columns)
         if scale is not None:
-            scale = _least_squares(weight, indices, np.repeat(palettes, rows // groups, axis=0), scale, moments)
-            palettes = np.repeat(palettes, rows // groups, axis=0)
+            palettes = np.repeat(palettes, rows // groups, axis=0)      # each row's, times its scale
+            scale = _least_squares(weight, indices, palettes, scale, moments)
         return _palettized(indices, palettes, scale, f"uint{self.bits}")
 
     def stored_bytes(self, rows: int, columns: int) -> int:

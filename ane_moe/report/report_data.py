@@ -14,7 +14,7 @@ from ane_moe.benchmark.workload import workload_of
 from ane_moe.errors import UserError
 from ane_moe.manifest import Manifest, read_manifest
 from ane_moe.routing.routing_trace import read_trace
-from ane_moe.routing.statistics import summarise
+from ane_moe.routing.statistics import relative_entropy, summarise
 from ane_moe.verification.golden import read_golden
 from ane_moe.verification.placement_result import PlacementReport
 from ane_moe.verification.result import VerifyReport
@@ -85,9 +85,7 @@ def _expert_use(out: Path, manifest: Manifest, trace: Path | None) -> tuple[tupl
 
 def _use(layer: int, chosen: np.ndarray, experts: int) -> ExpertUse:
     usage = np.bincount(chosen.reshape(-1), minlength=experts) / chosen.size
-    seen = usage[usage > 0]
-    entropy = float(-(seen * np.log(seen)).sum() / math.log(experts)) if experts > 1 else 1.0
-    return ExpertUse(layer, tuple(usage.tolist()), entropy)
+    return ExpertUse(layer, tuple(usage.tolist()), relative_entropy(usage))
 
 
 def _bench(path: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from ane_moe.runtime.program import Feature
 from ane_moe.runtime.session import Session
 from ane_moe.runtime.shards import LoadedShard, LoadedShards, load_shards
 from ane_moe.verification.golden import Progress, silent
-from ane_moe.verification.prompts import read_prompts
+from ane_moe.verification.prompts import cut_passages, read_prompts
 
 GATES = re.compile(r"gates(?:_(\d+))?")
 WINDOW = 512            # tokens of a passage, unless the context is shorter
@@ -51,12 +51,7 @@ def record(source: Path, text: Path, *, window: int | None = None, max_tokens: i
 
 
 def _passages(prompts: list[list[int]], window: int, max_tokens: int) -> list[list[int]]:
-    passages: list[list[int]] = []
-    for prompt in prompts:
-        for first in range(0, len(prompt), window):
-            room = max_tokens - sum(map(len, passages))
-            if room > 0:
-                passages.append(prompt[first:first + min(window, room)])
+    passages = cut_passages(prompts, window, max_tokens)
     if not passages:
         raise UserError("the text holds no tokens", "an empty text", "give some text to trace")
     return passages

@@ -56,13 +56,17 @@ def summarise(trace: RoutingTrace) -> TraceSummary:
     return TraceSummary(trace.family, trace.source, len(trace.tokens), len(trace.starts), total, layers, tuple(traffic))
 
 
+def relative_entropy(usage: np.ndarray) -> float:
+    """Entropy of the shares `(E,)`, which sum to 1, over that of even use: 0 to 1."""
+    seen = usage[usage > 0]
+    return float(-(seen * np.log(seen)).sum() / math.log(len(usage))) if len(usage) > 1 else 1.0
+
+
 def _layer(trace: RoutingTrace, layer: int) -> LayerStatistics:
     routing = trace.layers[layer]
     mask = routing.mask()
     counts = mask.sum(0)
     usage = counts / max(counts.sum(), 1)
-    seen = usage[usage > 0]
-    entropy = float(-(seen * np.log(seen)).sum() / math.log(routing.experts)) if routing.experts > 1 else 1.0
     follows = np.ones(len(mask), bool)
     follows[trace.starts] = False
     rows = np.flatnonzero(follows)
@@ -70,5 +74,5 @@ def _layer(trace: RoutingTrace, layer: int) -> LayerStatistics:
     repeated = float(again / max(mask[rows].sum(), 1)) if len(rows) else None
     sums = routing.weights.sum(1)
     top = float((routing.weights.max(1) / np.where(sums > 0, sums, 1)).mean())
-    return LayerStatistics(layer, routing.experts, routing.chosen.shape[1], tuple(usage.tolist()), entropy, repeated,
-                           top)
+    return LayerStatistics(layer, routing.experts, routing.chosen.shape[1], tuple(usage.tolist()),
+                           relative_entropy(usage), repeated, top)

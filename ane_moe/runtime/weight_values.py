@@ -1,6 +1,6 @@
 """The constants of a function as numbers: consts as they lie in the file, compressed weights expanded."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -29,12 +29,22 @@ def weight_values(function: Function) -> Iterator[tuple[str, np.ndarray]]:
 
 def expand(op: Operation, made: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """The outputs of a constexpr operation; `made` has those of earlier ones."""
-    kernel = OPS[op.type]
-    names = [name.rstrip("?") for name in kernel.tensors.split()]
-    tensors = [_tensor(op.inputs[name][0], made) if name in op.inputs else None for name in names]
+    names = tensor_names(op.type)
+    tensors = {name: _tensor(op.inputs[name][0], made) for name in names if name in op.inputs}
     immediate = {name: int(np.asarray(values[0].load())) for name, values in op.inputs.items()
                  if name not in names and isinstance(values[0], Constant)}  # fmt: skip
-    result = kernel.make(**immediate)(*tensors)
+    return run_constexpr(op.type, tensors, immediate)
+
+
+def tensor_names(type_: str) -> list[str]:
+    """The inputs of a constexpr operation that are tensors, in its kernel's order."""
+    return [name.rstrip("?") for name in OPS[type_].tensors.split()]
+
+
+def run_constexpr(type_: str, tensors: Mapping[str, torch.Tensor],
+                  integers: Mapping[str, int]) -> tuple[torch.Tensor, ...]:
+    """The outputs of a constexpr operation, fp16 where they are real numbers."""
+    result = OPS[type_].make(**integers)(*(tensors.get(name) for name in tensor_names(type_)))
     outputs = result if isinstance(result, tuple) else (result,)
     return tuple(value.half() if value.is_floating_point() else value for value in outputs)
 

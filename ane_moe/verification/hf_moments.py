@@ -20,7 +20,7 @@ from ane_moe.spec import MlpSpec, ModelSpec, MoeSpec
 from ane_moe.verification.golden import Progress, silent
 from ane_moe.verification.hf_capture import Tap, ffn_norm, walk_layers
 from ane_moe.verification.hf_stream import StreamedModel, quiet_transformers
-from ane_moe.verification.prompts import builtin_prompts, check_prompts, read_prompts
+from ane_moe.verification.prompts import builtin_prompts, check_prompts, cut_passages, read_prompts
 
 PASSAGE = 512           # tokens of the text that run together
 MAX_TOKENS = 16_384
@@ -62,14 +62,7 @@ def calibrate(checkpoint: Path, text: Path | None, progress: Progress | None = N
 def _passages(checkpoint: Path, text: Path | None, spec: ModelSpec) -> list[list[int]]:
     if text is None:
         return builtin_prompts(checkpoint, spec.vocab, spec.context)
-    length = min(PASSAGE, spec.context)
-    cut = [ids[first : first + length] for ids in read_prompts(text, checkpoint)
-           for first in range(0, len(ids), length)]  # fmt: skip
-    kept: list[list[int]] = []
-    for passage in cut:
-        if room := MAX_TOKENS - sum(map(len, kept)):
-            kept.append(passage[:room])
-    return kept
+    return cut_passages(read_prompts(text, checkpoint), min(PASSAGE, spec.context), MAX_TOKENS)
 
 
 class _Collector:

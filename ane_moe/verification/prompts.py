@@ -57,6 +57,18 @@ def check_prompts(prompts: list[list[int]], vocab: int, context: int) -> None:
                             f"give 1 to {context} tokens")
 
 
+def cut_passages(prompts: list[list[int]], window: int, max_tokens: int) -> list[list[int]]:
+    """Prompts cut into passages of at most `window` tokens, `max_tokens` in all."""
+    passages: list[list[int]] = []
+    room = max_tokens
+    for prompt in prompts:
+        for first in range(0, len(prompt), window):
+            if room > 0:
+                passages.append(prompt[first:first + min(window, room)])
+                room -= len(passages[-1])
+    return passages
+
+
 def _ids(prompt: Any, tokenizer: Any, path: Path) -> list[int]:
     if isinstance(prompt, list) and all(type(identifier) is int for identifier in prompt):
         return prompt
