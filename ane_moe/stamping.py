@@ -21,7 +21,7 @@ from ane_moe.trace import Template, make_template
 from ane_moe.workers import peak_memory_bytes
 
 TOOLS = ("ane-moe", "coremltools", "torch")
-ENCODING = 1        # counts up when a weight format comes to give other bytes
+ENCODING = 2        # counts up when a weight format comes to give other bytes
 
 
 @dataclass(frozen=True)

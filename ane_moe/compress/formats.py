@@ -14,7 +14,7 @@ from ane_moe.compress.encoded import Encoded, Expansion, Stored
 from ane_moe.compress.palettes import assign, assign_vectors, fit_palettes, fit_vectors
 from ane_moe.errors import UserError
 
-CHUNK = 1 << 20                                 # elements of a matrix treated at a time
+CHUNK = 1 << 19                                 # elements of a matrix treated at a time
 APPLE_LEVELS = (-1.5, -0.5, 0.5, 1.5)           # of Apple's on-device model (its 2025 foundation model report)
 LARGEST_FIXED_SCALE = 43648.0                   # 1.5 times the next larger fp16 number is infinite
 SCALE_ROUNDS = 8
@@ -139,11 +139,12 @@ class FixedPalette(Format):
         for first in range(0, len(scale), step):
             part = slice(first * size, min(first + step, len(scale)) * size)
             w = torch.from_numpy(weight[part]).float().reshape(-1, size * columns)
-            m = torch.ones(1) if moments is None else torch.from_numpy(np.tile(moments, size)).float()
+            m = torch.ones(size * columns) if moments is None else torch.from_numpy(np.tile(moments, size)).float()
             s = _two_level_scale(w, m)
             scale[first:first + step] = s.numpy()
-            outer = (w.abs() >= s.float()[:, None]).to(torch.uint8)         # 0.5 or 1.5
-            indices[part] = torch.where(w < 0, 1 - outer, 2 + outer).reshape(-1, columns).numpy()
+            outer = (w.abs().numpy() >= s.float()[:, None].numpy()).view(np.uint8)      # 0.5 or 1.5
+            negative = (w.numpy() < 0).view(np.uint8)
+            indices[part] = ((outer | 2) ^ (3 * negative)).reshape(-1, columns)         # 3, 2 mirrored are 0, 1
         levels = np.tile(np.array(APPLE_LEVELS, np.float16), (len(scale), 1))
         return _palettized(indices, levels, scale[:, None], "uint2")
 
@@ -293,12 +294,13 @@ def _fp16_scale(scale: torch.Tensor, top: int) -> torch.Tensor:
 def _two_level_scale(w: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
     """fp16 scales `(R,)` of `(R, n)`: least squares for the levels chosen, in turns (Lloyd for a fixed shape)."""
     magnitude = w.abs()
-    scale = magnitude.mean(1, keepdim=True).clamp(min=LEAST_SCALE)
+    weighted, total, mass = m * magnitude, magnitude @ m, m.sum()
+    scale, outer = magnitude.mean(1).clamp(min=LEAST_SCALE), torch.empty_like(magnitude)
     for _ in range(SCALE_ROUNDS):
-        level = torch.where(magnitude >= scale, 1.5, 0.5)
-        scale = ((m * magnitude * level).sum(1, keepdim=True) /
-                 (m * level**2).sum(1, keepdim=True).clamp(min=1e-30)).clamp(min=LEAST_SCALE)  # fmt: skip
-    return scale.clamp(max=LARGEST_FIXED_SCALE).half()[:, 0]
+        torch.ge(magnitude, scale[:, None], out=outer)          # the level is 0.5 + outer, its square 0.25 + 2 outer
+        above = (weighted * outer).sum(1)
+        scale = ((total / 2 + above) / (mass / 4 + 2 * (outer @ m)).clamp(min=1e-30)).clamp(min=LEAST_SCALE)
+    return scale.clamp(max=LARGEST_FIXED_SCALE).half()
 
 
 def _row_scale(weight: np.ndarray) -> np.ndarray:

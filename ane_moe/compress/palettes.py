@@ -12,43 +12,45 @@ from functools import cache
 
 import numpy as np
 import torch
+from scipy.linalg.lapack import dgtsv
 
 CODES = 1 << 16
 FEW = 16                    # up to so many entries bins are COARSE, else FINE: many entries go to single outliers too
-COARSE, FINE = 8, 4         # neighbouring values in a bin: 0.8 % and 0.4 % of their size
+COARSE, FINE = 4, 2         # 16 or 4 neighbouring values in a bin: 1.6 % and 0.4 % of their size
 LARGEST = 65504.0
-GROUPS_AT_ONCE = 64         # of coarse bins: 8 MB
-ITERATIONS = 80
-RELAXATION = 0.9            # levels overshoot by this share of a step: Lloyd's steps are small near the optimum
-SETTLED = 1e-9              # stop when the energy explained grows by less than this share
+GROUPS_AT_ONCE = 64         # of coarse bins: 4 MB
+ITERATIONS = 40
+NEARBY = 4                  # bins to either side over which a density is taken
+STIFFEST = 0.95
+SPLIT_AT_ONCE = 4           # of so many clusters one is split at a time
+SETTLED = 1e-4              # stop when the error changes by less than this share
 VECTOR_ITERATIONS = 25
 VECTOR_SAMPLE = 1 << 15     # vectors of a group that its palette is fitted to
 
 # All fp16 values by code; codes count up from 0 for positive values and from 0x8000, downwards, for negative ones.
 _VALUES = np.arange(CODES, dtype=np.uint16).view(np.float16)
-_FINITE = np.where(np.isfinite(_VALUES), _VALUES, np.float16(0)).astype(np.float32)
+_FINITE = np.where(np.isfinite(_VALUES), _VALUES, np.float16(0))
 _ASCENDING = np.concatenate([np.arange(CODES - 1, CODES // 2 - 1, -1), np.arange(CODES // 2)])
 _SORTED = np.where(np.isfinite(_VALUES), _VALUES, np.copysign(np.float16(np.inf), _VALUES))[_ASCENDING].astype("f4")
 
 
 class _Bins:
-    """The 65,536 values in bins of `size` neighbours; everything about bins is in ascending order."""
+    """The 65,536 values in bins of `1 << shift` neighbours; `ascending` orders these, as `starts` and `ends` are."""
 
-    def __init__(self, size: int):
-        self.count, self.size = CODES // size, size
-        self.order = _ASCENDING[::size] // size
-        self.values = _FINITE.reshape(-1, size)
-        self.edges = _SORTED.reshape(-1, size)[:, -1].astype(np.float64)        # the largest value of each
-        highest = np.clip(self.edges, -LARGEST, LARGEST)
-        self.starts = np.concatenate([[-LARGEST], highest[:-1]])
-        self.widths = highest - self.starts
-        self.centres = self.values.mean(1, dtype=np.float64)[self.order]
+    def __init__(self, shift: int):
+        self.shift, self.count = shift, CODES >> shift
+        self.ascending = _ASCENDING[:: 1 << shift] >> shift
+        self.ends = np.clip(_SORTED[(1 << shift) - 1 :: 1 << shift].astype(np.float64), -LARGEST, LARGEST)
+        self.starts = np.concatenate([[-LARGEST], self.ends[:-1]])
 
-    def gather(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mass of each bin, and the sum of its values, of the mass of every code."""
-        binned = counts.reshape(self.count, self.size)
-        sums = np.einsum("ij,ij->i", binned, self.values)
-        return (binned @ np.ones(self.size, np.float32))[self.order], sums[self.order]
+    def gather(self, values: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Mass of each bin, and the sum of its values, of fp16 `(N,)`; bins are in the order of the codes."""
+        if len(values) > CODES:         # each code once is less to gather
+            values, weights = _FINITE, np.bincount(values.view(np.uint16), weights, CODES)
+        bins = (values.view(np.uint16) >> self.shift).astype(np.intp)
+        wide = torch.from_numpy(values).double().numpy()
+        mass = np.bincount(bins, weights, self.count)
+        return mass, np.bincount(bins, wide if weights is None else wide * weights, self.count)
 
 
 @cache
@@ -106,95 +108,135 @@ def assign_vectors(groups: np.ndarray, palettes: np.ndarray) -> np.ndarray:
 
 def _fit(groups: np.ndarray, entries: int, weights: np.ndarray | None, bins: _Bins) -> np.ndarray:
     palettes = np.empty((len(groups), entries), np.float16)
-    masses, sums = np.empty((2, len(groups), bins.count), np.float32)
+    masses, sums = np.empty((2, len(groups), bins.count))
     several = np.ones(len(groups), bool)
     for number, group in enumerate(groups):
-        counts = _histogram(group, weights[number] if weights is not None and weights.ndim > 1 else weights)
-        several[number] = np.count_nonzero(counts) > entries
-        if several[number]:
-            masses[number], sums[number] = bins.gather(counts.astype(np.float32))
-        else:
+        mine = weights[number] if weights is not None and weights.ndim > 1 else weights
+        mine = mine if mine is not None and mine.any() else None
+        masses[number], sums[number] = bins.gather(group, mine)
+        if np.count_nonzero(masses[number]) <= entries:
+            counts = np.bincount(group.view(np.uint16), mine, CODES)
             levels = np.unique(_VALUES[np.flatnonzero(counts)] + np.float16(0))       # -0 is 0
-            palettes[number] = np.concatenate([levels, np.full(entries - len(levels), levels[-1])])
+            several[number] = len(levels) > entries
+            if not several[number]:
+                palettes[number] = np.concatenate([levels, np.full(entries - len(levels), levels[-1])])
     if several.any():
-        palettes[several] = _lloyd(masses[several], sums[several], entries, bins)
+        palettes[several] = _Histograms(masses[several], sums[several], bins).fit(entries)
     return palettes
 
 
-def _histogram(values: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
-    """Mass of every fp16 code among `values`, `(65536,)`."""
-    return np.bincount(values.view(np.uint16), weights if weights is not None and weights.any() else None, CODES)
+class _Histograms:
+    """Of G groups, over the bins that hold anything: mass, sum of values and of squares below each bin `(G, B + 1)`."""
+
+    def __init__(self, masses: np.ndarray, sums: np.ndarray, bins: _Bins):
+        used = np.any(masses, axis=0, keepdims=True)[0, bins.ascending]
+        masses, sums = (of[:, bins.ascending[used]] for of in (masses, sums))
+        self.starts, self.ends = bins.starts[used], bins.ends[used]
+        self.rows = np.arange(len(masses))[:, None]
+        squares = np.divide(sums**2, masses, out=np.zeros_like(sums), where=masses > 0)
+        self.mass, self.sum, self.squares = (np.pad(np.cumsum(part, 1), ((0, 0), (1, 0))) for part in
+                                             (masses, sums, squares))  # fmt: skip
+
+    def fit(self, entries: int) -> np.ndarray:
+        """Palettes fp16 `(G, E)`, ascending: levels that are the means of what is nearest to them.
+
+        A Newton step that makes things worse is tried again, nearer to Lloyd's own, which never does.
+        """
+        levels = self._bisected(entries)
+        best, lloyd, newton = levels, np.zeros_like(levels), np.zeros_like(levels)
+        most, trust = np.full((len(levels), 1), -np.inf), np.ones((len(levels), 1))
+        for _ in range(ITERATIONS):
+            borders = (levels[:, :-1] + levels[:, 1:]) / 2
+            mass, total, density = self._cells(borders)
+            means = np.divide(total, mass, out=levels.copy(), where=mass > 0)
+            explained = (total * means).sum(1, keepdims=True)
+            change = np.abs(explained - most) / np.maximum(self.squares[:, -1:] - explained, 1e-30)
+            better = explained >= most
+            most, trust = np.maximum(explained, most), np.where(better, np.minimum(2 * trust, 1), trust / 4)
+            best, lloyd = np.where(better, levels, best), np.where(better, means - levels, lloyd)
+            if change.mean() <= SETTLED:
+                break
+            newton = np.where(better, _newton_step(levels, borders, means, mass, density), newton)
+            levels = np.sort(best + trust * newton + (1 - trust) * lloyd, axis=1)
+        return (best + lloyd).astype(np.float16)
+
+    def _cells(self, borders: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Mass and sum of values between `borders` `(G, E - 1)`, each `(G, E)`, and the density at them. A bin that is
+        cut counts as evenly filled: whole bins would let the levels stick."""
+        count = len(self.ends)
+        place = np.searchsorted(self.ends, borders.ravel()).reshape(borders.shape).clip(0, count - 1)
+        start, width = self.starts[place], self.ends[place] - self.starts[place]
+        part = np.clip((borders - start) / width, 0, 1)
+        mass, total = self.mass[self.rows, place], self.sum[self.rows, place]
+        mine = self.mass[self.rows, place + 1] - mass
+        sums = self.sum[self.rows, place + 1] - total
+        below = (mass + part * mine, total + part * (sums - mine * (1 - part) * width / 2))
+        low, high = (place - NEARBY).clip(0), (place + NEARBY).clip(None, count - 1)
+        density = self.mass[self.rows, high + 1] - self.mass[self.rows, low]
+        density /= self.ends[high] - self.starts[low]
+        return self._between(below[0], self.mass), self._between(below[1], self.sum), density
+
+    def _between(self, below: np.ndarray, of: np.ndarray) -> np.ndarray:
+        """What lies in each cell, of what lies below each border and in all."""
+        return np.diff(np.hstack([np.zeros_like(self.rows), below, of[:, -1:]]), axis=1)
+
+    def _bisected(self, entries: int) -> np.ndarray:
+        """Levels `(G, E)`, ascending: of all clusters the one with the largest error is split at its mean, and so on.
+        At the optimum all have about the same error, outliers' clusters too."""
+        first = np.zeros((len(self.rows), entries), np.int64)
+        last, error, mean = np.full_like(first, len(self.ends)), np.zeros(first.shape), np.zeros(first.shape)
+
+        def measure(where: np.ndarray) -> None:
+            start, end = first[self.rows, where], last[self.rows, where]
+            mass, total = (of[self.rows, end] - of[self.rows, start] for of in (self.mass, self.sum))
+            middle = self.ends[start.clip(0, len(self.ends) - 1)]
+            mean[self.rows, where] = middle = np.divide(total, mass, out=middle, where=mass > 0)
+            error[self.rows, where] = self.squares[self.rows, end] - self.squares[self.rows, start] - total * middle
+
+        number = 1
+        measure(np.zeros_like(self.rows))
+        while number < entries:
+            more = min(max(1, number // SPLIT_AT_ONCE), entries - number)
+            worst = np.argpartition(error[:, :number], number - more, axis=1)[:, number - more:]
+            fresh = np.broadcast_to(np.arange(number, number + more), worst.shape)
+            start, end = first[self.rows, worst], last[self.rows, worst]
+            cut = np.searchsorted(self.ends, mean[self.rows, worst].ravel()).reshape(worst.shape)
+            cut = np.clip(cut, start + 1, np.maximum(end - 1, start + 1)).clip(None, len(self.ends))
+            first[self.rows, fresh], last[self.rows, fresh], last[self.rows, worst] = cut, end, cut
+            measure(worst)
+            measure(fresh)
+            number += more
+        return np.sort(mean, axis=1)
 
 
-def _lloyd(masses: np.ndarray, sums: np.ndarray, entries: int, bins: _Bins) -> np.ndarray:
-    """Palettes fp16 `(G, E)` of bins `(G, B)`."""
-    means = np.where(masses > 0, sums / np.maximum(masses, np.float32(1e-30)), bins.centres.astype(np.float32))
-    below = ((0, 0), (1, 0))
-    mass_below = np.pad(masses.cumsum(1, dtype=np.float64), below)
-    sum_below = np.pad(sums.cumsum(1, dtype=np.float64), below)
-    squares_below = np.pad((sums.astype(np.float64) * means).cumsum(1), below)
-    levels = _bisected(mass_below, sum_below, squares_below, entries, bins)
-    explained = np.full(len(levels), -np.inf)
-    for _ in range(ITERATIONS):
-        mass, total = (np.diff(below, axis=1) for below in _shares(levels, mass_below, sum_below, bins))
-        means = np.divide(total, mass, out=levels.copy(), where=mass > 0)
-        now = np.divide(total**2, mass, out=np.zeros_like(mass), where=mass > 0).sum(1)
-        if np.all(now - explained <= SETTLED * now):
-            break
-        explained = np.maximum(explained, now)
-        levels = np.sort(means + RELAXATION * (means - levels), axis=1)
-    return means.astype(np.float16)
+def _newton_step(levels: np.ndarray, borders: np.ndarray, means: np.ndarray, mass: np.ndarray,
+                 density: np.ndarray) -> np.ndarray:
+    """The step `(G, E)` to where every level would be its cell's mean, were the densities at the borders constant.
 
-
-def _bisected(mass_below: np.ndarray, sum_below: np.ndarray, squares_below: np.ndarray, entries: int,
-              bins: _Bins) -> np.ndarray:
-    """Levels `(G, E)`, ascending: of all clusters the one with the largest error is split at its mean, and so on. At
-    the optimum all have about the same error, outliers' clusters too."""
-    rows = np.arange(len(mass_below))
-    first = np.zeros((len(rows), entries), np.int64)
-    last, error, mean = np.full_like(first, bins.count), np.zeros(first.shape), np.zeros(first.shape)
-
-    def measure(where: np.ndarray | int) -> None:
-        start, end = first[rows, where], last[rows, where]
-        mass, total = mass_below[rows, end] - mass_below[rows, start], sum_below[rows, end] - sum_below[rows, start]
-        mean[rows, where] = np.divide(total, mass, out=bins.centres[start.clip(0, bins.count - 1)], where=mass > 0)
-        squares = squares_below[rows, end] - squares_below[rows, start]
-        error[rows, where] = squares - total * mean[rows, where]
-
-    measure(0)
-    for number in range(1, entries):
-        worst = error[:, :number].argmax(1)
-        cut = np.searchsorted(bins.edges, mean[rows, worst])
-        cut = np.clip(cut, first[rows, worst] + 1, np.maximum(last[rows, worst] - 1, first[rows, worst] + 1))
-        first[rows, number], last[rows, number] = cut, last[rows, worst]
-        last[rows, worst] = cut
-        measure(worst)
-        measure(number)
-    return np.sort(mean, axis=1)
-
-
-def _shares(levels: np.ndarray, mass_below: np.ndarray, sum_below: np.ndarray,
-            bins: _Bins) -> tuple[np.ndarray, np.ndarray]:
-    """Mass, and sum of values, below each level's share and below the end, `(G, E + 1)`. A bin that is cut counts as
-    evenly filled: whole bins would let the levels stick."""
-    rows, middles = np.arange(len(levels))[:, None], (levels[:, :-1] + levels[:, 1:]) / 2
-    place = np.searchsorted(bins.edges, middles.ravel()).reshape(middles.shape).clip(0, bins.count - 1)
-    width = bins.widths[place]
-    part = np.clip((middles - bins.starts[place]) / np.maximum(width, 1e-30), 0, 1)
-    mass = mass_below[rows, place + 1] - mass_below[rows, place]
-    total = sum_below[rows, place + 1] - sum_below[rows, place]
-    first, last = np.zeros((len(levels), 1)), (mass_below[:, -1:], sum_below[:, -1:])
-    return (np.hstack([first, mass_below[rows, place] + part * mass, last[0]]),
-            np.hstack([first, sum_below[rows, place] + part * (total - mass * (1 - part) * width / 2), last[1]]))
+    A border that moves by 1 moves the means beside it by density * distance / mass. These sums are kept below 1, where
+    a density is not concave: then the system has a solution, of at most 1 / (1 - STIFFEST) Lloyd steps.
+    """
+    nothing, thin = np.zeros((len(levels), 1)), np.maximum(mass, 1e-30)
+    left = np.hstack([nothing, density * (means[:, 1:] - borders)]) / thin
+    right = np.hstack([density * (borders - means[:, :-1]), nothing]) / thin
+    scale = STIFFEST / np.maximum(left + right, STIFFEST) / 2
+    left, right = left * scale, right * scale
+    lower, upper = -left.ravel()[1:], -right.ravel()[:-1]
+    return dgtsv(lower, 1 - (left + right).ravel(), upper, (means - levels).ravel())[3].reshape(levels.shape)
 
 
 def _nearest(palette: np.ndarray) -> np.ndarray:
     """The entry nearest to every fp16 code, uint8 `(65536,)`."""
-    wide = palette.astype(np.float64)
-    first = np.searchsorted(_SORTED, ((wide[:-1] + wide[1:]) / 2).astype(np.float32), side="right")
-    ascending = np.repeat(np.arange(len(palette), dtype=np.uint8), np.diff(first, prepend=0, append=CODES))
-    half = CODES // 2
-    return np.concatenate([ascending[half:], ascending[:half][::-1]])
+    wide, half = palette.astype(np.float64), CODES // 2
+    ends = [*np.searchsorted(_SORTED, ((wide[:-1] + wide[1:]) / 2).astype(np.float32), side="right").tolist(), CODES]
+    nearest, start = np.empty(CODES, np.uint8), 0
+    for entry, end in enumerate(ends):          # negative codes count down, positive ones up
+        if start < half:
+            nearest[CODES - min(end, half) : CODES - start] = entry
+        if end > half:
+            nearest[max(start, half) - half : end - half] = entry
+        start = end
+    return nearest
 
 
 def _lloyd_vectors(points: torch.Tensor, mass: torch.Tensor, entries: int) -> torch.Tensor:

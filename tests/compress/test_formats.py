@@ -9,6 +9,7 @@ from coremltools.models.neural_network.quantization_utils import _get_kmeans_loo
 from coremltools.optimize._utils import quantize_weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.cluster import KMeans
 
 from ane_moe.compress.encoded import Encoded
 from ane_moe.compress.expand import expand
@@ -124,6 +125,26 @@ def test_every_value_gets_its_nearest_entry(seed, entries, spread):
     distance = np.abs(values[:, :, None].astype(np.float64) - palettes[:, None].astype(np.float64))
     chosen = np.take_along_axis(distance, assign(values, palettes)[:, :, None].astype(int), 2)[:, :, 0]
     assert np.array_equal(chosen, distance.min(2))
+
+
+@pytest.mark.parametrize("entries", [4, 16, 64])
+@pytest.mark.parametrize("kind", ["normal", "heavy tails", "two modes", "uniform", "one outlier", "few bits"])
+def test_palettes_of_any_distribution_are_near_the_best_of_scikit_learns_many_tries(kind, entries):
+    generator = np.random.default_rng(1)
+    values = {
+        "normal": lambda: generator.standard_normal(4000) * 0.02,
+        "heavy tails": lambda: generator.standard_t(3, 4000) * 0.02,
+        "two modes": lambda: generator.standard_normal(4000) * 0.01 + generator.choice([-0.2, 0.2], 4000),
+        "uniform": lambda: generator.uniform(-1, 1, 4000),
+        "one outlier": lambda: np.append(generator.standard_normal(3999) * 0.02, 60000),
+        "few bits": lambda: generator.choice([-6, -3, -1, 0, 1, 2, 4], 4000) * 2.0 ** generator.integers(-3, 1, 4000),
+    }[kind]().astype(np.float16)
+    palettes = fit_palettes(values[None], entries)
+    ours = palettes[0][assign(values[None], palettes)[0]]
+    theirs = KMeans(entries, n_init=5, random_state=0).fit(values[:, None].astype(np.float64))
+    error = float(((ours.astype(np.float64) - values) ** 2).sum())
+    rounding = float((values.astype(np.float64) ** 2).sum()) * 2.0**-22         # their levels are not fp16
+    assert error <= 1.1 * theirs.inertia_ + rounding
 
 
 def test_few_values_are_kept_exactly_in_any_palette():
