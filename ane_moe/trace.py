@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ane_moe.blocks.ports import Block, Ports, Shape
 from ane_moe.blocks.registry import TemplateKey, build_unbound
-from ane_moe.coreml_tools import BlobReader, MIL_pb2, Model_pb2, ct
+from ane_moe.coreml_tools import BlobReader, MIL_pb2, Model_pb2, ct, validating_once
+from ane_moe.token_count import MARKER, with_token_count
 
 # What our graphs need of coremltools' 95 default passes: a quarter of the time, the same program. In particular none
 # of those that fold weights.
@@ -63,16 +64,15 @@ class ConversionError(Exception):
 
 
 def make_template(key: TemplateKey) -> Template:
-    """Trace and convert every function of `key` and join them into one specification.
+    """Trace and convert the block of `key` and join its functions into one specification.
 
     Raises ConversionError when a weight cannot be proved to be where the block has it.
     """
     block = build_unbound(key.block)
     weights = {name: tuple(parameter.shape) for name, parameter in block.named_parameters()}
-    ports = {name: block.ports(tokens) for name, tokens in key.functions}
     traced = _trace(block, block.ports(1), key.layout)
-    programs = {name: _convert(traced, ports[name], weights, key.layout) for name in ports}
-    return Template(_join(programs), weights)
+    program = _convert(traced, block.ports(MARKER), weights, key.layout)
+    return Template(_join({name: with_token_count(program, tokens) for name, tokens in key.functions}), weights)
 
 
 class _Unbound(nn.Module):
@@ -135,16 +135,19 @@ def _convert(traced: torch.jit.ScriptModule, ports: Ports, shapes: dict[str, Sha
     placeholders = {name: _placeholder(index) for index, name in enumerate(shapes)}
     declared = {**inputs, **{placeholders[name]: shape for name, shape in shapes.items()}}
     half = {"dtype": np.float16}
-    model = ct.convert(
-        traced,
-        inputs=[ct.TensorType(name=name, shape=shape, **half) for name, shape in declared.items()],
-        outputs=[ct.TensorType(name=name, **half) for name in ports.outputs],
-        states=[ct.StateType(ct.TensorType(shape=s, **half), name=name) for name, s in ports.states.items()] or None,
-        minimum_deployment_target=ct.target.iOS18,
-        pass_pipeline=ct.PassPipeline(PASSES, "ane-moe"),
-        compute_precision=ct.precision.FLOAT16,
-        skip_model_load=True,
-    )
+    with validating_once():
+        model = ct.convert(
+            traced,
+            inputs=[ct.TensorType(name=name, shape=shape, **half) for name, shape in declared.items()],
+            outputs=[ct.TensorType(name=name, **half) for name in ports.outputs],
+            states=[ct.StateType(ct.TensorType(shape=shape, **half), name=name)
+                    for name, shape in ports.states.items()] or None,
+            minimum_deployment_target=ct.target.iOS18,
+            pass_pipeline=ct.PassPipeline(PASSES, "ane-moe"),
+            compute_precision=ct.precision.FLOAT16,
+            skip_model_load=True,
+        )
+    model._mil_program.validate()
     specification = model.get_spec()
     _inline_constants(specification, model.weights_dir)
     _prove(traced, len(inputs), list(shapes), specification, placeholders)

@@ -4,13 +4,17 @@ import pytest
 
 from ane_moe import trace
 from ane_moe.blocks.attention import AttentionConfig
+from ane_moe.blocks.experts import ExpertGroupConfig, SharedExpertConfig
 from ane_moe.blocks.head import HeadConfig
 from ane_moe.blocks.mlp import DenseConfig
 from ane_moe.blocks.moe import MoeConfig
 from ane_moe.blocks.projection import Projection
 from ane_moe.blocks.registry import BLOCKS, TemplateKey
-from ane_moe.coreml_tools import Model_pb2
+from ane_moe.blocks.routed import RoutedAttentionConfig
+from ane_moe.blocks.stack import StackConfig
+from ane_moe.coreml_tools import Model_pb2, ct, validating_once
 from ane_moe.spec import GqaSpec, MlpSpec, MoeSpec, NormSpec, RouterSpec, SharedSpec
+from ane_moe.token_count import MARKER, with_token_count
 from ane_moe.trace import ConversionError, make_template
 
 NORM = NormSpec()
@@ -44,6 +48,50 @@ def test_every_block_converts_with_all_its_weights_as_constants_of_both_function
         constants = {op.outputs[0].name for op in operations(template, function) if op.type == "const"}
         assert {trace.value_name(name) for name in template.weights} <= constants
     assert not any("blobFileValue" in str(op) for op in operations(template, "decode"))
+
+
+@pytest.mark.parametrize("layout", ["bc1s", "bct1"])
+@pytest.mark.parametrize(
+    "block",
+    [
+        AttentionConfig(16, NORM, GQA, rotary=4, slots=32),
+        AttentionConfig(16, NORM, GQA, rotary=2, slots=32, explicit=True, ranks=(2, 2, 2, 2)),
+        MoeConfig(16, NORM, MOE, experts=4, first=True),
+        MoeConfig(16, NORM, MOE, experts=2, first=False, soft=True),
+        RoutedAttentionConfig(AttentionConfig(16, NORM, GQA, rotary=4, slots=32), MOE.router),
+        ExpertGroupConfig(16, MOE.expert, 2),
+        SharedExpertConfig(16, MOE.shared),
+        StackConfig(((AttentionConfig(16, NORM, GQA, rotary=4, slots=32), MoeConfig(16, NORM, MOE, 4, True)),
+                     (AttentionConfig(16, NORM, GQA, rotary=4, slots=32), DenseConfig(16, NORM, MlpSpec(24))))),
+        HeadConfig(16, NORM, rows=20),
+    ],
+    ids=lambda block: type(block).__name__,
+)  # fmt: skip
+def test_setting_the_token_count_gives_the_bytes_of_a_conversion_for_it(block, layout):
+    key = TemplateKey(block, (("decode", 1), ("t3", 3), ("prefill", 64)), layout)
+    unbound = trace.build_unbound(block)
+    weights = {name: tuple(parameter.shape) for name, parameter in unbound.named_parameters()}
+    traced = trace._trace(unbound, unbound.ports(1), layout)
+    each = {name: trace._convert(traced, unbound.ports(tokens), weights, layout) for name, tokens in key.functions}
+    assert make_template(key).model == trace._join(each)
+
+
+@pytest.mark.parametrize("size", [MARKER + 1, MARKER * MARKER])
+def test_a_size_out_of_proportion_to_the_tokens_stops_the_conversion(size):
+    model = Model_pb2.Model()
+    model.description.input.add().type.multiArrayType.shape.extend([1, 2 * MARKER])
+    assert list(with_token_count(model, 3).description.input[0].type.multiArrayType.shape) == [1, 6]
+    model.description.input[0].type.multiArrayType.shape.append(size)
+    with pytest.raises(ValueError, match="not in proportion"):
+        with_token_count(model, 3)
+
+
+def test_coremltools_checks_programs_again_afterwards():
+    program = ct.converters.mil.mil.Program
+    original = program.validate
+    with validating_once():
+        assert program.validate is not original
+    assert program.validate is original
 
 
 def test_the_engine_friendly_graph_has_no_gathers_comparisons_or_fused_silu():
