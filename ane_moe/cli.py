@@ -1,5 +1,6 @@
 """The command line: one command per file in `commands/`, which import what is heavy when they are called."""
 
+import gc
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -44,3 +45,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f"ane-moe: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        gc.freeze()     # what torch and coremltools hold would be searched for garbage once more: a second

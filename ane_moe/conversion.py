@@ -2,13 +2,14 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ane_moe import stamping
+from ane_moe.blocks.registry import TemplateKey
 from ane_moe.checkpoint import Checkpoint, TensorSource, open_checkpoint
 from ane_moe.compress.budget import fit_budget, measure_sensitivity, reach_cosine
 from ane_moe.compress.calibration import FILE_NAME as CALIBRATION
@@ -23,7 +24,8 @@ from ane_moe.plan import MB, ConversionPlan, ConvertOptions, Recovery, ShardPlan
 from ane_moe.side_files import copy_tokenizer, write_routers
 from ane_moe.spec import ModelSpec, MoeSpec
 from ane_moe.stamping import TOOLS, Done, reuse_shard, stamp_embedding, stamp_shard, trace_template
-from ane_moe.workers import Pool, open_pool, peak_memory_bytes, run, start
+from ane_moe.trace import Template
+from ane_moe.workers import Pool, open_pool, peak_memory_bytes, run, run_then, start
 
 EMBED = "embed.bin"
 BUILTIN_TEXT = "builtin"
@@ -203,13 +205,20 @@ def _stamp_rest(
     finished: set[str],
     meter: _Meter,
 ) -> list[Done]:
-    """Trace one template per distinct block among the unfinished shards, then write them."""
+    """Trace one template per distinct block among the unfinished shards; write each shard as soon as it has its own."""
     rest = [shard for shard in conversion.shards if shard.path not in finished]
     keys = dict.fromkeys(key for shard in rest for key in shard.graphs.values())
-    templates = dict(run(pool, trace_template, [(key,) for key in keys]))
-    calls = [(checkpoint, out, shard, {prefix: templates[key] for prefix, key in shard.graphs.items()}, calibration)
-             for shard in rest]  # fmt: skip
-    return [meter.shard(done) for done in run(pool, stamp_shard, calls)]
+    templates: dict[TemplateKey, Template] = {}
+
+    def ready(traced: tuple[TemplateKey, Template]) -> Iterator[tuple[Any, ...]]:
+        key, templates[key] = traced
+        for shard in rest:
+            if key in shard.graphs.values() and templates.keys() >= set(shard.graphs.values()):
+                mine = {prefix: templates[key] for prefix, key in shard.graphs.items()}
+                yield checkpoint, out, shard, mine, calibration
+
+    stamped = run_then(pool, trace_template, [(key,) for key in keys], stamp_shard, ready)
+    return [meter.shard(done) for done in stamped]
 
 
 def _prompt_ids(checkpoint: Path, conversion: ConversionPlan, prompts: Path) -> list[list[int]]:

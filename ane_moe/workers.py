@@ -1,17 +1,24 @@
 """Worker processes of a conversion, and what they use of memory."""
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
 from contextlib import AbstractContextManager, nullcontext
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from typing import Any, TypeVar
 
 import psutil
-import torch
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 Pool = ProcessPoolExecutor | None       # None: everything in this process
+
+
+def prepare(workers: int, preload: str) -> None:
+    """Begin what `open_pool` needs, seconds of imports, while the caller goes on with its own."""
+    if workers > 1 and not psutil.MACOS:
+        forkserver.set_forkserver_preload([preload])
+        forkserver.ensure_running()
 
 
 def open_pool(workers: int, preload: str) -> AbstractContextManager[Pool]:
@@ -19,11 +26,16 @@ def open_pool(workers: int, preload: str) -> AbstractContextManager[Pool]:
     frameworks do not survive a fork."""
     if workers == 1:
         return nullcontext()
+    prepare(workers, preload)
     context = get_context("spawn" if psutil.MACOS else "forkserver")
-    if not psutil.MACOS:
-        context.set_forkserver_preload([preload])
-    # One thread each: the workers are the parallelism, and waiting OpenMP threads would spin on each other's cores.
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_use_one_thread)
+
+
+def _use_one_thread() -> None:
+    """The workers are the parallelism, and waiting OpenMP threads would spin on each other's cores."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def start(pool: Pool, function: Callable[..., T], *arguments: Any) -> "Future[T]":
@@ -43,6 +55,26 @@ def run(pool: Pool, function: Callable[..., T], calls: Sequence[tuple[Any, ...]]
     futures = [pool.submit(function, *arguments) for arguments in calls]
     try:
         yield from (future.result() for future in as_completed(futures))
+    except BaseException:
+        pool.shutdown(wait=True, cancel_futures=True)
+        raise
+
+
+def run_then(pool: Pool, function: Callable[..., T], calls: Sequence[tuple[Any, ...]], following: Callable[..., U],
+             then: Callable[[T], Iterable[tuple[Any, ...]]]) -> Iterator[U]:
+    """The results of the calls of `following` that `then` makes of each result of `function`, as they come."""
+    if pool is None:
+        for call in calls:
+            yield from (following(*arguments) for arguments in then(function(*call)))
+        return
+    first = {pool.submit(function, *arguments) for arguments in calls}
+    pending: set[Future[Any]] = set(first)
+    try:
+        while pending:
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for future in done & first:
+                pending |= {pool.submit(following, *arguments) for arguments in then(future.result())}
+            yield from (future.result() for future in done - first)
     except BaseException:
         pool.shutdown(wait=True, cancel_futures=True)
         raise

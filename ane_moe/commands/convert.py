@@ -76,6 +76,10 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Convert a checkpoint into Core ML shards. Run it again to go on after an interruption."""
+    from ane_moe.workers import prepare
+
+    if not dry_run:
+        prepare(workers, "ane_moe.stamping")
     from ane_moe.compress.recipe import find_recipe
     from ane_moe.conversion import convert as run
     from ane_moe.conversion import plan
