@@ -89,7 +89,8 @@ def convert(
             calibration = _calibration(opened.folder, out, conversion.options, meter)
             if calibration and (conversion.options.budget_mb or conversion.options.min_cosine):
                 conversion = _with_formats(pool, opened.folder, spec, sources, conversion, calibration, meter)
-            embedding = start(pool, stamp_embedding, opened.folder, sources["embed.weight"], out / EMBED)
+            embedding = start(pool, stamp_embedding, opened.folder, sources["embed.weight"], out / EMBED,
+                              conversion.embed_format)
             done = _finished(pool, opened.folder, out, conversion, calibration, meter)
             finished = {shard.path for shard in done}
             done += _stamp_rest(pool, opened.folder, out, conversion, calibration, finished, meter)
@@ -287,6 +288,7 @@ def _manifest(
         weights=options.recipe.name,
         recipe=options.recipe.as_json(),
         embed=EMBED,
+        embed_format=conversion.embed_format,
         ropes={name: asdict(rope) for name, rope in spec.ropes.items()},
         shards=tuple(_shard(shard, keys[shard.path]) for shard in conversion.shards),
         tokenizer=tokenizer,
@@ -324,6 +326,10 @@ def _compression(conversion: ConversionPlan) -> dict[str, dict[str, Any]]:
                 form, count = shard.choices[name].format, math.prod(source.shape)
                 facts["weights"] += count
                 facts["formats"][form] = facts["formats"].get(form, 0) + count
+    if conversion.embed_format != "fp16":
+        count = conversion.spec.vocab * conversion.spec.d_model
+        roles["embedding"] = {"formats": {conversion.embed_format: count}, "weights": count,
+                              "bytes": conversion.embed_bytes}  # fmt: skip
     return {role: facts | {"bits_per_weight": 8 * facts["bytes"] / facts["weights"]} for role, facts in roles.items()}
 
 

@@ -69,9 +69,10 @@ class Manifest:
     layout: str                             # bc1s | bct1
     prefill: int                            # tokens per prefill call, 0 when there is no prefill function
     weights: str                            # fp16, or the name of the compression recipe
-    embed: str                              # path of the fp16 row-major [vocab, d_model] table
+    embed: str                              # path of the [vocab, d_model] table (runtime/embedding_table.py)
     ropes: dict[str, dict[str, Any]]
     shards: tuple[Shard, ...]
+    embed_format: str = "fp16"              # fp16 | int8
     tokenizer: tuple[str, ...] = ()         # tokenizer files, as copied from the checkpoint
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()

@@ -14,7 +14,7 @@ from ane_moe.benchmark.geometry import DEFAULT_CONTEXT, Geometry, geometry_of
 from ane_moe.benchmark.layout import layout_of
 from ane_moe.benchmark.pieces import Piece
 from ane_moe.benchmark.workload import Workload, assemble
-from ane_moe.compress.recipe import Recipe, find_recipe
+from ane_moe.compress.recipe import Recipe, find_format, find_recipe
 from ane_moe.errors import UserError
 from ane_moe.families import supported
 from ane_moe.plan import ConvertOptions
@@ -203,7 +203,8 @@ def _from_hub(name: str) -> Path:
 
 def _choice(geometry: Geometry, options: ConvertOptions, context: int, target: str) -> Choice:
     pieces = layout_of(geometry, options, context)
-    embed = 2 * geometry.vocab * geometry.d_model
+    stored = find_format(options.recipe.choice("embed.weight").format)
+    embed = stored.stored_bytes(geometry.vocab, geometry.d_model)
     workload = assemble(pieces, options.routing, options.recipe.name, options.prefill, embed)
     return Choice(options.routing, options.recipe.name, workload, predict(workload, find_chip(target)),
                   concerns_of(workload, pieces, target), _conversion_seconds(geometry, options.recipe))  # fmt: skip
@@ -247,8 +248,8 @@ def _conversion_seconds(geometry: Geometry, recipe: Recipe) -> Range | None:
         for matrix, count in [*once, *((matrix, layer.experts) for matrix in layer.expert)]:
             name = recipe.choice(f"layers.{number}.{matrix.name}").format
             formats[name] = formats.get(name, 0.0) + 2e-6 * count * matrix.weights
-    head = recipe.choice("head.weight").format
-    formats[head] = formats.get(head, 0.0) + 2e-6 * geometry.vocab * geometry.d_model
+    for name in (recipe.choice("head.weight").format, recipe.choice("embed.weight").format):
+        formats[name] = formats.get(name, 0.0) + 2e-6 * geometry.vocab * geometry.d_model
     formats.pop("fp16", None)
     if any(_base(name) not in times["encode"] for name in formats):
         return None

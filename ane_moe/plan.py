@@ -150,8 +150,12 @@ class ConversionPlan:
         return _functions(self.options)
 
     @property
+    def embed_format(self) -> str:
+        return self.options.recipe.choice("embed.weight").format
+
+    @property
     def embed_bytes(self) -> int:
-        return self.spec.vocab * self.spec.d_model * 2
+        return find_format(self.embed_format).stored_bytes(self.spec.vocab, self.spec.d_model)
 
     @property
     def matrices(self) -> dict[int | None, list[TensorSource]]:

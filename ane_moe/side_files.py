@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ane_moe.checkpoint import Checkpoint, TensorSource
+from ane_moe.compress.recipe import find_format
 
 EMBED_CHUNK_BYTES = 32_000_000
 LARGEST = 60_000        # below fp16's end; which experts score highest does not change with the scale
@@ -23,16 +24,25 @@ TOKENIZER_FILES = (
 )
 
 
-def write_embedding(checkpoint: Checkpoint, source: TensorSource, path: Path) -> None:
-    """The embedding table, fp16 row-major, a run of rows at a time."""
+def write_embedding(checkpoint: Checkpoint, source: TensorSource, path: Path, form: str) -> None:
+    """The embedding table, a run of rows at a time: fp16, or int8 and then the rows' scales
+    (runtime/embedding_table.py)."""
     rows, width = source.shape
     step = max(1, EMBED_CHUNK_BYTES // (2 * width))
     buffer = np.empty((step, width), np.float16)
     temporary = path.with_name(f".writing-{path.name}")
+    scales: list[np.ndarray] = []
     with temporary.open("wb") as stream:
         for first in range(0, rows, step):
             last = min(first + step, rows)
-            stream.write(checkpoint.read(source.part(first, last), out=buffer[: last - first]).data)
+            part = checkpoint.read(source.part(first, last), out=buffer[: last - first])
+            if (encoded := find_format(form).encode(part)) is None:
+                stream.write(part.data)
+            else:
+                (linear,) = encoded.arrays
+                stream.write(linear["data"].data)
+                scales.append(linear["scale"].reshape(-1))
+        stream.writelines(scale.data for scale in scales)
     os.replace(temporary, path)
 
 

@@ -107,7 +107,7 @@ def _values(
             yield name, form.encode(weight, m) or weight
 
 
-def stamp_embedding(checkpoint: Path, source: TensorSource, path: Path) -> Done:
-    write_embedding(open_checkpoint(checkpoint), source, path)
+def stamp_embedding(checkpoint: Path, source: TensorSource, path: Path, form: str) -> Done:
+    write_embedding(open_checkpoint(checkpoint), source, path, form)
     files = {path.name: sha256(path)}
     return Done(path.name, "", path.stat().st_size, False, files, peak_memory_bytes(), os.getpid())

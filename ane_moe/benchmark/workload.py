@@ -8,6 +8,7 @@ from typing import Protocol
 
 from ane_moe.benchmark.chips import Range
 from ane_moe.benchmark.pieces import ExpertSet, Piece, merge, pieces_of_manifest, pieces_of_plan
+from ane_moe.compress.recipe import find_format
 from ane_moe.manifest import Manifest, read_manifest
 from ane_moe.plan import ConversionPlan
 
@@ -77,7 +78,7 @@ class ExpertTraffic(Protocol):
 def workload_of(conversion: Path | Manifest) -> Workload:
     """The workload of a finished conversion. Raises UserError for a broken folder and for an unknown recipe."""
     manifest = read_manifest(conversion) if isinstance(conversion, Path) else conversion
-    embed = 2 * manifest.vocab * manifest.d_model
+    embed = find_format(manifest.embed_format).stored_bytes(manifest.vocab, manifest.d_model)
     return assemble(pieces_of_manifest(manifest), manifest.routing, manifest.weights, manifest.prefill, embed)
 
 

@@ -42,6 +42,12 @@ class Encoded:
     expansions: tuple[Expansion, ...]
 
     @property
+    def arrays(self) -> tuple[dict[str, np.ndarray], ...]:
+        """The stored arrays by name, for each expansion."""
+        return tuple({name: value.values for name, value in expansion.inputs.items() if isinstance(value, Stored)}
+                     for expansion in self.expansions)  # fmt: skip
+
+    @property
     def stored_bytes(self) -> int:
         """Payload in the weight file: indices, palettes, scales and masks, packed."""
         return sum(value.stored_bytes for expansion in self.expansions for value in expansion.inputs.values()

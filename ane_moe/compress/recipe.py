@@ -14,7 +14,8 @@ layers = "0-1"
 roles = { experts = "int8" }
 ```
 
-Routers, norms, gates of shared experts, biases and the embedding table stay fp16.
+`embedding` is the table that the host reads: fp16 unless it is named, as int8; `default` is not for it. Routers, norms,
+gates of shared experts and biases stay fp16.
 """
 
 import re
@@ -31,6 +32,7 @@ from ane_moe.errors import UserError
 PRESETS = Path(__file__).parent / "recipes"
 MAX_FILE_BYTES = 1 << 20
 MAX_RANK = 1024
+EMBEDDING_FORMATS = ("fp16", "int8")        # of which the host makes single rows
 # A role is named by group and matrix; what matches none of these stays fp16.
 ROLES = {
     "attention": re.compile(r"layers\.(\d+)\.attn\.([qkvo])\.weight"),
@@ -38,9 +40,10 @@ ROLES = {
     "shared": re.compile(r"layers\.(\d+)\.ffn\.shared\.(gate|up|down)\.weight"),
     "dense": re.compile(r"layers\.(\d+)\.ffn\.(gate|up|down)\.weight"),
     "head": re.compile(r"()head\.()weight"),
+    "embedding": re.compile(r"()embed\.()weight"),
 }
 MATRICES = {"attention": "qkvo", "experts": ("gate", "up", "down"), "shared": ("gate", "up", "down"),
-            "dense": ("gate", "up", "down"), "head": ()}  # fmt: skip
+            "dense": ("gate", "up", "down"), "head": (), "embedding": ()}  # fmt: skip
 NAMES = {"default", *MATRICES, *(f"{group}.{matrix}" for group, names in MATRICES.items() for matrix in names)}
 
 
@@ -75,7 +78,7 @@ class Recipe:
         if role is None:
             return Choice()
         tables = [entry.roles for entry in reversed(self.layers) if layer in entry.layers]
-        names = (role, role.split(".")[0], "default")
+        names = (role,) if role == "embedding" else (role, role.split(".")[0], "default")
         found = next((table[name] for table in (*tables, self.roles) for name in names if name in table), Choice())
         return replace(found, format=self.overrides.get(tensor, found.format))
 
@@ -151,7 +154,7 @@ def _completed(recipe: Recipe, group: str | None, vector: int | None, rank: int 
             name = found[1] + size + (f"-v{vector}" if vector else "") + (found[2] or "")
         return Choice(parse_format(name).name, choice.rank if rank is None or name == "fp16" else rank)
 
-    roles = {name: complete(choice) for name, choice in recipe.roles.items()}
+    roles = {name: complete(choice) if name != "embedding" else choice for name, choice in recipe.roles.items()}
     layers = tuple(LayerRoles(e.layers, {n: complete(c) for n, c in e.roles.items()}) for e in recipe.layers)
     plain = recipe.name == recipe.roles.get("default", Choice()).format     # a format's name, not a recipe's
     return Recipe(roles["default"].format if plain else recipe.name, roles, layers, recipe.overrides)
@@ -188,7 +191,12 @@ def _roles(table: Any, path: Path) -> dict[str, Choice]:
     if unknown := set(table) - NAMES:
         raise UserError(f"the recipe {path} names unknown roles", ", ".join(sorted(unknown)),
                         f"roles are {', '.join(sorted(NAMES))}")  # fmt: skip
-    return {name: _choice(value, path) for name, value in table.items()}
+    roles = {name: _choice(value, path) for name, value in table.items()}
+    embedding = roles.get("embedding", Choice())
+    if embedding.format not in EMBEDDING_FORMATS or embedding.rank:
+        raise UserError(f"the recipe {path}: the embedding is stored as {' or '.join(EMBEDDING_FORMATS)}",
+                        f"{embedding.format}, rank {embedding.rank}")
+    return roles
 
 
 def _choice(value: Any, path: Path) -> Choice:

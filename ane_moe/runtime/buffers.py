@@ -4,25 +4,13 @@ T = tokens in a call, S = cache width, d = d_model, r = rotated channels of a he
 """
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 
-from ane_moe.errors import UserError
 from ane_moe.manifest import Manifest
+from ane_moe.runtime.embedding_table import EmbeddingTable
 
 HIDDEN = np.float16(-1e4)       # additive mask of a slot that may not be seen; exp of it is 0 in fp16 and fp32
-
-
-def open_embeddings(folder: Path, manifest: Manifest) -> np.ndarray:
-    """Map `embed.bin` into memory: fp16 `[vocab, d]`, read only. Raises UserError when its size is wrong."""
-    path = folder / manifest.embed
-    expected = manifest.vocab * manifest.d_model * 2
-    found = path.stat().st_size if path.is_file() else None
-    if found != expected:
-        raise UserError(f"{path} is not the embedding table", "no file" if found is None else f"{found} bytes",
-                        f"{expected} bytes were expected; convert again")
-    return np.memmap(path, dtype="<f2", mode="r", shape=(manifest.vocab, manifest.d_model))
 
 
 def rope_rows(manifest: Manifest, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -45,7 +33,7 @@ class Buffers:
     attention window, one (cos, sin) pair per rotary table.
     """
 
-    def __init__(self, manifest: Manifest, tokens: int, embed: np.ndarray, windows: Iterable[int | None],
+    def __init__(self, manifest: Manifest, tokens: int, embed: EmbeddingTable, windows: Iterable[int | None],
                  ropes: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
         width, d = manifest.cache_width, manifest.d_model
         self.tokens = tokens

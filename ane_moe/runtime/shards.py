@@ -9,7 +9,8 @@ import numpy as np
 from ane_moe.errors import UserError
 from ane_moe.manifest import Manifest, Shard, read_manifest
 from ane_moe.runtime import open_package, resolve_runtime
-from ane_moe.runtime.buffers import activation_shape, open_embeddings, rope_rows
+from ane_moe.runtime.buffers import activation_shape, rope_rows
+from ane_moe.runtime.embedding_table import EmbeddingTable, open_embeddings
 from ane_moe.runtime.expert_cache import ExpertCache
 from ane_moe.runtime.experts import ExpertLayer, check_function, expert_layers, open_cache
 from ane_moe.runtime.interface import LoadedFunction
@@ -38,7 +39,7 @@ class LoadedLayer:
 
 @dataclass(frozen=True)
 class LoadedShards:
-    """Everything sessions share; nothing here changes once loaded. `embed` is fp16 `[vocab, d]`; `ropes` holds the
+    """Everything sessions share; nothing here changes once loaded. `embed` gives fp16 `[vocab, d]`; `ropes` holds the
     (cos, sin) rows of every table, fp16 `[context, r/2]`; `runtime` is the one that was chosen."""
 
     folder: Path
@@ -46,7 +47,7 @@ class LoadedShards:
     runtime: str
     layers: tuple[LoadedLayer, ...]
     head: tuple[LoadedShard, ...]
-    embed: np.ndarray
+    embed: EmbeddingTable
     ropes: dict[str, tuple[np.ndarray, np.ndarray]]
     experts: dict[int, ExpertLayer] = field(default_factory=dict)
     cache: ExpertCache | None = None                # of expert functions, where there are any

@@ -8,7 +8,7 @@ import numpy as np
 
 from ane_moe.errors import UserError
 from ane_moe.manifest import Manifest
-from ane_moe.runtime.buffers import open_embeddings
+from ane_moe.runtime.embedding_table import Int8Table, open_embeddings
 from ane_moe.runtime.program import Block, Constant, Program
 from ane_moe.runtime.reader import read_program
 from ane_moe.runtime.shards import check_manifest
@@ -111,7 +111,8 @@ def _finite(values: np.ndarray) -> bool:
 
 def _bad_table(folder: Path, manifest: Manifest) -> Iterator[Problem]:
     try:
-        if not _finite(open_embeddings(folder, manifest)):
+        table = open_embeddings(folder, manifest)
+        if not _finite(table.scales if isinstance(table, Int8Table) else table):
             yield Problem(manifest.embed, "NaN or Inf in the embedding table")
     except UserError as error:
         yield Problem(manifest.embed, str(error))

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from ane_moe.manifest import Manifest, Shard, ShardFunction
-from ane_moe.runtime.buffers import activation_shape, by_channel, open_embeddings
+from ane_moe.runtime.buffers import activation_shape, by_channel
+from ane_moe.runtime.embedding_table import open_embeddings
 from ane_moe.runtime.interface import LoadedFunction
 from ane_moe.runtime.shards import LoadedShard, check_shard, ffn_shards
 from ane_moe.verification.cached_attention import CachedAttention

@@ -20,6 +20,7 @@ from ane_moe.compress.expand import expand
 from ane_moe.compress.recipe import Choice, find_format, recipe_of, role_of
 from ane_moe.errors import UserError
 from ane_moe.manifest import Manifest, Shard
+from ane_moe.runtime.embedding_table import open_embeddings
 from ane_moe.runtime.reader import read_program
 from ane_moe.runtime.weight_values import weight_values
 from ane_moe.tensors import tensor_of
@@ -40,7 +41,8 @@ class StoredWeight:
 
 
 def stored_weights(folder: Path, manifest: Manifest) -> Iterator[StoredWeight]:
-    """Every tensor of every shard, expanded by the reference runtime's operations, one at a time."""
+    """Every tensor of every shard, expanded by the reference runtime's operations, one at a time; the embedding table
+    too where it is compressed."""
     for shard in manifest.shards:
         program = read_program(folder / shard.path)
         for function, prefix in _one_function_each(shard):
@@ -50,6 +52,8 @@ def stored_weights(folder: Path, manifest: Manifest) -> Iterator[StoredWeight]:
                     values[name.removeprefix(PREFIX).replace("__", ".")] = value
             for name in [name for name in values if not re.search(r"\.recover_(in|out)$|^select\.weight$", name)]:
                 yield _joined(shard, prefix, name, values)
+    if manifest.embed_format != "fp16":
+        yield StoredWeight("embed.weight", None, open_embeddings(folder, manifest)[:], False)
 
 
 def _one_function_each(shard: Shard) -> list[tuple[str, str]]:
@@ -122,7 +126,7 @@ def write_as_stored(checkpoint: Checkpoint, sources: Mapping[str, TensorSource],
 
 def _untied(sources: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
     """Where each of our tensors goes: where it was, but head and embedding apart though one tensor was stored for both
-    (the head may be compressed, the embedding is not)."""
+    (they may be stored in different formats)."""
     places = dict(sources)
     if sources["head.weight"].key == sources["embed.weight"].key:
         as_head = sources["head.weight"].key == HEAD_KEY

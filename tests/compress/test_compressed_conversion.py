@@ -6,15 +6,18 @@ import numpy as np
 import pytest
 from coremltools.converters.mil.frontend.milproto.load import load as load_program
 
+from ane_moe.benchmark.workload import workload_of
 from ane_moe.checkpoint import open_checkpoint
 from ane_moe.compress.expand import expand
 from ane_moe.compress.recipe import find_format, find_recipe
 from ane_moe.conversion import plan
 from ane_moe.coreml_tools import Model_pb2
+from ane_moe.families import describe
 from ane_moe.manifest import read_manifest
 from ane_moe.package import MODEL
 from ane_moe.plan import ConvertOptions
 from ane_moe.runtime import load_package
+from ane_moe.runtime.embedding_table import open_embeddings
 from ane_moe.runtime.inspect import summarize
 from ane_moe.runtime.session import Session
 from ane_moe.runtime.shards import load_shards
@@ -79,6 +82,28 @@ def test_compressed_models_verify_and_generate(checkpoint, tmp_path, name, routi
     assert report.weights == name and not report.integrity and report.shards
     logits = Session(load_shards(out, "reference")).prefill([3, 5, 7, 9, 11])
     assert np.isfinite(logits).all() and np.ptp(logits) > 0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_compressed_embedding_is_what_was_meant_and_verifies(tmp_path, tied):
+    source = tiny_checkpoint("granitemoe", tmp_path / "checkpoint", tie_word_embeddings=tied)
+    (tmp_path / "mine.toml").write_text('[roles]\ndefault = "fp16"\nembedding = "int8"\n')
+    recipe = find_recipe(str(tmp_path / "mine.toml"))
+    out = tiny_conversion(source, tmp_path / "out", recipe=recipe, golden=True, prefill=4)
+    manifest, (spec, sources) = read_manifest(out), describe(open_checkpoint(source))
+    weight = open_checkpoint(source).read(sources["embed.weight"])
+    meant = expand(find_format("int8").encode(weight))
+    table = open_embeddings(out, manifest)
+    assert np.array_equal(table[:], meant) and np.array_equal(table[3], meant[3])
+    assert np.array_equal(table[np.array([5, 0])], meant[[5, 0]])
+    assert (out / "embed.bin").stat().st_size == spec.vocab * (spec.d_model + 2)
+    facts = manifest.compression["embedding"]
+    error = float(np.linalg.norm(meant.astype(np.float32) - weight) / np.linalg.norm(weight.astype(np.float32)))
+    assert facts["formats"] == {"int8": weight.size} and facts["relative_error"] == pytest.approx(error, rel=1e-3)
+    report = verify(out, runtime="reference")
+    assert report.as_stored is not None and report.as_stored.shards and not report.as_stored.failures
+    assert not report.integrity and not report.failures
+    assert workload_of(out).embed_bytes == plan(source, ConvertOptions(recipe=recipe)).embed_bytes
 
 
 def test_directions_kept_apart_lower_the_error(checkpoint, tmp_path):

@@ -38,6 +38,16 @@ def test_the_most_specific_entry_counts_and_layers_come_first(tmp_path):
     assert recipe.choice("layers.9.ffn.shared.up.weight") == recipe.choice("layers.9.ffn.up.weight") == Choice("int8")
 
 
+def test_the_embedding_is_only_compressed_by_name(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('[roles]\ndefault = "lut4"\nembedding = "int8"\n')
+    assert find_recipe(str(path), rank=3).choice("embed.weight") == Choice("int8")
+    for wrong in ('"lut4"', '{ format = "int8", rank = 2 }'):
+        path.write_text(f"[roles]\nembedding = {wrong}\n")
+        with pytest.raises(UserError, match="the embedding is stored as fp16 or int8"):
+            find_recipe(str(path))
+
+
 def test_options_complete_what_names_leave_open():
     assert find_recipe("lut4", group="32").name == "lut4-g32"
     assert find_recipe("lut4", group="tensor", vector=2).choice(EXPERT).format == "lut4-tensor-v2"
