@@ -10,6 +10,7 @@ keeps rows, so that a run can go on; `--write` puts the table and a plot into do
 import argparse
 import json
 import os
+import platform
 import re
 import shutil
 import tempfile
@@ -111,8 +112,8 @@ def line(row: dict) -> str:
 def write(rows: list[dict], tokens: int) -> None:
     """The table between its markers in docs/compression.md, and the plot beside it."""
     page = DOCS / "compression.md"
-    conditions = (f"{tokens} tokens of held-out text in passages of {PASSAGE}; reference runtime, one process, "
-                  f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end.")
+    conditions = (f"{tokens:,} tokens of held-out text (CPython {platform.python_version()}) in passages of {PASSAGE}; "
+                  f"reference runtime on {os.cpu_count()} cores. Conversion is by one process.")
     table = "\n".join([HEAD, "|---|" + "---:|" * 8, *map(line, rows), "", conditions])
     text = re.sub(r"(<!-- formats -->\n).*?(<!-- end -->)", lambda found: f"{found[1]}{table}\n{found[2]}",
                   page.read_text(), flags=re.DOTALL)  # fmt: skip

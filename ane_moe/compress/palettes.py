@@ -1,13 +1,15 @@
 """K-means palettes of fp16 values.
 
-In one dimension nothing iterates over weights: a histogram over the 65,536 fp16 values holds all there is to know. It
-is gathered into bins of neighbouring values, each kept with its exact mass and mean, and Lloyd's algorithm ("Least
-squares quantization in PCM", 1982) runs on these for all groups at once, starting from repeated bisection. The result
-is deterministic.
+In one dimension nothing iterates over weights: a histogram over fp16 values holds all there is to know. Its bins hold
+some neighbouring values each, with their exact mass and sum, and all groups are treated at once. Repeated bisection
+gives the first levels; Newton's method moves them to where every level is the mean of its cell, Lloyd's condition
+("Least squares quantization in PCM", 1982): a level depends on its neighbours alone, so a step is one tridiagonal
+system. The result is deterministic, and a local optimum.
 
 Shapes: G groups, each with a palette of its own; N values in a group; E entries; V the length of a vector.
 """
 
+from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
@@ -19,9 +21,10 @@ FEW = 16                    # up to so many entries bins are COARSE, else FINE: 
 COARSE, FINE = 4, 2         # 16 or 4 neighbouring values in a bin: 1.6 % and 0.4 % of their size
 LARGEST = 65504.0
 GROUPS_AT_ONCE = 64         # of coarse bins: 4 MB
+CHUNK = 1 << 18
 ITERATIONS = 40
 NEARBY = 4                  # bins to either side over which a density is taken
-STIFFEST = 0.95
+STIFFEST = 0.95             # see _newton_step
 SPLIT_AT_ONCE = 4           # of so many clusters one is split at a time
 SETTLED = 1e-4              # stop when the error changes by less than this share
 VECTOR_ITERATIONS = 25
@@ -46,7 +49,7 @@ class _Bins:
     def gather(self, values: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """Mass of each bin, and the sum of its values, of fp16 `(N,)`; bins are in the order of the codes."""
         if len(values) > CODES:         # each code once is less to gather
-            values, weights = _FINITE, np.bincount(values.view(np.uint16), weights, CODES)
+            values, weights = _FINITE, _counts(values, weights)
         bins = (values.view(np.uint16) >> self.shift).astype(np.intp)
         wide = torch.from_numpy(values).double().numpy()
         mass = np.bincount(bins, weights, self.count)
@@ -77,8 +80,23 @@ def assign(groups: np.ndarray, palettes: np.ndarray) -> np.ndarray:
     """For values fp16 `(G, N)` the nearest entry of each group's ascending palette `(G, E)`, as uint8 `(G, N)`."""
     indices = np.empty(groups.shape, np.uint8)
     for values, palette, out in zip(groups, palettes, indices, strict=True):
-        np.take(_nearest(palette), values.view(np.uint16), out=out, mode="clip")
+        nearest = _nearest(palette)
+        for part in _chunks(len(values)):
+            np.take(nearest, values[part].view(np.uint16), out=out[part], mode="clip")
     return indices
+
+
+def _counts(values: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+    """Mass of every fp16 code among `values`, `(65536,)`."""
+    counts = np.zeros(CODES)
+    for part in _chunks(len(values)):
+        counts += np.bincount(values[part].view(np.uint16), None if weights is None else weights[part], CODES)
+    return counts
+
+
+def _chunks(count: int) -> Iterator[slice]:
+    """Of an array: numpy makes 64-bit indices of what it counts and looks up, which then stay in the cache."""
+    return (slice(first, first + CHUNK) for first in range(0, count, CHUNK))
 
 
 def fit_vectors(groups: np.ndarray, entries: int, weights: np.ndarray | None = None) -> np.ndarray:
@@ -115,8 +133,7 @@ def _fit(groups: np.ndarray, entries: int, weights: np.ndarray | None, bins: _Bi
         mine = mine if mine is not None and mine.any() else None
         masses[number], sums[number] = bins.gather(group, mine)
         if np.count_nonzero(masses[number]) <= entries:
-            counts = np.bincount(group.view(np.uint16), mine, CODES)
-            levels = np.unique(_VALUES[np.flatnonzero(counts)] + np.float16(0))       # -0 is 0
+            levels = np.unique(_VALUES[np.flatnonzero(_counts(group, mine))] + np.float16(0))       # -0 is 0
             several[number] = len(levels) > entries
             if not several[number]:
                 palettes[number] = np.concatenate([levels, np.full(entries - len(levels), levels[-1])])
