@@ -215,7 +215,7 @@ def _stamp_rest(
         key, templates[key] = traced
         for shard in rest:
             if key in shard.graphs.values() and templates.keys() >= set(shard.graphs.values()):
-                mine = {prefix: templates[key] for prefix, key in shard.graphs.items()}
+                mine = {prefix: templates[graph] for prefix, graph in shard.graphs.items()}
                 yield checkpoint, out, shard, mine, calibration
 
     stamped = run_then(pool, trace_template, [(key,) for key in keys], stamp_shard, ready)
