@@ -1,9 +1,11 @@
 """Worker processes of a conversion, and what they use of memory."""
 
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
 from contextlib import AbstractContextManager, nullcontext
-from multiprocessing import forkserver, get_context
+from multiprocessing import forkserver, get_context, parent_process
 from typing import Any, TypeVar
 
 import psutil
@@ -28,14 +30,21 @@ def open_pool(workers: int, preload: str) -> AbstractContextManager[Pool]:
         return nullcontext()
     prepare(workers, preload)
     context = get_context("spawn" if psutil.MACOS else "forkserver")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_use_one_thread)
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
 
 
-def _use_one_thread() -> None:
-    """The workers are the parallelism, and waiting OpenMP threads would spin on each other's cores."""
+def _begin_worker() -> None:
+    """One thread: the workers are the parallelism, and waiting OpenMP threads would spin on each other's cores."""
     import torch
 
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    """A killed parent tells nobody: its workers would wait for calls for ever, or write into what a new run writes."""
+    parent.join()
+    os._exit(1)
 
 
 def start(pool: Pool, function: Callable[..., T], *arguments: Any) -> "Future[T]":

@@ -1,7 +1,10 @@
 """Worker processes: calls that follow others begin as soon as these are done, and stop when one fails."""
 
 import os
+import subprocess
+import sys
 
+import psutil
 import pytest
 
 from ane_moe.workers import open_pool, run_then
@@ -49,3 +52,28 @@ def test_without_a_pool_following_calls_are_not_put_off():
     results = run_then(None, note, [(1,), (2,)], second, then)
     next(results)
     assert seen == [1]
+
+
+KILLED = """
+import os, sys, time
+from ane_moe.workers import open_pool
+
+if __name__ == "__main__":
+    with open_pool(2, "ane_moe.errors") as pool:
+        waiting = [pool.submit(time.sleep, 600) for _ in range(2)]
+        pool.submit(os.getpid)
+        while len(pool._processes) < 2 or not all(process.is_alive() for process in pool._processes.values()):
+            time.sleep(0.05)
+        print(*pool._processes, flush=True)
+        time.sleep(600)
+"""
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    (tmp_path / "main.py").write_text(KILLED)
+    with subprocess.Popen([sys.executable, tmp_path / "main.py"], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        workers = [psutil.Process(int(number)) for number in parent.stdout.readline().split()]
+        assert len(workers) == 2 and all(worker.is_running() for worker in workers)
+        parent.kill()
+        assert not psutil.wait_procs(workers, timeout=30)[1]
