@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from io import FileIO
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, Self
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ane_moe.errors import UserError
+from ane_moe.model.weight import Weight, WeightName
 from ane_moe.safetensors_header import StoredTensor, read_header
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -38,16 +39,28 @@ class TensorSource:
     """Where one of our tensors lies in a checkpoint, and what turns the stored values into it.
 
     Out of the stored tensor `key`, expected to have `stored_shape`: entry `index` of the first axis (one expert of a
-    fused tensor), then `rows` [first, last) of what is left, then the transpose, then times `scale`.
+    fused tensor), then `rows` [first, last) of what is left, then the transpose, then times `scale`. `weight` is our
+    tensor's row: what it is for.
     """
 
-    name: str
+    name: WeightName
     key: str
     stored_shape: tuple[int, ...]
     index: int | None = None
     rows: tuple[int, int] | None = None
     transpose: bool = False
     scale: float = 1.0
+    weight: Weight | None = None
+
+    @property
+    def role(self) -> str | None:
+        """What a recipe calls our tensor; None when it stays fp16, whatever the recipe."""
+        return self.weight.role if self.weight else None
+
+    @property
+    def reads(self) -> WeightName:
+        """The activation that enters our tensor."""
+        return self.name.beside(self.weight.reads if self.weight else "")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -92,7 +105,15 @@ class Checkpoint:
         self._wide = torch.empty(CHUNK_ELEMENTS, dtype=torch.float32)
         self._bits = np.empty(CHUNK_ELEMENTS, np.uint16)
 
-    def require(self, sources: Mapping[str, TensorSource]) -> None:
+    def __reduce__(self) -> tuple[type["Checkpoint"], tuple[Any, ...]]:
+        """Sent to another process without the reading buffers, which it makes anew."""
+        return type(self), tuple(getattr(self, part.name) for part in fields(self) if part.init)
+
+    def holding(self, keys: Collection[str]) -> "Checkpoint":
+        """The same checkpoint with the stored tensors `keys` only: small enough to send to a worker."""
+        return replace(self, tensors={key: self.tensors[key] for key in keys})
+
+    def require(self, sources: Mapping[WeightName, TensorSource]) -> None:
         """Check, before anything is read, that `sources` and the stored tensors agree.
 
         Raises UserError for tensors nobody reads, and for a wrong shape or an unsupported dtype.
@@ -169,9 +190,9 @@ class Checkpoint:
                 yield first, raw
 
     def _frame(self, source: TensorSource) -> bytes:
-        fields = (source.name, source.key, self.tensors[source.key].dtype, source.stored_shape, source.index,
-                  source.rows, source.transpose, source.scale)  # fmt: skip
-        return repr(fields).encode() + b"\n"
+        facts = (str(source.name), source.key, self.tensors[source.key].dtype, source.stored_shape, source.index,
+                 source.rows, source.transpose, source.scale)
+        return repr(facts).encode() + b"\n"
 
     def _require_sound(self, source: TensorSource) -> None:
         tensor = self.tensors[source.key]
@@ -181,7 +202,7 @@ class Checkpoint:
                 do=f"supported: {', '.join(DTYPES)}; dequantise the checkpoint first",
             )
         if tensor.shape != source.stored_shape:
-            derived = ".attn." in source.name and self.config.get("head_dim") is None
+            derived = source.name.part == "attn" and self.config.get("head_dim") is None
             raise UserError(
                 f"{source.key} has the wrong shape",
                 f"{list(tensor.shape)} instead of {list(source.stored_shape)}",

@@ -203,7 +203,7 @@ def _from_hub(name: str) -> Path:
 
 def _choice(geometry: Geometry, options: ConvertOptions, context: int, target: str) -> Choice:
     pieces = layout_of(geometry, options, context)
-    stored = find_format(options.recipe.choice("embed.weight").format)
+    stored = find_format(options.recipe.by_role("embedding").format)
     embed = stored.stored_bytes(geometry.vocab, geometry.d_model)
     workload = assemble(pieces, options.routing, options.recipe.name, options.prefill, embed)
     return Choice(options.routing, options.recipe.name, workload, predict(workload, find_chip(target)),
@@ -246,9 +246,9 @@ def _conversion_seconds(geometry: Geometry, recipe: Recipe) -> Range | None:
     for number, layer in enumerate(geometry.layers):
         once = [(matrix, 1) for matrix in (*layer.mixer, *layer.dense, *layer.shared)]
         for matrix, count in [*once, *((matrix, layer.experts) for matrix in layer.expert)]:
-            name = recipe.choice(f"layers.{number}.{matrix.name}").format
+            name = recipe.by_role(matrix.role, number).format
             formats[name] = formats.get(name, 0.0) + 2e-6 * count * matrix.weights
-    for name in (recipe.choice("head.weight").format, recipe.choice("embed.weight").format):
+    for name in (recipe.by_role("head").format, recipe.by_role("embedding").format):
         formats[name] = formats.get(name, 0.0) + 2e-6 * geometry.vocab * geometry.d_model
     formats.pop("fp16", None)
     if any(_base(name) not in times["encode"] for name in formats):

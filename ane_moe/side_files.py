@@ -9,6 +9,7 @@ import numpy as np
 
 from ane_moe.checkpoint import Checkpoint, TensorSource
 from ane_moe.compress.recipe import find_format
+from ane_moe.model.weight import WeightName
 
 EMBED_CHUNK_BYTES = 32_000_000
 LARGEST = 60_000        # below fp16's end; which experts score highest does not change with the scale
@@ -57,12 +58,12 @@ def copy_tokenizer(checkpoint: Path, out: Path) -> tuple[str, ...]:
 
 
 def write_routers(
-    checkpoint: Checkpoint, sources: Mapping[str, TensorSource], paths: Mapping[int, str], out: Path
+    checkpoint: Checkpoint, sources: Mapping[WeightName, TensorSource], paths: Mapping[int, str], out: Path
 ) -> None:
     """Write each layer's router, fp16 `[E,d]` with the norm's weight folded in, to its path below `out`."""
     for layer, path in paths.items():
-        router, norm = (checkpoint.read(sources[f"layers.{layer}.ffn.{name}.weight"]).astype(np.float32)
-                        for name in ("router", "norm"))  # fmt: skip
+        names = (WeightName(layer, "ffn", None, f"{name}.weight") for name in ("router", "norm"))
+        router, norm = (checkpoint.read(sources[name]).astype(np.float32) for name in names)
         table = router * norm
         table /= max(1.0, float(np.abs(table).max()) / LARGEST)
         target = out / path

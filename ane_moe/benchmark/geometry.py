@@ -22,9 +22,9 @@ DEFAULT_CONTEXT = 2048
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight matrix; `name` as in our tensor names, from `attn.`, `ffn.` or `head.` on."""
+    """A weight matrix, and what a recipe calls it."""
 
-    name: str
+    role: str
     rows: int
     columns: int
 
@@ -106,7 +106,7 @@ class _Reader:
         mixer, cache, state = self._mixer(number)
         if self._is_dense(number):
             width = self.config.integer("intermediate_size")
-            return LayerGeometry(mixer, cache, state, dense=self._mlp("ffn", width), norm=self.d_model)
+            return LayerGeometry(mixer, cache, state, dense=self._mlp("dense", width), norm=self.d_model)
         experts = self.config.integer(*EXPERTS, at_most=MAX_EXPERTS)
         k = self.config.integer(*CHOSEN, at_most=experts)
         shared = self._shared()
@@ -114,8 +114,8 @@ class _Reader:
             mixer,
             cache,
             state,
-            expert=self._mlp("ffn.experts.0", self._expert_width()),
-            shared=self._mlp("ffn.shared", shared) if shared else (),
+            expert=self._mlp("experts", self._expert_width()),
+            shared=self._mlp("shared", shared) if shared else (),
             experts=experts,
             k=k,
             router=self._router(experts),
@@ -126,15 +126,15 @@ class _Reader:
         """Matrices, KV values a token, values of other states."""
         d = self.d_model
         if number < len(self.types) and self.types[number] in CONVOLUTION:
-            return (Matrix("attn.q.weight", 3 * d, d), Matrix("attn.o.weight", d, d)), 0, 2 * d
+            return (Matrix("attention.q", 3 * d, d), Matrix("attention.o", d, d)), 0, 2 * d
         heads = self.config.integer("num_attention_heads")
         if self.config.has("kv_lora_rank"):
             return self._latent(heads)
         kv_heads = self.config.integer("num_key_value_heads") if self.config.has("num_key_value_heads") else heads
         head = self.config.integer("head_dim") if self.config.has("head_dim") else d // heads
         query, key = heads * head, kv_heads * head
-        matrices = [Matrix("attn.q.weight", query, d), Matrix("attn.k.weight", key, d), Matrix("attn.v.weight", key, d)]
-        return (*matrices, Matrix("attn.o.weight", d, query)), 2 * key, 0
+        matrices = [Matrix("attention.q", query, d), Matrix("attention.k", key, d), Matrix("attention.v", key, d)]
+        return (*matrices, Matrix("attention.o", d, query)), 2 * key, 0
 
     def _latent(self, heads: int) -> tuple[tuple[Matrix, ...], int, int]:
         """Latent attention: the cache holds the latent and the rotary key."""
@@ -142,11 +142,11 @@ class _Reader:
         nope, rope = self.config.integer("qk_nope_head_dim"), self.config.integer("qk_rope_head_dim")
         value = self.config.integer("v_head_dim")
         query, inner = heads * (nope + rope), d
-        matrices = [Matrix("attn.k.weight", latent + rope, d), Matrix("attn.v.weight", heads * (nope + value), latent)]
+        matrices = [Matrix("attention.k", latent + rope, d), Matrix("attention.v", heads * (nope + value), latent)]
         if self.config.has("q_lora_rank"):
             inner = self.config.integer("q_lora_rank")
-            matrices.append(Matrix("attn.q.weight", inner, d))
-        matrices += [Matrix("attn.q.weight", query, inner), Matrix("attn.o.weight", d, heads * value)]
+            matrices.append(Matrix("attention.q", inner, d))
+        matrices += [Matrix("attention.q", query, inner), Matrix("attention.o", d, heads * value)]
         return tuple(matrices), latent + rope, 0
 
     def _is_dense(self, number: int) -> bool:
@@ -181,10 +181,10 @@ class _Reader:
             return width * self.d_model + 2 * width * width + (experts + 1) * width
         return experts * self.d_model
 
-    def _mlp(self, prefix: str, width: int) -> tuple[Matrix, ...]:
+    def _mlp(self, group: str, width: int) -> tuple[Matrix, ...]:
         d = self.d_model
         return (
-            Matrix(f"{prefix}.gate.weight", width, d),
-            Matrix(f"{prefix}.up.weight", width, d),
-            Matrix(f"{prefix}.down.weight", d, width),
+            Matrix(f"{group}.gate", width, d),
+            Matrix(f"{group}.up", width, d),
+            Matrix(f"{group}.down", d, width),
         )

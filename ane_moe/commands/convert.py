@@ -84,7 +84,8 @@ def convert(
     from ane_moe.conversion import convert as run
     from ane_moe.conversion import plan
     from ane_moe.demo import demo_checkpoint
-    from ane_moe.plan import ConvertOptions, parse_expert_tokens, parse_layers
+    from ane_moe.number_lists import parse_counts, parse_layers
+    from ane_moe.plan import MAX_EXPERT_TOKENS, ConvertOptions
     from ane_moe.report.convert import ConvertBar, plan_document, print_plan, print_report, report_document
 
     if grouping is not None:
@@ -104,7 +105,7 @@ def convert(
         prefill=prefill,
         max_shard_mb=max_shard_mb,
         layers=None if layers is None else parse_layers(layers),
-        expert_tokens=parse_expert_tokens(expert_tokens),
+        expert_tokens=parse_counts(expert_tokens, "--expert-tokens", 1, MAX_EXPERT_TOKENS),
         experts_per_function=experts_per_function if grouping is None else groups.experts_per_function,
         layers_per_shard=layers_per_shard,
         recipe=find_recipe(compress, group=lut_group, vector=int(lut_vector or 0) or None, rank=recover_rank),

@@ -6,6 +6,7 @@ What coremltools emits for the same formats and iOS 18 is what is emitted here, 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ LARGEST_FIXED_SCALE = 43648.0                   # 1.5 times the next larger fp16
 SCALE_ROUNDS = 8
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 LEAST_SCALE = 2.0**-24                          # the smallest fp16 number
+TYPICAL_SIDE = 4096                             # of the square matrix that stands for all
 DEFAULT_GROUP = 16                              # coremltools' guide: 8 or 16 output channels a palette
 PER_BLOCK = ("scales per block of input channels run on the GPU's kernels and leave the Neural Engine "
              "(coremltools, Optimization Workflow: per-channel scales for the Neural Engine)")  # fmt: skip
@@ -27,8 +29,12 @@ PER_BLOCK = ("scales per block of input channels run on the GPU's kernels and le
 
 @dataclass(frozen=True)
 class Format:
-    """Base of all formats: fp16, stored as it is."""
+    """Base of all formats: fp16, stored as it is.
 
+    `rate` names the speed at which a chip works through weights of the format (benchmark/chips.toml).
+    """
+
+    rate: ClassVar[str] = "fp16"
     name: str = "fp16"
     leaves_engine: str = ""                     # why the format leaves the engine, or nothing
 
@@ -44,11 +50,17 @@ class Format:
         """Payload of a matrix of this shape in the weight file; no weights are needed."""
         return 2 * rows * columns
 
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of a weight, scales and palettes included, in a square matrix that stands for all."""
+        return 8 * self.stored_bytes(TYPICAL_SIDE, TYPICAL_SIDE) / TYPICAL_SIDE**2
+
 
 @dataclass(frozen=True)
 class Linear(Format):
     """Symmetric integers with one fp16 scale for each row, or each `block` of a row."""
 
+    rate: ClassVar[str] = "int8"
     bits: int = 8
     block: int = 0
 
@@ -80,6 +92,7 @@ class Palette(Format):
     `scaled` divides each row by its largest magnitude first, and gives it that as a scale.
     """
 
+    rate: ClassVar[str] = "lut"
     bits: int = 4
     group: int = DEFAULT_GROUP
     vector: int = 1
@@ -129,6 +142,7 @@ class Palette(Format):
 class FixedPalette(Format):
     """The four levels of Apple's 2-bit training, times one scale for each `group` of rows."""
 
+    rate: ClassVar[str] = "lut"
     group: int = 1
 
     def encode(self, weight: np.ndarray, moments: np.ndarray | None = None) -> Encoded:
@@ -155,7 +169,11 @@ class FixedPalette(Format):
 @dataclass(frozen=True)
 class Sparse(Format):
     """The smallest `percent` of all weights set to zero and left out (0: those that are zero already), the others
-    stored as fp16, int8 or palettes."""
+    stored as fp16, int8 or palettes.
+
+    Published speed is 1.55 to 1.64 times fp16's on an M1 (ane-guide, chapter 7): their
+    bytes at fp16's rate say as much.
+    """
 
     percent: int = 50
     rest: Format = Format()

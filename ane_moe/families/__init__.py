@@ -3,7 +3,6 @@
 The folder is the registry: every module but the shared `PARTS` is a family.
 """
 
-from collections.abc import Collection
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Protocol, cast
@@ -11,19 +10,20 @@ from typing import Protocol, cast
 from ane_moe.checkpoint import Checkpoint, TensorSource
 from ane_moe.errors import UserError
 from ane_moe.families.config import Config
+from ane_moe.families.keys import KeyTable, find_tensors
+from ane_moe.model.weight import WeightName
 from ane_moe.spec import ModelSpec
 
 PARTS = {"config", "decoder", "keys", "rope"}
 
 
 class Family(Protocol):
-    """What a family's module offers."""
+    """What a family's module offers: `KEYS` says what our tensors (`ModelSpec.weights`) are called in a checkpoint."""
+
+    KEYS: KeyTable
 
     def spec(self, config: Config) -> ModelSpec:
         """The architecture; UserError for a field that is missing or asks for other maths."""
-
-    def tensors(self, spec: ModelSpec, names: Collection[str]) -> dict[str, TensorSource]:
-        """Where each of our tensors (tensors.tensor_shapes) lies among the checkpoint's `names`; UserError if not."""
 
 
 def supported() -> list[str]:
@@ -38,7 +38,7 @@ def load_family(model_type: str) -> Family:
     return cast(Family, import_module(f"{__name__}.{model_type}"))
 
 
-def describe(checkpoint: Checkpoint) -> tuple[ModelSpec, dict[str, TensorSource]]:
+def describe(checkpoint: Checkpoint) -> tuple[ModelSpec, dict[WeightName, TensorSource]]:
     """A checkpoint's architecture, and the source of each of our tensors: names, shapes and dtypes all checked.
 
     Raises UserError for everything about the checkpoint that can be wrong without reading its weights.
@@ -56,6 +56,6 @@ def describe(checkpoint: Checkpoint) -> tuple[ModelSpec, dict[str, TensorSource]
     # `generate` takes its stop tokens from generation_config.json where there is one.
     ids = {key: value for key, value in checkpoint.generation.items() if key in ("bos_token_id", "eos_token_id")}
     spec = family.spec(Config(config.values | ids, config.where))
-    sources = family.tensors(spec, checkpoint.tensors)
+    sources = find_tensors(spec, checkpoint.tensors, family.KEYS)
     checkpoint.require(sources)
     return spec, sources

@@ -6,7 +6,6 @@ parts that are not loaded are replaced by stand-ins that hand on what the real p
 positions and multipliers are all computed by Hugging Face's code.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,6 +25,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
+from ane_moe.checkpoint import Checkpoint
 from ane_moe.errors import UserError
 
 
@@ -35,9 +35,9 @@ class StreamedModel:
     Raises UserError for a folder that is not a checkpoint, a quantised one, and missing or misshapen tensors.
     """
 
-    def __init__(self, checkpoint: Path):
-        self.checkpoint = checkpoint
-        self.config = _config(checkpoint)
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint = checkpoint.folder
+        self.config = _config(checkpoint.folder)
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(
                 self.config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager",
@@ -45,7 +45,7 @@ class StreamedModel:
             ).eval()
         self.layers: nn.ModuleList = self.model.base_model.layers
         self._mapping: list[Any] = get_model_conversion_mapping(self.model)
-        self._files = _tensor_files(checkpoint)
+        self._files = {key: str(tensor.path) for key, tensor in checkpoint.tensors.items()}
         self._sources = self._target_sources()
         self._parts = self._split_targets()
         _fill_computed_buffers(self.model)
@@ -150,33 +150,6 @@ def _config(checkpoint: Path) -> Any:
         raise UserError(f"{checkpoint} is quantised", str(config.quantization_config),
                         "take the fp16, bf16 or fp32 checkpoint")
     return config
-
-
-def _tensor_files(checkpoint: Path) -> dict[str, str]:
-    """Tensor name -> safetensors file; the index decides when there is one, as in transformers."""
-    index = checkpoint / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{index} cannot be read", str(error), "download the checkpoint again") from None
-        outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-        if outside:
-            raise UserError(f"{index} names a file outside its folder", repr(outside[0]),
-                            "do not trust this checkpoint")
-        files = [checkpoint / name for name in names]
-    else:
-        files = sorted(checkpoint.glob("*.safetensors"))
-    found: dict[str, str] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                found.update((key, str(file)) for key in opened.keys())  # noqa: SIM118 (not a mapping)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} cannot be read", str(error), "download the checkpoint again") from None
-    if not found:
-        raise UserError(f"{checkpoint} holds no weights", "no *.safetensors", "give a folder with safetensors weights")
-    return found
 
 
 def _fill_computed_buffers(model: Any) -> None:

@@ -18,9 +18,7 @@ from ane_moe.verification.model_metrics import PromptLogits, compare_logits
 from ane_moe.verification.parity import decode_tail
 from ane_moe.verification.result import FunctionModelResult
 
-# The reference runtime expands weights to fp32: from fp16, and at most from 4-bit ones.
-EXPANSION = {"fp16": 2}
-EXPANSION_COMPRESSED = 8
+EXPANDED_BYTES = 4      # of a weight: the reference runtime expands to fp32
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,8 @@ class WholeModel:
                                session.prefill_logits(ids[cut:], by=function))
 
     def _fits(self) -> bool:
-        factor = EXPANSION.get(self.manifest.weights, EXPANSION_COMPRESSED)
-        expanded = factor * sum(shard.weight_bytes for shard in self.manifest.shards if shard.kind != "experts")
+        resident = [shard for shard in self.manifest.shards if shard.kind != "experts"]
+        expanded = EXPANDED_BYTES * sum(shard.functions[0].elements for shard in resident)
         return self.runtime != "reference" or expanded < psutil.virtual_memory().available / 2
 
 

@@ -19,7 +19,6 @@ from ane_moe.families import load_family
 from ane_moe.families.config import Config
 from ane_moe.outlook import Outlook, outlook, outlook_of, recommendation
 from ane_moe.plan import ConvertOptions, make_plan
-from ane_moe.tensors import tensor_shapes
 from tests.benchmark.hub_configs import (
     DEEPSEEK_V2_LITE,
     GPT_OSS_20B,
@@ -103,7 +102,7 @@ def test_the_page_gives_the_same_figures(name):
 def test_the_packages_are_those_that_convert_plans(config, recipe, routing):
     config = config | {"num_hidden_layers": 2}
     spec = load_family(config["model_type"]).spec(Config(config))
-    sources = {name: TensorSource(name, name, shape) for name, shape in tensor_shapes(spec).items()}
+    sources = {name: TensorSource(name, str(name), row.shape, weight=row) for name, row in spec.weights()}
     options = ConvertOptions(routing=routing, recipe=find_recipe(recipe))
     planned = workload_of_plan(make_plan(spec, sources, options))
     pieces = layout_of(geometry_of(config), options, 2048)

@@ -59,7 +59,7 @@ def test_every_weight_of_the_package_is_the_one_meant(checkpoint, tmp_path, name
         theirs = expanded_by_coremltools(out / shard.path)
         assert set(theirs) == {"decode", "prefill"}
         for weight, choice in shard.choices.items():
-            meant = expand(find_format(choice.format).encode(opened.read(shard.weights[weight])))
+            meant = expand(find_format(choice.format).encode(opened.read(shard.sources[weight])))
             for function in theirs.values():
                 found = function[value_name(weight)]
                 assert np.array_equal(found.astype(np.float16).reshape(meant.shape), meant), weight
