@@ -97,13 +97,21 @@ def _function_parts(function: "FunctionSummary") -> "list[RenderableType]":
 
 
 def _type(feature: "Feature") -> tuple[str, str]:
+    from ane_moe.runtime.inputs import pixel_text
+
     shape = _by("?" if size is None else size for size in feature.type.shape) or "scalar"
     if feature.ranges:
         shape += " (" + _by(_range(*bounds) for bounds in feature.ranges) + ")"
     if feature.shapes:
         shape += " (one of " + ", ".join(map(_by, feature.shapes)) + ")"
-    kind = feature.type.dtype if feature.kind in ("array", "state") else f"{feature.kind} {feature.type.dtype}"
-    return kind + (", optional" if feature.optional else ""), shape
+    if feature.kind in ("array", "state"):
+        kind = feature.type.dtype
+    elif feature.layout:
+        kind = f"image {feature.layout}{pixel_text(feature)}, {feature.type.dtype} inside"
+    else:
+        kind = f"{feature.kind} {feature.type.dtype}"
+    default = "" if feature.default is None else f", {feature.default:g} where not given"
+    return kind + (", optional" if feature.optional else "") + default, shape
 
 
 def _by(sizes: "Iterable[object]") -> str:

@@ -20,6 +20,10 @@ _KINDS = {
     "stringType": "string", "int64Type": "int64", "doubleType": "double", "sequenceType": "sequence",
 }  # fmt: skip
 
+_Image = FeatureTypes_pb2.ImageFeatureType
+_LAYOUTS = {_Image.RGB: "RGB", _Image.BGR: "BGR", _Image.GRAYSCALE: "grayscale",
+            _Image.GRAYSCALE_FLOAT16: "grayscale fp16"}
+
 _DAMAGED = "the package is damaged, or its converter is faulty"
 
 
@@ -86,6 +90,8 @@ def _feature(proto: Any, declared: dict[str, ValueType], function: str) -> Featu
     if (kind == "stateType") != isinstance(actual, StateType):
         raise UserError(f"{where} is described as another kind than the program has", describe(actual), _DAMAGED)
     tensor = actual.tensor if isinstance(actual, StateType) else actual
+    if kind == "imageType" and isinstance(tensor, TensorType):
+        return _image(proto, tensor, where)
     if kind not in ("multiArrayType", "stateType"):
         shown = tensor if isinstance(tensor, TensorType) else TensorType(_KINDS[kind], ())
         return Feature(proto.name, shown, proto.type.isOptional, kind=_KINDS[kind])
@@ -97,7 +103,43 @@ def _feature(proto: Any, declared: dict[str, ValueType], function: str) -> Featu
     _check_agreement(described, tensor, where)
     for shape in shapes:
         _check_agreement(TensorType(described.dtype, shape), tensor, where)
-    return Feature(proto.name, described, proto.type.isOptional, shapes, ranges, _KINDS[kind])
+    default = _default(array, described.dtype, where) if proto.type.isOptional else None
+    return Feature(proto.name, described, proto.type.isOptional, shapes, ranges, _KINDS[kind],
+                   default=default)
+
+
+def _image(proto: Any, tensor: TensorType, where: str) -> Feature:
+    """An image: the program's shape [..., channels, height, width], in the sizes described."""
+    image = proto.type.imageType
+    if image.colorSpace not in _LAYOUTS:
+        raise UserError(f"{where} has an unknown colour layout", f"code {image.colorSpace}",
+                        _DAMAGED)
+    if len(tensor.shape) < 3:
+        raise UserError(f"{where} is described as an image", describe(tensor), _DAMAGED)
+    *lead, height, width = tensor.shape
+    shape = (*lead, height or image.height, width or image.width)
+    outer = tuple(size or 1 for size in lead)
+    shapes = tuple((*outer, size.height, size.width) for size in image.enumeratedSizes.sizes)
+    ranges = None
+    if image.HasField("imageSizeRange"):
+        sizes = image.imageSizeRange
+        axes = (sizes.heightRange, sizes.widthRange)
+        bounds = [(axis.lowerBound, axis.upperBound) for axis in axes]
+        ranges = (*((size, size) for size in outer), *bounds)
+    return Feature(proto.name, TensorType(tensor.dtype, shape), proto.type.isOptional, shapes,
+                   ranges, "image", _LAYOUTS[image.colorSpace])
+
+
+def _default(array: Any, dtype: str, where: str) -> int | float | None:
+    """The value of each element of an optional input that is not given; None: it has none."""
+    kind = array.WhichOneof("defaultOptionalValue")
+    if kind is None:
+        return None
+    value: int | float = getattr(array, kind)
+    if dtype.startswith("int") and not (isinstance(value, int) and -(1 << 31) <= value < 1 << 31):
+        raise UserError(f"{where} has a default value of another type", f"{value} for {dtype}",
+                        _DAMAGED)
+    return value
 
 
 def _array_dtype(array: Any, where: str) -> str:

@@ -96,6 +96,8 @@ class Feature:
     shapes: tuple[tuple[int, ...], ...] = ()                        # enumerated shapes, first is the default
     ranges: tuple[tuple[int, int], ...] | None = None               # (lower, upper) per axis; upper -1: unbounded
     kind: str = "array"                                             # array, state, image, dictionary, string ...
+    layout: str = ""                        # of an image: RGB, BGR, grayscale or grayscale fp16
+    default: int | float | None = None      # of each element, where an optional input is not given
 
 
 @dataclass(frozen=True)

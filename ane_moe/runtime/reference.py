@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ane_moe.errors import UserError
-from ane_moe.runtime.dtypes import FLOATS, NUMPY, to_numpy, torch_dtype
+from ane_moe.runtime.dtypes import to_numpy, torch_dtype
+from ane_moe.runtime.inputs import check_inputs, default_value
 from ane_moe.runtime.ops.arithmetic import Arithmetic, Exact, Narrow
 from ane_moe.runtime.plan import Plan, prepare
 from ane_moe.runtime.program import Feature, Program
@@ -90,7 +91,7 @@ class ReferenceFunction:
         self._weights = None
 
     def _slots(self, inputs: Mapping[str, np.ndarray], state: State | None) -> list:
-        given = self._check_inputs(inputs)
+        given = self._tensors(inputs)
         tensors = self._check_state(state)
         self.load_weights()
         assert self._weights is not None
@@ -119,35 +120,14 @@ class ReferenceFunction:
             results[name] = to_numpy(tensor, declared.dtype)
         return results
 
-    def _check_inputs(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-        known = [feature.name for feature in self.inputs]
-        extra = sorted(set(inputs) - set(known))
-        if extra:
-            raise UserError(f"function '{self.name}' has no input '{extra[0]}'", do=f"its inputs: {', '.join(known)}")
-        missing = [feature.name for feature in self.inputs if feature.name not in inputs]
-        if missing:
-            raise UserError(f"function '{self.name}' needs input '{missing[0]}'",
-                            f"inputs: {', '.join(inputs) or 'none'}")
-        return {feature.name: self._convert(feature, inputs[feature.name]) for feature in self.inputs}
-
-    def _convert(self, feature: Feature, given: np.ndarray) -> Tensor:
-        array = np.asarray(given)
-        where = f"input '{feature.name}' of function '{self.name}'"
-        if not _shape_fits(feature, array.shape):
-            raise UserError(f"{where} has the wrong shape", str(list(array.shape)), f"it takes {_shapes(feature)}")
-        wanted = feature.type.dtype
-        if array.dtype != NUMPY[wanted]:
-            floats = array.dtype.kind == "f" and wanted in FLOATS
-            integers = array.dtype.kind in "iu" and wanted not in FLOATS and wanted != "bool"
-            if not (floats or (integers and _values_fit(array, NUMPY[wanted]))):
-                raise UserError(f"{where} has the wrong element type", str(array.dtype), f"it takes {wanted}")
-            if integers:
-                array = array.astype(NUMPY[wanted])
-        if not (array.flags.writeable and array.flags.c_contiguous):
-            array = np.array(array, order="C")
-        if array.dtype.byteorder == ">":
-            array = array.astype(array.dtype.newbyteorder("="))
-        return torch.from_numpy(array).to(torch_dtype(wanted))
+    def _tensors(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+        """The inputs that are given, checked, and the defaults of those that are not."""
+        arrays = check_inputs(self.inputs, inputs, f"function '{self.name}'")
+        for feature in self.inputs:
+            if feature.name not in arrays:
+                arrays[feature.name] = default_value(feature)
+        dtypes = {feature.name: feature.type.dtype for feature in self.inputs}
+        return {name: _tensor(array, dtypes[name]) for name, array in arrays.items()}
 
     def _check_state(self, state: State | None) -> dict[str, Tensor] | None:
         if not self.states:
@@ -211,25 +191,10 @@ def _fixed_shape(feature: Feature) -> tuple[int, ...]:
     return shape
 
 
-def _shape_fits(feature: Feature, shape: tuple[int, ...]) -> bool:
-    if feature.shapes:
-        return shape in feature.shapes
-    if feature.ranges is not None:
-        return len(shape) == len(feature.ranges) and all(
-            low <= size and (high < 0 or size <= high) for size, (low, high) in zip(shape, feature.ranges, strict=True))
-    declared = feature.type.shape
-    return len(shape) == len(declared) and all(
-        want is None or want == size for want, size in zip(declared, shape, strict=True))
-
-
-def _shapes(feature: Feature) -> str:
-    if feature.shapes:
-        return " or ".join(str(list(shape)) for shape in feature.shapes)
-    if feature.ranges is not None:
-        return str([f"{low}..{'' if high < 0 else high}" for low, high in feature.ranges])
-    return str(list(feature.type.shape))
-
-
-def _values_fit(array: np.ndarray, dtype: type) -> bool:
-    limits = np.iinfo(dtype)
-    return not array.size or bool(limits.min <= array.min() and array.max() <= limits.max)
+def _tensor(array: np.ndarray, dtype: str) -> Tensor:
+    """The array as a tensor of the declared type; may share its memory."""
+    if not (array.flags.writeable and array.flags.c_contiguous):
+        array = np.array(array, order="C")
+    if array.dtype.byteorder == ">":
+        array = array.astype(array.dtype.newbyteorder("="))
+    return torch.from_numpy(array).to(torch_dtype(dtype))

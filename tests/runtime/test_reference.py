@@ -81,19 +81,12 @@ def test_floats_are_cast_to_the_declared_type_and_outputs_are_of_it() -> None:
     ({"z": np.zeros(2, np.float16)}, "has no input 'z'; its inputs: x"),
     ({}, "needs input 'x'; found: inputs: none"),
     ({"x": np.zeros(3, np.float16)}, r"input 'x' of function 'main' has the wrong shape; found: \[3\]; it takes \[2\]"),
-    ({"x": np.zeros(2, np.int32)}, "wrong element type; found: int32; it takes fp16"),
+    ({"x": np.array([2049, 0])}, r"wrong element type; found: int64, with 2049 .*numpy\.float16"),
     ({"x": np.zeros(2, np.bool_)}, "wrong element type; found: bool"),
 ])
 def test_an_input_that_does_not_fit_is_one_clear_error(given: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         run_add(given)
-
-
-def test_integers_are_taken_when_their_values_fit() -> None:
-    declared = TensorType("int32", (2,))
-    assert run_add({"x": np.array([3, 4], np.int64)}, declared).dtype == np.int32
-    with pytest.raises(UserError, match="wrong element type; found: int64"):
-        run_add({"x": np.array([2**40, 4], np.int64)}, declared)
 
 
 def test_arrays_of_any_layout_are_taken() -> None:
