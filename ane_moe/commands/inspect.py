@@ -33,7 +33,7 @@ def inspect(
     from ane_moe.runtime.printer import program_text
     from ane_moe.runtime.reader import read_program
 
-    program = read_program(package)
+    program = read_program(package, require_weights=False)
     summary = summarize(program)
     report = _predicted(program, package.name, target, system) if placement else None
     if as_json:
@@ -69,7 +69,8 @@ def _parts(summary: "Summary") -> "list[RenderableType]":
         ("package", str(summary.path)),
         ("needs", f"{summary.system} (specification version {summary.specification_version})"),
         ("default function", summary.default_function),
-        ("weights", f"{summary.weight_bytes:,} bytes stored"),
+        ("weights", f"{summary.weight_bytes:,} bytes {'declared' if summary.absent else 'stored'}"),
+        *(("missing", problem) for problem in summary.absent),
         *((name.removeprefix("com.github.apple."), value) for name, value in summary.metadata.items()),
     ]
     formats = [

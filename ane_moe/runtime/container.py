@@ -9,10 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ane_moe.errors import UserError
+from ane_moe.lfs import FETCH, is_lfs_pointer
 
 MAX_MANIFEST_BYTES = 1 << 20        # real ones have under 1 kB
 MAX_MODEL_BYTES = 64 << 20          # programs without their weights: 10,000 operations take about 5 MB
 MODEL_PATH = "@model_path/"
+
+
+class AbsentFile(UserError):
+    """A file that the package names is not there, or only a Git LFS pointer to it."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,9 @@ class Container:
         """The file that a constant names as "@model_path/weights/weight.bin", beside the program file."""
         if not name.startswith(MODEL_PATH):
             raise UserError("weight file is not named relative to the program", quoted(name), f"expected {MODEL_PATH}")
-        return _inside(self.root, self.model.parent, name.removeprefix(MODEL_PATH))
+        path = _inside(self.root, self.model.parent, name.removeprefix(MODEL_PATH))
+        require_content(path)
+        return path
 
 
 def open_container(path: Path) -> Container:
@@ -52,6 +59,12 @@ def open_container(path: Path) -> Container:
     if not isinstance(relative, str):
         raise UserError("Manifest.json names no root model", quoted(identifier), "the package is damaged")
     return Container(root, _inside(root, root / "Data", relative))
+
+
+def require_content(path: Path) -> None:
+    """Raise AbsentFile where a Git LFS pointer stands for the file."""
+    if is_lfs_pointer(path):
+        raise AbsentFile(f"{path.name} has not been downloaded", "a Git LFS pointer", FETCH)
 
 
 def quoted(value: object) -> str:
@@ -87,11 +100,13 @@ def _inside(root: Path, folder: Path, relative: str) -> Path:
         raise UserError("package holds a link that leads outside it", quoted(relative),
                         "copy it with its links resolved (cp -RL) if you trust it")
     if not regular:
-        raise UserError("package lacks a file it names", quoted(relative), "download or convert it again")
+        raise AbsentFile("package lacks a file it names", quoted(relative),
+                         "download or convert it again")
     return path
 
 
 def _read_limited(path: Path, limit: int) -> bytes:
+    require_content(path)
     try:
         size = path.stat().st_size
         if size > limit:

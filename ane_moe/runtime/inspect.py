@@ -36,7 +36,10 @@ class FormatTotal:
 
 @dataclass(frozen=True)
 class Summary:
-    """`weight_bytes` counts each stored constant once; `system` is the oldest that runs the package."""
+    """`weight_bytes` counts each stored constant once; `system` is the oldest that runs the package.
+
+    `absent` says what is wrong with weight files that are not there; sizes are those declared.
+    """
 
     path: Path
     specification_version: int
@@ -46,11 +49,17 @@ class Summary:
     formats: tuple[FormatTotal, ...]
     weight_bytes: int
     metadata: dict[str, str]
+    absent: tuple[str, ...]
 
 
 def summarize(package: Path | Program) -> Summary:
-    """Summarize a package on disk or one read before. Raises UserError for what is not a sound ML Program."""
-    program = package if isinstance(package, Program) else read_program(package)
+    """Summarize a package on disk, its weights there or not, or one read before.
+
+    Raises UserError for what is not a sound ML Program.
+    """
+    program = package
+    if not isinstance(program, Program):
+        program = read_program(program, require_weights=False)
     functions = tuple(
         _function(function, program.interfaces[name]) for name, function in program.functions.items()
     )  # fmt: skip
@@ -64,6 +73,7 @@ def summarize(package: Path | Program) -> Summary:
         formats=_totals(weights),
         weight_bytes=unique_bytes(weights),
         metadata=program.metadata,
+        absent=program.absent,
     )
 
 

@@ -115,3 +115,4 @@ class Program:
     default_function: str
     specification_version: int
     metadata: dict[str, str]            # author, license, user-defined keys (com.github.apple.coremltools...)
+    absent: tuple[str, ...] = ()        # what is wrong with each weight file that is not there

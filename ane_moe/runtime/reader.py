@@ -62,6 +62,7 @@ class OpenProgram:
             default_function=self.default_function,
             specification_version=self._model.specificationVersion,
             metadata=read_metadata(self._model.description.metadata),
+            absent=tuple(map(str, self._values.absent.values())),
         )
 
     def require(self, name: str) -> None:
@@ -71,8 +72,11 @@ class OpenProgram:
                             do=f"its functions: {', '.join(self.functions[:SHOWN])}")
 
 
-def open_program(path: Path) -> OpenProgram:
-    """Parse a package. Raises UserError for anything that is not an ML Program with functions."""
+def open_program(path: Path, *, require_weights: bool = True) -> OpenProgram:
+    """Parse a package. Raises UserError for anything that is not an ML Program with functions.
+
+    Without `require_weights` its weight files may be absent: see `ValueReader`.
+    """
     path = Path(path)
     container = open_container(path)
     model = _parse(container.model_bytes())
@@ -80,12 +84,16 @@ def open_program(path: Path) -> OpenProgram:
     if not names:
         raise UserError("program has no functions", "an empty program", _DAMAGED)
     described, default = described_functions(model.description, names)
-    return OpenProgram(path, tuple(described), default, model, described, ValueReader(container))
+    return OpenProgram(path, tuple(described), default, model, described,
+                       ValueReader(container, require_weights))
 
 
-def read_program(path: Path) -> Program:
-    """Read a whole package without its weights. Raises UserError for anything that is not a sound ML Program."""
-    return open_program(path).read()
+def read_program(path: Path, *, require_weights: bool = True) -> Program:
+    """Read a whole package; `load()` of its constants reads the weights, as in `open_program`.
+
+    Raises UserError for anything that is not a sound ML Program.
+    """
+    return open_program(path, require_weights=require_weights).read()
 
 
 def _parse(data: bytes) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ane_moe.errors import UserError
 from ane_moe.runtime.blob import BlobFile
-from ane_moe.runtime.container import Container, quoted
+from ane_moe.runtime.container import AbsentFile, Container, quoted
 from ane_moe.runtime.program import Constant, OtherType, StateType, TensorType, ValueType
 from ane_moe.runtime.proto import MIL_pb2
 from ane_moe.runtime.storage import STORAGE, Storage, decode, stored_size
@@ -84,9 +84,15 @@ def _dimension(proto: Any) -> int | None:
 
 @dataclass
 class ValueReader:
-    """Reads literals of one package; blob files are opened once and shared by all its constants."""
+    """Reads literals of one package; blob files are opened once and shared by all its constants.
+
+    Without `require_weights` a weight file may be absent: its constants raise when they are loaded,
+    and `absent` says what is wrong with each file, by name.
+    """
 
     container: Container
+    require_weights: bool = True
+    absent: dict[str, UserError] = field(default_factory=dict)
     _paths: dict[str, Path] = field(default_factory=dict)
     _blobs: dict[Path, BlobFile] = field(default_factory=dict)
 
@@ -105,13 +111,32 @@ class ValueReader:
         if storage is None or storage.name == "bool":
             raise _mismatch(where, "a value in the weight file", kind)
         blob = self._blob(proto.fileName)
+        if blob is None:
+            return self._absent(proto, kind, stored_size(storage, math.prod(shape)))
         entry = blob.entry(proto.offset, storage, math.prod(shape))
         blob_range = (blob.path, entry.offset, entry.nbytes)
         return Constant(kind, lambda: blob.read(entry).reshape(shape), blob_range, entry.nbytes)
 
-    def _blob(self, name: str) -> BlobFile:
+    def _absent(self, proto: Any, kind: ValueType, nbytes: int) -> Constant:
+        error = self.absent[proto.fileName]
+
+        def load() -> np.ndarray:
+            raise error
+
+        return Constant(kind, load, (Path(proto.fileName), proto.offset, nbytes), nbytes)
+
+    def _blob(self, name: str) -> BlobFile | None:
+        """The weight file of this name; None where it is absent and may be."""
+        if name in self.absent:
+            return None
         if name not in self._paths:
-            self._paths[name] = self.container.weight_file(name)
+            try:
+                self._paths[name] = self.container.weight_file(name)
+            except AbsentFile as error:
+                if self.require_weights:
+                    raise
+                self.absent[name] = error
+                return None
         path = self._paths[name]
         if path not in self._blobs:
             self._blobs[path] = BlobFile(path)
