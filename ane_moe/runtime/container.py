@@ -1,4 +1,4 @@
-"""The folder that is an .mlpackage: Manifest.json and the files it may name.
+"""The folder that is an .mlpackage (Manifest.json and the files it may name) or an .mlmodelc.
 
 A package is untrusted: every path it names is resolved, must stay inside it and must be a regular file.
 """
@@ -14,6 +14,7 @@ from ane_moe.lfs import FETCH, is_lfs_pointer
 MAX_MANIFEST_BYTES = 1 << 20        # real ones have under 1 kB
 MAX_MODEL_BYTES = 64 << 20          # programs without their weights: 10,000 operations take about 5 MB
 MODEL_PATH = "@model_path/"
+COMPILED = ".mlmodelc"
 
 
 class AbsentFile(UserError):
@@ -22,14 +23,32 @@ class AbsentFile(UserError):
 
 @dataclass(frozen=True)
 class Container:
-    """A package whose manifest has been read. `root` is resolved; `model` is the program file inside it."""
+    """A package whose manifest has been read, or a compiled model, or a stage of one.
+
+    `root` is resolved; `model` is the program file inside it, in a compiled model its text.
+    """
 
     root: Path
     model: Path
 
+    @property
+    def compiled(self) -> bool:
+        return self.root.suffix == COMPILED
+
     def model_bytes(self) -> bytes:
         """The serialized program (no weights)."""
         return _read_limited(self.model, MAX_MODEL_BYTES)
+
+    def file_beside(self, name: str, limit: int) -> bytes | None:
+        """The file `name` beside the program file, None if there is none."""
+        if not os.path.lexists(self.model.parent / name):
+            return None
+        return _read_limited(_inside(self.root, self.model.parent, name), limit)
+
+    def stage(self, index: int) -> "Container":
+        """The stage `index` of a compiled pipeline, a folder of its own."""
+        folder = self.root / f"model{index}"
+        return Container(self.root, _inside(self.root, folder, "model.mil"))
 
     def weight_file(self, name: str) -> Path:
         """The file that a constant names as "@model_path/weights/weight.bin", beside the program file."""
@@ -41,15 +60,14 @@ class Container:
 
 
 def open_container(path: Path) -> Container:
-    """Read Manifest.json of an .mlpackage folder. Raises UserError for anything that is not one."""
-    if path.suffix == ".mlmodelc":
-        raise UserError("compiled models (.mlmodelc) hold no readable program", str(path),
-                        "use the .mlpackage it was compiled from")
+    """Open an .mlpackage or .mlmodelc folder. Raises UserError for anything that is neither."""
     if path.is_file():
         raise UserError("expected an .mlpackage folder", f"file {path}", "re-convert .mlmodel files as ML Programs")
     if not path.is_dir():
         raise UserError("no such package", str(path), "check the path")
     root = path.resolve()
+    if root.suffix == COMPILED:
+        return _open_compiled(root)
     if not os.path.exists(root / "Manifest.json"):      # unlike Path.exists, False where it may not look
         raise UserError("not an .mlpackage: it has no Manifest.json", str(path), "point at the package itself")
     manifest = _manifest(_inside(root, root, "Manifest.json"))
@@ -59,6 +77,16 @@ def open_container(path: Path) -> Container:
     if not isinstance(relative, str):
         raise UserError("Manifest.json names no root model", quoted(identifier), "the package is damaged")
     return Container(root, _inside(root, root / "Data", relative))
+
+
+def _open_compiled(root: Path) -> Container:
+    """The program of a compiled model is model.mil; a pipeline has only metadata.json at its root."""
+    names = [name for name in ("model.mil", "metadata.json") if os.path.lexists(root / name)]
+    staged = os.path.lexists(root / "model0")
+    if not names or (names[0] != "model.mil" and not staged):
+        raise UserError("the compiled model holds no ML Program (no model.mil)", str(root.name),
+                        "only compiled ML Programs can be read: re-convert others")
+    return Container(root, _inside(root, root, names[0]))
 
 
 def require_content(path: Path) -> None:

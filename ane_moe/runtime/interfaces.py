@@ -10,7 +10,7 @@ from ane_moe.runtime.proto import FeatureTypes_pb2
 from ane_moe.runtime.values import describe
 
 _Array = FeatureTypes_pb2.ArrayFeatureType
-_ARRAY_DTYPES = {
+ARRAY_DTYPES = {
     _Array.FLOAT16: "fp16", _Array.FLOAT32: "fp32", _Array.DOUBLE: "fp64", _Array.INT32: "int32", _Array.INT8: "int8",
 }  # fmt: skip
 
@@ -143,9 +143,9 @@ def _default(array: Any, dtype: str, where: str) -> int | float | None:
 
 
 def _array_dtype(array: Any, where: str) -> str:
-    if array.dataType not in _ARRAY_DTYPES:
+    if array.dataType not in ARRAY_DTYPES:
         raise UserError(f"{where} has an unknown element type", f"code {array.dataType}", "a newer ane-moe may know it")
-    return _ARRAY_DTYPES[array.dataType]
+    return ARRAY_DTYPES[array.dataType]
 
 
 def _flexibility(array: Any, where: str) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, int], ...] | None]:

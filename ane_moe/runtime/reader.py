@@ -8,7 +8,8 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from ane_moe.errors import UserError
-from ane_moe.runtime.container import open_container, quoted
+from ane_moe.runtime.compiled import read_compiled
+from ane_moe.runtime.container import Container, open_container, quoted
 from ane_moe.runtime.interfaces import described_functions, read_interface, read_metadata
 from ane_moe.runtime.program import Argument, Block, Constant, Function, Operation, Output, Program
 from ane_moe.runtime.proto import Model_pb2
@@ -79,13 +80,28 @@ def open_program(path: Path, *, require_weights: bool = True) -> OpenProgram:
     """
     path = Path(path)
     container = open_container(path)
-    model = _parse(container.model_bytes())
+    return program_of(read_model(container), path, ValueReader(container, require_weights))
+
+
+def read_model(container: Container) -> Any:
+    """The protobuf `Model` of a package or compiled model, of whatever kind. Raises UserError."""
+    return read_compiled(container) if container.compiled else _parse(container.model_bytes())
+
+
+def program_of(model: Any, path: Path, values: ValueReader) -> OpenProgram:
+    """The ML Program that `model` is. Raises UserError for another kind and for an unsound one."""
+    kind = model.WhichOneof("Type")
+    if kind != "mlProgram":
+        raise UserError("not an ML Program", f"a model of kind {kind}",
+                        "convert it with convert_to='mlprogram'")
+    if model.specificationVersion not in SPECIFICATIONS:
+        raise UserError("unknown specification version", str(model.specificationVersion),
+                        f"ML Programs have {SPECIFICATIONS.start} to {SPECIFICATIONS.stop - 1}")
     names = sorted(model.mlProgram.functions)
     if not names:
         raise UserError("program has no functions", "an empty program", _DAMAGED)
     described, default = described_functions(model.description, names)
-    return OpenProgram(path, tuple(described), default, model, described,
-                       ValueReader(container, require_weights))
+    return OpenProgram(path, tuple(described), default, model, described, values)
 
 
 def read_program(path: Path, *, require_weights: bool = True) -> Program:
@@ -104,12 +120,6 @@ def _parse(data: bytes) -> Any:
         model.ParseFromString(data)
     except (DecodeError, RuntimeError) as error:     # truncated, nested too deep, not UTF-8
         raise UserError("the program file cannot be parsed", quoted(str(error)), _DAMAGED) from None
-    kind = model.WhichOneof("Type")
-    if kind != "mlProgram":
-        raise UserError("not an ML Program", f"a model of kind {kind}", "convert it with convert_to='mlprogram'")
-    if model.specificationVersion not in SPECIFICATIONS:
-        raise UserError("unknown specification version", str(model.specificationVersion),
-                        f"ML Programs have {SPECIFICATIONS.start} to {SPECIFICATIONS.stop - 1}")
     return model
 
 

@@ -20,7 +20,7 @@ MAX_RANK = 16                       # Core ML itself stops at 5 for most ops
 
 _DAMAGED = "the package is damaged, or its converter is faulty"
 
-_DTYPE_NAMES = {
+DTYPE_NAMES = {
     MIL_pb2.BOOL: "bool", MIL_pb2.STRING: "string", MIL_pb2.FLOAT8E4M3FN: "fp8e4m3fn", MIL_pb2.FLOAT8E5M2: "fp8e5m2",
     MIL_pb2.FLOAT16: "fp16", MIL_pb2.FLOAT32: "fp32", MIL_pb2.FLOAT64: "fp64", MIL_pb2.BFLOAT16: "bf16",
     MIL_pb2.INT4: "int4", MIL_pb2.INT8: "int8", MIL_pb2.INT16: "int16", MIL_pb2.INT32: "int32", MIL_pb2.INT64: "int64",
@@ -62,7 +62,7 @@ def describe(kind: ValueType) -> str:
 
 
 def _tensor_type(proto: Any) -> ValueType:
-    if proto.dataType not in _DTYPE_NAMES:
+    if proto.dataType not in DTYPE_NAMES:
         raise UserError("program uses an unknown element type", f"code {proto.dataType}", "a newer ane-moe may know it")
     if proto.rank == -1:
         return OtherType("tensor of unknown rank")
@@ -72,7 +72,7 @@ def _tensor_type(proto: Any) -> ValueType:
     shape = tuple(_dimension(dimension) for dimension in proto.dimensions)
     if math.prod(size for size in shape if size) > MAX_ELEMENTS:
         raise UserError("program declares a tensor that is too large", quoted(shape), f"limit: {MAX_ELEMENTS} elements")
-    return TensorType(_DTYPE_NAMES[proto.dataType], shape)
+    return TensorType(DTYPE_NAMES[proto.dataType], shape)
 
 
 def _dimension(proto: Any) -> int | None:
