@@ -17,7 +17,7 @@ SHOWN = 10              # operations that only one side has, listed at most
 
 
 def diff(
-    a: Annotated[Path, typer.Argument(help="An .mlpackage folder.", metavar="A")],
+    a: Annotated[Path, typer.Argument(help="An .mlpackage or .mlmodelc folder.", metavar="A")],
     b: Annotated[Path | None, typer.Argument(
         help="Another one; left out, A is compared with itself under the other runtime or precision.",
         metavar="B", show_default=False)] = None,

@@ -17,6 +17,7 @@ from ane_moe.runtime.proto import FeatureTypes_pb2, Model_pb2
 from ane_moe.runtime.values import DTYPE_NAMES
 
 MAX_METADATA_BYTES = 16 << 20           # real ones have some 5 kB, and a row per function
+MAX_STAGES = 64                         # of a pipeline
 PIPELINE = "MLModelType_pipeline"
 
 _ARRAY_CODES = {name: code for code, name in ARRAY_DTYPES.items()}
@@ -25,28 +26,47 @@ _ARRAY_TYPES = {"Float16": "fp16", "Float32": "fp32", "Double": "fp64", "Int32":
 _COLOURS = FeatureTypes_pb2.ImageFeatureType.ColorSpace
 _OTHER_KINDS = {"String": "stringType", "Int64": "int64Type", "Double": "doubleType",
                 "Dictionary": "dictionaryType", "Sequence": "sequenceType"}
+_KINDS = {field.name for field in Model_pb2.Model.DESCRIPTOR.oneofs_by_name["Type"].fields
+          if field.message_type is not None}
 _SPECIFICATIONS = {"CoreML5": 6, "CoreML6": 7, "CoreML7": 8, "CoreML8": 9, "CoreML9": 10}
 
 _DAMAGED = "the compiled model is damaged, or of a form that is not known here"
 
 
 def read_compiled(container: Container) -> Any:
-    """The model in a folder with model.mil. Raises UserError for what is not a compiled ML Program."""
+    """The model in a folder with model.mil, or a pipeline of such. Raises UserError for others."""
     model = Model_pb2.Model()
+    if container.model.suffix == ".json":
+        _read_pipeline(container, model)
+        return model
     try:
         text = container.model_bytes().decode()
     except UnicodeDecodeError as error:
         raise UserError("model.mil is not UTF-8", quoted(error.reason), _DAMAGED) from None
     parse_program(text, model.mlProgram)
-    metadata = read_metadata_file(container)
+    metadata = _read_metadata(container)
     if metadata is None:
         _describe_signatures(model)
     else:
-        describe_model(model, metadata)
+        _describe_model(model, metadata)
     return model
 
 
-def read_metadata_file(container: Container) -> dict | None:
+def _read_pipeline(container: Container, model: Any) -> None:
+    metadata = _read_metadata(container) or {}
+    kinds = _stage_kinds(metadata)
+    if not 0 < len(kinds) <= MAX_STAGES:
+        raise _unsound("the stages of a pipeline", kinds)
+    _describe_model(model, metadata)
+    for index, kind in enumerate(kinds):
+        stage = model.pipeline.models.add()
+        if kind == "mlProgram":
+            stage.CopyFrom(read_compiled(container.stage(index)))
+        elif kind in _KINDS:
+            getattr(stage, kind).SetInParent()
+
+
+def _read_metadata(container: Container) -> dict | None:
     """metadata.json beside the program, None if there is none. Raises UserError if it is unsound."""
     data = container.file_beside("metadata.json", MAX_METADATA_BYTES)
     if data is None:
@@ -60,7 +80,7 @@ def read_metadata_file(container: Container) -> dict | None:
     return metadata[0]
 
 
-def stage_kinds(metadata: dict) -> list[str]:
+def _stage_kinds(metadata: dict) -> list[str]:
     """The kinds of a compiled pipeline's stages, as the protobuf names them; empty for others."""
     kind = _get(metadata, "modelType", dict, {})
     if _get(kind, "name", str, "") != PIPELINE:
@@ -69,7 +89,7 @@ def stage_kinds(metadata: dict) -> list[str]:
     return [name.removeprefix("MLModelType_") for name in stages]
 
 
-def describe_model(model: Any, metadata: dict) -> None:
+def _describe_model(model: Any, metadata: dict) -> None:
     """Fill the specification version and description of `model` from metadata.json."""
     version = _get(metadata, "specificationVersion", int, 0)
     if not 0 <= version < 1 << 31:

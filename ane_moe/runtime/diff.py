@@ -12,8 +12,7 @@ from ane_moe.errors import UserError
 from ane_moe.runtime import load_package
 from ane_moe.runtime.arrays import random_inputs
 from ane_moe.runtime.interface import LoadedFunction
-from ane_moe.runtime.reference import ReferenceFunction
-from ane_moe.runtime.tracing import Traced, describe, trace
+from ane_moe.runtime.tracing import Traceable, Traced, describe, trace
 
 TOLERANCE = 1e-2        # relative L2 beyond which two values have parted; ten fp16 roundings stay well below
 
@@ -118,7 +117,7 @@ def diff(a: Side, b: Side, inputs: Mapping[str, np.ndarray] | None = None, seed:
 def _run(function: LoadedFunction, inputs: Mapping[str, np.ndarray],
          ) -> tuple[dict[str, np.ndarray], tuple[Traced, ...] | None]:
     state = function.make_state() if function.states else None
-    if not isinstance(function, ReferenceFunction):
+    if not isinstance(function, Traceable):
         return function.predict(dict(inputs), state), None
     traced = trace(function, inputs, state)
     return traced.results, traced.values

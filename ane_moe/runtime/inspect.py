@@ -2,10 +2,11 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ane_moe.runtime.program import Function, Interface, Program
+from ane_moe.runtime.pipeline import OpenPipeline
+from ane_moe.runtime.program import Feature, Function, Interface, Program
 from ane_moe.runtime.reader import read_program
 from ane_moe.runtime.weights import Weight, operations_of, unique_bytes, weights_of
 
@@ -50,6 +51,48 @@ class Summary:
     weight_bytes: int
     metadata: dict[str, str]
     absent: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StageSummary:
+    """`program` and its summary are None for a stage that is not an ML Program."""
+
+    index: int
+    kind: str
+    program: Program | None
+    summary: Summary | None
+
+
+@dataclass(frozen=True)
+class PipelineSummary:
+    """A pipeline as it describes itself, and its stages in order."""
+
+    path: Path
+    specification_version: int
+    inputs: tuple[Feature, ...]
+    outputs: tuple[Feature, ...]
+    stages: tuple[StageSummary, ...]
+    metadata: dict[str, str]
+
+
+def summarize_pipeline(pipeline: OpenPipeline) -> PipelineSummary:
+    """Summarize each stage. Raises UserError for one that is not sound."""
+    stages = []
+    for stage in pipeline.stages:
+        program = stage.program.read() if stage.program else None
+        summary = summarize(program) if program else None
+        stages.append(StageSummary(stage.index, stage.kind, program, summary))
+    return PipelineSummary(pipeline.path, pipeline.specification_version, pipeline.inputs,
+                           pipeline.outputs, tuple(stages), pipeline.metadata)
+
+
+def pipeline_document(summary: PipelineSummary) -> dict:
+    """The summary as plain values for JSON; a stage that is no ML Program has no more than its kind."""
+    stages = [{"index": stage.index, "kind": stage.kind}
+              | ({"program": summary_document(stage.summary)} if stage.summary else {})
+              for stage in summary.stages]
+    document = asdict(replace(summary, stages=()))
+    return document | {"path": str(summary.path), "stages": stages}
 
 
 def summarize(package: Path | Program) -> Summary:

@@ -5,7 +5,16 @@ from typing import Any
 
 from ane_moe.errors import UserError
 from ane_moe.runtime.container import quoted
-from ane_moe.runtime.program import Block, Feature, Function, Interface, StateType, TensorType, ValueType
+from ane_moe.runtime.program import (
+    Block,
+    Feature,
+    Function,
+    Interface,
+    OtherType,
+    StateType,
+    TensorType,
+    ValueType,
+)
 from ane_moe.runtime.proto import FeatureTypes_pb2
 from ane_moe.runtime.values import describe
 
@@ -73,6 +82,22 @@ def read_interface(proto: Any, function: Function) -> Interface:
         raise UserError(f"the description of function {quoted(function.name)} names other inputs than it has",
                         quoted(f"{described} for {list(declared)}"), _DAMAGED)
     return interface
+
+
+def described_feature(proto: Any) -> Feature:
+    """A feature as described alone: of a pipeline, whose stages declare the types. Raises UserError."""
+    where = f"feature {quoted(proto.name)} of the pipeline"
+    kind = proto.type.WhichOneof("Type")
+    declared: ValueType = OtherType("other")
+    if kind == "imageType":
+        channels = 3 if proto.type.imageType.colorSpace in (_Image.RGB, _Image.BGR) else 1
+        declared = TensorType("fp32", (1, channels, None, None))
+    elif kind == "multiArrayType":
+        array = proto.type.multiArrayType
+        shapes, ranges = _flexibility(array, where)
+        dtype = _array_dtype(array, where)
+        declared = TensorType(dtype, _default_shape(array, shapes, ranges, TensorType(dtype, ())))
+    return _feature(proto, {proto.name: declared}, "the pipeline")
 
 
 def _types_of(block: Block) -> dict[str, ValueType]:

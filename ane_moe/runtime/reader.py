@@ -88,9 +88,21 @@ def read_model(container: Container) -> Any:
     return read_compiled(container) if container.compiled else _parse(container.model_bytes())
 
 
+def pipeline_models(model: Any) -> list[Any]:
+    """The models in a row that `model` consists of, none where it is no pipeline."""
+    kind = model.WhichOneof("Type") or ""
+    if not kind.startswith("pipeline"):
+        return []
+    return list((model.pipeline if kind == "pipeline" else getattr(model, kind).pipeline).models)
+
+
 def program_of(model: Any, path: Path, values: ValueReader) -> OpenProgram:
     """The ML Program that `model` is. Raises UserError for another kind and for an unsound one."""
     kind = model.WhichOneof("Type")
+    if models := pipeline_models(model):
+        kinds = ", ".join(stage.WhichOneof("Type") or "unknown" for stage in models)
+        raise UserError("not one ML Program but a pipeline", f"stages: {kinds}",
+                        "`ane-moe inspect` shows it, `ane-moe run --runtime reference` executes it")
     if kind != "mlProgram":
         raise UserError("not an ML Program", f"a model of kind {kind}",
                         "convert it with convert_to='mlprogram'")

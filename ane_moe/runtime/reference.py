@@ -1,4 +1,4 @@
-"""The reference runtime: executes any ML Program with torch on the CPU.
+"""The reference runtime: executes ML Programs with torch on the CPU.
 
 Every op computes in fp32 and rounds its result to the declared type once; with `precision="fp16"` partial sums and
 intermediates inside ops are rounded too.
@@ -17,9 +17,11 @@ from ane_moe.errors import UserError
 from ane_moe.runtime.dtypes import to_numpy, torch_dtype
 from ane_moe.runtime.inputs import check_inputs, default_value
 from ane_moe.runtime.ops.arithmetic import Arithmetic, Exact, Narrow
+from ane_moe.runtime.pipeline import OpenPipeline, open_model
 from ane_moe.runtime.plan import Plan, prepare
 from ane_moe.runtime.program import Feature, Program
-from ane_moe.runtime.reader import OpenProgram, open_program
+from ane_moe.runtime.reader import OpenProgram
+from ane_moe.runtime.reference_pipeline import ReferencePipeline
 from ane_moe.runtime.scope import FOREIGN, STATES
 from ane_moe.runtime.weights import weights_of
 
@@ -151,6 +153,7 @@ class ReferencePackage:
 
     def __init__(self, program: OpenProgram, precision: Precision = "fp32"):
         self.functions = program.functions
+        self.default_function = program.default_function
         self._program = program
         self._precision = precision
 
@@ -171,12 +174,41 @@ class ReferencePackage:
         return sum(WIDE_BYTES * weight.elements for weight in weights_of(function))
 
 
-def open_package(path: Path, precision: Precision = "fp32") -> ReferencePackage:
-    """Open the package at `path`. Raises UserError when it cannot be read."""
-    return ReferencePackage(open_program(path), precision)
+class ReferencePipelinePackage:
+    """An opened pipeline: one function, `main`, made of the default function of each stage.
+
+    Raises UserError where a stage is not an ML Program.
+    """
+
+    functions = ("main",)
+
+    def __init__(self, pipeline: OpenPipeline, precision: Precision = "fp32"):
+        self._pipeline = pipeline
+        self._stages = [ReferencePackage(program, precision) for program in pipeline.programs()]
+
+    def function(self, name: str | None = None, *, eager: bool = False) -> ReferencePipeline:
+        """Prepare all stages; with `eager` their weights are read too. Raises UserError."""
+        if name not in (None, *self.functions):
+            raise UserError(f"no function '{name}': a pipeline has one", do="its functions: main")
+        return ReferencePipeline(self._pipeline,
+                                 [stage.function(eager=eager) for stage in self._stages])
+
+    def resident_bytes(self, name: str) -> int:
+        """Memory that the expanded weights of all stages take."""
+        return sum(stage.resident_bytes(stage.default_function) for stage in self._stages)
 
 
-def load_function(path: Path, function: str | None = None, precision: Precision = "fp32") -> ReferenceFunction:
+def open_package(path: Path,
+                 precision: Precision = "fp32") -> ReferencePackage | ReferencePipelinePackage:
+    """Open the package at `path`. Raises UserError when it cannot be read or executed."""
+    model = open_model(path)
+    if isinstance(model, OpenPipeline):
+        return ReferencePipelinePackage(model, precision)
+    return ReferencePackage(model, precision)
+
+
+def load_function(path: Path, function: str | None = None,
+                  precision: Precision = "fp32") -> ReferenceFunction | ReferencePipeline:
     """Load `function` of the package at `path`, the default one when None.
 
     Raises UserError for a package that cannot be read, an unknown function, or an op that is not executed.
