@@ -1,8 +1,8 @@
 """A compiled model (`.mlmodelc`) as the protobuf `Model` of the package it was compiled from.
 
-The program is the text in model.mil; what its inputs and outputs are is in metadata.json. Without that
-file (the stages of a compiled pipeline have none) the program's own signatures have to do. The forms
-are those of public compiled models; Apple documents neither.
+The program is the text in model.mil; what its inputs and outputs are is in metadata.json. Without
+that file (the stages of a compiled pipeline have none) the program's own signatures have to do. The
+forms are those of public compiled models; Apple documents neither.
 """
 
 import json

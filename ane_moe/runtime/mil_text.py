@@ -1,8 +1,8 @@
 """The text of an ML Program (`model.mil` of a compiled model) -> the protobuf of the same program.
 
-The form is not documented. It was learnt from public compiled models, those whose package is public
-too above all: a function's operations one by one, each constant with its type, floats in hexadecimal.
-Nested blocks (cond, while_loop) occur in none of them and are refused.
+The form is not documented. It was learnt from public compiled models, above all those whose package
+is public too: a function's operations one by one, each constant with its type, floats in
+hexadecimal. Nested blocks (cond, while_loop) occur in none of them and are refused.
 """
 
 import math
@@ -113,8 +113,11 @@ def _function(tokens: _Tokens, program: Any) -> None:
     tokens.expect("<")
     tag = tokens.take("word")
     tokens.expect(">")
+    if tag not in OPSETS:
+        raise UserError("model.mil uses an unknown opset", quoted(tag),
+                        f"known: {', '.join(OPSETS)}")
     function = program.functions[name]
-    function.opset = OPSETS.get(tag, tag)       # the reader refuses those it does not know
+    function.opset = OPSETS[tag]
     tokens.expect("(")
     _separated(tokens, ")", lambda: _named(tokens, function.inputs.add()))
     _skip_attributes(tokens)
@@ -140,7 +143,7 @@ def _operation(tokens: _Tokens, op: Any) -> None:
     if tokens.accept("["):
         _separated(tokens, "]", lambda: _attribute(tokens, op))
     if tokens.token in ("{", "("):
-        raise UserError(f"{quoted(op.type)} has blocks, which are not read from a compiled model",
+        raise UserError(f"{quoted(op.type)} has blocks, which a compiled model is not read with",
                         "model.mil", "use the .mlpackage it was compiled from")
     tokens.expect(";")
 
@@ -344,7 +347,8 @@ def _elements(tokens: _Tokens, shape: list[int], items: list[str]) -> None:
     tokens.expect("[")
     _separated(tokens, "]", lambda: _elements(tokens, shape[1:], items))
     if len(items) - start != math.prod(shape):
-        raise tokens.error(f"before it a literal of shape {quoted(shape)}")
+        raise UserError("model.mil holds a literal of another shape than it declares",
+                        f"{len(items) - start} elements for {quoted(shape)}", _DAMAGED)
 
 
 def _stored(storage: Storage, items: list[str]) -> bytes:

@@ -38,7 +38,8 @@ class ReferencePipeline:
     def make_state(self) -> None:
         """None: a pipeline has no states."""
 
-    def predict(self, inputs: Mapping[str, np.ndarray], state: None = None) -> dict[str, np.ndarray]:
+    def predict(self, inputs: Mapping[str, np.ndarray],
+                state: None = None) -> dict[str, np.ndarray]:
         """Run each stage once on the inputs and what the stages before it gave, matched by name.
 
         Raises UserError for inputs that do not fit, as a single function does.
