@@ -20,7 +20,8 @@ VENDOR = "com.github.apple."            # of the metadata that coremltools write
 
 
 def inspect(
-    package: Annotated[Path, typer.Argument(help="An .mlpackage or .mlmodelc folder.", metavar="PACKAGE")],
+    package: Annotated[Path, typer.Argument(
+        help="An .mlpackage or .mlmodelc folder.", metavar="PACKAGE")],
     ops: Annotated[bool, typer.Option("--ops", help="Print the program too.")] = False,
     placement: Annotated[bool, typer.Option(
         "--placement", help="Predict where each operation would run; exits with 1 when a rule is broken.")] = False,
@@ -80,8 +81,9 @@ def _predicted(programs: "Sequence[Program]", name: str, target: str,
 
 
 def _pipeline_parts(summary: "PipelineSummary") -> "list[RenderableType]":
-    kinds = [(f"stage {stage.index}", stage.kind + ("" if stage.summary else ", not executed here"))
-             for stage in summary.stages]
+    notes = ["" if stage.summary else ", not executed here" for stage in summary.stages]
+    kinds = [(f"stage {stage.index}", stage.kind + note)
+             for stage, note in zip(summary.stages, notes, strict=True)]
     facts = [("package", str(summary.path)), ("pipeline of", f"{len(kinds)} models"), *kinds,
              *((name.removeprefix(VENDOR), value) for name, value in summary.metadata.items())]
     features = [*(("input", feature) for feature in summary.inputs),
@@ -100,7 +102,7 @@ def _parts(summary: "Summary") -> "list[RenderableType]":
         ("package", str(summary.path)),
         ("needs", f"{summary.system} (specification version {summary.specification_version})"),
         ("default function", summary.default_function),
-        ("weights", f"{summary.weight_bytes:,} bytes {'declared' if summary.absent else 'stored'}"),
+        ("weights", f"{summary.weight_bytes:,} bytes " + ("declared" if summary.absent else "stored")),
         *(("missing", problem) for problem in summary.absent),
         *((name.removeprefix(VENDOR), value) for name, value in summary.metadata.items()),
     ]

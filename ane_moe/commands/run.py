@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def run(
-    package: Annotated[Path, typer.Argument(help="An .mlpackage or .mlmodelc folder.", metavar="PACKAGE")],
+    package: Annotated[Path, typer.Argument(
+        help="An .mlpackage or .mlmodelc folder.", metavar="PACKAGE")],
     given: Annotated[list[str] | None, typer.Option(
         "--input", help="An input: its name and a .npy file. Repeatable.", metavar="NAME=FILE")] = None,
     function: Annotated[str | None, typer.Option(help="The function to run.", show_default="the default one")] = None,

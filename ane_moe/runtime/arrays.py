@@ -41,7 +41,7 @@ def read_array(path: Path) -> np.ndarray:
 def random_inputs(features: Iterable[Feature], seed: int) -> dict[str, np.ndarray]:
     """Seeded inputs of the declared (default) shapes: normal floats, integers of 0 and 1, pixels.
 
-    Inputs with a default value are left out. Raises UserError for one whose type is not a number's.
+    Inputs with a default are left out. Raises UserError for one whose type is not a number's.
     """
     rng = np.random.default_rng(seed)
     return {feature.name: _drawn(feature, rng) for feature in features if feature.default is None}

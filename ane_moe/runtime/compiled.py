@@ -1,8 +1,8 @@
 """A compiled model (`.mlmodelc`) as the protobuf `Model` of the package it was compiled from.
 
 The program is the text in model.mil; what its inputs and outputs are is in metadata.json. Without
-that file (the stages of a compiled pipeline have none) the program's own signatures have to do. The
-forms are those of public compiled models; Apple documents neither.
+that file (the stages of a compiled pipeline have none) the program's own signatures have to do.
+The forms are those of public compiled models; Apple documents neither.
 """
 
 import json
@@ -67,14 +67,15 @@ def _read_pipeline(container: Container, model: Any) -> None:
 
 
 def _read_metadata(container: Container) -> dict | None:
-    """metadata.json beside the program, None if there is none. Raises UserError if it is unsound."""
+    """metadata.json beside the program, None if there is none. Raises UserError if unsound."""
     data = container.file_beside("metadata.json", MAX_METADATA_BYTES)
     if data is None:
         return None
     try:
         metadata = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise UserError("metadata.json is not valid JSON", type(error).__name__, _DAMAGED) from None
+        raise UserError("metadata.json is not valid JSON", type(error).__name__,
+                        _DAMAGED) from None
     if not isinstance(metadata, list) or len(metadata) != 1 or not isinstance(metadata[0], dict):
         raise _unsound("metadata.json", metadata)
     return metadata[0]
@@ -133,7 +134,8 @@ def _feature(proto: Any, feature: dict) -> None:
     elif word in _OTHER_KINDS:
         getattr(proto.type, _OTHER_KINDS[word]).SetInParent()
     else:
-        raise UserError("metadata.json describes a feature of an unknown type", quoted(word), _DAMAGED)
+        raise UserError("metadata.json describes a feature of an unknown type", quoted(word),
+                        _DAMAGED)
 
 
 def _array(array: Any, feature: dict) -> None:
@@ -248,4 +250,5 @@ def _numbers(value: object) -> list[int]:
 
 
 def _unsound(what: str, found: object) -> UserError:
-    return UserError(f"metadata.json does not hold what it should: {what}", quoted(found), _DAMAGED)
+    return UserError(f"metadata.json does not hold what it should: {what}", quoted(found),
+                     _DAMAGED)

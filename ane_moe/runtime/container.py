@@ -80,7 +80,7 @@ def open_container(path: Path) -> Container:
 
 
 def _open_compiled(root: Path) -> Container:
-    """The program of a compiled model is model.mil; a pipeline has only metadata.json at its root."""
+    """The program is model.mil; a pipeline has only metadata.json at its root."""
     names = [name for name in ("model.mil", "metadata.json") if os.path.lexists(root / name)]
     staged = os.path.lexists(root / "model0")
     if not names or (names[0] != "model.mil" and not staged):

@@ -88,10 +88,11 @@ class CoreMLFunction:
         self.predict(zeros, self.make_state() if self.states else None)
 
     def _passed(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """What the binding is given: it refuses read-only memory and takes strides at their word."""
+        """For the binding, which refuses read-only memory and takes strides at their word."""
         arrays = check_inputs(self.inputs, inputs, self._where)
         passed = {feature.name: PASSED_AS[feature.type.dtype] for feature in self.inputs}
-        return {name: np.require(array, passed[name], ["C", "W"]) for name, array in arrays.items()}
+        return {name: np.require(array, passed[name], ["C", "W"])
+                for name, array in arrays.items()}
 
     def _native_state(self, state: CoreMLState | None) -> Any:
         if not self.states:

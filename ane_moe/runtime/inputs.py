@@ -108,12 +108,13 @@ def _pixels(feature: Feature, array: np.ndarray, where: str) -> np.ndarray:
         return array
     if not (low <= array.min() and array.max() <= high):
         raise UserError(f"{where} is an image", f"values from {array.min():g} to {array.max():g}",
-                        f"it takes pixels of {low} to {high}; a scale or bias is part of the program")
+                        f"it takes pixels of {low} to {high}; "
+                        "a scale or bias is part of the program")
     return array
 
 
 def _converted(array: np.ndarray, wanted: str, where: str) -> np.ndarray:
-    """`array` in the declared type where that changes no value; floats are the runtime's to cast."""
+    """`array` in the declared type where no value changes; floats are the runtime's to cast."""
     dtype = np.dtype(NUMPY[wanted])
     if array.dtype == dtype or (array.dtype.kind == "f" and wanted in FLOATS):
         return array
@@ -132,7 +133,7 @@ def _converted(array: np.ndarray, wanted: str, where: str) -> np.ndarray:
 
 
 def _within(array: np.ndarray, dtype: np.dtype) -> np.ndarray | bool:
-    """Which values lie in the range of an integer `dtype`: a cast from beyond it gives anything."""
+    """Which values an integer `dtype` can hold: a cast from beyond it gives anything."""
     if dtype.kind == "f":
         return True
     limits = np.iinfo(dtype)

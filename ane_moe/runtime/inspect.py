@@ -37,7 +37,7 @@ class FormatTotal:
 
 @dataclass(frozen=True)
 class Summary:
-    """`weight_bytes` counts each stored constant once; `system` is the oldest that runs the package.
+    """`weight_bytes` counts each stored constant once; `system` is the oldest that runs it.
 
     `absent` says what is wrong with weight files that are not there; sizes are those declared.
     """
@@ -87,7 +87,7 @@ def summarize_pipeline(pipeline: OpenPipeline) -> PipelineSummary:
 
 
 def pipeline_document(summary: PipelineSummary) -> dict:
-    """The summary as plain values for JSON; a stage that is no ML Program has no more than its kind."""
+    """The summary as plain values for JSON; a stage that is no ML Program has its kind alone."""
     stages = [{"index": stage.index, "kind": stage.kind}
               | ({"program": summary_document(stage.summary)} if stage.summary else {})
               for stage in summary.stages]

@@ -85,7 +85,7 @@ def read_interface(proto: Any, function: Function) -> Interface:
 
 
 def described_feature(proto: Any) -> Feature:
-    """A feature as described alone: of a pipeline, whose stages declare the types. Raises UserError."""
+    """A feature of a pipeline, whose stages declare the types: as described. Raises UserError."""
     where = f"feature {quoted(proto.name)} of the pipeline"
     kind = proto.type.WhichOneof("Type")
     declared: ValueType = OtherType("other")

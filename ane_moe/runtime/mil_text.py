@@ -1,7 +1,7 @@
 """The text of an ML Program (`model.mil` of a compiled model) -> the protobuf of the same program.
 
-The form is not documented. It was learnt from public compiled models, above all those whose package
-is public too: a function's operations one by one, each constant with its type, floats in
+The form is not documented. It was learnt from public compiled models, above all those whose
+package is public too: a function's operations one by one, each constant with its type, floats in
 hexadecimal. Nested blocks (cond, while_loop) occur in none of them and are refused.
 """
 
@@ -278,13 +278,14 @@ def _blob(tokens: _Tokens, blob: Any) -> None:
     path, offset = (place.get(key, MIL_pb2.Value()).immediateValue.tensor
                     for key in ("path", "offset"))
     if len(path.strings.values) != 1 or len(offset.bytes.values) != 8:
-        raise UserError("model.mil names no place in a weight file", quoted(sorted(place)), _DAMAGED)
+        raise UserError("model.mil names no place in a weight file", quoted(sorted(place)),
+                        _DAMAGED)
     blob.fileName = path.strings.values[0]
     blob.offset = int.from_bytes(offset.bytes.values, "little")
 
 
 def _place(tokens: _Tokens, place: dict[str, Any]) -> None:
-    """One of `path = string(...)` and `offset = uint64(...)`: a literal, no BLOBFILE of its own."""
+    """`path = string(...)` or `offset = uint64(...)`: a literal, no BLOBFILE of its own."""
     key = _key(tokens, place)
     place[key] = MIL_pb2.Value()
     _type(tokens, place[key].type, MAX_TYPE_DEPTH)

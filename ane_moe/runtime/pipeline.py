@@ -15,8 +15,8 @@ PROGRAM = "mlProgram"
 
 # Kinds of stages that are met beside ML Programs, and what can be done.
 _REMEDIES = {
-    "nonMaximumSuppression": "export the detector without it (Ultralytics: nms=False) and do it in "
-                             "your own code",
+    "nonMaximumSuppression": "export the detector without it (Ultralytics: nms=False) and do it "
+                             "in your own code",
     "neuralNetwork": "convert that stage with convert_to='mlprogram'",
 }
 
@@ -32,7 +32,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class OpenPipeline:
-    """A pipeline whose stages have been parsed. Its inputs and outputs are as it describes them."""
+    """A pipeline whose stages have been parsed; inputs and outputs are as it describes them."""
 
     path: Path
     stages: tuple[Stage, ...]

@@ -102,7 +102,7 @@ def program_of(model: Any, path: Path, values: ValueReader) -> OpenProgram:
     if models := pipeline_models(model):
         kinds = ", ".join(stage.WhichOneof("Type") or "unknown" for stage in models)
         raise UserError("not one ML Program but a pipeline", f"stages: {kinds}",
-                        "`ane-moe inspect` shows it, `ane-moe run --runtime reference` executes it")
+                        "`ane-moe inspect` shows it, `ane-moe run --runtime reference` runs it")
     if kind != "mlProgram":
         raise UserError("not an ML Program", f"a model of kind {kind}",
                         "convert it with convert_to='mlprogram'")

@@ -101,5 +101,6 @@ def _features(stages: "Sequence[ReferenceFunction]", given: set[str],
 
 def _named(features: Mapping[str, Feature], name: str, verb: str) -> Feature:
     if name not in features:
-        raise UserError(f"the pipeline {verb} what no stage {verb}", name, "the package is damaged")
+        raise UserError(f"the pipeline {verb} what no stage {verb}", name,
+                        "the package is damaged")
     return features[name]

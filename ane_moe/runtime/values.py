@@ -86,8 +86,8 @@ def _dimension(proto: Any) -> int | None:
 class ValueReader:
     """Reads literals of one package; blob files are opened once and shared by all its constants.
 
-    Without `require_weights` a weight file may be absent: its constants raise when they are loaded,
-    and `absent` says what is wrong with each file, by name.
+    Without `require_weights` a weight file may be absent: its constants raise when loaded, and
+    `absent` says what is wrong with each file, by name.
     """
 
     container: Container
