@@ -21,8 +21,6 @@ SCALE_ROUNDS = 8
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 LEAST_SCALE = 2.0**-24                          # the smallest fp16 number
 DEFAULT_GROUP = 16                              # coremltools' guide: 8 or 16 output channels a palette
-PER_BLOCK = ("scales per block of input channels run on the GPU's kernels and leave the Neural Engine "
-             "(coremltools, Optimization Workflow: per-channel scales for the Neural Engine)")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,6 @@ class Format:
     """Base of all formats: fp16, stored as it is."""
 
     name: str = "fp16"
-    leaves_engine: str = ""                     # why the format leaves the engine, or nothing
 
     def encode(self, weight: np.ndarray, moments: np.ndarray | None = None) -> Encoded | None:
         """Encode fp16 `(rows, columns)`; None stands for plain fp16.
@@ -195,7 +192,7 @@ FORMATS: dict[str, Format] = {
     "int4-channel": Linear("int4-channel", bits=4),
     "apple2": FixedPalette("apple2"),
     **{f"lut{bits}": Palette(f"lut{bits}", bits=bits) for bits in (8, 6, 4, 3, 2)},
-    **{f"int{bits}-block32": Linear(f"int{bits}-block32", PER_BLOCK, bits, 32) for bits in (8, 4)},
+    **{f"int{bits}-block32": Linear(f"int{bits}-block32", bits, 32) for bits in (8, 4)},
 }
 OPTIONS = re.compile(r"(?:-g(?P<group>8|16|32)|-(?P<tensor>tensor))?(?:-v(?P<vector>2|4))?(?P<scaled>\+scale)?")
 
@@ -206,8 +203,9 @@ def parse_format(text: str) -> Format:
     name = text.strip()
     if found := re.fullmatch(r"sparse(\d{1,2})(?:\+(.+))?", name):
         rest = parse_format(found[2] or "fp16")
-        plain = isinstance(rest, Palette) and (rest.vector > 1 or rest.scaled)
-        if isinstance(rest, Sparse | FixedPalette) or rest.leaves_engine or plain:
+        extended = isinstance(rest, Palette) and (rest.vector > 1 or rest.scaled)
+        blocks = isinstance(rest, Linear) and rest.block > 0
+        if isinstance(rest, Sparse | FixedPalette) or extended or blocks:
             raise UserError(f"{rest.name} cannot be joined with sparsity", do="join fp16, int8, int4-channel or lut2-8")
         return Sparse(name, percent=int(found[1]), rest=rest)
     base = re.match(r"int\d(-channel|-block32)|apple2|[a-z]+\d+", name)

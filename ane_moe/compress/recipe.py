@@ -92,11 +92,15 @@ class Recipe:
         }  # fmt: skip
 
     @property
-    def warnings(self) -> tuple[str, ...]:
-        """What speaks against its formats, one line each."""
-        used = [*self.roles.values(), *(choice for entry in self.layers for choice in entry.roles.values())]
-        forms = {name: find_format(name) for name in (*(choice.format for choice in used), *self.overrides.values())}
-        return tuple(f"{name}: {form.leaves_engine}" for name, form in sorted(forms.items()) if form.leaves_engine)
+    def formats(self) -> tuple[str, ...]:
+        """Every weight format that a package may hold (the host reads the embedding)."""
+        tables = (self.roles, *(entry.roles for entry in self.layers))
+        choices = (choice for table in tables for choice in _packaged(table))
+        return tuple(sorted({choice.format for choice in choices} | set(self.overrides.values())))
+
+
+def _packaged(table: Mapping[str, Choice]) -> list[Choice]:
+    return [choice for role, choice in table.items() if role != "embedding"]
 
 
 @cache

@@ -10,6 +10,7 @@ from ane_moe.benchmark.workload import workload_of
 from ane_moe.checkpoint import open_checkpoint
 from ane_moe.compress.expand import expand
 from ane_moe.compress.recipe import find_format, find_recipe
+from ane_moe.concerns import concerns_of_options
 from ane_moe.conversion import plan
 from ane_moe.coreml_tools import Model_pb2
 from ane_moe.families import describe
@@ -22,6 +23,8 @@ from ane_moe.runtime.inspect import summarize
 from ane_moe.runtime.session import Session
 from ane_moe.runtime.shards import load_shards
 from ane_moe.trace import value_name
+from ane_moe.verification.placement import predict
+from ane_moe.verification.targets import find_target
 from ane_moe.verification.verify import verify
 from tests.verify.tiny import tiny_checkpoint, tiny_conversion
 
@@ -72,6 +75,12 @@ def test_every_weight_of_the_package_is_the_one_meant(checkpoint, tmp_path, name
         stored = summarize(out / shard.path).weight_bytes
         assert stored <= shard.weight_bytes + 4 * 40 and shard.weight_bytes <= size     # vector axes lie in the program
         assert size < shard.weight_bytes + 128 * 4 * 40     # decode and prefill share one copy: a second would not fit
+    report = predict([(out / shard.path, shard.path) for shard in manifest.shards], find_target())
+    findings = [finding for function in report.functions for finding in function.findings]
+    warned = {concern.rule for concern in concerns_of_options(options, find_target())}
+    if "block32" in name:
+        warned.remove("per-block-weight")       # a row of this model is a single block
+    assert "state-access" in warned and warned <= {finding.rule for finding in findings}
 
 
 @pytest.mark.parametrize(("name", "routing"), [("int8", "masked"), ("lut4", "sparse"), ("tiny", "sparse")])

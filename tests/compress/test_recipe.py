@@ -1,5 +1,7 @@
 """Which matrix gets which format."""
 
+from dataclasses import replace
+
 import pytest
 
 from ane_moe.compress.recipe import Choice, find_recipe, presets
@@ -58,10 +60,10 @@ def test_options_complete_what_names_leave_open():
     assert find_recipe("tiny", rank=0).choice(EXPERT) == Choice("apple2", 0)
 
 
-def test_formats_for_other_engines_are_warned_of():
-    assert find_recipe("int8").warnings == ()
-    (warning,) = find_recipe("int4-block32").warnings
-    assert warning.startswith("int4-block32") and "Neural Engine" in warning
+def test_a_recipe_names_every_format_that_a_package_may_hold():
+    assert find_recipe("int8").formats == ("int8",)
+    assert find_recipe("tiny").formats == ("apple2", "int8", "lut4")
+    assert replace(find_recipe("int8"), overrides={"head.weight": "lut6"}).formats == ("int8", "lut6")
 
 
 @pytest.mark.parametrize("text", [
