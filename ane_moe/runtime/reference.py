@@ -7,7 +7,7 @@ intermediates inside ops are rounded too.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ane_moe.errors import UserError
 from ane_moe.runtime.dtypes import FLOATS, NUMPY, to_numpy, torch_dtype
+from ane_moe.runtime.lists import TensorList
 from ane_moe.runtime.ops.arithmetic import Arithmetic, Exact, Narrow
 from ane_moe.runtime.plan import Plan, prepare
-from ane_moe.runtime.program import Feature, Program
+from ane_moe.runtime.program import Feature, Program, TensorType, sizes
 from ane_moe.runtime.reader import OpenProgram, open_program
 from ane_moe.runtime.scope import FOREIGN, STATES
 from ane_moe.runtime.weights import weights_of
@@ -55,15 +56,18 @@ class ReferenceFunction:
         interface = program.interfaces[function]
         self.inputs, self.outputs, self.states = interface.inputs, interface.outputs, interface.states
         self._plan: Plan = prepare(program.functions[function], ARITHMETIC[precision]())
-        self._weights: list[Tensor | None] | None = None
+        self._weights: list[Tensor | TensorList | None] | None = None
         self._own: frozenset[int] = frozenset()
 
     def make_state(self) -> State:
         return State({s.name: torch.zeros(_fixed_shape(s), dtype=torch_dtype(s.type.dtype)) for s in self.states})
 
-    def predict(self, inputs: Mapping[str, np.ndarray], state: State | None = None) -> dict[str, np.ndarray]:
+    def predict(self, inputs: Mapping[str, np.ndarray],
+                state: State | None = None) -> dict[str, Any]:
         """Run once. Floats are cast to the declared float type, as Core ML does; NaN and Inf may enter.
 
+        Gives arrays; of a classifier also the likeliest label (str or int) and a dict of the
+        probabilities by label.
         Raises UserError for inputs or a state that do not fit, and for an op whose result is not what is declared.
         """
         slots = self._slots(inputs, state)
@@ -71,9 +75,12 @@ class ReferenceFunction:
         return self._results(slots)
 
     def observe(self, inputs: Mapping[str, np.ndarray], observer: Observer,
-                state: State | None = None) -> dict[str, np.ndarray]:
-        """As `predict`, showing `observer` the outputs of each op, in order. What a cond or while_loop computes
-        inside is not shown, nor are constants and what is computed from constants alone."""
+                state: State | None = None) -> dict[str, Any]:
+        """As `predict`, showing `observer` the outputs of each op, in order.
+
+        What a cond or while_loop computes inside is not shown, nor are lists, labels, constants and
+        what is computed from constants alone.
+        """
         slots = self._slots(inputs, state)
         self._plan.steps.execute(slots, lambda step: observer(step.op, step.name, {
             name: slots[slot].float().numpy() if slots[slot].dtype is torch.bfloat16 else slots[slot].numpy()
@@ -101,22 +108,26 @@ class ReferenceFunction:
         slots[FOREIGN] = self._own | {tensor.untyped_storage().data_ptr() for tensor in given.values()}
         return slots
 
-    def _load_weights(self) -> list[Tensor | None]:
-        slots: list[Tensor | None] = [None] * self._plan.size
+    def _load_weights(self) -> list[Tensor | TensorList | None]:
+        slots: list[Tensor | TensorList | None] = [None] * self._plan.size
         self._plan.setup.execute(slots)
-        kept = [slots[slot] for slot in self._plan.kept]
-        self._own = frozenset(tensor.untyped_storage().data_ptr() for tensor in kept if tensor is not None)
+        kept = [tensor for slot in self._plan.kept for tensor in _tensors(slots[slot])]
+        self._own = frozenset(tensor.untyped_storage().data_ptr() for tensor in kept)
         return slots
 
-    def _results(self, slots: list) -> dict[str, np.ndarray]:
-        """Outputs as arrays of their own: never a view of an input, a weight or a state."""
+    def _results(self, slots: list) -> dict[str, Any]:
+        """Outputs as arrays of their own: never a view of an input, a weight or a state.
+
+        Labels are as they are.
+        """
         foreign = slots[FOREIGN] | {t.untyped_storage().data_ptr() for t in (slots[STATES] or {}).values()}
         results = {}
         for name, (slot, declared) in self._plan.outputs.items():
-            tensor = slots[slot]
-            if tensor.untyped_storage().data_ptr() in foreign:
-                tensor = tensor.clone()
-            results[name] = to_numpy(tensor, declared.dtype)
+            value = slots[slot]
+            if isinstance(value, Tensor) and isinstance(declared, TensorType):
+                owned = value.untyped_storage().data_ptr() not in foreign
+                value = to_numpy(value if owned else value.clone(), declared.dtype)
+            results[name] = value
         return results
 
     def _check_inputs(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
@@ -204,10 +215,16 @@ def load_function(path: Path, function: str | None = None, precision: Precision 
     return open_package(path, precision).function(function)
 
 
+def _tensors(value: Tensor | TensorList | None) -> list[Tensor]:
+    """The tensors that a slot holds."""
+    held = value.elements if isinstance(value, TensorList) else (value,)
+    return [tensor for tensor in held if tensor is not None]
+
+
 def _fixed_shape(feature: Feature) -> tuple[int, ...]:
     shape = tuple(size for size in feature.type.shape if size is not None)
     if len(shape) != len(feature.type.shape):
-        raise UserError(f"state '{feature.name}' has no fixed shape", str(list(feature.type.shape)))
+        raise UserError(f"state '{feature.name}' has no fixed shape", sizes(feature.type.shape))
     return shape
 
 
@@ -227,7 +244,7 @@ def _shapes(feature: Feature) -> str:
         return " or ".join(str(list(shape)) for shape in feature.shapes)
     if feature.ranges is not None:
         return str([f"{low}..{'' if high < 0 else high}" for low, high in feature.ranges])
-    return str(list(feature.type.shape))
+    return sizes(feature.type.shape)
 
 
 def _values_fit(array: np.ndarray, dtype: type) -> bool:

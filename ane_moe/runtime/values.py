@@ -11,7 +11,16 @@ import numpy as np
 from ane_moe.errors import UserError
 from ane_moe.runtime.blob import BlobFile
 from ane_moe.runtime.container import Container, quoted
-from ane_moe.runtime.program import Constant, OtherType, StateType, TensorType, ValueType
+from ane_moe.runtime.program import (
+    Constant,
+    DictionaryType,
+    ListType,
+    OtherType,
+    StateType,
+    TensorType,
+    ValueType,
+    VariadicType,
+)
 from ane_moe.runtime.proto import MIL_pb2
 from ane_moe.runtime.storage import STORAGE, Storage, decode, stored_size
 
@@ -47,17 +56,28 @@ def read_type(proto: Any) -> ValueType:
         if not isinstance(wrapped, TensorType):
             raise UserError("program declares a state that is not a tensor", describe(wrapped), _DAMAGED)
         return StateType(wrapped)
+    if kind == "listType":
+        return ListType(read_type(proto.listType.type), _dimension(proto.listType.length))
+    if kind == "dictionaryType":
+        pair = proto.dictionaryType
+        return DictionaryType(read_type(pair.keyType), read_type(pair.valueType))
     if kind is None:
         raise UserError("program leaves a value without a type", "an empty type", _DAMAGED)
     return OtherType(kind.removesuffix("Type"))
 
 
 def describe(kind: ValueType) -> str:
-    """A type as text, e.g. `fp16[1,64,1,?]`."""
+    """A type as text, e.g. `fp16[1,64,1,?]`; `...` stands for any number of dimensions."""
     if isinstance(kind, TensorType):
-        return f"{kind.dtype}[{','.join('?' if size is None else str(size) for size in kind.shape)}]"
+        unknown = "..." if isinstance(kind, VariadicType) else "?"
+        shape = ",".join(unknown if size is None else str(size) for size in kind.shape)
+        return f"{kind.dtype}[{shape}]"
     if isinstance(kind, StateType):
         return f"state<{describe(kind.tensor)}>"
+    if isinstance(kind, ListType):
+        return f"list<{describe(kind.element)}, {'?' if kind.length is None else kind.length}>"
+    if isinstance(kind, DictionaryType):
+        return f"dictionary<{describe(kind.key)}, {describe(kind.value)}>"
     return kind.kind
 
 
@@ -65,14 +85,15 @@ def _tensor_type(proto: Any) -> ValueType:
     if proto.dataType not in _DTYPE_NAMES:
         raise UserError("program uses an unknown element type", f"code {proto.dataType}", "a newer ane-moe may know it")
     if proto.rank == -1:
-        return OtherType("tensor of unknown rank")
+        return VariadicType(_DTYPE_NAMES[proto.dataType], (None,))
     if proto.rank != len(proto.dimensions) or proto.rank > MAX_RANK:
         raise UserError("program declares an impossible tensor rank",
                         f"rank {proto.rank} with {len(proto.dimensions)} dimensions", _DAMAGED)
     shape = tuple(_dimension(dimension) for dimension in proto.dimensions)
     if math.prod(size for size in shape if size) > MAX_ELEMENTS:
         raise UserError("program declares a tensor that is too large", quoted(shape), f"limit: {MAX_ELEMENTS} elements")
-    return TensorType(_DTYPE_NAMES[proto.dataType], shape)
+    variadic = any(dimension.unknown.variadic for dimension in proto.dimensions)
+    return (VariadicType if variadic else TensorType)(_DTYPE_NAMES[proto.dataType], shape)
 
 
 def _dimension(proto: Any) -> int | None:
@@ -123,7 +144,7 @@ class ValueReader:
             if source != "tensor":
                 raise _mismatch(where, f"a {source} value", kind)
             return _immediate_tensor(proto.tensor, kind, where)
-        if not isinstance(kind, OtherType) or source != kind.kind:
+        if _source(kind) != source:
             raise _mismatch(where, f"a {source} value", kind)
         if source == "dictionary":
             pairs = [(self.read(item.key, where), self.read(item.value, where)) for item in proto.dictionary.values]
@@ -131,6 +152,13 @@ class ValueReader:
                             nbytes=sum(key.nbytes + value.nbytes for key, value in pairs))
         items = [self.read(item, where) for item in getattr(proto, source).values]
         return Constant(kind, lambda: tuple(item.load() for item in items), nbytes=sum(item.nbytes for item in items))
+
+
+def _source(kind: ValueType) -> str:
+    """The field that holds a literal of this type."""
+    if isinstance(kind, OtherType):
+        return kind.kind
+    return {ListType: "list", DictionaryType: "dictionary"}.get(type(kind), "")
 
 
 def _immediate_tensor(proto: Any, kind: TensorType, where: str) -> Constant:

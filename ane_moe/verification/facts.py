@@ -20,7 +20,6 @@ from ane_moe.runtime.program import (
     Feature,
     Function,
     Operation,
-    OtherType,
     Program,
     StateType,
     TensorType,
@@ -272,9 +271,8 @@ def _parallel_projections(ops: list[OpFacts]) -> int:
 
 
 def _tensor(kind: ValueType) -> TensorType | None:
-    if isinstance(kind, OtherType):
-        return None
-    return kind.tensor if isinstance(kind, StateType) else kind
+    tensor = kind.tensor if isinstance(kind, StateType) else kind
+    return tensor if isinstance(tensor, TensorType) else None
 
 
 def _elements(kind: TensorType) -> int:
@@ -282,7 +280,8 @@ def _elements(kind: TensorType) -> int:
 
 
 def _is_small(literal: Constant) -> bool:
-    return not isinstance(literal.type, OtherType) and literal.blob is None and literal.nbytes <= SMALL_BYTES
+    inline = isinstance(literal.type, TensorType) and literal.blob is None
+    return inline and literal.nbytes <= SMALL_BYTES
 
 
 def _flag(literal: Constant | None) -> bool:
