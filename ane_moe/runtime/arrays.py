@@ -1,5 +1,6 @@
 """Arrays in files: inputs of a run, its outputs, and random inputs where none are given."""
 
+import json
 import os
 import re
 import tempfile
@@ -7,7 +8,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -62,6 +63,29 @@ def save_arrays(folder: Path, arrays: Mapping[str, np.ndarray]) -> list[Path]:
     for path, array in zip(paths, arrays.values(), strict=True):
         _replace(path, partial(_save, array=array))
     return paths
+
+
+def numbers_of(results: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The results that are numbers: arrays, and a classifier's probabilities, fp64 `[classes]`."""
+    numbers = {}
+    for name, value in results.items():
+        if isinstance(value, dict):
+            numbers[name] = np.array(list(value.values()), np.float64)
+        elif isinstance(value, np.ndarray):
+            numbers[name] = value
+    return numbers
+
+
+def labels_of(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The results that hold labels: a classifier's likeliest one, and the probability of each."""
+    return {name: value for name, value in results.items() if not isinstance(value, np.ndarray)}
+
+
+def save_labels(folder: Path, labels: Mapping[str, Any]) -> None:
+    """Write what `labels_of` gives as `labels.json` into `folder`, made if absent."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(labels, indent=2, ensure_ascii=False)
+    _replace(folder / "labels.json", lambda file: file.write(f"{text}\n".encode()))
 
 
 def save_archive(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

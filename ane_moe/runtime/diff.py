@@ -75,7 +75,7 @@ def diff(a: Side, b: Side, inputs: Mapping[str, np.ndarray] | None = None, seed:
     both = trace_a is not None and trace_b is not None
     pairs = align(trace_a or (), trace_b or ()) if both else []
     differences = [compare(x, y) for x, y in pairs]
-    outputs = [compare(describe("output", x, results_a[x]), describe("output", y, results_b[y]))
+    outputs = [_compare_outputs(x, y, results_a[x], results_b[y])
                for x, y in zip(results_a, _like(results_a, results_b), strict=False)]
     return Diff(
         first=next((pair for pair in differences if pair.relative > tolerance), None),
@@ -112,6 +112,16 @@ def align(a: Sequence[Traced], b: Sequence[Traced]) -> list[tuple[Traced, Traced
         for i in range(block.size):
             partner[left_a[block.a + i].name] = left_b[block.b + i]
     return [(value, partner[value.name]) for value in a if value.name in partner]
+
+
+def _compare_outputs(name_a: str, name_b: str, a: Any, b: Any) -> Difference:
+    """As `compare`. Labels are the same or infinitely apart; probabilities go label by label."""
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        a, b = (np.array([side[label] for label in a]) for side in (a, b))
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return compare(describe("output", name_a, a), describe("output", name_b, b))
+    apart = 0.0 if a == b else np.inf
+    return Difference("output", name_a, name_b, (), (), apart, apart)
 
 
 def compare(a: Traced, b: Traced) -> Difference:

@@ -134,3 +134,51 @@ def test_run_draws_inputs_from_a_seed_and_picks_a_function(package: Get) -> None
     assert outputs == [[1, 16, 1, 1], [1, 16, 1, 4]]
     missing = CliRunner().invoke(app, ["run", str(package("multifunction")), "--runtime", "reference"])
     assert isinstance(missing.exception, UserError) and "needs input 'x'" in str(missing.exception)
+
+
+# ---- classifiers
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    folder = tmp_path_factory.mktemp("classifiers")
+
+    def build(name: str, labels: list, bias: float) -> Path:
+        @mb.program(input_specs=[mb.TensorSpec((1, 3))], opset_version=ct.target.iOS17)
+        def program(x):
+            return mb.softmax(x=mb.add(x=x, y=np.array([0, bias, 0], np.float32)), axis=-1)
+
+        path = folder / f"{name}.mlpackage"
+        ct.convert(program, minimum_deployment_target=ct.target.iOS17, skip_model_load=True,
+                   compute_precision=ct.precision.FLOAT32,
+                   classifier_config=ct.ClassifierConfig(labels)).save(str(path))
+        return path
+    return build
+
+
+def test_running_a_classifier_shows_and_saves_its_label_and_probabilities(
+        classifier: Callable[..., Path], tmp_path: Path) -> None:
+    path, x = classifier("animals", ["cat", "dog", "bird"], 0), np.log([[0.2, 0.5, 0.3]])
+    np.save(tmp_path / "x.npy", x.astype(np.float32))
+    run = ["run", str(path), "--runtime", "reference", "--input", f"x={tmp_path / 'x.npy'}"]
+    shown = CliRunner().invoke(app, [*run, "--output", str(tmp_path / "out")])
+    assert shown.exit_code == 0 and "classLabel: dog" in shown.stdout
+    document = json.loads(CliRunner().invoke(app, [*run, "--json"]).stdout)
+    saved = json.loads((tmp_path / "out" / "labels.json").read_text())
+    assert document["labels"] == saved and saved["classLabel"] == "dog"
+    assert list(saved["classLabel_probs"]) == ["cat", "dog", "bird"]
+    array = np.load(tmp_path / "out" / "classLabel_probs.npy")
+    assert list(saved["classLabel_probs"].values()) == array.tolist()
+    np.testing.assert_allclose(array, [0.2, 0.5, 0.3], rtol=1e-5)
+
+
+def test_classifiers_are_compared_by_label_and_by_the_probability_of_each(
+        classifier: Callable[..., Path]) -> None:
+    x = {"x": np.array([[0, 1, 2]], np.float32)}
+    animals = Side(classifier("a", ["cat", "dog", "bird"], 0))
+    same, renamed = ["cat", "dog", "bird"], ["cat", "dog", "fish"]
+    for name, labels, bias, least, most in (
+            ("same", same, 0, 0, 0), ("renamed", renamed, 0, np.inf, np.inf),
+            ("biased", same, 0.5, 0.01, 1), ("won", same, 2, 0.01, 2)):
+        label, probabilities = diff(animals, Side(classifier(name, labels, bias)), x).outputs
+        assert label.relative == (np.inf if name in ("renamed", "won") else 0)
+        assert least <= probabilities.relative <= most
