@@ -18,7 +18,7 @@ from ane_moe.coreml_tools import ct
 from ane_moe.errors import UserError
 from ane_moe.runtime import child
 from ane_moe.runtime.modelc_cache import ModelCache
-from ane_moe.runtime.program import Feature, Interface
+from ane_moe.runtime.program import Feature, Interface, sizes
 from ane_moe.runtime.reader import open_program
 from ane_moe.runtime.weights import unique_bytes, weights_of
 
@@ -271,7 +271,7 @@ def _converts(value: np.ndarray, dtype: np.dtype) -> bool:
 
 
 def _declared(feature: Feature) -> str:
-    return f"{feature.type.dtype} {list(feature.type.shape)}"
+    return f"{feature.type.dtype} {sizes(feature.type.shape)}"
 
 
 def _owner(state: object) -> str:

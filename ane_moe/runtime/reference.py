@@ -1,4 +1,4 @@
-"""The reference runtime: executes any ML Program with torch on the CPU.
+"""The reference runtime: executes ML Programs with torch on the CPU.
 
 Every op computes in fp32 and rounds its result to the declared type once; with `precision="fp16"` partial sums and
 intermediates inside ops are rounded too.
