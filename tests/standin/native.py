@@ -267,6 +267,8 @@ def _spoiled(value: np.ndarray, scripted: str) -> np.ndarray:
     value = to_python(value)
     if scripted == "fp32":
         return value + np.float32(0.001)         # which fp16 does not hold
+    if scripted == "wrong":
+        return 2 * value + value.dtype.type(3)
     return value.reshape(-1) if scripted == "misshapen" else value
 
 
