@@ -135,10 +135,11 @@ def run(name: str, checkout: Path | None, options: argparse.Namespace, scratch: 
         sys.exit(f"{name}: pytest ended with {child.returncode}; it said why above")
     steps = log.read_text().splitlines() if log.exists() else []
     predictions = sum(step.startswith("predict ") for step in steps)
-    return _result(report, predictions, time.monotonic() - started)
+    return read_report(report, predictions, time.monotonic() - started)
 
 
-def _result(report: Path, predictions: int, seconds: float) -> Result:
+def read_report(report: Path, predictions: int, seconds: float) -> Result:
+    """The outcomes in pytest's JUnit `report`; an expected failure counts as skipped."""
     passed = skipped = 0
     failures: dict[str, list[str]] = defaultdict(list)
     for case in ElementTree.parse(report).iter("testcase"):
