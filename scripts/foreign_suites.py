@@ -156,9 +156,13 @@ def read_report(report: Path, predictions: int, seconds: float) -> Result:
 
 
 def kind(message: str) -> str:
-    """An error message without what differs between two cases of one fault: names and numbers."""
+    """An error message without what differs between two cases of one fault: names and numbers.
+
+    Of a message of NumPy's assert_allclose only the beginning stays, which says what was compared.
+    """
     native = re.search(r'NSLocalizedDescription = "(.*)";', message, re.DOTALL)
     text = " ".join((native[1] if native else message).split())
+    text = re.split(r" Mismatched elements| ACTUAL: ", text)[0]
     text = re.sub(r"'[^']*'", "'...'", text)
     text = re.sub(r"-?\b\d+(\.\d+)?(e[+-]?\d+)?%?", "N", text)
     return re.sub(r"N(, N)+", "N, ...", text)[:LONGEST_KIND]

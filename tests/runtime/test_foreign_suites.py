@@ -65,6 +65,10 @@ def test_messages_that_differ_in_names_and_numbers_are_of_one_kind():
     assert kind(first) == "input '...' of function '...' is fp16 [N, ...]; found: shape [N]"
     assert kind(second) == kind(first)
     assert kind(native.format("input 'x1' of function 'main' is int32")) != kind(first)
+    with pytest.raises(AssertionError) as wrong:
+        np.testing.assert_allclose(np.zeros(3), np.arange(3.0), rtol=1e-3)
+    assert kind(f"AssertionError: {wrong.value}") == (
+        "AssertionError: Not equal to tolerance rtol=N, atol=N")
 
 
 def test_every_outcome_that_pytest_reports_is_counted_once(tmp_path):
