@@ -192,7 +192,7 @@ def read_report(report: Path, predictions: int) -> Result:
 
 
 def kind(message: str) -> str:
-    """An error message without what differs between two cases of one fault: names and numbers.
+    """An error message without what differs between two cases of one fault: names, paths, numbers.
 
     Of a message of NumPy's assert_allclose only the beginning stays, which says what was compared.
     """
@@ -200,6 +200,7 @@ def kind(message: str) -> str:
     text = " ".join((native[1] if native else message).split())
     text = re.split(r" Mismatched elements| ACTUAL: ", text)[0]
     text = re.sub(r"'[^']*'", "'...'", text)
+    text = re.sub(r"/\S+", "/...", text)
     text = re.sub(r"-?\b\d+(\.\d+)?(e[+-]?\d+)?%?", "N", text)
     return re.sub(r"N(, N)+", "N, ...", text)[:LONGEST_KIND]
 
