@@ -19,6 +19,8 @@ ADAPTER_ADVICE = ("merge it into its base model (peft's merge_and_unload, then s
                   "and give that folder")
 # safetensors files of an adapter, and of Mistral's original layout
 NOT_THE_MODEL = ("adapter_model", "consolidated")
+# Files beside the weights that are large enough for Git LFS
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,16 @@ FOREIGN = (
 
 
 def require_folder(path: str | Path) -> Path:
-    """The folder, if it has a config.json. Raises UserError, which says what it is, if not."""
+    """The folder, if it has a config.json, and no Git LFS pointers for a tokenizer. Raises
+    UserError, which says what it is, if not."""
     folder = Path(path)
     if not folder.is_dir():
         raise _not_a_folder(str(path), folder)
     if not (folder / CONFIG).is_file():
         raise _cache(folder) or _foreign(folder) or _bare(folder)
+    for path in (folder / name for name in TOKENIZER):
+        if is_lfs_pointer(path):
+            raise UserError(f"{path} is not a tokenizer's file", "a pointer of Git LFS", FETCH)
     return folder
 
 

@@ -29,7 +29,7 @@ from ane_moe.plan import (
     SourceFacts,
     make_plan,
 )
-from ane_moe.side_files import copy_tokenizer, require_tokenizer, write_routers
+from ane_moe.side_files import copy_tokenizer, write_routers
 from ane_moe.spec import ModelSpec, MoeSpec
 from ane_moe.stamping import TOOLS, Done, reuse_shard, stamp_embedding, stamp_shard, trace_template
 from ane_moe.trace import Template
@@ -74,7 +74,6 @@ def _plan(
 ) -> tuple[ModelSpec, dict[str, TensorSource], ConversionPlan]:
     ignore = options.ignore_tensors
     spec, sources = describe(opened, ignore)
-    require_tokenizer(opened.folder)
     facts = SourceFacts(opened.notes, opened.left_out(sources, ignore))
     return spec, sources, replace(make_plan(spec, sources, options), source=facts)
 

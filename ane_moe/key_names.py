@@ -41,9 +41,9 @@ def decoder_prefixes(names: Iterable[str]) -> set[str]:
 
 
 def example(renamed: dict[str, str]) -> str:
-    """One pair of names that differ, in words; nothing where all are the same."""
-    pair = next(((old, new) for old, new in sorted(renamed.items()) if old != new), None)
-    return f"{pair[0]} is read as {pair[1]}" if pair else ""
+    """A pair of names that differ, of the decoder if possible; nothing where all are the same."""
+    pairs = [(not new.startswith(MODEL), old, new) for old, new in renamed.items() if old != new]
+    return "{1} is read as {2}".format(*min(pairs)) if pairs else ""
 
 
 def _prefixes(names: Iterable[str], end: str) -> set[str]:

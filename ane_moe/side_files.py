@@ -9,8 +9,6 @@ import numpy as np
 
 from ane_moe.checkpoint import Checkpoint, TensorSource
 from ane_moe.compress.recipe import find_format
-from ane_moe.errors import UserError
-from ane_moe.lfs import FETCH, is_lfs_pointer
 
 EMBED_CHUNK_BYTES = 32_000_000
 LARGEST = 60_000        # below fp16's end; which experts score highest does not change with the scale
@@ -46,13 +44,6 @@ def write_embedding(checkpoint: Checkpoint, source: TensorSource, path: Path, fo
                 scales.append(linear["scale"].reshape(-1))
         stream.writelines(scale.data for scale in scales)
     os.replace(temporary, path)
-
-
-def require_tokenizer(checkpoint: Path) -> None:
-    """Raise UserError where Git LFS left a pointer in place of a tokenizer file."""
-    for path in (checkpoint / name for name in TOKENIZER_FILES):
-        if is_lfs_pointer(path):
-            raise UserError(f"{path} is not the tokenizer's file", "a pointer of Git LFS", FETCH)
 
 
 def copy_tokenizer(checkpoint: Path, out: Path) -> tuple[str, ...]:
