@@ -14,9 +14,18 @@ from ane_moe.checkpoint import Checkpoint, TensorSource, open_checkpoint
 from ane_moe.compress.budget import fit_budget, measure_sensitivity, reach_cosine
 from ane_moe.compress.calibration import FILE_NAME as CALIBRATION
 from ane_moe.compress.calibration import Moments
-from ane_moe.compress.recipe import FP16, role_of
+from ane_moe.compress.recipe import role_of
 from ane_moe.errors import UserError
 from ane_moe.families import describe
+from ane_moe.goldens import (
+    GOLDEN,
+    GOLDEN_AS_STORED,
+    capture_goldens,
+    finished,
+    golden_key,
+    keep_goldens,
+    remove_goldens,
+)
 from ane_moe.manifest import Manifest, Shard, ShardFunction
 from ane_moe.output_folder import MARKER, claim, identity, remove_strangers, require_disk
 from ane_moe.package import disk_error, sha256
@@ -37,8 +46,6 @@ from ane_moe.workers import Pool, open_pool, peak_memory_bytes, run, run_then, s
 
 EMBED = "embed.bin"
 BUILTIN_TEXT = "builtin"
-GOLDEN = "golden.safetensors"
-GOLDEN_AS_STORED = "golden_as_stored.safetensors"
 
 
 @dataclass(frozen=True)
@@ -53,14 +60,16 @@ class Progress:
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """`reused` shards were there already with the same content key. `notes` are sentences on how
-    the checkpoint was read."""
+    """`reused` shards were there already with the same content key. `golden_kept`:
+    the goldens are those of an earlier run. `notes` are sentences on how the checkpoint was
+    read."""
 
     folder: Path
     manifest: Manifest
     written: tuple[str, ...]
     reused: tuple[str, ...]
     peak_memory_bytes: int
+    golden_kept: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -91,13 +100,16 @@ def convert(
 ) -> ConvertReport:
     """Convert `checkpoint` into the shard folder `out`; an interrupted conversion goes on where it stopped.
 
-    `golden` also captures golden.safetensors from Hugging Face's own model, on the `prompts` of a file or the built-in
-    set. Raises UserError for everything the user can mend; what is finished by then stays and is reused.
+    `golden` also captures golden.safetensors from Hugging Face's own model, on the `prompts` of a
+    file or the built-in set, unless an earlier run did so of the same weights and prompts and there
+    is no `overwrite`. Raises UserError for everything the user can mend; what is finished by then
+    stays and is reused.
     """
     opened = open_checkpoint(checkpoint)
     spec, sources, conversion = _plan(opened, options or ConvertOptions())
-    ids = _prompt_ids(opened.folder, conversion, prompts) if golden and prompts else None
+    ids = _prompt_ids(opened.folder, conversion, prompts) if golden else None
     _require_text(conversion.options)
+    earlier = None if overwrite else finished(out)
     claim(out, opened, conversion, overwrite)
     require_disk(out, conversion)
     meter = _Meter(conversion.disk_bytes, progress)
@@ -109,27 +121,31 @@ def convert(
             embedding = start(pool, stamp_embedding, opened.folder, sources["embed.weight"], out / EMBED,
                               conversion.embed_format)
             done = _finished(pool, opened.folder, out, conversion, calibration, meter)
-            finished = {shard.path for shard in done}
-            done += _stamp_rest(pool, opened.folder, out, conversion, calibration, finished, meter)
-            files = meter.shard(embedding.result()).files
+            reused = tuple(sorted(shard.path for shard in done))
+            done += _stamp_rest(pool, opened.folder, out, conversion, calibration, set(reused),
+                                meter)
+            embed = meter.shard(embedding.result())
         write_routers(opened, sources, conversion.routers, out)
         tokenizer = copy_tokenizer(opened.folder, out)
-        manifest = _manifest(opened, conversion, done, files, tokenizer)
-        if golden:
-            manifest = _capture(opened.folder, out, conversion, manifest, ids, meter)
-        elif not all(shard.reused for shard in done):
-            for name in (GOLDEN, GOLDEN_AS_STORED):
-                (out / name).unlink(missing_ok=True)  # of other weights
-        manifest = _complete(manifest, conversion, out)
+        manifest = _manifest(opened, conversion, done, embed.files, tokenizer)
+        if golden or (earlier and earlier.golden):
+            keys = [shard.content_key for shard in (*done, embed)]
+            key = golden_key(opened, sources, conversion, keys)
+            manifest = replace(manifest, golden_key=key)
+        kept = keep_goldens(out, manifest, earlier, ids)
+        if kept is None and ids is not None:
+            manifest = capture_goldens(opened.folder, out, conversion, manifest, ids, meter.golden)
+        elif kept is None:
+            remove_goldens(out)
+        manifest = _complete(kept or manifest, conversion, out)
         remove_strangers(out, manifest)
         manifest.write(out)
         (out / MARKER).unlink()
     except OSError as error:
         raise disk_error(error, out / "the conversion") from error
-    reused = tuple(sorted(shard.path for shard in done if shard.reused))
     written = tuple(sorted(shard.path for shard in done if not shard.reused))
     notes = conversion.source.notes
-    return ConvertReport(out, manifest, written, reused, meter.peak, notes)
+    return ConvertReport(out, manifest, written, reused, meter.peak, kept is not None, notes)
 
 
 class _Meter:
@@ -153,6 +169,10 @@ class _Meter:
         self._peaks[os.getpid()] = peak_memory_bytes()
         self._peaks[process] = max(peak, self._peaks.get(process, 0))
         self._report(Progress(label, self._written, self._total, self.peak))
+
+    def golden(self, what: str, done: int, total: int) -> None:
+        """Report the capture of goldens."""
+        self.add(f"golden: {what} {done}/{total}", 0, os.getpid(), 0)
 
 
 def _require_text(options: ConvertOptions) -> None:
@@ -241,44 +261,17 @@ def _stamp_rest(
     return [meter.shard(done) for done in stamped]
 
 
-def _prompt_ids(checkpoint: Path, conversion: ConversionPlan, prompts: Path) -> list[list[int]]:
-    """The prompts of a file, checked before hours are spent on what they are for."""
-    from ane_moe.verification.prompts import check_prompts, read_prompts
+def _prompt_ids(
+    checkpoint: Path, conversion: ConversionPlan, prompts: Path | None
+) -> list[list[int]]:
+    """The prompts of a file or the built-in ones, checked before hours go into their golden."""
+    from ane_moe.verification.prompts import builtin_prompts, check_prompts, read_prompts
 
+    if prompts is None:
+        return builtin_prompts(checkpoint, conversion.spec.vocab, conversion.context)
     ids = read_prompts(prompts, checkpoint)
     check_prompts(ids, conversion.spec.vocab, conversion.context)
     return ids
-
-
-def _capture(
-    checkpoint: Path,
-    out: Path,
-    conversion: ConversionPlan,
-    manifest: Manifest,
-    prompts: list[list[int]] | None,
-    meter: _Meter,
-) -> Manifest:
-    """Write the goldens; the manifest with what compression cost."""
-    from ane_moe.verification.golden import capture_golden, read_golden  # transformers takes seconds to import
-    from ane_moe.verification.stored_model import capture_as_stored, with_errors
-
-    def progress(what: str, done: int, total: int) -> None:
-        meter.add(f"golden: {what} {done}/{total}", 0, os.getpid(), 0)
-
-    capture_golden(
-        checkpoint,
-        layers=conversion.layers,
-        prompts=prompts,
-        out=out / GOLDEN,
-        context=conversion.context,
-        experts=conversion.options.routing == "sparse",
-        progress=progress,
-    )
-    if manifest.weights == FP16.name:
-        return manifest
-    original = read_golden(out / GOLDEN)
-    errors = capture_as_stored(checkpoint, out, manifest, original, out / GOLDEN_AS_STORED, progress)
-    return replace(manifest, compression=with_errors(manifest.compression, errors))
 
 
 def _manifest(

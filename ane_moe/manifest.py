@@ -84,6 +84,7 @@ class Manifest:
     moe: dict[str, dict[str, Any]] = field(default_factory=dict)    # layer -> {"experts": E, "k": k}
     versions: dict[str, str] = field(default_factory=dict)
     source: dict[str, str] = field(default_factory=dict)    # digest of the checkpoint's config, and the options
+    golden_key: str = ""                    # of what goldens depend on (goldens.py)
     left_out: dict[str, tuple[str, ...]] = field(default_factory=dict)  # tensors not used, by why
     format: int = FORMAT
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ane_moe.checkpoint import Checkpoint, TensorSource
+from ane_moe.checkpoint import Checkpoint, Hasher, TensorSource
 from ane_moe.compress.recipe import find_format
 
 EMBED_CHUNK_BYTES = 32_000_000
@@ -24,9 +24,11 @@ TOKENIZER_FILES = (
 )
 
 
-def write_embedding(checkpoint: Checkpoint, source: TensorSource, path: Path, form: str) -> None:
+def write_embedding(
+    checkpoint: Checkpoint, source: TensorSource, path: Path, form: str, hasher: Hasher
+) -> None:
     """The embedding table, a run of rows at a time: fp16, or int8 and then the rows' scales
-    (runtime/embedding_table.py)."""
+    (runtime/embedding_table.py). `hasher` is fed what is read."""
     rows, width = source.shape
     step = max(1, EMBED_CHUNK_BYTES // (2 * width))
     buffer = np.empty((step, width), np.float16)
@@ -35,7 +37,8 @@ def write_embedding(checkpoint: Checkpoint, source: TensorSource, path: Path, fo
     with temporary.open("wb") as stream:
         for first in range(0, rows, step):
             last = min(first + step, rows)
-            part = checkpoint.read(source.part(first, last), out=buffer[: last - first])
+            run = source.part(first, last)
+            part = checkpoint.read(run, out=buffer[: last - first], hasher=hasher)
             if (encoded := find_format(form).encode(part)) is None:
                 stream.write(part.data)
             else:

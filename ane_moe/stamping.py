@@ -108,6 +108,8 @@ def _values(
 
 
 def stamp_embedding(checkpoint: Path, source: TensorSource, path: Path, form: str) -> Done:
-    write_embedding(open_checkpoint(checkpoint), source, path, form)
+    key = ContentKey(form, ENCODING)
+    write_embedding(open_checkpoint(checkpoint), source, path, form, key)
     files = {path.name: sha256(path)}
-    return Done(path.name, "", path.stat().st_size, False, files, peak_memory_bytes(), os.getpid())
+    size, peak = path.stat().st_size, peak_memory_bytes()
+    return Done(path.name, key.digest(), size, False, files, peak, os.getpid())

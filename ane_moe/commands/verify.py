@@ -75,6 +75,9 @@ def verify(
         from ane_moe.report.page_file import write_text
         from ane_moe.report.report_data import gather
 
-        write_text(html, render_html(gather(out, verify=report, placement=placement, target=target)))
+        page = gather(out, verify=report, placement=placement, target=target)
+        write_text(html, render_html(page))
+        if not as_json:
+            typer.echo(f"report: {html}")
     if not passed:
         raise typer.Exit(1)

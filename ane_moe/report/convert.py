@@ -112,6 +112,7 @@ def report_document(report: ConvertReport) -> dict[str, Any]:
         "weight_bytes": sum(shard.weight_bytes for shard in report.manifest.shards),
         "peak_memory_bytes": report.peak_memory_bytes,
         "golden": report.manifest.golden,
+        "golden_kept": report.golden_kept,
         "notes": list(report.notes),
         "left_out": {why: list(names) for why, names in report.manifest.left_out.items()},
     }
@@ -124,6 +125,8 @@ def print_report(report: ConvertReport) -> None:
     console.print(f"{len(report.manifest.shards)} shards, {size:,.0f} MB of weights in {report.folder}: "
                   f"{len(report.written)} written, {len(report.reused)} reused; "
                   f"peak memory {report.peak_memory_bytes / MB:,.0f} MB")  # fmt: skip
+    if report.golden_kept:
+        console.print("goldens kept: an earlier run captured them of the same weights and prompts")
     _print_source(console, report.notes, report.manifest.left_out)
     with_golden = "" if report.manifest.golden else " --checkpoint CHECKPOINT"
     console.print(f"next: ane-moe verify {report.folder}{with_golden}")
