@@ -75,9 +75,6 @@ def verify(
         from ane_moe.report.page_file import write_text
         from ane_moe.report.report_data import gather
 
-        page = gather(out, verify=report, placement=placement, target=target)
-        write_text(html, render_html(page))
-        if not as_json:
-            typer.echo(f"report: {html}")
+        write_text(html, render_html(gather(out, verify=report, placement=placement, target=target)))
     if not passed:
         raise typer.Exit(1)

@@ -19,7 +19,7 @@ from ane_moe.verification.parity import Parity
 from ane_moe.verification.prompts import check_prompts, read_prompts
 from ane_moe.verification.result import Comparison, RoutingResult, ShardResult, VerifyReport
 from ane_moe.verification.stored_model import capture_as_stored, with_errors
-from ane_moe.verification.whole_model import WholeModel
+from ane_moe.verification.whole_model import Passes, WholeModel
 
 # The cosine of a delta below which a function fails: 0.97 is the field's usual gate; fp16 weights do far better.
 MIN_COSINE = {"fp16": 0.999}
@@ -52,10 +52,14 @@ def verify(out: Path, *, checkpoint: Path | None = None, prompts: Path | None = 
         if goldens is None:
             return report
 
+        # Both goldens have the same prompts: the shards run them once.
+        passes: Passes | None = {} if goldens.as_stored else None
+
         def compare(golden: Golden, weights: str, cosine: float | None, logits: float | None) -> Comparison:
             limits = (_threshold(cosine, weights, MIN_COSINE, MIN_COSINE_COMPRESSED),
                       _threshold(logits, weights, MIN_LOGIT_COSINE, MIN_LOGIT_COSINE_COMPRESSED))
-            return _compared(out, manifest, golden, runtime, options, limits, decode_tokens, report_progress)
+            return _compared(out, manifest, golden, runtime, options, limits, decode_tokens,
+                             report_progress, passes)
 
         as_stored = compare(goldens.as_stored, "fp16", None, None) if goldens.as_stored else None
         found = compare(goldens.original, manifest.weights, min_cosine, min_logit_cosine)
@@ -65,11 +69,13 @@ def verify(out: Path, *, checkpoint: Path | None = None, prompts: Path | None = 
 
 
 def _compared(out: Path, manifest: Manifest, golden: Golden, runtime: str, options: dict[str, Any],
-              limits: tuple[float, float], decode_tokens: int | None, progress: Progress) -> Comparison:
+              limits: tuple[float, float], decode_tokens: int | None, progress: Progress,
+              passes: Passes | None) -> Comparison:
     parity = Parity(out, manifest, golden, lambda path, name: load_package(path, name, runtime, **options), limits[0],
                     decode_tokens, _experts(out, manifest, golden, runtime, options, limits[0]))
     rows = list(_functions(parity, progress))
-    model = WholeModel(out, manifest, golden, runtime, options, limits[1], decode_tokens, progress)
+    model = WholeModel(out, manifest, golden, runtime, options, limits[1], decode_tokens, progress,
+                       passes)
     return Comparison(tuple(row for row in rows if isinstance(row, ShardResult)),
                       tuple(row for row in rows if isinstance(row, RoutingResult)),
                       () if _why_no_model(manifest, golden) else tuple(model.results()))
