@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -114,14 +115,17 @@ def convert(
     require_disk(out, conversion)
     meter = _Meter(conversion.disk_bytes, progress)
     try:
-        with open_pool(workers, stamping.__name__) as pool:
-            calibration = _calibration(opened.folder, out, conversion.options, meter)
-            if calibration and (conversion.options.budget_mb or conversion.options.min_cosine):
+        calibration = _calibration(opened.folder, out, conversion.options, meter)
+        if calibration and (conversion.options.budget_mb or conversion.options.min_cosine):
+            with open_pool(workers, stamping.__name__) as pool:
                 conversion = _with_formats(pool, opened.folder, spec, sources, conversion, calibration, meter)
+        with ThreadPoolExecutor(workers) as threads:        # hashing frees the interpreter's lock
+            done = _finished(threads, opened.folder, out, conversion, calibration, meter)
+        reused = tuple(sorted(shard.path for shard in done))
+        idle = len(reused) == len(conversion.shards)        # processes take seconds to import
+        with open_pool(1 if idle else workers, stamping.__name__) as pool:
             embedding = start(pool, stamp_embedding, opened.folder, sources["embed.weight"], out / EMBED,
                               conversion.embed_format)
-            done = _finished(pool, opened.folder, out, conversion, calibration, meter)
-            reused = tuple(sorted(shard.path for shard in done))
             done += _stamp_rest(pool, opened.folder, out, conversion, calibration, set(reused),
                                 meter)
             embed = meter.shard(embedding.result())

@@ -1,11 +1,13 @@
 """Which goldens of an earlier run a conversion keeps, against ones captured anew."""
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from ane_moe import conversion
 from ane_moe.compress.recipe import FP16
 from ane_moe.conversion import ConvertOptions, convert
 from ane_moe.verification import hf_stream
@@ -110,3 +112,20 @@ def test_other_prompts_a_spoiled_file_and_overwrite_capture_again(checkpoint, ou
     assert not kept(prompts=prompts)
     assert read_golden(golden).prompts == ((5, 6, 8),)
     assert kept(prompts=prompts)
+
+
+def test_a_second_run_begins_no_processes_where_there_is_nothing_to_write(
+    checkpoint, out, monkeypatch
+):
+    asked = []
+
+    def counted(workers, preload):
+        asked.append(workers)
+        return nullcontext()
+
+    monkeypatch.setattr(conversion, "open_pool", counted)
+    assert convert(checkpoint, out, PLAIN, workers=2).golden_kept
+    assert asked == [1]
+    shutil.rmtree(out / "attn" / "layer_01.mlpackage")
+    assert convert(checkpoint, out, PLAIN, workers=2).written == ("attn/layer_01.mlpackage",)
+    assert asked == [1, 2]

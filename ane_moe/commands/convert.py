@@ -81,9 +81,11 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Convert a checkpoint into Core ML shards. Run it again to go on after an interruption."""
+    from ane_moe.manifest import FILE_NAME
     from ane_moe.workers import prepare
 
-    if not dry_run:
+    may_be_done = (out / FILE_NAME).exists() and not overwrite
+    if not dry_run and not may_be_done:
         prepare(workers, "ane_moe.stamping")
     from ane_moe.compress.recipe import find_recipe
     from ane_moe.conversion import convert as run
