@@ -11,6 +11,7 @@ from typing import Any
 from ane_moe import stamping
 from ane_moe.blocks.registry import TemplateKey
 from ane_moe.checkpoint import Checkpoint, TensorSource, open_checkpoint
+from ane_moe.checkpoint_tokenizer import TokenizerFiles, read_tokenizer, write_tokenizer
 from ane_moe.compress.budget import fit_budget, measure_sensitivity, reach_cosine
 from ane_moe.compress.calibration import FILE_NAME as CALIBRATION
 from ane_moe.compress.calibration import Moments
@@ -21,7 +22,7 @@ from ane_moe.manifest import Manifest, Shard, ShardFunction
 from ane_moe.output_folder import MARKER, claim, identity, remove_strangers, require_disk
 from ane_moe.package import disk_error, sha256
 from ane_moe.plan import MB, ConversionPlan, ConvertOptions, Recovery, ShardPlan, make_plan
-from ane_moe.side_files import copy_tokenizer, write_routers
+from ane_moe.side_files import write_routers
 from ane_moe.spec import ModelSpec, MoeSpec
 from ane_moe.stamping import TOOLS, Done, reuse_shard, stamp_embedding, stamp_shard, trace_template
 from ane_moe.trace import Template
@@ -56,7 +57,9 @@ class ConvertReport:
 
 def plan(checkpoint: Path, options: ConvertOptions) -> ConversionPlan:
     """Check the checkpoint and say what `convert` would write, without reading weights. Raises UserError."""
-    spec, sources = describe(open_checkpoint(checkpoint))
+    opened = open_checkpoint(checkpoint)
+    spec, sources = describe(opened)
+    read_tokenizer(opened.folder)
     return make_plan(spec, sources, options)
 
 
@@ -81,10 +84,12 @@ def convert(
     conversion = make_plan(spec, sources, options or ConvertOptions())
     ids = _prompt_ids(opened.folder, conversion, prompts) if golden and prompts else None
     _require_text(conversion.options)
+    tokenizer = read_tokenizer(opened.folder)
     claim(out, opened, conversion, overwrite)
     require_disk(out, conversion)
     meter = _Meter(conversion.disk_bytes, progress)
     try:
+        kept = write_tokenizer(tokenizer, out)
         with open_pool(workers, stamping.__name__) as pool:
             calibration = _calibration(opened.folder, out, conversion.options, meter)
             if calibration and (conversion.options.budget_mb or conversion.options.min_cosine):
@@ -96,8 +101,7 @@ def convert(
             done += _stamp_rest(pool, opened.folder, out, conversion, calibration, finished, meter)
             files = meter.shard(embedding.result()).files
         write_routers(opened, sources, conversion.routers, out)
-        tokenizer = copy_tokenizer(opened.folder, out)
-        manifest = _manifest(opened, conversion, done, files, tokenizer)
+        manifest = _manifest(opened, conversion, done, files, kept)
         if golden:
             manifest = _capture(opened.folder, out, conversion, manifest, ids, meter)
         elif not all(shard.reused for shard in done):
@@ -267,7 +271,7 @@ def _manifest(
     conversion: ConversionPlan,
     done: list[Done],
     files: dict[str, str],
-    tokenizer: tuple[str, ...],
+    tokenizer: TokenizerFiles,
 ) -> Manifest:
     """The manifest but for what lies beside the shards."""
     spec, options = conversion.spec, conversion.options
@@ -291,7 +295,9 @@ def _manifest(
         embed_format=conversion.embed_format,
         ropes={name: asdict(rope) for name, rope in spec.ropes.items()},
         shards=tuple(_shard(shard, keys[shard.path]) for shard in conversion.shards),
-        tokenizer=tokenizer,
+        tokenizer=tokenizer.names,
+        tokenizer_class=tokenizer.class_name,
+        tokenizer_record=tokenizer.record,
         bos_id=spec.bos_id,
         eos_ids=spec.eos_ids,
         files=files,
@@ -305,7 +311,8 @@ def _manifest(
 def _complete(manifest: Manifest, conversion: ConversionPlan, out: Path) -> Manifest:
     """Add the goldens that are there, and the hashes of what lies beside the shards."""
     golden, as_stored = (name if (out / name).exists() else None for name in (GOLDEN, GOLDEN_AS_STORED))
-    beside = [name for name in (golden, as_stored, CALIBRATION) if name and (out / name).exists()]
+    named = (golden, as_stored, CALIBRATION, manifest.tokenizer_record)
+    beside = [name for name in named if name and (out / name).exists()]
     loose = (*manifest.tokenizer, *conversion.routers.values(), *beside)
     files = manifest.files | {name: sha256(out / name) for name in loose}
     return replace(manifest, golden=golden, golden_as_stored=as_stored, files=dict(sorted(files.items())))
