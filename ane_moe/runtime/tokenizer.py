@@ -52,9 +52,9 @@ class Tokenizer:
             raise UserError("the checkpoint's tokenizer has no chat template", "none", "leave out --chat")
         messages = [{"role": "user", "content": text}]
         try:
-            template = ("" if dated else STOPPED_CLOCK) + self.loaded.get_chat_template()
+            stopped = None if dated else STOPPED_CLOCK + self.loaded.get_chat_template()
             return list(self.loaded.apply_chat_template(
-                messages, chat_template=template, add_generation_prompt=True, return_dict=False))
+                messages, chat_template=stopped, add_generation_prompt=True, return_dict=False))
         except Exception as error:              # a template is a program: it can raise anything
             raise UserError("the checkpoint's chat template does not take the prompt",
                             f"{type(error).__name__}: {error}", "leave out --chat") from error
