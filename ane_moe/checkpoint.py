@@ -4,27 +4,41 @@ Nothing here knows an architecture: families say where each of our tensors lies,
 """
 
 import hashlib
-import json
 import math
-import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from io import FileIO
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
 
+from ane_moe.checkpoint_folder import (
+    CONFIG,
+    SINGLE,
+    adapter_beside,
+    passed_over,
+    require_folder,
+    weight_files,
+    weight_map,
+)
 from ane_moe.errors import UserError
+from ane_moe.json_file import read_json
+from ane_moe.key_names import example, model_names
+from ane_moe.left_out import left_out
 from ane_moe.safetensors_header import StoredTensor, read_header
+from ane_moe.wording import counted, listed
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 CHUNK_ELEMENTS = 1 << 18            # 1 MiB of fp32: conversion and finite check stay in the L2 cache
 FP16_INF_BITS = 0x7C00
-MAX_JSON_BYTES = 64_000_000
-HARMLESS = re.compile(r"rotary_emb\.inv_freq$")     # a buffer that files of transformers before 4.32 carry
-SHOWN = 3                           # names an error lists before it only counts
+# A `constexpr_*` operation (coremltools, iOS 18) gives the type of its scale or palette: fp16.
+OVERFLOW_ADVICE = (
+    "no --compress format helps, since each expands to fp16 for the engine: check the tensor for "
+    "damage, or divide it and multiply its counterpart (`up` and `down`) by the same power of two"
+)
+VOCABULARY = ("embed.weight", "head.weight")        # ours, a row for each token
 
 
 class Hasher(Protocol):
@@ -77,12 +91,17 @@ class TensorSource:
 
 @dataclass
 class Checkpoint:
-    """An open checkpoint. Cheap to open, holds no file open; not for use by several threads at once."""
+    """An open checkpoint. Cheap to open, holds no file open; not for use by several threads.
+
+    `tensors` have the names of key_names.py; a StoredTensor's `key` is the one in the file.
+    `notes` are sentences for the user on how it was read.
+    """
 
     folder: Path
     config: dict[str, Any]
     generation: dict[str, Any]      # generation_config.json, empty when there is none
     tensors: dict[str, StoredTensor]
+    notes: tuple[str, ...] = ()
     _raw: np.ndarray = field(init=False, repr=False)
     _wide: torch.Tensor = field(init=False, repr=False)
     _bits: np.ndarray = field(init=False, repr=False)
@@ -92,19 +111,24 @@ class Checkpoint:
         self._wide = torch.empty(CHUNK_ELEMENTS, dtype=torch.float32)
         self._bits = np.empty(CHUNK_ELEMENTS, np.uint16)
 
-    def require(self, sources: Mapping[str, TensorSource]) -> None:
+    def require(self, sources: Mapping[str, TensorSource], ignore: Collection[str] = ()) -> None:
         """Check, before anything is read, that `sources` and the stored tensors agree.
 
-        Raises UserError for tensors nobody reads, and for a wrong shape or an unsupported dtype.
+        Raises UserError for tensors nobody reads (but see `left_out`), and for a wrong shape or an
+        unsupported dtype.
         """
-        used = {source.key for source in sources.values()}
-        extra = [key for key in self.tensors if key not in used and not HARMLESS.search(key)]
-        if extra:
-            raise UserError(
-                f"{self.folder} holds {len(extra)} tensors that its config.json does not account for", listed(extra)
-            )
+        self.left_out(sources, ignore)
+        self._require_one_vocabulary(sources)
         for source in sources.values():
             self._require_sound(source)
+
+    def left_out(
+        self, sources: Mapping[str, TensorSource], ignore: Collection[str] = ()
+    ) -> dict[str, tuple[str, ...]]:
+        """The tensors that no source reads, by why that is right (left_out.py). Raises UserError
+        for others."""
+        used = {source.key for source in sources.values()}
+        return left_out(self.tensors.keys() - used, ignore, str(self.folder))
 
     def read(self, source: TensorSource, out: np.ndarray | None = None, hasher: Hasher | None = None) -> np.ndarray:
         """One of our tensors, fp16, C-contiguous, of shape `source.shape`; into `out` when given, which is faster.
@@ -173,19 +197,36 @@ class Checkpoint:
                   source.rows, source.transpose, source.scale)  # fmt: skip
         return repr(fields).encode() + b"\n"
 
+    def _require_one_vocabulary(self, sources: Mapping[str, TensorSource]) -> None:
+        """Name a vocabulary that was resized without its config.json."""
+        ends = [source for name, source in sources.items() if name in VOCABULARY]
+        stored = {source.key: self.tensors[source.key] for source in ends}
+        if any(stored[source.key].shape[1:] != source.stored_shape[1:] for source in ends):
+            return                                  # of another width: of another model
+        rows = {tensor.shape[0] for tensor in stored.values()}
+        if rows == {source.stored_shape[0] for source in ends}:
+            return
+        sizes = ", ".join(f"{t.key} has {counted(t.shape[0], 'row')}" for t in stored.values())
+        advice = "embedding and head are of two vocabularies: resize the model again, and save it"
+        if len(rows) == 1:
+            advice = f"the vocabulary was resized: set vocab_size to {min(rows)} in {CONFIG}"
+        stale = f"{self.folder / CONFIG}: vocab_size {self.config.get('vocab_size')} is stale"
+        raise UserError(stale, sizes, advice)
+
     def _require_sound(self, source: TensorSource) -> None:
         tensor = self.tensors[source.key]
         if tensor.dtype not in DTYPES:
             raise UserError(
-                f"{source.key} is stored as {tensor.dtype}",
+                f"{tensor.key} is stored as {tensor.dtype}",
                 do=f"supported: {', '.join(DTYPES)}; dequantise the checkpoint first",
             )
         if tensor.shape != source.stored_shape:
             derived = ".attn." in source.name and self.config.get("head_dim") is None
             raise UserError(
-                f"{source.key} has the wrong shape",
+                f"{tensor.key} has the wrong shape",
                 f"{list(tensor.shape)} instead of {list(source.stored_shape)}",
-                "config.json has no head_dim" if derived else "config.json and the weights are of different models",
+                f"{CONFIG} has no head_dim" if derived else
+                f"{CONFIG} and the weights are of different models",
             )
 
     def _not_finite(self, source: TensorSource) -> UserError:
@@ -198,10 +239,14 @@ class Checkpoint:
             broken += len(values) - len(finite)
             overflowing += int(finite.half().isinf().sum())
             largest = max(largest, float(finite.max()) if len(finite) else 0.0)
-        where = f"{source.key} ({source.name})"
+        where = f"{self.tensors[source.key].key} ({source.name})"
         if broken:
             return UserError(f"{where} holds {broken} NaN or infinite values", do="the checkpoint is damaged")
-        return UserError(f"{where} overflows fp16 (max |w| = {largest:g})", f"{overflowing} values above 65504")
+        return UserError(
+            f"{where} overflows fp16 (max |w| = {largest:g})",
+            f"{counted(overflowing, 'value')} above 65504",
+            OVERFLOW_ADVICE,
+        )
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -209,87 +254,34 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises UserError when it is not a readable checkpoint in safetensors form.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
-        do = f"download it first: hf download {path} --local-dir {folder.name}" if hub_id else ""
-        raise UserError(f"{path} is not a checkpoint folder", "a file" if folder.exists() else "nothing there", do)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a checkpoint", "no config.json", "give a Hugging Face model folder")
-    config = _read_json(folder / "config.json")
+    folder = require_folder(path)
+    config = read_json(folder / CONFIG)
     generation = folder / "generation_config.json"
-    tensors: dict[str, StoredTensor] = {}
-    for file in _weight_files(folder):
+    stored: dict[str, StoredTensor] = {}
+    for file in weight_files(folder):
         header = read_header(file)
-        if twice := [key for key in header if key in tensors]:
-            raise UserError(f"{folder} stores {len(twice)} tensors twice", listed(twice))
-        tensors |= header
-    _require_indexed(folder, tensors)
-    return Checkpoint(folder, config, _read_json(generation) if generation.is_file() else {}, tensors)
-
-
-def listed(names: Collection[str]) -> str:
-    """Up to a few of `names`, and how many more there are."""
-    shown = sorted(names)[:SHOWN]
-    more = len(names) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more else "")
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights, chosen as transformers does: the single file, else the index."""
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    if names := set(_weight_map(folder).values()):
-        return [_inside(folder, name) for name in sorted(names)]
-    if files := sorted(folder.glob("*.safetensors")):
-        return files
-    pickled = sorted(entry.name for entry in folder.glob("*") if entry.suffix in (".bin", ".pt", ".pth"))
-    raise UserError(
-        f"{folder} holds no safetensors files",
-        listed(pickled) if pickled else "no weights",
-        "pickled weights are not read; save the model with save_pretrained" if pickled else "",
+        if twice := [key for key in header if key in stored]:
+            count = counted(len(twice), "tensor")
+            raise UserError(f"{folder} stores {count} twice", listed(twice))
+        stored |= header
+    _require_indexed(folder, stored)
+    names = model_names(stored)
+    renamed = example(names) and f"other tensor names than transformers gives: {example(names)}"
+    return Checkpoint(
+        folder,
+        config,
+        read_json(generation) if generation.is_file() else {},
+        {names[key]: tensor for key, tensor in stored.items()},
+        tuple(filter(None, (renamed, passed_over(folder), adapter_beside(folder)))),
     )
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return {}
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise UserError(f"{index} has no weight_map", do="download it again")
-    return weight_map
-
-
 def _require_indexed(folder: Path, tensors: Collection[str]) -> None:
-    if (folder / "model.safetensors").is_file():
+    if (folder / SINGLE).is_file():
         return
-    if missing := [key for key in _weight_map(folder) if key not in tensors]:
-        raise UserError(f"{folder} lacks {len(missing)} tensors that its index names", listed(missing))
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """The file `name` of an index. Only the name is checked: the Hub's cache links its files to a blob store."""
-    parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in name:
-        raise UserError(f"{folder}'s index names a file outside the folder", repr(name), "do not trust this checkpoint")
-    if not (folder / name).is_file():
-        raise UserError(f"{folder} is incomplete", f"no {name}, which its index names", "download it again")
-    return folder / name
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise UserError(f"{path} is too large", f"{path.stat().st_size} bytes")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read", str(error)) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON", str(error)) from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} is not a JSON object", type(data).__name__)
-    return data
+    if missing := [key for key in weight_map(folder) if key not in tensors]:
+        lacking = f"{counted(len(missing), 'tensor')} that its index names: {listed(missing)}"
+        raise UserError(f"{folder} lacks {lacking}", do="download it again")
 
 
 def _read_exactly(stream: FileIO, raw: np.ndarray, path: Path) -> None:

@@ -21,7 +21,15 @@ from ane_moe.families import describe
 from ane_moe.manifest import Manifest, Shard, ShardFunction
 from ane_moe.output_folder import MARKER, claim, identity, remove_strangers, require_disk
 from ane_moe.package import disk_error, sha256
-from ane_moe.plan import MB, ConversionPlan, ConvertOptions, Recovery, ShardPlan, make_plan
+from ane_moe.plan import (
+    MB,
+    ConversionPlan,
+    ConvertOptions,
+    Recovery,
+    ShardPlan,
+    SourceFacts,
+    make_plan,
+)
 from ane_moe.side_files import write_routers
 from ane_moe.spec import ModelSpec, MoeSpec
 from ane_moe.stamping import TOOLS, Done, reuse_shard, stamp_embedding, stamp_shard, trace_template
@@ -46,21 +54,32 @@ class Progress:
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """`reused` shards were there already with the same content key."""
+    """`reused` shards were there already with the same content key. `notes` are sentences on how
+    the checkpoint was read."""
 
     folder: Path
     manifest: Manifest
     written: tuple[str, ...]
     reused: tuple[str, ...]
     peak_memory_bytes: int
+    notes: tuple[str, ...] = ()
 
 
 def plan(checkpoint: Path, options: ConvertOptions) -> ConversionPlan:
     """Check the checkpoint and say what `convert` would write, without reading weights. Raises UserError."""
     opened = open_checkpoint(checkpoint)
-    spec, sources = describe(opened)
+    planned = _plan(opened, options)[2]
     read_tokenizer(opened.folder)
-    return make_plan(spec, sources, options)
+    return planned
+
+
+def _plan(
+    opened: Checkpoint, options: ConvertOptions
+) -> tuple[ModelSpec, dict[str, TensorSource], ConversionPlan]:
+    ignore = options.ignore_tensors
+    spec, sources = describe(opened, ignore)
+    facts = SourceFacts(opened.notes, opened.left_out(sources, ignore))
+    return spec, sources, replace(make_plan(spec, sources, options), source=facts)
 
 
 def convert(
@@ -80,8 +99,7 @@ def convert(
     set. Raises UserError for everything the user can mend; what is finished by then stays and is reused.
     """
     opened = open_checkpoint(checkpoint)
-    spec, sources = describe(opened)
-    conversion = make_plan(spec, sources, options or ConvertOptions())
+    spec, sources, conversion = _plan(opened, options or ConvertOptions())
     ids = _prompt_ids(opened.folder, conversion, prompts) if golden and prompts else None
     _require_text(conversion.options)
     tokenizer = read_tokenizer(opened.folder)
@@ -115,7 +133,8 @@ def convert(
         raise disk_error(error, out / "the conversion") from error
     reused = tuple(sorted(shard.path for shard in done if shard.reused))
     written = tuple(sorted(shard.path for shard in done if not shard.reused))
-    return ConvertReport(out, manifest, written, reused, meter.peak)
+    notes = conversion.source.notes
+    return ConvertReport(out, manifest, written, reused, meter.peak, notes)
 
 
 class _Meter:
@@ -162,7 +181,7 @@ def _calibration(checkpoint: Path, out: Path, options: ConvertOptions, meter: _M
         def progress(what: str, done: int, total: int) -> None:
             meter.add(f"calibration: {what} {done}/{total}", 0, os.getpid(), 0)
 
-        calibrate(checkpoint, text, progress).write(path)
+        calibrate(checkpoint, text, progress, options.ignore_tensors).write(path)
     return path
 
 
@@ -190,7 +209,8 @@ def _with_formats(
         formats = reach_cosine(measured, options.min_cosine or 0.0)
         name = f"cosine {options.min_cosine:g}"
     recipe = replace(options.recipe, name=name, overrides=formats)
-    return make_plan(spec, sources, replace(options, recipe=recipe))
+    planned = make_plan(spec, sources, replace(options, recipe=recipe))
+    return replace(planned, source=conversion.source)
 
 
 def _finished(
@@ -305,6 +325,7 @@ def _manifest(
         moe=dict(_moe_facts(conversion)),
         versions={name: version(name) for name in TOOLS},
         source=identity(checkpoint, conversion),
+        left_out=dict(conversion.source.left_out),
     )
 
 

@@ -86,6 +86,7 @@ class Manifest:
     moe: dict[str, dict[str, Any]] = field(default_factory=dict)    # layer -> {"experts": E, "k": k}
     versions: dict[str, str] = field(default_factory=dict)
     source: dict[str, str] = field(default_factory=dict)    # digest of the checkpoint's config, and the options
+    left_out: dict[str, tuple[str, ...]] = field(default_factory=dict)  # tensors not used, by why
     format: int = FORMAT
 
     def shards_of(self, kind: str, layer: int | None = None) -> list[Shard]:

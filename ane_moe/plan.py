@@ -42,7 +42,8 @@ class ConvertOptions:
     `layers_per_shard` whole layers share a shard where they fit into one of `max_shard_mb`. `recipe` says how the
     matrices are stored; `calibrate` is a text file or "builtin", whose passage through the model says which of their
     inputs matter; `budget_mb` (of 10^6 bytes, for all of OUT's weights) or `min_cosine` let it choose formats.
-    `groups` gives the experts of each function by layer, where they are not neighbours."""
+    `groups` gives the experts of each function by layer, where they are not neighbours.
+    `ignore_tensors` are patterns (as in a shell) of stored tensors that may be left out."""
 
     routing: Literal["masked", "soft", "sparse"] = "masked"
     state: Literal["mlstate", "explicit"] = "mlstate"
@@ -59,6 +60,16 @@ class ConvertOptions:
     calibrate: str | None = None
     budget_mb: float | None = None
     min_cosine: float | None = None
+    ignore_tensors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SourceFacts:
+    """What a user should know of how the checkpoint was read: sentences, and its tensors that are
+    left out, by why."""
+
+    notes: tuple[str, ...] = ()
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -143,6 +154,7 @@ class ConversionPlan:
     cache_width: int
     layers: tuple[int, ...]
     shards: tuple[ShardPlan, ...]
+    source: SourceFacts = SourceFacts()
 
     @property
     def functions(self) -> tuple[tuple[str, int], ...]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ane_moe.errors import UserError
+from ane_moe.lfs import FETCH, is_lfs_pointer
 
 MAX_HEADER_BYTES = 100_000_000      # the library's own limit
 
@@ -24,8 +25,10 @@ DTYPE_BITS = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor's bytes lie: `offset` is counted from the start of the file."""
+    """Where one tensor's bytes lie: `offset` is counted from the start of the file. `key` is its
+    name there."""
 
+    key: str
     path: Path
     dtype: str
     shape: tuple[int, ...]
@@ -39,6 +42,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises UserError when the file is truncated, is no safetensors file, or describes tensors that overlap, leave
     gaps, reach past the end of the file or do not have the size their shape and dtype imply.
     """
+    if is_lfs_pointer(path):
+        raise UserError(f"{path} is not a safetensors file", "a pointer of Git LFS", FETCH)
     try:
         file_bytes = path.stat().st_size
         with path.open("rb") as stream:
@@ -76,7 +81,7 @@ def _stored_tensor(path: Path, key: str, entry: Any, data_start: int) -> StoredT
         raise _damaged(path, f"tensor {key!r} described as {str(entry)[:100]}") from None
     if not whole_numbers or len(shape) > 8 or first > last or math.prod(shape) * bits != (last - first) * 8:
         raise _damaged(path, f"tensor {key!r} as {dtype}{list(shape)[:9]} in bytes {first} to {last}")
-    return StoredTensor(path, dtype, shape, data_start + first, last - first)
+    return StoredTensor(key, path, dtype, shape, data_start + first, last - first)
 
 
 def _require_cover(path: Path, tensors: dict[str, StoredTensor], data_start: int, file_bytes: int) -> None:

@@ -315,8 +315,8 @@ def test_several_files_with_an_index_are_one_checkpoint(tmp_path: Path) -> None:
         ({"w": "C:\\x.safetensors"}, "outside the folder"),
         ({"w": ""}, "outside the folder"),
         ({"w": "absent.safetensors"}, r"incomplete.*absent\.safetensors"),
-        ({"w": "x.safetensors", "gone": "x.safetensors"}, "lacks 1 tensors that its index names.*gone"),
-        ({"w": "x.safetensors", "y": "twin.safetensors"}, "stores 1 tensors twice.*w"),
+        ({"w": "x.safetensors", "gone": "x.safetensors"}, "lacks 1 tensor .*index names: gone"),
+        ({"w": "x.safetensors", "y": "twin.safetensors"}, "stores 1 tensor twice.*w"),
         (["x.safetensors"], "no weight_map"),
         ({"w": 3}, "no weight_map"),
     ],
@@ -345,7 +345,7 @@ def test_what_is_no_checkpoint_is_said_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert "holds no safetensors" in said(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    assert "pickled weights are not read" in said(tmp_path)
+    assert "pickled weights, which are not read" in said(tmp_path)
     for text, reason in (("{", "not JSON"), ("[]", "not a JSON object"), ("[" * 100_000, "not JSON"), ("", "not JSON")):
         (tmp_path / "config.json").write_text(text)
         assert reason in said(tmp_path)

@@ -165,8 +165,8 @@ def truncate(folder):
 
 
 SPOILED = {
-    "lacks 1 tensors": drop_tensor,
-    "holds 1 tensors": add_tensor,
+    "lacks 1 tensor ": drop_tensor,
+    "holds 1 tensor ": add_tensor,
     "wrong shape": turn_tensor,
     "stored as F8_E4M3": quantise,
     "truncated|beyond the end|shorter": truncate,

@@ -65,6 +65,11 @@ def convert(
     min_cosine: Annotated[
         float | None, typer.Option(help="Choose the smallest formats that keep this cosine.", min=0.0, max=1.0)
     ] = None,
+    ignore_tensors: Annotated[
+        list[str] | None,
+        typer.Option(help="Leave out tensors that the model does not need; repeat for more.",
+                     metavar="PATTERN"),
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="Convert only these, such as 0-3 or 0,5.", metavar="LIST")] = None,
     workers: Annotated[int, typer.Option(help="Processes that convert layers side by side.", min=1)] = WORKERS,
     golden: Annotated[bool, typer.Option("--golden", help="Also capture the original model's outputs.")] = False,
@@ -112,6 +117,7 @@ def convert(
         calibrate=calibrate,
         budget_mb=budget_mb,
         min_cosine=min_cosine,
+        ignore_tensors=tuple(ignore_tensors or ()),
     )
     for warning in options.recipe.warnings:
         typer.echo(f"ane-moe: warning: {warning}", err=True)

@@ -3,17 +3,25 @@
 The folder is the registry: every module but the shared `PARTS` is a family.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from ane_moe.checkpoint import Checkpoint, TensorSource
+from ane_moe.checkpoint_folder import CONFIG, passed_over
 from ane_moe.errors import UserError
 from ane_moe.families.config import Config
+from ane_moe.families.quantised import SIDE_FILES, quantisation, side_file
+from ane_moe.json_file import read_json
 from ane_moe.spec import ModelSpec
 
-PARTS = {"config", "decoder", "keys", "rope"}
+PARTS = {"config", "decoder", "keys", "quantised", "rope"}
+
+PLAIN_WEIGHTS = (
+    "supported: F16, BF16 and F32 weights; take the model it was made from, or dequantise it first"
+)
 
 
 class Family(Protocol):
@@ -38,24 +46,50 @@ def load_family(model_type: str) -> Family:
     return cast(Family, import_module(f"{__name__}.{model_type}"))
 
 
-def describe(checkpoint: Checkpoint) -> tuple[ModelSpec, dict[str, TensorSource]]:
-    """A checkpoint's architecture, and the source of each of our tensors: names, shapes and dtypes all checked.
+def describe_config(values: Mapping[str, Any], where: str = CONFIG) -> ModelSpec:
+    """The architecture that a config.json describes; `where` names the file in errors.
 
-    Raises UserError for everything about the checkpoint that can be wrong without reading its weights.
+    Raises UserError for everything that can be wrong without looking at tensors, quantised weights
+    included.
     """
-    config = Config(checkpoint.config, str(checkpoint.folder / "config.json"))
+    config = Config(dict(values), where)
     model_type = config.values.get("model_type")
     if not isinstance(model_type, str):
         raise config.missing("model_type")
     family = load_family(model_type)
-    if method := config.values.get("quantization_config"):
-        name = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
-        raise UserError(
-            f"{checkpoint.folder} is quantised ({name})", do="supported: F16, BF16 and F32 weights; dequantise it first"
-        )
+    if form := quantisation(config.values):
+        raise _quantised(where, form)
+    return family.spec(config)
+
+
+def describe(
+    checkpoint: Checkpoint, ignore: Collection[str] = ()
+) -> tuple[ModelSpec, dict[str, TensorSource]]:
+    """A checkpoint's architecture, and the source of each of our tensors: names, shapes and dtypes
+    all checked.
+
+    `ignore` are patterns (as in a shell) of tensors that may be left over. Raises UserError for
+    everything about the checkpoint that can be wrong without reading its weights.
+    """
+    folder = checkpoint.folder
     # `generate` takes its stop tokens from generation_config.json where there is one.
     ids = {key: value for key, value in checkpoint.generation.items() if key in ("bos_token_id", "eos_token_id")}
-    spec = family.spec(Config(config.values | ids, config.where))
-    sources = family.tensors(spec, checkpoint.tensors)
-    checkpoint.require(sources)
+    spec = describe_config(checkpoint.config | ids, str(folder / CONFIG))
+    for name in SIDE_FILES:
+        if (folder / name).is_file():
+            raise _quantised(folder, side_file(read_json(folder / name), name))
+    try:
+        sources = load_family(spec.family).tensors(spec, checkpoint.tensors)
+        checkpoint.require(sources, ignore)
+    except UserError as error:
+        if form := quantisation({}, checkpoint.tensors):
+            raise _quantised(folder, form) from None
+        if shards := passed_over(folder):
+            do = "; ".join(filter(None, (shards, error.do)))
+            raise UserError(error.what, error.found, do) from None
+        raise
     return spec, sources
+
+
+def _quantised(what: Path | str, form: str) -> UserError:
+    return UserError(f"{what} is quantised ({form})", do=PLAIN_WEIGHTS)

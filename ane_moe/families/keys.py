@@ -8,10 +8,12 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from ane_moe.checkpoint import TensorSource, listed
+from ane_moe.checkpoint import TensorSource
 from ane_moe.errors import UserError
+from ane_moe.key_names import decoder_prefixes
 from ane_moe.spec import ModelSpec, MoeSpec
 from ane_moe.tensors import folded_scale, tensor_shapes
+from ane_moe.wording import counted, listed
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,16 @@ class Fused:
 KeyTable = Mapping[str, tuple[str | Fused, ...]]
 
 LAYER = "model.layers.{layer}"
+HEAD = "head.weight"
+# Names that tell what made them, and what to do about it.
+ORIGINS = {
+    r"\.lora_|\.base_layer\.|\.original_module\.":
+        "an adapter is beside its weights: merge it (peft's merge_and_unload), and save the model",
+    r"\.switch_mlp\.": "these are mlx-lm's names: take the Hugging Face model it was made from",
+    r"^tok_embeddings\.|^layers\.\d+\.attention\.w[qkvo]\.":
+        "these are names of Meta's or Mistral's own layout: take the model's Hugging Face form",
+    r"^blk\.\d+\.|^token_embd\.": "these are GGUF's names: take the model's Hugging Face form",
+}
 
 
 def find_tensors(spec: ModelSpec, names: Collection[str], table: KeyTable) -> dict[str, TensorSource]:
@@ -38,19 +50,42 @@ def find_tensors(spec: ModelSpec, names: Collection[str], table: KeyTable) -> di
     stored tensors that differ (`tie_weights`). Raises UserError naming the keys that are missing.
     """
     if spec.head.tied:
-        embed, head = table["embed.weight"], table["head.weight"]
-        table = {**table, "embed.weight": embed + head, "head.weight": head + embed}
-    sources, missing = {}, []
+        embed, head = table["embed.weight"], table[HEAD]
+        table = {**table, "embed.weight": embed + head, HEAD: head + embed}
+    sources: dict[str, TensorSource] = {}
+    missing: dict[str, str] = {}                    # the checkpoint's name by ours
     for name, shape in tensor_shapes(spec).items():
         alternatives = [_source(spec, name, shape, entry) for entry in table[_template(name)]]
         found = next((source for source in alternatives if source.key in names), None)
         if found is None:
-            missing.append(alternatives[0].key)
+            missing[name] = alternatives[0].key
         else:
             sources[name] = found
     if missing:
-        raise UserError(f"the checkpoint lacks {len(missing)} tensors that its config.json implies", listed(missing))
+        raise _missing(missing, {source.key for source in sources.values()}, names)
     return sources
+
+
+def _missing(
+    missing: Mapping[str, str], used: Collection[str], names: Collection[str]
+) -> UserError:
+    """The error for tensors that are not there: what is in their place, and what that tells."""
+    rest = [name for name in names if name not in used]
+    telling = [do for pattern, do in ORIGINS.items() if any(re.search(pattern, n) for n in rest)]
+    origin = telling[0] if telling else ""
+    prefixes = sorted(decoder_prefixes(names))
+    if not origin and list(missing) == [HEAD]:
+        origin = ("if the head shares the embedding's weights, set tie_word_embeddings to true in "
+                  "config.json; else the model has no head, as one that embeds texts")
+    if not origin and len(prefixes) > 1:
+        origin = (f"it holds more than one decoder, under {', '.join(map(repr, prefixes))}: save "
+                  "the one you want alone")
+    return UserError(
+        f"the checkpoint lacks {counted(len(missing), 'tensor')} that its config.json implies: "
+        f"{listed(missing.values())}",
+        f"{listed(rest)} in their place" if rest else f"the other {counted(len(names), 'tensor')}",
+        origin or "download it again, or take the config.json that belongs to it",
+    )
 
 
 def _source(spec: ModelSpec, name: str, shape: tuple[int, ...], entry: str | Fused) -> TensorSource:

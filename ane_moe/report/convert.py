@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.table import Table
 from ane_moe.conversion import ConvertReport
 from ane_moe.conversion import Progress as Step
 from ane_moe.plan import MB, ConversionPlan, ShardPlan
+from ane_moe.wording import counted, listed
 
 # Resident memory of a converting process beside its largest weight: torch, coremltools and one traced graph.
 # Measured by scripts/bench_convert.py, Linux x86-64, coremltools 9.0, torch 2.13.0.
@@ -73,6 +75,8 @@ def plan_document(plan: ConversionPlan) -> dict[str, Any]:
         ],
         "templates": len({graph for shard in plan.shards for graph in shard.graphs.values()}),
         "embed_bytes": plan.embed_bytes,
+        "notes": list(plan.source.notes),
+        "left_out": {why: list(names) for why, names in plan.source.left_out.items()},
         "disk_bytes": plan.disk_bytes,
         "memory_bytes_estimated": memory_bytes_estimated(plan),
     }
@@ -96,6 +100,7 @@ def print_plan(plan: ConversionPlan) -> None:
     console.print(table)
     console.print(f"disk {plan.disk_bytes / MB:,.0f} MB; memory about {memory_bytes_estimated(plan) / MB:,.0f} MB "
                   "a worker (estimated)")  # fmt: skip
+    _print_source(console, plan.source.notes, plan.source.left_out)
 
 
 def report_document(report: ConvertReport) -> dict[str, Any]:
@@ -107,6 +112,8 @@ def report_document(report: ConvertReport) -> dict[str, Any]:
         "weight_bytes": sum(shard.weight_bytes for shard in report.manifest.shards),
         "peak_memory_bytes": report.peak_memory_bytes,
         "golden": report.manifest.golden,
+        "notes": list(report.notes),
+        "left_out": {why: list(names) for why, names in report.manifest.left_out.items()},
     }
 
 
@@ -117,8 +124,19 @@ def print_report(report: ConvertReport) -> None:
     console.print(f"{len(report.manifest.shards)} shards, {size:,.0f} MB of weights in {report.folder}: "
                   f"{len(report.written)} written, {len(report.reused)} reused; "
                   f"peak memory {report.peak_memory_bytes / MB:,.0f} MB")  # fmt: skip
+    _print_source(console, report.notes, report.manifest.left_out)
     with_golden = "" if report.manifest.golden else " --checkpoint CHECKPOINT"
     console.print(f"next: ane-moe verify {report.folder}{with_golden}")
+
+
+def _print_source(console: Console, notes: Sequence[str],
+                  left_out: Mapping[str, Sequence[str]]) -> None:
+    """What there is to say of how the checkpoint was read, a line each."""
+    for note in notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    for why, names in left_out.items():
+        console.print(f"left out: {counted(len(names), 'tensor')} of the checkpoint, {why}: "
+                      f"{listed(names)}", markup=False, soft_wrap=True)
 
 
 def _rows(shards: tuple[ShardPlan, ...]) -> Counter[tuple[str, int, str]]:

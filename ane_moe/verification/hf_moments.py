@@ -6,7 +6,7 @@ What enters attention, the feed-forward blocks and the head is heard from the ru
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -41,14 +41,16 @@ def calibration_digest(checkpoint: Path, text: Path | None) -> str:
     return sha.hexdigest()
 
 
-def calibrate(checkpoint: Path, text: Path | None, progress: Progress | None = None) -> Calibration:
+def calibrate(checkpoint: Path, text: Path | None, progress: Progress | None = None,
+              ignore: Collection[str] = ()) -> Calibration:
     """Run the model over a text file (None: the built-in prompts) and collect what enters its matrices.
 
-    The text is parted as for prompts and cut into passages of 512 tokens, 16,384 in all. Raises UserError for a bad
+    The text is parted as for prompts and cut into passages of 512 tokens, 16,384 in all. `ignore`
+    is as for `describe`. Raises UserError for a bad
     checkpoint, and for a text that gives no tokens.
     """
     opened = open_checkpoint(checkpoint)
-    spec, sources = describe(opened)
+    spec, sources = describe(opened, ignore)
     with quiet_transformers():
         stream = StreamedModel(checkpoint)
         passages = _passages(checkpoint, text, spec)

@@ -6,16 +6,16 @@ parts that are not loaded are replaced by stand-ins that hand on what the real p
 positions and multipliers are all computed by Hugging Face's code.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -25,7 +25,10 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
+from ane_moe.checkpoint import Checkpoint, open_checkpoint
 from ane_moe.errors import UserError
+from ane_moe.families.quantised import quantisation
+from ane_moe.safetensors_header import StoredTensor
 
 
 class StreamedModel:
@@ -36,7 +39,8 @@ class StreamedModel:
 
     def __init__(self, checkpoint: Path):
         self.checkpoint = checkpoint
-        self.config = _config(checkpoint)
+        opened = open_checkpoint(checkpoint)
+        self.config = _config(opened)
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(
                 self.config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager",
@@ -44,7 +48,7 @@ class StreamedModel:
             ).eval()
         self.layers: nn.ModuleList = self.model.base_model.layers
         self._mapping: list[Any] = get_model_conversion_mapping(self.model)
-        self._files = _tensor_files(checkpoint)
+        self._stored = _by_either_name(opened)
         self._sources = self._target_sources()
         self._parts = self._split_targets()
         _fill_computed_buffers(self.model)
@@ -77,12 +81,14 @@ class StreamedModel:
         converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
         prefix, known = self.model.base_model_prefix, self.model.state_dict()
         sources: dict[str, list[str]] = {}
-        for key in self._files:
+        taken = set()                               # keys in the files
+        for key, tensor in self._stored.items():
             target, _ = rename_source_key(key, renamings, converters, prefix, known)
             if target not in known and key in known:
                 target = key
-            if target in known:
+            if target in known and tensor.key not in taken:
                 sources.setdefault(target, []).append(key)
+                taken.add(tensor.key)
         return sources
 
     def _split_targets(self) -> dict[str, list[str]]:
@@ -122,10 +128,12 @@ class StreamedModel:
     def _load_target(self, target: str) -> None:
         try:
             with ExitStack() as stack:
-                files = {self._files[key] for key in self._sources[target]}
-                opened = {file: stack.enter_context(safe_open(file, framework="pt", backend="pread"))
-                          for file in sorted(files)}
-                slices = {key: opened[self._files[key]].get_slice(key) for key in self._sources[target]}
+                stored = {key: self._stored[key] for key in self._sources[target]}
+                files = sorted({tensor.path for tensor in stored.values()})
+                opened = {file: stack.enter_context(safe_open(file, "pt", backend="pread"))
+                          for file in files}
+                slices = {key: opened[tensor.path].get_slice(tensor.key)
+                          for key, tensor in stored.items()}
                 info, _ = convert_and_load_state_dict_in_model(
                     self.model, slices, LoadStateDictConfig(dtype=torch.float32, weight_mapping=self._mapping))
         except (SafetensorError, OSError) as error:
@@ -139,43 +147,24 @@ class StreamedModel:
                             "check config.json against the weights")
 
 
-def _config(checkpoint: Path) -> Any:
+def _config(checkpoint: Checkpoint) -> Any:
+    if form := quantisation(checkpoint.config):
+        raise UserError(f"{checkpoint.folder} is quantised ({form})",
+                        do="take the fp16, bf16 or fp32 checkpoint")
     try:
-        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{checkpoint} is not a checkpoint that transformers can read", str(error),
+        values = deepcopy(checkpoint.config)        # transformers rewrites what it is given
+        return CONFIG_MAPPING[values["model_type"]].from_dict(values)
+    except Exception as error:      # the configuration classes raise what they like
+        raise UserError(f"{checkpoint.folder} is not a checkpoint that transformers can read",
+                        f"{type(error).__name__}: {error}",
                         "give a folder with config.json and *.safetensors") from None
-    if getattr(config, "quantization_config", None) is not None:
-        raise UserError(f"{checkpoint} is quantised", str(config.quantization_config),
-                        "take the fp16, bf16 or fp32 checkpoint")
-    return config
 
 
-def _tensor_files(checkpoint: Path) -> dict[str, str]:
-    """Tensor name -> safetensors file; the index decides when there is one, as in transformers."""
-    index = checkpoint / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{index} cannot be read", str(error), "download the checkpoint again") from None
-        outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-        if outside:
-            raise UserError(f"{index} names a file outside its folder", repr(outside[0]),
-                            "do not trust this checkpoint")
-        files = [checkpoint / name for name in names]
-    else:
-        files = sorted(checkpoint.glob("*.safetensors"))
-    found: dict[str, str] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                found.update((key, str(file)) for key in opened.keys())  # noqa: SIM118 (not a mapping)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} cannot be read", str(error), "download the checkpoint again") from None
-    if not found:
-        raise UserError(f"{checkpoint} holds no weights", "no *.safetensors", "give a folder with safetensors weights")
-    return found
+def _by_either_name(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+    """Each tensor by the name in its file, which transformers may know, then by that of
+    key_names.py."""
+    tensors = checkpoint.tensors
+    return {tensor.key: tensor for tensor in tensors.values()} | tensors
 
 
 def _fill_computed_buffers(model: Any) -> None:

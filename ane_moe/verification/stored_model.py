@@ -3,6 +3,7 @@
 import math
 import tempfile
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def capture_as_stored(checkpoint: Path, folder: Path, manifest: Manifest, origin
     prompts of `original`. Returns errors by role. Needs disk for a copy of the model, and raises UserError as
     `write_as_stored` and `capture_golden` do."""
     opened = open_checkpoint(checkpoint)
-    _, sources = describe(opened)
+    _, sources = describe(opened, tuple(chain.from_iterable(manifest.left_out.values())))
     with tempfile.TemporaryDirectory(prefix=".as-stored-", dir=out.parent) as scratch:
         progress("golden: weights as stored", 0, 1)
         model = Path(scratch) / "model"

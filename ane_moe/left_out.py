@@ -1,0 +1,64 @@
+"""Tensors beside a language model that transformers too leaves out when it loads that alone."""
+
+import re
+from collections.abc import Collection
+from fnmatch import fnmatchcase
+from itertools import takewhile
+
+from ane_moe.errors import UserError
+from ane_moe.wording import counted, listed
+
+BY_OPTION = "--ignore-tensors"
+# What each part is, and the names of its tensors.
+KINDS = {
+    "rotary buffers, which are computed": r"(^|\.)rotary_emb\.inv_freq$",
+    "a vision tower": r"^(model\.)?(visual|vision_tower|vision_model|vision_encoder)\.",
+    "an audio tower": r"^(model\.)?(audio_tower|audio_encoder|audio_model)\.",
+    "a projector of images or sound":
+        r"^(model\.)?((multi_?modal|mm|vision|audio)_projector|embed_(vision|audio))\.",
+    "heads that predict further tokens": r"^(model\.)?mtp\.",
+    "a value head of reinforcement learning": r"^v_head\.",
+}
+
+
+def left_out(
+    extra: Collection[str], ignore: Collection[str], where: str
+) -> dict[str, tuple[str, ...]]:
+    """The `extra` tensors by why they are left out: the part they belong to, or that a pattern of
+    `ignore` (as in a shell) names them.
+
+    Raises UserError for a tensor that neither covers, and for a pattern that covers none.
+    """
+    kinds: dict[str, list[str]] = {}
+    unknown, idle = [], set(ignore)
+    for name in sorted(extra):
+        kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), None)
+        asked = [pattern for pattern in ignore if fnmatchcase(name, pattern)]
+        idle -= set(asked)
+        if kind or asked:
+            kinds.setdefault(kind or BY_OPTION, []).append(name)
+        else:
+            unknown.append(name)
+    if unknown:
+        raise UserError(
+            f"{where} holds {counted(len(unknown), 'tensor')} that its config.json does not "
+            "account for",
+            listed(unknown),
+            f"mend config.json if they belong to the model; if it works without them, {BY_OPTION} "
+            f"'{_pattern(unknown)}' leaves them out",
+        )
+    if idle:
+        raise UserError(f"no tensor is left over that {BY_OPTION} {min(idle)!r} could mean",
+                        f"{listed(extra) or 'none'} left over", "leave the option out")
+    return {kind: tuple(names) for kind, names in kinds.items()}
+
+
+def _pattern(names: Collection[str]) -> str:
+    """A pattern that covers the first of `names`, and those below the same module."""
+    first = sorted(names)[0]
+    same = [name for name in names if name.split(".")[:1] == first.split(".")[:1]]
+    if len(same) == 1:
+        return first
+    levels = zip(*(name.split(".") for name in same), strict=False)
+    shared = takewhile(lambda level: len(set(level)) == 1, levels)
+    return ".".join([*(level[0] for level in shared), "*"])
