@@ -12,6 +12,7 @@ from typing import Any
 from ane_moe import stamping
 from ane_moe.blocks.registry import TemplateKey
 from ane_moe.checkpoint import Checkpoint, TensorSource, open_checkpoint
+from ane_moe.checkpoint_tokenizer import TokenizerFiles, read_tokenizer, write_tokenizer
 from ane_moe.compress.budget import fit_budget, measure_sensitivity, reach_cosine
 from ane_moe.compress.calibration import FILE_NAME as CALIBRATION
 from ane_moe.compress.calibration import Moments
@@ -39,7 +40,7 @@ from ane_moe.plan import (
     SourceFacts,
     make_plan,
 )
-from ane_moe.side_files import copy_tokenizer, write_routers
+from ane_moe.side_files import write_routers
 from ane_moe.spec import ModelSpec, MoeSpec
 from ane_moe.stamping import TOOLS, Done, reuse_shard, stamp_embedding, stamp_shard, trace_template
 from ane_moe.trace import Template
@@ -76,7 +77,10 @@ class ConvertReport:
 
 def plan(checkpoint: Path, options: ConvertOptions) -> ConversionPlan:
     """Check the checkpoint and say what `convert` would write, without reading weights. Raises UserError."""
-    return _plan(open_checkpoint(checkpoint), options)[2]
+    opened = open_checkpoint(checkpoint)
+    planned = _plan(opened, options)[2]
+    read_tokenizer(opened.folder)
+    return planned
 
 
 def _plan(
@@ -110,11 +114,13 @@ def convert(
     spec, sources, conversion = _plan(opened, options or ConvertOptions())
     ids = _prompt_ids(opened.folder, conversion, prompts) if golden else None
     _require_text(conversion.options)
+    tokenizer = read_tokenizer(opened.folder)
     earlier = None if overwrite else finished(out)
     claim(out, opened, conversion, overwrite)
     require_disk(out, conversion)
     meter = _Meter(conversion.disk_bytes, progress)
     try:
+        kept = write_tokenizer(tokenizer, out)
         calibration = _calibration(opened.folder, out, conversion.options, meter)
         if calibration and (conversion.options.budget_mb or conversion.options.min_cosine):
             with open_pool(workers, stamping.__name__) as pool:
@@ -130,18 +136,17 @@ def convert(
                                 meter)
             embed = meter.shard(embedding.result())
         write_routers(opened, sources, conversion.routers, out)
-        tokenizer = copy_tokenizer(opened.folder, out)
-        manifest = _manifest(opened, conversion, done, embed.files, tokenizer)
+        manifest = _manifest(opened, conversion, done, embed.files, kept)
         if golden or (earlier and earlier.golden):
             keys = [shard.content_key for shard in (*done, embed)]
             key = golden_key(opened, sources, conversion, keys)
             manifest = replace(manifest, golden_key=key)
-        kept = keep_goldens(out, manifest, earlier, ids)
-        if kept is None and ids is not None:
+        goldens = keep_goldens(out, manifest, earlier, ids)
+        if goldens is None and ids is not None:
             manifest = capture_goldens(opened.folder, out, conversion, manifest, ids, meter.golden)
-        elif kept is None:
+        elif goldens is None:
             remove_goldens(out)
-        manifest = _complete(kept or manifest, conversion, out)
+        manifest = _complete(goldens or manifest, conversion, out)
         remove_strangers(out, manifest)
         manifest.write(out)
         (out / MARKER).unlink()
@@ -149,7 +154,7 @@ def convert(
         raise disk_error(error, out / "the conversion") from error
     written = tuple(sorted(shard.path for shard in done if not shard.reused))
     notes = conversion.source.notes
-    return ConvertReport(out, manifest, written, reused, meter.peak, kept is not None, notes)
+    return ConvertReport(out, manifest, written, reused, meter.peak, goldens is not None, notes)
 
 
 class _Meter:
@@ -283,7 +288,7 @@ def _manifest(
     conversion: ConversionPlan,
     done: list[Done],
     files: dict[str, str],
-    tokenizer: tuple[str, ...],
+    tokenizer: TokenizerFiles,
 ) -> Manifest:
     """The manifest but for what lies beside the shards."""
     spec, options = conversion.spec, conversion.options
@@ -307,7 +312,9 @@ def _manifest(
         embed_format=conversion.embed_format,
         ropes={name: asdict(rope) for name, rope in spec.ropes.items()},
         shards=tuple(_shard(shard, keys[shard.path]) for shard in conversion.shards),
-        tokenizer=tokenizer,
+        tokenizer=tokenizer.names,
+        tokenizer_class=tokenizer.class_name,
+        tokenizer_record=tokenizer.record,
         bos_id=spec.bos_id,
         eos_ids=spec.eos_ids,
         files=files,
@@ -322,7 +329,8 @@ def _manifest(
 def _complete(manifest: Manifest, conversion: ConversionPlan, out: Path) -> Manifest:
     """Add the goldens that are there, and the hashes of what lies beside the shards."""
     golden, as_stored = (name if (out / name).exists() else None for name in (GOLDEN, GOLDEN_AS_STORED))
-    beside = [name for name in (golden, as_stored, CALIBRATION) if name and (out / name).exists()]
+    named = (golden, as_stored, CALIBRATION, manifest.tokenizer_record)
+    beside = [name for name in named if name and (out / name).exists()]
     loose = (*manifest.tokenizer, *conversion.routers.values(), *beside)
     files = manifest.files | {name: sha256(out / name) for name in loose}
     return replace(manifest, golden=golden, golden_as_stored=as_stored, files=dict(sorted(files.items())))

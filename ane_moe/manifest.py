@@ -73,7 +73,9 @@ class Manifest:
     ropes: dict[str, dict[str, Any]]
     shards: tuple[Shard, ...]
     embed_format: str = "fp16"              # fp16 | int8
-    tokenizer: tuple[str, ...] = ()         # tokenizer files, as copied from the checkpoint
+    tokenizer: tuple[str, ...] = ()         # tokenizer files
+    tokenizer_class: str | None = None      # of transformers; None: files copied as they were
+    tokenizer_record: str | None = None     # ids that the checkpoint's gave
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     golden: str | None = None
@@ -122,9 +124,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{path} cannot be read", f"{type(error).__name__}: {error}", "convert again") from None
     for relative in [s.path for s in manifest.shards] + [manifest.embed, *manifest.files, *manifest.tokenizer]:
         _require_inside(relative, path)
-    for golden in (manifest.golden, manifest.golden_as_stored):
-        if golden is not None:
-            _require_inside(golden, path)
+    for single in (manifest.golden, manifest.golden_as_stored, manifest.tokenizer_record):
+        if single is not None:
+            _require_inside(single, path)
     return manifest
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ane_moe.checkpoint import Checkpoint
+from ane_moe.checkpoint_tokenizer import ALL_FILES as TOKENIZER_FILES
 from ane_moe.errors import UserError
 from ane_moe.manifest import FILE_NAME, Manifest, read_manifest
 from ane_moe.package import ContentKey, remove_unfinished
@@ -58,12 +59,13 @@ def require_disk(out: Path, conversion: ConversionPlan) -> None:
 
 
 def remove_strangers(out: Path, manifest: Manifest) -> None:
-    """Shards and router tables of an earlier conversion with other options, which this one does not name."""
+    """What an earlier conversion left and this one does not name: shards, routers, tokenizers."""
     kept = {shard.path for shard in manifest.shards}
     for path in out.rglob("*.mlpackage"):
         if path.relative_to(out).as_posix() not in kept:
             shutil.rmtree(path)
-    for path in (out / ROUTERS).glob("*"):
+    loose = [path for pattern in TOKENIZER_FILES for path in out.glob(pattern)]
+    for path in (*(out / ROUTERS).glob("*"), *loose):
         if path.relative_to(out).as_posix() not in manifest.files:
             path.unlink()
 

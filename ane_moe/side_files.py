@@ -1,7 +1,6 @@
-"""What a conversion holds beside its shards: the embedding table, router tables, tokenizer files."""
+"""What a conversion holds beside its shards: the embedding table and the router tables."""
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,16 +11,6 @@ from ane_moe.compress.recipe import find_format
 
 EMBED_CHUNK_BYTES = 32_000_000
 LARGEST = 60_000        # below fp16's end; which experts score highest does not change with the scale
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 
 
 def write_embedding(
@@ -47,16 +36,6 @@ def write_embedding(
                 scales.append(linear["scale"].reshape(-1))
         stream.writelines(scale.data for scale in scales)
     os.replace(temporary, path)
-
-
-def copy_tokenizer(checkpoint: Path, out: Path) -> tuple[str, ...]:
-    """Copy the tokenizer files that `checkpoint` has into `out`; returns their names."""
-    present = tuple(name for name in TOKENIZER_FILES if (checkpoint / name).is_file())
-    for name in present:
-        temporary = out / f".writing-{name}"
-        shutil.copyfile(checkpoint / name, temporary)
-        os.replace(temporary, out / name)
-    return present
 
 
 def write_routers(

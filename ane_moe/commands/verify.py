@@ -36,9 +36,10 @@ def verify(
 ) -> None:
     """Check the shards in OUT against the original model.
 
-    Files first (sha256, missing and extra shards, NaN in weights), then every function of every shard on the golden's
-    inputs, then routing, then the whole model. Exits with 1 when a gate fails. With --compute-plan, a conversion
-    without a golden is checked for placement alone.
+    Files first (sha256, missing and extra shards, NaN in weights), then the tokenizer's ids against
+    the checkpoint's, then every function of every shard on the golden's inputs, then routing, then
+    the whole model. Exits with 1 when a gate fails. With --compute-plan, a conversion without a
+    golden is checked for placement alone.
     """
     from rich.console import Console
 

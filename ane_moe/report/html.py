@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from ane_moe.report import plots
 from ane_moe.report.report_data import ReportData
+from ane_moe.report.verify_table import tokenizer_line
 from ane_moe.verification.placement_result import FunctionPlacement
 from ane_moe.verification.result import ShardResult
 
@@ -82,6 +83,8 @@ def _failures(data: ReportData) -> list[str]:
         return []
     lines = [f"{problem.path}: {problem.what}" for problem in data.verify.integrity]
     lines += [f"{row.path} {row.function}: {row.reason}" for row in data.verify.shards if not row.passed]
+    if data.verify.tokenizer and data.verify.tokenizer.reason:
+        lines.append(f"tokenizer: {data.verify.tokenizer.reason}")
     stored = data.verify.as_stored.shards if data.verify.as_stored else ()
     return lines + [f"{row.path} {row.function}, against the weights as stored: {row.reason}"
                     for row in stored if not row.passed]
@@ -140,6 +143,7 @@ def _settings(data: ReportData) -> dict[str, str]:
              "tokens of a prefill call": str(manifest.prefill)}
     if data.verify:
         facts |= {"verified on": f"{data.verify.runtime} runtime", "golden": f"{data.verify.golden_tokens} tokens"}
+        facts["tokenizer"] = tokenizer_line(data.verify)
     if data.placement:
         facts["placement"] = f"{data.placement.source} for {data.placement.target}, OS {data.placement.os}"
     return facts | {f"version of {name}": number for name, number in sorted(manifest.versions.items())}

@@ -15,6 +15,7 @@ SHOWN_FAILURES = 20
 SHOWN_LAYERS = 8
 CAUSES = {
     "compression": "; the shards compute what their weights say: the loss is the compression's",
+    "tokenizer": "; the shards are right: prompts become other ids than the checkpoint's",
     "unknown": "; --checkpoint tells whether conversion or compression is to blame",
 }
 
@@ -34,6 +35,8 @@ def verify_report(report: VerifyReport) -> RenderableType:
         parts += [_models(report.models), *_divergences(report.models)]
     if report.model_skipped:
         parts.append(Text(f"whole model not run: {report.model_skipped}"))
+    if (line := tokenizer_line(report)) and (report.tokenizer is None or report.tokenizer.passed):
+        parts.append(Text(f"tokenizer: {line}"))
     parts += [*_failures(report), _verdict(report)]
     return Group(*parts)
 
@@ -97,6 +100,14 @@ def _divergences(rows: tuple[FunctionModelResult, ...]) -> Iterable[Text]:
                        f"the golden prefers its own by {first.golden_margin:.2g} logits")
 
 
+def tokenizer_line(report: VerifyReport) -> str:
+    """How the conversion's tokenizer compares with the checkpoint's; empty when nothing was run."""
+    if report.tokenizer is None:
+        return f"not compared: {report.tokenizer_skipped}" if report.tokenizer_skipped else ""
+    all_alike = f"the checkpoint's ids for all of {report.tokenizer.texts} texts"
+    return report.tokenizer.reason or all_alike
+
+
 def _failures(report: VerifyReport) -> Iterable[Text]:
     lines = [f"{problem.path}: {problem.what}" for problem in report.integrity]
     if report.as_stored:
@@ -107,6 +118,8 @@ def _failures(report: VerifyReport) -> Iterable[Text]:
     lines += [f"{row.path} {row.function}: {row.reason}" for row in report.shards if not row.passed]
     lines += [f"whole model, {row.function}: logit cosine {row.logit_cosine:.6f} is below {row.min_logit_cosine}"
               for row in report.models if not row.passed]
+    if report.tokenizer and report.tokenizer.reason:
+        lines.append(f"tokenizer: {report.tokenizer.reason}")
     for line in lines[:SHOWN_FAILURES]:
         yield Text(line, style="red")
     if len(lines) > SHOWN_FAILURES:

@@ -16,6 +16,7 @@ from ane_moe.benchmark.formats import bits_of
 from ane_moe.compress.recipe import recipe_of
 from ane_moe.errors import UserError
 from ane_moe.manifest import FILE_NAME, Manifest
+from ane_moe.quiet_transformers import quiet_transformers
 from ane_moe.routing.routing_trace import LayerRouting, RoutingTrace, by_weight
 from ane_moe.runtime.buffers import by_channel
 from ane_moe.runtime.interface import LoadedFunction
@@ -40,10 +41,7 @@ def record(source: Path, text: Path, *, window: int | None = None, max_tokens: i
     """
     if max_tokens < 1 or (window is not None and window < 1):
         raise UserError("a trace needs tokens", f"a window of {window}, {max_tokens} in all")
-    from ane_moe.verification.hf_stream import quiet_transformers
-
-    with quiet_transformers():                  # which warns of texts longer than the context: they are cut here
-        prompts = read_prompts(text, source)
+    prompts = read_prompts(text, source)
     report = progress or silent
     if (source / FILE_NAME).is_file():
         return _record_shards(source, prompts, window, max_tokens, runtime, report, options)
@@ -154,7 +152,7 @@ def _chunks(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 def _record_checkpoint(checkpoint: Path, prompts: list[list[int]], window: int | None, max_tokens: int,
                        progress: Progress) -> RoutingTrace:
     from ane_moe.verification.hf_capture import Tap, walk_layers
-    from ane_moe.verification.hf_stream import StreamedModel, quiet_transformers
+    from ane_moe.verification.hf_stream import StreamedModel
     from ane_moe.verification.prompts import check_prompts
 
     layers: dict[int, LayerRouting] = {}

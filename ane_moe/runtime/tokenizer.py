@@ -1,4 +1,4 @@
-"""The tokenizer files of a conversion, and text from ids as they come."""
+"""A conversion's tokenizer, and text from ids as they come."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,9 +9,12 @@ import numpy as np
 
 from ane_moe.errors import UserError
 from ane_moe.manifest import Manifest
+from ane_moe.quiet_transformers import quiet_transformers
 
 Decode = Callable[[Sequence[int]], str]
 
+# In front of a template it takes the clock's place: any date is this text, whatever its format.
+STOPPED_CLOCK = "{%- macro strftime_now(format) -%}2024{%- endmacro %}"
 CONTEXT_IDS = 6                 # prompt ids decoded along with new ones, so that leading spaces survive
 
 
@@ -25,29 +28,36 @@ class Begun:
 
 
 class Tokenizer:
-    """Text to ids and back, by transformers, offline and without running code from the folder."""
+    """Text to ids and back, by a tokenizer of transformers."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises UserError when the files cannot be read as a tokenizer."""
-        from transformers import AutoTokenizer
-
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True,
-                                                                 trust_remote_code=False)
-        except Exception as error:              # the tokenizer classes raise what they like
-            raise UserError(f"the tokenizer in {folder} cannot be read", f"{type(error).__name__}: {error}",
-                            "give --prompt-ids instead") from error
+    def __init__(self, loaded: Any) -> None:
+        """`loaded` is a transformers tokenizer, as `from_pretrained` gives it."""
+        self.loaded = loaded
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with the special tokens the tokenizer adds by itself."""
-        return list(self._tokenizer(text)["input_ids"])
+        return list(self.loaded(text, verbose=False)["input_ids"])
 
-    def encode_chat(self, text: str) -> list[int]:
-        """Ids of `text` as one user's message, ready for the answer, by the checkpoint's chat template."""
-        if not self._tokenizer.chat_template:
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.loaded.chat_template)
+
+    def encode_chat(self, text: str, dated: bool = True) -> list[int]:
+        """Ids of `text` as one user's message, ready for the answer, by the checkpoint's template.
+
+        A template may write the date; not `dated`, it writes the same text every day. Raises
+        UserError when there is no template, and when it does not take the message.
+        """
+        if not self.has_chat_template:
             raise UserError("the checkpoint's tokenizer has no chat template", "none", "leave out --chat")
         messages = [{"role": "user", "content": text}]
-        return list(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        try:
+            stopped = None if dated else STOPPED_CLOCK + self.loaded.get_chat_template()
+            return list(self.loaded.apply_chat_template(
+                messages, chat_template=stopped, add_generation_prompt=True, return_dict=False))
+        except Exception as error:              # a template is a program: it can raise anything
+            raise UserError("the checkpoint's chat template does not take the prompt",
+                            f"{type(error).__name__}: {error}", "leave out --chat") from error
 
     def heal(self, ids: Sequence[int], vocab: int) -> "Begun | None":
         """What to take back of a prompt that ends in white space, where tokens exist that go on from it.
@@ -56,20 +66,54 @@ class Tokenizer:
         word's token. So that token is taken back, and the first new one must begin with it ("token healing", as in
         the guidance library).
         """
-        pieces = self._tokenizer.convert_ids_to_tokens(range(min(vocab, len(self._tokenizer))))
-        if len(ids) < 2 or ids[-1] in self._tokenizer.all_special_ids or self.decode(ids[-1:]).strip():
+        pieces = self.loaded.convert_ids_to_tokens(range(min(vocab, len(self.loaded))))
+        if len(ids) < 2 or ids[-1] in self.loaded.all_special_ids or self.decode(ids[-1:]).strip():
             return None
         allowed = np.zeros(vocab, bool)
         allowed[:len(pieces)] = [piece is not None and piece.startswith(pieces[ids[-1]]) for piece in pieces]
         return Begun(ids[-1], allowed) if allowed.sum() > 1 else None
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(self.loaded.decode(list(ids), skip_special_tokens=True,
+                                      clean_up_tokenization_spaces=False))
 
 
 def load_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer | None:
-    """The conversion's tokenizer; None when the checkpoint had none."""
-    return Tokenizer(folder) if manifest.tokenizer else None
+    """The conversion's tokenizer; None when the checkpoint had none.
+
+    It is read offline, by the class that the manifest names, and no code from the folder is run.
+    Raises UserError when the files cannot be read as a tokenizer.
+    """
+    if not manifest.tokenizer:
+        return None
+    try:
+        with quiet_transformers():
+            if manifest.tokenizer_class is not None:
+                return Tokenizer(read_saved(folder, manifest.tokenizer_class))
+            return Tokenizer(_read_copied(folder, manifest.family))
+    except Exception as error:                  # the tokenizer classes raise what they like
+        reason = next(iter(str(error).splitlines()), "")
+        raise UserError(f"the tokenizer in {folder} cannot be read",
+                        f"{type(error).__name__}: {reason}",
+                        "convert again, or give --prompt-ids instead") from error
+
+
+def read_saved(folder: Path, class_name: str) -> Any:
+    """The tokenizer in `folder`, by the transformers class of that name. Raises what it raises."""
+    import transformers
+
+    loading = getattr(transformers, class_name)
+    if not issubclass(loading, transformers.PreTrainedTokenizerBase):
+        raise TypeError(f"{class_name} is no tokenizer of transformers {transformers.__version__}")
+    return loading.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _read_copied(folder: Path, family: str) -> Any:
+    """Older conversions hold the checkpoint's files as they were: the model chooses the class."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, config=AutoConfig.for_model(family),
+                                         local_files_only=True, trust_remote_code=False)
 
 
 class TextStream:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ane_moe.errors import UserError
+from ane_moe.quiet_transformers import quiet_transformers
 
 FILE_NAME = "golden.safetensors"
 FORMAT = 1
@@ -89,7 +90,7 @@ def capture_golden(checkpoint: Path, *, layers: tuple[int, ...], prompts: list[l
     longer than `context` or the model's own.
     """
     from ane_moe.verification.hf_capture import capture
-    from ane_moe.verification.hf_stream import StreamedModel, quiet_transformers
+    from ane_moe.verification.hf_stream import StreamedModel
     from ane_moe.verification.prompts import builtin_prompts, check_prompts
 
     with quiet_transformers():

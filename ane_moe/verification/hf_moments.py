@@ -16,10 +16,11 @@ from ane_moe.checkpoint import Checkpoint, TensorSource, open_checkpoint
 from ane_moe.compress.calibration import Calibration
 from ane_moe.errors import UserError
 from ane_moe.families import describe
+from ane_moe.quiet_transformers import quiet_transformers
 from ane_moe.spec import MlpSpec, ModelSpec, MoeSpec
 from ane_moe.verification.golden import Progress, silent
 from ane_moe.verification.hf_capture import Tap, ffn_norm, walk_layers
-from ane_moe.verification.hf_stream import StreamedModel, quiet_transformers
+from ane_moe.verification.hf_stream import StreamedModel
 from ane_moe.verification.prompts import builtin_prompts, check_prompts, cut_passages, read_prompts
 
 PASSAGE = 512           # tokens of the text that run together

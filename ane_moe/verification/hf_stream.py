@@ -24,7 +24,6 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging as transformers_logging
 
 from ane_moe.checkpoint import Checkpoint, open_checkpoint
 from ane_moe.errors import UserError
@@ -183,17 +182,3 @@ def _returning(output: Any) -> Any:
         return output
 
     return forward
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' own talk and progress bars, which would print a line per tensor here."""
-    shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if shown:
-            transformers_logging.enable_progress_bar()

@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from ane_moe.checkpoint_tokenizer import read_tokenizer
 from ane_moe.errors import UserError
+from ane_moe.manifest import FILE_NAME, read_manifest
+from ane_moe.runtime.tokenizer import Tokenizer, load_tokenizer
 
 SEPARATOR = "---"
 # Tokens kept of the built-in prompts: one longer than a prefill chunk of 64, the others short; at most 256 in all.
@@ -23,16 +26,17 @@ def builtin_prompts(checkpoint: Path, vocab: int, context: int) -> list[list[int
         prompts = [rng.integers(0, vocab, length).tolist() for length in RANDOM_LENGTHS]
     else:
         texts = _texts(files("ane_moe.verification").joinpath("prompts.txt").read_text(encoding="utf-8"))
-        tokens = [_encode(tokenizer, text) for text in texts]
+        tokens = [tokenizer.encode(text) for text in texts]
         longest = max(range(len(tokens)), key=lambda index: len(tokens[index]))
         prompts = [ids[:LONGEST if index == longest else SHORT] for index, ids in enumerate(tokens)]
     return [prompt[:context] for prompt in prompts]
 
 
-def read_prompts(path: Path, checkpoint: Path) -> list[list[int]]:
+def read_prompts(path: Path, source: Path) -> list[list[int]]:
     """Prompts of a file: text parted by lines of `---`, or JSON, a list of texts and lists of token ids.
 
-    Raises UserError when it cannot be read, is empty, or holds text for a checkpoint without a tokenizer.
+    `source` is the checkpoint or the conversion whose tokenizer texts go through. Raises UserError
+    when the file cannot be read, is empty, or holds text and `source` has no tokenizer.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -41,7 +45,7 @@ def read_prompts(path: Path, checkpoint: Path) -> list[list[int]]:
         raise UserError(f"{path} cannot be read", str(error), "give UTF-8 text, or JSON") from None
     if not isinstance(prompts, list) or not prompts:
         raise UserError(f"{path} holds no prompts", "nothing to run", f"part prompts by lines of {SEPARATOR}")
-    tokenizer = _tokenizer(checkpoint) if any(isinstance(prompt, str) for prompt in prompts) else None
+    tokenizer = _tokenizer(source) if any(isinstance(prompt, str) for prompt in prompts) else None
     return [_ids(prompt, tokenizer, path) for prompt in prompts]
 
 
@@ -69,7 +73,7 @@ def cut_passages(prompts: list[list[int]], window: int, max_tokens: int) -> list
     return passages
 
 
-def _ids(prompt: Any, tokenizer: Any, path: Path) -> list[int]:
+def _ids(prompt: Any, tokenizer: Tokenizer | None, path: Path) -> list[int]:
     if isinstance(prompt, list) and all(type(identifier) is int for identifier in prompt):
         return prompt
     if not isinstance(prompt, str):
@@ -77,11 +81,7 @@ def _ids(prompt: Any, tokenizer: Any, path: Path) -> list[int]:
     if tokenizer is None:
         raise UserError(f"{path} holds text, and the checkpoint has no tokenizer", repr(prompt)[:60],
                         "give lists of token ids in a .json file")
-    return _encode(tokenizer, prompt)
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text)["input_ids"])
+    return tokenizer.encode(prompt)
 
 
 def _texts(text: str) -> list[str]:
@@ -95,14 +95,8 @@ def _texts(text: str) -> list[str]:
     return [text for text in texts if text.strip()]
 
 
-def _tokenizer(checkpoint: Path) -> Any:
-    """The checkpoint's own tokenizer, or None when it has none; remote code is never run."""
-    if not (checkpoint / "tokenizer.json").is_file() and not (checkpoint / "tokenizer.model").is_file():
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, local_files_only=True)
-    except Exception as error:      # tokenizers raises its own bare Exception for a damaged file
-        raise UserError(f"{checkpoint}: the tokenizer cannot be read", str(error),
-                        "download the checkpoint again, or remove its tokenizer files") from None
+def _tokenizer(source: Path) -> Tokenizer | None:
+    """A conversion's or a checkpoint's own tokenizer, or None when it has none."""
+    if (source / FILE_NAME).is_file():
+        return load_tokenizer(source, read_manifest(source))
+    return read_tokenizer(source)

@@ -4,6 +4,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ane_moe.tokenizer_record import Difference
+
 
 @dataclass(frozen=True)
 class ShardResult:
@@ -82,6 +84,22 @@ class FunctionModelResult:
 
 
 @dataclass(frozen=True)
+class TokenizerResult:
+    """The conversion's tokenizer against the checkpoint's, over `texts` texts (a chat message is
+    one of them).
+
+    `against` says where the checkpoint's ids are from: "record" (kept by the conversion) or
+    "checkpoint" (read now). `reason` says why it failed.
+    """
+
+    texts: int
+    against: str
+    passed: bool
+    differences: tuple[Difference, ...] = ()
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
 class Problem:
     """Something wrong with a file, found before any number was computed."""
 
@@ -106,7 +124,8 @@ class Comparison:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """`models` is empty, and `model_skipped` says why, when the whole model could not be run.
+    """`models` is empty, and `model_skipped` says why, when the whole model could not be run;
+    `tokenizer` is None, and `tokenizer_skipped` says why, when there are no ids to compare with.
 
     The results are against the original model. For compressed weights `as_stored` is against the same model with the
     weights that the packages hold: what fails there was converted wrongly, what fails only here is lost to
@@ -126,20 +145,30 @@ class VerifyReport:
     model_skipped: str | None = None
     as_stored: Comparison | None = None
     compression: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tokenizer: TokenizerResult | None = None
+    tokenizer_skipped: str | None = None
 
     @property
     def failures(self) -> int:
         """Gates that failed, problems with files included."""
+        tokenizer = int(self.tokenizer is not None and not self.tokenizer.passed)
+        return len(self.integrity) + self._model_failures + tokenizer
+
+    @property
+    def _model_failures(self) -> int:
         against_original = Comparison(self.shards, self.routing, self.models).failures
-        return len(self.integrity) + against_original + (self.as_stored.failures if self.as_stored else 0)
+        return against_original + (self.as_stored.failures if self.as_stored else 0)
 
     @property
     def cause(self) -> str | None:
-        """What is to blame for failures: "files", "conversion", "compression", or "unknown" (not told apart)."""
+        """What is to blame for failures: "files", "conversion", "compression", "tokenizer" (it
+        alone), or "unknown" (not told apart)."""
         if self.integrity:
             return "files"
         if not self.failures:
             return None
+        if not self._model_failures:
+            return "tokenizer"
         if self.as_stored is None:
             return "conversion" if self.weights == "fp16" else "unknown"
         return "conversion" if self.as_stored.failures else "compression"

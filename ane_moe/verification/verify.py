@@ -19,6 +19,7 @@ from ane_moe.verification.parity import Parity
 from ane_moe.verification.prompts import check_prompts, read_prompts
 from ane_moe.verification.result import Comparison, RoutingResult, ShardResult, VerifyReport
 from ane_moe.verification.stored_model import capture_as_stored, with_errors
+from ane_moe.verification.tokenizer_parity import compare_tokenizer
 from ane_moe.verification.whole_model import Passes, WholeModel
 
 # The cosine of a delta below which a function fails: 0.97 is the field's usual gate; fp16 weights do far better.
@@ -34,7 +35,8 @@ def verify(out: Path, *, checkpoint: Path | None = None, prompts: Path | None = 
            min_cosine: float | None = None, min_logit_cosine: float | None = None,
            decode_tokens: int | None = DECODE_TOKENS, progress: Progress | None = None,
            **options: Any) -> VerifyReport:
-    """Check the conversion in `out` against a golden: the one inside, or one captured from `checkpoint` now.
+    """Check the conversion in `out` against a golden: the one inside, or one captured from
+    `checkpoint` now. Its tokenizer is compared with what the checkpoint's gave then, or gives now.
 
     `decode_tokens` is about how many tokens go through one-token calls where prefill covers all of them (None: all).
     `options` go to the runtime. When files are damaged nothing is run and the
@@ -51,6 +53,10 @@ def verify(out: Path, *, checkpoint: Path | None = None, prompts: Path | None = 
         report = VerifyReport(False, str(out), runtime, manifest.routing, manifest.weights, tokens, problems)
         if goldens is None:
             return report
+        report_progress("tokenizer", 0, 1)
+        ids = compare_tokenizer(out, manifest, checkpoint)
+        skipped, tokenizer = (ids, None) if isinstance(ids, str) else (None, ids)
+        report = replace(report, tokenizer=tokenizer, tokenizer_skipped=skipped)
 
         # Both goldens have the same prompts: the shards run them once.
         passes: Passes | None = {} if goldens.as_stored else None

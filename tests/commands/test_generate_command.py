@@ -31,6 +31,7 @@ def out(tmp_path, monkeypatch):
 def _serve(folder, monkeypatch, tokenizer):
     shards = make_shards(Decoder((None,)), make_manifest((None,)))
     object.__setattr__(shards.manifest, "tokenizer", tokenizer)
+    object.__setattr__(shards.manifest, "tokenizer_class", "PreTrainedTokenizerFast")
     monkeypatch.setattr("ane_moe.runtime.shards.load_shards", lambda path, runtime, **options: shards)
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from ane_moe.checkpoint_tokenizer import read_tokenizer
 from ane_moe.demo import demo_checkpoint
 from ane_moe.runtime.generation import GenerateOptions, generate
 from ane_moe.runtime.session import Session
@@ -12,7 +13,7 @@ from tests.runtime.numpy_shards import VOCAB, Decoder, make_manifest, make_shard
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer(demo_checkpoint())
+    return read_tokenizer(demo_checkpoint())
 
 
 @pytest.mark.parametrize("prompt", ["def ", "class Reader:\n    ", "x = 1\n"])
