@@ -6,7 +6,7 @@ Nothing here knows an architecture: families say where each of our tensors lies,
 import hashlib
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -27,6 +27,7 @@ from ane_moe.errors import UserError
 from ane_moe.json_file import read_json
 from ane_moe.key_names import example, model_names
 from ane_moe.left_out import left_out
+from ane_moe.model.weight import EMBEDDING, HEAD, Weight, WeightName
 from ane_moe.safetensors_header import StoredTensor, read_header
 from ane_moe.wording import counted, listed
 
@@ -38,7 +39,7 @@ OVERFLOW_ADVICE = (
     "no --compress format helps, since each expands to fp16 for the engine: check the tensor for "
     "damage, or divide it and multiply its counterpart (`up` and `down`) by the same power of two"
 )
-VOCABULARY = ("embed.weight", "head.weight")        # ours, a row for each token
+VOCABULARY = (EMBEDDING, HEAD)          # ours, with a row for each token
 
 
 class Hasher(Protocol):
@@ -52,16 +53,28 @@ class TensorSource:
     """Where one of our tensors lies in a checkpoint, and what turns the stored values into it.
 
     Out of the stored tensor `key`, expected to have `stored_shape`: entry `index` of the first axis (one expert of a
-    fused tensor), then `rows` [first, last) of what is left, then the transpose, then times `scale`.
+    fused tensor), then `rows` [first, last) of what is left, then the transpose, then times `scale`. `weight` is our
+    tensor's row: what it is for.
     """
 
-    name: str
+    name: WeightName
     key: str
     stored_shape: tuple[int, ...]
     index: int | None = None
     rows: tuple[int, int] | None = None
     transpose: bool = False
     scale: float = 1.0
+    weight: Weight | None = None
+
+    @property
+    def role(self) -> str | None:
+        """What a recipe calls our tensor; None when it stays fp16, whatever the recipe."""
+        return self.weight.role if self.weight else None
+
+    @property
+    def reads(self) -> WeightName:
+        """The activation that enters our tensor."""
+        return self.name.beside(self.weight.reads if self.weight else "")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -111,7 +124,17 @@ class Checkpoint:
         self._wide = torch.empty(CHUNK_ELEMENTS, dtype=torch.float32)
         self._bits = np.empty(CHUNK_ELEMENTS, np.uint16)
 
-    def require(self, sources: Mapping[str, TensorSource], ignore: Collection[str] = ()) -> None:
+    def __reduce__(self) -> tuple[type["Checkpoint"], tuple[Any, ...]]:
+        """Sent to another process without the reading buffers, which it makes anew."""
+        return type(self), tuple(getattr(self, part.name) for part in fields(self) if part.init)
+
+    def holding(self, keys: Collection[str]) -> "Checkpoint":
+        """The same checkpoint with the stored tensors `keys` only: small enough to send to a worker."""
+        return replace(self, tensors={key: self.tensors[key] for key in keys})
+
+    def require(
+        self, sources: Mapping[WeightName, TensorSource], ignore: Collection[str] = ()
+    ) -> None:
         """Check, before anything is read, that `sources` and the stored tensors agree.
 
         Raises UserError for tensors nobody reads (but see `left_out`), and for a wrong shape or an
@@ -123,7 +146,7 @@ class Checkpoint:
             self._require_sound(source)
 
     def left_out(
-        self, sources: Mapping[str, TensorSource], ignore: Collection[str] = ()
+        self, sources: Mapping[WeightName, TensorSource], ignore: Collection[str] = ()
     ) -> dict[str, tuple[str, ...]]:
         """The tensors that no source reads, by why that is right (left_out.py). Raises UserError
         for others."""
@@ -193,11 +216,11 @@ class Checkpoint:
                 yield first, raw
 
     def _frame(self, source: TensorSource) -> bytes:
-        fields = (source.name, source.key, self.tensors[source.key].dtype, source.stored_shape, source.index,
-                  source.rows, source.transpose, source.scale)  # fmt: skip
-        return repr(fields).encode() + b"\n"
+        facts = (str(source.name), source.key, self.tensors[source.key].dtype, source.stored_shape, source.index,
+                 source.rows, source.transpose, source.scale)
+        return repr(facts).encode() + b"\n"
 
-    def _require_one_vocabulary(self, sources: Mapping[str, TensorSource]) -> None:
+    def _require_one_vocabulary(self, sources: Mapping[WeightName, TensorSource]) -> None:
         """Name a vocabulary that was resized without its config.json."""
         ends = [source for name, source in sources.items() if name in VOCABULARY]
         stored = {source.key: self.tensors[source.key] for source in ends}
@@ -221,7 +244,7 @@ class Checkpoint:
                 do=f"supported: {', '.join(DTYPES)}; dequantise the checkpoint first",
             )
         if tensor.shape != source.stored_shape:
-            derived = ".attn." in source.name and self.config.get("head_dim") is None
+            derived = source.name.part == "attn" and self.config.get("head_dim") is None
             raise UserError(
                 f"{tensor.key} has the wrong shape",
                 f"{list(tensor.shape)} instead of {list(source.stored_shape)}",

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -10,36 +11,43 @@ from typing import Any
 
 from ane_moe import stamping
 from ane_moe.blocks.registry import TemplateKey
-from ane_moe.checkpoint import Checkpoint, TensorSource, open_checkpoint
+from ane_moe.checkpoint import TensorSource
 from ane_moe.checkpoint_tokenizer import TokenizerFiles, read_tokenizer, write_tokenizer
 from ane_moe.compress.budget import fit_budget, measure_sensitivity, reach_cosine
 from ane_moe.compress.calibration import FILE_NAME as CALIBRATION
-from ane_moe.compress.calibration import Moments
-from ane_moe.compress.recipe import FP16, role_of
+from ane_moe.compress.calibration import is_calibration_of
 from ane_moe.errors import UserError
-from ane_moe.families import describe
-from ane_moe.manifest import Manifest, Shard, ShardFunction
+from ane_moe.goldens import (
+    GOLDEN,
+    GOLDEN_AS_STORED,
+    capture_goldens,
+    finished,
+    golden_key,
+    keep_goldens,
+    remove_goldens,
+)
+from ane_moe.job import Job, open_job, open_model, plan_of
+from ane_moe.manifest import Manifest
+from ane_moe.model.weight import EMBEDDING
 from ane_moe.output_folder import MARKER, claim, identity, remove_strangers, require_disk
 from ane_moe.package import disk_error, sha256
-from ane_moe.plan import (
-    MB,
-    ConversionPlan,
-    ConvertOptions,
-    Recovery,
-    ShardPlan,
-    SourceFacts,
-    make_plan,
-)
+from ane_moe.plan import MB, ConversionPlan, ConvertOptions, Recovery
 from ane_moe.side_files import write_routers
-from ane_moe.spec import ModelSpec, MoeSpec
-from ane_moe.stamping import TOOLS, Done, reuse_shard, stamp_embedding, stamp_shard, trace_template
+from ane_moe.spec import MoeSpec
+from ane_moe.stamping import (
+    TOOLS,
+    Done,
+    reuse_shard,
+    shard_job,
+    stamp_embedding,
+    stamp_shard,
+    trace_template,
+)
 from ane_moe.trace import Template
 from ane_moe.workers import Pool, open_pool, peak_memory_bytes, run, run_then, start
 
 EMBED = "embed.bin"
 BUILTIN_TEXT = "builtin"
-GOLDEN = "golden.safetensors"
-GOLDEN_AS_STORED = "golden_as_stored.safetensors"
 
 
 @dataclass(frozen=True)
@@ -54,32 +62,25 @@ class Progress:
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """`reused` shards were there already with the same content key. `notes` are sentences on how
-    the checkpoint was read."""
+    """`reused` shards were there already with the same content key. `golden_kept`:
+    the goldens are those of an earlier run. `notes` are sentences on how the checkpoint was
+    read."""
 
     folder: Path
     manifest: Manifest
     written: tuple[str, ...]
     reused: tuple[str, ...]
     peak_memory_bytes: int
+    golden_kept: bool = False
     notes: tuple[str, ...] = ()
 
 
 def plan(checkpoint: Path, options: ConvertOptions) -> ConversionPlan:
     """Check the checkpoint and say what `convert` would write, without reading weights. Raises UserError."""
-    opened = open_checkpoint(checkpoint)
-    planned = _plan(opened, options)[2]
-    read_tokenizer(opened.folder)
+    model = open_model(checkpoint, options.ignore_tensors)
+    planned = plan_of(model, options)
+    read_tokenizer(model.checkpoint.folder)
     return planned
-
-
-def _plan(
-    opened: Checkpoint, options: ConvertOptions
-) -> tuple[ModelSpec, dict[str, TensorSource], ConversionPlan]:
-    ignore = options.ignore_tensors
-    spec, sources = describe(opened, ignore)
-    facts = SourceFacts(opened.notes, opened.left_out(sources, ignore))
-    return spec, sources, replace(make_plan(spec, sources, options), source=facts)
 
 
 def convert(
@@ -95,37 +96,34 @@ def convert(
 ) -> ConvertReport:
     """Convert `checkpoint` into the shard folder `out`; an interrupted conversion goes on where it stopped.
 
-    `golden` also captures golden.safetensors from Hugging Face's own model, on the `prompts` of a file or the built-in
-    set. Raises UserError for everything the user can mend; what is finished by then stays and is reused.
+    `golden` also captures golden.safetensors from Hugging Face's own model, on the `prompts` of a
+    file or the built-in set, unless an earlier run did so of the same weights and prompts and there
+    is no `overwrite`. Raises UserError for everything the user can mend; what is finished by then
+    stays and is reused.
     """
-    opened = open_checkpoint(checkpoint)
-    spec, sources, conversion = _plan(opened, options or ConvertOptions())
-    ids = _prompt_ids(opened.folder, conversion, prompts) if golden and prompts else None
-    _require_text(conversion.options)
-    tokenizer = read_tokenizer(opened.folder)
-    claim(out, opened, conversion, overwrite)
-    require_disk(out, conversion)
-    meter = _Meter(conversion.disk_bytes, progress)
+    job = open_job(checkpoint, out, options or ConvertOptions())
+    ids = _prompt_ids(job, prompts) if golden else None
+    _require_text(job.plan.options)
+    tokenizer = read_tokenizer(job.checkpoint.folder)
+    earlier = None if overwrite else finished(out)
+    claim(job, overwrite)
+    require_disk(out, job.plan)
+    meter = _Meter(job.plan.disk_bytes, progress)
     try:
-        kept = write_tokenizer(tokenizer, out)
-        with open_pool(workers, stamping.__name__) as pool:
-            calibration = _calibration(opened.folder, out, conversion.options, meter)
-            if calibration and (conversion.options.budget_mb or conversion.options.min_cosine):
-                conversion = _with_formats(pool, opened.folder, spec, sources, conversion, calibration, meter)
-            embedding = start(pool, stamp_embedding, opened.folder, sources["embed.weight"], out / EMBED,
-                              conversion.embed_format)
-            done = _finished(pool, opened.folder, out, conversion, calibration, meter)
-            finished = {shard.path for shard in done}
-            done += _stamp_rest(pool, opened.folder, out, conversion, calibration, finished, meter)
-            files = meter.shard(embedding.result()).files
-        write_routers(opened, sources, conversion.routers, out)
-        manifest = _manifest(opened, conversion, done, files, kept)
-        if golden:
-            manifest = _capture(opened.folder, out, conversion, manifest, ids, meter)
-        elif not all(shard.reused for shard in done):
-            for name in (GOLDEN, GOLDEN_AS_STORED):
-                (out / name).unlink(missing_ok=True)  # of other weights
-        manifest = _complete(manifest, conversion, out)
+        tokenizer_files = write_tokenizer(tokenizer, out)
+        job = _calibrated(job, workers, meter)
+        done, embed = _stamp(job, workers, meter)
+        write_routers(job.checkpoint, job.sources, job.plan.routers, out)
+        manifest = _manifest(job, done, embed.files, tokenizer_files)
+        if golden or (earlier and earlier.golden):
+            key = golden_key(job, [shard.content_key for shard in (*done, embed)])
+            manifest = replace(manifest, golden_key=key)
+        kept = keep_goldens(out, manifest, earlier, ids)
+        if kept is None and ids is not None:
+            manifest = capture_goldens(job, manifest, ids, meter.golden)
+        elif kept is None:
+            remove_goldens(out)
+        manifest = _complete(kept or manifest, job)
         remove_strangers(out, manifest)
         manifest.write(out)
         (out / MARKER).unlink()
@@ -133,8 +131,8 @@ def convert(
         raise disk_error(error, out / "the conversion") from error
     reused = tuple(sorted(shard.path for shard in done if shard.reused))
     written = tuple(sorted(shard.path for shard in done if not shard.reused))
-    notes = conversion.source.notes
-    return ConvertReport(out, manifest, written, reused, meter.peak, notes)
+    notes = job.plan.source.notes
+    return ConvertReport(out, manifest, written, reused, meter.peak, kept is not None, notes)
 
 
 class _Meter:
@@ -159,6 +157,10 @@ class _Meter:
         self._peaks[process] = max(peak, self._peaks.get(process, 0))
         self._report(Progress(label, self._written, self._total, self.peak))
 
+    def golden(self, what: str, done: int, total: int) -> None:
+        """Report the capture of goldens."""
+        self.add(f"golden: {what} {done}/{total}", 0, os.getpid(), 0)
+
 
 def _require_text(options: ConvertOptions) -> None:
     if options.calibrate not in (None, BUILTIN_TEXT) and not Path(str(options.calibrate)).is_file():
@@ -167,9 +169,29 @@ def _require_text(options: ConvertOptions) -> None:
         raise UserError("--budget-mb and --min-cosine exclude each other", do="give one of them")
 
 
-def _calibration(checkpoint: Path, out: Path, options: ConvertOptions, meter: _Meter) -> Path | None:
-    """The calibration file of these options, made now unless an earlier run left it; None when none is asked for."""
-    path = out / CALIBRATION
+def _calibrated(job: Job, workers: int, meter: _Meter) -> Job:
+    """The job with its calibration, and with the formats that a budget or a least cosine chooses, where asked for."""
+    job = replace(job, calibration=_calibration(job, meter))
+    if job.plan.options.budget_mb is None and job.plan.options.min_cosine is None:
+        return job
+    with open_pool(workers, stamping.__name__) as pool:
+        return _with_formats(pool, job, meter)
+
+
+def _stamp(job: Job, workers: int, meter: _Meter) -> tuple[list[Done], Done]:
+    """Every shard, written or found finished, and the embedding table."""
+    with ThreadPoolExecutor(workers) as threads:        # hashing frees the interpreter's lock
+        done = _finished(threads, job, meter)
+    idle = len(done) == len(job.plan.shards)            # processes take seconds to import
+    with open_pool(1 if idle else workers, stamping.__name__) as pool:
+        embedding = _start_embedding(pool, job)
+        done += _stamp_rest(pool, job, {shard.path for shard in done}, meter)
+        return done, meter.shard(embedding.result())
+
+
+def _calibration(job: Job, meter: _Meter) -> Path | None:
+    """The calibration file that the options ask for, made now unless an earlier run left it."""
+    path, options = job.out / CALIBRATION, job.plan.options
     asked = options.calibrate or (BUILTIN_TEXT if options.budget_mb or options.min_cosine else None)
     if asked is None:
         path.unlink(missing_ok=True)
@@ -177,61 +199,60 @@ def _calibration(checkpoint: Path, out: Path, options: ConvertOptions, meter: _M
     from ane_moe.verification.hf_moments import calibrate, calibration_digest
 
     text = None if asked == BUILTIN_TEXT else Path(asked)
-    if not path.is_file() or Moments(path).of != calibration_digest(checkpoint, text):
+    if not path.is_file() or not is_calibration_of(path, calibration_digest(job.checkpoint, text)):
         def progress(what: str, done: int, total: int) -> None:
             meter.add(f"calibration: {what} {done}/{total}", 0, os.getpid(), 0)
 
-        calibrate(checkpoint, text, progress, options.ignore_tensors).write(path)
+        calibrate(job, text, progress).write(path)
     return path
 
 
-def _with_formats(
-    pool: Pool,
-    checkpoint: Path,
-    spec: ModelSpec,
-    sources: dict[str, TensorSource],
-    conversion: ConversionPlan,
-    calibration: Path,
-    meter: _Meter,
-) -> ConversionPlan:
-    """The plan with a format for each matrix, within the budget or the least cosine asked for."""
-    options, measured = conversion.options, []
-    for found in run(pool, measure_sensitivity, [(checkpoint, calibration, m) for m in conversion.matrices.values()]):
-        measured += found
+def _with_formats(pool: Pool, job: Job, meter: _Meter) -> Job:
+    """The job with a format for each matrix, within the budget or the least cosine asked for."""
+    plan, options, measured = job.plan, job.plan.options, []
+    assert job.calibration is not None
+    calls = [(job.checkpoint.holding({source.key for source in matrices}), job.calibration, matrices)
+             for matrices in plan.matrices.values()]
+    for sensitivities in run(pool, measure_sensitivity, calls):
+        measured += sensitivities
         meter.add(f"sensitivity: {len(measured)} matrices", 0, os.getpid(), 0)
-    measured.sort(key=lambda entry: entry.tensor)
+    measured.sort(key=lambda entry: str(entry.tensor))
     if options.budget_mb is not None:
-        matrices = sum(shard.payloads[name] for shard in conversion.shards for name, source in shard.weights.items()
-                       if isinstance(source, TensorSource) and role_of(source.name)[0])  # fmt: skip
-        formats = fit_budget(measured, int(options.budget_mb * MB) - (conversion.disk_bytes - matrices))
-        name = f"budget {options.budget_mb:g} MB"
+        budget = int(options.budget_mb * MB) - (plan.disk_bytes - _matrix_bytes(plan))
+        formats, name = fit_budget(measured, budget), f"budget {options.budget_mb:g} MB"
     else:
         formats = reach_cosine(measured, options.min_cosine or 0.0)
         name = f"cosine {options.min_cosine:g}"
-    recipe = replace(options.recipe, name=name, overrides=formats)
-    planned = make_plan(spec, sources, replace(options, recipe=recipe))
-    return replace(planned, source=conversion.source)
+    overrides = {str(tensor): form for tensor, form in formats.items()}
+    recipe = replace(options.recipe, name=name, overrides=overrides)
+    return replace(job, plan=plan_of(job, replace(options, recipe=recipe)))
 
 
-def _finished(
-    pool: Pool, checkpoint: Path, out: Path, conversion: ConversionPlan, calibration: Path | None, meter: _Meter
-) -> list[Done]:
+def _matrix_bytes(plan: ConversionPlan) -> int:
+    """What the matrices that a recipe has a say in take on disk."""
+    total = 0
+    for shard in plan.shards:
+        for name, source in shard.sources.items():
+            total += shard.payloads[name] if isinstance(source, TensorSource) and source.role else 0
+    return total
+
+
+def _start_embedding(pool: Pool, job: Job) -> Future[Done]:
+    """Begin to write the embedding table beside the shards."""
+    source = job.sources[EMBEDDING]
+    checkpoint = job.checkpoint.holding({source.key})
+    return start(pool, stamp_embedding, checkpoint, source, job.out / EMBED, job.plan.embed_format)
+
+
+def _finished(pool: Pool, job: Job, meter: _Meter) -> list[Done]:
     """The shards an earlier run left complete, and of exactly these weights, options and tools."""
-    present = [(checkpoint, out, shard, calibration) for shard in conversion.shards if (out / shard.path).exists()]
+    present = [(shard_job(job, shard),) for shard in job.plan.shards if (job.out / shard.path).exists()]
     return [meter.shard(done) for done in run(pool, reuse_shard, present) if done is not None]
 
 
-def _stamp_rest(
-    pool: Pool,
-    checkpoint: Path,
-    out: Path,
-    conversion: ConversionPlan,
-    calibration: Path | None,
-    finished: set[str],
-    meter: _Meter,
-) -> list[Done]:
+def _stamp_rest(pool: Pool, job: Job, finished: set[str], meter: _Meter) -> list[Done]:
     """Trace one template per distinct block among the unfinished shards; write each shard as soon as it has its own."""
-    rest = [shard for shard in conversion.shards if shard.path not in finished]
+    rest = [shard for shard in job.plan.shards if shard.path not in finished]
     keys = dict.fromkeys(key for shard in rest for key in shard.graphs.values())
     templates: dict[TemplateKey, Template] = {}
 
@@ -239,113 +260,80 @@ def _stamp_rest(
         key, templates[key] = traced
         for shard in rest:
             if key in shard.graphs.values() and templates.keys() >= set(shard.graphs.values()):
-                mine = {prefix: templates[graph] for prefix, graph in shard.graphs.items()}
-                yield checkpoint, out, shard, mine, calibration
+                own = {prefix: templates[graph] for prefix, graph in shard.graphs.items()}
+                yield shard_job(job, shard), own
 
     stamped = run_then(pool, trace_template, [(key,) for key in keys], stamp_shard, ready)
     return [meter.shard(done) for done in stamped]
 
 
-def _prompt_ids(checkpoint: Path, conversion: ConversionPlan, prompts: Path) -> list[list[int]]:
-    """The prompts of a file, checked before hours are spent on what they are for."""
-    from ane_moe.verification.prompts import check_prompts, read_prompts
+def _prompt_ids(job: Job, prompts: Path | None) -> list[list[int]]:
+    """The prompts of a file or the built-in ones, checked before hours go into their golden."""
+    from ane_moe.verification.prompts import builtin_prompts, check_prompts, read_prompts
 
-    ids = read_prompts(prompts, checkpoint)
-    check_prompts(ids, conversion.spec.vocab, conversion.context)
+    if prompts is None:
+        return builtin_prompts(job.checkpoint.folder, job.spec.vocab, job.plan.context)
+    ids = read_prompts(prompts, job.checkpoint.folder)
+    check_prompts(ids, job.spec.vocab, job.plan.context)
     return ids
 
 
-def _capture(
-    checkpoint: Path,
-    out: Path,
-    conversion: ConversionPlan,
-    manifest: Manifest,
-    prompts: list[list[int]] | None,
-    meter: _Meter,
-) -> Manifest:
-    """Write the goldens; the manifest with what compression cost."""
-    from ane_moe.verification.golden import capture_golden, read_golden  # transformers takes seconds to import
-    from ane_moe.verification.stored_model import capture_as_stored, with_errors
-
-    def progress(what: str, done: int, total: int) -> None:
-        meter.add(f"golden: {what} {done}/{total}", 0, os.getpid(), 0)
-
-    capture_golden(
-        checkpoint,
-        layers=conversion.layers,
-        prompts=prompts,
-        out=out / GOLDEN,
-        context=conversion.context,
-        experts=conversion.options.routing == "sparse",
-        progress=progress,
-    )
-    if manifest.weights == FP16.name:
-        return manifest
-    original = read_golden(out / GOLDEN)
-    errors = capture_as_stored(checkpoint, out, manifest, original, out / GOLDEN_AS_STORED, progress)
-    return replace(manifest, compression=with_errors(manifest.compression, errors))
-
-
-def _manifest(
-    checkpoint: Checkpoint,
-    conversion: ConversionPlan,
-    done: list[Done],
-    files: dict[str, str],
-    tokenizer: TokenizerFiles,
-) -> Manifest:
+def _manifest(job: Job, done: list[Done], files: dict[str, str], tokenizer: TokenizerFiles) -> Manifest:
     """The manifest but for what lies beside the shards."""
-    spec, options = conversion.spec, conversion.options
+    spec, plan, options = job.spec, job.plan, job.plan.options
     keys = {shard.path: shard.content_key for shard in done}
     files = files | {name: digest for shard in done for name, digest in shard.files.items()}
     return Manifest(
         family=spec.family,
         d_model=spec.d_model,
         vocab=spec.vocab,
-        layers=conversion.layers,
+        layers=plan.layers,
         n_layers=len(spec.layers),
-        context=conversion.context,
-        cache_width=conversion.cache_width,
+        context=plan.context,
+        cache_width=plan.cache_width,
         routing=options.routing,
         state=options.state,
         layout=options.layout,
         prefill=options.prefill,
         weights=options.recipe.name,
+        compressed=plan.compressed,
         recipe=options.recipe.as_json(),
         embed=EMBED,
-        embed_format=conversion.embed_format,
+        embed_format=plan.embed_format,
         ropes={name: asdict(rope) for name, rope in spec.ropes.items()},
-        shards=tuple(_shard(shard, keys[shard.path]) for shard in conversion.shards),
+        shards=tuple(shard.finished(keys[shard.path]) for shard in plan.shards),
         tokenizer=tokenizer.names,
         tokenizer_class=tokenizer.class_name,
         tokenizer_record=tokenizer.record,
         bos_id=spec.bos_id,
         eos_ids=spec.eos_ids,
         files=files,
-        compression=_compression(conversion),
-        moe=dict(_moe_facts(conversion)),
+        compression=_compression(plan),
+        moe=dict(_moe_facts(plan)),
         versions={name: version(name) for name in TOOLS},
-        source=identity(checkpoint, conversion),
-        left_out=dict(conversion.source.left_out),
+        source=identity(job),
+        left_out=dict(plan.source.left_out),
     )
 
 
-def _complete(manifest: Manifest, conversion: ConversionPlan, out: Path) -> Manifest:
+def _complete(manifest: Manifest, job: Job) -> Manifest:
     """Add the goldens that are there, and the hashes of what lies beside the shards."""
+    out = job.out
     golden, as_stored = (name if (out / name).exists() else None for name in (GOLDEN, GOLDEN_AS_STORED))
     named = (golden, as_stored, CALIBRATION, manifest.tokenizer_record)
     beside = [name for name in named if name and (out / name).exists()]
-    loose = (*manifest.tokenizer, *conversion.routers.values(), *beside)
+    loose = (*manifest.tokenizer, *job.plan.routers.values(), *beside)
     files = manifest.files | {name: sha256(out / name) for name in loose}
     return replace(manifest, golden=golden, golden_as_stored=as_stored, files=dict(sorted(files.items())))
 
 
-def _compression(conversion: ConversionPlan) -> dict[str, dict[str, Any]]:
+def _compression(plan: ConversionPlan) -> dict[str, dict[str, Any]]:
     """Formats, weights, bytes and bits by role, for what is not fp16; directions kept apart count as bytes."""
     roles: dict[str, dict[str, Any]] = {}
-    for shard in conversion.shards:
-        for name, source in shard.weights.items():
+    for shard in plan.shards:
+        for name, source in shard.sources.items():
             tensor = source.source if isinstance(source, Recovery) else source
-            role = role_of(tensor.name)[0] if isinstance(tensor, TensorSource) else None
+            role = tensor.role if isinstance(tensor, TensorSource) else None
             if role is None or (name not in shard.choices and not isinstance(source, Recovery)):
                 continue
             facts = roles.setdefault(role, {"formats": {}, "weights": 0, "bytes": 0})
@@ -354,37 +342,18 @@ def _compression(conversion: ConversionPlan) -> dict[str, dict[str, Any]]:
                 form, count = shard.choices[name].format, math.prod(source.shape)
                 facts["weights"] += count
                 facts["formats"][form] = facts["formats"].get(form, 0) + count
-    if conversion.embed_format != "fp16":
-        count = conversion.spec.vocab * conversion.spec.d_model
-        roles["embedding"] = {"formats": {conversion.embed_format: count}, "weights": count,
-                              "bytes": conversion.embed_bytes}  # fmt: skip
-    return {role: facts | {"bits_per_weight": 8 * facts["bytes"] / facts["weights"]} for role, facts in roles.items()}
+    if plan.embed_format != "fp16":
+        count = plan.spec.vocab * plan.spec.d_model
+        table = {"formats": {plan.embed_format: count}, "weights": count, "bytes": plan.embed_bytes}
+        roles["embedding"] = table
+    for facts in roles.values():
+        facts["bits_per_weight"] = 8 * facts["bytes"] / facts["weights"]
+    return roles
 
 
-def _moe_facts(conversion: ConversionPlan) -> Iterable[tuple[str, dict[str, Any]]]:
-    for layer in conversion.layers:
-        ffn = conversion.spec.layers[layer].ffn
+def _moe_facts(plan: ConversionPlan) -> Iterable[tuple[str, dict[str, Any]]]:
+    for layer in plan.layers:
+        ffn = plan.spec.layers[layer].ffn
         if isinstance(ffn, MoeSpec):
-            table = {"router": conversion.routers[layer]} if layer in conversion.routers else {}
-            widths = {"expert_width": ffn.expert.width, "shared_width": ffn.shared.mlp.width if ffn.shared else 0}
-            yield str(layer), {"experts": ffn.router.experts, "k": ffn.router.k} | widths | table
-
-
-def _shard(plan: ShardPlan, content_key: str) -> Shard:
-    return Shard(
-        path=plan.path,
-        kind=plan.kind,
-        layer=plan.layer,
-        functions=tuple(ShardFunction(name, tokens) for name, tokens in plan.functions),
-        part=plan.part,
-        parts=plan.parts,
-        experts=plan.experts,
-        groups=plan.groups,
-        layers=plan.layers,
-        rows=plan.rows,
-        rope=plan.rope,
-        window=plan.window,
-        states=dict(plan.states),
-        weight_bytes=plan.weight_bytes,
-        content_key=content_key,
-    )
+            table = {"router": plan.routers[layer]} if layer in plan.routers else {}
+            yield str(layer), {"experts": ffn.router.experts, "k": ffn.router.k} | table

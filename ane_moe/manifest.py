@@ -10,40 +10,47 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ane_moe.errors import UserError
+from ane_moe.model.weight import Place
 
 FILE_NAME = "runtime_meta.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class ShardFunction:
-    """One entry point: `tokens` is T, the number of tokens in a call."""
+    """One entry point: `tokens` is T, the number of tokens in a call, and `experts` those it computes (in each layer).
+
+    A call works through `weight_bytes` of stored weights, `elements` of them, at the chip's rate for the format that
+    most of them have (`rate`: fp16, int8 or lut).
+    """
 
     name: str
     tokens: int
+    experts: tuple[int, ...] = ()
+    elements: int = 0
+    weight_bytes: int = 0
+    rate: str = "fp16"
 
 
 @dataclass(frozen=True)
 class Shard:
     """One `.mlpackage`. kind: attn, moe, dense, experts, stack, lm_head. `layer` is None for lm_head.
 
-    A stack holds consecutive whole `layers`, the first of them `layer`.
+    A stack holds consecutive whole `layers`, the first of them `layer`. `scope` is the part of the model whose weights
+    it holds, where their own names do not say.
 
     `part`/`parts` number the pieces of a split layer (their outputs are added) or the vocabulary slices of the head
-    (their outputs are concatenated; `rows` is the (first, last + 1) vocabulary range). `experts` are the expert
-    indices the shard holds; `groups` those of each expert function, where they are not neighbours. `states` maps state
-    names to shapes; with `state = "explicit"` in the manifest the same names are inputs, and outputs called
-    `<name>_out`.
+    (their outputs are concatenated; `rows` is the (first, last + 1) vocabulary range). `states` maps state names to
+    shapes; with `state = "explicit"` in the manifest the same names are inputs, and outputs called `<name>_out`.
     """
 
     path: str
     kind: str
     layer: int | None
     functions: tuple[ShardFunction, ...]
+    scope: str = ""
     part: int = 0
     parts: int = 1
-    experts: tuple[int, ...] = ()
-    groups: tuple[tuple[int, ...], ...] = ()
     layers: tuple[int, ...] = ()
     rows: tuple[int, int] | None = None
     rope: str | None = None                 # name of the rotary table the attention reads
@@ -51,6 +58,24 @@ class Shard:
     states: dict[str, tuple[int, ...]] = field(default_factory=dict)
     weight_bytes: int = 0
     content_key: str = ""
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """The experts that its functions hold."""
+        return tuple(sorted({expert for function in self.functions for expert in function.experts}))
+
+    @property
+    def copies(self) -> dict[tuple[int, ...], tuple[ShardFunction, ...]]:
+        """Functions by the experts they compute: those of one entry differ in their token counts, and share weights."""
+        by_experts: dict[tuple[int, ...], list[ShardFunction]] = {}
+        for function in self.functions:
+            by_experts.setdefault(function.experts, []).append(function)
+        return {experts: tuple(functions) for experts, functions in by_experts.items()}
+
+    def place(self, experts: tuple[int, ...]) -> Place:
+        """Where the weights of the functions for `experts` stand in the model."""
+        alone = () if self.layer is None else (self.layer,)
+        return Place(self.layers or alone, self.scope, experts)
 
 
 @dataclass(frozen=True)
@@ -68,7 +93,8 @@ class Manifest:
     state: str                              # mlstate | explicit
     layout: str                             # bc1s | bct1
     prefill: int                            # tokens per prefill call, 0 when there is no prefill function
-    weights: str                            # fp16, or the name of the compression recipe
+    weights: str                            # the name of the recipe, which may be a format's
+    compressed: bool                        # whether anything is stored otherwise than as fp16
     embed: str                              # path of the [vocab, d_model] table (runtime/embedding_table.py)
     ropes: dict[str, dict[str, Any]]
     shards: tuple[Shard, ...]
@@ -86,6 +112,7 @@ class Manifest:
     moe: dict[str, dict[str, Any]] = field(default_factory=dict)    # layer -> {"experts": E, "k": k}
     versions: dict[str, str] = field(default_factory=dict)
     source: dict[str, str] = field(default_factory=dict)    # digest of the checkpoint's config, and the options
+    golden_key: str = ""                    # of what goldens depend on (goldens.py)
     left_out: dict[str, tuple[str, ...]] = field(default_factory=dict)  # tensors not used, by why
     format: int = FORMAT
 
@@ -116,7 +143,8 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         data = json.loads(path.read_text())
         if data.get("format") != FORMAT:
-            raise UserError(f"{path} has an unknown format", str(data.get("format")), f"this version reads {FORMAT}")
+            raise UserError(f"{path} is of another version", f"format {data.get('format')}, not {FORMAT}",
+                            "convert again: run the same `ane-moe convert` command with --overwrite")
         shards = tuple(_shard(entry) for entry in data.pop("shards"))
         manifest = Manifest(shards=shards, **{key: _frozen(value) for key, value in data.items()})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -130,8 +158,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _shard(entry: dict[str, Any]) -> Shard:
-    functions = tuple(ShardFunction(**function) for function in entry.pop("functions"))
-    return Shard(functions=functions, **{key: _frozen(value) for key, value in entry.items()})
+    functions = tuple(ShardFunction(**_frozen(function)) for function in entry.pop("functions"))
+    return Shard(functions=functions, **_frozen(entry))
 
 
 def _frozen(value: Any) -> Any:

@@ -10,16 +10,23 @@ from typing import Any, Literal
 
 from ane_moe.benchmark.chips import Range, find_chip
 from ane_moe.benchmark.cost_model import NOTE, Prediction, predict
-from ane_moe.benchmark.geometry import DEFAULT_CONTEXT, Geometry, geometry_of
+from ane_moe.benchmark.geometry import (
+    DEFAULT_CONTEXT,
+    EXPERTS,
+    Geometry,
+    geometry_of,
+    geometry_of_spec,
+    names_experts,
+)
 from ane_moe.benchmark.layout import layout_of
-from ane_moe.benchmark.pieces import Piece
 from ane_moe.benchmark.workload import Workload, assemble
+from ane_moe.checkpoint import open_checkpoint
 from ane_moe.compress.recipe import Recipe, find_format, find_recipe
+from ane_moe.concerns import Concern, concerns_of_options, concerns_of_sizes, distinct
 from ane_moe.errors import UserError
-from ane_moe.families import supported
+from ane_moe.families import describe, describe_config, supported
 from ane_moe.plan import ConvertOptions
-from ane_moe.verification.rules import Rule, load_rules
-from ane_moe.verification.targets import find_target
+from ane_moe.verification.targets import DEFAULT_OS, Target, find_target
 
 CONVERSION_TIME = Path(__file__).parent / "benchmark" / "conversion_time.toml"
 MAX_CONFIG_BYTES = 8 << 20
@@ -27,20 +34,13 @@ CONFIG = "config.json"
 ROUTINGS: tuple[Literal["masked", "sparse"], ...] = ("masked", "sparse")
 DEFAULT_RECIPE = "int8"
 RECIPES = ("fp16", "int8", "small", "tiny")
-FEW_OPS = ("experts", "shared", "dense", "lm_head")     # functions of fewer operations than the rules call few
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")      # convert looks for, or refuses
+REFUSED = "None: convert refuses this checkpoint, as the first line says."
+APPROXIMATE = (
+    "approximate: sizes come from the fields that families share, and are wrong where its layers hold "
+    "other parts"
+)
 CLOSE = 1.1         # expected speeds nearer than this factor do not decide
-
-
-@dataclass(frozen=True)
-class Concern:
-    """A placement rule that a kind of package or function would meet. verdict: cpu (off the engine) or uncertain.
-    `function_bytes`: the weights of what it is about."""
-
-    kind: str
-    rule: str
-    verdict: str
-    reason: str
-    function_bytes: int
 
 
 @dataclass(frozen=True)
@@ -62,23 +62,37 @@ class Choice:
 
 @dataclass(frozen=True)
 class Outlook:
-    """Every way that was asked about, and which to take. All speeds are predicted."""
+    """Every way that was asked about, and which to take. All speeds are predicted.
+
+    `refusal`: why `convert` would not take the checkpoint, in its own words, or nothing. What it
+    refuses is forecast all the same, approximately, where its config.json allows: `choices` are empty
+    where it does not.
+    """
 
     model_type: str
-    supported: bool
+    refusal: str
     target: str
-    context: int
-    weights: int
+    os: int
+    context: int | None
+    weights: int | None
     notes: tuple[str, ...]
     choices: tuple[Choice, ...]
     recommendation: str
+
+    @property
+    def supported(self) -> bool:
+        """Whether `convert` would take the checkpoint."""
+        return not self.refusal
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON data; ranges as low, expected, high."""
         return {
             "model_type": self.model_type,
             "supported": self.supported,
+            "reason": self.refusal or None,
+            "approximate": not self.supported,
             "target": self.target,
+            "os": self.os,
             "context": self.context,
             "weights": self.weights,
             "notes": list(self.notes),
@@ -92,6 +106,7 @@ def outlook(
     checkpoint: str | Path,
     *,
     target: str = "m4-max",
+    os: int = DEFAULT_OS,
     recipes: Sequence[str] = RECIPES,
     context: int | None = None,
     prefill: int = 64,
@@ -99,25 +114,33 @@ def outlook(
 ) -> Outlook:
     """What `convert` would make of a checkpoint folder, a config.json, or a model of the Hugging Face Hub by its id.
 
-    Only the configuration is read. Raises UserError when there is none, or it lacks what sizes depend on.
+    The configuration is read, and where a folder has weights, their names and shapes. Raises UserError
+    when there is no configuration, for an unknown chip, system or format, and for a context that the
+    model does not have.
     """
     values, where = read_config(checkpoint)
-    return outlook_of(values, where, target=target, recipes=recipes, context=context, prefill=prefill,
-                      max_shard_mb=max_shard_mb)  # fmt: skip
+    folder = Path(checkpoint) if _holds_weights(Path(checkpoint)) else None
+    return outlook_of(values, where, folder, target=target, os=os, recipes=recipes, context=context,
+                      prefill=prefill, max_shard_mb=max_shard_mb)  # fmt: skip
 
 
 def outlook_of(
     values: dict[str, Any],
     where: str = "config.json",
+    folder: Path | None = None,
     *,
     target: str = "m4-max",
+    os: int = DEFAULT_OS,
     recipes: Sequence[str] = RECIPES,
     context: int | None = None,
     prefill: int = 64,
     max_shard_mb: int = 220,
 ) -> Outlook:
-    """`outlook` of a configuration that has been read."""
-    geometry = geometry_of(values, where)
+    """`outlook` of a configuration that has been read; `folder` is that of its weights, if any."""
+    place, model = find_target(target, os), _read_model(values, where, folder)
+    geometry = model.geometry
+    if geometry is None:
+        return Outlook(model.name, model.refusal, target, os, None, None, model.notes, (), REFUSED)
     tokens = min(DEFAULT_CONTEXT, geometry.context) if context is None else context
     if not 1 <= tokens <= geometry.context:
         raise UserError(f"a context of {tokens} tokens is not possible", f"the model's own is {geometry.context}")
@@ -126,13 +149,48 @@ def outlook_of(
         for name in recipes:
             recipe = find_recipe(name)
             options = ConvertOptions(routing=routing, prefill=prefill, max_shard_mb=max_shard_mb, recipe=recipe)
-            choices.append(_choice(geometry, options, tokens, target))
-    known = geometry.model_type in supported()
-    unknown = (f"convert does not know {geometry.model_type} yet: sizes come from common fields of its config.json, "
-               "and are wrong where its layers hold other parts",)  # fmt: skip
-    notes = geometry.notes if known else (*unknown, *geometry.notes)
-    return Outlook(geometry.model_type, known, target, tokens, geometry.weights, notes, tuple(choices),
-                   recommendation(choices))  # fmt: skip
+            choices.append(_choice(geometry, options, tokens, place))
+    advice = REFUSED if model.refusal else recommendation(choices)
+    return Outlook(model.name, model.refusal, target, os, tokens, geometry.weights, model.notes,
+                   tuple(choices), advice)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model as far as it can be read: no `geometry` where nothing can be forecast."""
+
+    name: str
+    geometry: Geometry | None
+    refusal: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def _read_model(values: dict[str, Any], where: str, folder: Path | None) -> _Model:
+    """By convert's own reader; by the fields that families share where that refuses it.
+
+    Raises convert's UserError for a model of a known family whose fields make no sense.
+    """
+    name = str(values.get("model_type", "unknown"))
+    try:
+        spec = describe(open_checkpoint(folder))[0] if folder else describe_config(values, where)
+        return _Model(name, geometry_of_spec(spec))
+    except UserError as error:
+        refused = error
+    if name not in supported() and not names_experts(values):
+        none = f"none of {', '.join(EXPERTS)} in {where}"
+        known = f"supported: {', '.join(supported())}"
+        return _Model(name, None, f"{name} is not a mixture of experts ({none}); {known}")
+    try:
+        geometry = geometry_of(values, where)
+    except UserError as error:
+        if name in supported():
+            raise refused from None
+        return _Model(name, None, str(refused), (f"no forecast: {error}",))
+    return _Model(name, geometry, str(refused), (APPROXIMATE, *geometry.notes))
+
+
+def _holds_weights(folder: Path) -> bool:
+    return folder.is_dir() and any(entry.suffix in WEIGHTS for entry in folder.iterdir())
 
 
 def recommendation(choices: Iterable[Choice]) -> str:
@@ -145,12 +203,14 @@ def recommendation(choices: Iterable[Choice]) -> str:
     fastest = max(_speed(choice).expected for choice in staying)
     close = [choice for choice in staying if _speed(choice).expected * CLOSE >= fastest]
     best = max(close, key=lambda choice: (choice.recipe == DEFAULT_RECIPE, choice.workload.package_bytes))
-    speed, unsure = _speed(best), any(concern.verdict == "uncertain" for concern in best.concerns)
+    unsure = dict.fromkeys(c.rule for c in best.concerns if c.verdict == "uncertain")
+    speed = _speed(best)
     preferred = "convert's default format" if best.recipe == DEFAULT_RECIPE else "the least compression of these"
     reason = "the fastest expected" if len(close) == 1 else f"within 10 % of the fastest expected, and {preferred}"
     refused = [f"{choice.routing} {choice.recipe}" for choice in listed if not choice.stays]
     others = f"; left out, since functions would leave the engine: {', '.join(refused)}" if refused else ""
-    doubt = f"; placement is undecided, so verify it on a Mac first{_alternative(best, staying)}" if unsure else ""
+    undecided = f"placement is undecided ({', '.join(unsure)}), so verify it on a Mac first"
+    doubt = f"; {undecided}{_alternative(best, staying)}" if unsure else ""
     predicted = f"predicted {speed.low:.1f} to {speed.high:.1f} tok/s (expected {speed.expected:.1f})"
     bound = f"bound by {best.prediction.bound}"
     return f"Take --routing {best.routing} --compress {best.recipe}: {reason}, {predicted}, {bound}{others}{doubt}."
@@ -178,8 +238,8 @@ def read_config(checkpoint: str | Path) -> tuple[dict[str, Any], str]:
     try:
         if file.stat().st_size > MAX_CONFIG_BYTES:
             raise UserError(f"{file} is too large for a configuration", f"{file.stat().st_size} bytes")
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        values = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read", str(error)) from None
     if not isinstance(values, dict):
         raise UserError(f"{file} is not a configuration", type(values).__name__, "it has to be a JSON object")
@@ -201,41 +261,14 @@ def _from_hub(name: str) -> Path:
                         "give a local folder or config.json") from None  # fmt: skip
 
 
-def _choice(geometry: Geometry, options: ConvertOptions, context: int, target: str) -> Choice:
+def _choice(geometry: Geometry, options: ConvertOptions, context: int, target: Target) -> Choice:
     pieces = layout_of(geometry, options, context)
-    stored = find_format(options.recipe.choice("embed.weight").format)
+    stored = find_format(options.recipe.by_role("embedding").format)
     embed = stored.stored_bytes(geometry.vocab, geometry.d_model)
     workload = assemble(pieces, options.routing, options.recipe.name, options.prefill, embed)
-    return Choice(options.routing, options.recipe.name, workload, predict(workload, find_chip(target)),
-                  concerns_of(workload, pieces, target), _conversion_seconds(geometry, options.recipe))  # fmt: skip
-
-
-def concerns_of(workload: Workload, pieces: Iterable[Piece], target: str) -> tuple[Concern, ...]:
-    """The rules of placement that sizes alone decide (`rules.toml`), each once for a kind of function."""
-    rules, thresholds = load_rules()
-    named, listed = {rule.id: rule for rule in rules}, list(pieces)
-    found: dict[tuple[str, str], Concern] = {}
-    for call in workload.decode:
-        flops, few = 2 * call.weights, call.kind in FEW_OPS
-        if call.stored_bytes < thresholds["small_bytes"] and flops < thresholds["small_flops"]:
-            _add(found, call.kind, named["cost-small"], call.stored_bytes, "cpu")
-        elif not (call.stored_bytes >= thresholds["large_bytes"] or flops >= thresholds["large_flops"]
-                  or (call.stored_bytes >= thresholds["medium_bytes"] and not few)):  # fmt: skip
-            _add(found, call.kind, named["cost-undecided"], call.stored_bytes, "uncertain")
-    limit = find_target(target).limits["program_bytes"]
-    for piece in listed:
-        size = piece.stored_bytes // piece.packages
-        if size > limit and find_target(target).device == "iphone":
-            _add(found, piece.kind, named["iphone-over-1-gb"], size, "cpu")
-        if piece.kind == "moe" and size > 250e6:
-            _add(found, piece.kind, named["packed-experts-over-250-mb"], size, "uncertain")
-        if piece.experts and piece.experts.functions * len(piece.experts.tokens) / piece.packages > 128:
-            _add(found, piece.kind, named["many-functions"], size, "uncertain")
-    return tuple(found.values())
-
-
-def _add(found: dict[tuple[str, str], Concern], kind: str, rule: Rule, size: int, verdict: str) -> None:
-    found.setdefault((kind, rule.id), Concern(kind, rule.id, verdict, rule.reason, size))
+    concerns = (*concerns_of_options(options, target), *concerns_of_sizes(workload, pieces, target))
+    return Choice(options.routing, options.recipe.name, workload, predict(workload, find_chip(target.name)),
+                  distinct(concerns), _conversion_seconds(geometry, options.recipe))  # fmt: skip
 
 
 def _conversion_seconds(geometry: Geometry, recipe: Recipe) -> Range | None:
@@ -246,9 +279,9 @@ def _conversion_seconds(geometry: Geometry, recipe: Recipe) -> Range | None:
     for number, layer in enumerate(geometry.layers):
         once = [(matrix, 1) for matrix in (*layer.mixer, *layer.dense, *layer.shared)]
         for matrix, count in [*once, *((matrix, layer.experts) for matrix in layer.expert)]:
-            name = recipe.choice(f"layers.{number}.{matrix.name}").format
+            name = recipe.by_role(matrix.role, number).format
             formats[name] = formats.get(name, 0.0) + 2e-6 * count * matrix.weights
-    for name in (recipe.choice("head.weight").format, recipe.choice("embed.weight").format):
+    for name in (recipe.by_role("head").format, recipe.by_role("embedding").format):
         formats[name] = formats.get(name, 0.0) + 2e-6 * geometry.vocab * geometry.d_model
     formats.pop("fp16", None)
     if any(_base(name) not in times["encode"] for name in formats):

@@ -6,19 +6,19 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from ane_moe.checkpoint import Checkpoint
 from ane_moe.checkpoint_tokenizer import ALL_FILES as TOKENIZER_FILES
 from ane_moe.errors import UserError
-from ane_moe.manifest import FILE_NAME, Manifest, read_manifest
+from ane_moe.job import Job
+from ane_moe.manifest import FILE_NAME, Manifest
 from ane_moe.package import ContentKey, remove_unfinished
 from ane_moe.plan import MB, ROUTERS, ConversionPlan
 
 MARKER = ".converting.json"  # present while a conversion is unfinished: which one it is
 
 
-def claim(out: Path, checkpoint: Checkpoint, conversion: ConversionPlan, overwrite: bool) -> None:
+def claim(job: Job, overwrite: bool) -> None:
     """Take the output folder: a new or empty one, or one that an earlier run of the same conversion began."""
-    what = identity(checkpoint, conversion)
+    what, out = identity(job), job.out
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is not a folder", do="name another output folder")
     marker = out / MARKER
@@ -34,21 +34,25 @@ def claim(out: Path, checkpoint: Checkpoint, conversion: ConversionPlan, overwri
     (out / FILE_NAME).unlink(missing_ok=True)
 
 
-def identity(checkpoint: Checkpoint, conversion: ConversionPlan) -> dict[str, str]:
+def identity(job: Job) -> dict[str, str]:
     """What tells two conversions apart at a glance; the content keys tell for certain."""
+    plan = job.plan
     return {
-        "config": ContentKey(json.dumps(checkpoint.config, sort_keys=True)).digest(),
-        "options": repr(replace(conversion.options, context=conversion.context, layers=conversion.layers)),
+        "config": ContentKey(json.dumps(job.checkpoint.config, sort_keys=True)).digest(),
+        "options": repr(replace(plan.options, context=plan.context, layers=plan.layers)),
     }
 
 
 def _identity_on_disk(out: Path) -> dict[str, str] | None:
-    if (out / MARKER).exists():
-        try:
-            return dict(json.loads((out / MARKER).read_text()))
-        except ValueError:
-            return None
-    return read_manifest(out).source if (out / FILE_NAME).exists() else None
+    """What the folder holds, or would hold when finished; None when it is no conversion. One of another version, or one
+    that is damaged, is another conversion."""
+    unfinished, finished = out / MARKER, out / FILE_NAME
+    try:
+        if unfinished.exists():
+            return dict(json.loads(unfinished.read_text()))
+        return dict(json.loads(finished.read_text())["source"]) if finished.exists() else None
+    except (ValueError, KeyError, TypeError):
+        return {} if finished.exists() else None
 
 
 def require_disk(out: Path, conversion: ConversionPlan) -> None:

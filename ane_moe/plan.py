@@ -1,10 +1,9 @@
 """What a conversion will write: one ShardPlan per package, decided from the ModelSpec and the options alone."""
 
 import math
-import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from ane_moe.blocks.attention import AttentionConfig
@@ -12,15 +11,15 @@ from ane_moe.blocks.experts import ExpertGroupConfig, SharedExpertConfig
 from ane_moe.blocks.head import HeadConfig
 from ane_moe.blocks.mlp import DenseConfig, MlpRanks
 from ane_moe.blocks.moe import MoeConfig
-from ane_moe.blocks.ports import Shape
-from ane_moe.blocks.registry import BlockConfig, TemplateKey, build_unbound, function_name, weight_name
+from ane_moe.blocks.registry import BlockConfig, TemplateKey, function_name, weight_name
 from ane_moe.blocks.routed import RoutedAttentionConfig
 from ane_moe.blocks.stack import StackConfig
 from ane_moe.checkpoint import TensorSource
-from ane_moe.compress.recipe import INT8, Choice, Recipe, find_format, role_of
+from ane_moe.compress.recipe import INT8, Choice, Recipe, find_format
 from ane_moe.errors import UserError
+from ane_moe.manifest import Shard, ShardFunction
+from ane_moe.model.weight import HEAD, Directions, Place, Selection, Weight, WeightName
 from ane_moe.spec import MlpSpec, ModelSpec, MoeSpec
-from ane_moe.tensors import tensor_of
 
 MB = 1_000_000
 CACHE_STEP = 32                 # a state's last axis must be a multiple of it (coremltools issue 2631)
@@ -102,48 +101,34 @@ class Recovery:
 Source = TensorSource | OneHot | Recovery
 
 
-@dataclass(frozen=True)
-class ShardPlan:
-    """One package: its graphs by prefix (see `package.stamp`), where each of its weights comes from, and why it was
-    cut as it is. `choices` are of the weights that are not stored as plain fp16."""
+@dataclass(frozen=True, kw_only=True)
+class ShardPlan(Shard):
+    """A package as the manifest will name it, and how to make it: its graphs by prefix (see `package.stamp`), where
+    each of its weights comes from and what it takes in the weight file (`payloads`, bytes without metadata), and why it
+    was cut as it is. `choices` are of the weights that are not stored as plain fp16."""
 
-    path: str
-    kind: str
-    layer: int | None
     graphs: Mapping[str, TemplateKey]
-    weights: Mapping[str, Source]
-    choices: Mapping[str, Choice] = field(default_factory=dict)
-    part: int = 0
-    parts: int = 1
-    experts: tuple[int, ...] = ()
-    groups: tuple[tuple[int, ...], ...] = ()
-    layers: tuple[int, ...] = ()
-    rows: tuple[int, int] | None = None
-    rope: str | None = None
-    window: int | None = None
-    states: Mapping[str, Shape] = field(default_factory=dict)
+    sources: Mapping[str, Source]
+    payloads: Mapping[str, int]
+    choices: Mapping[str, Choice]
     reason: str = ""
-
-    @cached_property
-    def payloads(self) -> dict[str, int]:
-        """Bytes that each weight takes in the weight file, metadata aside."""
-        return {name: find_format(self.choices[name].format).stored_bytes(*source.shape) if name in self.choices
-                else 2 * math.prod(source.shape) for name, source in self.weights.items()}  # fmt: skip
-
-    @property
-    def weight_bytes(self) -> int:
-        return sum(self.payloads.values())
 
     @property
     def file_bytes(self) -> int:
         """What the weight file takes at most."""
-        return self.weight_bytes + BLOB_OVERHEAD * (len(self.weights) + MAX_PARTS * len(self.choices))
+        arrays = len(self.sources) + MAX_PARTS * len(self.choices)
+        return self.weight_bytes + BLOB_OVERHEAD * arrays
 
     @property
-    def functions(self) -> tuple[tuple[str, int], ...]:
-        """(name, tokens) of the package's functions."""
-        return tuple((function_name(prefix, name), tokens)
-                     for prefix, graph in self.graphs.items() for name, tokens in graph.functions)  # fmt: skip
+    def matrices(self) -> list[TensorSource]:
+        """Those of its weights that a recipe has a say in."""
+        tensors = (source for source in self.sources.values() if isinstance(source, TensorSource))
+        return [tensor for tensor in tensors if tensor.role]
+
+    def finished(self, content_key: str) -> Shard:
+        """What the manifest says of the package."""
+        facts = {name: getattr(self, name) for name in Shard.__dataclass_fields__}
+        return Shard(**facts | {"content_key": content_key})
 
 
 @dataclass(frozen=True)
@@ -163,30 +148,35 @@ class ConversionPlan:
 
     @property
     def embed_format(self) -> str:
-        return self.options.recipe.choice("embed.weight").format
+        return self.options.recipe.by_role("embedding").format
 
     @property
     def embed_bytes(self) -> int:
         return find_format(self.embed_format).stored_bytes(self.spec.vocab, self.spec.d_model)
 
     @property
+    def compressed(self) -> bool:
+        """Whether anything is stored otherwise than as fp16."""
+        return self.embed_format != "fp16" or any(shard.choices for shard in self.shards)
+
+    @property
     def matrices(self) -> dict[int | None, list[TensorSource]]:
         """The matrices that have a role, whole, by layer (None: the head)."""
-        found: dict[str, TensorSource] = {}
+        by_name: dict[WeightName, TensorSource] = {}
         for shard in self.shards:
-            for source in shard.weights.values():
-                if isinstance(source, TensorSource) and role_of(source.name)[0]:
-                    whole = replace(source, rows=None) if source.name == "head.weight" else source
-                    found.setdefault(source.name, whole)
+            for source in shard.matrices:
+                whole = replace(source, rows=None) if source.name == HEAD else source
+                by_name.setdefault(source.name, whole)
         by_layer: dict[int | None, list[TensorSource]] = {}
-        for source in found.values():
-            by_layer.setdefault(role_of(source.name)[1], []).append(source)
+        for name, source in by_name.items():
+            by_layer.setdefault(name.layer, []).append(source)
         return by_layer
 
     @property
     def largest_weight_bytes(self) -> int:
         """The largest piece a converting process holds at once."""
-        return max(2 * math.prod(source.shape) for shard in self.shards for source in shard.weights.values())
+        sources = (source for shard in self.shards for source in shard.sources.values())
+        return max(2 * math.prod(source.shape) for source in sources)
 
     @property
     def disk_bytes(self) -> int:
@@ -200,25 +190,7 @@ class ConversionPlan:
                 if self.options.routing == "sparse" and isinstance(self.spec.layers[n].ffn, MoeSpec)}  # fmt: skip
 
 
-def parse_expert_tokens(text: str) -> tuple[int, ...]:
-    """Token counts of a list such as `1,16,64`. Raises UserError when it is none."""
-    if re.fullmatch(r" *[1-9]\d{0,4}( *, *[1-9]\d{0,4})* *", text) is None:
-        raise UserError("--expert-tokens takes a list of token counts", repr(text), "write for instance 1,16,64")
-    return tuple(sorted({int(piece) for piece in text.split(",")}))
-
-
-def parse_layers(text: str) -> tuple[int, ...]:
-    """Layer numbers of a list such as `0-3` or `0,5,7-8`. Raises UserError when it is none."""
-    numbers: set[int] = set()
-    for piece in text.split(","):
-        found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", piece.strip())
-        if found is None:
-            raise UserError("--layers takes a list of layers", repr(text), "write for instance 0-3 or 0,5,7-8")
-        numbers |= set(range(int(found[1]), int(found[2] or found[1]) + 1))
-    return tuple(sorted(numbers))
-
-
-def make_plan(spec: ModelSpec, sources: Mapping[str, TensorSource], options: ConvertOptions) -> ConversionPlan:
+def make_plan(spec: ModelSpec, sources: Mapping[WeightName, TensorSource], options: ConvertOptions) -> ConversionPlan:
     """Cut the model into shards.
 
     Raises UserError for a context or a layer the model does not have, for senseless expert functions, and for a shard
@@ -266,9 +238,17 @@ def _functions(options: ConvertOptions) -> tuple[tuple[str, int], ...]:
 
 
 @dataclass(frozen=True)
+class _Copy:
+    """One block of a package, and the experts that it holds."""
+
+    block: BlockConfig
+    experts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class _Planner:
     spec: ModelSpec
-    sources: Mapping[str, TensorSource]
+    sources: Mapping[WeightName, TensorSource]
     options: ConvertOptions
     slots: int
 
@@ -291,8 +271,11 @@ class _Planner:
         first, config = self.spec.layers[group[0]].mixer, self._stack(group)
         reason = f"{len(group)} layers, limits {self.options.layers_per_shard} and {self.options.max_shard_mb} MB"
         path = f"stack/layer_{group[0]:02d}_to_{group[-1]:02d}.mlpackage"
+        ffns = (self.spec.layers[n].ffn for n in group)
+        experts = max(ffn.router.experts if isinstance(ffn, MoeSpec) else 0 for ffn in ffns)
         facts = {"layers": tuple(group), "rope": first.rope, "window": first.window, "states": config.caches}
-        return self._shard(path, "stack", group[0], config, reason=reason, **facts)
+        copy = _Copy(config, tuple(range(experts)))
+        return self._shard(path, "stack", group[0], copy, reason=reason, **facts)
 
     def _can_stack(self, group: tuple[int, ...]) -> bool:
         layers = [self.spec.layers[n] for n in group]
@@ -311,21 +294,24 @@ class _Planner:
         ffn = self.spec.layers[layer].ffn
         if isinstance(ffn, MoeSpec):
             return self._moe(layer, ffn, ffn.router.experts, True)
-        return DenseConfig(self.spec.d_model, self.spec.norm, ffn, self._mlp_ranks(f"layers.{layer}.ffn"))
+        return DenseConfig(self.spec.d_model, self.spec.norm, ffn, self._mlp_ranks(layer, "mlp."))
 
-    def _mlp_ranks(self, prefix: str) -> MlpRanks:
-        gate, up, down = (self._rank(f"{prefix}.{name}.weight") for name in ("gate", "up", "down"))
+    def _mlp_ranks(self, layer: int, prefix: str = "", expert: int | None = None) -> MlpRanks:
+        names = (WeightName(layer, "ffn", expert, f"{prefix}{matrix}.weight") for matrix in ("gate", "up", "down"))
+        gate, up, down = map(self._rank, names)
         return gate, up, down
 
-    def _rank(self, tensor: str) -> int:
+    def _rank(self, name: WeightName) -> int:
         """Directions kept apart from a tensor: never more than half of those it has."""
-        return min(self.options.recipe.choice(tensor).rank, min(self.sources[tensor].shape) // 2)
+        source = self.sources[name]
+        choice = self.options.recipe.choice(name, source.role)
+        return min(choice.rank, min(source.shape) // 2)
 
     def _attention(self, layer: int) -> AttentionConfig:
         mixer = self.spec.layers[layer].mixer
         rotary = len(self.spec.ropes[mixer.rope].inv_freq) if mixer.rope else 0
         explicit = self.options.state == "explicit"
-        q, k, v, o = (self._rank(f"layers.{layer}.attn.{name}.weight") for name in "qkvo")
+        q, k, v, o = (self._rank(WeightName(layer, "attn", None, f"{name}.weight")) for name in "qkvo")
         return AttentionConfig(self.spec.d_model, self.spec.norm, mixer, rotary, self.slots, explicit, (q, k, v, o))
 
     def attention(self, layer: int) -> ShardPlan:
@@ -333,13 +319,14 @@ class _Planner:
         ffn = self.spec.layers[layer].ffn
         routed = isinstance(ffn, MoeSpec) and self.options.routing == "sparse"
         block = RoutedAttentionConfig(config, ffn.router) if isinstance(ffn, MoeSpec) and routed else config
-        facts = {"rope": mixer.rope, "window": mixer.window, "states": config.caches}
-        return self._shard(f"attn/layer_{layer:02d}.mlpackage", "attn", layer, block, **facts)
+        facts = {"scope": "attn", "rope": mixer.rope, "window": mixer.window, "states": config.caches}
+        return self._shard(f"attn/layer_{layer:02d}.mlpackage", "attn", layer, _Copy(block), **facts)
 
     def ffn(self, layer: int) -> list[ShardPlan]:
         ffn = self.spec.layers[layer].ffn
         if isinstance(ffn, MlpSpec):
-            return [self._shard(f"dense/layer_{layer:02d}.mlpackage", "dense", layer, self._whole_ffn(layer))]
+            path = f"dense/layer_{layer:02d}.mlpackage"
+            return [self._shard(path, "dense", layer, _Copy(self._whole_ffn(layer)), scope="ffn")]
         if self.options.routing == "sparse":
             return self.experts(layer, ffn)
         sizes, reason = self._split(layer, ffn)
@@ -347,10 +334,9 @@ class _Planner:
         for part, size in enumerate(sizes):
             suffix = f"_part_{part + 1}" if len(sizes) > 1 else ""
             path = f"moe/layer_{layer:02d}{suffix}.mlpackage"
-            experts = tuple(range(first, first + size))
-            config = self._moe(layer, ffn, size, part == 0)
-            facts = {"part": part, "parts": len(sizes), "experts": experts, "reason": reason}
-            shards.append(self._shard(path, "moe", layer, config, **facts))
+            copy = _Copy(self._moe(layer, ffn, size, part == 0), tuple(range(first, first + size)))
+            facts = {"scope": "ffn", "part": part, "parts": len(sizes), "reason": reason}
+            shards.append(self._shard(path, "moe", layer, copy, **facts))
             first += size
         return shards
 
@@ -358,35 +344,30 @@ class _Planner:
         """Packages of a layer's expert functions: as few as the size limit of a weight file allows."""
         groups = self._expert_groups(layer, moe.router.experts)
         functions = tuple((f"t{tokens}", tokens) for tokens in self.options.expert_tokens)
-        shared: dict[str, BlockConfig] = {}
+        shared: dict[str, _Copy] = {}
         if moe.shared is not None:
-            ranks = self._mlp_ranks(f"layers.{layer}.ffn.shared")
-            shared["shared"] = SharedExpertConfig(self.spec.d_model, moe.shared, ranks)
+            ranks = self._mlp_ranks(layer, "shared.")
+            shared["shared"] = _Copy(SharedExpertConfig(self.spec.d_model, moe.shared, ranks))
 
-        def package(path: str, configs: dict[str, BlockConfig], **facts: Any) -> ShardPlan:
-            return self._package(path, "experts", layer, configs, functions, **facts)
+        def package(path: str, copies: dict[str, _Copy], **facts: Any) -> ShardPlan:
+            return self._package(path, "experts", layer, copies, functions, scope="ffn", **facts)
 
-        def name(group: tuple[int, ...]) -> str:
-            return f"expert_{group[0]:03d}"
+        def routed(group: tuple[int, ...]) -> dict[str, _Copy]:
+            return {f"expert_{group[0]:03d}": _Copy(self._group(layer, moe, len(group)), group)}
 
-        largest = max(package("", {name(group): self._group(layer, moe, len(group))}, groups=(group,)).file_bytes
-                      for group in groups)
+        largest = max(package("", routed(group)).file_bytes for group in groups)
         room = MAX_WEIGHT_BYTES - package("", shared).file_bytes
         parts = even_parts(len(groups), math.ceil(len(groups) / max(1, room // largest)))
         shards, first = [], 0
         for part, count in enumerate(parts):
-            mine = groups[first : first + count]
-            configs: dict[str, BlockConfig] = {name(group): self._group(layer, moe, len(group)) for group in mine}
+            copies: dict[str, _Copy] = {}
+            for group in groups[first : first + count]:
+                copies |= routed(group)
+            copies |= {} if part else shared
             suffix = f"_part_{part + 1}" if len(parts) > 1 else ""
-            facts = {
-                "part": part,
-                "parts": len(parts),
-                "experts": tuple(sorted(expert for group in mine for expert in group)),
-                "groups": tuple(mine) if self.options.groups else (),
-                "reason": "weight files end at 2 GiB" if suffix else "",
-            }
+            reason = "weight files end at 2 GiB" if suffix else ""
             path = f"experts/layer_{layer:02d}{suffix}.mlpackage"
-            shards.append(package(path, configs | (shared if part == 0 else {}), **facts))
+            shards.append(package(path, copies, part=part, parts=len(parts), reason=reason))
             first += count
         return shards
 
@@ -403,36 +384,37 @@ class _Planner:
         return groups
 
     def _group(self, layer: int, moe: MoeSpec, size: int) -> ExpertGroupConfig:
-        return ExpertGroupConfig(self.spec.d_model, moe.expert, size, self._mlp_ranks(f"layers.{layer}.ffn.experts.0"))
+        return ExpertGroupConfig(self.spec.d_model, moe.expert, size, self._mlp_ranks(layer, expert=0))
 
     def head(self) -> list[ShardPlan]:
         least = max(MIN_HEAD_PARTS, math.ceil(self.spec.vocab / MAX_HEAD_ROWS))
         sizes = even_parts(self.spec.vocab, least)
         shards, first = [], 0
         for part, rows in enumerate(sizes):
-            config = HeadConfig(self.spec.d_model, self.spec.norm, rows, self.spec.head.bias, self._rank("head.weight"))
+            copy = _Copy(HeadConfig(self.spec.d_model, self.spec.norm, rows, self._rank(HEAD)))
             path, reason = f"lm_head/part_{part}.mlpackage", f"at most {MAX_HEAD_ROWS} output rows a slice"
             facts = {"part": part, "parts": len(sizes), "rows": (first, first + rows), "reason": reason}
-            shards.append(self._shard(path, "lm_head", None, config, **facts))
+            shards.append(self._shard(path, "lm_head", None, copy, scope=HEAD.part, **facts))
             first += rows
         return shards
 
     def _moe(self, layer: int, moe: MoeSpec, experts: int, first: bool) -> MoeConfig:
-        soft, prefix = self.options.routing == "soft", f"layers.{layer}.ffn"
-        ranks = self._mlp_ranks(f"{prefix}.experts.0")
-        shared = (0, 0, 0) if moe.shared is None else self._mlp_ranks(f"{prefix}.shared")
+        soft, ranks = self.options.routing == "soft", self._mlp_ranks(layer, expert=0)
+        shared = (0, 0, 0) if moe.shared is None else self._mlp_ranks(layer, "shared.")
         return MoeConfig(self.spec.d_model, self.spec.norm, moe, experts, first, soft, ranks, shared)
 
     def _split(self, layer: int, moe: MoeSpec) -> tuple[list[int], str]:
         """Experts per part, and why: the fewest parts within the limit, equal ones where that costs few more."""
         limit, experts = self.options.max_shard_mb * MB, moe.router.experts
-        whole = self._shard("", "moe", layer, self._moe(layer, moe, experts, True), experts=tuple(range(experts)))
+        copy = _Copy(self._moe(layer, moe, experts, True), tuple(range(experts)))
+        whole = self._shard("", "moe", layer, copy, scope="ffn")
         if whole.weight_bytes <= limit:
             return [experts], ""
         each = [0] * experts
-        for name, size in whole.payloads.items():
-            if name.startswith("experts."):
-                each[int(name.split(".")[1])] += size
+        for parameter, size in whole.payloads.items():
+            expert = whole.place(copy.experts).name(parameter).expert
+            if expert is not None:
+                each[expert] += size
         row = 2 * experts                                               # of the one-hot matrix that picks the gates
         fitting = (limit - (whole.weight_bytes - sum(each))) // (max(each) + row)
         reason = f"{whole.weight_bytes / MB:.0f} MB in one piece, limit {self.options.max_shard_mb} MB"
@@ -440,39 +422,81 @@ class _Planner:
             return [1] * experts, f"{reason}; one expert alone is above it"
         return even_parts(experts, math.ceil(experts / fitting)), reason
 
-    def _shard(self, path: str, kind: str, layer: int | None, config: BlockConfig, **facts: Any) -> ShardPlan:
-        return self._package(path, kind, layer, {"": config}, _functions(self.options), **facts)
+    def _shard(self, path: str, kind: str, layer: int | None, copy: _Copy, **facts: Any) -> ShardPlan:
+        return self._package(path, kind, layer, {"": copy}, _functions(self.options), **facts)
 
     def _package(
         self,
         path: str,
         kind: str,
         layer: int | None,
-        configs: Mapping[str, BlockConfig],
+        copies: Mapping[str, _Copy],
         functions: tuple[tuple[str, int], ...],
+        *,
+        scope: str = "",
+        layers: tuple[int, ...] = (),
+        rows: tuple[int, int] | None = None,
         **facts: Any,
     ) -> ShardPlan:
-        graphs = {prefix: TemplateKey(config, functions, self.options.layout) for prefix, config in configs.items()}
-        plan = ShardPlan(path, kind, layer, graphs, {}, **facts)
-        weights = {weight_name(prefix, name): self._source(plan, prefix, name, shape)
-                   for prefix, config in configs.items() for name, shape in _weight_shapes(config).items()}  # fmt: skip
-        chosen = {name: self.options.recipe.choice(source.name) for name, source in weights.items()
-                  if isinstance(source, TensorSource)}  # fmt: skip
-        return replace(plan, weights=weights, choices={n: c for n, c in chosen.items() if c != Choice()})
+        graphs = {prefix: TemplateKey(copy.block, functions, self.options.layout) for prefix, copy in copies.items()}
+        alone = () if layer is None else (layer,)
+        sources: dict[str, Source] = {}
+        choices: dict[str, Choice] = {}
+        payloads: dict[str, int] = {}
+        entries: list[ShardFunction] = []
+        for prefix, copy in copies.items():
+            own = self._sources(copy, Place(layers or alone, scope, copy.experts), rows)
+            chosen = {name: self._choice(source) for name, source in own.items()}
+            sizes = {name: _payload(source, chosen[name]) for name, source in own.items()}
+            entries += _entries(prefix, functions, copy, own, chosen, sizes)
+            for name, source in own.items():
+                unique = weight_name(prefix, name)
+                sources[unique], payloads[unique] = source, sizes[name]
+                if chosen[name] != Choice():
+                    choices[unique] = chosen[name]
+        return ShardPlan(
+            path, kind, layer, tuple(entries), scope, layers=layers, rows=rows, weight_bytes=sum(payloads.values()),
+            graphs=graphs, sources=sources, payloads=payloads, choices=choices, **facts,
+        )
 
-    def _source(self, plan: ShardPlan, prefix: str, name: str, shape: Shape) -> Source:
-        """Where the block's parameter `name` comes from."""
-        if name == "select.weight":
-            return OneHot(shape[0], shape[1], plan.experts[0])
-        if found := re.fullmatch(r"(.+)\.recover_(in|out)", name):
-            side: Literal["in", "out"] = "in" if found[2] == "in" else "out"
-            return Recovery(self._tensor(plan, prefix, f"{found[1]}.weight"), shape[0 if side == "in" else 1], side)
-        return self._tensor(plan, prefix, name)
+    def _sources(self, copy: _Copy, place: Place, vocab_rows: tuple[int, int] | None) -> dict[str, Source]:
+        """Where the parameters of a block come from, in its own order. A slice of the head has its `vocab_rows`."""
+        sources: dict[str, Source] = {}
+        for row in copy.block.rows():
+            match row:
+                case Weight(path):
+                    whole = self.sources[place.name(path)]
+                    sources[path] = whole.part(*vocab_rows) if vocab_rows and whole.name == HEAD else whole
+                case Selection(path, (count, total)):
+                    sources[path] = OneHot(count, total, copy.experts[0])
+                case Directions(path, of, rank, side):
+                    apart = sources[of]
+                    assert isinstance(apart, TensorSource)
+                    sources[path] = Recovery(apart, rank, side)
+        return sources
 
-    def _tensor(self, plan: ShardPlan, prefix: str, name: str) -> TensorSource:
-        """Our tensor, or the slice of it that the shard holds."""
-        source = self.sources[tensor_of(plan.kind, plan.layer, plan.layers, plan.experts, prefix, name, plan.groups)]
-        return source.part(*plan.rows) if plan.rows and source.name == "head.weight" else source
+    def _choice(self, source: Source) -> Choice:
+        if not isinstance(source, TensorSource):
+            return Choice()
+        return self.options.recipe.choice(source.name, source.role)
+
+
+def _payload(source: Source, choice: Choice) -> int:
+    """Bytes that a weight takes in the weight file, metadata aside."""
+    if choice == Choice():
+        return 2 * math.prod(source.shape)
+    return find_format(choice.format).stored_bytes(*source.shape)
+
+
+def _entries(prefix: str, functions: tuple[tuple[str, int], ...], copy: _Copy, sources: Mapping[str, Source],
+             choices: Mapping[str, Choice], sizes: Mapping[str, int]) -> list[ShardFunction]:
+    """What the manifest says of the functions of one block."""
+    elements: Counter[str] = Counter()
+    for name, source in sources.items():
+        elements[choices[name].format] += math.prod(source.shape)
+    rate = find_format(elements.most_common(1)[0][0]).rate if elements else "fp16"
+    facts = (copy.experts, elements.total(), sum(sizes.values()), rate)
+    return [ShardFunction(function_name(prefix, name), tokens, *facts) for name, tokens in functions]
 
 
 def even_parts(total: int, least: int) -> list[int]:
@@ -482,8 +506,3 @@ def even_parts(total: int, least: int) -> list[int]:
             return [total // parts] * parts
     size = math.ceil(total / least)
     return [size] * (total // size) + ([total % size] if total % size else [])
-
-
-@lru_cache
-def _weight_shapes(config: BlockConfig) -> dict[str, Shape]:
-    return {name: tuple(parameter.shape) for name, parameter in build_unbound(config).named_parameters()}

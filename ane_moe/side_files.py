@@ -6,16 +6,19 @@ from pathlib import Path
 
 import numpy as np
 
-from ane_moe.checkpoint import Checkpoint, TensorSource
+from ane_moe.checkpoint import Checkpoint, Hasher, TensorSource
 from ane_moe.compress.recipe import find_format
+from ane_moe.model.weight import WeightName
 
 EMBED_CHUNK_BYTES = 32_000_000
 LARGEST = 60_000        # below fp16's end; which experts score highest does not change with the scale
 
 
-def write_embedding(checkpoint: Checkpoint, source: TensorSource, path: Path, form: str) -> None:
+def write_embedding(
+    checkpoint: Checkpoint, source: TensorSource, path: Path, form: str, hasher: Hasher
+) -> None:
     """The embedding table, a run of rows at a time: fp16, or int8 and then the rows' scales
-    (runtime/embedding_table.py)."""
+    (runtime/embedding_table.py). `hasher` is fed what is read."""
     rows, width = source.shape
     step = max(1, EMBED_CHUNK_BYTES // (2 * width))
     buffer = np.empty((step, width), np.float16)
@@ -24,7 +27,8 @@ def write_embedding(checkpoint: Checkpoint, source: TensorSource, path: Path, fo
     with temporary.open("wb") as stream:
         for first in range(0, rows, step):
             last = min(first + step, rows)
-            part = checkpoint.read(source.part(first, last), out=buffer[: last - first])
+            run = source.part(first, last)
+            part = checkpoint.read(run, out=buffer[: last - first], hasher=hasher)
             if (encoded := find_format(form).encode(part)) is None:
                 stream.write(part.data)
             else:
@@ -36,12 +40,12 @@ def write_embedding(checkpoint: Checkpoint, source: TensorSource, path: Path, fo
 
 
 def write_routers(
-    checkpoint: Checkpoint, sources: Mapping[str, TensorSource], paths: Mapping[int, str], out: Path
+    checkpoint: Checkpoint, sources: Mapping[WeightName, TensorSource], paths: Mapping[int, str], out: Path
 ) -> None:
     """Write each layer's router, fp16 `[E,d]` with the norm's weight folded in, to its path below `out`."""
     for layer, path in paths.items():
-        router, norm = (checkpoint.read(sources[f"layers.{layer}.ffn.{name}.weight"]).astype(np.float32)
-                        for name in ("router", "norm"))  # fmt: skip
+        names = (WeightName(layer, "ffn", None, f"{name}.weight") for name in ("router", "norm"))
+        router, norm = (checkpoint.read(sources[name]).astype(np.float32) for name in names)
         table = router * norm
         table /= max(1.0, float(np.abs(table).max()) / LARGEST)
         target = out / path

@@ -10,10 +10,11 @@ import numpy as np
 
 from ane_moe.blocks.ports import Shape
 from ane_moe.blocks.registry import TemplateKey
-from ane_moe.checkpoint import Checkpoint, TensorSource, open_checkpoint
+from ane_moe.checkpoint import Checkpoint, TensorSource
 from ane_moe.compress.calibration import Moments
 from ane_moe.compress.low_rank import LowRank, split_directions
 from ane_moe.compress.recipe import Choice, find_format
+from ane_moe.job import Job
 from ane_moe.package import ContentKey, Weight, file_hashes, read_content_key, sha256, stamp
 from ane_moe.plan import OneHot, Recovery, ShardPlan
 from ane_moe.side_files import write_embedding
@@ -41,54 +42,68 @@ def trace_template(key: TemplateKey) -> tuple[TemplateKey, Template]:
     return key, make_template(key)
 
 
-def reuse_shard(checkpoint: Path, out: Path, shard: ShardPlan, calibration: Path | None) -> Done | None:
+@dataclass(frozen=True)
+class ShardJob:
+    """One shard's part of a job, complete in itself: `checkpoint` holds no tensors but the shard's."""
+
+    checkpoint: Checkpoint
+    out: Path
+    shard: ShardPlan
+    calibration: Path | None
+
+
+def shard_job(job: Job, shard: ShardPlan) -> ShardJob:
+    """What a worker needs to know of the job to make one shard."""
+    keys = {source.key for source in shard.sources.values() if isinstance(source, TensorSource)}
+    return ShardJob(job.checkpoint.holding(keys), job.out, shard, job.calibration)
+
+
+def reuse_shard(job: ShardJob) -> Done | None:
     """The shard as it lies on disk, if its content key is the one it would get."""
-    key = read_content_key(out / shard.path)
-    if key is None or key != _expected_key(open_checkpoint(checkpoint), shard, calibration):
+    key = read_content_key(job.out / job.shard.path)
+    if key is None or key != _expected_key(job):
         return None
-    return _report(out, shard, key, reused=True)
+    return _report(job, key, reused=True)
 
 
-def stamp_shard(
-    checkpoint: Path, out: Path, shard: ShardPlan, templates: dict[str, Template], calibration: Path | None
-) -> Done:
-    key, path = _key(shard, calibration), out / shard.path
+def stamp_shard(job: ShardJob, templates: dict[str, Template]) -> Done:
+    key, path = _key(job), job.out / job.shard.path
     path.parent.mkdir(parents=True, exist_ok=True)
-    moments = Moments(calibration) if calibration else None
-    written = stamp(templates, _values(open_checkpoint(checkpoint), shard, key, moments), key, path)
-    return _report(out, shard, written.content_key, reused=False)
+    written = stamp(templates, _values(job, key), key, path)
+    return _report(job, written.content_key, reused=False)
 
 
-def _report(out: Path, shard: ShardPlan, content_key: str, reused: bool) -> Done:
-    files = {f"{shard.path}/{name}": digest for name, digest in file_hashes(out / shard.path).items()}
+def _report(job: ShardJob, content_key: str, reused: bool) -> Done:
+    shard = job.shard
+    files = {f"{shard.path}/{name}": digest for name, digest in file_hashes(job.out / shard.path).items()}
     return Done(shard.path, content_key, shard.weight_bytes, reused, files, peak_memory_bytes(), os.getpid())
 
 
-def _key(shard: ShardPlan, calibration: Path | None) -> ContentKey:
+def _key(job: ShardJob) -> ContentKey:
+    shard, calibration = job.shard, job.calibration
     seen = sha256(calibration) if calibration and shard.choices else None
     choices = sorted((name, choice.format, choice.rank) for name, choice in shard.choices.items())
     return ContentKey(shard.graphs, choices, seen, ENCODING, {name: version(name) for name in TOOLS})
 
 
-def _expected_key(checkpoint: Checkpoint, shard: ShardPlan, calibration: Path | None) -> str:
+def _expected_key(job: ShardJob) -> str:
     """The content key the shard would get: reads the weights, writes nothing."""
-    key = _key(shard, calibration)
-    for source in shard.weights.values():
+    key = _key(job)
+    for source in job.shard.sources.values():
         if isinstance(source, TensorSource):
-            checkpoint.feed(source, key)
+            job.checkpoint.feed(source, key)
         else:
             key.update(repr(source).encode())
     return key.digest()
 
 
-def _values(
-    checkpoint: Checkpoint, shard: ShardPlan, key: ContentKey, moments: Moments | None
-) -> Iterator[tuple[str, Weight]]:
+def _values(job: ShardJob, key: ContentKey) -> Iterator[tuple[str, Weight]]:
     """Each weight of the shard, valid until the next one of its shape: fresh memory costs more than the reading."""
+    shard, moments = job.shard, Moments(job.calibration) if job.calibration else None
     buffers: dict[Shape, np.ndarray] = {}
-    ranks = {other.source: other.rank for other in shard.weights.values() if isinstance(other, Recovery)}
+    ranks = {other.source: other.rank for other in shard.sources.values() if isinstance(other, Recovery)}
     apart: dict[TensorSource, LowRank] = {}             # directions of a weight come after it
-    for name, source in shard.weights.items():
+    for name, source in shard.sources.items():
         if not isinstance(source, TensorSource):
             key.update(repr(source).encode())
         if isinstance(source, OneHot):
@@ -97,17 +112,19 @@ def _values(
             yield name, apart[source.source].into if source.side == "in" else apart.pop(source.source).out
         else:
             buffer = buffers.setdefault(source.shape, np.empty(source.shape, np.float16))
-            weight, choice = checkpoint.read(source, out=buffer, hasher=key), shard.choices.get(name, Choice())
+            weight, choice = job.checkpoint.read(source, out=buffer, hasher=key), shard.choices.get(name, Choice())
             form, m = find_format(choice.format), None
             if moments and choice != Choice():
-                m = moments.find(source.name, source.shape[1])
+                m = moments.find(source.reads, source.shape[1])
             if rank := ranks.get(source, 0):
                 apart[source] = split_directions(weight, rank, m)
                 weight = apart[source].remainder
             yield name, form.encode(weight, m) or weight
 
 
-def stamp_embedding(checkpoint: Path, source: TensorSource, path: Path, form: str) -> Done:
-    write_embedding(open_checkpoint(checkpoint), source, path, form)
+def stamp_embedding(checkpoint: Checkpoint, source: TensorSource, path: Path, form: str) -> Done:
+    key = ContentKey(form, ENCODING)
+    write_embedding(checkpoint, source, path, form, key)
     files = {path.name: sha256(path)}
-    return Done(path.name, "", path.stat().st_size, False, files, peak_memory_bytes(), os.getpid())
+    size, peak = path.stat().st_size, peak_memory_bytes()
+    return Done(path.name, key.digest(), size, False, files, peak, os.getpid())

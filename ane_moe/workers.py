@@ -3,7 +3,14 @@
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    as_completed,
+    wait,
+)
 from contextlib import AbstractContextManager, nullcontext
 from multiprocessing import forkserver, get_context, parent_process
 from typing import Any, TypeVar
@@ -13,7 +20,7 @@ import psutil
 T = TypeVar("T")
 U = TypeVar("U")
 
-Pool = ProcessPoolExecutor | None       # None: everything in this process
+Pool = Executor | None      # None: everything in this process
 
 
 def prepare(workers: int, preload: str) -> None:

@@ -124,7 +124,7 @@ def plain_path(checkpoint: Path, scratch: Path) -> None:
     opened = open_checkpoint(checkpoint)
     block = build_unbound(shard.graphs[""].block).to_empty(device="cpu")
     for name, parameter in block.named_parameters():
-        source = shard.weights[name]
+        source = shard.sources[name]
         if isinstance(source, TensorSource):
             parameter.data = torch.from_numpy(opened.read(source)).float().reshape(parameter.shape)
         else:

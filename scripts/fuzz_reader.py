@@ -42,13 +42,12 @@ def main() -> int:
 
 
 def _build(packages: Path) -> None:
-    from conftest import PACKAGES
+    from conftest import build
     from mutations import SEEDS
 
     packages.mkdir(parents=True, exist_ok=True)
     for name in SEEDS:
-        if not (packages / f"{name}.mlpackage").exists():
-            PACKAGES[name](packages / f"{name}.mlpackage")
+        build(name, packages)
 
 
 def _watch(arguments: argparse.Namespace, packages: Path, scratch: Path) -> int:
@@ -77,11 +76,12 @@ def _watch(arguments: argparse.Namespace, packages: Path, scratch: Path) -> int:
 
 def _child(arguments: argparse.Namespace, packages: Path, scratch: Path) -> None:
     import torch
+    from conftest import build
     from mutations import SEEDS, damaged_copy, exercise
 
     torch.set_num_threads(1)
     for name in SEEDS:                                  # what imports and caches take is not growth
-        exercise(packages / f"{name}.mlpackage", execute=not arguments.read_only)
+        exercise(build(name, packages), execute=not arguments.read_only)
     limit_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + arguments.megabytes * 1024
     end = time.monotonic() + 60 * arguments.minutes
     case, refused = arguments.seed, 0
@@ -93,7 +93,7 @@ def _child(arguments: argparse.Namespace, packages: Path, scratch: Path) -> None
         state.write_text(json.dumps({"case": case, "name": name, "refused": refused}))
         faulthandler.dump_traceback_later(arguments.seconds, exit=True)
         try:
-            target = damaged_copy(packages / f"{name}.mlpackage", scratch / "damaged.mlpackage", random)
+            target = damaged_copy(build(name, packages), scratch / "damaged.mlpackage", random)
             refused += not exercise(target, execute=not arguments.read_only)
         except Exception:
             traceback.print_exc()

@@ -23,6 +23,8 @@ import typer
 
 from ane_moe.families import load_family
 from ane_moe.families.config import Config
+from ane_moe.families.keys import find_tensors
+from ane_moe.model.weight import EMBEDDING, HEAD
 from ane_moe.spec import ModelSpec
 
 BLOCK = 8_388_593       # elements; a prime, so that no two rows or tensors of a power-of-two size are alike
@@ -99,12 +101,12 @@ class _AnyKey(frozenset[str]):
 
 def planned_tensors(spec: ModelSpec) -> list[Tensor]:
     """The stored tensors of `spec`, each once, as the model's repository stores them."""
-    sources = load_family(spec.family).tensors(spec, _AnyKey())
+    sources = find_tensors(spec, _AnyKey(), load_family(spec.family).KEYS)
     if spec.head.tied:
-        del sources["head.weight"]
+        del sources[HEAD]
     stored = {source.key: source for source in sources.values()}
     return [
-        Tensor(source.key, source.stored_shape, *_distribution(source.name, source.stored_shape, len(spec.layers)))
+        Tensor(source.key, source.stored_shape, *_distribution(str(source.name), source.stored_shape, len(spec.layers)))
         for source in stored.values()
     ]
 
@@ -115,7 +117,7 @@ def _distribution(name: str, shape: tuple[int, ...], layers: int) -> tuple[float
         return 1.0, 0.1
     if name.endswith("bias"):
         return 0.0, 0.1
-    if name == "embed.weight":
+    if name == str(EMBEDDING):
         return 0.0, 0.02
     gain = 2.0 if "router" in name else (2 * layers) ** -0.5 if name.endswith(("o.weight", "down.weight")) else 1.0
     return 0.0, gain * shape[-1] ** -0.5

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from coremltools.converters.mil.mil.ops.registry import SSAOpRegistry
 
-from ane_moe.runtime.ops import LEFT_OUT, STRUCTURAL, TABLE
+from ane_moe.runtime.ops import STRUCTURAL, TABLE
 
 PAGE = Path(__file__).parent.parent / "docs" / "runtime.md"
 BEGIN, END = "<!-- op table: begin -->\n", "<!-- op table: end -->\n"
@@ -38,12 +38,11 @@ def note(name: str) -> str:
 
 def rows() -> list[str]:
     names = (set(SSAOpRegistry.core_ops) | set(STRUCTURAL)) - INTERNAL
-    lines = ["| op | opsets | executed | notes |", "|---|---|---|---|"]
+    lines = ["| op | opsets | notes |", "|---|---|---|"]
     for name in sorted(names):
         since = first_release(name)
         opsets = f"iOS {since}-18" if since < 18 else "iOS 18"
-        executed = "no" if name in LEFT_OUT else "yes"
-        lines.append(f"| `{name}` | {opsets} | {executed} | {LEFT_OUT.get(name) or note(name)} |")
+        lines.append(f"| `{name}` | {opsets} | {note(name)} |")
     return lines
 
 

@@ -4,8 +4,8 @@
 
 Prints what each file says of the rules, and a [thresholds] table for ane_moe/verification/rules.toml. A threshold
 moves only where that makes fewer predictions wrong, or as many wrong and fewer uncertain. With the published
-placements alone it promises the engine to more graphs than 24 samples bear out: look at how many support a threshold
-before taking it.
+placements alone it promises the engine to more graphs than 32 samples bear out: look at how many
+support a threshold before taking it.
 """
 
 import argparse

@@ -50,6 +50,8 @@ def test_convert_prints_json_alone_and_none_of_coremltools_warnings(converted):
     out, result = converted
     document = json.loads(result.stdout)
     assert document["golden"] == "golden.safetensors" and (out / FILE_NAME).exists()
+    assert [concern["rule"] for concern in document["concerns"]] == ["state-access"]
+    assert result.stderr.count("ane-moe: warning: ") == 1 and "(state-access)" in result.stderr
     assert "libcoremlpython" not in result.stderr and "Torch version" not in result.stderr
 
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from ane_moe.checkpoint import open_checkpoint
 from ane_moe.families import describe, load_family
 from ane_moe.families.config import Config
+from ane_moe.model.weight import EMBEDDING, parse_name
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "make_checkpoint.py"
 TOTAL_PARAMETERS = {            # billions, of the whole models, as their authors give them
@@ -66,9 +67,9 @@ def test_transformers_runs_the_checkpoint_and_its_activations_stay_finite(granit
 def test_its_tensors_and_rows_all_differ(granite: Path) -> None:
     checkpoint = open_checkpoint(granite)
     _, sources = describe(checkpoint)
-    experts = [checkpoint.read(sources[f"layers.0.ffn.experts.{n}.up.weight"]) for n in range(32)]
+    experts = [checkpoint.read(sources[parse_name(f"layers.0.ffn.experts.{n}.up.weight")]) for n in range(32)]
     assert len({expert.tobytes() for expert in experts}) == 32
-    assert len(np.unique(checkpoint.read(sources["embed.weight"]), axis=0)) == 49155
+    assert len(np.unique(checkpoint.read(sources[EMBEDDING]), axis=0)) == 49155
 
 
 @pytest.mark.parametrize("like", TOTAL_PARAMETERS)

@@ -18,6 +18,7 @@ from ane_moe.conversion import ConvertOptions, convert, plan
 from ane_moe.errors import UserError
 from ane_moe.families import describe, describe_config
 from ane_moe.manifest import read_manifest
+from ane_moe.model.weight import HEAD, parse_name
 from ane_moe.verification.golden import capture_golden, read_golden
 from ane_moe.verification.verify import verify
 from tests.models import edit_config, make_model, read_config, save_checkpoint, save_fused
@@ -130,7 +131,7 @@ def test_what_automodel_saves_is_read_as_transformers_loads_it(folder: Path) -> 
     _, sources = describe(checkpoint)
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     gate = loaded.model.layers[0].mlp.experts.gate_up_proj[3].chunk(2)[0].detach()
-    read = checkpoint.read(sources["layers.0.ffn.experts.3.gate.weight"])
+    read = checkpoint.read(sources[parse_name("layers.0.ffn.experts.3.gate.weight")])
     assert np.array_equal(read, gate.half().numpy())
 
 
@@ -140,7 +141,7 @@ def test_the_golden_of_other_names_is_the_original_models(
 ) -> None:
     rename(folder, PREFIXES[saver])
     out = folder / "golden.safetensors"
-    capture_golden(folder, layers=(0, 1), prompts=[[5, 6, 7]], out=out)
+    capture_golden(open_checkpoint(folder), layers=(0, 1), prompts=[[5, 6, 7]], out=out)
     with torch.no_grad():
         expected = model(torch.tensor([[5, 6, 7]])).logits[0].numpy()
     assert np.abs(read_golden(out).logits - expected).max() < 1e-4
@@ -183,7 +184,7 @@ def test_an_untied_model_without_its_head_is_told_of_tying(folder: Path) -> None
     assert "set tie_word_embeddings to true" in said
     edit_config(folder, tie_word_embeddings=True)
     _, sources = describe(open_checkpoint(folder))
-    assert sources["head.weight"].key == "model.embed_tokens.weight"
+    assert sources[HEAD].key == "model.embed_tokens.weight"
 
 
 # --- tensors beside the model
@@ -393,7 +394,7 @@ def test_a_stale_single_file_is_read_as_transformers_does_and_said(folder: Path)
     _, sources = describe(checkpoint)
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     head = loaded.lm_head.weight.detach().half().numpy()
-    assert np.array_equal(checkpoint.read(sources["head.weight"]), head)
+    assert np.array_equal(checkpoint.read(sources[HEAD]), head)
     (note,) = checkpoint.notes
     assert "model.safetensors was read, as transformers does" in note
     assert "model.safetensors.index.json with its 2 files passed over" in note
@@ -480,7 +481,7 @@ def test_json_files_with_a_byte_order_mark_are_read_and_the_golden_too(
         assert (folder / name).read_bytes().startswith(b"\xef\xbb\xbf")
     spec, _ = describe(open_checkpoint(folder))
     assert spec.vocab == 211
-    capture_golden(folder, layers=(0, 1), prompts=[[5, 6]], out=folder / "golden.safetensors")
+    capture_golden(open_checkpoint(folder), layers=(0, 1), prompts=[[5, 6]], out=folder / "golden.safetensors")
     with torch.no_grad():
         expected = model(torch.tensor([[5, 6]])).logits[0].numpy()
     assert np.abs(read_golden(folder / "golden.safetensors").logits - expected).max() < 1e-4

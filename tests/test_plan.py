@@ -10,9 +10,9 @@ from ane_moe import plan as planning
 from ane_moe.checkpoint import TensorSource
 from ane_moe.compress.recipe import FP16
 from ane_moe.errors import UserError
-from ane_moe.plan import MAX_HEAD_ROWS, MB, ConvertOptions, OneHot, make_plan, parse_expert_tokens, parse_layers
+from ane_moe.number_lists import parse_counts, parse_layers
+from ane_moe.plan import MAX_HEAD_ROWS, MB, ConvertOptions, OneHot, make_plan
 from ane_moe.spec import GqaSpec, HeadSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec, NormSpec, RopeSpec, RouterSpec
-from ane_moe.tensors import tensor_shapes
 
 ATTENTION = GqaSpec(32, 4, 128, 128**-0.5, "main", qk_norm="head")
 QWEN3 = ModelSpec(
@@ -28,7 +28,7 @@ QWEN3 = ModelSpec(
 
 
 def plan(spec=QWEN3, **options):
-    sources = {name: TensorSource(name, name, shape) for name, shape in tensor_shapes(spec).items()}
+    sources = {name: TensorSource(name, str(name), row.shape, weight=row) for name, row in spec.weights()}
     return make_plan(spec, sources, ConvertOptions(**{"recipe": FP16, **options}))
 
 
@@ -44,8 +44,8 @@ def test_qwen3_30b_splits_its_layers_into_eight_equal_self_contained_parts():
     assert [shard.path for shard in shards][:2] == ["moe/layer_00_part_1.mlpackage", "moe/layer_00_part_2.mlpackage"]
     assert all(shard.weight_bytes <= 220 * MB for shard in shards)
     assert len({shard.graphs[""] for shard in shards}) == 2                   # the first carries the residual
-    assert shards[3].weights["select.weight"] == OneHot(16, 128, 48)
-    assert shards[3].weights["experts.2.up.weight"].name == "layers.0.ffn.experts.50.up.weight"
+    assert shards[3].sources["select.weight"] == OneHot(16, 128, 48)
+    assert str(shards[3].sources["experts.2.up.weight"].name) == "layers.0.ffn.experts.50.up.weight"
     assert "1208 MB in one piece" in shards[0].reason
 
 
@@ -56,7 +56,7 @@ def test_layers_share_their_templates():
 
 def test_every_weight_has_a_source_of_its_size():
     for shard in plan().shards:
-        assert shard.weight_bytes == sum(2 * math.prod(source.shape) for source in shard.weights.values())
+        assert shard.weight_bytes == sum(2 * math.prod(source.shape) for source in shard.sources.values())
 
 
 def test_bytes_add_up_to_the_model():
@@ -64,7 +64,7 @@ def test_bytes_add_up_to_the_model():
     norms_and_routers = 7 * 2 * (2048 + 128 * 2048) * 2                     # each further part has its own
     selections = 2 * 8 * 16 * 128 * 2
     head_norms = (len([s for s in conversion.shards if s.kind == "lm_head"]) - 1) * 2048 * 2
-    model = sum(2 * math.prod(shape) for shape in tensor_shapes(QWEN3).values())
+    model = sum(2 * math.prod(row.shape) for _, row in QWEN3.weights())
     assert conversion.disk_bytes == model + norms_and_routers + selections + head_norms
 
 
@@ -75,7 +75,7 @@ def test_the_head_is_at_least_two_slices_none_too_wide(vocab):
     assert rows[0][0] == 0 and rows[-1][1] == vocab and len(rows) >= 2
     assert all(first[1] == second[0] for first, second in itertools.pairwise(rows))
     assert max(last - first for first, last in rows) <= MAX_HEAD_ROWS
-    assert heads[1].weights["rows.weight"].rows == rows[1]
+    assert heads[1].sources["rows.weight"].rows == rows[1]
 
 
 def test_an_expert_above_the_limit_gets_a_part_of_its_own_and_the_plan_says_so():
@@ -125,18 +125,19 @@ def test_sparse_routing_makes_one_package_of_all_experts_and_no_moe_shard():
     assert [shard.path for shard in shards] == ["attn/layer_00.mlpackage", "experts/layer_00.mlpackage"]
     experts = shards[1]
     assert experts.experts == tuple(range(128)) and experts.weight_bytes == 128 * 3 * 2048 * 768 * 2
-    assert len(experts.functions) == 128 * 3 and ("expert_127_t16", 16) in experts.functions
+    assert len(experts.functions) == 128 * 3
+    assert ("expert_127_t16", 16, (127,)) in [(f.name, f.tokens, f.experts) for f in experts.functions]
     assert len(set(experts.graphs.values())) == 1                           # one template for all
-    assert experts.weights["expert_050/experts.0.up.weight"].name == "layers.0.ffn.experts.50.up.weight"
-    assert shards[0].weights["ffn.router.weight"].name == "layers.0.ffn.router.weight"
-    assert shards[0].weights["attn.q.weight"].name == "layers.0.attn.q.weight"
+    assert str(experts.sources["expert_050/experts.0.up.weight"].name) == "layers.0.ffn.experts.50.up.weight"
+    assert str(shards[0].sources["ffn.router.weight"].name) == "layers.0.ffn.router.weight"
+    assert str(shards[0].sources["attn.q.weight"].name) == "layers.0.attn.q.weight"
 
 
 def test_groups_of_experts_are_named_by_their_first_and_the_last_may_be_smaller():
     experts = plan(routing="sparse", experts_per_function=50, expert_tokens=(4,), layers=(0,)).shards[1]
-    assert [name for name, _ in experts.functions] == ["expert_000_t4", "expert_050_t4", "expert_100_t4"]
+    assert [function.name for function in experts.functions] == ["expert_000_t4", "expert_050_t4", "expert_100_t4"]
     assert [graph.block.size for graph in experts.graphs.values()] == [50, 50, 28]
-    assert experts.weights["expert_100/experts.27.down.weight"].name == "layers.0.ffn.experts.127.down.weight"
+    assert str(experts.sources["expert_100/experts.27.down.weight"].name) == "layers.0.ffn.experts.127.down.weight"
 
 
 def test_expert_packages_stay_below_the_limit_of_a_weight_file(monkeypatch):
@@ -149,10 +150,10 @@ def test_expert_packages_stay_below_the_limit_of_a_weight_file(monkeypatch):
 
 
 def test_token_counts_of_expert_functions_are_parsed_and_checked():
-    assert parse_expert_tokens("64, 1,16,1") == (1, 16, 64)
+    assert parse_counts("64, 1,16,1", "--expert-tokens", 1) == (1, 16, 64)
     for text in ("", "0", "1,,2", "a", "-1", "1.5", "123456"):
         with pytest.raises(UserError, match="expert-tokens"):
-            parse_expert_tokens(text)
+            parse_counts(text, "--expert-tokens", 1, 16384)
     for options in ({"expert_tokens": ()}, {"expert_tokens": (4, 1)}, {"expert_tokens": (0, 1)},
                     {"experts_per_function": 0}):
         with pytest.raises(UserError):

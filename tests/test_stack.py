@@ -93,5 +93,5 @@ def test_a_shard_needs_a_layer(checkpoint):
 def test_stacks_hold_each_weight_once(checkpoint):
     for count, state in product((1, 2, 3), ("mlstate", "explicit")):
         shards = plan(checkpoint, ConvertOptions(context=64, recipe=FP16, layers_per_shard=count, state=state)).shards
-        names = [source.name for shard in shards if shard.kind != "lm_head" for source in shard.weights.values()]
+        names = [source.name for shard in shards if shard.kind != "lm_head" for source in shard.sources.values()]
         assert len(names) == len(set(names))

@@ -38,7 +38,7 @@ def operations(template, function):
         MoeConfig(16, NORM, MOE, experts=4, first=True),
         MoeConfig(16, NORM, MOE, experts=2, first=False),
         DenseConfig(16, NORM, MlpSpec(24)),
-        HeadConfig(16, NORM, rows=20),
+        HeadConfig(16, NORM, vocab_rows=20),
     ],
     ids=lambda block: type(block).__name__,
 )
@@ -63,7 +63,7 @@ def test_every_block_converts_with_all_its_weights_as_constants_of_both_function
         SharedExpertConfig(16, MOE.shared),
         StackConfig(((AttentionConfig(16, NORM, GQA, rotary=4, slots=32), MoeConfig(16, NORM, MOE, 4, True)),
                      (AttentionConfig(16, NORM, GQA, rotary=4, slots=32), DenseConfig(16, NORM, MlpSpec(24))))),
-        HeadConfig(16, NORM, rows=20),
+        HeadConfig(16, NORM, vocab_rows=20),
     ],
     ids=lambda block: type(block).__name__,
 )  # fmt: skip

@@ -8,8 +8,8 @@ from typing import Any
 
 from ane_moe.benchmark.chips import Range, find_chip
 from ane_moe.benchmark.cost_model import breakdown
-from ane_moe.benchmark.formats import bits_of, rate_of
 from ane_moe.benchmark.workload import Calls
+from ane_moe.compress.recipe import find_format
 
 MEASUREMENTS = Path(__file__).with_name("measurements.toml")
 
@@ -74,9 +74,9 @@ def _outcome(row: dict[str, Any]) -> Outcome:
 
 
 def _calls(entry: dict[str, Any]) -> Calls:
-    weights = round(entry["mweights"] * 1e6)
-    stored = round(weights * bits_of(entry["format"]) / 8)
+    form, weights = find_format(entry["format"]), round(entry["mweights"] * 1e6)
+    stored = round(weights * form.bits_per_weight / 8)
     count = Range(entry["count"], entry["count"], entry["count"])
     cache = round(entry.get("cache_mb", 0) * 1e6)
-    rate, tokens = rate_of(entry["format"]), entry.get("tokens", 1)
-    return Calls(entry["kind"], count, stored, weights, rate, tokens, cache)
+    tokens = entry.get("tokens", 1)
+    return Calls(entry["kind"], count, stored, weights, form.rate, tokens, cache)

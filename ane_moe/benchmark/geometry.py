@@ -1,7 +1,8 @@
-"""A model's matrices from its config.json alone, also of families that `convert` does not know.
+"""A model's matrices: from the architecture that `convert` reads, or nearly from a config.json.
 
-Enough for sizes and times, not for maths: biases and convolution kernels are left out, and a layer type that is not
-known is counted as attention and named in `notes`.
+Enough for sizes and times, not for maths: biases and convolution kernels are left out. Of a
+config.json that `convert` refuses, a layer type that is not known is counted as attention and named
+in `notes`.
 """
 
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 from ane_moe.errors import UserError
 from ane_moe.families.config import MAX_EXPERTS, MAX_LAYERS, Config
+from ane_moe.spec import GqaSpec, LayerSpec, MlpSpec, ModelSpec
 
 ATTENTION = {"full_attention", "sliding_attention", "attention", "hybrid", "hybrid_sliding"}
 CONVOLUTION = {"conv", "short_conv"}
@@ -22,9 +24,9 @@ DEFAULT_CONTEXT = 2048
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight matrix; `name` as in our tensor names, from `attn.`, `ffn.` or `head.` on."""
+    """A weight matrix, and what a recipe calls it."""
 
-    name: str
+    role: str
     rows: int
     columns: int
 
@@ -68,9 +70,25 @@ class Geometry:
         return sum(map(_layer_weights, self.layers)) + self.vocab * self.d_model
 
 
+def geometry_of_spec(spec: ModelSpec) -> Geometry:
+    """The geometry of an architecture that `convert` knows."""
+    layers = tuple(_layer_of_spec(layer, spec.d_model) for layer in spec.layers)
+    return Geometry(spec.family, spec.d_model, spec.vocab, spec.context, layers)
+
+
+def names_experts(values: dict[str, Any], depth: int = 2) -> bool:
+    """Whether a configuration, or one inside it, gives a number of experts."""
+    if any(values.get(name) is not None for name in EXPERTS):
+        return True
+    inner = (value for value in values.values() if isinstance(value, dict) and depth)
+    return any(names_experts(value, depth - 1) for value in inner)
+
+
 def geometry_of(values: dict[str, Any], where: str = "config.json") -> Geometry:
-    """The geometry of a configuration. Raises UserError for a field that is missing or makes no sense, and for a model
-    without experts."""
+    """The geometry of a configuration by the fields that families share: an approximation.
+
+    Raises UserError for a field that is missing or makes no sense, and for a model without experts.
+    """
     inner = values.get("text_config")
     reader = _Reader(Config(inner if isinstance(inner, dict) else values, where))
     count = reader.config.integer("num_hidden_layers", at_most=MAX_LAYERS)
@@ -79,13 +97,42 @@ def geometry_of(values: dict[str, Any], where: str = "config.json") -> Geometry:
         found = str(values.get("model_type"))
         raise UserError(f"{where} describes no experts", found, "give a Mixture-of-Experts model")
     context = reader.config.integer("max_position_embeddings", "model_max_length")
-    name = str(reader.config.values.get("model_type", values.get("model_type", "unknown")))
+    name = str(values.get("model_type", reader.config.values.get("model_type", "unknown")))
     return Geometry(name, reader.d_model, reader.config.integer("vocab_size"), context, layers, reader.notes())
 
 
 def _layer_weights(layer: LayerGeometry) -> int:
     parts = (*layer.mixer, *layer.dense, *layer.shared)
     return sum(m.weights for m in parts) + layer.experts * sum(m.weights for m in layer.expert) + layer.router
+
+
+def _layer_of_spec(layer: LayerSpec, d: int) -> LayerGeometry:
+    mixer, ffn = layer.mixer, layer.ffn
+    attention, cache = _gqa(mixer, d), 2 * mixer.kv_heads * mixer.head_dim
+    if isinstance(ffn, MlpSpec):
+        return LayerGeometry(attention, cache, dense=_mlp("dense", ffn.width, d), norm=d)
+    return LayerGeometry(
+        attention,
+        cache,
+        expert=_mlp("experts", ffn.expert.width, d),
+        shared=_mlp("shared", ffn.shared.mlp.width, d) if ffn.shared else (),
+        experts=ffn.router.experts,
+        k=ffn.router.k,
+        router=ffn.router.experts * d,
+        norm=d,
+    )
+
+
+def _gqa(mixer: GqaSpec, d: int) -> tuple[Matrix, ...]:
+    query, key = mixer.heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim
+    rows = {"q": query, "k": key, "v": key}
+    inputs = (Matrix(f"attention.{name}", size, d) for name, size in rows.items())
+    return (*inputs, Matrix("attention.o", d, query))
+
+
+def _mlp(role: str, width: int, d: int) -> tuple[Matrix, ...]:
+    inward = (Matrix(f"{role}.{name}", width, d) for name in ("gate", "up"))
+    return (*inward, Matrix(f"{role}.down", d, width))
 
 
 class _Reader:
@@ -106,7 +153,8 @@ class _Reader:
         mixer, cache, state = self._mixer(number)
         if self._is_dense(number):
             width = self.config.integer("intermediate_size")
-            return LayerGeometry(mixer, cache, state, dense=self._mlp("ffn", width), norm=self.d_model)
+            dense = _mlp("dense", width, self.d_model)
+            return LayerGeometry(mixer, cache, state, dense=dense, norm=self.d_model)
         experts = self.config.integer(*EXPERTS, at_most=MAX_EXPERTS)
         k = self.config.integer(*CHOSEN, at_most=experts)
         shared = self._shared()
@@ -114,8 +162,8 @@ class _Reader:
             mixer,
             cache,
             state,
-            expert=self._mlp("ffn.experts.0", self._expert_width()),
-            shared=self._mlp("ffn.shared", shared) if shared else (),
+            expert=_mlp("experts", self._expert_width(), self.d_model),
+            shared=_mlp("shared", shared, self.d_model) if shared else (),
             experts=experts,
             k=k,
             router=self._router(experts),
@@ -126,15 +174,15 @@ class _Reader:
         """Matrices, KV values a token, values of other states."""
         d = self.d_model
         if number < len(self.types) and self.types[number] in CONVOLUTION:
-            return (Matrix("attn.q.weight", 3 * d, d), Matrix("attn.o.weight", d, d)), 0, 2 * d
+            return (Matrix("attention.q", 3 * d, d), Matrix("attention.o", d, d)), 0, 2 * d
         heads = self.config.integer("num_attention_heads")
         if self.config.has("kv_lora_rank"):
             return self._latent(heads)
         kv_heads = self.config.integer("num_key_value_heads") if self.config.has("num_key_value_heads") else heads
         head = self.config.integer("head_dim") if self.config.has("head_dim") else d // heads
         query, key = heads * head, kv_heads * head
-        matrices = [Matrix("attn.q.weight", query, d), Matrix("attn.k.weight", key, d), Matrix("attn.v.weight", key, d)]
-        return (*matrices, Matrix("attn.o.weight", d, query)), 2 * key, 0
+        matrices = [Matrix("attention.q", query, d), Matrix("attention.k", key, d), Matrix("attention.v", key, d)]
+        return (*matrices, Matrix("attention.o", d, query)), 2 * key, 0
 
     def _latent(self, heads: int) -> tuple[tuple[Matrix, ...], int, int]:
         """Latent attention: the cache holds the latent and the rotary key."""
@@ -142,11 +190,11 @@ class _Reader:
         nope, rope = self.config.integer("qk_nope_head_dim"), self.config.integer("qk_rope_head_dim")
         value = self.config.integer("v_head_dim")
         query, inner = heads * (nope + rope), d
-        matrices = [Matrix("attn.k.weight", latent + rope, d), Matrix("attn.v.weight", heads * (nope + value), latent)]
+        matrices = [Matrix("attention.k", latent + rope, d), Matrix("attention.v", heads * (nope + value), latent)]
         if self.config.has("q_lora_rank"):
             inner = self.config.integer("q_lora_rank")
-            matrices.append(Matrix("attn.q.weight", inner, d))
-        matrices += [Matrix("attn.q.weight", query, inner), Matrix("attn.o.weight", d, heads * value)]
+            matrices.append(Matrix("attention.q", inner, d))
+        matrices += [Matrix("attention.q", query, inner), Matrix("attention.o", d, heads * value)]
         return tuple(matrices), latent + rope, 0
 
     def _is_dense(self, number: int) -> bool:
@@ -180,11 +228,3 @@ class _Reader:
             width = self.config.integer("router_hidden_size")
             return width * self.d_model + 2 * width * width + (experts + 1) * width
         return experts * self.d_model
-
-    def _mlp(self, prefix: str, width: int) -> tuple[Matrix, ...]:
-        d = self.d_model
-        return (
-            Matrix(f"{prefix}.gate.weight", width, d),
-            Matrix(f"{prefix}.up.weight", width, d),
-            Matrix(f"{prefix}.down.weight", d, width),
-        )

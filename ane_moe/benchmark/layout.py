@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ane_moe.benchmark.formats import rate_of
 from ane_moe.benchmark.geometry import Geometry, LayerGeometry, Matrix
 from ane_moe.benchmark.pieces import ExpertSet, Piece
 from ane_moe.compress.recipe import Recipe, find_format
@@ -83,12 +82,11 @@ class Layout:
     def _head(self) -> list[Piece]:
         model = self.geometry
         sizes = even_parts(model.vocab, max(MIN_HEAD_PARTS, math.ceil(model.vocab / MAX_HEAD_ROWS)))
-        slices = [Matrix("head.weight", rows, model.d_model) for rows in sizes]
-        return [_piece("lm_head", _stored(self.options.recipe, [part], model.d_model)) for part in slices]
+        slices = [Matrix("head", rows, model.d_model) for rows in sizes]
+        return [_piece("lm_head", _stored(self.options.recipe, None, [part], model.d_model)) for part in slices]
 
     def _stored(self, number: int, matrices: Iterable[Matrix], plain: int = 0) -> Stored:
-        named = [Matrix(f"layers.{number}.{m.name}", m.rows, m.columns) for m in matrices]
-        return _stored(self.options.recipe, named, plain)
+        return _stored(self.options.recipe, number, matrices, plain)
 
 
 def layout_of(geometry: Geometry, options: ConvertOptions, context: int) -> list[Piece]:
@@ -96,15 +94,15 @@ def layout_of(geometry: Geometry, options: ConvertOptions, context: int) -> list
     return Layout(geometry, options, math.ceil(context / CACHE_STEP) * CACHE_STEP).pieces()
 
 
-def _stored(recipe: Recipe, matrices: Iterable[Matrix], plain: int) -> Stored:
+def _stored(recipe: Recipe, layer: int | None, matrices: Iterable[Matrix], plain: int) -> Stored:
     size, weights, rates = 2 * plain, plain, Counter({"fp16": plain})
     for matrix in matrices:
-        choice = recipe.choice(matrix.name)
+        choice = recipe.by_role(matrix.role, layer)
         rank = min(choice.rank, min(matrix.rows, matrix.columns) // 2)
         apart = rank * (matrix.rows + matrix.columns)                   # directions kept apart, in fp16
         size += find_format(choice.format).stored_bytes(matrix.rows, matrix.columns) + 2 * apart
         weights += matrix.weights + apart
-        rates[rate_of(choice.format)] += matrix.weights
+        rates[find_format(choice.format).rate] += matrix.weights
     return Stored(size, weights, tuple(sorted(rates.items())))
 
 

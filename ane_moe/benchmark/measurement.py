@@ -141,8 +141,8 @@ def _load(out: Path, runtime: str, options: BenchOptions, first: int,
 
 def _limits(asked: float | None, manifest: Manifest) -> dict[str, float]:
     """The cosine that logits have to reach, by golden: compression excuses nothing that the stored weights give."""
-    original = MIN_LOGIT_COSINE.get(manifest.weights, MIN_LOGIT_COSINE_COMPRESSED) if asked is None else asked
-    return {ORIGINAL: original, AS_STORED: MIN_LOGIT_COSINE["fp16"]}
+    usual = MIN_LOGIT_COSINE_COMPRESSED if manifest.compressed else MIN_LOGIT_COSINE
+    return {ORIGINAL: usual if asked is None else asked, AS_STORED: MIN_LOGIT_COSINE}
 
 
 def _memory(shards: LoadedShards) -> Memory:

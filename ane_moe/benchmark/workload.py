@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Protocol
 
 from ane_moe.benchmark.chips import Range
-from ane_moe.benchmark.pieces import ExpertSet, Piece, merge, pieces_of_manifest, pieces_of_plan
+from ane_moe.benchmark.pieces import ExpertSet, Piece, merge, pieces_of
 from ane_moe.compress.recipe import find_format
 from ane_moe.manifest import Manifest, read_manifest
 from ane_moe.plan import ConversionPlan
+from ane_moe.spec import MoeSpec
 
 
 @dataclass(frozen=True)
@@ -76,16 +77,18 @@ class ExpertTraffic(Protocol):
 
 
 def workload_of(conversion: Path | Manifest) -> Workload:
-    """The workload of a finished conversion. Raises UserError for a broken folder and for an unknown recipe."""
+    """The workload of a finished conversion. Raises UserError for a broken folder."""
     manifest = read_manifest(conversion) if isinstance(conversion, Path) else conversion
     embed = find_format(manifest.embed_format).stored_bytes(manifest.vocab, manifest.d_model)
-    return assemble(pieces_of_manifest(manifest), manifest.routing, manifest.weights, manifest.prefill, embed)
+    k = {int(layer): facts["k"] for layer, facts in manifest.moe.items()}
+    return assemble(pieces_of(manifest.shards, k), manifest.routing, manifest.weights, manifest.prefill, embed)
 
 
 def workload_of_plan(plan: ConversionPlan) -> Workload:
     """The workload of a conversion that has not been made."""
-    options = plan.options
-    return assemble(pieces_of_plan(plan), options.routing, options.recipe.name, options.prefill, plan.embed_bytes)
+    options, layers = plan.options, enumerate(plan.spec.layers)
+    k = {number: layer.ffn.router.k for number, layer in layers if isinstance(layer.ffn, MoeSpec)}
+    return assemble(pieces_of(plan.shards, k), options.routing, options.recipe.name, options.prefill, plan.embed_bytes)
 
 
 def assemble(pieces: Iterable[Piece], routing: str, format: str, prefill: int, embed_bytes: int) -> Workload:

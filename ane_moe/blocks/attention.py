@@ -1,5 +1,6 @@
 """Grouped-query attention over a KV cache that is written by mask."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from ane_moe.blocks.norm import RmsNorm
 from ane_moe.blocks.ports import Block, Ports, Shape
 from ane_moe.blocks.projection import Projection
 from ane_moe.blocks.rope import rotate
+from ane_moe.model.weight import Row, with_directions
 from ane_moe.spec import GqaSpec, NormSpec
 
 
@@ -30,6 +32,10 @@ class AttentionConfig:
         """The KV caches and their shapes, state or not."""
         cache = (1, self.mixer.kv_heads, self.mixer.head_dim, self.slots)
         return {"k_cache": cache, "v_cache": cache}
+
+    def rows(self) -> Iterator[Row]:
+        """The block's parameters, in its own order."""
+        return with_directions(self.mixer.rows(self.d_model), dict(zip("qkvo", self.ranks, strict=True)))
 
 
 class Attention(Block):

@@ -1,14 +1,15 @@
 """Experts one by one or in groups, each a function of its own that the host calls for the tokens that chose it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ane_moe.blocks.mlp import GatedMlp, MlpRanks
-from ane_moe.blocks.moe import tree_sum
+from ane_moe.blocks.mlp import GatedMlp, MlpRanks, mlp_rows
 from ane_moe.blocks.ports import Block, Ports
 from ane_moe.blocks.projection import Projection
+from ane_moe.model.weight import Row, Weight
 from ane_moe.spec import MlpSpec, SharedSpec
 
 
@@ -18,6 +19,33 @@ class ExpertGroupConfig:
     expert: MlpSpec
     size: int = 1
     ranks: MlpRanks = (0, 0, 0)
+
+    def rows(self) -> Iterator[Row]:
+        """The block's parameters, in its own order."""
+        return expert_rows(self.expert, self.d_model, self.size, self.ranks)
+
+
+def expert_rows(expert: MlpSpec, d_model: int, count: int, ranks: MlpRanks) -> Iterator[Row]:
+    """The parameters of a list `experts` of gated MLPs."""
+    rows = list(mlp_rows(expert, d_model, "experts", ranks))
+    for index in range(count):
+        yield from (row.under(f"experts.{index}") for row in rows)
+
+
+def shared_rows(shared: SharedSpec, d_model: int, ranks: MlpRanks) -> Iterator[Row]:
+    """The parameters of a shared expert, and of its gate where it has one."""
+    for row in mlp_rows(shared.mlp, d_model, "shared", ranks):
+        yield row.under("shared")
+    if shared.gated:
+        yield Weight("shared_gate.weight", (1, d_model))
+
+
+def tree_sum(terms: list[Tensor]) -> Tensor:
+    """Pairwise sums: rounding grows with the depth, and wide fan-ins compile slowly (ane-guide, chapter 19)."""
+    while len(terms) > 1:
+        pairs = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)]
+        terms = pairs + terms[len(pairs) * 2 :]
+    return terms[0]
 
 
 class ExpertGroup(Block):
@@ -45,6 +73,10 @@ class SharedExpertConfig:
     d_model: int
     shared: SharedSpec
     ranks: MlpRanks = (0, 0, 0)
+
+    def rows(self) -> Iterator[Row]:
+        """The block's parameters, in its own order."""
+        return shared_rows(self.shared, self.d_model, self.ranks)
 
 
 class SharedExpert(Block):

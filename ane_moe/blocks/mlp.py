@@ -1,5 +1,6 @@
 """Gated MLPs: dense layers, experts and shared experts."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -8,9 +9,16 @@ from torch import Tensor, nn
 from ane_moe.blocks.norm import RmsNorm
 from ane_moe.blocks.ports import Block, Ports
 from ane_moe.blocks.projection import Projection
+from ane_moe.model.weight import Row, Weight, with_directions
 from ane_moe.spec import MlpSpec, NormSpec
 
 MlpRanks = tuple[int, int, int]     # directions kept apart from gate, up and down
+
+
+def mlp_rows(mlp: MlpSpec, d_model: int, role: str, ranks: MlpRanks) -> Iterator[Row]:
+    """The parameters of a GatedMlp, in its own order."""
+    by_matrix = dict(zip(("gate", "up", "down"), ranks, strict=True))
+    return with_directions(mlp.rows(d_model, role), by_matrix)
 
 
 class GatedMlp(nn.Module):
@@ -39,6 +47,12 @@ class DenseConfig:
     norm: NormSpec
     mlp: MlpSpec
     ranks: MlpRanks = (0, 0, 0)
+
+    def rows(self) -> Iterator[Row]:
+        """The block's parameters, in its own order."""
+        yield Weight("norm.weight", (self.d_model,))
+        for row in mlp_rows(self.mlp, self.d_model, "dense", self.ranks):
+            yield row.under("mlp")
 
 
 class Dense(Block):

@@ -1,15 +1,18 @@
 """A mixture-of-experts layer, or a self-contained part of one."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ane_moe.blocks.experts import expert_rows, shared_rows, tree_sum
 from ane_moe.blocks.mlp import GatedMlp, MlpRanks
 from ane_moe.blocks.norm import RmsNorm
 from ane_moe.blocks.ports import Block, Ports
 from ane_moe.blocks.projection import Projection
 from ane_moe.blocks.router import Router
+from ane_moe.model.weight import Row, Selection, Weight
 from ane_moe.spec import MoeSpec, NormSpec
 
 
@@ -30,6 +33,17 @@ class MoeConfig:
     @property
     def split(self) -> bool:
         return self.experts < self.moe.router.experts
+
+    def rows(self) -> Iterator[Row]:
+        """The block's parameters, in its own order."""
+        d, moe = self.d_model, self.moe
+        yield Weight("norm.weight", (d,))
+        yield from (row.under("router") for row in moe.router.rows(d))
+        yield from expert_rows(moe.expert, d, self.experts, self.ranks)
+        if self.split:
+            yield Selection("select.weight", (self.experts, moe.router.experts))
+        if moe.shared is not None and self.first:
+            yield from shared_rows(moe.shared, d, self.shared_ranks)
 
 
 class Moe(Block):
@@ -69,11 +83,3 @@ class Moe(Block):
         if shared is None:
             return []
         return [self.shared(h, torch.sigmoid(self.shared_gate(h)) if shared.gated else None)]
-
-
-def tree_sum(terms: list[Tensor]) -> Tensor:
-    """Pairwise sums: rounding grows with the depth, and wide fan-ins compile slowly (ane-guide, chapter 19)."""
-    while len(terms) > 1:
-        pairs = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)]
-        terms = pairs + terms[len(pairs) * 2 :]
-    return terms[0]

@@ -1,5 +1,6 @@
 """Attention and routing in one call: what the host needs to dispatch a layer's experts."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from ane_moe.blocks.attention import Attention, AttentionConfig
 from ane_moe.blocks.norm import RmsNorm
 from ane_moe.blocks.ports import Block, Ports, Shape
 from ane_moe.blocks.router import Router
+from ane_moe.model.weight import Row, Weight
 from ane_moe.spec import RouterSpec
 
 
@@ -19,6 +21,12 @@ class RoutedAttentionConfig:
     @property
     def caches(self) -> dict[str, Shape]:
         return self.attention.caches
+
+    def rows(self) -> Iterator[Row]:
+        """The block's parameters, in its own order."""
+        yield from (row.under("attn") for row in self.attention.rows())
+        yield Weight("ffn.norm.weight", (self.attention.d_model,))
+        yield from (row.under("ffn.router") for row in self.router.rows(self.attention.d_model))
 
 
 class Routing(nn.Module):

@@ -30,7 +30,7 @@ class Router(Projection):
     """Gates `(1, d, 1, T) -> (1, E, 1, T)`: zero outside the k chosen, or the whole softmax if `soft`."""
 
     def __init__(self, d_model: int, spec: RouterSpec, soft: bool = False):
-        super().__init__(d_model, spec.experts, spec.bias)
+        super().__init__(d_model, spec.experts)
         self.spec = spec
         self.soft = soft
 

@@ -1,5 +1,6 @@
 """Consecutive layers in one graph: one call of the host in place of two for each layer."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from ane_moe.blocks.attention import Attention, AttentionConfig
 from ane_moe.blocks.mlp import Dense, DenseConfig
 from ane_moe.blocks.moe import Moe, MoeConfig
 from ane_moe.blocks.ports import Block, Ports, Shape
+from ane_moe.model.weight import Row
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,12 @@ class StackConfig:
         """The KV caches of all layers, named `k_cache_0`, `v_cache_0`, `k_cache_1`, ..."""
         return {f"{name}_{index}": shape for index, (attention, _) in enumerate(self.layers)
                 for name, shape in attention.caches.items()}  # fmt: skip
+
+    def rows(self) -> Iterator[Row]:
+        """The block's parameters, in its own order."""
+        for index, (attention, ffn) in enumerate(self.layers):
+            yield from (row.under(f"layers.{index}.attn") for row in attention.rows())
+            yield from (row.under(f"layers.{index}.ffn") for row in ffn.rows())
 
 
 class StackedLayer(nn.Module):

@@ -1,7 +1,6 @@
 """`ane-moe bench`: time a conversion whose output is right."""
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -59,9 +58,12 @@ def bench(
         raise UserError("--vs and --vs-model belong together", f"{'--vs-model' if vs is None else '--vs'} alone",
                         "give --vs mlx --vs-model FOLDER")
     earlier = read_saved(against) if against else None
+    from ane_moe.number_lists import parse_counts
+
     options = BenchOptions(
-        runs=runs, warmup=warmup, tokens=tokens, fills=parse_counts(fills, "--fills", 0),
-        lengths=parse_counts(lengths, "--lengths", 1), units=units,
+        runs=runs, warmup=warmup, tokens=tokens,
+        fills=None if fills is None else parse_counts(fills, "--fills", 0),
+        lengths=None if lengths is None else parse_counts(lengths, "--lengths", 1), units=units,
         expert_cache_bytes=None if expert_cache_mb is None else int(expert_cache_mb * 1_000_000),
         concurrency=concurrency, predictor=predictor, energy=energy, vs_mlx=vs_model,
     )  # fmt: skip
@@ -82,15 +84,3 @@ def bench(
         Console().print(bench_report(report, comparison), soft_wrap=True)
     if not report.passed:
         raise typer.Exit(1)
-
-
-def parse_counts(text: str | None, option: str, least: int) -> tuple[int, ...] | None:
-    """Rising token counts of a list such as `0,512`; None for no text. Raises UserError when it is none."""
-    if text is None:
-        return None
-    if re.fullmatch(r" *\d{1,7}( *, *\d{1,7})* *", text) is None:
-        raise UserError(f"{option} takes a list of token counts", repr(text), f"write for instance {least},512")
-    counts = tuple(sorted({int(piece) for piece in text.split(",")}))
-    if counts[0] < least:
-        raise UserError(f"{option} takes token counts from {least} on", str(counts[0]))
-    return counts

@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -78,19 +80,37 @@ def convert(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another conversion in OUT.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read and write no weights.")] = False,
+    target: Annotated[
+        str, typer.Option(help="The chip whose placement rules to warn of.", metavar="CHIP")
+    ] = "m4-max",
+    system: Annotated[
+        int, typer.Option("--os", help="The system whose placement rules to warn of: 15, 26 or 27.")
+    ] = 26,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Convert a checkpoint into Core ML shards. Run it again to go on after an interruption."""
+    from ane_moe.manifest import FILE_NAME
     from ane_moe.workers import prepare
 
-    if not dry_run:
+    may_be_done = (out / FILE_NAME).exists() and not overwrite
+    if not dry_run and not may_be_done:
         prepare(workers, "ane_moe.stamping")
-    from ane_moe.compress.recipe import find_recipe
+    from ane_moe.compress.recipe import find_recipe, recipe_of
+    from ane_moe.concerns import concerns_of_options
     from ane_moe.conversion import convert as run
     from ane_moe.conversion import plan
     from ane_moe.demo import demo_checkpoint
-    from ane_moe.plan import ConvertOptions, parse_expert_tokens, parse_layers
-    from ane_moe.report.convert import ConvertBar, plan_document, print_plan, print_report, report_document
+    from ane_moe.number_lists import parse_counts, parse_layers
+    from ane_moe.plan import MAX_EXPERT_TOKENS, ConvertOptions
+    from ane_moe.report.convert import (
+        ConvertBar,
+        plan_document,
+        print_plan,
+        print_report,
+        report_document,
+        warning,
+    )
+    from ane_moe.verification.targets import find_target
 
     if grouping is not None:
         from ane_moe.routing.grouping import read_grouping
@@ -109,7 +129,7 @@ def convert(
         prefill=prefill,
         max_shard_mb=max_shard_mb,
         layers=None if layers is None else parse_layers(layers),
-        expert_tokens=parse_expert_tokens(expert_tokens),
+        expert_tokens=parse_counts(expert_tokens, "--expert-tokens", 1, MAX_EXPERT_TOKENS),
         experts_per_function=experts_per_function if grouping is None else groups.experts_per_function,
         layers_per_shard=layers_per_shard,
         recipe=find_recipe(compress, group=lut_group, vector=int(lut_vector or 0) or None, rank=recover_rank),
@@ -119,14 +139,17 @@ def convert(
         min_cosine=min_cosine,
         ignore_tensors=tuple(ignore_tensors or ()),
     )
-    for warning in options.recipe.warnings:
-        typer.echo(f"ane-moe: warning: {warning}", err=True)
+    place = find_target(target, system)
+    concerns = concerns_of_options(options, place)
+    warnings = [warning(concern, place) for concern in concerns]
     if dry_run:
         conversion = plan(source, options)
-        typer.echo(json.dumps(plan_document(conversion), indent=2)) if as_json else print_plan(conversion)
+        _print_all(warnings)
+        document = plan_document(conversion, concerns)
+        typer.echo(json.dumps(document, indent=2)) if as_json else print_plan(conversion)
         return
     try:
-        with ConvertBar() as bar:
+        with ConvertBar(warnings) as bar:
             report = run(
                 source, out, options, workers=workers, golden=golden, prompts=prompts, overwrite=overwrite,
                 progress=bar.update,
@@ -134,4 +157,13 @@ def convert(
     except KeyboardInterrupt:
         typer.echo(f"ane-moe: interrupted; finished shards are kept in {out}: run the same command again", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    typer.echo(json.dumps(report_document(report), indent=2)) if as_json else print_report(report)
+    chosen = replace(options, recipe=recipe_of(report.manifest.weights, report.manifest.recipe))
+    final = concerns_of_options(chosen, place)      # a budget chose formats of its own
+    _print_all(warning(concern, place) for concern in final if concern not in concerns)
+    document = report_document(report, final)
+    typer.echo(json.dumps(document, indent=2)) if as_json else print_report(report)
+
+
+def _print_all(lines: Iterable[str]) -> None:
+    for line in lines:
+        typer.echo(line, err=True)

@@ -11,11 +11,13 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ane_moe.runtime.diff import Diff, Difference
+    from ane_moe.runtime.diff import Diff, Difference, Unmatched
+
+SHOWN = 10              # operations that only one side has, listed at most
 
 
 def diff(
-    a: Annotated[Path, typer.Argument(help="An .mlpackage folder.", metavar="A")],
+    a: Annotated[Path, typer.Argument(help="An .mlpackage or .mlmodelc folder.", metavar="A")],
     b: Annotated[Path | None, typer.Argument(
         help="Another one; left out, A is compared with itself under the other runtime or precision.",
         metavar="B", show_default=False)] = None,
@@ -65,18 +67,37 @@ def _document(result: "Diff") -> dict[str, Any]:
             return [finite(inner) for inner in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return {"same": result.same, **finite(asdict(result))}
+    place = result.parts_at
+    return {"same": result.same, "parts_at": finite(asdict(place)) if place else None,
+            **finite(asdict(result))}
 
 
 def _lines(result: "Diff") -> "Iterator[str]":
-    yield (f"{result.compared} intermediates compared, {result.unmatched_a} only in A, {result.unmatched_b} only in B; "
-           f"tolerance {result.tolerance:g}")
-    if result.first is not None:
+    yield (f"{result.compared} intermediates compared, {result.unmatched_a} only in A, "
+           f"{result.unmatched_b} only in B; tolerance {result.tolerance:g}")
+    place = result.parts_at
+    if place is not None and place is not result.first:
+        yield f"first apart: {_only(result.only[0])}"
+        if result.first is not None:
+            yield f"then apart: {_pair(result.first)}"
+    elif result.first is not None:
         yield f"first apart: {_pair(result.first)}"
     elif result.worst is not None:
-        yield f"none apart; worst: {_pair(result.worst)}"
+        apart = "none apart" if result.same else "only the outputs are apart"
+        yield f"{apart}; worst: {_pair(result.worst)}"
+    others = [item for item in result.only if item is not place]
+    yield from (_only(item) for item in others[:SHOWN])
+    if len(others) > SHOWN:
+        yield f"and {len(others) - SHOWN} more that only one side has"
     for pair in result.outputs:
         yield f"output: {_pair(pair)}"
+
+
+def _only(item: "Unmatched") -> str:
+    from ane_moe.runtime.printer import printable
+
+    place = f"after {item.after}" if item.after else "before all that both have"
+    return printable(f"{item.op} {item.name} {list(item.shape)}: only in {item.side}, {place}")
 
 
 def _pair(pair: "Difference") -> str:

@@ -1,6 +1,7 @@
 """`ane-moe inspect`: what an .mlpackage holds."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,13 +12,16 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from ane_moe.runtime.inspect import FunctionSummary, Summary
+    from ane_moe.runtime.inspect import FunctionSummary, PipelineSummary, Summary
     from ane_moe.runtime.program import Feature, Program
     from ane_moe.verification.placement_result import PlacementReport
 
+VENDOR = "com.github.apple."            # of the metadata that coremltools writes
+
 
 def inspect(
-    package: Annotated[Path, typer.Argument(help="An .mlpackage folder.", metavar="PACKAGE")],
+    package: Annotated[Path, typer.Argument(
+        help="An .mlpackage or .mlmodelc folder.", metavar="PACKAGE")],
     ops: Annotated[bool, typer.Option("--ops", help="Print the program too.")] = False,
     placement: Annotated[bool, typer.Option(
         "--placement", help="Predict where each operation would run; exits with 1 when a rule is broken.")] = False,
@@ -29,22 +33,35 @@ def inspect(
     from rich.console import Console
     from rich.text import Text
 
-    from ane_moe.runtime.inspect import summarize, summary_document
+    from ane_moe.runtime.inspect import (
+        pipeline_document,
+        summarize,
+        summarize_pipeline,
+        summary_document,
+    )
+    from ane_moe.runtime.pipeline import OpenPipeline, open_model
     from ane_moe.runtime.printer import program_text
-    from ane_moe.runtime.reader import read_program
 
-    program = read_program(package)
-    summary = summarize(program)
-    report = _predicted(program, package.name, target, system) if placement else None
+    model = open_model(package, require_weights=False)
+    if isinstance(model, OpenPipeline):
+        pipeline = summarize_pipeline(model)
+        programs = [stage.program for stage in pipeline.stages if stage.program]
+        document, parts = partial(pipeline_document, pipeline), partial(_pipeline_parts, pipeline)
+    else:
+        programs = [model.read()]
+        summary = summarize(programs[0])
+        document, parts = partial(summary_document, summary), partial(_parts, summary)
+    report = _predicted(programs, package.name, target, system) if placement else None
     if as_json:
-        extra: dict[str, object] = {"program": list(program_text(program))} if ops else {}
+        lines = [line for program in programs for line in program_text(program)]
+        extra: dict[str, object] = {"program": lines} if ops else {}
         extra |= {"placement": report.as_json()} if report else {}
-        typer.echo(json.dumps(summary_document(summary) | extra, indent=2))
+        typer.echo(json.dumps(document() | extra, indent=2))
     else:
         console = Console()
-        for part in _parts(summary):
+        for part in parts():
             console.print(part)
-        if ops:
+        for program in programs if ops else ():
             for line in program_text(program):
                 console.print(Text(line), soft_wrap=True)
         if report:
@@ -55,11 +72,27 @@ def inspect(
         raise typer.Exit(1)
 
 
-def _predicted(program: "Program", name: str, target: str, system: int) -> "PlacementReport":
+def _predicted(programs: "Sequence[Program]", name: str, target: str,
+               system: int) -> "PlacementReport":
     from ane_moe.verification.placement import predict
     from ane_moe.verification.targets import find_target
 
-    return predict([(program, name)], find_target(target, system))
+    return predict([(program, name) for program in programs], find_target(target, system))
+
+
+def _pipeline_parts(summary: "PipelineSummary") -> "list[RenderableType]":
+    notes = ["" if stage.summary else ", not executed here" for stage in summary.stages]
+    kinds = [(f"stage {stage.index}", stage.kind + note)
+             for stage, note in zip(summary.stages, notes, strict=True)]
+    facts = [("package", str(summary.path)), ("pipeline of", f"{len(kinds)} models"), *kinds,
+             *((name.removeprefix(VENDOR), value) for name, value in summary.metadata.items())]
+    features = [*(("input", feature) for feature in summary.inputs),
+                *(("output", feature) for feature in summary.outputs)]
+    parts = [_table("", ("", ""), facts), _feature_table("the pipeline", features)]
+    for stage in summary.stages:
+        if stage.summary:
+            parts += [_table(f"stage {stage.index}", ("", ""), []), *_parts(stage.summary)]
+    return parts
 
 
 def _parts(summary: "Summary") -> "list[RenderableType]":
@@ -69,8 +102,9 @@ def _parts(summary: "Summary") -> "list[RenderableType]":
         ("package", str(summary.path)),
         ("needs", f"{summary.system} (specification version {summary.specification_version})"),
         ("default function", summary.default_function),
-        ("weights", f"{summary.weight_bytes:,} bytes stored"),
-        *((name.removeprefix("com.github.apple."), value) for name, value in summary.metadata.items()),
+        ("weights", f"{summary.weight_bytes:,} bytes " + ("declared" if summary.absent else "stored")),
+        *(("missing", problem) for problem in summary.absent),
+        *((name.removeprefix(VENDOR), value) for name, value in summary.metadata.items()),
     ]
     formats = [
         (total.format, f"{total.weights:,}", f"{total.elements:,}", f"{total.stored_bytes:,}",
@@ -91,19 +125,31 @@ def _function_parts(function: "FunctionSummary") -> "list[RenderableType]":
         *(("output", feature) for feature in function.interface.outputs),
     ]
     title = f"function {function.name} ({function.opset}, weights {function.weight_bytes:,} bytes)"
-    rows = [(role, feature.name, *_type(feature)) for role, feature in features]
     counts = [(name, f"{count:,}") for name, count in function.operations.items()]
-    return [_table(title, ("", "name", "type", "shape"), rows), _table("", ("operation", "count"), counts, 1)]
+    return [_feature_table(title, features), _table("", ("operation", "count"), counts, 1)]
+
+
+def _feature_table(title: str, features: "Sequence[tuple[str, Feature]]") -> "RenderableType":
+    rows = [(role, feature.name, *_type(feature)) for role, feature in features]
+    return _table(title, ("", "name", "type", "shape"), rows)
 
 
 def _type(feature: "Feature") -> tuple[str, str]:
+    from ane_moe.runtime.inputs import pixel_text
+
     shape = _by("?" if size is None else size for size in feature.type.shape) or "scalar"
     if feature.ranges:
         shape += " (" + _by(_range(*bounds) for bounds in feature.ranges) + ")"
     if feature.shapes:
         shape += " (one of " + ", ".join(map(_by, feature.shapes)) + ")"
-    kind = feature.type.dtype if feature.kind in ("array", "state") else f"{feature.kind} {feature.type.dtype}"
-    return kind + (", optional" if feature.optional else ""), shape
+    if feature.kind in ("array", "state"):
+        kind = feature.type.dtype
+    elif feature.layout:
+        kind = f"image {feature.layout}{pixel_text(feature)}, {feature.type.dtype} inside"
+    else:
+        kind = f"{feature.kind} {feature.type.dtype}"
+    default = "" if feature.default is None else f", {feature.default:g} where not given"
+    return kind + (", optional" if feature.optional else "") + default, shape
 
 
 def _by(sizes: "Iterable[object]") -> str:

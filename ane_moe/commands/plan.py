@@ -11,6 +11,9 @@ def plan(
         str, typer.Argument(help="A model folder, a config.json, or a Hugging Face Hub id.", metavar="CHECKPOINT")
     ],
     target: Annotated[str, typer.Option(help="The chip to predict for.", metavar="CHIP")] = "m4-max",
+    system: Annotated[
+        int, typer.Option("--os", help="System to predict placement for: 15, 26 or 27.")
+    ] = 26,
     compress: Annotated[
         str, typer.Option(help="Recipes or weight formats to compare.", metavar="LIST")
     ] = "fp16,int8,small,tiny",
@@ -19,12 +22,16 @@ def plan(
     max_shard_mb: Annotated[int, typer.Option(help="Split MoE layers into shards of at most this size.", min=1)] = 220,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Predict size, calls, speed and placement of every way to convert a model. Reads no weights."""
+    """Predict size, calls, speed and placement of every way to convert a model, if convert takes it.
+
+    Reads no weights.
+    """
     from ane_moe.outlook import outlook
     from ane_moe.report.outlook_table import print_outlook
 
     recipes = tuple(name.strip() for name in compress.split(",") if name.strip())
     found = outlook(
-        checkpoint, target=target, recipes=recipes, context=context, prefill=prefill, max_shard_mb=max_shard_mb
+        checkpoint, target=target, os=system, recipes=recipes, context=context, prefill=prefill,
+        max_shard_mb=max_shard_mb,
     )
     typer.echo(json.dumps(found.as_json(), indent=2)) if as_json else print_outlook(found)

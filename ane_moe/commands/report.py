@@ -21,12 +21,15 @@ def report(
 ) -> None:
     """Write an HTML page: verdict, parity, placement, routing, speed, weights, conditions. No network, no scripts.
 
-    Exits with 1 when a gate failed; the page is written all the same.
+    Prints what verifying found. Exits with 1 when a gate failed; the page is written all the same.
     """
+    from rich.console import Console
+
     from ane_moe.manifest import read_manifest
     from ane_moe.report.page_file import write_text
     from ane_moe.report.report_data import gather
     from ane_moe.report.step_bar import step_bar
+    from ane_moe.report.verify_table import verify_report
     from ane_moe.verification.check_placement import check_placement
     from ane_moe.verification.targets import find_target
     from ane_moe.verification.verify import verify as run
@@ -50,6 +53,8 @@ def report(
         paths = {"html": str(page), "markdown": str(markdown) if markdown else None}
         typer.echo(json.dumps(paths | {"passed": data.passed}, indent=2))
     else:
+        if result:
+            Console().print(verify_report(result), soft_wrap=True)
         typer.echo(f"report: {page}" + (f", {markdown}" if markdown else ""))
     if data.passed is False:
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""`ane-moe run`: execute one function of an .mlpackage."""
+"""`ane-moe run`: execute one function of a package."""
 
 import json
 from pathlib import Path
@@ -14,11 +14,13 @@ if TYPE_CHECKING:
 
 
 def run(
-    package: Annotated[Path, typer.Argument(help="An .mlpackage folder.", metavar="PACKAGE")],
+    package: Annotated[Path, typer.Argument(
+        help="An .mlpackage or .mlmodelc folder.", metavar="PACKAGE")],
     given: Annotated[list[str] | None, typer.Option(
         "--input", help="An input: its name and a .npy file. Repeatable.", metavar="NAME=FILE")] = None,
     function: Annotated[str | None, typer.Option(help="The function to run.", show_default="the default one")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for the outputs, one .npy each.")] = None,
+    output: Annotated[Path | None, typer.Option(
+        help="Folder for the outputs, one .npy each; labels in labels.json.")] = None,
     seed: Annotated[int | None, typer.Option(help="Draw the inputs that are not given from this seed.")] = None,
     runtime: Annotated[str, typer.Option(help="reference, coreml or auto.")] = "auto",
     precision: Annotated[str, typer.Option(
@@ -29,10 +31,20 @@ def run(
 ) -> None:
     """Run one function once, its state fresh, and show or save what it gives."""
     from rich.console import Console
+    from rich.text import Text
 
     from ane_moe.errors import UserError
     from ane_moe.runtime import load_package, resolve_runtime
-    from ane_moe.runtime.arrays import random_inputs, read_inputs, save_archive, save_arrays
+    from ane_moe.runtime.arrays import (
+        labels_of,
+        numbers_of,
+        random_inputs,
+        read_inputs,
+        save_archive,
+        save_arrays,
+        save_labels,
+    )
+    from ane_moe.runtime.printer import printable
 
     chosen = "reference" if trace else resolve_runtime(runtime)
     if trace and resolve_runtime(runtime) != "reference" and runtime != "auto":
@@ -51,17 +63,24 @@ def run(
         results, traced = whole.results, whole.values
     else:
         results = loaded.predict(inputs, state)
+    numbers, labels = numbers_of(results), labels_of(results)
     if output is not None:
-        save_arrays(output, results)
+        save_arrays(output, numbers)
+        if labels:
+            save_labels(output, labels)
         if trace:
             save_archive(output / "trace.npz", {value.name: value.value for value in traced})
     if as_json:
-        typer.echo(json.dumps(_document(results, traced), indent=2))
+        document = _document(numbers, traced) | ({"labels": labels} if labels else {})
+        typer.echo(json.dumps(document, indent=2))
         return
     console = Console()
     if traced:
         console.print(_trace_table(traced))
-    console.print(_output_table(results))
+    console.print(_output_table(numbers))
+    for name, label in labels.items():
+        if not isinstance(label, dict):
+            console.print(Text(printable(f"{name}: {label}")))
 
 
 def _document(results: "dict[str, np.ndarray]", traced: "tuple[Traced, ...]") -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 The error of a matrix in a format is that of its outputs on the calibration text: the relative squared error under the
 inputs' mean squares, measured on a sample of its rows, times the share of the last hidden state's energy that comes
-through it (`Moments.weight`). That inputs are uncorrelated, and that later layers neither damp nor amplify, is assumed;
+through it (`Moments.share`). That inputs are uncorrelated, and that later layers neither damp nor amplify, is assumed;
 what the whole model loses is measured by `verify`, not here. An expert that calibration never met costs nothing and
 takes the fewest bytes.
 """
@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ane_moe.checkpoint import TensorSource, open_checkpoint
+from ane_moe.checkpoint import Checkpoint, TensorSource
 from ane_moe.compress.calibration import Moments
 from ane_moe.compress.expand import expand
 from ane_moe.compress.recipe import find_format
 from ane_moe.errors import UserError
+from ane_moe.model.weight import WeightName
 
 CANDIDATES = ("fp16", "int8", "lut6", "lut4", "lut3", "lut2")
 SAMPLED_ROWS = 64           # four palettes of 16 rows
@@ -39,14 +40,16 @@ class Option:
 class Sensitivity:
     """The options of one of our tensors."""
 
-    tensor: str
+    tensor: WeightName
     options: tuple[Option, ...]
 
 
-def measure_sensitivity(checkpoint: Path, calibration: Path, sources: Sequence[TensorSource]) -> list[Sensitivity]:
+def measure_sensitivity(
+    checkpoint: Checkpoint, calibration: Path, sources: Sequence[TensorSource]
+) -> list[Sensitivity]:
     """Encode a sample of each matrix in every candidate format and compare outputs."""
-    opened, moments = open_checkpoint(checkpoint), Moments(calibration)
-    return [_measured(opened.read(_sample(source)), source, moments) for source in sources]
+    moments = Moments(calibration)
+    return [_measured(checkpoint.read(_sample(source)), source, moments) for source in sources]
 
 
 def _sample(source: TensorSource) -> TensorSource:
@@ -59,9 +62,9 @@ def _sample(source: TensorSource) -> TensorSource:
 
 
 def _measured(weight: np.ndarray, source: TensorSource, moments: Moments) -> Sensitivity:
-    met = moments.find(source.name, source.shape[1])
+    met = moments.find(source.reads, source.shape[1])
     m = np.ones(source.shape[1], np.float32) if met is None else met
-    share = 0.0 if met is None else moments.weight(source.name)
+    share = 0.0 if met is None else moments.share(source.name)
     options = []
     for name in CANDIDATES:
         encoded = find_format(name).encode(weight, met)
@@ -82,7 +85,7 @@ def _output_error(weight: np.ndarray, stored: np.ndarray, moments: np.ndarray) -
     return error, product / math.sqrt(energy * own) if own else 0.0
 
 
-def fit_budget(sensitivities: Sequence[Sensitivity], budget_bytes: int) -> dict[str, str]:
+def fit_budget(sensitivities: Sequence[Sensitivity], budget_bytes: int) -> dict[WeightName, str]:
     """Formats by tensor of the least summed error within `budget_bytes` for all of them together.
 
     Each matrix keeps to the lower convex hull of its options, and steps are taken in the order of error per byte saved:
@@ -107,11 +110,13 @@ def fit_budget(sensitivities: Sequence[Sensitivity], budget_bytes: int) -> dict[
     return {tensor: hull[place[tensor]].format for tensor, hull in hulls.items()}
 
 
-def reach_cosine(sensitivities: Sequence[Sensitivity], least: float) -> dict[str, str]:
+def reach_cosine(sensitivities: Sequence[Sensitivity], least: float) -> dict[WeightName, str]:
     """For each tensor the smallest format whose outputs keep a cosine of `least`."""
-    return {entry.tensor: min((option for option in entry.options if option.cosine >= least),
-                              key=lambda option: option.stored_bytes, default=entry.options[0]).format
-            for entry in sensitivities}
+    formats: dict[WeightName, str] = {}
+    for entry in sensitivities:
+        kept = [option for option in entry.options if option.cosine >= least] or entry.options[:1]
+        formats[entry.tensor] = min(kept, key=lambda option: option.stored_bytes).format
+    return formats
 
 
 def _hull(options: Sequence[Option]) -> list[Option]:

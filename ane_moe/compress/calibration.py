@@ -2,18 +2,17 @@
 
 calibration.safetensors, N tokens:
 
-    inputs.<our tensor name>    fp32 (columns,)     mean squares of the inputs of a matrix
+    inputs.<activation>         fp32 (columns,)     mean squares of what enters a matrix
     counts.layer_<L>            int64 (experts,)    tokens that chose each expert
     energy.layer_<L>            fp32 (2,)           mean squared lengths of what attention and feed-forward add
     energy.final                fp32 (1,)           and of the hidden state before the head
 
-Of matrices with the same input only the first is there (gate for up; q for k and v). An expert that no token chose has
-none.
+An activation is called as the tensors that read it are, with the name of `Weight.reads` for a path:
+`layers.3.attn.x` enters q, k and v. An expert that no token chose has none.
 """
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,18 +22,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ane_moe.errors import UserError
+from ane_moe.model.weight import WeightName
 
 FILE_NAME = "calibration.safetensors"
-METADATA = "ane_moe_calibration"
-SAME_INPUT = {"up": "gate", "k": "q", "v": "q"}
+METADATA = "ane_moe_calibration_2"
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """`moments` by our tensor name, `counts` and `energies` by layer, over `tokens` tokens; `of` tells what it was made
+    """`moments` by activation, `counts` and `energies` by layer, over `tokens` tokens; `of` tells what it was made
     from."""
 
-    moments: Mapping[str, np.ndarray]
+    moments: Mapping[WeightName, np.ndarray]
     counts: Mapping[int, np.ndarray]
     energies: Mapping[int, np.ndarray]
     final_energy: float
@@ -52,6 +51,14 @@ class Calibration:
         os.replace(temporary, path)
 
 
+def is_calibration_of(path: Path, digest: str) -> bool:
+    """Whether the calibration file was made from what `digest` tells; False for one that cannot be read."""
+    try:
+        return Moments(path).of == digest
+    except UserError:
+        return False
+
+
 class Moments:
     """Reads the moments of single matrices from a calibration file. Raises UserError when it is damaged."""
 
@@ -65,26 +72,26 @@ class Moments:
             raise UserError(f"{path} cannot be read", str(error), "delete it and convert again") from None
         self._path = path
 
-    def find(self, tensor: str, columns: int) -> np.ndarray | None:
-        """fp32 `(columns,)` for one of our tensors; None where calibration did not meet it."""
-        name = re.sub(r"\.(up|k|v)\.weight$", lambda found: f".{SAME_INPUT[found[1]]}.weight", tensor)
-        if f"inputs.{name}" not in self._names:
+    def find(self, activation: WeightName, columns: int) -> np.ndarray | None:
+        """fp32 `(columns,)` for what enters a matrix; None where calibration did not meet it."""
+        name = f"inputs.{activation}"
+        if name not in self._names:
             return None
-        moments: np.ndarray = self._file.get_tensor(f"inputs.{name}")
+        moments: np.ndarray = self._file.get_tensor(name)
         if moments.shape != (columns,) or not np.isfinite(moments).all() or moments.min() < 0:
-            raise UserError(f"{self._path} does not fit {tensor}", f"{moments.shape} for {columns} columns",
+            raise UserError(f"{self._path} does not fit {activation}", f"{moments.shape} for {columns} columns",
                             "delete it and convert again")
         return moments if moments.any() else None
 
-    def weight(self, tensor: str) -> float:
+    def share(self, tensor: WeightName) -> float:
         """Share of the energy of the last hidden state that comes through a matrix: how much of a relative error of
         its outputs arrives at the head, if later layers neither damp nor amplify it. 1 for the head itself."""
-        found = re.match(r"layers\.(\d+)\.(attn|ffn)\.(?:experts\.(\d+)\.)?", tensor)
-        if found is None:
+        if tensor.layer is None:
             return 1.0
-        layer, block, expert = found[1], ("attn", "ffn").index(found[2]), found[3]
-        energy = self._file.get_tensor(f"energy.layer_{layer}")[block] / self._file.get_tensor("energy.final")[0]
-        if expert is None:
+        block = ("attn", "ffn").index(tensor.part)
+        added = self._file.get_tensor(f"energy.layer_{tensor.layer}")[block]
+        energy = added / self._file.get_tensor("energy.final")[0]
+        if tensor.expert is None:
             return float(energy)
-        counts = self._file.get_tensor(f"counts.layer_{layer}")
-        return float(energy * counts[int(expert)] / counts.sum())
+        counts = self._file.get_tensor(f"counts.layer_{tensor.layer}")
+        return float(energy * counts[tensor.expert] / counts.sum())

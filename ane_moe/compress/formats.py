@@ -6,6 +6,7 @@ What coremltools emits for the same formats and iOS 18 is what is emitted here, 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -20,17 +21,19 @@ LARGEST_FIXED_SCALE = 43648.0                   # 1.5 times the next larger fp16
 SCALE_ROUNDS = 8
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 LEAST_SCALE = 2.0**-24                          # the smallest fp16 number
+TYPICAL_SIDE = 4096                             # of the square matrix that stands for all
 DEFAULT_GROUP = 16                              # coremltools' guide: 8 or 16 output channels a palette
-PER_BLOCK = ("scales per block of input channels run on the GPU's kernels and leave the Neural Engine "
-             "(coremltools, Optimization Workflow: per-channel scales for the Neural Engine)")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Format:
-    """Base of all formats: fp16, stored as it is."""
+    """Base of all formats: fp16, stored as it is.
 
+    `rate` names the speed at which a chip works through weights of the format (benchmark/chips.toml).
+    """
+
+    rate: ClassVar[str] = "fp16"
     name: str = "fp16"
-    leaves_engine: str = ""                     # why the format leaves the engine, or nothing
 
     def encode(self, weight: np.ndarray, moments: np.ndarray | None = None) -> Encoded | None:
         """Encode fp16 `(rows, columns)`; None stands for plain fp16.
@@ -44,11 +47,17 @@ class Format:
         """Payload of a matrix of this shape in the weight file; no weights are needed."""
         return 2 * rows * columns
 
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of a weight, scales and palettes included, in a square matrix that stands for all."""
+        return 8 * self.stored_bytes(TYPICAL_SIDE, TYPICAL_SIDE) / TYPICAL_SIDE**2
+
 
 @dataclass(frozen=True)
 class Linear(Format):
     """Symmetric integers with one fp16 scale for each row, or each `block` of a row."""
 
+    rate: ClassVar[str] = "int8"
     bits: int = 8
     block: int = 0
 
@@ -80,6 +89,7 @@ class Palette(Format):
     `scaled` divides each row by its largest magnitude first, and gives it that as a scale.
     """
 
+    rate: ClassVar[str] = "lut"
     bits: int = 4
     group: int = DEFAULT_GROUP
     vector: int = 1
@@ -129,6 +139,7 @@ class Palette(Format):
 class FixedPalette(Format):
     """The four levels of Apple's 2-bit training, times one scale for each `group` of rows."""
 
+    rate: ClassVar[str] = "lut"
     group: int = 1
 
     def encode(self, weight: np.ndarray, moments: np.ndarray | None = None) -> Encoded:
@@ -155,7 +166,11 @@ class FixedPalette(Format):
 @dataclass(frozen=True)
 class Sparse(Format):
     """The smallest `percent` of all weights set to zero and left out (0: those that are zero already), the others
-    stored as fp16, int8 or palettes."""
+    stored as fp16, int8 or palettes.
+
+    Published speed is 1.55 to 1.64 times fp16's on an M1 (ane-guide, chapter 7): their
+    bytes at fp16's rate say as much.
+    """
 
     percent: int = 50
     rest: Format = Format()
@@ -195,7 +210,7 @@ FORMATS: dict[str, Format] = {
     "int4-channel": Linear("int4-channel", bits=4),
     "apple2": FixedPalette("apple2"),
     **{f"lut{bits}": Palette(f"lut{bits}", bits=bits) for bits in (8, 6, 4, 3, 2)},
-    **{f"int{bits}-block32": Linear(f"int{bits}-block32", PER_BLOCK, bits, 32) for bits in (8, 4)},
+    **{f"int{bits}-block32": Linear(f"int{bits}-block32", bits, 32) for bits in (8, 4)},
 }
 OPTIONS = re.compile(r"(?:-g(?P<group>8|16|32)|-(?P<tensor>tensor))?(?:-v(?P<vector>2|4))?(?P<scaled>\+scale)?")
 
@@ -206,8 +221,9 @@ def parse_format(text: str) -> Format:
     name = text.strip()
     if found := re.fullmatch(r"sparse(\d{1,2})(?:\+(.+))?", name):
         rest = parse_format(found[2] or "fp16")
-        plain = isinstance(rest, Palette) and (rest.vector > 1 or rest.scaled)
-        if isinstance(rest, Sparse | FixedPalette) or rest.leaves_engine or plain:
+        extended = isinstance(rest, Palette) and (rest.vector > 1 or rest.scaled)
+        blocks = isinstance(rest, Linear) and rest.block > 0
+        if isinstance(rest, Sparse | FixedPalette) or extended or blocks:
             raise UserError(f"{rest.name} cannot be joined with sparsity", do="join fp16, int8, int4-channel or lut2-8")
         return Sparse(name, percent=int(found[1]), rest=rest)
     base = re.match(r"int\d(-channel|-block32)|apple2|[a-z]+\d+", name)

@@ -28,20 +28,14 @@ from typing import Any
 
 from ane_moe.compress.formats import Format, parse_format
 from ane_moe.errors import UserError
+from ane_moe.model.weight import WeightName
+from ane_moe.number_lists import parse_layers
 
 PRESETS = Path(__file__).parent / "recipes"
 MAX_FILE_BYTES = 1 << 20
 MAX_RANK = 1024
 EMBEDDING_FORMATS = ("fp16", "int8")        # of which the host makes single rows
-# A role is named by group and matrix; what matches none of these stays fp16.
-ROLES = {
-    "attention": re.compile(r"layers\.(\d+)\.attn\.([qkvo])\.weight"),
-    "experts": re.compile(r"layers\.(\d+)\.ffn\.experts\.\d+\.(gate|up|down)\.weight"),
-    "shared": re.compile(r"layers\.(\d+)\.ffn\.shared\.(gate|up|down)\.weight"),
-    "dense": re.compile(r"layers\.(\d+)\.ffn\.(gate|up|down)\.weight"),
-    "head": re.compile(r"()head\.()weight"),
-    "embedding": re.compile(r"()embed\.()weight"),
-}
+# A role is named by group and matrix; the rows of a part say which of them a tensor has (`Weight.role`).
 MATRICES = {"attention": "qkvo", "experts": ("gate", "up", "down"), "shared": ("gate", "up", "down"),
             "dense": ("gate", "up", "down"), "head": (), "embedding": ()}  # fmt: skip
 NAMES = {"default", *MATRICES, *(f"{group}.{matrix}" for group, names in MATRICES.items() for matrix in names)}
@@ -72,15 +66,19 @@ class Recipe:
     layers: tuple[LayerRoles, ...] = ()
     overrides: Mapping[str, str] = field(default_factory=dict)
 
-    def choice(self, tensor: str) -> Choice:
-        """What the tensor of this name gets."""
-        role, layer = role_of(tensor)
+    def choice(self, name: WeightName, role: str | None) -> Choice:
+        """What the tensor `name` gets, which has this role."""
         if role is None:
             return Choice()
+        by_role = self.by_role(role, name.layer)
+        return replace(by_role, format=self.overrides.get(str(name), by_role.format))
+
+    def by_role(self, role: str, layer: int | None = None) -> Choice:
+        """What the tensors of a role get, in one layer: the most specific entry."""
         tables = [entry.roles for entry in reversed(self.layers) if layer in entry.layers]
         names = (role,) if role == "embedding" else (role, role.split(".")[0], "default")
-        found = next((table[name] for table in (*tables, self.roles) for name in names if name in table), Choice())
-        return replace(found, format=self.overrides.get(tensor, found.format))
+        entries = (table[name] for table in (*tables, self.roles) for name in names if name in table)
+        return next(entries, Choice())
 
     def as_json(self) -> dict[str, Any]:
         """The recipe as it is kept in runtime_meta.json."""
@@ -92,11 +90,15 @@ class Recipe:
         }  # fmt: skip
 
     @property
-    def warnings(self) -> tuple[str, ...]:
-        """What speaks against its formats, one line each."""
-        used = [*self.roles.values(), *(choice for entry in self.layers for choice in entry.roles.values())]
-        forms = {name: find_format(name) for name in (*(choice.format for choice in used), *self.overrides.values())}
-        return tuple(f"{name}: {form.leaves_engine}" for name, form in sorted(forms.items()) if form.leaves_engine)
+    def formats(self) -> tuple[str, ...]:
+        """Every weight format that a package may hold (the host reads the embedding)."""
+        tables = (self.roles, *(entry.roles for entry in self.layers))
+        choices = (choice for table in tables for choice in _packaged(table))
+        return tuple(sorted({choice.format for choice in choices} | set(self.overrides.values())))
+
+
+def _packaged(table: Mapping[str, Choice]) -> list[Choice]:
+    return [choice for role, choice in table.items() if role != "embedding"]
 
 
 @cache
@@ -114,14 +116,6 @@ def recipe_of(name: str, data: Mapping[str, Any]) -> Recipe:
         return Recipe(name, roles, layers, dict(data["overrides"]))
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError("the recipe in runtime_meta.json cannot be read", repr(error), "convert again") from None
-
-
-def role_of(tensor: str) -> tuple[str | None, int | None]:
-    """Role and layer of one of our tensors; (None, None) when it stays fp16 whatever the recipe."""
-    for group, pattern in ROLES.items():
-        if found := pattern.fullmatch(tensor):
-            return (f"{group}.{found[2]}" if found[2] else group), int(found[1]) if found[1] else None
-    return None, None
 
 
 def presets() -> tuple[str, ...]:
@@ -178,8 +172,6 @@ def _read(path: Path, name: str) -> Recipe:
 
 
 def _layer_roles(entry: Any, path: Path) -> LayerRoles:
-    from ane_moe.plan import parse_layers
-
     if not isinstance(entry, dict) or set(entry) != {"layers", "roles"} or not isinstance(entry["layers"], str):
         raise UserError(f"the recipe {path}: a [[layers]] table needs layers and roles", repr(entry))
     return LayerRoles(parse_layers(entry["layers"]), _roles(entry["roles"], path))

@@ -13,8 +13,10 @@ from ane_moe.checkpoint import Checkpoint, TensorSource
 from ane_moe.checkpoint_folder import CONFIG, passed_over
 from ane_moe.errors import UserError
 from ane_moe.families.config import Config
+from ane_moe.families.keys import KeyTable, find_tensors
 from ane_moe.families.quantised import SIDE_FILES, quantisation, side_file
 from ane_moe.json_file import read_json
+from ane_moe.model.weight import WeightName
 from ane_moe.spec import ModelSpec
 
 PARTS = {"config", "decoder", "keys", "quantised", "rope"}
@@ -25,13 +27,12 @@ PLAIN_WEIGHTS = (
 
 
 class Family(Protocol):
-    """What a family's module offers."""
+    """What a family's module offers: `KEYS` says what our tensors (`ModelSpec.weights`) are called in a checkpoint."""
+
+    KEYS: KeyTable
 
     def spec(self, config: Config) -> ModelSpec:
         """The architecture; UserError for a field that is missing or asks for other maths."""
-
-    def tensors(self, spec: ModelSpec, names: Collection[str]) -> dict[str, TensorSource]:
-        """Where each of our tensors (tensors.tensor_shapes) lies among the checkpoint's `names`; UserError if not."""
 
 
 def supported() -> list[str]:
@@ -64,7 +65,7 @@ def describe_config(values: Mapping[str, Any], where: str = CONFIG) -> ModelSpec
 
 def describe(
     checkpoint: Checkpoint, ignore: Collection[str] = ()
-) -> tuple[ModelSpec, dict[str, TensorSource]]:
+) -> tuple[ModelSpec, dict[WeightName, TensorSource]]:
     """A checkpoint's architecture, and the source of each of our tensors: names, shapes and dtypes
     all checked.
 
@@ -79,7 +80,7 @@ def describe(
         if (folder / name).is_file():
             raise _quantised(folder, side_file(read_json(folder / name), name))
     try:
-        sources = load_family(spec.family).tensors(spec, checkpoint.tensors)
+        sources = find_tensors(spec, checkpoint.tensors, load_family(spec.family).KEYS)
         checkpoint.require(sources, ignore)
     except UserError as error:
         if form := quantisation({}, checkpoint.tensors):

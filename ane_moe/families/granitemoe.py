@@ -1,11 +1,8 @@
 """Granite MoE (granite-3.1-1b-a400m, 3b-a800m): four multipliers, softmax over the chosen logits, fused experts."""
 
-from collections.abc import Collection
-
-from ane_moe.checkpoint import TensorSource
 from ane_moe.families.config import Config
 from ane_moe.families.decoder import decoder, full_attention, gqa, mlp, n_layers, router
-from ane_moe.families.keys import SKELETON, KeyTable, expert_keys, find_tensors, fused_experts
+from ane_moe.families.keys import SKELETON, KeyTable, expert_keys, fused_experts
 from ane_moe.spec import LayerSpec, ModelSpec, MoeSpec
 
 KEYS: KeyTable = {
@@ -33,7 +30,3 @@ def spec(config: Config) -> ModelSpec:
         residual_scale=config.number("residual_multiplier"),
         logit_scale=1 / config.number("logits_scaling"),
     )
-
-
-def tensors(spec: ModelSpec, names: Collection[str]) -> dict[str, TensorSource]:
-    return find_tensors(spec, names, KEYS)

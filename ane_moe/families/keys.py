@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from ane_moe.checkpoint import TensorSource
 from ane_moe.errors import UserError
 from ane_moe.key_names import decoder_prefixes
+from ane_moe.model.weight import EMBEDDING, HEAD, Weight, WeightName
 from ane_moe.spec import ModelSpec, MoeSpec
-from ane_moe.tensors import folded_scale, tensor_shapes
 from ane_moe.wording import counted, listed
 
 
@@ -31,7 +31,6 @@ class Fused:
 KeyTable = Mapping[str, tuple[str | Fused, ...]]
 
 LAYER = "model.layers.{layer}"
-HEAD = "head.weight"
 # Names that tell what made them, and what to do about it.
 ORIGINS = {
     r"\.lora_|\.base_layer\.|\.original_module\.":
@@ -43,31 +42,31 @@ ORIGINS = {
 }
 
 
-def find_tensors(spec: ModelSpec, names: Collection[str], table: KeyTable) -> dict[str, TensorSource]:
+def find_tensors(spec: ModelSpec, names: Collection[str], table: KeyTable) -> dict[WeightName, TensorSource]:
     """A source for every tensor that `spec` needs, out of the checkpoint's keys `names`.
 
     A tied head takes whichever of the two tensors is stored, each its own when both are: transformers does not tie
     stored tensors that differ (`tie_weights`). Raises UserError naming the keys that are missing.
     """
     if spec.head.tied:
-        embed, head = table["embed.weight"], table[HEAD]
-        table = {**table, "embed.weight": embed + head, HEAD: head + embed}
-    sources: dict[str, TensorSource] = {}
-    missing: dict[str, str] = {}                    # the checkpoint's name by ours
-    for name, shape in tensor_shapes(spec).items():
-        alternatives = [_source(spec, name, shape, entry) for entry in table[_template(name)]]
-        found = next((source for source in alternatives if source.key in names), None)
-        if found is None:
+        embed, head = table[str(EMBEDDING)], table[str(HEAD)]
+        table = {**table, str(EMBEDDING): embed + head, str(HEAD): head + embed}
+    sources: dict[WeightName, TensorSource] = {}
+    missing: dict[WeightName, str] = {}             # the checkpoint's name by ours
+    for name, weight in spec.weights():
+        alternatives = [_source(spec, name, weight, entry) for entry in table[name.template]]
+        stored = next((source for source in alternatives if source.key in names), None)
+        if stored is None:
             missing[name] = alternatives[0].key
         else:
-            sources[name] = found
+            sources[name] = stored
     if missing:
         raise _missing(missing, {source.key for source in sources.values()}, names)
     return sources
 
 
 def _missing(
-    missing: Mapping[str, str], used: Collection[str], names: Collection[str]
+    missing: Mapping[WeightName, str], used: Collection[str], names: Collection[str]
 ) -> UserError:
     """The error for tensors that are not there: what is in their place, and what that tells."""
     rest = [name for name in names if name not in used]
@@ -88,31 +87,29 @@ def _missing(
     )
 
 
-def _source(spec: ModelSpec, name: str, shape: tuple[int, ...], entry: str | Fused) -> TensorSource:
-    numbers = {kind: int(number) for kind, number in re.findall(r"(layer|expert)s\.(\d+)", name)}
-    scale = folded_scale(spec, name)
+def _source(spec: ModelSpec, name: WeightName, weight: Weight, entry: str | Fused) -> TensorSource:
+    numbers = {"layer": name.layer, "expert": name.expert}
+    scale = spec.multiplier(weight.fold)
     if isinstance(entry, str):
-        return TensorSource(name, entry.format(**numbers), shape, scale=scale)
-    ffn, rows = spec.layers[numbers["layer"]].ffn, shape[0]
+        return TensorSource(name, entry.format(**numbers), weight.shape, scale=scale, weight=weight)
+    assert name.layer is not None
+    ffn, rows = spec.layers[name.layer].ffn, weight.shape[0]
     assert isinstance(ffn, MoeSpec)
     return TensorSource(
         name,
         entry.key.format(**numbers),
-        (ffn.router.experts, entry.parts * rows, *shape[1:]),
-        index=numbers["expert"],
+        (ffn.router.experts, entry.parts * rows, *weight.shape[1:]),
+        index=name.expert,
         rows=None if entry.parts == 1 else (entry.part * rows, (entry.part + 1) * rows),
         scale=scale,
+        weight=weight,
     )
-
-
-def _template(name: str) -> str:
-    return re.sub(r"(layer|expert)s\.\d+", r"\1s.{\1}", name)
 
 
 SKELETON: KeyTable = {
     "embed.weight": ("model.embed_tokens.weight",),
     "head.norm.weight": ("model.norm.weight",),
-    "head.weight": ("lm_head.weight",),
+    "head.rows.weight": ("lm_head.weight",),
     "layers.{layer}.attn.norm.weight": (f"{LAYER}.input_layernorm.weight",),
     "layers.{layer}.attn.q_norm.weight": (f"{LAYER}.self_attn.q_norm.weight",),
     "layers.{layer}.attn.k_norm.weight": (f"{LAYER}.self_attn.k_norm.weight",),

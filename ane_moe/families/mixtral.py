@@ -1,11 +1,8 @@
 """Mixtral (Mixtral-8x7B, 8x22B): the plain Llama skeleton, few and wide experts."""
 
-from collections.abc import Collection
-
-from ane_moe.checkpoint import TensorSource
 from ane_moe.families.config import Config
 from ane_moe.families.decoder import decoder, gqa, mlp, n_layers, router
-from ane_moe.families.keys import SKELETON, KeyTable, each_expert, expert_keys, find_tensors, fused_experts
+from ane_moe.families.keys import SKELETON, KeyTable, each_expert, expert_keys, fused_experts
 from ane_moe.spec import LayerSpec, ModelSpec, MoeSpec
 
 # transformers reads `block_sparse_moe` and its own newer `mlp` alike.
@@ -28,7 +25,3 @@ def spec(config: Config) -> ModelSpec:
     window = None if config.nullable("sliding_window") is None else config.integer("sliding_window")
     moe = MoeSpec(router(config, renorm=True), mlp(config, "intermediate_size"))
     return decoder(config, [LayerSpec(gqa(config, window=window), moe)] * n_layers(config))
-
-
-def tensors(spec: ModelSpec, names: Collection[str]) -> dict[str, TensorSource]:
-    return find_tensors(spec, names, KEYS)

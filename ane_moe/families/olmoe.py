@@ -1,11 +1,8 @@
 """OLMoE (OLMoE-1B-7B): q and k norms over the whole projected vector, expert weights not renormalised."""
 
-from collections.abc import Collection
-
-from ane_moe.checkpoint import TensorSource
 from ane_moe.families.config import Config
 from ane_moe.families.decoder import decoder, full_attention, gqa, mlp, n_layers, router
-from ane_moe.families.keys import MLP_EXPERTS, SKELETON, KeyTable, find_tensors
+from ane_moe.families.keys import MLP_EXPERTS, SKELETON, KeyTable
 from ane_moe.spec import LayerSpec, ModelSpec, MoeSpec
 
 KEYS: KeyTable = {
@@ -22,7 +19,3 @@ def spec(config: Config) -> ModelSpec:
     attention = gqa(config, qk_norm="full", qkv_bias=bias, o_bias=bias, clip_qkv=clip)
     moe = MoeSpec(router(config, renorm=config.flag("norm_topk_prob")), mlp(config, "intermediate_size"))
     return decoder(config, [LayerSpec(attention, moe)] * n_layers(config))
-
-
-def tensors(spec: ModelSpec, names: Collection[str]) -> dict[str, TensorSource]:
-    return find_tensors(spec, names, KEYS)

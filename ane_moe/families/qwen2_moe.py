@@ -1,16 +1,13 @@
 """Qwen2-MoE (Qwen1.5-MoE-A2.7B): biases on q, k and v, an always-on expert behind a sigmoid gate."""
 
-from collections.abc import Collection
-
-from ane_moe.checkpoint import TensorSource
 from ane_moe.families.config import Config
 from ane_moe.families.decoder import decoder, gqa, mlp, n_layers, router
-from ane_moe.families.keys import MLP_EXPERTS, SKELETON, KeyTable, find_tensors, mlp_keys
+from ane_moe.families.keys import MLP_EXPERTS, SKELETON, KeyTable, mlp_keys
 from ane_moe.spec import LayerSpec, ModelSpec, MoeSpec, SharedSpec
 
 KEYS: KeyTable = {
     **SKELETON,
-    **mlp_keys("ffn", "mlp"),
+    **mlp_keys("ffn.mlp", "mlp"),
     "layers.{layer}.ffn.router.weight": ("model.layers.{layer}.mlp.gate.weight",),
     **MLP_EXPERTS,
     **mlp_keys("ffn.shared", "mlp.shared_expert"),
@@ -26,10 +23,6 @@ def spec(config: Config) -> ModelSpec:
     ffns = [moe if sparse else mlp(config, "intermediate_size") for sparse in moe_layers(config)]
     mixers = [gqa(config, qkv_bias=bias, window=window) for window in _windows(config)]
     return decoder(config, [LayerSpec(mixer, ffn) for mixer, ffn in zip(mixers, ffns, strict=True)])
-
-
-def tensors(spec: ModelSpec, names: Collection[str]) -> dict[str, TensorSource]:
-    return find_tensors(spec, names, KEYS)
 
 
 def moe_layers(config: Config) -> list[bool]:

@@ -1,17 +1,14 @@
 """Qwen3-MoE (Qwen3-30B-A3B, Qwen3-Coder-30B-A3B): q and k norms per head, dense layers where the config says so."""
 
-from collections.abc import Collection
-
-from ane_moe.checkpoint import TensorSource
 from ane_moe.families.config import Config
 from ane_moe.families.decoder import decoder, gqa, mlp, router
-from ane_moe.families.keys import MLP_EXPERTS, SKELETON, KeyTable, find_tensors, mlp_keys
+from ane_moe.families.keys import MLP_EXPERTS, SKELETON, KeyTable, mlp_keys
 from ane_moe.families.qwen2_moe import moe_layers
 from ane_moe.spec import LayerSpec, ModelSpec, MoeSpec
 
 KEYS: KeyTable = {
     **SKELETON,
-    **mlp_keys("ffn", "mlp"),
+    **mlp_keys("ffn.mlp", "mlp"),
     "layers.{layer}.ffn.router.weight": ("model.layers.{layer}.mlp.gate.weight",),
     **MLP_EXPERTS,
 }
@@ -25,7 +22,3 @@ def spec(config: Config) -> ModelSpec:
     moe = MoeSpec(router(config, renorm=config.flag("norm_topk_prob")), mlp(config, "moe_intermediate_size"))
     ffns = [moe if sparse else mlp(config, "intermediate_size") for sparse in moe_layers(config)]
     return decoder(config, [LayerSpec(attention, ffn) for ffn in ffns])
-
-
-def tensors(spec: ModelSpec, names: Collection[str]) -> dict[str, TensorSource]:
-    return find_tensors(spec, names, KEYS)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ane_moe.concerns import Concern
 from ane_moe.conversion import ConvertReport
 from ane_moe.conversion import Progress as Step
 from ane_moe.plan import MB, ConversionPlan, ShardPlan
+from ane_moe.verification.targets import Target
 from ane_moe.wording import counted, listed
 
 # Resident memory of a converting process beside its largest weight: torch, coremltools and one traced graph.
@@ -21,7 +23,13 @@ BASE_MEMORY_MB = 700
 
 
 class ConvertBar:
-    """A progress bar on stderr: shard, MB written, peak memory, time left."""
+    """A progress bar on stderr: shard, MB written, peak memory, time left.
+
+    `warnings` are printed above it with the first step, when what was asked for has proved possible.
+    """
+
+    def __init__(self, warnings: Iterable[str] = ()):
+        self._warnings = list(warnings)
 
     def __enter__(self) -> "ConvertBar":
         columns = (
@@ -41,6 +49,8 @@ class ConvertBar:
 
     def update(self, step: Step) -> None:
         """Show one step."""
+        while self._warnings:
+            self._bar.console.print(self._warnings.pop(0), markup=False, highlight=False, soft_wrap=True)
         self._bar.update(
             self._task,
             description=step.label,
@@ -51,8 +61,8 @@ class ConvertBar:
         )
 
 
-def plan_document(plan: ConversionPlan) -> dict[str, Any]:
-    """The plan as JSON data."""
+def plan_document(plan: ConversionPlan, concerns: Iterable[Concern] = ()) -> dict[str, Any]:
+    """The plan as JSON data, with the placement rules it would meet."""
     return {
         "family": plan.spec.family,
         "layers": list(plan.layers),
@@ -79,6 +89,7 @@ def plan_document(plan: ConversionPlan) -> dict[str, Any]:
         "left_out": {why: list(names) for why, names in plan.source.left_out.items()},
         "disk_bytes": plan.disk_bytes,
         "memory_bytes_estimated": memory_bytes_estimated(plan),
+        "concerns": [dataclasses.asdict(concern) for concern in concerns],
     }
 
 
@@ -103,8 +114,8 @@ def print_plan(plan: ConversionPlan) -> None:
     _print_source(console, plan.source.notes, plan.source.left_out)
 
 
-def report_document(report: ConvertReport) -> dict[str, Any]:
-    """The result as JSON data."""
+def report_document(report: ConvertReport, concerns: Iterable[Concern] = ()) -> dict[str, Any]:
+    """The result as JSON data, with the placement rules it would meet."""
     return {
         "folder": str(report.folder),
         "written": list(report.written),
@@ -112,8 +123,10 @@ def report_document(report: ConvertReport) -> dict[str, Any]:
         "weight_bytes": sum(shard.weight_bytes for shard in report.manifest.shards),
         "peak_memory_bytes": report.peak_memory_bytes,
         "golden": report.manifest.golden,
+        "golden_kept": report.golden_kept,
         "notes": list(report.notes),
         "left_out": {why: list(names) for why, names in report.manifest.left_out.items()},
+        "concerns": [dataclasses.asdict(concern) for concern in concerns],
     }
 
 
@@ -124,9 +137,17 @@ def print_report(report: ConvertReport) -> None:
     console.print(f"{len(report.manifest.shards)} shards, {size:,.0f} MB of weights in {report.folder}: "
                   f"{len(report.written)} written, {len(report.reused)} reused; "
                   f"peak memory {report.peak_memory_bytes / MB:,.0f} MB")  # fmt: skip
+    if report.golden_kept:
+        console.print("goldens kept: an earlier run captured them of the same weights and prompts")
     _print_source(console, report.notes, report.manifest.left_out)
     with_golden = "" if report.manifest.golden else " --checkpoint CHECKPOINT"
     console.print(f"next: ane-moe verify {report.folder}{with_golden}")
+
+
+def warning(concern: Concern, target: Target) -> str:
+    """A placement rule that the packages would meet, as a line on stderr."""
+    where = f"{concern.kind} on {target.name} under OS {target.os}"
+    return f"ane-moe: warning: {concern.state}: {where}: {concern.sentence}"
 
 
 def _print_source(console: Console, notes: Sequence[str],

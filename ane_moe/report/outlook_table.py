@@ -1,6 +1,9 @@
 """The outlook of `ane-moe plan` on the terminal."""
 
+from collections.abc import Iterable
+
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from ane_moe.benchmark.chips import Range
@@ -8,29 +11,47 @@ from ane_moe.benchmark.cost_model import NOTE
 from ane_moe.outlook import Choice, Outlook
 
 MINUTE = 60
+UNBOUNDED = 10_000
+# Units from the largest on; a column has one for all its rows.
+BYTES = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
+SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+SOFT = "soft routing costs what masked costs, and is another function than the model's."
+LEAST = 0.1         # of a unit that a column's smallest figure may be
 
 
 def print_outlook(found: Outlook) -> None:
-    """The table, what it rests on, and the recommendation."""
+    """Whether convert takes it, the tables, what they rest on, and the recommendation."""
     console = Console()
-    size = f"{found.weights / 1e9:.2f} billion weights in shards"
-    _print(console, f"{found.model_type}, {size}, context {found.context}, on {found.target}")
+    if not found.supported:
+        _print(console, f"not supported: {found.refusal}")
+    if found.choices:
+        _forecast(console, found)
+    for note in found.notes:
+        _print(console, f"note: {note}")
+    if found.choices:
+        _print(console, SOFT)
+    _print(console, found.recommendation)
+
+
+def _forecast(console: Console, found: Outlook) -> None:
+    size = f"{_weights(found.weights or 0)} weights in shards"
+    where = f"on {found.target} under OS {found.os}{'' if found.supported else ', approximate'}"
+    _print(console, f"{found.model_type}, {size}, context {found.context}, {where}")
     marks = _marks(found)
     sizes = _table("MB", "shards", "calls/token", "MB/token", "convert", "see")
-    speeds = _table("tok/s", "prefill tok/s", "memory GB", "load s", "bound by")
+    memory = _unit(BYTES, (choice.prediction.memory_bytes for choice in found.choices))
+    load = _unit(SECONDS, (choice.prediction.load_seconds for choice in found.choices))
+    speeds = _table("tok/s", "prefill tok/s", f"memory {memory}", f"load {load}", "bound by")
     for choice in found.choices:
         sizes.add_row(choice.routing, choice.recipe, *_size_cells(choice, marks))
-        speeds.add_row(choice.routing, choice.recipe, *_speed_cells(choice))
-    console.print(sizes)
+        cells = _speed_cells(choice, BYTES[memory], SECONDS[load])
+        speeds.add_row(choice.routing, choice.recipe, *cells)
+    _print_table(console, sizes)
     _print(console, f"\nPredicted, low-expected-high ({NOTE}):")
-    console.print(speeds)
+    _print_table(console, speeds)
     _print(console, "\nMB are of 1e6 bytes; convert times are estimates from a Linux machine.")
     for key, mark in marks.items():
         _print(console, f"{mark} {_concern(found, *key)}")
-    for note in found.notes:
-        _print(console, f"note: {note}")
-    _print(console, "soft routing costs what masked costs, and is another function than the model's.")
-    _print(console, found.recommendation)
 
 
 def _table(*columns: str) -> Table:
@@ -41,54 +62,85 @@ def _table(*columns: str) -> Table:
     return table
 
 
+def _print_table(console: Console, table: Table) -> None:
+    """At its full width, whatever the terminal's."""
+    width = Measurement.get(console, console.options.update(max_width=UNBOUNDED), table).maximum
+    console.print(table, width=width, crop=False, no_wrap=True, overflow="ignore")
+
+
 def _print(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _marks(found: Outlook) -> dict[tuple[str, str], str]:
     """A letter for each kind and rule that any choice meets."""
-    met = dict.fromkeys((c.kind, c.rule) for choice in found.choices for c in choice.concerns)
+    met = dict.fromkeys(concern.key for choice in found.choices for concern in choice.concerns)
     return {key: chr(ord("a") + number) for number, key in enumerate(met)}
 
 
 def _concern(found: Outlook, kind: str, rule: str) -> str:
-    same = [c for choice in found.choices for c in choice.concerns if (c.kind, c.rule) == (kind, rule)]
-    sizes = sorted({f"{c.function_bytes / 1e6:.1f}" for c in same}, key=float)
-    state = "off the engine" if same[0].verdict == "cpu" else "undecided"
-    return f"{state}: {kind} of {', '.join(sizes)} MB: {same[0].reason} ({rule})"
+    same = [c for choice in found.choices for c in choice.concerns if c.key == (kind, rule)]
+    sizes = sorted({c.function_bytes for c in same if c.function_bytes is not None})
+    shown = dict.fromkeys(_short(size / 1e6) for size in (*sizes[:1], *sizes[-1:]))
+    what = f"{kind} of {' to '.join(shown)} MB" if shown else kind
+    return f"{same[0].state}: {what}: {same[0].sentence}"
 
 
 def _size_cells(choice: Choice, marks: dict[tuple[str, str], str]) -> tuple[str, ...]:
     work = choice.workload
     return (
-        f"{work.disk_bytes / 1e6:,.0f}",
+        _amount(work.disk_bytes / 1e6),
         f"{work.packages}",
         f"{work.calls_per_token.expected:.0f}",
-        f"{work.weight_bytes_per_token.expected / 1e6:,.0f}",
+        _amount(work.weight_bytes_per_token.expected / 1e6),
         _duration(choice.conversion_seconds),
-        " ".join(marks[c.kind, c.rule] for c in choice.concerns),
+        " ".join(marks[concern.key] for concern in choice.concerns),
     )
 
 
-def _speed_cells(choice: Choice) -> tuple[str, ...]:
+def _speed_cells(choice: Choice, memory: float, load: float) -> tuple[str, ...]:
     predicted = choice.prediction
     return (
         _range(predicted.decode.tok_s),
         _range(predicted.prefill.tok_s),
-        _range(predicted.memory_bytes, 1e9),
-        _range(predicted.load_seconds),
+        _range(predicted.memory_bytes, memory),
+        _range(predicted.load_seconds, load),
         predicted.bound,
     )
 
 
+def _unit(units: dict[str, float], column: Iterable[Range]) -> str:
+    """The largest unit in which the smallest figure of a column is not a small fraction."""
+    smallest = min(value.low for value in column)
+    return next((name for name, size in units.items() if smallest >= LEAST * size), list(units)[-1])
+
+
 def _range(value: Range, unit: float = 1) -> str:
-    ends = (end / unit for end in (value.low, value.expected, value.high))
-    return "-".join(f"{end:,.0f}" if end >= 99.5 else f"{end:.2g}" for end in ends)
+    return "-".join(_short(end / unit) for end in (value.low, value.expected, value.high))
+
+
+def _short(value: float) -> str:
+    """Two figures (three of a whole number), thousands as k and M: four characters from 0.1 on."""
+    for suffix in ("", "k", "M"):
+        if value < 999.5:
+            return f"{value:.0f}{suffix}" if value >= 99.5 else f"{value:.2g}{suffix}"
+        value /= 1000
+    return f"{value:,.0f}G"
+
+
+def _weights(count: int) -> str:
+    return f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.0f}" if value >= 99.5 else f"{value:.2g}"
 
 
 def _duration(seconds: Range | None) -> str:
     if seconds is None:
         return "not timed"
+    if seconds.high < 1:
+        return f"{_range(seconds, 1e-3)} ms"
     ends = (seconds.low, seconds.expected, seconds.high)
     if seconds.high < 2 * MINUTE:
         return "-".join(f"{end:.0f}" for end in ends) + " s"

@@ -9,8 +9,8 @@ from typing import Any
 
 from ane_moe.benchmark.chips import Chip, Range
 from ane_moe.benchmark.cost_model import NOTE, breakdown
-from ane_moe.benchmark.formats import bits_of, rate_of
 from ane_moe.benchmark.workload import Calls
+from ane_moe.compress.recipe import find_format
 from ane_moe.errors import UserError
 from ane_moe.routing.grouping import GroupingReport, group_experts
 from ane_moe.routing.routing_trace import RoutingTrace
@@ -72,9 +72,10 @@ def _cost(trace: RoutingTrace, report: GroupingReport, chip: Chip, form: str) ->
 
 def _time(trace: RoutingTrace, functions: dict[int, float], size: int, chip: Chip, form: str) -> Range:
     """Milliseconds of a token's expert calls and of the host; the other shards are the same for every size."""
-    calls = []
+    calls, stored = [], find_format(form)
     for layer, count in functions.items():
         weights = size * trace.layers[layer].expert_weights
-        calls.append(Calls("experts", Range(count, count, count), round(weights * bits_of(form) / 8), weights,
-                           rate_of(form)))  # fmt: skip
+        stored_bytes = round(weights * stored.bits_per_weight / 8)
+        once = Range(count, count, count)
+        calls.append(Calls("experts", once, stored_bytes, weights, stored.rate))
     return breakdown(tuple(calls), chip).per_token_ms

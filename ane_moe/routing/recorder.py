@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from ane_moe.benchmark.formats import bits_of
-from ane_moe.compress.recipe import recipe_of
+from ane_moe.checkpoint import open_checkpoint
 from ane_moe.errors import UserError
 from ane_moe.manifest import FILE_NAME, Manifest
 from ane_moe.quiet_transformers import quiet_transformers
@@ -136,10 +135,10 @@ def expert_size(manifest: Manifest, layer: int) -> tuple[int, int]:
     """Bytes and number of an expert's weights, by its share of the layer's expert files: routers and shared experts,
     small beside them, are counted in. 0 where a stack holds them together with attention."""
     shards = manifest.shards_of("experts", layer) or manifest.shards_of("moe", layer)
-    size = sum(shard.weight_bytes for shard in shards) // int(manifest.moe[str(layer)]["experts"])
-    recipe = recipe_of(manifest.weights, manifest.recipe)
-    bits = bits_of(recipe.choice(f"layers.{layer}.ffn.experts.0.gate.weight").format)
-    return size, round(8 * size / bits)
+    copies = [functions[0] for shard in shards for functions in shard.copies.values()]
+    experts = int(manifest.moe[str(layer)]["experts"])
+    stored = sum(copy.weight_bytes for copy in copies)
+    return stored // experts, sum(copy.elements for copy in copies) // experts
 
 
 def _chunks(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
@@ -157,7 +156,7 @@ def _record_checkpoint(checkpoint: Path, prompts: list[list[int]], window: int |
 
     layers: dict[int, LayerRouting] = {}
     with quiet_transformers():
-        stream = StreamedModel(checkpoint)
+        stream = StreamedModel(open_checkpoint(checkpoint))
         limit = stream.config.max_position_embeddings
         passages = _passages(prompts, min(window or WINDOW, limit), max_tokens)
         check_prompts(passages, stream.config.vocab_size, limit)

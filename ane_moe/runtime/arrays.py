@@ -1,5 +1,6 @@
 """Arrays in files: inputs of a run, its outputs, and random inputs where none are given."""
 
+import json
 import os
 import re
 import tempfile
@@ -7,15 +8,14 @@ import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
 from ane_moe.errors import UserError
+from ane_moe.runtime.inputs import PIXELS, UNBOUNDED
+from ane_moe.runtime.numpy_dtypes import NUMPY
 from ane_moe.runtime.program import Feature
-
-NUMPY = {"fp16": np.float16, "fp32": np.float32, "fp64": np.float64, "bool": np.bool_, "int8": np.int8,
-         "uint8": np.uint8, "int16": np.int16, "uint16": np.uint16, "int32": np.int32, "int64": np.int64}
 
 
 def read_inputs(assignments: Iterable[str]) -> dict[str, np.ndarray]:
@@ -40,17 +40,26 @@ def read_array(path: Path) -> np.ndarray:
 
 
 def random_inputs(features: Iterable[Feature], seed: int) -> dict[str, np.ndarray]:
-    """Seeded inputs of the declared (default) shapes: normal floats, integers of 0 and 1."""
+    """Seeded inputs of the declared (default) shapes: normal floats, integers of 0 and 1, pixels.
+
+    Inputs with a default are left out. Raises UserError for one whose type is not a number's.
+    """
     rng = np.random.default_rng(seed)
-    inputs: dict[str, np.ndarray] = {}
-    for feature in features:
-        dtype = NUMPY.get(feature.type.dtype)
-        if dtype is None:
-            raise UserError(f"input '{feature.name}' cannot be made up", feature.type.dtype, "give it with --input")
-        shape = tuple(1 if size is None else size for size in feature.type.shape)
-        drawn = rng.standard_normal(shape) if np.issubdtype(dtype, np.floating) else rng.integers(0, 2, shape)
-        inputs[feature.name] = np.asarray(drawn, dtype)
-    return inputs
+    return {feature.name: _drawn(feature, rng) for feature in features if feature.default is None}
+
+
+def _drawn(feature: Feature, rng: np.random.Generator) -> np.ndarray:
+    dtype = NUMPY.get(feature.type.dtype)
+    if dtype is None:
+        raise UserError(f"input '{feature.name}' cannot be made up", feature.type.dtype,
+                        "give it with --input")
+    shape = tuple(1 if size is None else size for size in feature.type.shape)
+    if feature.kind == "image" and feature.layout != UNBOUNDED:
+        low, high = PIXELS
+        return np.asarray(rng.integers(low, high + 1, shape), dtype)
+    if np.issubdtype(dtype, np.floating):
+        return np.asarray(rng.standard_normal(shape), dtype)
+    return np.asarray(rng.integers(0, 2, shape), dtype)
 
 
 def save_arrays(folder: Path, arrays: Mapping[str, np.ndarray]) -> list[Path]:
@@ -62,6 +71,29 @@ def save_arrays(folder: Path, arrays: Mapping[str, np.ndarray]) -> list[Path]:
     for path, array in zip(paths, arrays.values(), strict=True):
         _replace(path, partial(_save, array=array))
     return paths
+
+
+def numbers_of(results: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The results that are numbers: arrays, and a classifier's probabilities, fp64 `[classes]`."""
+    numbers = {}
+    for name, value in results.items():
+        if isinstance(value, dict):
+            numbers[name] = np.array(list(value.values()), np.float64)
+        elif isinstance(value, np.ndarray):
+            numbers[name] = value
+    return numbers
+
+
+def labels_of(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The results that hold labels: a classifier's likeliest one, and the probability of each."""
+    return {name: value for name, value in results.items() if not isinstance(value, np.ndarray)}
+
+
+def save_labels(folder: Path, labels: Mapping[str, Any]) -> None:
+    """Write what `labels_of` gives as `labels.json` into `folder`, made if absent."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(labels, indent=2, ensure_ascii=False)
+    _replace(folder / "labels.json", lambda file: file.write(f"{text}\n".encode()))
 
 
 def save_archive(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

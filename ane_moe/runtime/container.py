@@ -1,4 +1,4 @@
-"""The folder that is an .mlpackage: Manifest.json and the files it may name.
+"""The folder that is an .mlpackage (Manifest.json and the files it may name) or an .mlmodelc.
 
 A package is untrusted: every path it names is resolved, must stay inside it and must be a regular file.
 """
@@ -9,40 +9,65 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ane_moe.errors import UserError
+from ane_moe.lfs import FETCH, is_lfs_pointer
 
 MAX_MANIFEST_BYTES = 1 << 20        # real ones have under 1 kB
 MAX_MODEL_BYTES = 64 << 20          # programs without their weights: 10,000 operations take about 5 MB
 MODEL_PATH = "@model_path/"
+COMPILED = ".mlmodelc"
+
+
+class AbsentFile(UserError):
+    """A file that the package names is not there, or only a Git LFS pointer to it."""
 
 
 @dataclass(frozen=True)
 class Container:
-    """A package whose manifest has been read. `root` is resolved; `model` is the program file inside it."""
+    """A package whose manifest has been read, or a compiled model, or a stage of one.
+
+    `root` is resolved; `model` is the program file inside it, in a compiled model its text.
+    """
 
     root: Path
     model: Path
+
+    @property
+    def compiled(self) -> bool:
+        return self.root.suffix == COMPILED
 
     def model_bytes(self) -> bytes:
         """The serialized program (no weights)."""
         return _read_limited(self.model, MAX_MODEL_BYTES)
 
+    def file_beside(self, name: str, limit: int) -> bytes | None:
+        """The file `name` beside the program file, None if there is none."""
+        if not os.path.lexists(self.model.parent / name):
+            return None
+        return _read_limited(_inside(self.root, self.model.parent, name), limit)
+
+    def stage(self, index: int) -> "Container":
+        """The stage `index` of a compiled pipeline, a folder of its own."""
+        folder = self.root / f"model{index}"
+        return Container(self.root, _inside(self.root, folder, "model.mil"))
+
     def weight_file(self, name: str) -> Path:
         """The file that a constant names as "@model_path/weights/weight.bin", beside the program file."""
         if not name.startswith(MODEL_PATH):
             raise UserError("weight file is not named relative to the program", quoted(name), f"expected {MODEL_PATH}")
-        return _inside(self.root, self.model.parent, name.removeprefix(MODEL_PATH))
+        path = _inside(self.root, self.model.parent, name.removeprefix(MODEL_PATH))
+        require_content(path)
+        return path
 
 
 def open_container(path: Path) -> Container:
-    """Read Manifest.json of an .mlpackage folder. Raises UserError for anything that is not one."""
-    if path.suffix == ".mlmodelc":
-        raise UserError("compiled models (.mlmodelc) hold no readable program", str(path),
-                        "use the .mlpackage it was compiled from")
+    """Open an .mlpackage or .mlmodelc folder. Raises UserError for anything that is neither."""
     if path.is_file():
         raise UserError("expected an .mlpackage folder", f"file {path}", "re-convert .mlmodel files as ML Programs")
     if not path.is_dir():
         raise UserError("no such package", str(path), "check the path")
     root = path.resolve()
+    if root.suffix == COMPILED:
+        return _open_compiled(root)
     if not os.path.exists(root / "Manifest.json"):      # unlike Path.exists, False where it may not look
         raise UserError("not an .mlpackage: it has no Manifest.json", str(path), "point at the package itself")
     manifest = _manifest(_inside(root, root, "Manifest.json"))
@@ -52,6 +77,22 @@ def open_container(path: Path) -> Container:
     if not isinstance(relative, str):
         raise UserError("Manifest.json names no root model", quoted(identifier), "the package is damaged")
     return Container(root, _inside(root, root / "Data", relative))
+
+
+def _open_compiled(root: Path) -> Container:
+    """The program is model.mil; a pipeline has only metadata.json at its root."""
+    names = [name for name in ("model.mil", "metadata.json") if os.path.lexists(root / name)]
+    staged = os.path.lexists(root / "model0")
+    if not names or (names[0] != "model.mil" and not staged):
+        raise UserError("the compiled model holds no ML Program (no model.mil)", str(root.name),
+                        "only compiled ML Programs can be read: re-convert others")
+    return Container(root, _inside(root, root, names[0]))
+
+
+def require_content(path: Path) -> None:
+    """Raise AbsentFile where a Git LFS pointer stands for the file."""
+    if is_lfs_pointer(path):
+        raise AbsentFile(f"{path.name} has not been downloaded", "a Git LFS pointer", FETCH)
 
 
 def quoted(value: object) -> str:
@@ -87,11 +128,13 @@ def _inside(root: Path, folder: Path, relative: str) -> Path:
         raise UserError("package holds a link that leads outside it", quoted(relative),
                         "copy it with its links resolved (cp -RL) if you trust it")
     if not regular:
-        raise UserError("package lacks a file it names", quoted(relative), "download or convert it again")
+        raise AbsentFile("package lacks a file it names", quoted(relative),
+                         "download or convert it again")
     return path
 
 
 def _read_limited(path: Path, limit: int) -> bytes:
+    require_content(path)
     try:
         size = path.stat().st_size
         if size > limit:

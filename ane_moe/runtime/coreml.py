@@ -17,6 +17,7 @@ import numpy as np
 from ane_moe.coreml_tools import ct
 from ane_moe.errors import UserError
 from ane_moe.runtime import child
+from ane_moe.runtime.inputs import check_inputs, shape_fits, type_text
 from ane_moe.runtime.modelc_cache import ModelCache
 from ane_moe.runtime.program import Feature, Interface
 from ane_moe.runtime.reader import open_program
@@ -87,23 +88,11 @@ class CoreMLFunction:
         self.predict(zeros, self.make_state() if self.states else None)
 
     def _passed(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        unknown = inputs.keys() - {feature.name for feature in self.inputs}
-        if unknown:
-            raise UserError(f"{self._where} has no input {sorted(unknown)[0]!r}",
-                            do=f"its inputs: {', '.join(feature.name for feature in self.inputs)}")
-        missing = [feature.name for feature in self.inputs if feature.name not in inputs and not feature.optional]
-        if missing:
-            raise UserError(f"{self._where} needs input {missing[0]!r}", f"inputs: {', '.join(inputs) or 'none'}")
-        return {feature.name: self._input(feature, np.asarray(inputs[feature.name]))
-                for feature in self.inputs if feature.name in inputs}
-
-    def _input(self, feature: Feature, value: np.ndarray) -> np.ndarray:
-        dtype = PASSED_AS[feature.type.dtype]
-        if not _fits(feature, value.shape) or not _converts(value, np.dtype(dtype)):
-            raise UserError(f"input {feature.name!r} of {self._where} is {_declared(feature)}",
-                            f"{value.dtype} {list(value.shape)}")
-        # The binding refuses read-only memory and takes strides at their word.
-        return np.require(value, dtype, ["C", "W"])
+        """For the binding, which refuses read-only memory and takes strides at their word."""
+        arrays = check_inputs(self.inputs, inputs, self._where)
+        passed = {feature.name: PASSED_AS[feature.type.dtype] for feature in self.inputs}
+        return {name: np.require(array, passed[name], ["C", "W"])
+                for name, array in arrays.items()}
 
     def _native_state(self, state: CoreMLState | None) -> Any:
         if not self.states:
@@ -121,12 +110,14 @@ class CoreMLFunction:
         value = returned.get(feature.name)
         if not isinstance(value, np.ndarray):
             raise UserError(f"{where} is missing", f"{', '.join(returned) or 'no outputs'}", "convert it again")
-        if not _fits(feature, value.shape):
-            raise UserError(f"{where} is {_declared(feature)}", f"shape {list(value.shape)}", "convert it again")
+        if not shape_fits(feature, value.shape):
+            raise UserError(f"{where} is {type_text(feature)}", f"shape {list(value.shape)}",
+                            "convert it again")
         if feature.type.dtype == "fp16":
             return _as_fp16(value, where)
         if value.dtype != PASSED_AS[feature.type.dtype]:
-            raise UserError(f"{where} is {_declared(feature)}", str(value.dtype), "convert it again")
+            raise UserError(f"{where} is {type_text(feature)}", str(value.dtype),
+                            "convert it again")
         return np.ascontiguousarray(value)
 
 
@@ -250,28 +241,6 @@ def _as_fp16(value: np.ndarray, where: str) -> np.ndarray:
         raise UserError(f"{where} was declared fp16 but computed in more", f"{value.dtype} values between fp16's",
                         "convert it again with fp16 outputs")
     return np.ascontiguousarray(narrow)
-
-
-def _fits(feature: Feature, shape: tuple[int, ...]) -> bool:
-    if feature.shapes:
-        return shape in feature.shapes
-    if feature.ranges is not None:
-        return len(shape) == len(feature.ranges) and all(
-            low <= size and (high < 0 or size <= high) for size, (low, high) in zip(shape, feature.ranges, strict=True))
-    declared = feature.type.shape
-    return len(shape) == len(declared) and all(want in (None, size) for size, want in zip(shape, declared, strict=True))
-
-
-def _converts(value: np.ndarray, dtype: np.dtype) -> bool:
-    """Floats to floats of any width, integers to integers that hold the values; nothing across."""
-    if value.dtype.kind == "f" or dtype.kind == "f" or value.dtype.kind not in "iu":
-        return value.dtype.kind == dtype.kind
-    limits = np.iinfo(dtype)
-    return not value.size or bool(limits.min <= value.min() and value.max() <= limits.max)
-
-
-def _declared(feature: Feature) -> str:
-    return f"{feature.type.dtype} {list(feature.type.shape)}"
 
 
 def _owner(state: object) -> str:

@@ -1,9 +1,10 @@
-"""How each declared dtype is held in memory, in numpy at the edges and in torch inside."""
+"""How each declared dtype is held in memory: in torch inside, in numpy at the edges."""
 
 import numpy as np
 import torch
 
 from ane_moe.errors import UserError
+from ane_moe.runtime.numpy_dtypes import NUMPY
 
 # Held in a wider type where torch has few kernels for the declared one (uint16, uint32), or none (sub-byte).
 TORCH: dict[str, torch.dtype] = {
@@ -12,16 +13,6 @@ TORCH: dict[str, torch.dtype] = {
     "uint1": torch.uint8, "uint2": torch.uint8, "uint3": torch.uint8, "uint4": torch.uint8, "uint6": torch.uint8,
     "uint8": torch.uint8, "uint16": torch.int32, "uint32": torch.int64, "uint64": torch.int64,
 }
-
-NUMPY: dict[str, type] = {
-    "fp16": np.float16, "fp32": np.float32, "fp64": np.float64, "bf16": np.float32, "bool": np.bool_,
-    "int4": np.int8, "int8": np.int8, "int16": np.int16, "int32": np.int32, "int64": np.int64,
-    "uint1": np.uint8, "uint2": np.uint8, "uint3": np.uint8, "uint4": np.uint8, "uint6": np.uint8,
-    "uint8": np.uint8, "uint16": np.uint16, "uint32": np.uint32, "uint64": np.uint64,
-}
-
-FLOATS = frozenset({"fp16", "fp32", "fp64", "bf16"})
-
 
 def torch_dtype(dtype: str) -> torch.dtype:
     """The dtype a value declared `dtype` is computed and stored in. Raises UserError for strings and the like."""

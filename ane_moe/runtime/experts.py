@@ -1,19 +1,16 @@
 """Dispatch of experts by the host: the functions that gates choose, on the tokens that chose them, and no others.
 
 T = tokens in the call, d = d_model, E = experts of the layer, G = experts of one function (a group), B = a bucket: a
-token count functions exist for. Function names are `expert_NNN_tB`, by the first expert of the group, and `shared_tB`
-for what every token passes through. Each maps `ffn_input [1,d,1,B]` and `gate [1,1,1,B]` (`gates [1,G,1,B]` where G is
+token count functions exist for. The manifest says which experts each function computes: none, where every token passes
+through it (the shared expert). Each maps `ffn_input [1,d,1,B]` and `gate [1,1,1,B]` (`gates [1,G,1,B]` where G is
 above 1; nothing for shared) to `y [1,d,1,B]`.
 """
 
-import re
-import sys
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import zip_longest
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -29,7 +26,6 @@ from ane_moe.runtime.figures import CallClock
 from ane_moe.runtime.interface import LoadedFunction, Package
 
 KIND = "experts"
-NAME = re.compile(r"(?:expert_(?P<first>\d{3,})|shared)_t(?P<tokens>[1-9]\d*)")
 
 
 @dataclass(frozen=True)
@@ -78,43 +74,35 @@ class ExpertLayer:
 
 
 def expert_layers(manifest: Manifest) -> dict[int, ExpertLayer]:
-    """Every layer whose experts are dispatched. Raises UserError for a package with missing or unknown functions."""
+    """Every layer whose experts are dispatched. Raises UserError for a package whose functions do not fit together."""
     layers = {}
     for layer in manifest.layers:
         groups = [group for shard in manifest.shards_of(KIND, layer) for group in _groups(shard)]
         if groups:
+            _require_once(groups, layer)
             routed = sorted((group for group in groups if group.experts), key=lambda group: group.experts[0])
-            layers[layer] = ExpertLayer(layer, tuple(routed), next((g for g in groups if not g.experts), None))
+            shared = next((group for group in groups if not group.experts), None)
+            layers[layer] = ExpertLayer(layer, tuple(routed), shared)
     return layers
 
 
 def _groups(shard: Shard) -> list[Group]:
-    """The groups of one package: those the manifest gives, else each goes from the expert its functions are named by
-    to the next named one."""
-    names: dict[int | None, dict[int, str]] = {}
-    for function in shard.functions:
-        match = NAME.fullmatch(function.name)
-        if match is None or int(match["tokens"]) != function.tokens:
-            raise UserError(f"{shard.path} has an unknown expert function", function.name, "convert again")
-        names.setdefault(int(match["first"]) if match["first"] else None, {})[function.tokens] = function.name
-    if len({frozenset(buckets) for buckets in names.values()}) != 1:
-        raise UserError(f"{shard.path} lacks an expert function", "some experts have other token counts than others",
-                        "convert again")
-    firsts = sorted(first for first in names if first is not None)
-    members = {group[0]: group for group in shard.groups if group} if shard.groups else _neighbours(shard, firsts)
-    held = sorted(expert for group in members.values() for expert in group)
-    misnamed = [first for first, group in members.items() if group[:1] != (first,)]
-    if misnamed or sorted(members) != firsts or held != sorted(shard.experts):
-        raise UserError(f"{shard.path}: experts and functions do not fit together",
-                        f"experts {sorted(shard.experts)}, functions for {firsts}", "convert again")
-    groups = [Group(members[first], shard.path, names[first]) for first in firsts]
-    return groups + ([Group((), shard.path, names[None])] if None in names else [])
+    """The groups of one package, and their functions by token count."""
+    groups = [Group(experts, shard.path, {function.tokens: function.name for function in functions})
+              for experts, functions in shard.copies.items()]
+    if len({frozenset(group.names) for group in groups}) != 1:
+        found = "some experts have other token counts than others"
+        raise UserError(f"{shard.path} lacks an expert function", found, "convert again")
+    return groups
 
 
-def _neighbours(shard: Shard, firsts: list[int]) -> dict[int, tuple[int, ...]]:
-    """Experts of the groups that begin with `firsts`, when each ends where the next begins."""
-    return {first: tuple(expert for expert in sorted(shard.experts) if first <= expert < end)
-            for first, end in zip_longest(firsts, firsts[1:], fillvalue=sys.maxsize)}
+def _require_once(groups: Sequence[Group], layer: int) -> None:
+    """Each expert belongs to one group, and groups are in rising order."""
+    experts = [expert for group in groups for expert in group.experts]
+    sorted_groups = all(group.experts == tuple(sorted(group.experts)) for group in groups)
+    if not experts or len(set(experts)) != len(experts) or not sorted_groups:
+        found = f"functions for {[group.experts for group in groups]}"
+        raise UserError(f"layer {layer}: experts and functions do not fit together", found, "convert again")
 
 
 class _Scratch:

@@ -2,10 +2,11 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ane_moe.runtime.program import Function, Interface, Program
+from ane_moe.runtime.pipeline import OpenPipeline
+from ane_moe.runtime.program import Feature, Function, Interface, Program
 from ane_moe.runtime.reader import read_program
 from ane_moe.runtime.weights import Weight, operations_of, unique_bytes, weights_of
 
@@ -36,7 +37,10 @@ class FormatTotal:
 
 @dataclass(frozen=True)
 class Summary:
-    """`weight_bytes` counts each stored constant once; `system` is the oldest that runs the package."""
+    """`weight_bytes` counts each stored constant once; `system` is the oldest that runs it.
+
+    `absent` says what is wrong with weight files that are not there; sizes are those declared.
+    """
 
     path: Path
     specification_version: int
@@ -46,11 +50,59 @@ class Summary:
     formats: tuple[FormatTotal, ...]
     weight_bytes: int
     metadata: dict[str, str]
+    absent: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StageSummary:
+    """`program` and its summary are None for a stage that is not an ML Program."""
+
+    index: int
+    kind: str
+    program: Program | None
+    summary: Summary | None
+
+
+@dataclass(frozen=True)
+class PipelineSummary:
+    """A pipeline as it describes itself, and its stages in order."""
+
+    path: Path
+    specification_version: int
+    inputs: tuple[Feature, ...]
+    outputs: tuple[Feature, ...]
+    stages: tuple[StageSummary, ...]
+    metadata: dict[str, str]
+
+
+def summarize_pipeline(pipeline: OpenPipeline) -> PipelineSummary:
+    """Summarize each stage. Raises UserError for one that is not sound."""
+    stages = []
+    for stage in pipeline.stages:
+        program = stage.program.read() if stage.program else None
+        summary = summarize(program) if program else None
+        stages.append(StageSummary(stage.index, stage.kind, program, summary))
+    return PipelineSummary(pipeline.path, pipeline.specification_version, pipeline.inputs,
+                           pipeline.outputs, tuple(stages), pipeline.metadata)
+
+
+def pipeline_document(summary: PipelineSummary) -> dict:
+    """The summary as plain values for JSON; a stage that is no ML Program has its kind alone."""
+    stages = [{"index": stage.index, "kind": stage.kind}
+              | ({"program": summary_document(stage.summary)} if stage.summary else {})
+              for stage in summary.stages]
+    document = asdict(replace(summary, stages=()))
+    return document | {"path": str(summary.path), "stages": stages}
 
 
 def summarize(package: Path | Program) -> Summary:
-    """Summarize a package on disk or one read before. Raises UserError for what is not a sound ML Program."""
-    program = package if isinstance(package, Program) else read_program(package)
+    """Summarize a package on disk, its weights there or not, or one read before.
+
+    Raises UserError for what is not a sound ML Program.
+    """
+    program = package
+    if not isinstance(program, Program):
+        program = read_program(program, require_weights=False)
     functions = tuple(
         _function(function, program.interfaces[name]) for name, function in program.functions.items()
     )  # fmt: skip
@@ -64,6 +116,7 @@ def summarize(package: Path | Program) -> Summary:
         formats=_totals(weights),
         weight_bytes=unique_bytes(weights),
         metadata=program.metadata,
+        absent=program.absent,
     )
 
 

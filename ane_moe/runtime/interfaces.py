@@ -5,12 +5,21 @@ from typing import Any
 
 from ane_moe.errors import UserError
 from ane_moe.runtime.container import quoted
-from ane_moe.runtime.program import Block, Feature, Function, Interface, StateType, TensorType, ValueType
+from ane_moe.runtime.program import (
+    Block,
+    Feature,
+    Function,
+    Interface,
+    OtherType,
+    StateType,
+    TensorType,
+    ValueType,
+)
 from ane_moe.runtime.proto import FeatureTypes_pb2
 from ane_moe.runtime.values import describe
 
 _Array = FeatureTypes_pb2.ArrayFeatureType
-_ARRAY_DTYPES = {
+ARRAY_DTYPES = {
     _Array.FLOAT16: "fp16", _Array.FLOAT32: "fp32", _Array.DOUBLE: "fp64", _Array.INT32: "int32", _Array.INT8: "int8",
 }  # fmt: skip
 
@@ -19,6 +28,10 @@ _KINDS = {
     "multiArrayType": "array", "stateType": "state", "imageType": "image", "dictionaryType": "dictionary",
     "stringType": "string", "int64Type": "int64", "doubleType": "double", "sequenceType": "sequence",
 }  # fmt: skip
+
+_Image = FeatureTypes_pb2.ImageFeatureType
+_LAYOUTS = {_Image.RGB: "RGB", _Image.BGR: "BGR", _Image.GRAYSCALE: "grayscale",
+            _Image.GRAYSCALE_FLOAT16: "grayscale fp16"}
 
 _DAMAGED = "the package is damaged, or its converter is faulty"
 
@@ -71,6 +84,22 @@ def read_interface(proto: Any, function: Function) -> Interface:
     return interface
 
 
+def described_feature(proto: Any) -> Feature:
+    """A feature of a pipeline, whose stages declare the types: as described. Raises UserError."""
+    where = f"feature {quoted(proto.name)} of the pipeline"
+    kind = proto.type.WhichOneof("Type")
+    declared: ValueType = OtherType("other")
+    if kind == "imageType":
+        channels = 3 if proto.type.imageType.colorSpace in (_Image.RGB, _Image.BGR) else 1
+        declared = TensorType("fp32", (1, channels, None, None))
+    elif kind == "multiArrayType":
+        array = proto.type.multiArrayType
+        shapes, ranges = _flexibility(array, where)
+        dtype = _array_dtype(array, where)
+        declared = TensorType(dtype, _default_shape(array, shapes, ranges, TensorType(dtype, ())))
+    return _feature(proto, {proto.name: declared}, "the pipeline")
+
+
 def _types_of(block: Block) -> dict[str, ValueType]:
     return {item.name: item.type for operation in block.operations for item in operation.outputs}
 
@@ -86,6 +115,8 @@ def _feature(proto: Any, declared: dict[str, ValueType], function: str) -> Featu
     if (kind == "stateType") != isinstance(actual, StateType):
         raise UserError(f"{where} is described as another kind than the program has", describe(actual), _DAMAGED)
     tensor = actual.tensor if isinstance(actual, StateType) else actual
+    if kind == "imageType" and isinstance(tensor, TensorType):
+        return _image(proto, tensor, where)
     if kind not in ("multiArrayType", "stateType"):
         shown = tensor if isinstance(tensor, TensorType) else TensorType(_KINDS[kind], ())
         return Feature(proto.name, shown, proto.type.isOptional, kind=_KINDS[kind])
@@ -97,13 +128,49 @@ def _feature(proto: Any, declared: dict[str, ValueType], function: str) -> Featu
     _check_agreement(described, tensor, where)
     for shape in shapes:
         _check_agreement(TensorType(described.dtype, shape), tensor, where)
-    return Feature(proto.name, described, proto.type.isOptional, shapes, ranges, _KINDS[kind])
+    default = _default(array, described.dtype, where) if proto.type.isOptional else None
+    return Feature(proto.name, described, proto.type.isOptional, shapes, ranges, _KINDS[kind],
+                   default=default)
+
+
+def _image(proto: Any, tensor: TensorType, where: str) -> Feature:
+    """An image: the program's shape [..., channels, height, width], in the sizes described."""
+    image = proto.type.imageType
+    if image.colorSpace not in _LAYOUTS:
+        raise UserError(f"{where} has an unknown colour layout", f"code {image.colorSpace}",
+                        _DAMAGED)
+    if len(tensor.shape) < 3:
+        raise UserError(f"{where} is described as an image", describe(tensor), _DAMAGED)
+    *lead, height, width = tensor.shape
+    shape = (*lead, height or image.height, width or image.width)
+    outer = tuple(size or 1 for size in lead)
+    shapes = tuple((*outer, size.height, size.width) for size in image.enumeratedSizes.sizes)
+    ranges = None
+    if image.HasField("imageSizeRange"):
+        sizes = image.imageSizeRange
+        axes = (sizes.heightRange, sizes.widthRange)
+        bounds = [(axis.lowerBound, axis.upperBound) for axis in axes]
+        ranges = (*((size, size) for size in outer), *bounds)
+    return Feature(proto.name, TensorType(tensor.dtype, shape), proto.type.isOptional, shapes,
+                   ranges, "image", _LAYOUTS[image.colorSpace])
+
+
+def _default(array: Any, dtype: str, where: str) -> int | float | None:
+    """The value of each element of an optional input that is not given; None: it has none."""
+    kind = array.WhichOneof("defaultOptionalValue")
+    if kind is None:
+        return None
+    value: int | float = getattr(array, kind)
+    if dtype.startswith("int") and not (isinstance(value, int) and -(1 << 31) <= value < 1 << 31):
+        raise UserError(f"{where} has a default value of another type", f"{value} for {dtype}",
+                        _DAMAGED)
+    return value
 
 
 def _array_dtype(array: Any, where: str) -> str:
-    if array.dataType not in _ARRAY_DTYPES:
+    if array.dataType not in ARRAY_DTYPES:
         raise UserError(f"{where} has an unknown element type", f"code {array.dataType}", "a newer ane-moe may know it")
-    return _ARRAY_DTYPES[array.dataType]
+    return ARRAY_DTYPES[array.dataType]
 
 
 def _flexibility(array: Any, where: str) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, int], ...] | None]:

@@ -9,16 +9,28 @@ import torch
 
 from ane_moe.errors import UserError
 from ane_moe.runtime.dtypes import to_torch, torch_dtype
-from ane_moe.runtime.ops import LEFT_OUT, TABLE
+from ane_moe.runtime.ops import TABLE
 from ane_moe.runtime.ops.arithmetic import Arithmetic
 from ane_moe.runtime.ops.table import Op
-from ane_moe.runtime.program import Argument, Block, Constant, Function, Operation, StateType, TensorType
+from ane_moe.runtime.program import (
+    Argument,
+    Block,
+    Constant,
+    DictionaryType,
+    Function,
+    Operation,
+    StateType,
+    TensorType,
+    ValueType,
+)
 from ane_moe.runtime.scope import FIRST, Scope, Value, tensor_type
 from ane_moe.runtime.steps import Run, Slots, Source, Step, Steps, bind, bind_dynamic, target
 from ane_moe.runtime.structural import STRUCTURAL
 
 IOS = {"CoreML5": 15, "CoreML6": 16, "CoreML7": 17, "CoreML8": 18, "CoreML9": 26}
 MAX_PARAMETER_BYTES = 1 << 20           # of a constant that is a parameter (a shape, an axis, a mask), not data
+SHAPING = frozenset({                   # floats that make a shape, and are not computed with
+    "scale_factor_height", "scale_factor_width", "start", "end", "step"})
 
 
 @dataclass
@@ -27,7 +39,7 @@ class Plan:
 
     size: int
     inputs: dict[str, int]
-    outputs: dict[str, tuple[int, TensorType]]
+    outputs: dict[str, tuple[int, ValueType]]
     setup: Steps
     steps: Steps
     kept: frozenset[int]
@@ -58,10 +70,12 @@ class _Planner:
             if not isinstance(given.type, StateType):
                 inputs[given.name] = value.slot = self.new_slot()
         self.operations(self.function.block, top)
-        outputs = {}
+        outputs: dict[str, tuple[int, ValueType]] = {}
         for name in self.function.block.outputs:
             value = top.find(name)
-            outputs[name] = (self.slot(value), tensor_type(value, name))
+            if not isinstance(value.type, DictionaryType):
+                tensor_type(value, name)
+            outputs[name] = (self.slot(value), value.type)
         results = frozenset(slot for slot, _ in outputs.values())
         top.steps.free_dead(results)
         read = frozenset(slot for step in top.steps.steps for slot in step.reads) | results
@@ -129,21 +143,24 @@ class _Planner:
     def tensor_op(self, operation: Operation, scope: Scope) -> None:
         op = TABLE.find(operation.type, self.ios)
         if op is None:
-            reason = LEFT_OUT.get(operation.type, f"no op of this name in the iOS{self.ios} opset")
-            raise UserError("the reference runtime does not execute this op", reason)
+            raise UserError("the reference runtime does not execute this op",
+                            f"no op of this name in the iOS{self.ios} opset")
         given: dict[str, tuple[Argument, ...]] = {
             **operation.inputs,
             **{name: (value,) for name, value in operation.attributes.items() if name != "name"},
         }
         arguments = {name: [self.argument(one, scope) for one in bound] for name, bound in given.items() if bound}
-        fixed = all(value.fixed for values in arguments.values() for value in values)
+        given_values = [value for values in arguments.values() for value in values]
+        fixed = not op.varies and all(value.fixed for value in given_values)
         home = self.setup if fixed and (scope.outer is self.setup or op.name.startswith("constexpr_")) else scope
         results = [Value(output.type, self.new_slot(), fixed=home is self.setup) for output in operation.outputs]
         run, reads = self.bind(op, arguments, results, home)
         for output, value in zip(operation.outputs, results, strict=True):
             scope.names[output.name] = value
         writes = [self.slot(value) for value in results]
-        shown = tuple((output.name, slot) for output, slot in zip(operation.outputs, writes, strict=True))
+        named = zip(operation.outputs, writes, strict=True)
+        shown = tuple((output.name, slot) for output, slot in named
+                      if isinstance(output.type, TensorType))
         self.add(home, operation.type, operation.name, run, reads, writes, shown)
 
     def bind(self, op: Op, arguments: Mapping[str, list[Value]], results: list[Value],
@@ -159,7 +176,7 @@ class _Planner:
         if len(kinds) > 1:
             raise UserError("its inputs are of different element types", ", ".join(sorted(kinds)))
         fixed, dynamic = self.parameters(op, {k: v for k, v in arguments.items() if k not in names})
-        types = [tensor_type(value, op.name) for value in results]
+        types = [value.type for value in results]
         if "arith" in op.parameters:
             fixed["arith"] = self.arith
         if "out" in op.parameters:
@@ -204,6 +221,10 @@ class _Planner:
                 fixed[name] = _as_python(values[0])
             else:
                 dynamic[name] = self.slot(values[0])
+        absent = {name: value for name, value in op.defaults.items() if name not in arguments}
+        for name, value in (fixed | absent).items():
+            if isinstance(value, float) and name not in SHAPING:
+                fixed[name] = self.arith.parameter(value)
         return fixed, dynamic
 
 

@@ -3,7 +3,7 @@
 Independent of protobuf and of the converter: names are resolved by string, constants are kept as stored until used.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,23 @@ class TensorType:
     dtype: str
     shape: tuple[int | None, ...]
 
+    def admits(self, shape: Sequence[int]) -> bool:
+        """Whether a tensor of `shape` can be what is declared: known sizes agree, in order.
+
+        An unknown size may also be absent. coremltools keeps an axis of unknown size where
+        `squeeze` removes one, and so declares a rank that the value does not have; Core ML
+        executes it.
+        """
+        return self.shape == tuple(shape) or len(shape) in _ends(self.shape, shape, 1)
+
+
+@dataclass(frozen=True)
+class VariadicType(TensorType):
+    """A tensor of unknown rank: each unknown size stands for any number of dimensions."""
+
+    def admits(self, shape: Sequence[int]) -> bool:
+        return len(shape) in _ends(self.shape, shape, len(shape))
+
 
 @dataclass(frozen=True)
 class StateType:
@@ -24,13 +41,44 @@ class StateType:
 
 
 @dataclass(frozen=True)
+class ListType:
+    """Tensors of one type; a length of None is unknown."""
+
+    element: "ValueType"
+    length: int | None
+
+
+@dataclass(frozen=True)
+class DictionaryType:
+    key: "ValueType"
+    value: "ValueType"
+
+
+@dataclass(frozen=True)
 class OtherType:
-    """Lists, tuples and dictionaries: kept so that they can be named in an error."""
+    """Tuples and what may come: kept so that they can be named in an error."""
 
     kind: str
 
 
-ValueType = TensorType | StateType | OtherType
+ValueType = TensorType | StateType | ListType | DictionaryType | OtherType
+
+
+def sizes(shape: Sequence[int | None]) -> str:
+    """A shape as text, e.g. `[1, 64, ?]`."""
+    return f"[{', '.join('?' if size is None else str(size) for size in shape)}]"
+
+
+def _ends(declared: Sequence[int | None], shape: Sequence[int], longest: int) -> set[int]:
+    """How many dimensions of `shape` can be accounted for; an unknown size takes up to `longest`."""
+    ends = {0}
+    for size in declared:
+        if size is None:
+            last = len(shape)
+            ends = {end for start in ends for end in range(start, min(start + longest, last) + 1)}
+        else:
+            ends = {start + 1 for start in ends if start < len(shape) and shape[start] == size}
+    return ends
 
 
 @dataclass(frozen=True)
@@ -96,6 +144,8 @@ class Feature:
     shapes: tuple[tuple[int, ...], ...] = ()                        # enumerated shapes, first is the default
     ranges: tuple[tuple[int, int], ...] | None = None               # (lower, upper) per axis; upper -1: unbounded
     kind: str = "array"                                             # array, state, image, dictionary, string ...
+    layout: str = ""                        # of an image: RGB, BGR, grayscale or grayscale fp16
+    default: int | float | None = None      # of each element, where an optional input is not given
 
 
 @dataclass(frozen=True)
@@ -113,3 +163,4 @@ class Program:
     default_function: str
     specification_version: int
     metadata: dict[str, str]            # author, license, user-defined keys (com.github.apple.coremltools...)
+    absent: tuple[str, ...] = ()        # what is wrong with each weight file that is not there

@@ -8,7 +8,8 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from ane_moe.errors import UserError
-from ane_moe.runtime.container import open_container, quoted
+from ane_moe.runtime.compiled import read_compiled
+from ane_moe.runtime.container import Container, open_container, quoted
 from ane_moe.runtime.interfaces import described_functions, read_interface, read_metadata
 from ane_moe.runtime.program import Argument, Block, Constant, Function, Operation, Output, Program
 from ane_moe.runtime.proto import Model_pb2
@@ -62,6 +63,7 @@ class OpenProgram:
             default_function=self.default_function,
             specification_version=self._model.specificationVersion,
             metadata=read_metadata(self._model.description.metadata),
+            absent=tuple(map(str, self._values.absent.values())),
         )
 
     def require(self, name: str) -> None:
@@ -71,21 +73,55 @@ class OpenProgram:
                             do=f"its functions: {', '.join(self.functions[:SHOWN])}")
 
 
-def open_program(path: Path) -> OpenProgram:
-    """Parse a package. Raises UserError for anything that is not an ML Program with functions."""
+def open_program(path: Path, *, require_weights: bool = True) -> OpenProgram:
+    """Parse a package. Raises UserError for anything that is not an ML Program with functions.
+
+    Without `require_weights` its weight files may be absent: see `ValueReader`.
+    """
     path = Path(path)
     container = open_container(path)
-    model = _parse(container.model_bytes())
+    return program_of(read_model(container), path, ValueReader(container, require_weights))
+
+
+def read_model(container: Container) -> Any:
+    """The protobuf `Model` of a package or compiled model, of whatever kind. Raises UserError."""
+    return read_compiled(container) if container.compiled else _parse(container.model_bytes())
+
+
+def pipeline_models(model: Any) -> list[Any]:
+    """The models in a row that `model` consists of, none where it is no pipeline."""
+    kind = model.WhichOneof("Type") or ""
+    if not kind.startswith("pipeline"):
+        return []
+    return list((model.pipeline if kind == "pipeline" else getattr(model, kind).pipeline).models)
+
+
+def program_of(model: Any, path: Path, values: ValueReader) -> OpenProgram:
+    """The ML Program that `model` is. Raises UserError for another kind and for an unsound one."""
+    kind = model.WhichOneof("Type")
+    if models := pipeline_models(model):
+        kinds = ", ".join(stage.WhichOneof("Type") or "unknown" for stage in models)
+        raise UserError("not one ML Program but a pipeline", f"stages: {kinds}",
+                        "`ane-moe inspect` shows it, `ane-moe run --runtime reference` runs it")
+    if kind != "mlProgram":
+        raise UserError("not an ML Program", f"a model of kind {kind}",
+                        "convert it with convert_to='mlprogram'")
+    if model.specificationVersion not in SPECIFICATIONS:
+        raise UserError("unknown specification version", str(model.specificationVersion),
+                        f"ML Programs have {SPECIFICATIONS.start} to {SPECIFICATIONS.stop - 1}")
     names = sorted(model.mlProgram.functions)
     if not names:
         raise UserError("program has no functions", "an empty program", _DAMAGED)
     described, default = described_functions(model.description, names)
-    return OpenProgram(path, tuple(described), default, model, described, ValueReader(container))
+    return OpenProgram(path, tuple(described), default, model, described, values)
 
 
-def read_program(path: Path) -> Program:
-    """Read a whole package without its weights. Raises UserError for anything that is not a sound ML Program."""
-    return open_program(path).read()
+def read_program(path: Path, *, require_weights: bool = True) -> Program:
+    """Read a whole package; `load()` of its constants reads the weights, as in `open_program`.
+
+    Raises UserError for anything that is not a sound ML Program.
+    """
+    return open_program(path, require_weights=require_weights).read()
 
 
 def _parse(data: bytes) -> Any:
@@ -96,12 +132,6 @@ def _parse(data: bytes) -> Any:
         model.ParseFromString(data)
     except (DecodeError, RuntimeError) as error:     # truncated, nested too deep, not UTF-8
         raise UserError("the program file cannot be parsed", quoted(str(error)), _DAMAGED) from None
-    kind = model.WhichOneof("Type")
-    if kind != "mlProgram":
-        raise UserError("not an ML Program", f"a model of kind {kind}", "convert it with convert_to='mlprogram'")
-    if model.specificationVersion not in SPECIFICATIONS:
-        raise UserError("unknown specification version", str(model.specificationVersion),
-                        f"ML Programs have {SPECIFICATIONS.start} to {SPECIFICATIONS.stop - 1}")
     return model
 
 

@@ -1,4 +1,4 @@
-"""The reference runtime: executes any ML Program with torch on the CPU.
+"""The reference runtime: executes ML Programs with torch on the CPU.
 
 Every op computes in fp32 and rounds its result to the declared type once; with `precision="fp16"` partial sums and
 intermediates inside ops are rounded too.
@@ -7,18 +7,22 @@ intermediates inside ops are rounded too.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ane_moe.errors import UserError
-from ane_moe.runtime.dtypes import FLOATS, NUMPY, to_numpy, torch_dtype
+from ane_moe.runtime.dtypes import to_numpy, torch_dtype
+from ane_moe.runtime.inputs import check_inputs, default_value
+from ane_moe.runtime.lists import TensorList
 from ane_moe.runtime.ops.arithmetic import Arithmetic, Exact, Narrow
+from ane_moe.runtime.pipeline import OpenPipeline, open_model
 from ane_moe.runtime.plan import Plan, prepare
-from ane_moe.runtime.program import Feature, Program
-from ane_moe.runtime.reader import OpenProgram, open_program
+from ane_moe.runtime.program import Feature, Program, TensorType, sizes
+from ane_moe.runtime.reader import OpenProgram
+from ane_moe.runtime.reference_pipeline import ReferencePipeline
 from ane_moe.runtime.scope import FOREIGN, STATES
 from ane_moe.runtime.weights import weights_of
 
@@ -55,15 +59,18 @@ class ReferenceFunction:
         interface = program.interfaces[function]
         self.inputs, self.outputs, self.states = interface.inputs, interface.outputs, interface.states
         self._plan: Plan = prepare(program.functions[function], ARITHMETIC[precision]())
-        self._weights: list[Tensor | None] | None = None
+        self._weights: list[Tensor | TensorList | None] | None = None
         self._own: frozenset[int] = frozenset()
 
     def make_state(self) -> State:
         return State({s.name: torch.zeros(_fixed_shape(s), dtype=torch_dtype(s.type.dtype)) for s in self.states})
 
-    def predict(self, inputs: Mapping[str, np.ndarray], state: State | None = None) -> dict[str, np.ndarray]:
+    def predict(self, inputs: Mapping[str, np.ndarray],
+                state: State | None = None) -> dict[str, Any]:
         """Run once. Floats are cast to the declared float type, as Core ML does; NaN and Inf may enter.
 
+        Gives arrays; of a classifier also the likeliest label (str or int) and a dict of the
+        probabilities by label.
         Raises UserError for inputs or a state that do not fit, and for an op whose result is not what is declared.
         """
         slots = self._slots(inputs, state)
@@ -71,9 +78,12 @@ class ReferenceFunction:
         return self._results(slots)
 
     def observe(self, inputs: Mapping[str, np.ndarray], observer: Observer,
-                state: State | None = None) -> dict[str, np.ndarray]:
-        """As `predict`, showing `observer` the outputs of each op, in order. What a cond or while_loop computes
-        inside is not shown, nor are constants and what is computed from constants alone."""
+                state: State | None = None) -> dict[str, Any]:
+        """As `predict`, showing `observer` the outputs of each op, in order.
+
+        What a cond or while_loop computes inside is not shown, nor are lists, labels, constants and
+        what is computed from constants alone.
+        """
         slots = self._slots(inputs, state)
         self._plan.steps.execute(slots, lambda step: observer(step.op, step.name, {
             name: slots[slot].float().numpy() if slots[slot].dtype is torch.bfloat16 else slots[slot].numpy()
@@ -90,7 +100,7 @@ class ReferenceFunction:
         self._weights = None
 
     def _slots(self, inputs: Mapping[str, np.ndarray], state: State | None) -> list:
-        given = self._check_inputs(inputs)
+        given = self._tensors(inputs)
         tensors = self._check_state(state)
         self.load_weights()
         assert self._weights is not None
@@ -101,53 +111,36 @@ class ReferenceFunction:
         slots[FOREIGN] = self._own | {tensor.untyped_storage().data_ptr() for tensor in given.values()}
         return slots
 
-    def _load_weights(self) -> list[Tensor | None]:
-        slots: list[Tensor | None] = [None] * self._plan.size
+    def _load_weights(self) -> list[Tensor | TensorList | None]:
+        slots: list[Tensor | TensorList | None] = [None] * self._plan.size
         self._plan.setup.execute(slots)
-        kept = [slots[slot] for slot in self._plan.kept]
-        self._own = frozenset(tensor.untyped_storage().data_ptr() for tensor in kept if tensor is not None)
+        kept = [tensor for slot in self._plan.kept for tensor in _tensors(slots[slot])]
+        self._own = frozenset(tensor.untyped_storage().data_ptr() for tensor in kept)
         return slots
 
-    def _results(self, slots: list) -> dict[str, np.ndarray]:
-        """Outputs as arrays of their own: never a view of an input, a weight or a state."""
+    def _results(self, slots: list) -> dict[str, Any]:
+        """Outputs as arrays of their own: never a view of an input, a weight or a state.
+
+        Labels are as they are.
+        """
         foreign = slots[FOREIGN] | {t.untyped_storage().data_ptr() for t in (slots[STATES] or {}).values()}
         results = {}
         for name, (slot, declared) in self._plan.outputs.items():
-            tensor = slots[slot]
-            if tensor.untyped_storage().data_ptr() in foreign:
-                tensor = tensor.clone()
-            results[name] = to_numpy(tensor, declared.dtype)
+            value = slots[slot]
+            if isinstance(value, Tensor) and isinstance(declared, TensorType):
+                owned = value.untyped_storage().data_ptr() not in foreign
+                value = to_numpy(value if owned else value.clone(), declared.dtype)
+            results[name] = value
         return results
 
-    def _check_inputs(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-        known = [feature.name for feature in self.inputs]
-        extra = sorted(set(inputs) - set(known))
-        if extra:
-            raise UserError(f"function '{self.name}' has no input '{extra[0]}'", do=f"its inputs: {', '.join(known)}")
-        missing = [feature.name for feature in self.inputs if feature.name not in inputs]
-        if missing:
-            raise UserError(f"function '{self.name}' needs input '{missing[0]}'",
-                            f"inputs: {', '.join(inputs) or 'none'}")
-        return {feature.name: self._convert(feature, inputs[feature.name]) for feature in self.inputs}
-
-    def _convert(self, feature: Feature, given: np.ndarray) -> Tensor:
-        array = np.asarray(given)
-        where = f"input '{feature.name}' of function '{self.name}'"
-        if not _shape_fits(feature, array.shape):
-            raise UserError(f"{where} has the wrong shape", str(list(array.shape)), f"it takes {_shapes(feature)}")
-        wanted = feature.type.dtype
-        if array.dtype != NUMPY[wanted]:
-            floats = array.dtype.kind == "f" and wanted in FLOATS
-            integers = array.dtype.kind in "iu" and wanted not in FLOATS and wanted != "bool"
-            if not (floats or (integers and _values_fit(array, NUMPY[wanted]))):
-                raise UserError(f"{where} has the wrong element type", str(array.dtype), f"it takes {wanted}")
-            if integers:
-                array = array.astype(NUMPY[wanted])
-        if not (array.flags.writeable and array.flags.c_contiguous):
-            array = np.array(array, order="C")
-        if array.dtype.byteorder == ">":
-            array = array.astype(array.dtype.newbyteorder("="))
-        return torch.from_numpy(array).to(torch_dtype(wanted))
+    def _tensors(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+        """The inputs that are given, checked, and the defaults of those that are not."""
+        arrays = check_inputs(self.inputs, inputs, f"function '{self.name}'")
+        for feature in self.inputs:
+            if feature.name not in arrays:
+                arrays[feature.name] = default_value(feature)
+        dtypes = {feature.name: feature.type.dtype for feature in self.inputs}
+        return {name: _tensor(array, dtypes[name]) for name, array in arrays.items()}
 
     def _check_state(self, state: State | None) -> dict[str, Tensor] | None:
         if not self.states:
@@ -171,6 +164,7 @@ class ReferencePackage:
 
     def __init__(self, program: OpenProgram, precision: Precision = "fp32"):
         self.functions = program.functions
+        self.default_function = program.default_function
         self._program = program
         self._precision = precision
 
@@ -191,12 +185,41 @@ class ReferencePackage:
         return sum(WIDE_BYTES * weight.elements for weight in weights_of(function))
 
 
-def open_package(path: Path, precision: Precision = "fp32") -> ReferencePackage:
-    """Open the package at `path`. Raises UserError when it cannot be read."""
-    return ReferencePackage(open_program(path), precision)
+class ReferencePipelinePackage:
+    """An opened pipeline: one function, `main`, made of the default function of each stage.
+
+    Raises UserError where a stage is not an ML Program.
+    """
+
+    functions = ("main",)
+
+    def __init__(self, pipeline: OpenPipeline, precision: Precision = "fp32"):
+        self._pipeline = pipeline
+        self._stages = [ReferencePackage(program, precision) for program in pipeline.programs()]
+
+    def function(self, name: str | None = None, *, eager: bool = False) -> ReferencePipeline:
+        """Prepare all stages; with `eager` their weights are read too. Raises UserError."""
+        if name not in (None, *self.functions):
+            raise UserError(f"no function '{name}': a pipeline has one", do="its functions: main")
+        return ReferencePipeline(self._pipeline,
+                                 [stage.function(eager=eager) for stage in self._stages])
+
+    def resident_bytes(self, name: str) -> int:
+        """Memory that the expanded weights of all stages take."""
+        return sum(stage.resident_bytes(stage.default_function) for stage in self._stages)
 
 
-def load_function(path: Path, function: str | None = None, precision: Precision = "fp32") -> ReferenceFunction:
+def open_package(path: Path,
+                 precision: Precision = "fp32") -> ReferencePackage | ReferencePipelinePackage:
+    """Open the package at `path`. Raises UserError when it cannot be read or executed."""
+    model = open_model(path)
+    if isinstance(model, OpenPipeline):
+        return ReferencePipelinePackage(model, precision)
+    return ReferencePackage(model, precision)
+
+
+def load_function(path: Path, function: str | None = None,
+                  precision: Precision = "fp32") -> ReferenceFunction | ReferencePipeline:
     """Load `function` of the package at `path`, the default one when None.
 
     Raises UserError for a package that cannot be read, an unknown function, or an op that is not executed.
@@ -204,32 +227,23 @@ def load_function(path: Path, function: str | None = None, precision: Precision 
     return open_package(path, precision).function(function)
 
 
+def _tensors(value: Tensor | TensorList | None) -> list[Tensor]:
+    """The tensors that a slot holds."""
+    held = value.elements if isinstance(value, TensorList) else (value,)
+    return [tensor for tensor in held if tensor is not None]
+
+
 def _fixed_shape(feature: Feature) -> tuple[int, ...]:
     shape = tuple(size for size in feature.type.shape if size is not None)
     if len(shape) != len(feature.type.shape):
-        raise UserError(f"state '{feature.name}' has no fixed shape", str(list(feature.type.shape)))
+        raise UserError(f"state '{feature.name}' has no fixed shape", sizes(feature.type.shape))
     return shape
 
 
-def _shape_fits(feature: Feature, shape: tuple[int, ...]) -> bool:
-    if feature.shapes:
-        return shape in feature.shapes
-    if feature.ranges is not None:
-        return len(shape) == len(feature.ranges) and all(
-            low <= size and (high < 0 or size <= high) for size, (low, high) in zip(shape, feature.ranges, strict=True))
-    declared = feature.type.shape
-    return len(shape) == len(declared) and all(
-        want is None or want == size for want, size in zip(declared, shape, strict=True))
-
-
-def _shapes(feature: Feature) -> str:
-    if feature.shapes:
-        return " or ".join(str(list(shape)) for shape in feature.shapes)
-    if feature.ranges is not None:
-        return str([f"{low}..{'' if high < 0 else high}" for low, high in feature.ranges])
-    return str(list(feature.type.shape))
-
-
-def _values_fit(array: np.ndarray, dtype: type) -> bool:
-    limits = np.iinfo(dtype)
-    return not array.size or bool(limits.min <= array.min() and array.max() <= limits.max)
+def _tensor(array: np.ndarray, dtype: str) -> Tensor:
+    """The array as a tensor of the declared type; may share its memory."""
+    if not (array.flags.writeable and array.flags.c_contiguous):
+        array = np.array(array, order="C")
+    if array.dtype.byteorder == ">":
+        array = array.astype(array.dtype.newbyteorder("="))
+    return torch.from_numpy(array).to(torch_dtype(dtype))

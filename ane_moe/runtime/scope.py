@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from ane_moe.errors import UserError
 from ane_moe.runtime.program import Constant, TensorType, ValueType
 from ane_moe.runtime.steps import Steps
+from ane_moe.runtime.values import describe
 
 STATES = 0                              # the slot of the state's tensors, by name
 FOREIGN = 1                             # the slot of the storages that belong to the caller
@@ -51,5 +52,5 @@ class Scope:
 def tensor_type(value: Value, name: str) -> TensorType:
     """The type of `value`; raises UserError where it is a state, a list or the like."""
     if not isinstance(value.type, TensorType):
-        raise UserError(f"'{name}' is not a tensor", type(value.type).__name__)
+        raise UserError(f"'{name}' is not a tensor", describe(value.type))
     return value.type

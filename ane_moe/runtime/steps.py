@@ -9,8 +9,10 @@ from torch import Tensor
 
 from ane_moe.errors import UserError
 from ane_moe.runtime.dtypes import torch_dtype
+from ane_moe.runtime.lists import TensorList
 from ane_moe.runtime.ops.table import Kernel
-from ane_moe.runtime.program import TensorType
+from ane_moe.runtime.program import ListType, TensorType, ValueType, sizes
+from ane_moe.runtime.values import describe
 
 Slots = list[Any]
 Run = Callable[[Slots], None]
@@ -36,7 +38,7 @@ class Target:
 
     slot: int
     dtype: torch.dtype
-    shape: tuple[int | None, ...]
+    declared: TensorType
     rounds: bool                            # an fp32 result is rounded to the declared dtype
 
     def fit(self, y: Any) -> Tensor:
@@ -47,21 +49,51 @@ class Target:
             if not (self.rounds and y.dtype is torch.float32):
                 raise UserError("result has another type than declared", f"{y.dtype} for {self.dtype}")
             y = y.to(self.dtype)
-        if len(y.shape) != len(self.shape) or any(
-                want is not None and want != got for want, got in zip(self.shape, y.shape, strict=True)):
-            raise UserError("result has another shape than declared", f"{list(y.shape)} for {list(self.shape)}")
+        if not self.declared.admits(y.shape):
+            raise UserError("result has another shape than declared",
+                            f"{sizes(y.shape)} for {sizes(self.declared.shape)}")
         return y
 
 
-def target(slot: int, declared: TensorType, rounds: bool) -> Target:
-    return Target(slot, torch_dtype(declared.dtype), declared.shape, rounds and declared.dtype in ("fp16", "bf16"))
+@dataclass(frozen=True)
+class ListTarget:
+    """Where a list goes and what its elements must be."""
+
+    slot: int
+    declared: TensorType
+
+    def fit(self, y: Any) -> TensorList:
+        """`y`; raises UserError where it is not what the program declares."""
+        if not isinstance(y, TensorList):
+            raise UserError("result is no list", type(y).__name__)
+        if y.dtype is not torch_dtype(self.declared.dtype):
+            raise UserError("result is a list of another type than declared",
+                            f"{y.dtype} for {self.declared.dtype}")
+        if y.shape is not None and not self.declared.admits(y.shape):
+            raise UserError("result is a list of another shape than declared",
+                            f"{sizes(y.shape)} for {sizes(self.declared.shape)}")
+        return y
 
 
-def bind(kernel: Kernel, sources: Sequence[Source], targets: Sequence[Target]) -> Run:
+AnyTarget = Target | ListTarget
+
+
+def target(slot: int, declared: ValueType, rounds: bool) -> AnyTarget:
+    """Raises UserError for a type that no op's result has."""
+    if isinstance(declared, ListType) and isinstance(declared.element, TensorType):
+        return ListTarget(slot, declared.element)
+    if not isinstance(declared, TensorType):
+        raise UserError("a result is neither a tensor nor a list of tensors", describe(declared))
+    narrow = declared.dtype in ("fp16", "bf16")
+    return Target(slot, torch_dtype(declared.dtype), declared, rounds and narrow)
+
+
+def bind(kernel: Kernel, sources: Sequence[Source], targets: Sequence[AnyTarget]) -> Run:
     """The closure that runs `kernel` on slots and stores what it returns."""
-    if len(targets) != 1:
-        return _bind_many(kernel, sources, targets)
-    return _bind_one(_getter(kernel, sources), targets[0])
+    match targets:
+        case [Target() as only]:
+            return _bind_one(_getter(kernel, sources), only)
+    return _bind_many(kernel, sources, targets)
 
 
 def _getter(kernel: Kernel, sources: Sequence[Source]) -> Callable[[Slots], Any]:
@@ -87,7 +119,7 @@ def _pick(slots: Slots, source: Source) -> Any:
 
 
 def _bind_one(compute: Callable[[Slots], Any], into: Target) -> Run:
-    slot, dtype, shape, fit = into.slot, into.dtype, into.shape, into.fit
+    slot, dtype, shape, fit = into.slot, into.dtype, into.declared.shape, into.fit
 
     def run(slots: Slots) -> None:
         y = compute(slots)
@@ -103,7 +135,7 @@ def _only(results: tuple) -> Any:
     return results[0]
 
 
-def _bind_many(kernel: Kernel, sources: Sequence[Source], targets: Sequence[Target]) -> Run:
+def _bind_many(kernel: Kernel, sources: Sequence[Source], targets: Sequence[AnyTarget]) -> Run:
     compute = _getter(kernel, sources)
 
     def run(slots: Slots) -> None:
@@ -117,7 +149,7 @@ def _bind_many(kernel: Kernel, sources: Sequence[Source], targets: Sequence[Targ
 
 
 def bind_dynamic(make: Callable[..., Kernel], fixed: dict[str, Any], dynamic: dict[str, int],
-                 sources: Sequence[Source], targets: Sequence[Target]) -> Run:
+                 sources: Sequence[Source], targets: Sequence[AnyTarget]) -> Run:
     """As `bind`, for an op some of whose parameters are computed by the program itself."""
     def run(slots: Slots) -> None:
         kernel = make(**fixed, **{name: slots[slot].tolist() for name, slot in dynamic.items()})

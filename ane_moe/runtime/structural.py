@@ -3,12 +3,23 @@
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor
 
 from ane_moe.errors import UserError
-from ane_moe.runtime.program import Argument, Block, Function, Operation, Output, StateType, TensorType
-from ane_moe.runtime.scope import FOREIGN, STATES, Scope, Value, tensor_type
-from ane_moe.runtime.steps import Run, Slots, Step, Steps, Target, target
+from ane_moe.runtime.program import (
+    Argument,
+    Block,
+    DictionaryType,
+    Function,
+    Operation,
+    Output,
+    StateType,
+    TensorType,
+)
+from ane_moe.runtime.scope import FOREIGN, STATES, Scope, Value
+from ane_moe.runtime.steps import AnyTarget, Run, Slots, Step, Steps, target
+from ane_moe.runtime.values import describe
 
 
 class Planner(Protocol):
@@ -38,11 +49,17 @@ def _one(operation: Operation, key: str) -> Argument:
     return bound[0]
 
 
-def _add(scope: Scope, operation: Operation, run: Run, reads: Sequence[int], slots: Sequence[int]) -> None:
-    """Append a step whose results are the operation's outputs, and give them their names."""
+def _add(scope: Scope, operation: Operation, run: Run, reads: Sequence[int], slots: Sequence[int],
+         arrays: bool = True) -> None:
+    """Append a step whose results are the operation's outputs, and give them their names.
+
+    Results that are arrays can be observed.
+    """
     for output, slot in zip(operation.outputs, slots, strict=True):
         scope.names[output.name] = Value(output.type, slot)
-    shown = tuple((output.name, slot) for output, slot in zip(operation.outputs, slots, strict=True))
+    named = zip(operation.outputs, slots, strict=True)
+    shown = tuple((output.name, slot) for output, slot in named
+                  if arrays and isinstance(output.type, TensorType))
     scope.steps.steps.append(
         Step(operation.type, operation.name, run, frozenset(reads), frozenset(slots), shown))
 
@@ -69,7 +86,8 @@ def _state(planner: Planner, operation: Operation) -> tuple[str, TensorType]:
 def _read_state(planner: Planner, operation: Operation, scope: Scope) -> None:
     name, kind = _state(planner, operation)
     if [output.type for output in operation.outputs] != [kind]:
-        raise UserError("result has another type than the state", str([output.type for output in operation.outputs]))
+        given = ", ".join(describe(output.type) for output in operation.outputs)
+        raise UserError("result has another type than the state", f"{given} for {describe(kind)}")
     slot = planner.new_slot()
 
     def run(slots: Slots) -> None:
@@ -81,7 +99,8 @@ def _write_state(planner: Planner, operation: Operation, scope: Scope) -> None:
     name, kind = _state(planner, operation)
     value = planner.argument(_one(operation, "data"), scope)
     if value.type != kind:
-        raise UserError("data has another type than the state", f"{value.type} for {kind}")
+        raise UserError("data has another type than the state",
+                        f"{describe(value.type)} for {describe(kind)}")
     slot = planner.slot(value)
 
     def run(slots: Slots) -> None:
@@ -108,8 +127,8 @@ def _reads(*blocks: Steps) -> set[int]:
     return {slot for steps in blocks for step in steps.steps for slot in step.reads}
 
 
-def _targets(planner: Planner, outputs: Sequence[Output]) -> list[Target]:
-    return [target(planner.new_slot(), tensor_type(Value(output.type), output.name), False) for output in outputs]
+def _targets(planner: Planner, outputs: Sequence[Output]) -> list[AnyTarget]:
+    return [target(planner.new_slot(), output.type, False) for output in outputs]
 
 
 def _same_count(*counts: int) -> None:
@@ -166,6 +185,31 @@ def _while_loop(planner: Planner, operation: Operation, scope: Scope) -> None:
     _add(scope, operation, run, reads, [into.slot for into in targets])
 
 
+# ---- labels
+
+def _classify(planner: Planner, operation: Operation, scope: Scope) -> None:
+    """The likeliest label and the probability of each, as Core ML's `predict` gives them."""
+    probabilities = planner.slot(planner.argument(_one(operation, "probabilities"), scope))
+    classes = planner.argument(_one(operation, "classes"), scope).constant
+    kinds = [output.type for output in operation.outputs]
+    if classes is None:
+        raise UserError("its classes have to be constant")
+    if [type(kind) for kind in kinds] != [TensorType, DictionaryType]:
+        raise UserError("its results are not a label and a dictionary", ", ".join(map(describe, kinds)))
+    labels = [each.item() if isinstance(each, np.ndarray) else each for each in classes.load()]
+    made = label, by_label = planner.new_slot(), planner.new_slot()
+
+    def run(slots: Slots) -> None:
+        given: Tensor = slots[probabilities].flatten()
+        if len(given) != len(labels) or not labels:
+            raise UserError("it has another number of probabilities than of classes",
+                            f"{len(given)} for {len(labels)}")
+        slots[label] = labels[int(given.argmax())]
+        slots[by_label] = dict(zip(labels, given.tolist(), strict=True))
+    _add(scope, operation, run, (probabilities,), made, arrays=False)
+
+
 STRUCTURAL: dict[str, Prepare] = {
     "const": _const, "read_state": _read_state, "write_state": _write_state, "cond": _cond, "while_loop": _while_loop,
+    "classify": _classify,
 }

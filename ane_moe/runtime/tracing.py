@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from ane_moe.runtime.reference import ReferenceFunction, State
+from ane_moe.runtime.reference import ReferenceFunction
+from ane_moe.runtime.reference_pipeline import ReferencePipeline
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,10 @@ class Trace:
     values: tuple[Traced, ...]
 
 
-def trace(function: ReferenceFunction, inputs: Mapping[str, np.ndarray], state: State | None = None) -> Trace:
+Traceable = ReferenceFunction | ReferencePipeline
+
+
+def trace(function: Traceable, inputs: Mapping[str, np.ndarray], state: Any = None) -> Trace:
     """Run once and keep all intermediates, in order. Takes the memory of all of them."""
     values: list[Traced] = []
 

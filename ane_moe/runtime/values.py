@@ -10,8 +10,17 @@ import numpy as np
 
 from ane_moe.errors import UserError
 from ane_moe.runtime.blob import BlobFile
-from ane_moe.runtime.container import Container, quoted
-from ane_moe.runtime.program import Constant, OtherType, StateType, TensorType, ValueType
+from ane_moe.runtime.container import AbsentFile, Container, quoted
+from ane_moe.runtime.program import (
+    Constant,
+    DictionaryType,
+    ListType,
+    OtherType,
+    StateType,
+    TensorType,
+    ValueType,
+    VariadicType,
+)
 from ane_moe.runtime.proto import MIL_pb2
 from ane_moe.runtime.storage import STORAGE, Storage, decode, stored_size
 
@@ -20,7 +29,7 @@ MAX_RANK = 16                       # Core ML itself stops at 5 for most ops
 
 _DAMAGED = "the package is damaged, or its converter is faulty"
 
-_DTYPE_NAMES = {
+DTYPE_NAMES = {
     MIL_pb2.BOOL: "bool", MIL_pb2.STRING: "string", MIL_pb2.FLOAT8E4M3FN: "fp8e4m3fn", MIL_pb2.FLOAT8E5M2: "fp8e5m2",
     MIL_pb2.FLOAT16: "fp16", MIL_pb2.FLOAT32: "fp32", MIL_pb2.FLOAT64: "fp64", MIL_pb2.BFLOAT16: "bf16",
     MIL_pb2.INT4: "int4", MIL_pb2.INT8: "int8", MIL_pb2.INT16: "int16", MIL_pb2.INT32: "int32", MIL_pb2.INT64: "int64",
@@ -47,32 +56,44 @@ def read_type(proto: Any) -> ValueType:
         if not isinstance(wrapped, TensorType):
             raise UserError("program declares a state that is not a tensor", describe(wrapped), _DAMAGED)
         return StateType(wrapped)
+    if kind == "listType":
+        return ListType(read_type(proto.listType.type), _dimension(proto.listType.length))
+    if kind == "dictionaryType":
+        pair = proto.dictionaryType
+        return DictionaryType(read_type(pair.keyType), read_type(pair.valueType))
     if kind is None:
         raise UserError("program leaves a value without a type", "an empty type", _DAMAGED)
     return OtherType(kind.removesuffix("Type"))
 
 
 def describe(kind: ValueType) -> str:
-    """A type as text, e.g. `fp16[1,64,1,?]`."""
+    """A type as text, e.g. `fp16[1,64,1,?]`; `...` stands for any number of dimensions."""
     if isinstance(kind, TensorType):
-        return f"{kind.dtype}[{','.join('?' if size is None else str(size) for size in kind.shape)}]"
+        unknown = "..." if isinstance(kind, VariadicType) else "?"
+        shape = ",".join(unknown if size is None else str(size) for size in kind.shape)
+        return f"{kind.dtype}[{shape}]"
     if isinstance(kind, StateType):
         return f"state<{describe(kind.tensor)}>"
+    if isinstance(kind, ListType):
+        return f"list<{describe(kind.element)}, {'?' if kind.length is None else kind.length}>"
+    if isinstance(kind, DictionaryType):
+        return f"dictionary<{describe(kind.key)}, {describe(kind.value)}>"
     return kind.kind
 
 
 def _tensor_type(proto: Any) -> ValueType:
-    if proto.dataType not in _DTYPE_NAMES:
+    if proto.dataType not in DTYPE_NAMES:
         raise UserError("program uses an unknown element type", f"code {proto.dataType}", "a newer ane-moe may know it")
     if proto.rank == -1:
-        return OtherType("tensor of unknown rank")
+        return VariadicType(DTYPE_NAMES[proto.dataType], (None,))
     if proto.rank != len(proto.dimensions) or proto.rank > MAX_RANK:
         raise UserError("program declares an impossible tensor rank",
                         f"rank {proto.rank} with {len(proto.dimensions)} dimensions", _DAMAGED)
     shape = tuple(_dimension(dimension) for dimension in proto.dimensions)
     if math.prod(size for size in shape if size) > MAX_ELEMENTS:
         raise UserError("program declares a tensor that is too large", quoted(shape), f"limit: {MAX_ELEMENTS} elements")
-    return TensorType(_DTYPE_NAMES[proto.dataType], shape)
+    variadic = any(dimension.unknown.variadic for dimension in proto.dimensions)
+    return (VariadicType if variadic else TensorType)(DTYPE_NAMES[proto.dataType], shape)
 
 
 def _dimension(proto: Any) -> int | None:
@@ -84,9 +105,15 @@ def _dimension(proto: Any) -> int | None:
 
 @dataclass
 class ValueReader:
-    """Reads literals of one package; blob files are opened once and shared by all its constants."""
+    """Reads literals of one package; blob files are opened once and shared by all its constants.
+
+    Without `require_weights` a weight file may be absent: its constants raise when loaded, and
+    `absent` says what is wrong with each file, by name.
+    """
 
     container: Container
+    require_weights: bool = True
+    absent: dict[str, UserError] = field(default_factory=dict)
     _paths: dict[str, Path] = field(default_factory=dict)
     _blobs: dict[Path, BlobFile] = field(default_factory=dict)
 
@@ -105,13 +132,32 @@ class ValueReader:
         if storage is None or storage.name == "bool":
             raise _mismatch(where, "a value in the weight file", kind)
         blob = self._blob(proto.fileName)
+        if blob is None:
+            return self._absent(proto, kind, stored_size(storage, math.prod(shape)))
         entry = blob.entry(proto.offset, storage, math.prod(shape))
         blob_range = (blob.path, entry.offset, entry.nbytes)
         return Constant(kind, lambda: blob.read(entry).reshape(shape), blob_range, entry.nbytes)
 
-    def _blob(self, name: str) -> BlobFile:
+    def _absent(self, proto: Any, kind: ValueType, nbytes: int) -> Constant:
+        error = self.absent[proto.fileName]
+
+        def load() -> np.ndarray:
+            raise error
+
+        return Constant(kind, load, (Path(proto.fileName), proto.offset, nbytes), nbytes)
+
+    def _blob(self, name: str) -> BlobFile | None:
+        """The weight file of this name; None where it is absent and may be."""
+        if name in self.absent:
+            return None
         if name not in self._paths:
-            self._paths[name] = self.container.weight_file(name)
+            try:
+                self._paths[name] = self.container.weight_file(name)
+            except AbsentFile as error:
+                if self.require_weights:
+                    raise
+                self.absent[name] = error
+                return None
         path = self._paths[name]
         if path not in self._blobs:
             self._blobs[path] = BlobFile(path)
@@ -123,7 +169,7 @@ class ValueReader:
             if source != "tensor":
                 raise _mismatch(where, f"a {source} value", kind)
             return _immediate_tensor(proto.tensor, kind, where)
-        if not isinstance(kind, OtherType) or source != kind.kind:
+        if _source(kind) != source:
             raise _mismatch(where, f"a {source} value", kind)
         if source == "dictionary":
             pairs = [(self.read(item.key, where), self.read(item.value, where)) for item in proto.dictionary.values]
@@ -131,6 +177,13 @@ class ValueReader:
                             nbytes=sum(key.nbytes + value.nbytes for key, value in pairs))
         items = [self.read(item, where) for item in getattr(proto, source).values]
         return Constant(kind, lambda: tuple(item.load() for item in items), nbytes=sum(item.nbytes for item in items))
+
+
+def _source(kind: ValueType) -> str:
+    """The field that holds a literal of this type."""
+    if isinstance(kind, OtherType):
+        return kind.kind
+    return {ListType: "list", DictionaryType: "dictionary"}.get(type(kind), "")
 
 
 def _immediate_tensor(proto: Any, kind: TensorType, where: str) -> Constant:

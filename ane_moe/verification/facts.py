@@ -20,7 +20,6 @@ from ane_moe.runtime.program import (
     Feature,
     Function,
     Operation,
-    OtherType,
     Program,
     StateType,
     TensorType,
@@ -44,7 +43,7 @@ FEATURE_FACTS = frozenset({"role", "name", "dtype", "rank", "last_axis", "n", "d
 OP_FACTS = frozenset({
     "op", "nested", "rank", "input_rank", "dtypes", "elements", "n", "d", "c", "h", "w", "constants",
     "infinite_constant", "weight_format", "reduction", "channels_in", "channels_out", "kernel_h", "kernel_w", "groups",
-    "axis_size", "fan_in", "feeds", "opset", "converter", "function_ops",
+    "axis_size", "fan_in", "feeds", "opset", "converter", "function_ops", "enumerated",
 })  # fmt: skip
 SEGMENT_FACTS = frozenset({"weight_bytes", "flops", "reduction", "ops"})
 FACTS = {"function": FUNCTION_FACTS, "feature": FEATURE_FACTS, "op": OP_FACTS, "segment": SEGMENT_FACTS}
@@ -89,7 +88,11 @@ def function_facts(program: Program, name: str) -> FunctionFacts:
     ops = _Walk(function, weights).ops
     roles = (("input", interface.inputs), ("output", interface.outputs), ("state", interface.states))
     ranges = [_span(feature) for feature in interface.inputs]
-    shared = {"converter": program.metadata.get(CONVERTER, ""), "opset": OPSETS[function.opset]}
+    shared = {
+        "converter": program.metadata.get(CONVERTER, ""),
+        "opset": OPSETS[function.opset],
+        "enumerated": any(len(feature.shapes) > 1 for feature in interface.inputs),
+    }
     facts = shared | {
         "weight_bytes": unique_bytes(weights),
         "weight_file_bytes": _file_bytes(weights),
@@ -97,7 +100,6 @@ def function_facts(program: Program, name: str) -> FunctionFacts:
         "ops": len(ops),
         "states": len(interface.states),
         "package_functions": len(program.functions),
-        "enumerated": any(len(feature.shapes) > 1 for feature in interface.inputs),
         "widest_range": max(ranges, default=1),
         "parallel_projections": _parallel_projections(ops),
     }
@@ -272,9 +274,8 @@ def _parallel_projections(ops: list[OpFacts]) -> int:
 
 
 def _tensor(kind: ValueType) -> TensorType | None:
-    if isinstance(kind, OtherType):
-        return None
-    return kind.tensor if isinstance(kind, StateType) else kind
+    tensor = kind.tensor if isinstance(kind, StateType) else kind
+    return tensor if isinstance(tensor, TensorType) else None
 
 
 def _elements(kind: TensorType) -> int:
@@ -282,7 +283,8 @@ def _elements(kind: TensorType) -> int:
 
 
 def _is_small(literal: Constant) -> bool:
-    return not isinstance(literal.type, OtherType) and literal.blob is None and literal.nbytes <= SMALL_BYTES
+    inline = isinstance(literal.type, TensorType) and literal.blob is None
+    return inline and literal.nbytes <= SMALL_BYTES
 
 
 def _flag(literal: Constant | None) -> bool:

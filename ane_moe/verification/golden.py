@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ane_moe.checkpoint import Checkpoint
 from ane_moe.errors import UserError
 from ane_moe.quiet_transformers import quiet_transformers
 
@@ -80,7 +81,7 @@ class Golden:
         return [slice(end - len(prompt), end) for prompt, end in zip(self.prompts, ends, strict=True)]
 
 
-def capture_golden(checkpoint: Path, *, layers: tuple[int, ...], prompts: list[list[int]] | None, out: Path,
+def capture_golden(checkpoint: Checkpoint, *, layers: tuple[int, ...], prompts: list[list[int]] | None, out: Path,
                    context: int | None = None, experts: bool = False, progress: Progress | None = None) -> None:
     """Run Hugging Face's own model over `prompts` (None: the built-in set) and write `out` atomically.
 
@@ -97,9 +98,9 @@ def capture_golden(checkpoint: Path, *, layers: tuple[int, ...], prompts: list[l
         stream = StreamedModel(checkpoint)
         vocab = stream.config.vocab_size
         limit = min(context or stream.config.max_position_embeddings, stream.config.max_position_embeddings)
-        ids = builtin_prompts(checkpoint, vocab, limit) if prompts is None else prompts
+        ids = builtin_prompts(checkpoint.folder, vocab, limit) if prompts is None else prompts
         check_prompts(ids, vocab, limit)
-        _require_layers(layers, len(stream.layers), checkpoint)
+        _require_layers(layers, len(stream.layers), checkpoint.folder)
         captured, logits = capture(stream, layers, ids, experts, progress or silent)
     write_golden(Golden(tuple(map(tuple, ids)), captured, logits, len(stream.layers)), out)
 

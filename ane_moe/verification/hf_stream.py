@@ -9,7 +9,6 @@ positions and multipliers are all computed by Hugging Face's code.
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from ane_moe.checkpoint import Checkpoint, open_checkpoint
+from ane_moe.checkpoint import Checkpoint
 from ane_moe.errors import UserError
 from ane_moe.families.quantised import quantisation
 from ane_moe.safetensors_header import StoredTensor
@@ -37,10 +36,9 @@ class StreamedModel:
     Raises UserError for a folder that is not a checkpoint, a quantised one, and missing or misshapen tensors.
     """
 
-    def __init__(self, checkpoint: Path):
-        self.checkpoint = checkpoint
-        opened = open_checkpoint(checkpoint)
-        self.config = _config(opened)
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint = checkpoint.folder
+        self.config = _config(checkpoint)
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(
                 self.config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager",
@@ -48,7 +46,7 @@ class StreamedModel:
             ).eval()
         self.layers: nn.ModuleList = self.model.base_model.layers
         self._mapping: list[Any] = get_model_conversion_mapping(self.model)
-        self._stored = _by_either_name(opened)
+        self._stored = _by_either_name(checkpoint)
         self._sources = self._target_sources()
         self._parts = self._split_targets()
         _fill_computed_buffers(self.model)

@@ -137,6 +137,7 @@ class VerifyReport:
     runtime: str
     routing_mode: str
     weights: str
+    compressed: bool
     golden_tokens: int
     integrity: tuple[Problem, ...] = ()
     shards: tuple[ShardResult, ...] = ()
@@ -170,7 +171,7 @@ class VerifyReport:
         if not self._model_failures:
             return "tokenizer"
         if self.as_stored is None:
-            return "conversion" if self.weights == "fp16" else "unknown"
+            return "unknown" if self.compressed else "conversion"
         return "conversion" if self.as_stored.failures else "compression"
 
     def as_json(self) -> dict[str, Any]:

@@ -3,29 +3,27 @@
 import math
 import tempfile
 from collections.abc import Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ane_moe.checkpoint import open_checkpoint
-from ane_moe.families import describe
+from ane_moe.job import Model
 from ane_moe.manifest import Manifest
 from ane_moe.verification.golden import Golden, Progress, capture_golden
 from ane_moe.verification.stored_weights import RoleError, write_as_stored
 
 
-def capture_as_stored(checkpoint: Path, folder: Path, manifest: Manifest, original: Golden, out: Path,
+def capture_as_stored(model: Model, folder: Path, manifest: Manifest, original: Golden, out: Path,
                       progress: Progress) -> dict[str, RoleError]:
     """Write the golden `out`: Hugging Face's model with the weights that the conversion in `folder` holds, on the
     prompts of `original`. Returns errors by role. Needs disk for a copy of the model, and raises UserError as
     `write_as_stored` and `capture_golden` do."""
-    opened = open_checkpoint(checkpoint)
-    _, sources = describe(opened, tuple(chain.from_iterable(manifest.left_out.values())))
     with tempfile.TemporaryDirectory(prefix=".as-stored-", dir=out.parent) as scratch:
         progress("golden: weights as stored", 0, 1)
-        model = Path(scratch) / "model"
-        errors = write_as_stored(opened, sources, folder, manifest, model)
-        capture_golden(model, layers=manifest.layers, prompts=[list(ids) for ids in original.prompts], out=out,
+        copy = Path(scratch) / "model"
+        errors = write_as_stored(model, folder, manifest, copy)
+        prompts = [list(ids) for ids in original.prompts]
+        capture_golden(open_checkpoint(copy), layers=manifest.layers, prompts=prompts, out=out,
                        context=manifest.context, experts=manifest.routing == "sparse", progress=progress)
     return errors
 

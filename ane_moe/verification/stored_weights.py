@@ -6,7 +6,6 @@ converted right, whatever the compression lost.
 
 import json
 import math
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,15 +16,17 @@ import numpy as np
 
 from ane_moe.checkpoint import Checkpoint, TensorSource
 from ane_moe.compress.expand import expand
-from ane_moe.compress.recipe import Choice, find_format, recipe_of, role_of
+from ane_moe.compress.recipe import Choice, find_format, recipe_of
 from ane_moe.errors import UserError
+from ane_moe.job import Model
 from ane_moe.manifest import Manifest, Shard
+from ane_moe.model.weight import EMBEDDING, HEAD, Place, WeightName
 from ane_moe.runtime.embedding_table import open_embeddings
 from ane_moe.runtime.reader import read_program
 from ane_moe.runtime.weight_values import weight_values
-from ane_moe.tensors import tensor_of
 
 PREFIX = "w_"
+MADE = (".recover_in", ".recover_out", "select.weight")     # parameters that are no tensors of the model
 HEAD_KEY, EMBED_KEY = "lm_head.weight", "model.embed_tokens.weight"     # in every family (families/keys.py)
 
 
@@ -34,7 +35,7 @@ class StoredWeight:
     """One of our tensors as a shard holds it: fp16, or fp32 with directions kept apart added back. `rows` are those
     of the tensor that the shard has (None: all); `directions` says whether any were apart."""
 
-    name: str
+    name: WeightName
     rows: tuple[int, int] | None
     value: np.ndarray
     directions: bool
@@ -45,32 +46,23 @@ def stored_weights(folder: Path, manifest: Manifest) -> Iterator[StoredWeight]:
     too where it is compressed."""
     for shard in manifest.shards:
         program = read_program(folder / shard.path)
-        for function, prefix in _one_function_each(shard):
+        for experts, functions in shard.copies.items():
             values: dict[str, np.ndarray] = {}
-            for name, value in weight_values(program.functions[function]):
+            for name, value in weight_values(program.functions[functions[0].name]):
                 if name.startswith(PREFIX):
                     values[name.removeprefix(PREFIX).replace("__", ".")] = value
-            for name in [name for name in values if not re.search(r"\.recover_(in|out)$|^select\.weight$", name)]:
-                yield _joined(shard, prefix, name, values)
+            for name in values:
+                if not name.endswith(MADE):
+                    yield _joined(shard, shard.place(experts), name, values)
     if manifest.embed_format != "fp16":
-        yield StoredWeight("embed.weight", None, open_embeddings(folder, manifest)[:], False)
+        yield StoredWeight(EMBEDDING, None, open_embeddings(folder, manifest)[:], False)
 
 
-def _one_function_each(shard: Shard) -> list[tuple[str, str]]:
-    """(function, prefix of its copy): one for each set of weights, functions that differ in tokens sharing theirs."""
-    if shard.kind != "experts":
-        return [(shard.functions[0].name, "")]
-    first: dict[str, str] = {}
-    for function in shard.functions:
-        first.setdefault(function.name.rpartition("_")[0], function.name)
-    return [(name, prefix) for prefix, name in first.items()]
-
-
-def _joined(shard: Shard, prefix: str, name: str, values: Mapping[str, np.ndarray]) -> StoredWeight:
-    tensor = tensor_of(shard.kind, shard.layer, shard.layers, shard.experts, prefix, name, shard.groups)
-    stem, value = name.removesuffix(".weight"), values[name]
+def _joined(shard: Shard, place: Place, name: str, values: Mapping[str, np.ndarray]) -> StoredWeight:
+    tensor, value = place.name(name), values[name]
+    stem = name.removesuffix(".weight")
     into, out = values.get(f"{stem}.recover_in"), values.get(f"{stem}.recover_out")
-    rows = shard.rows if tensor == "head.weight" else None
+    rows = shard.rows if tensor == HEAD else None
     if into is None or out is None:
         return StoredWeight(tensor, rows, value, False)
     directions = out[:, :, 0, 0].astype(np.float32) @ into[:, :, 0, 0].astype(np.float32)
@@ -94,19 +86,19 @@ class RoleError:
             self.layers[layer] = [a + b for a, b in zip(sums, (squared, total, bare), strict=True)]
 
 
-def write_as_stored(checkpoint: Checkpoint, sources: Mapping[str, TensorSource], folder: Path, manifest: Manifest,
-                    out: Path) -> dict[str, RoleError]:
-    """Write the checkpoint `out`: `checkpoint` with the weights that the conversion in `folder` stores.
+def write_as_stored(model: Model, folder: Path, manifest: Manifest, out: Path) -> dict[str, RoleError]:
+    """Write the checkpoint `out`: that of `model` with the weights that the conversion in `folder` stores.
 
     It takes as much disk as the original, twice that where a multiplier is folded in or directions are apart. Returns
     errors by role. Raises UserError when the disk is too full or the conversion has tensors the checkpoint lacks.
     """
+    checkpoint, sources = model.checkpoint, model.sources
     out.mkdir(parents=True)
     places = _untied(sources)
     (out / "config.json").write_text(json.dumps(checkpoint.config | {"tie_word_embeddings": False}))
     if checkpoint.generation:
         (out / "generation_config.json").write_text(json.dumps(checkpoint.generation))
-    wide = {place.key for name, place in places.items() if place.scale != 1 or _apart(manifest, name)}
+    wide = {place.key for place in places.values() if place.scale != 1 or _choice(manifest, place).rank}
     shapes = {place.key: place.stored_shape for place in places.values()}
     stored = _allocate(shapes, wide, out / "model.safetensors")
     for name, source in sources.items():            # what no shard holds: the embedding, layers left out
@@ -114,7 +106,7 @@ def write_as_stored(checkpoint: Checkpoint, sources: Mapping[str, TensorSource],
     errors: dict[str, RoleError] = {}
     for weight in stored_weights(folder, manifest):
         if weight.name not in sources:
-            raise UserError(f"{folder} holds a tensor that the checkpoint lacks", weight.name,
+            raise UserError(f"{folder} holds a tensor that the checkpoint lacks", str(weight.name),
                             "give the checkpoint that was converted")
         source = sources[weight.name] if weight.rows is None else sources[weight.name].part(*weight.rows)
         _measure(errors, checkpoint, source, weight, manifest)
@@ -124,26 +116,26 @@ def write_as_stored(checkpoint: Checkpoint, sources: Mapping[str, TensorSource],
     return errors
 
 
-def _untied(sources: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
+def _untied(sources: Mapping[WeightName, TensorSource]) -> dict[WeightName, TensorSource]:
     """Where each of our tensors goes: where it was, but head and embedding apart though one tensor was stored for both
     (they may be stored in different formats)."""
     places = dict(sources)
-    if sources["head.weight"].key == sources["embed.weight"].key:
-        as_head = sources["head.weight"].key == HEAD_KEY
-        name, key = ("embed.weight", EMBED_KEY) if as_head else ("head.weight", HEAD_KEY)
+    if sources[HEAD].key == sources[EMBEDDING].key:
+        as_head = sources[HEAD].key == HEAD_KEY
+        name, key = (EMBEDDING, EMBED_KEY) if as_head else (HEAD, HEAD_KEY)
         places[name] = replace(sources[name], key=key)
     return places
 
 
 def _measure(errors: dict[str, RoleError], checkpoint: Checkpoint, source: TensorSource, weight: StoredWeight,
              manifest: Manifest) -> None:
-    role, layer = role_of(weight.name)
+    role, layer = source.role, weight.name.layer
     if role is None:
         return
     original = checkpoint.read(source).astype(np.float32)
     bare = 0.0
     if weight.directions:
-        encoded = find_format(_choice(manifest, weight.name).format).encode(original.astype(np.float16))
+        encoded = find_format(_choice(manifest, source).format).encode(original.astype(np.float16))
         bare = 0.0 if encoded is None else _squares(expand(encoded) - original)
     value = weight.value.reshape(original.shape)
     errors.setdefault(role, RoleError()).add(layer, _squares(value - original), _squares(original), bare)
@@ -154,12 +146,8 @@ def _squares(values: np.ndarray) -> float:
     return float(np.dot(flat, flat))
 
 
-def _apart(manifest: Manifest, name: str) -> bool:
-    return _choice(manifest, name).rank > 0
-
-
-def _choice(manifest: Manifest, name: str) -> Choice:
-    return recipe_of(manifest.weights, manifest.recipe).choice(name)
+def _choice(manifest: Manifest, source: TensorSource) -> Choice:
+    return recipe_of(manifest.weights, manifest.recipe).choice(source.name, source.role)
 
 
 def _allocate(shapes: Mapping[str, tuple[int, ...]], wide: set[str], path: Path) -> dict[str, np.memmap]:

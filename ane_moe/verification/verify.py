@@ -3,12 +3,14 @@
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from ane_moe.errors import UserError
+from ane_moe.job import open_model
 from ane_moe.manifest import Manifest, read_manifest
 from ane_moe.runtime import load_package, resolve_runtime
 from ane_moe.runtime.experts import ExpertDispatch, expert_layers, open_cache
@@ -20,13 +22,13 @@ from ane_moe.verification.prompts import check_prompts, read_prompts
 from ane_moe.verification.result import Comparison, RoutingResult, ShardResult, VerifyReport
 from ane_moe.verification.stored_model import capture_as_stored, with_errors
 from ane_moe.verification.tokenizer_parity import compare_tokenizer
-from ane_moe.verification.whole_model import WholeModel
+from ane_moe.verification.whole_model import Passes, WholeModel
 
 # The cosine of a delta below which a function fails: 0.97 is the field's usual gate; fp16 weights do far better.
-MIN_COSINE = {"fp16": 0.999}
+MIN_COSINE = 0.999
 MIN_COSINE_COMPRESSED = 0.97
 # The whole model adds up the errors of its layers, and single tokens may be routed otherwise at a near tie.
-MIN_LOGIT_COSINE = {"fp16": 0.99}
+MIN_LOGIT_COSINE = 0.99
 MIN_LOGIT_COSINE_COMPRESSED = 0.9
 DECODE_TOKENS = 32
 
@@ -50,7 +52,8 @@ def verify(out: Path, *, checkpoint: Path | None = None, prompts: Path | None = 
     with tempfile.TemporaryDirectory(prefix="ane-moe-") as scratch:
         goldens = _goldens(out, manifest, checkpoint, prompts, Path(scratch), report_progress, bool(problems))
         tokens = sum(map(len, goldens.original.prompts)) if goldens else 0
-        report = VerifyReport(False, str(out), runtime, manifest.routing, manifest.weights, tokens, problems)
+        report = VerifyReport(False, str(out), runtime, manifest.routing, manifest.weights, manifest.compressed, tokens,
+                              problems)
         if goldens is None:
             return report
         report_progress("tokenizer", 0, 1)
@@ -58,24 +61,32 @@ def verify(out: Path, *, checkpoint: Path | None = None, prompts: Path | None = 
         skipped, tokenizer = (ids, None) if isinstance(ids, str) else (None, ids)
         report = replace(report, tokenizer=tokenizer, tokenizer_skipped=skipped)
 
-        def compare(golden: Golden, weights: str, cosine: float | None, logits: float | None) -> Comparison:
-            limits = (_threshold(cosine, weights, MIN_COSINE, MIN_COSINE_COMPRESSED),
-                      _threshold(logits, weights, MIN_LOGIT_COSINE, MIN_LOGIT_COSINE_COMPRESSED))
-            return _compared(out, manifest, golden, runtime, options, limits, decode_tokens, report_progress)
+        # Both goldens have the same prompts: the shards run them once.
+        passes: Passes | None = {} if goldens.as_stored else None
 
-        as_stored = compare(goldens.as_stored, "fp16", None, None) if goldens.as_stored else None
-        found = compare(goldens.original, manifest.weights, min_cosine, min_logit_cosine)
-        report = replace(report, **vars(found), model_skipped=_why_no_model(manifest, goldens.original),
+        def compare(golden: Golden, limits: tuple[float, float]) -> Comparison:
+            return _compared(out, manifest, golden, runtime, options, limits, decode_tokens,
+                             report_progress, passes)
+
+        exact = (MIN_COSINE, MIN_LOGIT_COSINE)
+        usual = (MIN_COSINE_COMPRESSED, MIN_LOGIT_COSINE_COMPRESSED) if manifest.compressed else exact
+        asked = (usual[0] if min_cosine is None else min_cosine,
+                 usual[1] if min_logit_cosine is None else min_logit_cosine)
+        as_stored = compare(goldens.as_stored, exact) if goldens.as_stored else None
+        against_original = compare(goldens.original, asked)
+        report = replace(report, **vars(against_original), model_skipped=_why_no_model(manifest, goldens.original),
                          as_stored=as_stored, compression=goldens.compression)
     return replace(report, passed=not report.failures)
 
 
 def _compared(out: Path, manifest: Manifest, golden: Golden, runtime: str, options: dict[str, Any],
-              limits: tuple[float, float], decode_tokens: int | None, progress: Progress) -> Comparison:
+              limits: tuple[float, float], decode_tokens: int | None, progress: Progress,
+              passes: Passes | None) -> Comparison:
     parity = Parity(out, manifest, golden, lambda path, name: load_package(path, name, runtime, **options), limits[0],
                     decode_tokens, _experts(out, manifest, golden, runtime, options, limits[0]))
     rows = list(_functions(parity, progress))
-    model = WholeModel(out, manifest, golden, runtime, options, limits[1], decode_tokens, progress)
+    model = WholeModel(out, manifest, golden, runtime, options, limits[1], decode_tokens, progress,
+                       passes)
     return Comparison(tuple(row for row in rows if isinstance(row, ShardResult)),
                       tuple(row for row in rows if isinstance(row, RoutingResult)),
                       () if _why_no_model(manifest, golden) else tuple(model.results()))
@@ -87,10 +98,6 @@ def _experts(out: Path, manifest: Manifest, golden: Golden, runtime: str, option
     layers = expert_layers(manifest)
     cache = open_cache(out, manifest, layers, runtime, psutil.virtual_memory().available // 4, **options)
     return ExpertParity(manifest, golden, ExpertDispatch(manifest, layers, cache), min_cosine) if layers else None
-
-
-def _threshold(asked: float | None, weights: str, by_weights: dict[str, float], compressed: float) -> float:
-    return by_weights.get(weights, compressed) if asked is None else asked
 
 
 @dataclass(frozen=True)
@@ -128,14 +135,15 @@ def _goldens(out: Path, manifest: Manifest, checkpoint: Path | None, prompts: Pa
 def _captured(out: Path, manifest: Manifest, checkpoint: Path, prompts: Path | None, scratch: Path,
               progress: Progress) -> _Goldens:
     """Goldens of the checkpoint, and of what the conversion made of it."""
+    model = open_model(checkpoint, tuple(chain.from_iterable(manifest.left_out.values())))
     ids = read_prompts(prompts, checkpoint) if prompts else None
-    capture_golden(checkpoint, layers=manifest.layers, prompts=ids, out=scratch / "golden.safetensors",
+    capture_golden(model.checkpoint, layers=manifest.layers, prompts=ids, out=scratch / "golden.safetensors",
                    context=manifest.context, experts=manifest.routing == "sparse", progress=progress)
     original = read_golden(scratch / "golden.safetensors")
     _require_same_model(original, manifest, out)
-    if manifest.weights == "fp16":
+    if not manifest.compressed:
         return _Goldens(original, None, {})
-    errors = capture_as_stored(checkpoint, out, manifest, original, scratch / "as_stored.safetensors", progress)
+    errors = capture_as_stored(model, out, manifest, original, scratch / "as_stored.safetensors", progress)
     return _Goldens(original, read_golden(scratch / "as_stored.safetensors"), with_errors(manifest.compression, errors))
 
 

@@ -1,6 +1,6 @@
 """The whole model end to end: the token loop over all shards, against the golden's logits."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from ane_moe.verification.model_metrics import PromptLogits, compare_logits
 from ane_moe.verification.parity import decode_tail
 from ane_moe.verification.result import FunctionModelResult
 
-# The reference runtime expands weights to fp32: from fp16, and at most from 4-bit ones.
-EXPANSION = {"fp16": 2}
-EXPANSION_COMPRESSED = 8
+EXPANDED_BYTES = 4      # of a weight: the reference runtime expands to fp32
+
+# (function, prompts, first position of each) -> logits of each prompt
+Passes = dict[tuple[str, tuple[tuple[int, ...], ...], tuple[int, ...]], list[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class WholeModel:
     Where prefill covers every token, decode calls see about `decode_tokens` of them (None: all): the end of each
     prompt, after its beginning went through prefill. Each pass loads the shards anew; where their expanded weights
     would not fit into memory, every shard reads its own again for each call.
+    `passes` keeps the logits of each pass for another golden on the same prompts (None: does not).
     """
 
     folder: Path
@@ -40,6 +42,7 @@ class WholeModel:
     min_logit_cosine: float
     decode_tokens: int | None
     progress: Progress
+    passes: Passes | None = None
 
     def results(self) -> Iterator[FunctionModelResult]:
         tail = decode_tail(self.manifest, self.golden, self.decode_tokens)
@@ -48,21 +51,33 @@ class WholeModel:
             yield compare_logits("prefill", self._logits("prefill", None), self.min_logit_cosine)
 
     def _logits(self, function: str, tail: int | None) -> Iterator[PromptLogits]:
+        prompts = self.golden.prompts
+        cuts = [0 if tail is None else max(0, len(ids) - tail) for ids in prompts]
+        shards: Iterable[np.ndarray] = self._run(function, cuts)
+        if self.passes is not None:
+            key = (function, prompts, tuple(cuts))
+            if key not in self.passes:
+                self.passes[key] = list(shards)
+            shards = self.passes[key]
+        pairs = zip(prompts, self.golden.spans, cuts, shards, strict=True)
+        for number, (ids, span, cut, logits) in enumerate(pairs):
+            yield PromptLogits(number, cut, ids[cut:], self.golden.logits[span][cut:], logits)
+
+    def _run(self, function: str, cuts: Sequence[int]) -> Iterator[np.ndarray]:
+        """The shards' logits `[N,V]` for each prompt from its cut on."""
         shards = load_shards(self.folder, self.runtime, expert_cache_bytes=psutil.virtual_memory().available // 4,
                              **self.options)
         session = Session(shards if self._fits() else _forgetful(shards))
-        for number, (ids, span) in enumerate(zip(self.golden.prompts, self.golden.spans, strict=True)):
+        for number, (ids, cut) in enumerate(zip(self.golden.prompts, cuts, strict=True)):
             self.progress(f"whole model, {function}", number, len(self.golden.prompts))
             session.reset()
-            cut = 0 if tail is None else max(0, len(ids) - tail)
             if cut:
                 session.prefill(ids[:cut])
-            yield PromptLogits(number, cut, ids[cut:], self.golden.logits[span][cut:],
-                               session.prefill_logits(ids[cut:], by=function))
+            yield session.prefill_logits(ids[cut:], by=function)
 
     def _fits(self) -> bool:
-        factor = EXPANSION.get(self.manifest.weights, EXPANSION_COMPRESSED)
-        expanded = factor * sum(shard.weight_bytes for shard in self.manifest.shards if shard.kind != "experts")
+        resident = [shard for shard in self.manifest.shards if shard.kind != "experts"]
+        expanded = EXPANDED_BYTES * sum(shard.functions[0].elements for shard in resident)
         return self.runtime != "reference" or expanded < psutil.virtual_memory().available / 2
 
 

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from ane_moe.benchmark.backtest import outcomes, summary
 from ane_moe.benchmark.chips import Range, chip_names, find_chip
 from ane_moe.benchmark.cost_model import PARTS, breakdown, predict
-from ane_moe.benchmark.formats import bits_of, rate_of
 from ane_moe.benchmark.pieces import ExpertSet, Piece
 from ane_moe.benchmark.workload import Calls, assemble, distinct_groups, workload_of, workload_of_plan
-from ane_moe.compress.recipe import find_recipe
+from ane_moe.compress.recipe import find_format, find_recipe
 from ane_moe.conversion import convert, plan
 from ane_moe.errors import UserError
 from ane_moe.manifest import Manifest
@@ -79,7 +78,8 @@ WORK = st.tuples(
     st.sampled_from(["fp16", "int8", "lut4"]),
 )
 def test_every_prediction_is_a_range_and_more_work_is_never_faster(calls, chip, name):
-    rate, size = rate_of(name), bits_of(name) / 8
+    form = find_format(name)
+    rate, size = form.rate, form.bits_per_weight / 8
     made = tuple(Calls(kind, ONCE, round(size * n), n, rate, tokens, cache)
                  for kind, n, tokens, cache in calls)  # fmt: skip
     one, two = (breakdown(work, find_chip(chip)) for work in (made, made + made[:1]))
@@ -153,17 +153,19 @@ def test_memory_counts_a_copy_for_each_function():
 
 def test_formats_take_what_coremltools_stores():
     """int8: a fp16 scale a row of 4096; lut4: palettes of 16 fp16 values for 16 rows."""
-    assert bits_of("fp16") == 16 and bits_of("int8") == 8 + 16 / 4096 and bits_of("lut4") == 4 + 256 / (16 * 4096)
-    assert [rate_of(name) for name in ("fp16", "int8", "lut4", "apple2")] == ["fp16", "int8", "lut", "lut"]
+    forms = [find_format(name) for name in ("fp16", "int8", "lut4", "apple2")]
+    assert [form.bits_per_weight for form in forms[:3]] == [16, 8 + 16 / 4096, 4 + 256 / (16 * 4096)]
+    assert [form.rate for form in forms] == ["fp16", "int8", "lut", "lut"]
     with pytest.raises(UserError):
-        rate_of("fp8")
+        find_format("fp8")
 
 
 def test_unknown_weights_have_no_price():
-    manifest = Manifest("demo", 8, 8, (0,), 1, 8, 32, "masked", "mlstate", "bc1s", 0, "strange", "embed.bin", {}, ())
+    manifest = Manifest("demo", 8, 8, (0,), 1, 8, 32, "masked", "mlstate", "bc1s", 0, "mine", False, "embed.bin", {},
+                        ())
     with pytest.raises(UserError, match="strange"):
-        workload_of(manifest)
-    assert workload_of(replace(manifest, weights="fp16")).embed_bytes == 128
+        workload_of(replace(manifest, embed_format="strange"))
+    assert workload_of(manifest).embed_bytes == 128
 
 
 def test_the_ranges_hold_what_they_promise_and_the_page_says_so():

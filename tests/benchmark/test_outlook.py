@@ -5,21 +5,23 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
-from ane_moe.benchmark.geometry import geometry_of
+from ane_moe.benchmark.geometry import geometry_of, geometry_of_spec
 from ane_moe.benchmark.layout import layout_of
 from ane_moe.benchmark.workload import Workload, assemble, workload_of_plan
 from ane_moe.checkpoint import TensorSource
 from ane_moe.cli import app
 from ane_moe.compress.recipe import find_recipe
+from ane_moe.conversion import plan
 from ane_moe.errors import UserError
-from ane_moe.families import load_family
+from ane_moe.families import describe_config, load_family
 from ane_moe.families.config import Config
 from ane_moe.outlook import Outlook, outlook, outlook_of, recommendation
 from ane_moe.plan import ConvertOptions, make_plan
-from ane_moe.tensors import tensor_shapes
 from tests.benchmark.hub_configs import (
     DEEPSEEK_V2_LITE,
     GPT_OSS_20B,
@@ -103,7 +105,7 @@ def test_the_page_gives_the_same_figures(name):
 def test_the_packages_are_those_that_convert_plans(config, recipe, routing):
     config = config | {"num_hidden_layers": 2}
     spec = load_family(config["model_type"]).spec(Config(config))
-    sources = {name: TensorSource(name, name, shape) for name, shape in tensor_shapes(spec).items()}
+    sources = {name: TensorSource(name, str(name), row.shape, weight=row) for name, row in spec.weights()}
     options = ConvertOptions(routing=routing, recipe=find_recipe(recipe))
     planned = workload_of_plan(make_plan(spec, sources, options))
     pieces = layout_of(geometry_of(config), options, 2048)
@@ -152,7 +154,7 @@ def test_chips_and_formats_change_the_answer():
 
     fast, slow = outlook_of(ZAYA1_8B, recipes=["int8"]), outlook_of(ZAYA1_8B, recipes=["int8"], target="m1")
     assert speed(fast) > 1.5 * speed(slow)
-    assert "convert does not know zaya" in fast.notes[0] and not fast.supported
+    assert "model_type 'zaya' is not supported" in fast.refusal and not fast.supported
     strange = outlook_of(ZAYA1_8B | {"layer_types": ["mamba"] * 40}, recipes=["fp16"])
     assert any("mamba" in note for note in strange.notes)
 
@@ -160,11 +162,10 @@ def test_chips_and_formats_change_the_answer():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "llama", "hidden_size": 64}, "num_hidden_layers"),
+        ({"model_type": "mixtral", "hidden_size": 64}, "sliding_window"),
         (QWEN3_30B | {"num_experts": None}, "num_experts"),
         (QWEN3_30B | {"num_experts_per_tok": 500}, "num_experts_per_tok"),
         (QWEN3_30B | {"hidden_size": -1}, "hidden_size"),
-        (QWEN3_30B | {"mlp_only_layers": list(range(48))}, "no experts"),
     ],
 )
 def test_a_configuration_that_makes_no_sense_is_one_error(config, message):
@@ -202,6 +203,123 @@ def test_the_command_reads_folders_files_and_the_hub(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(UserError, match="not a configuration"):
         outlook(tmp_path)
+
+
+def without(config: dict, *names: str) -> dict:
+    return {name: value for name, value in config.items() if name not in names}
+
+
+# What convert refuses at once, and what it says of it.
+REFUSED = {
+    "fp8": (QWEN3_30B | {"quantization_config": {"quant_method": "fp8"}}, "is quantised (fp8"),
+    "gptq": (QWEN3_30B | {"quantization_config": {"quant_method": "gptq"}}, "is quantised (gptq"),
+    "no norm_topk_prob": (without(QWEN3_30B, "norm_topk_prob"), "lacks norm_topk_prob"),
+    "no rope_theta": (without(QWEN3_30B, "rope_theta"), "lacks rope_theta"),
+    "no tie_word_embeddings": (without(QWEN3_30B, "tie_word_embeddings"), "lacks tie_word_embeddings"),
+    "no kv heads": (QWEN3_30B | {"num_key_value_heads": None}, "lacks num_key_value_heads"),
+    "nested": ({"model_type": "qwen3_vl_moe", "text_config": QWEN3_30B}, "'qwen3_vl_moe' is not supported"),
+    "deepseek": (DEEPSEEK_V2_LITE, "'deepseek_v2' is not supported"),
+    "gpt-oss": (GPT_OSS_20B, "'gpt_oss' is not supported"),
+    "unheard of": (OLMOE | {"model_type": "new_moe"}, "'new_moe' is not supported"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_convert_refuses_is_not_approved_and_the_first_line_says_why(tmp_path, case):
+    config, reason = REFUSED[case]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shown = CliRunner().invoke(app, ["plan", str(tmp_path), "--compress", "int8"]).stdout
+    first, second = shown.splitlines()[:2]
+    assert first.startswith("not supported: ") and reason in first and second.endswith("approximate")
+    assert "Take --routing" not in shown and shown.rstrip().splitlines()[-1].startswith("None: ")
+    result = CliRunner().invoke(app, ["plan", str(tmp_path), "--compress", "int8", "--json"])
+    document = json.loads(result.stdout)
+    assert result.exit_code == 0 and document["supported"] is False and document["approximate"] is True
+    assert reason in document["reason"] and document["recommendation"].startswith("None: ")
+    assert document["choices"] and document["model_type"] == config["model_type"]
+
+
+def test_the_reason_is_the_one_that_convert_gives(tmp_path):
+    """Of the weights too, where the folder has them: one tensor too many, which no config.json shows."""
+    config = without(QWEN3_30B, "norm_topk_prob") | {"num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"model.strange.weight": np.zeros(1, np.float16)}, tmp_path / "model.safetensors")
+    for added in ({}, {"norm_topk_prob": True}):
+        (tmp_path / "config.json").write_text(json.dumps(config | added))
+        with pytest.raises(UserError) as refused:
+            plan(tmp_path, ConvertOptions())
+        assert outlook(tmp_path, recipes=["int8"]).refusal == str(refused.value)
+
+
+def test_a_whole_checkpoint_is_supported_and_recommended(small_checkpoint):
+    answer = outlook(small_checkpoint, recipes=["int8"])
+    assert answer.supported and answer.as_json()["reason"] is None and not answer.notes
+
+
+def test_a_dense_model_is_said_to_be_no_mixture_of_experts(tmp_path):
+    dense = without(QWEN3_30B, "num_experts", "num_experts_per_tok") | {"model_type": "qwen3"}
+    (tmp_path / "config.json").write_text(json.dumps(dense))
+    shown = CliRunner().invoke(app, ["plan", str(tmp_path)])
+    first, *rest = shown.stdout.splitlines()
+    assert shown.exit_code == 0 and first.startswith("not supported: qwen3 is not a mixture of experts")
+    assert [line for line in rest if not line.startswith("None: ")] == []
+    document = outlook(tmp_path).as_json()
+    assert not document["supported"] and document["choices"] == [] and document["weights"] is None
+
+
+def test_a_model_whose_fields_have_other_names_is_answered_without_a_forecast():
+    dbrx = {"model_type": "dbrx", "d_model": 6144, "ffn_config": {"moe_num_experts": 16, "moe_top_k": 4}}
+    answer = outlook_of(dbrx)
+    assert "'dbrx' is not supported" in answer.refusal and answer.choices == ()
+    assert "num_hidden_layers" in answer.notes[0] or "hidden_size" in answer.notes[0]
+
+
+def test_a_family_s_model_without_experts_is_planned_as_convert_takes_it():
+    config = QWEN3_30B | {"mlp_only_layers": list(range(48))}
+    masked = found(config, "masked")
+    assert describe_config(config).layers[0].ffn.width == 6144 and masked.packages == 48 + 48 + 16
+
+
+@pytest.mark.parametrize("config", [QWEN3_30B, OLMOE, QWEN15_MOE], ids=lambda config: config["model_type"])
+def test_both_readers_of_a_config_give_the_same_geometry(config):
+    exact, near = geometry_of_spec(describe_config(config)), geometry_of(config)
+    assert exact == near
+
+
+def test_concerns_are_of_formats_and_states_too_on_the_system_asked_for():
+    def rules(target: str, os: int, recipe: str) -> set[str]:
+        (choice, _) = outlook_of(QWEN3_30B, recipes=[recipe], target=target, os=os).choices
+        return {concern.rule for concern in choice.concerns if concern.function_bytes is None}
+
+    assert rules("m4-max", 26, "lut4") == {"palette-os-26", "state-access"}
+    assert rules("m4-max", 15, "lut4") == {"state-access"}
+    assert rules("m5-max", 26, "int8") == {"stateful-m5", "state-access"}
+    assert "per-block-weight" in rules("m4-max", 26, "int4-block32")
+
+
+def test_the_recommendation_names_what_is_undecided():
+    sentence = outlook_of(QWEN3_30B, recipes=["lut4"]).recommendation
+    assert "placement is undecided (palette-os-26, state-access" in sentence
+
+
+@pytest.mark.parametrize("config", [
+    OLMOE | {"hidden_size": 64, "num_hidden_layers": 1, "num_experts": 4, "num_experts_per_tok": 1,
+             "intermediate_size": 32, "vocab_size": 256},
+    OLMOE | {"hidden_size": 128, "num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 2,
+             "intermediate_size": 128, "vocab_size": 4096},
+    QWEN3_30B,
+])
+@pytest.mark.parametrize("target", ["m1", "m5-max"])
+def test_no_column_is_cut_in_80_columns(tmp_path, monkeypatch, config, target):
+    monkeypatch.setenv("COLUMNS", "80")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shown = CliRunner().invoke(app, ["plan", str(tmp_path), "--target", target]).stdout
+    sizes, speeds = shown.split("Predicted, low-expected-high")
+    figure = r"\d[\d.,]*[kM]?"
+    for text, head, ranges in ((sizes, "routing weights MB", 1), (speeds, "routing weights tok/s", 4)):
+        rows = [line.rstrip() for line in text.splitlines() if re.match(r"(masked|sparse) ", line)]
+        assert head in text and len(rows) == 8 and max(map(len, rows)) <= 80
+        assert all(len(re.findall(rf"\b{figure}-{figure}-{figure}(?= |$)", row)) == ranges for row in rows)
 
 
 @pytest.mark.parametrize("width", ["80", "200"])

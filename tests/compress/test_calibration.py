@@ -17,7 +17,9 @@ from ane_moe.compress.calibration import FILE_NAME, Calibration, Moments
 from ane_moe.compress.recipe import find_recipe
 from ane_moe.errors import UserError
 from ane_moe.families import describe
+from ane_moe.job import open_model
 from ane_moe.manifest import read_manifest
+from ane_moe.model.weight import HEAD, parse_name
 from ane_moe.verification.hf_moments import calibrate
 from ane_moe.verification.stored_weights import stored_weights
 from ane_moe.verification.verify import verify
@@ -37,7 +39,7 @@ def text(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_moments_are_the_mean_squares_of_what_hugging_face_computes(family, tmp_path, text):
     checkpoint = save_checkpoint(make_model(family, num_hidden_layers=2), tmp_path / "checkpoint")
-    calibration = calibrate(checkpoint, text)
+    calibration = calibrate(open_model(checkpoint), text)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
     heard: dict[str, list[torch.Tensor]] = {}
     for name, module in model.named_modules():
@@ -46,11 +48,13 @@ def test_moments_are_the_mean_squares_of_what_hugging_face_computes(family, tmp_
     with torch.no_grad():
         for ids in json.loads(PROMPTS):
             model(input_ids=torch.tensor([ids]), use_cache=False)
-    names = {"lm_head": "head.weight"} | {f"model.layers.{n}.self_attn.{p}_proj": f"layers.{n}.attn.{p}.weight"
-                                          for n in range(2) for p in "qo"}  # fmt: skip
+    names = {"lm_head": "head.x"}
+    for layer in range(2):
+        names[f"model.layers.{layer}.self_attn.q_proj"] = f"layers.{layer}.attn.x"
+        names[f"model.layers.{layer}.self_attn.o_proj"] = f"layers.{layer}.attn.attended"
     for theirs, ours in names.items():
         expected = torch.cat(heard[theirs]).square().mean(0).numpy()
-        assert np.allclose(calibration.moments[ours], expected, rtol=1e-3, atol=1e-7), ours
+        assert np.allclose(calibration.moments[parse_name(ours)], expected, rtol=1e-3, atol=1e-7), ours
     k = getattr(model.config, "num_experts_per_tok", None)
     assert all(counts.sum() == k * 18 for counts in calibration.counts.values()) and calibration.tokens == 18
 
@@ -64,34 +68,41 @@ def test_what_enters_down_is_what_the_expert_makes(tmp_path, text):
     with torch.no_grad():
         for ids in json.loads(PROMPTS):
             model(input_ids=torch.tensor([ids]), use_cache=False)
-    calibration, seen = calibrate(checkpoint, text), 0
+    calibration, seen = calibrate(open_model(checkpoint), text), 0
     for expert, count in enumerate(calibration.counts[0]):
+        hidden = parse_name(f"layers.0.ffn.experts.{expert}.hidden")
         inputs = torch.cat([x[(chosen == expert).any(1)] for x, chosen, _ in heard])
         assert len(inputs) == count
         if count:
             gate, up = torch.nn.functional.linear(inputs, block.experts.gate_up_proj[expert]).chunk(2, -1)
             expected = (torch.nn.functional.silu(gate) * up).square().mean(0).detach().numpy()
-            found = calibration.moments[f"layers.0.ffn.experts.{expert}.down.weight"]
+            found = calibration.moments[hidden]
             assert np.allclose(found, expected, rtol=2e-2, atol=1e-4 * expected.mean())     # our weights are fp16
             seen += 1
         else:
-            assert f"layers.0.ffn.experts.{expert}.down.weight" not in calibration.moments
+            assert hidden not in calibration.moments
     assert seen > 2
 
 
 def test_moments_are_read_by_name_and_shared_by_matrices_with_one_input(tmp_path):
-    moments = {"layers.0.attn.q.weight": np.arange(4.0), "layers.0.ffn.experts.1.gate.weight": np.ones(4),
-               "layers.0.ffn.experts.2.gate.weight": np.zeros(4)}  # fmt: skip
+    model = open_model(save_checkpoint(make_model("mixtral"), tmp_path / "checkpoint"))
+    moments = {parse_name("layers.0.attn.x"): np.arange(4.0), parse_name("layers.0.ffn.experts.1.x"): np.ones(4),
+               parse_name("layers.0.ffn.experts.2.x"): np.zeros(4)}
     Calibration(moments, {0: np.array([0, 3, 1])}, {0: np.array([2.0, 4.0])}, 8.0, 2, "x").write(tmp_path / FILE_NAME)
     read = Moments(tmp_path / FILE_NAME)
     assert read.tokens == 2 and read.of == "x"
-    assert np.array_equal(read.find("layers.0.attn.v.weight", 4), np.arange(4))
-    assert np.array_equal(read.find("layers.0.ffn.experts.1.up.weight", 4), np.ones(4))
-    assert read.find("layers.0.ffn.experts.2.up.weight", 4) is None and read.find("layers.0.attn.o.weight", 4) is None
-    assert read.weight("head.weight") == 1 and read.weight("layers.0.attn.o.weight") == 0.25
-    assert read.weight("layers.0.ffn.experts.1.down.weight") == pytest.approx(0.5 * 3 / 4)
+
+
+    def find(tensor: str) -> np.ndarray | None:
+        return read.find(model.sources[parse_name(tensor)].reads, 4)
+
+    assert np.array_equal(find("layers.0.attn.v.weight"), np.arange(4))
+    assert np.array_equal(find("layers.0.ffn.experts.1.up.weight"), np.ones(4))
+    assert find("layers.0.ffn.experts.2.up.weight") is None and find("layers.0.attn.o.weight") is None
+    assert read.share(HEAD) == 1 and read.share(parse_name("layers.0.attn.o.weight")) == 0.25
+    assert read.share(parse_name("layers.0.ffn.experts.1.down.weight")) == pytest.approx(0.5 * 3 / 4)
     with pytest.raises(UserError, match="does not fit"):
-        read.find("layers.0.attn.q.weight", 5)
+        read.find(parse_name("layers.0.attn.x"), 5)
     (tmp_path / FILE_NAME).write_bytes(b"nothing")
     with pytest.raises(UserError, match="cannot be read"):
         Moments(tmp_path / FILE_NAME)
@@ -151,9 +162,10 @@ def test_calibration_moves_the_error_to_inputs_that_do_not_matter(checkpoint, tm
         errors[asked] = {weight.name: (weight.value.reshape(-1, weight.value.shape[1]).astype(np.float64)
                                        - originals.read(sources[weight.name])) ** 2
                          for weight in stored_weights(out, read_manifest(out))
-                         if ".experts." in weight.name}  # fmt: skip
+                         if weight.name.expert is not None}  # fmt: skip
     moments = Moments(tmp_path / "builtin" / FILE_NAME)
-    met = {name: m for name, plain in errors[None].items() if (m := moments.find(name, plain.shape[1])) is not None}
+    found = {name: moments.find(sources[name].reads, plain.shape[1]) for name, plain in errors[None].items()}
+    met = {name: squares for name, squares in found.items() if squares is not None}
     plain, calibrated = ([(errors[asked][name] @ m).sum() for name, m in met.items()] for asked in (None, "builtin"))
     assert sum(calibrated) < sum(plain)
     assert np.mean([after < before for before, after in zip(plain, calibrated, strict=True)]) > 0.7   # local optima

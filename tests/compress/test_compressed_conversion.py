@@ -10,10 +10,12 @@ from ane_moe.benchmark.workload import workload_of
 from ane_moe.checkpoint import open_checkpoint
 from ane_moe.compress.expand import expand
 from ane_moe.compress.recipe import find_format, find_recipe
+from ane_moe.concerns import concerns_of_options
 from ane_moe.conversion import plan
 from ane_moe.coreml_tools import Model_pb2
 from ane_moe.families import describe
 from ane_moe.manifest import read_manifest
+from ane_moe.model.weight import EMBEDDING
 from ane_moe.package import MODEL
 from ane_moe.plan import ConvertOptions
 from ane_moe.runtime import load_package
@@ -22,6 +24,8 @@ from ane_moe.runtime.inspect import summarize
 from ane_moe.runtime.session import Session
 from ane_moe.runtime.shards import load_shards
 from ane_moe.trace import value_name
+from ane_moe.verification.placement import predict
+from ane_moe.verification.targets import find_target
 from ane_moe.verification.verify import verify
 from tests.verify.tiny import tiny_checkpoint, tiny_conversion
 
@@ -59,7 +63,7 @@ def test_every_weight_of_the_package_is_the_one_meant(checkpoint, tmp_path, name
         theirs = expanded_by_coremltools(out / shard.path)
         assert set(theirs) == {"decode", "prefill"}
         for weight, choice in shard.choices.items():
-            meant = expand(find_format(choice.format).encode(opened.read(shard.weights[weight])))
+            meant = expand(find_format(choice.format).encode(opened.read(shard.sources[weight])))
             for function in theirs.values():
                 found = function[value_name(weight)]
                 assert np.array_equal(found.astype(np.float16).reshape(meant.shape), meant), weight
@@ -72,6 +76,12 @@ def test_every_weight_of_the_package_is_the_one_meant(checkpoint, tmp_path, name
         stored = summarize(out / shard.path).weight_bytes
         assert stored <= shard.weight_bytes + 4 * 40 and shard.weight_bytes <= size     # vector axes lie in the program
         assert size < shard.weight_bytes + 128 * 4 * 40     # decode and prefill share one copy: a second would not fit
+    report = predict([(out / shard.path, shard.path) for shard in manifest.shards], find_target())
+    findings = [finding for function in report.functions for finding in function.findings]
+    warned = {concern.rule for concern in concerns_of_options(options, find_target())}
+    if "block32" in name:
+        warned.remove("per-block-weight")       # a row of this model is a single block
+    assert "state-access" in warned and warned <= {finding.rule for finding in findings}
 
 
 @pytest.mark.parametrize(("name", "routing"), [("int8", "masked"), ("lut4", "sparse"), ("tiny", "sparse")])
@@ -91,7 +101,7 @@ def test_a_compressed_embedding_is_what_was_meant_and_verifies(tmp_path, tied):
     recipe = find_recipe(str(tmp_path / "mine.toml"))
     out = tiny_conversion(source, tmp_path / "out", recipe=recipe, golden=True, prefill=4)
     manifest, (spec, sources) = read_manifest(out), describe(open_checkpoint(source))
-    weight = open_checkpoint(source).read(sources["embed.weight"])
+    weight = open_checkpoint(source).read(sources[EMBEDDING])
     meant = expand(find_format("int8").encode(weight))
     table = open_embeddings(out, manifest)
     assert np.array_equal(table[:], meant) and np.array_equal(table[3], meant[3])

@@ -199,8 +199,3 @@ def test_directions_apart_and_the_remainder_are_the_weight():
 def test_an_unknown_format_is_named(name):
     with pytest.raises(UserError):
         parse_format(name)
-
-
-def test_formats_that_leave_the_engine_say_why():
-    assert "Neural Engine" in parse_format("int4-block32").leaves_engine
-    assert not any(parse_format(name).leaves_engine for name in ALL if "block" not in name)

@@ -34,7 +34,7 @@ def grouped(checkpoint, tmp_path_factory):
 def test_grouped_functions_pass_verify_and_compute_what_neighbours_compute(checkpoint, grouped, tmp_path):
     manifest = read_manifest(grouped)
     shard, = manifest.shards_of("experts", 0)
-    assert (shard.groups, shard.experts) == (GROUPS, (0, 1, 2, 3))
+    assert (tuple(shard.copies), shard.experts) == (GROUPS, (0, 1, 2, 3))
     assert [function.name for function in shard.functions] == [f"expert_00{first}_t{tokens}" for first in (0, 1)
                                                                for tokens in (1, 4)]
     report = verify(grouped)
@@ -46,9 +46,10 @@ def test_grouped_functions_pass_verify_and_compute_what_neighbours_compute(check
 
 def test_a_manifest_that_names_other_groups_fails_verify(grouped, tmp_path):
     meta = json.loads((grouped / "runtime_meta.json").read_text())
-    swapped = [[0, 2], [1, 3]]
+    swapped = {(0, 3): [0, 2], (1, 2): [1, 3]}
     for shard in meta["shards"]:
-        shard["groups"] = swapped if shard["kind"] == "experts" else []
+        for function in shard["functions"] if shard["kind"] == "experts" else []:
+            function["experts"] = swapped[tuple(function["experts"])]
     other = tmp_path / "other"
     other.mkdir()
     for path in grouped.iterdir():

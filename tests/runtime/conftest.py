@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mil_writer import write_compiled
 
 from ane_moe.coreml_tools import ct
 
@@ -154,17 +155,41 @@ PACKAGES: dict[str, Callable[[Path], None]] = {
 }
 
 
+def _pipeline(path: Path) -> None:
+    """The net of `_net`, and a second one that takes the first 8 of its 16 channels."""
+    first = _converted(Net(), torch.zeros(1, 8, 1, 4), "ios18", "fp16")
+
+    class Half(torch.nn.Module):
+        def forward(self, y: torch.Tensor) -> torch.Tensor:
+            return torch.relu(y[:, :8] - 0.05) * 3
+
+    second = ct.convert(
+        torch.jit.trace(Half(), torch.zeros(1, 16, 1, 4)), skip_model_load=True,
+        inputs=[ct.TensorType("y", (1, 16, 1, 4), np.float16)], outputs=[ct.TensorType("z")],
+        minimum_deployment_target=TARGETS["ios18"])
+    ct.utils.make_pipeline(first, second).save(str(path))
+
+
+COMPOSED = {"pipeline": _pipeline}
+
+
+def build(name: str, folder: Path) -> Path:
+    """A package of `PACKAGES` or `COMPOSED` in `folder`, or with the suffix .mlmodelc its compiled
+    form."""
+    plain = name.removesuffix(".mlmodelc")
+    path = folder / f"{plain}.mlpackage"
+    if not path.exists():
+        torch.set_num_threads(1)
+        with warnings.catch_warnings(action="ignore"):          # of channels that pruning left empty
+            (PACKAGES | COMPOSED)[plain](path)
+    if name == plain:
+        return path
+    compiled = folder / name
+    return compiled if compiled.exists() else write_compiled(path, compiled)
+
+
 @pytest.fixture(scope="session")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The path of a package of `PACKAGES`, built when first asked for."""
+    """The path of what `build` makes, made when first asked for."""
     folder = tmp_path_factory.mktemp("packages")
-
-    def get(name: str) -> Path:
-        path = folder / f"{name}.mlpackage"
-        if not path.exists():
-            torch.set_num_threads(1)
-            with warnings.catch_warnings(action="ignore"):      # of channels that pruning left empty
-                PACKAGES[name](path)
-        return path
-
-    return get
+    return lambda name: build(name, folder)

@@ -2,8 +2,9 @@
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,11 +14,11 @@ import numpy as np
 from ane_moe.errors import UserError
 from ane_moe.runtime import load_package, structural
 from ane_moe.runtime.blob import HEADER, METADATA
-from ane_moe.runtime.inspect import summarize
+from ane_moe.runtime.inspect import summarize, summarize_pipeline
+from ane_moe.runtime.pipeline import OpenPipeline, open_model
 from ane_moe.runtime.printer import program_text
 from ane_moe.runtime.program import Constant, Feature, Program
 from ane_moe.runtime.proto import Model_pb2
-from ane_moe.runtime.reader import read_program
 from ane_moe.runtime.weights import operations_of
 
 MODEL = Path("Data/com.apple.CoreML/model.mlmodel")
@@ -28,40 +29,54 @@ NUMBERS = [0, 1, 2, 3, 7, 8, 63, 64, 65, 127, 128, 255, 2**15, 2**16, 2**31 - 1,
 TEXTS = ["", "x", "y", "val", "main", "CoreML5", "CoreML8", "const", "cond", "while_loop", "gather", "reshape", "fill",
          "constexpr_lut_to_dense", "..", "/", "@model_path/weights/weight.bin", "@model_path/../..", "\0",
          "é" * 300]  # fmt: skip
+TEXT_TOKENS = ["(", ")", "[", "]", "{", "}", "<", ">", ",", "=", ";", "?", "->", "tensor<", "list<", "state<",
+               "dict<", "tuple<", "BLOBFILE(", '"', '"\\', "func", "program", "const", "cond", "[[", "0x1p+9999",
+               "9" * 5000, "inf", "-inf", "nan", "true", "é", "\0"]  # fmt: skip
+METADATA_VALUES: list[Any] = ["[1]", "[-1, -1]", "[[1, 0]]", "[" * 3000, "[9223372036854775807]", "Image", "State",
+                              "Float16", "Int32", "0", "1"]
 MANIFEST_VALUES: list[Any] = [None, True, -1, 2**70, 1e308, "", "..", "/etc/passwd", "\0", "\ud800", "a" * 5000, [], {}]
 
 SEEDS = ("net_ios15_fp32", "net_ios18_fp16", "flexible", "enumerated", "lut4_ios16", "lut4_grouped", "lut2_vector",
          "int8_ios16", "int4_block", "sparse_ios16", "sparse_lut4", "sparse_int8", "stateful", "multifunction", "loop",
-         "classifier")
+         "classifier", "pipeline", "net_ios15_fp32.mlmodelc", "flexible.mlmodelc", "enumerated.mlmodelc",
+         "lut4_grouped.mlmodelc", "int8_ios16.mlmodelc", "sparse_lut4.mlmodelc", "stateful.mlmodelc",
+         "multifunction.mlmodelc", "classifier.mlmodelc", "pipeline.mlmodelc")
 
 
 def mutate(path: Path, random: Random) -> None:
-    """Damage the package at `path` in one to four places."""
+    """Damage the package or compiled model at `path` in one to four places."""
+    kinds = COMPILED_MUTATIONS if path.suffix == ".mlmodelc" else MUTATIONS
     for _ in range(random.choice([1, 1, 1, 2, 3, 4])):
-        random.choice(MUTATIONS)(path, random)
+        random.choice(kinds)(path, random)
 
 
 def exercise(path: Path, execute: bool) -> bool:
     """Read, summarize, print and load (and run) a package. False if it was refused; only UserError may say so."""
     try:
-        program = read_program(path)
-        summarize(program)
-        for _ in program_text(program):
-            pass
-        for constant in _constants(program):
-            constant.load()
+        model = open_model(path)
+        if isinstance(model, OpenPipeline):
+            programs = [program.read() for program in model.programs()]
+            summarize_pipeline(model)
+        else:
+            programs = [model.read()]
+            summarize(programs[0])
+        for program in programs:
+            for _ in program_text(program):
+                pass
+            for constant in _constants(program):
+                constant.load()
         if execute:
-            _run(path, program)
+            _run(path, programs[0].functions if len(programs) == 1 else ["main"])
     except UserError as error:
         assert "\n" not in str(error)
         return False
     return True
 
 
-def _run(path: Path, program: Program) -> None:
+def _run(path: Path, names: Iterable[str]) -> None:
     """Run each function once, loops for a short while."""
     structural.MAX_ITERATIONS = 200
-    for name in program.functions:
+    for name in names:
         function = load_package(path, name, runtime="reference")
         inputs = {feature.name: _array(feature) for feature in function.inputs}
         function.predict(inputs, function.make_state() if function.states else None)
@@ -211,9 +226,10 @@ def _bytes(file: Path) -> Callable[[Path, Random], None]:
 
 def _blob_fields(path: Path, random: Random) -> None:
     """Set one field of the header or of a blob's metadata to something else."""
-    if not _is_plain(path / WEIGHTS):
+    file = _one_of(path, "*.bin", random)
+    if file is None:
         return
-    data = bytearray((path / WEIGHTS).read_bytes())
+    data = bytearray(file.read_bytes())
     slots = [at for at in range(64, len(data) - 63, 64) if data[at : at + 4] == b"\xef\xbe\xad\xde"]
     if not slots or random.random() < 0.1:
         if len(data) >= HEADER.size:
@@ -225,7 +241,78 @@ def _blob_fields(path: Path, random: Random) -> None:
         changed = random.choice([*NUMBERS, *range(20), fields[index] + 1, fields[index] - 1, fields[index] * 2])
         fields[index] = changed & (0xFFFFFFFF if index < 2 else 2**64 - 1)
         METADATA.pack_into(data, at, *fields)
-    (path / WEIGHTS).write_bytes(data)
+    file.write_bytes(data)
+
+
+def _one_of(path: Path, pattern: str, random: Random) -> Path | None:
+    """A plain file of the package with such a name."""
+    files = [file for file in sorted(path.rglob(pattern)) if _is_plain(file)]
+    return random.choice(files) if files else None
+
+
+def _text_tokens(path: Path, random: Random) -> None:
+    """Drop, double, move or replace a few tokens of the program's text."""
+    file = _one_of(path, "model.mil", random)
+    if file is None:
+        return
+    tokens = re.findall(r'"[^"]*"|->|[\w.+-]+|\s+|.', file.read_bytes().decode(errors="replace"))
+    if not tokens:
+        return
+    at = random.randrange(len(tokens))
+    other = random.choice([*TEXT_TOKENS, random.choice(tokens), str(random.choice(NUMBERS))])
+    kind = random.randrange(5)
+    if kind == 0:
+        del tokens[at:at + random.choice([1, 2, 20])]
+    elif kind == 1:
+        tokens[at:at] = tokens[at:at + random.choice([1, 2, 40])]
+    elif kind == 2:
+        tokens[at] = other
+    elif kind == 3:
+        tokens[at:at] = [other] * random.choice([1, 2, 3000])
+    else:
+        to = random.randrange(len(tokens))
+        tokens[at], tokens[to] = tokens[to], tokens[at]
+    file.write_text("".join(tokens))
+
+
+def _text_bytes(path: Path, random: Random) -> None:
+    file = _one_of(path, random.choice(["model.mil", "metadata.json", "*.bin"]), random)
+    if file is not None:
+        _bytes(file.relative_to(path))(path, random)
+
+
+def _metadata(path: Path, random: Random) -> None:
+    """Replace or drop one value somewhere in metadata.json."""
+    file = path / "metadata.json"
+    if not _is_plain(file):
+        return
+    try:
+        document = json.loads(file.read_bytes())
+    except ValueError:
+        return
+    holders: list[Any] = []
+    pending: list[Any] = [document]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict | list) and item:
+            holders.append(item)
+            pending += item.values() if isinstance(item, dict) else item
+    if not holders:
+        return
+    holder = random.choice(holders)
+    key = random.choice(sorted(holder) if isinstance(holder, dict) else range(len(holder)))
+    if random.random() < 0.3:
+        del holder[key]
+    else:
+        holder[key] = random.choice([*MANIFEST_VALUES, *METADATA_VALUES])
+    file.write_text(json.dumps(document))
+
+
+def _compiled_files(path: Path, random: Random) -> None:
+    """Remove a file, or put a folder, a pipe, a link or a sparse giant in its place."""
+    file = _one_of(path, "*", random)
+    if file is not None:
+        _replaced(file, random)
 
 
 def _manifest(path: Path, random: Random) -> None:
@@ -252,7 +339,10 @@ def _manifest(path: Path, random: Random) -> None:
 
 def _files(path: Path, random: Random) -> None:
     """Remove a file, or put a folder, a pipe, a link or a sparse giant in its place."""
-    file = path / random.choice([Path("Manifest.json"), MODEL, WEIGHTS])
+    _replaced(path / random.choice([Path("Manifest.json"), MODEL, WEIGHTS]), random)
+
+
+def _replaced(file: Path, random: Random) -> None:
     kinds: list[Callable[[], Any]] = [
         lambda: None, file.mkdir, lambda: os.mkfifo(file), lambda: file.symlink_to("/dev/zero"),
         lambda: file.symlink_to(file), lambda: (file.touch(), os.truncate(file, 1 << 40)),
@@ -262,11 +352,15 @@ def _files(path: Path, random: Random) -> None:
         random.choice(kinds)()
 
 
+COMPILED_MUTATIONS = [*[_text_tokens] * 10, *[_text_bytes] * 3, *[_metadata] * 3, _blob_fields,
+                      _compiled_files]
 MUTATIONS = [*[_program_fields] * 12, *[_bytes(MODEL)] * 2, _bytes(WEIGHTS), *[_blob_fields] * 2, _manifest, _files]
 
 
 def damaged_copy(source: Path, target: Path, random: Random) -> Path:
-    """A copy of the package `source` at `target`, which is replaced, with random damage."""
+    """A copy of the package `source` at `target` (with the suffix of `source`), which is replaced,
+    with random damage."""
+    target = target.with_suffix(source.suffix)
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target)
     mutate(target, random)

@@ -1,7 +1,7 @@
 """Shards made of numpy functions, and the same decoder written a second way: over the whole text at once, without a
 cache, in fp64. The two agree when a session places, masks, caches and adds as it should."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -120,22 +120,28 @@ def make_manifest(windows, *, context=40, prefill=8, state="mlstate", layout="bc
         held = np.array_split(np.arange(EXPERTS), parts)
         if routing == "sparse":
             shards += [Shard(f"experts/layer_{layer:02d}_part_{part}.mlpackage", "experts", layer,
-                             expert_functions(held[part], group, buckets, shared and part == 0), part, parts,
-                             experts=tuple(map(int, held[part]))) for part in range(parts)]
+                             expert_functions(held[part], group, buckets, shared and part == 0), "ffn", part, parts)
+                       for part in range(parts)]
         else:
-            shards += [Shard(f"moe/layer_{layer:02d}_part_{part}.mlpackage", "moe", layer, functions, part, parts,
-                             experts=tuple(map(int, held[part]))) for part in range(parts)]
+            paths = [f"moe/layer_{layer:02d}_part_{part}.mlpackage" for part in range(parts)]
+            for part, path in enumerate(paths):
+                experts = tuple(map(int, held[part]))
+                own = tuple(replace(function, experts=experts) for function in functions)
+                shards.append(Shard(path, "moe", layer, own, "ffn", part, parts))
     cut = VOCAB // 2
-    shards += [Shard(f"lm_head/part_{part}.mlpackage", "lm_head", None, functions, part, 2, rows=rows)
+    shards += [Shard(f"lm_head/part_{part}.mlpackage", "lm_head", None, functions, "head", part, 2, rows=rows)
                for part, rows in enumerate([(0, cut), (cut, VOCAB)])]
     return Manifest("numpy", D, VOCAB, tuple(range(len(windows))), len(windows), context, width, routing, state, layout,
-                    prefill, "fp16", "embed.bin", {"main": {"inv_freq": INV_FREQ, "attention_factor": 1.0}},
+                    prefill, "fp16", False, "embed.bin", {"main": {"inv_freq": INV_FREQ, "attention_factor": 1.0}},
                     tuple(shards))
 
 
 def expert_functions(held, group, buckets, shared):
-    names = [f"expert_{first:03d}" for first in held[::group]] + (["shared"] if shared else [])
-    return tuple(ShardFunction(f"{name}_t{bucket}", bucket) for name in names for bucket in buckets)
+    names = {f"expert_{held[start]:03d}": tuple(map(int, held[start:start + group]))
+             for start in range(0, len(held), group)}
+    names |= {"shared": ()} if shared else {}
+    return tuple(ShardFunction(f"{name}_t{bucket}", bucket, experts)
+                 for name, experts in names.items() for bucket in buckets)
 
 
 def make_cache(decoder, manifest, limit_bytes=None, lacking=()):

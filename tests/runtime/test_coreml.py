@@ -110,6 +110,12 @@ def test_inputs_of_any_float_type_and_memory_order_are_taken(load, convert):
     np.testing.assert_array_equal(prefill.predict({"x": convert(x)}, prefill.make_state())["y"], plain)
 
 
+def test_whole_numbers_are_taken_for_a_float_input(load):
+    decode, x = load(), np.arange(CHANNELS).reshape(1, CHANNELS, 1, 1)
+    plain = decode.predict({"x": x.astype(np.float16)}, decode.make_state())["y"]
+    np.testing.assert_array_equal(decode.predict({"x": x}, decode.make_state())["y"], plain)
+
+
 def test_read_only_inputs_are_taken_and_left_alone(load):
     decode = load()
     for dtype in (np.float16, np.float32):
@@ -148,9 +154,9 @@ def test_a_package_by_another_name_is_refused_before_core_ml_sees_it(packages, c
 @pytest.mark.parametrize(("inputs", "message"), [
     ({}, "needs input 'x'"),
     ({"x": tokens(1), "z": tokens(1)}, "has no input 'z'; its inputs: x"),
-    ({"x": tokens(2)}, r"input 'x' .* is fp16 \[1, 4, 1, 1\]; found: float16 \[1, 4, 1, 2\]"),
-    ({"x": tokens(1)[0]}, r"found: float16 \[4, 1, 1\]"),
-    ({"x": tokens(1).astype(np.int32)}, "found: int32"),
+    ({"x": tokens(2)}, r"input 'x' .* wrong shape; found: \[1, 4, 1, 2\]; it takes \[1, 4, 1, 1\]"),
+    ({"x": tokens(1)[0]}, r"found: \[4, 1, 1\]"),
+    ({"x": tokens(1).astype(np.int32) + 2049}, "found: int32, with"),
     ({"x": tokens(1).astype(np.complex64)}, "found: complex64"),
 ])
 def test_inputs_that_do_not_fit_are_named(load, inputs, message):

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from ane_moe.cli import app
 from ane_moe.coreml_tools import ct
 from ane_moe.errors import UserError
 from ane_moe.runtime.arrays import random_inputs, read_array, read_inputs
-from ane_moe.runtime.diff import Side, align, compare, diff
+from ane_moe.runtime.diff import Side, Unmatched, align, compare, diff, unmatched
 from ane_moe.runtime.program import Feature, TensorType
 from ane_moe.runtime.tracing import describe
 
@@ -50,6 +51,58 @@ def test_the_first_op_that_parts_is_found_and_a_renamed_one_is_matched_by_order(
     assert not result.same and result.compared == 5 and result.unmatched_a == 0
     assert result.first is not None and (result.first.op, result.first.name_a) == ("add", "tilted")
     assert 0 < result.first.largest <= 0.75 + 1e-6
+
+
+def chain(path: Path, *factors: float, tail: float = 1) -> Path:
+    """y = tanh(x) * each factor in turn, * 1 * tail in the last step: a product per factor."""
+    @mb.program(input_specs=[mb.TensorSpec((1, 4))], opset_version=ct.target.iOS17)
+    def program(x):
+        x = mb.tanh(x=x, name="start")
+        for index, factor in enumerate(factors):
+            x = mb.mul(x=x, y=np.float32(factor), name=f"step_{index}_{factor:g}")
+        return mb.relu(x=mb.add(x=x, y=np.float32(tail), name="end"), name="y")
+
+    pipeline = ct.PassPipeline.EMPTY                # which would fold the products
+    ct.convert(program, minimum_deployment_target=ct.target.iOS17, skip_model_load=True,
+               compute_precision=ct.precision.FLOAT32, pass_pipeline=pipeline).save(str(path))
+    return path
+
+
+def test_two_packages_part_at_an_operation_that_only_one_of_them_has(tmp_path: Path) -> None:
+    short, long = chain(tmp_path / "a.mlpackage"), chain(tmp_path / "b.mlpackage", 3)
+    for sides, owner in (((short, long), "B"), ((long, short), "A")):
+        result = diff(Side(sides[0]), Side(sides[1]))
+        place = result.parts_at
+        assert isinstance(place, Unmatched) and not result.same
+        assert (place.side, place.op, place.name) == (owner, "mul", "step_0_3")
+        assert place.position == 1              # after tanh, before the sum, where values differ
+        assert result.first is not None and result.first.name_a == "end"
+        lines = CliRunner().invoke(app, ["diff", *map(str, sides)]).stdout.splitlines()
+        assert lines[1] == f"first apart: mul step_0_3 [1, 4]: only in {owner}, after start"
+        assert lines[2].startswith("then apart: add end: relative")
+
+
+def test_values_that_differ_before_the_missing_operation_come_first(
+        pair: tuple[Path, Path]) -> None:
+    result = diff(Side(pair[0]), Side(pair[1]))
+    later = Unmatched("B", "mul", "late", (1, 4), result.compared, "y")
+    assert replace(result, only=(later,)).parts_at is result.first
+
+
+def test_operations_of_one_side_that_change_nothing_are_listed_and_not_apart(
+        tmp_path: Path) -> None:
+    paths = [chain(tmp_path / "a.mlpackage"), chain(tmp_path / "b.mlpackage", 1)]
+    result = diff(Side(paths[0]), Side(paths[1]))
+    assert result.same and result.parts_at is None
+    assert [item.name for item in result.only] == ["step_0_1"]
+    shown = CliRunner().invoke(app, ["diff", *map(str, paths)])
+    assert shown.exit_code == 0 and "mul step_0_1 [1, 4]: only in B, after start" in shown.stdout
+
+
+def test_a_first_or_last_operation_that_only_one_side_has_is_not_passed_over() -> None:
+    x, y = (describe("add", name, np.ones(2)) for name in ("x", "y"))
+    assert unmatched([x], [x, y], [(x, x)]) == (Unmatched("B", "add", "y", (2,), 1, "x"),)
+    assert unmatched([y, x], [x], [(x, x)]) == (Unmatched("A", "add", "y", (2,), 0, ""),)
 
 
 def test_two_precisions_of_one_package_are_near_but_not_the_same(package: Get) -> None:
@@ -134,3 +187,51 @@ def test_run_draws_inputs_from_a_seed_and_picks_a_function(package: Get) -> None
     assert outputs == [[1, 16, 1, 1], [1, 16, 1, 4]]
     missing = CliRunner().invoke(app, ["run", str(package("multifunction")), "--runtime", "reference"])
     assert isinstance(missing.exception, UserError) and "needs input 'x'" in str(missing.exception)
+
+
+# ---- classifiers
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    folder = tmp_path_factory.mktemp("classifiers")
+
+    def build(name: str, labels: list, bias: float) -> Path:
+        @mb.program(input_specs=[mb.TensorSpec((1, 3))], opset_version=ct.target.iOS17)
+        def program(x):
+            return mb.softmax(x=mb.add(x=x, y=np.array([0, bias, 0], np.float32)), axis=-1)
+
+        path = folder / f"{name}.mlpackage"
+        ct.convert(program, minimum_deployment_target=ct.target.iOS17, skip_model_load=True,
+                   compute_precision=ct.precision.FLOAT32,
+                   classifier_config=ct.ClassifierConfig(labels)).save(str(path))
+        return path
+    return build
+
+
+def test_running_a_classifier_shows_and_saves_its_label_and_probabilities(
+        classifier: Callable[..., Path], tmp_path: Path) -> None:
+    path, x = classifier("animals", ["cat", "dog", "bird"], 0), np.log([[0.2, 0.5, 0.3]])
+    np.save(tmp_path / "x.npy", x.astype(np.float32))
+    run = ["run", str(path), "--runtime", "reference", "--input", f"x={tmp_path / 'x.npy'}"]
+    shown = CliRunner().invoke(app, [*run, "--output", str(tmp_path / "out")])
+    assert shown.exit_code == 0 and "classLabel: dog" in shown.stdout
+    document = json.loads(CliRunner().invoke(app, [*run, "--json"]).stdout)
+    saved = json.loads((tmp_path / "out" / "labels.json").read_text())
+    assert document["labels"] == saved and saved["classLabel"] == "dog"
+    assert list(saved["classLabel_probs"]) == ["cat", "dog", "bird"]
+    array = np.load(tmp_path / "out" / "classLabel_probs.npy")
+    assert list(saved["classLabel_probs"].values()) == array.tolist()
+    np.testing.assert_allclose(array, [0.2, 0.5, 0.3], rtol=1e-5)
+
+
+def test_classifiers_are_compared_by_label_and_by_the_probability_of_each(
+        classifier: Callable[..., Path]) -> None:
+    x = {"x": np.array([[0, 1, 2]], np.float32)}
+    animals = Side(classifier("a", ["cat", "dog", "bird"], 0))
+    same, renamed = ["cat", "dog", "bird"], ["cat", "dog", "fish"]
+    for name, labels, bias, least, most in (
+            ("same", same, 0, 0, 0), ("renamed", renamed, 0, np.inf, np.inf),
+            ("biased", same, 0.5, 0.01, 1), ("won", same, 2, 0.01, 2)):
+        label, probabilities = diff(animals, Side(classifier(name, labels, bias)), x).outputs
+        assert label.relative == (np.inf if name in ("renamed", "won") else 0)
+        assert least <= probabilities.relative <= most

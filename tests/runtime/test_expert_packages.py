@@ -56,8 +56,8 @@ def folder(tmp_path_factory):
 
 
 def manifest():
-    functions = tuple(ShardFunction(f"expert_{e:03d}_t{t}", t) for e in range(EXPERTS) for t in BUCKETS)
-    shard = Shard(PATH, "experts", 0, functions, experts=tuple(range(EXPERTS)))
+    functions = tuple(ShardFunction(f"expert_{e:03d}_t{t}", t, (e,)) for e in range(EXPERTS) for t in BUCKETS)
+    shard = Shard(PATH, "experts", 0, functions)
     return replace(make_manifest((None,), routing="sparse"), shards=(shard,))
 
 

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 from ane_moe.commands.inspect import inspect
 from ane_moe.coreml_tools import MIL_pb2, Model_pb2, ct
 from ane_moe.errors import UserError
+from ane_moe.runtime import load_package
 from ane_moe.runtime.inspect import summarize, summary_document
 from ane_moe.runtime.printer import program_text
 from ane_moe.runtime.reader import read_program
@@ -167,3 +169,34 @@ def test_a_file_that_is_not_a_package_ends_in_one_clear_error(tmp_path):
     result = _invoke(str(tmp_path / "model.mlmodel"))
     assert isinstance(result.exception, UserError)
     assert "expected an .mlpackage folder" in str(result.exception)
+
+
+WEIGHTS = MODEL.parent / "weights/weight.bin"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+
+
+@pytest.mark.parametrize("change, found", [
+    (Path.unlink, "package lacks a file it names; found: 'weights/weight.bin'; download"),
+    (lambda path: path.write_text(POINTER), "found: a Git LFS pointer; run `git lfs pull`"),
+])
+def test_a_program_is_shown_without_its_weights_and_is_not_run(package, tmp_path, change, found):
+    whole = summarize(package("lut4_int8"))
+    path = shutil.copytree(package("lut4_int8"), tmp_path / "bare.mlpackage")
+    change(path / WEIGHTS)
+    bare = summarize(path)
+    assert bare.weight_bytes == whole.weight_bytes and not whole.absent
+    assert bare.functions[0].operations == whole.functions[0].operations
+    assert [total.format for total in bare.formats] == [total.format for total in whole.formats]
+    assert len(bare.absent) == 1 and found in bare.absent[0]
+    result = _invoke(str(path), "--ops")
+    assert result.exit_code == 0 and "bytes declared" in result.stdout
+    assert "constexpr_lut_to_dense" in result.stdout
+    with pytest.raises(UserError, match=re.escape(found)):
+        load_package(path, runtime="reference")
+
+
+def test_a_program_file_that_is_a_pointer_is_told(package, tmp_path):
+    path = shutil.copytree(package("net_ios18_fp16"), tmp_path / "pointer.mlpackage")
+    (path / MODEL).write_text(POINTER)
+    result = _invoke(str(path))
+    assert "model.mlmodel has not been downloaded; found: a Git LFS" in str(result.exception)

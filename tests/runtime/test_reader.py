@@ -17,7 +17,7 @@ from ane_moe.coreml_tools import MIL_pb2, Model_pb2, ct
 from ane_moe.errors import UserError
 from ane_moe.runtime.blob import HEADER, METADATA, SENTINEL
 from ane_moe.runtime.container import Container
-from ane_moe.runtime.program import Constant, OtherType, StateType, TensorType
+from ane_moe.runtime.program import Constant, ListType, StateType, TensorType
 from ane_moe.runtime.reader import read_program
 from ane_moe.runtime.values import ValueReader
 from ane_moe.runtime.weights import operations_of
@@ -157,12 +157,14 @@ def _reparsed(value: object) -> object:
 def test_lists_and_dictionaries_are_read_as_tuples(tmp_path):
     reader = ValueReader(Container(tmp_path, tmp_path / "model.mlmodel"))
     names = reader.read(helper.create_list_scalarvalue(["a", "b"], str), "names")
-    assert (names.type, names.load()) == (OtherType("list"), ("a", "b"))
+    assert (names.type, names.load()) == (ListType(TensorType("string", ()), 2), ("a", "b"))
     pair = MIL_pb2.Value()
-    pair.type.dictionaryType.SetInParent()
+    text, number = helper.create_scalar_value("a"), helper.create_scalar_value(np.int32(3))
+    pair.type.dictionaryType.keyType.CopyFrom(text.type)
+    pair.type.dictionaryType.valueType.CopyFrom(number.type)
     item = pair.immediateValue.dictionary.values.add()
-    item.key.CopyFrom(helper.create_scalar_value("a"))
-    item.value.CopyFrom(helper.create_scalar_value(np.int32(3)))
+    item.key.CopyFrom(text)
+    item.value.CopyFrom(number)
     assert reader.read(pair, "pair").load() == (("a", 3),)
 
 

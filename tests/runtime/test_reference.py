@@ -1,5 +1,6 @@
 """The executor: inputs, outputs, states, functions, control flow, and errors that name what is wrong."""
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from coremltools.converters.mil.mil import Builder as mb
-from coremltools.converters.mil.mil import types
+from coremltools.converters.mil.mil import get_new_symbol, types
 
 from ane_moe.coreml_tools import ct
 from ane_moe.errors import UserError
@@ -19,17 +20,22 @@ from ane_moe.runtime.program import (
     Argument,
     Block,
     Constant,
+    DictionaryType,
     Feature,
     Function,
     Interface,
+    ListType,
     Operation,
     Output,
     Program,
     StateType,
     TensorType,
+    VariadicType,
 )
 from ane_moe.runtime.reader import read_program
 from ane_moe.runtime.reference import ReferenceFunction
+from ane_moe.runtime.tracing import trace
+from ane_moe.runtime.values import describe
 
 Get = Callable[[str], Path]
 X = np.random.default_rng(0).standard_normal((1, 8, 1, 4)).astype(np.float32)
@@ -81,19 +87,12 @@ def test_floats_are_cast_to_the_declared_type_and_outputs_are_of_it() -> None:
     ({"z": np.zeros(2, np.float16)}, "has no input 'z'; its inputs: x"),
     ({}, "needs input 'x'; found: inputs: none"),
     ({"x": np.zeros(3, np.float16)}, r"input 'x' of function 'main' has the wrong shape; found: \[3\]; it takes \[2\]"),
-    ({"x": np.zeros(2, np.int32)}, "wrong element type; found: int32; it takes fp16"),
+    ({"x": np.array([2049, 0])}, r"wrong element type; found: int64, with 2049 .*numpy\.float16"),
     ({"x": np.zeros(2, np.bool_)}, "wrong element type; found: bool"),
 ])
 def test_an_input_that_does_not_fit_is_one_clear_error(given: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         run_add(given)
-
-
-def test_integers_are_taken_when_their_values_fit() -> None:
-    declared = TensorType("int32", (2,))
-    assert run_add({"x": np.array([3, 4], np.int64)}, declared).dtype == np.int32
-    with pytest.raises(UserError, match="wrong element type; found: int64"):
-        run_add({"x": np.array([2**40, 4], np.int64)}, declared)
 
 
 def test_arrays_of_any_layout_are_taken() -> None:
@@ -330,16 +329,158 @@ def test_blocks_see_what_is_around_them_and_nest(tmp_path: Path) -> None:
         assert np.array_equal(next(iter(out.values())), expected)
 
 
+# ---- labels
+
+class Classifier(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = torch.nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(self.linear(x), -1)
+
+
+@pytest.mark.parametrize("labels", [["cat", "dog", "bird"], [10, -20, 2**40]])
+@pytest.mark.parametrize("precision", [ct.precision.FLOAT16, ct.precision.FLOAT32])
+def test_a_classifier_gives_the_likeliest_label_and_the_probability_of_each(
+        labels: list, precision: object, tmp_path: Path) -> None:
+    x = torch.tensor([[0.5, -1, 2, 0]])
+    module = Classifier().eval()
+    config = ct.ClassifierConfig(labels, predicted_feature_name="what")
+    model = ct.convert(
+        torch.jit.trace(module, x), inputs=[ct.TensorType("x", shape=x.shape)],
+        classifier_config=config, minimum_deployment_target=ct.target.iOS16,
+        compute_precision=precision, skip_model_load=True)
+    model.save(str(tmp_path / "c.mlpackage"))
+    function = load_package(tmp_path / "c.mlpackage", runtime="reference")
+    out = function.predict({"x": x.numpy()})
+    with torch.no_grad():
+        expected = dict(zip(labels, module(x)[0].tolist(), strict=True))
+    label, probabilities = out["what"], out["what_probs"]
+    assert label == max(expected, key=expected.__getitem__) and type(label) is type(labels[0])
+    assert list(probabilities) == labels
+    assert {type(value) for value in probabilities.values()} == {float}
+    np.testing.assert_allclose(list(probabilities.values()), list(expected.values()), atol=2e-3)
+    traced = trace(function, {"x": x.numpy()})
+    assert traced.results == out and "classify" not in [value.op for value in traced.values]
+
+
+def test_a_classifier_with_another_number_of_labels_is_refused() -> None:
+    text = TensorType("string", ())
+    labels = Constant(ListType(text, 2), lambda: ("a", "b"))
+    kinds = (text, DictionaryType(text, TensorType("fp64", ())))
+    outputs = tuple(Output(name, kind) for name, kind in zip(("label", "all"), kinds, strict=True))
+    wide = TensorType("fp32", (3,))
+    classify = Operation("classify", "c", {"probabilities": ("x",), "classes": (labels,)}, outputs)
+    block = Block((), (classify,), ("label", "all"))
+    function = Function("main", "CoreML8", (Output("x", wide),), block)
+    interface = Interface((Feature("x", wide),), ())
+    program = Program(Path("made"), {"main": function}, {"main": interface}, "main", 9, {})
+    with pytest.raises(UserError, match=r"op classify 'c' in function 'main': .*found: 3 for 2"):
+        ReferenceFunction(program, "main").predict({"x": np.zeros(3, np.float32)})
+
+
+# ---- values of unknown size
+
+def test_a_squeezed_axis_of_unknown_size_is_gone_though_the_program_declares_it(
+        tmp_path: Path) -> None:
+    """coremltools infers [?, ?] for the squeeze of a [?, ?], and Core ML runs it."""
+    inputs = [mb.TensorSpec((4, 3)), *(mb.TensorSpec((2,), dtype=types.int32) for _ in range(2))]
+
+    @mb.program(input_specs=inputs, opset_version=ct.target.iOS16)
+    def program(x, begin, end):
+        row = mb.squeeze(x=mb.slice_by_index(x=x, begin=begin, end=end), axes=[0], name="row")
+        return mb.reshape(x=mb.add(x=row, y=np.float32(1)), shape=[2, 1])
+
+    path = save(program, tmp_path / "squeeze.mlpackage", ct.target.iOS16)
+    function = load_package(path, runtime="reference")
+    x = np.arange(12, dtype=np.float32).reshape(4, 3)
+    begin, end = np.array([1, 0], np.int32), np.array([2, 2], np.int32)
+    (out,) = function.predict({"x": x, "begin": begin, "end": end}).values()
+    assert out.tolist() == [[4], [5]]
+
+
+@pytest.mark.parametrize("declared, shape, fits", [
+    ((None, None), (2,), True), ((None, None), (2, 3), True), ((None, 4), (4,), True),
+    ((4, None, 3), (4, 3), True), ((None, 4), (3,), False), ((4, None, 3), (4, 2), False),
+    ((None,), (2, 3), False), ((4, 3), (3,), False), ((1, 3), (3,), False),
+    ((None, 4), (4, 4, 4), False)])
+def test_what_is_known_of_a_shape_is_compared_and_an_unknown_size_may_be_absent(
+        declared: tuple, shape: tuple, fits: bool) -> None:
+    flat, kind = TensorType("fp16", (math.prod(shape),)), TensorType("fp16", declared)
+    reshape = op("reshape", "y", kind, x="x", shape=numbers(shape))
+    function = hand_made([reshape], {"x": flat}, {"y": kind})
+    x = {"x": np.zeros(math.prod(shape), np.float16)}
+    if fits:
+        assert function.predict(x)["y"].shape == shape
+        return
+    with pytest.raises(UserError, match=r"op reshape 'y'.*another shape than declared") as error:
+        function.predict(x)
+    assert "None" not in str(error.value)
+
+
+def test_a_result_of_unknown_rank_may_have_any(tmp_path: Path) -> None:
+    count = ct.RangeDim(1, 4, default=2)
+
+    inputs = [mb.TensorSpec((6,)), mb.TensorSpec((get_new_symbol(),), dtype=types.int32)]
+
+    @mb.program(input_specs=inputs, opset_version=ct.target.iOS17)
+    def program(x, shape):
+        return mb.reshape(x=mb.abs(x=mb.reshape(x=x, shape=shape)), shape=[-1])
+
+    path = save(program, tmp_path / "rank.mlpackage", ct.target.iOS17, inputs=[
+        ct.TensorType("x", shape=(6,)), ct.TensorType("shape", shape=(count,), dtype=np.int32)])
+    declared = read_program(path).functions["main"].block.operations[0].outputs[0].type
+    assert isinstance(declared, VariadicType) and describe(declared) == "fp32[...]"
+    function = load_package(path, runtime="reference")
+    x = -np.arange(6, dtype=np.float32)
+    for shape in ([6], [2, 3], [1, 3, 2, 1]):
+        (out,) = function.predict({"x": x, "shape": np.array(shape, np.int32)}).values()
+        assert out.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def numbers(values: tuple[int, ...]) -> Constant:
+    array = np.array(values, np.int32)
+    return Constant(TensorType("int32", array.shape), lambda: array, nbytes=array.nbytes)
+
+
+# ---- precision
+
+def test_fp16_arithmetic_narrows_parameters_too(tmp_path: Path) -> None:
+    """log's epsilon of 1e-45 is 0 in fp16, and log(softmax(x)) -inf, as on the engine.
+
+    coremltools 2728 reports it.
+    """
+    @mb.program(input_specs=[mb.TensorSpec((1, 4))], opset_version=ct.target.iOS17)
+    def program(x):
+        return mb.log(x=mb.softmax(x=x, axis=-1), name="given"), mb.rsqrt(x=x, name="default")
+
+    path = save(program, tmp_path / "log.mlpackage", ct.target.iOS17)
+    x = {"x": np.array([[0, 0, 0, 200]], np.float32)}
+    wide, narrow = (load_package(path, runtime="reference", precision=precision).predict(x)
+                    for precision in ("fp32", "fp16"))
+    np.testing.assert_allclose(wide["given"], [[np.log(np.float32(1e-45))] * 3 + [0]], rtol=1e-5)
+    assert narrow["given"].tolist() == [[-np.inf] * 3 + [0]]
+    assert np.isfinite(wide["default"]).all() and np.isinf(narrow["default"][0, :3]).all()
+
+
+def test_fp16_arithmetic_leaves_the_sizes_of_results_alone() -> None:
+    declared = TensorType("fp32", (1, 1, 1, 8))
+    # as fp16 the factor is 1.5996: one pixel less
+    factor = Constant(TensorType("fp32", ()), lambda: np.float32(1.60005), nbytes=4)
+    resize = op("upsample_nearest_neighbor", "y", declared, x="x", scale_factor_width=factor)
+    program = hand_made([resize], {"x": TensorType("fp32", (1, 1, 1, 5))}, {"y": declared}).program
+    x = np.zeros((1, 1, 1, 5), np.float32)
+    out = ReferenceFunction(program, "main", "fp16").predict({"x": x})
+    assert out["y"].shape == (1, 1, 1, 8)
+
+
 # ---- programs that are wrong
 
 def test_an_unknown_op_is_refused_when_the_function_is_loaded() -> None:
     with pytest.raises(UserError, match=r"op frobnicate 'y' in function 'main': .*does not execute"):
         hand_made([op("frobnicate", "y", FP16, x="x")], {"x": FP16}, {"y": FP16})
-
-
-def test_an_op_that_is_left_out_says_why() -> None:
-    with pytest.raises(UserError, match=r"op random_normal 'y' in function 'main'.*found: random"):
-        hand_made([op("random_normal", "y", FP16)], {"x": FP16}, {"y": FP16})
 
 
 def test_an_op_of_a_later_opset_is_unknown_in_an_earlier_one() -> None:

@@ -4,7 +4,9 @@ In a fresh process it goes into `sys.modules` before coremltools is imported, wh
 Where coremltools is imported already, the names that its import left at None are bound here. Beside that:
 
 * `_is_macos` (models/utils.py, copied into models/model.py) is made to answer yes. It guards `make_state`, and through
-  `_macos_version` compiling and `CompiledMLModel`. `sys.platform` and `_deps._IS_MACOS` (warnings only) stay.
+  `_macos_version` compiling and `CompiledMLModel`. `sys.platform` stays.
+* `_deps._IS_MACOS` says yes to whoever imports it later: without it coremltools' `compare_backend`, by which its own
+  tests and those of other converters compare, predicts nothing and passes.
 * `_macos_version` stays as it is: it runs `sw_vers`, and `environment` puts one on the PATH. Its cache is cleared.
 """
 
@@ -52,6 +54,7 @@ def install(set_attribute: Callable[[Any, str, Any], None] = setattr,
             set_attribute(importlib.import_module(module), name, getattr(native, name))
     for module in ASKS_FOR_MACOS:
         set_attribute(importlib.import_module(module), "_is_macos", lambda: True)
+    set_attribute(importlib.import_module("coremltools._deps"), "_IS_MACOS", True)
     importlib.import_module("coremltools.models.utils")._macos_version.cache_clear()
 
 

@@ -22,6 +22,7 @@ from tests.standin.values import to_native, to_python
 
 COMPILED = ".mlmodelc"
 NEWEST_SPECIFICATION = 10           # iOS 26, as MLMODEL_SPECIFICATION_VERSION_NEWEST in coremltools 9
+UNABLE = "Unable to compute the prediction using ML Program. "     # as coremltools' tests quote it
 UNITS = ("CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE", "ALL")
 
 
@@ -260,13 +261,16 @@ def _predict(function: reference.ReferenceFunction, compiled: str, inputs: dict[
     try:
         return function.predict(inputs, None if state is None else state._parts[1])
     except UserError as error:
-        raise RuntimeError(user_info(str(error))) from None
+        failed = UNABLE if error.what.startswith("op ") else ""
+        raise RuntimeError(user_info(f"{failed}{error}")) from None
 
 
 def _spoiled(value: np.ndarray, scripted: str) -> np.ndarray:
     value = to_python(value)
     if scripted == "fp32":
         return value + np.float32(0.001)         # which fp16 does not hold
+    if scripted == "wrong":
+        return 2 * value + value.dtype.type(3)
     return value.reshape(-1) if scripted == "misshapen" else value
 
 

@@ -16,7 +16,8 @@ VARIABLE = "ANE_MOE_STANDIN"
 class Script:
     """`compile`, `load`, `predict`: ok, or a fault: error, crash (exit 3), kill (SIGKILL), abort (SIGABRT), hang.
 
-    `predict` may also be `fp32` (outputs carry more than fp16 holds), `missing` (no outputs), `misshapen`.
+    `predict` may also be `fp32` (outputs carry more than fp16 holds), `wrong` (3 + 2x), `missing` (no outputs) or
+    `misshapen`.
     `plan` is a name in plans.PLANS or a plan itself. `log`: a file that each native step is appended to.
     """
 

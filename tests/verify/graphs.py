@@ -32,9 +32,11 @@ class Graph:
         self.features: dict[str, list[Feature]] = {"input": [], "state": []}
         self.offset = 64
 
-    def input(self, name: str, shape: Shape, dtype: str = "", ranges: tuple[tuple[int, int], ...] | None = None) -> str:
+    def input(self, name: str, shape: Shape, dtype: str = "",
+              ranges: tuple[tuple[int, int], ...] | None = None,
+              shapes: tuple[tuple[int, ...], ...] = ()) -> str:
         kind = self.types[name] = TensorType(dtype or self.dtype, shape)
-        self.features["input"].append(Feature(name, kind, ranges=ranges))
+        self.features["input"].append(Feature(name, kind, ranges=ranges, shapes=shapes))
         return name
 
     def state(self, name: str, shape: Shape) -> str:
@@ -77,6 +79,10 @@ class Graph:
     def same(self, kind: str, x: str, y: object = None) -> str:
         """An elementwise operation."""
         return self.op(kind, self.types[x].shape, **({"x": x} if y is None else {"x": x, "y": y}))
+
+    def cast(self, x: str, dtype: str) -> str:
+        result = TensorType(dtype, self.types[x].shape)
+        return self._add("cast", {"x": (x,), "dtype": (literal(dtype),)}, result, {})
 
     def norm(self, x: str) -> str:
         """RMS norm over the channels, in five operations."""

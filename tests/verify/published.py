@@ -5,16 +5,19 @@ where the operations that count ran: ane, cpu (off the engine), or mixed. A grap
 types, states, shapes), not every detail.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ane_moe.runtime.program import Program
 from tests.verify.graphs import Graph
+from tests.verify.measured import measured_graph
 
 
 @dataclass(frozen=True)
 class Point:
-    """`counted`: the operation types the report counted; empty where it counted all."""
+    """`counted`: the operation types the report counted; empty where it counted all. `on_cpu`: how
+    many of all operations were on the CPU (the others on the engine), where the report says so much."""
 
     number: str
     what: str
@@ -24,6 +27,28 @@ class Point:
     os: int
     source: str
     counted: tuple[str, ...] = ()
+    on_cpu: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A compute plan that was published, the same on an M4 Pro (macOS 26.5.1) and an M5 Max (26.6),
+    CPU and engine allowed: `operations` in all, `on_cpu` of them on the CPU, the others on the engine."""
+
+    what: str
+    operations: int
+    on_cpu: int = 0
+
+
+# github.com/erwinzhang7/coreml-compute-placement, results/placement-{m4-pro,m5-max}.json: "ops" and
+# "by_count_fraction" of CPU_AND_NE. By the names of `measured_graphs.json`.
+PLANS = {
+    "resnet50": Plan("ResNet-50, batch 16", 122),
+    "mobilenet": Plan("MobileNet v2, batch 16", 118),
+    "whisper": Plan("Whisper tiny encoder, batch 16", 101),
+    "siglip": Plan("SigLIP b16/224 vision tower, batch 16", 282),
+    "distilbert": Plan("DistilBERT, 16 x 128 tokens", 148, on_cpu=7),
+}
 
 
 def transformer(d: int, width: int, layers: int, heads: int, tokens: int, weights: str, kv_heads: int | None = None,
@@ -163,6 +188,15 @@ def topk_router(d: int, experts: int) -> Program:
     return g.program(total)
 
 
+def plans() -> Iterator[Point]:
+    """The published compute plans, on each chip."""
+    for number, (name, plan) in enumerate(PLANS.items(), start=32):
+        build, reported = functools.partial(measured_graph, name), "mixed" if plan.on_cpu else "ane"
+        for letter, chip in (("a", "m4-pro"), ("b", "m5-max")):
+            yield Point(f"{number}{letter}", plan.what, build, reported, chip, 26,
+                        "erwinzhang7/coreml-compute-placement", on_cpu=plan.on_cpu)
+
+
 POINTS = (
     Point("1", "MicroGPT, 1 layer of 16 channels, int8", lambda: transformer(16, 64, 1, 4, 1, "int8", vocab=27),
           "cpu", "m4-max", 15, "ane-book experiment 27", ("conv",)),
@@ -254,4 +288,5 @@ POINTS = (
           "ane-book SCHEMA", ("topk",)),
     Point("l", "topk over 16 experts of a router", lambda: topk_router(4096, 16), "cpu", "m2", 15,
           "fxlin/Anemll-PhiMoE-exp", ("topk",)),
+    *plans(),
 )

@@ -14,7 +14,6 @@ from ane_moe.families.config import Config
 from ane_moe.package import MODEL, WEIGHTS, _bound, _item_manifest, _Place
 from ane_moe.plan import ConversionPlan, ConvertOptions, ShardPlan, make_plan
 from ane_moe.runtime.blob import ALIGNMENT, HEADER, METADATA, SENTINEL, VERSION
-from ane_moe.tensors import tensor_shapes
 from ane_moe.trace import make_template
 
 FP16_CODE = 1
@@ -47,7 +46,7 @@ def plan_of(model: str, **options: Any) -> ConversionPlan:
     family, fields = CONFIGS[model]
     config = AutoConfig.for_model(family, **fields).to_dict()
     spec = load_family(family).spec(Config(config, model))
-    sources = {name: TensorSource(name, name, shape) for name, shape in tensor_shapes(spec).items()}
+    sources = {name: TensorSource(name, str(name), row.shape, weight=row) for name, row in spec.weights()}
     return make_plan(spec, sources, ConvertOptions(**{"recipe": FP16, **options}))
 
 

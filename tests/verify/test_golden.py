@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ane_moe.checkpoint import open_checkpoint
 from ane_moe.errors import UserError
 from ane_moe.verification import hf_stream
 from ane_moe.verification.golden import Golden, LayerGolden, capture_golden, read_golden, write_golden
@@ -22,7 +23,7 @@ def _one_thread():
 
 
 def captured(folder, layers=(0, 1, 2), prompts=PROMPTS):
-    capture_golden(folder, layers=layers, prompts=prompts, out=folder / "golden.safetensors")
+    capture_golden(open_checkpoint(folder), layers=layers, prompts=prompts, out=folder / "golden.safetensors")
     return read_golden(folder / "golden.safetensors")
 
 

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from ane_moe.conversion import describe
+from ane_moe.families import describe
 from ane_moe.verification.verify import verify
 from tests.models import edit_config
 from tests.verify.tiny import edit_tensors, tiny_checkpoint, tiny_conversion
@@ -126,5 +126,5 @@ def test_attention_without_its_q_and_k_norms_fails(true_checkpoint, prompts, tmp
         return dataclasses.replace(spec, layers=layers), sources
 
     true = true_checkpoint("qwen3_moe")
-    monkeypatch.setattr("ane_moe.conversion.describe", without_norms)
+    monkeypatch.setattr("ane_moe.job.describe", without_norms)
     assert failing_kinds(tiny_conversion(true, tmp_path / "out"), true, prompts) == {"attn"}

@@ -7,9 +7,13 @@ import pytest
 import torch
 
 from ane_moe.cli import main
+from ane_moe.compress.recipe import INT8
 from ane_moe.errors import UserError
 from ane_moe.report.verify_table import verify_report
+from ane_moe.verification import verify as verification
+from ane_moe.verification import whole_model
 from ane_moe.verification.verify import verify
+from ane_moe.verification.whole_model import WholeModel
 from tests.models import make_model, save_checkpoint
 from tests.verify.test_integrity import BLOB, flip_byte
 from tests.verify.tiny import tiny_checkpoint, tiny_conversion
@@ -189,3 +193,35 @@ def test_a_report_without_numbers_can_still_be_drawn(copy):
 def test_a_model_larger_than_memory_gives_the_same_numbers(conversion, report, monkeypatch):
     monkeypatch.setattr("ane_moe.verification.whole_model.WholeModel._fits", lambda _: False)
     assert verify(conversion).models == report.models
+
+
+def test_two_goldens_on_the_same_prompts_take_one_pass_of_each_function(tmp_path, monkeypatch):
+    checkpoint = tiny_checkpoint("mixtral", tmp_path / "checkpoint")
+    out = tiny_conversion(checkpoint, tmp_path / "out", recipe=INT8, prefill=16, golden=True)
+    loaded, load = [], whole_model.load_shards
+
+    def counted(*arguments, **options):
+        loaded.append(arguments)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(whole_model, "load_shards", counted)
+    shared = verify(out)
+    assert len(loaded) == 2 and shared.models and shared.as_stored.models
+    monkeypatch.setattr(verification, "WholeModel", lambda *given: WholeModel(*given[:-1], None))
+    apart = verify(out)
+    assert len(loaded) == 6
+    assert (apart.models, apart.as_stored.models) == (shared.models, shared.as_stored.models)
+
+
+def test_report_prints_what_verify_prints_and_fails_as_it_does(copy, capsys):
+    folder = copy()
+    _, verified, _ = command(capsys, folder)
+    for passes in (True, False):
+        if not passes:
+            flip_byte(folder / "embed.bin")
+        with pytest.raises(SystemExit) as ended:
+            main(["report", str(folder)])
+        printed = capsys.readouterr().out
+        assert (ended.value.code or 0) == (0 if passes else 1)
+        assert f"report: {folder / 'report.html'}" in printed
+        assert verified in printed if passes else "FAILED" in printed and "embed.bin" in printed

@@ -1,18 +1,23 @@
-"""The op table: every op the reference runtime executes, and those it leaves out with the reason."""
+"""The op table: every op the reference runtime executes."""
 
 from ane_moe.runtime.ops import (
     activation,
     constexpr,
     conv,
+    detection,
     elementwise,
     indexing,
     linear,
+    lists,
     movement,
     normalization,
     pooling,
     quantization,
+    random,
+    recurrent,
     reduction,
     resizing,
+    sampling,
     scatter,
     slicing,
     sorting,
@@ -20,9 +25,10 @@ from ane_moe.runtime.ops import (
 from ane_moe.runtime.ops.table import Op, OpTable
 
 OPS: tuple[Op, ...] = (
-    *activation.OPS, *constexpr.OPS, *conv.OPS, *elementwise.OPS, *indexing.OPS, *linear.OPS, *movement.OPS,
-    *normalization.OPS, *pooling.OPS, *quantization.OPS, *reduction.OPS, *resizing.OPS, *scatter.OPS, *slicing.OPS,
-    *sorting.OPS,
+    *activation.OPS, *constexpr.OPS, *conv.OPS, *detection.OPS, *elementwise.OPS, *indexing.OPS,
+    *linear.OPS, *lists.OPS, *movement.OPS, *normalization.OPS, *pooling.OPS, *quantization.OPS,
+    *random.OPS, *recurrent.OPS, *reduction.OPS, *resizing.OPS, *sampling.OPS, *scatter.OPS,
+    *slicing.OPS, *sorting.OPS,
 )
 
 TABLE = OpTable(OPS)
@@ -32,27 +38,8 @@ STRUCTURAL = {
     "const": "",
     "cond": "only the block that is taken runs",
     "while_loop": "",
+    "classify": "gives the label as str or int and the probabilities by label; "
+                "of equal labels the last one's is kept",
     "read_state": "since iOS18",
     "write_state": "since iOS18; saved packages hold it where the converter says coreml_update_state",
-}
-
-LEFT_OUT = {
-    "classify": "returns a dictionary; no language model needs it",
-    "crop_resize": "image op",
-    "affine": "image op",
-    "resample": "image op",
-    "non_maximum_suppression": "image op",
-    "lstm": "recurrent cell",
-    "gru": "recurrent cell",
-    "rnn": "recurrent cell",
-    "list_gather": "lists",
-    "list_length": "lists",
-    "list_read": "lists",
-    "list_scatter": "lists",
-    "list_write": "lists",
-    "make_list": "lists",
-    "random_bernoulli": "random",
-    "random_categorical": "random",
-    "random_normal": "random",
-    "random_uniform": "random",
 }

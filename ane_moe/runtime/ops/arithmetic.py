@@ -13,6 +13,9 @@ class Arithmetic(Protocol):
     def round(self, x: Tensor) -> Tensor:
         """An intermediate result inside an op."""
 
+    def parameter(self, value: float) -> float:
+        """A number that an op computes with, such as an epsilon."""
+
     def sum(self, x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
         """The sum over `axes`."""
 
@@ -29,6 +32,9 @@ class Exact:
     def round(self, x: Tensor) -> Tensor:
         return x
 
+    def parameter(self, value: float) -> float:
+        return value
+
     def sum(self, x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
         return torch.sum(x, dim=axes, keepdim=keep, dtype=x.dtype) if axes else x
 
@@ -40,10 +46,16 @@ class Exact:
 
 
 class Narrow:
-    """Every intermediate and every partial sum of `RUN` terms is rounded to fp16 (values stay in fp32 tensors)."""
+    """Every intermediate, every parameter and every partial sum of `RUN` terms is rounded to fp16.
+
+    Values stay in fp32 tensors.
+    """
 
     def round(self, x: Tensor) -> Tensor:
         return x.half().float() if x.dtype is torch.float32 else x
+
+    def parameter(self, value: float) -> float:
+        return torch.tensor(value).half().item()
 
     def sum(self, x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
         if x.dtype is not torch.float32 or not axes:

@@ -22,6 +22,7 @@ class Op:
         given fp16 and answers in fp16, because it only moves values or because torch itself computes this op in
         fp32 and rounds once.
     alike: the tensor inputs that must be of one element type.
+    varies: the result is another one at each call, even of constants.
     since: the first iOS release of the opset in which this entry holds; of several entries the latest fitting wins.
     """
 
@@ -32,13 +33,17 @@ class Op:
     since: int = 15
     note: str = ""
     alike: str = ""
+    varies: bool = False
     parameters: frozenset[str] = field(init=False)
     required: frozenset[str] = field(init=False)
+    defaults: dict[str, float] = field(init=False)          # of the parameters that are floats
 
     def __post_init__(self) -> None:
         accepted = inspect.signature(self.make).parameters.values()
         object.__setattr__(self, "parameters", frozenset(p.name for p in accepted))
         object.__setattr__(self, "required", frozenset(p.name for p in accepted if p.default is p.empty))
+        floats = {p.name: p.default for p in accepted if isinstance(p.default, float)}
+        object.__setattr__(self, "defaults", floats)
 
 
 class OpTable:

@@ -79,6 +79,21 @@ def test_an_index_out_of_bounds_is_an_error_that_names_the_op(target: object, in
         run("gather", {"x": x, "indices": np.array(indices, np.int32)}, {"axis": 0}, target)
 
 
+@pytest.mark.parametrize("op", ["gather", "gather_along_axis", "gather_nd", "scatter",
+                                "scatter_along_axis", "scatter_nd"])
+@pytest.mark.parametrize("index", [-1, 3])
+def test_a_validated_index_out_of_bounds_is_an_error(op: str, index: int) -> None:
+    data = values((3, 2), np.float32, 0)
+    shape = (1, 1) if op.endswith("nd") else (1, 2) if "along" in op else (1,)
+    tensors = {"indices": np.full(shape, index, np.int32)}
+    if op.startswith("scatter"):
+        tensors |= {"data": data, "updates": data[:1]}
+    else:
+        tensors |= {"x": data}
+    with pytest.raises(UserError, match=rf"op {op} .*index {index} is out of an axis of size 3"):
+        run(op, tensors, {"validate_indices": True}, NEW)
+
+
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16])
 def test_gather_takes_small_integers_as_data_and_as_indices(dtype: type) -> None:
     x = np.arange(12).reshape(4, 3).astype(dtype)

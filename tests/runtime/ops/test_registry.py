@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 from coremltools.converters.mil.mil.ops.registry import SSAOpRegistry
 
-from ane_moe.runtime.ops import LEFT_OUT, STRUCTURAL, TABLE
+from ane_moe.runtime.ops import STRUCTURAL, TABLE
 
 RELEASES = (15, 16, 17, 18)
 INTERNAL = {"_const_symbolic"}                      # never saved
-REASONS = {"image op", "recurrent cell", "lists", "random"}
 
 
 def declared(ios: int) -> dict:
@@ -23,9 +22,9 @@ def declared(ios: int) -> dict:
 
 
 @pytest.mark.parametrize("ios", RELEASES)
-def test_every_op_of_the_opset_is_executed_or_left_out_with_a_reason(ios: int) -> None:
+def test_every_op_of_the_opset_is_executed(ios: int) -> None:
     for name in declared(ios):
-        assert TABLE.find(name, ios) is not None or name in STRUCTURAL or name in LEFT_OUT, name
+        assert TABLE.find(name, ios) is not None or name in STRUCTURAL, name
 
 
 @pytest.mark.parametrize("ios", RELEASES)
@@ -33,20 +32,13 @@ def test_an_op_takes_every_input_that_its_declaration_has(ios: int) -> None:
     for name, cls in declared(ios).items():
         op = TABLE.find(name, ios)
         if op is None:
+            assert name in STRUCTURAL
             continue
         tensors = {spec.rstrip("?*"): spec for spec in op.tensors.split()}
         inputs = cls.input_spec.input_types
         assert inputs.keys() <= tensors.keys() | op.parameters, name
         required = {spec for spec, kind in tensors.items() if not kind.endswith("?")} | op.required
         assert required - {"arith", "out"} <= {key for key, kind in inputs.items() if not kind.optional}, name
-
-
-def test_no_op_is_both_executed_and_left_out() -> None:
-    assert not LEFT_OUT.keys() & (TABLE.names() | STRUCTURAL.keys())
-
-
-def test_only_ops_without_a_place_in_a_language_model_are_left_out() -> None:
-    assert {name for name, reason in LEFT_OUT.items() if reason not in REASONS} == {"classify"}
 
 
 def test_the_op_table_of_the_documentation_is_current() -> None:

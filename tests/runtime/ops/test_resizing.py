@@ -50,9 +50,21 @@ def test_the_nearest_neighbour_agrees_with_pytorch(x: np.ndarray, height: int, w
     expected = F.interpolate(torch.from_numpy(x), (height, width), mode="nearest").numpy()
     out, = run("resize_nearest_neighbor", {"x": x}, {"target_size_height": height, "target_size_width": width})
     assert_same(out, expected)
-    newer, = run("resize", {"x": x}, {"shape": [height, 0], "resized_dims": np.uint32(2),
-                                      "interpolation_mode": "NEAREST_NEIGHBOR"})
-    assert_same(newer, F.interpolate(torch.from_numpy(x), (height, x.shape[3]), mode="nearest").numpy())
+
+
+def test_the_newer_resize_reads_the_pixel_nearest_to_the_position() -> None:
+    def resized(count: int, size: int) -> list[float]:
+        row = np.arange(size, dtype=np.float32).reshape(1, 1, size)
+        params = {"shape": [0, count], "resized_dims": np.uint32(2),
+                  "interpolation_mode": "NEAREST_NEIGHBOR"}
+        return run("resize", {"x": row}, params)[0].ravel().tolist()
+
+    assert resized(3, 2) == [0, 1, 1]           # what coremltools' tests of the op expect
+    doubled = F.interpolate(torch.arange(3.0).reshape(1, 1, 3), 6, mode="nearest").ravel().tolist()
+    assert resized(6, 3) == doubled
+    for count in (1, 4, 7):
+        positions = np.arange(count) * 5 / count
+        assert np.abs(np.array(resized(count, 5)) - positions).max() <= 0.5
 
 
 @pytest.mark.parametrize("scale", [1, 2, 3])

@@ -1,0 +1,50 @@
+"""Job: one conversion, opened once and passed on."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ane_moe.checkpoint import Checkpoint, TensorSource, open_checkpoint
+from ane_moe.families import describe
+from ane_moe.model.weight import WeightName
+from ane_moe.plan import ConversionPlan, ConvertOptions, SourceFacts, make_plan
+from ane_moe.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint that has been opened and understood: its architecture, and where each of our tensors lies."""
+
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    sources: Mapping[WeightName, TensorSource]
+
+
+@dataclass(frozen=True)
+class Job(Model):
+    """A model on its way into the folder `out`, by a plan. `calibration` is a file, where there is one."""
+
+    plan: ConversionPlan
+    out: Path
+    calibration: Path | None = None
+
+
+def open_model(path: Path, ignore: Collection[str] = ()) -> Model:
+    """Open and check a checkpoint folder, without reading weights; `ignore` are patterns of tensors that may be left
+    over. Raises UserError."""
+    checkpoint = open_checkpoint(path)
+    return Model(checkpoint, *describe(checkpoint, ignore))
+
+
+def plan_of(model: Model, options: ConvertOptions) -> ConversionPlan:
+    """What `convert` would write, and how the checkpoint was read. Raises UserError."""
+    checkpoint = model.checkpoint
+    left_out = checkpoint.left_out(model.sources, options.ignore_tensors)
+    plan = make_plan(model.spec, model.sources, options)
+    return replace(plan, source=SourceFacts(checkpoint.notes, left_out))
+
+
+def open_job(path: Path, out: Path, options: ConvertOptions) -> Job:
+    """Open a checkpoint folder and plan its conversion. Raises UserError."""
+    model = open_model(path, options.ignore_tensors)
+    return Job(**vars(model), plan=plan_of(model, options), out=out)

@@ -1,0 +1,97 @@
+"""Names of our tensors, and the rows of parts against the modules they stand for."""
+
+import math
+
+import pytest
+
+from ane_moe.blocks.attention import AttentionConfig
+from ane_moe.blocks.experts import ExpertGroupConfig, SharedExpertConfig
+from ane_moe.blocks.head import HeadConfig
+from ane_moe.blocks.mlp import DenseConfig
+from ane_moe.blocks.moe import MoeConfig
+from ane_moe.blocks.registry import BLOCKS, build_unbound
+from ane_moe.blocks.routed import RoutedAttentionConfig
+from ane_moe.blocks.stack import StackConfig
+from ane_moe.model.weight import Directions, Place, Selection, Weight, parse_name
+from ane_moe.spec import GqaSpec, HeadSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec, NormSpec, RouterSpec, SharedSpec
+
+D, NORM, RANKS = 16, NormSpec(), (2, 0, 3)
+GQA = GqaSpec(4, 2, 8, scale=1.0, rope=None, qkv_bias=True, o_bias=True, qk_norm="head")
+FULL = GqaSpec(4, 2, 8, scale=1.0, rope=None, qk_norm="full")
+MOE = MoeSpec(RouterSpec(4, 2), MlpSpec(24), SharedSpec(MlpSpec(8), gated=True))
+ATTENTION = AttentionConfig(D, NORM, GQA, 0, 32, ranks=(1, 0, 2, 3))
+DENSE = DenseConfig(D, NORM, MlpSpec(24), RANKS)
+CONFIGS = [
+    ATTENTION,
+    AttentionConfig(D, NORM, FULL, 4, 32),
+    RoutedAttentionConfig(ATTENTION, MOE.router),
+    DENSE,
+    MoeConfig(D, NORM, MOE, 4, True, False, RANKS, RANKS),
+    MoeConfig(D, NORM, MOE, 2, False),
+    StackConfig(((ATTENTION, DENSE), (ATTENTION, MoeConfig(D, NORM, MOE, 4, True)))),
+    ExpertGroupConfig(D, MOE.expert, 3, RANKS),
+    SharedExpertConfig(D, MOE.shared, RANKS),
+    HeadConfig(D, NORM, 20, 2),
+]
+SPEC = ModelSpec("any", D, 50, 64, NORM, (LayerSpec(GQA, MOE), LayerSpec(FULL, MlpSpec(40))), HeadSpec(False), {})
+
+
+def elements(config, row):
+    """How many elements a row stands for."""
+    if not isinstance(row, Directions):
+        return math.prod(row.shape)
+    matrix = next(other for other in config.rows() if isinstance(other, Weight) and other.path == row.of)
+    return row.rank * matrix.shape[1 if row.side == "in" else 0]
+
+
+def test_every_block_is_tried():
+    assert {type(config) for config in CONFIGS} == set(BLOCKS)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
+def test_the_rows_of_a_block_are_its_modules_parameters_in_order(config):
+    parameters = [(name, parameter.numel()) for name, parameter in build_unbound(config).named_parameters()]
+    assert [(row.path, elements(config, row)) for row in config.rows()] == parameters
+
+
+def test_names_survive_being_written_and_read():
+    names = [name for name, _ in SPEC.weights()]
+    assert len(set(names)) == len(names) and [parse_name(str(name)) for name in names] == names
+    for text in ("", "embed", "layers.x.attn.q.weight", "layers.1.attn"):
+        with pytest.raises(ValueError, match="names no tensor"):
+            parse_name(text)
+
+
+@pytest.mark.parametrize(("place", "parameter", "name"), [
+    (Place((3,), "attn"), "q.weight", "layers.3.attn.q.weight"),
+    (Place((3,), "attn"), "ffn.router.weight", "layers.3.ffn.router.weight"),
+    (Place((3,), "ffn", (8, 9)), "experts.1.up.weight", "layers.3.ffn.experts.9.up.weight"),
+    (Place((3,), "ffn"), "shared.gate.weight", "layers.3.ffn.shared.gate.weight"),
+    (Place((4, 5), "", (0, 1)), "layers.1.ffn.experts.0.down.weight", "layers.5.ffn.experts.0.down.weight"),
+    (Place((), "head"), "rows.weight", "head.rows.weight"),
+])
+def test_a_parameter_is_the_tensor_of_its_blocks_place(place, parameter, name):
+    assert place.name(parameter) == parse_name(name)
+
+
+def test_every_weight_of_a_model_has_a_parameter_in_the_blocks_of_its_layers():
+    blocks = {
+        Place((0,), "attn"): ATTENTION,
+        Place((0,), "ffn", (0, 1, 2, 3)): MoeConfig(D, NORM, MOE, 4, True),
+        Place((1,), "attn"): AttentionConfig(D, NORM, FULL, 0, 32),
+        Place((1,), "ffn"): DenseConfig(D, NORM, MlpSpec(40)),
+        Place((), "head"): HeadConfig(D, NORM, 50),
+    }
+    held = {}
+    for place, config in blocks.items():
+        rows = (row for row in config.rows() if isinstance(row, Weight))
+        held |= {place.name(row.path): (row.shape, row.role) for row in rows}
+    needed = {name: (row.shape, row.role) for name, row in SPEC.weights()}
+    assert held == {name: facts for name, facts in needed.items() if str(name) != "embed.weight"}
+
+
+def test_what_a_part_reads_is_told_apart_unless_it_is_the_wholes_own_input():
+    inner = Weight("down.weight", (2, 3), "shared.down", reads="hidden").under("shared")
+    assert (inner.path, inner.reads) == ("shared.down.weight", "shared.hidden")
+    assert Weight("gate.weight", (2, 3), reads="x").under("shared").reads == "x"
+    assert Selection("select.weight", (1, 4)).under("ffn").path == "ffn.select.weight"
