@@ -5,16 +5,19 @@ what else is installed. So it is read once, in the checkpoint, and kept as token
 whole pipeline, which one class reads and nothing has to choose.
 """
 
+import codecs
 import importlib.util
 import json
-import os
 import re
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ane_moe.errors import UserError
+from ane_moe.files import replaced
+from ane_moe.json_file import read_json
 from ane_moe.quiet_transformers import quiet_transformers
 from ane_moe.runtime.tokenizer import Tokenizer, read_saved
 from ane_moe.tokenizer_record import FILE_NAME as RECORD
@@ -55,8 +58,8 @@ def read_tokenizer(checkpoint: Path) -> Tokenizer | None:
 
     try:
         with quiet_transformers():
-            loaded = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False,
-                                                   local_files_only=True)
+            loaded = AutoTokenizer.from_pretrained(checkpoint, config=_marked_config(checkpoint),
+                                                   trust_remote_code=False, local_files_only=True)
     except Exception as error:          # the tokenizer classes raise what they like
         reason, remedy = _why_unreadable(checkpoint, found, error)
         raise _unusable(checkpoint, found, reason, remedy) from error
@@ -65,6 +68,18 @@ def read_tokenizer(checkpoint: Path) -> Tokenizer | None:
         reason = f"{type(loaded).__name__} takes no vocabulary from {', '.join(found)}"
         raise _unusable(checkpoint, found, reason, "save it as tokenizer.json")
     return Tokenizer(loaded)
+
+
+def _marked_config(checkpoint: Path) -> Any:
+    """The configuration where config.json begins with a byte order mark, which transformers does
+    not read; None where transformers reads it by itself."""
+    path = checkpoint / "config.json"
+    if not path.is_file() or not path.read_bytes().startswith(codecs.BOM_UTF8):
+        return None
+    from transformers import CONFIG_MAPPING
+
+    values = read_json(path)
+    return CONFIG_MAPPING[values["model_type"]].from_dict(values)
 
 
 def vocabulary_files(checkpoint: Path) -> tuple[str, ...]:
@@ -103,9 +118,8 @@ def write_tokenizer(tokenizer: Tokenizer | None, out: Path) -> TokenizerFiles:
         names = tuple(sorted(path.name for path in folder.iterdir()))
         record.write(folder / RECORD)
         for name in (*names, RECORD):
-            temporary = out / f".writing-{name}"
-            temporary.write_bytes((folder / name).read_bytes())
-            os.replace(temporary, out / name)
+            with replaced(out / name) as temporary:
+                shutil.copyfile(folder / name, temporary)
     return TokenizerFiles(names, class_name, RECORD)
 
 

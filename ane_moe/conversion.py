@@ -17,6 +17,7 @@ from ane_moe.compress.budget import fit_budget, measure_sensitivity, reach_cosin
 from ane_moe.compress.calibration import FILE_NAME as CALIBRATION
 from ane_moe.compress.calibration import is_calibration_of
 from ane_moe.errors import UserError
+from ane_moe.files import sha256
 from ane_moe.goldens import (
     GOLDEN,
     GOLDEN_AS_STORED,
@@ -30,7 +31,7 @@ from ane_moe.job import Job, open_job, open_model, plan_of
 from ane_moe.manifest import Manifest
 from ane_moe.model.weight import EMBEDDING
 from ane_moe.output_folder import MARKER, claim, identity, remove_strangers, require_disk
-from ane_moe.package import disk_error, sha256
+from ane_moe.package import disk_error
 from ane_moe.plan import MB, ConversionPlan, ConvertOptions, Recovery
 from ane_moe.side_files import write_routers
 from ane_moe.spec import MoeSpec

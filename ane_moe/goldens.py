@@ -7,10 +7,11 @@ from pathlib import Path
 
 from ane_moe.checkpoint import TensorSource
 from ane_moe.errors import UserError
+from ane_moe.files import sha256
 from ane_moe.job import Job
 from ane_moe.manifest import FILE_NAME, Manifest, read_manifest
 from ane_moe.model.weight import EMBEDDING
-from ane_moe.package import ContentKey, sha256
+from ane_moe.package import ContentKey
 
 GOLDEN = "golden.safetensors"
 GOLDEN_AS_STORED = "golden_as_stored.safetensors"

@@ -4,12 +4,12 @@ Written last, so its presence means the conversion is complete. All paths are re
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ane_moe.errors import UserError
+from ane_moe.files import write_text
 from ane_moe.model.weight import Place
 
 FILE_NAME = "runtime_meta.json"
@@ -126,9 +126,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write runtime_meta.json atomically, with sorted keys."""
-        temporary = folder / f".{FILE_NAME}.tmp"
-        temporary.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
-        os.replace(temporary, folder / FILE_NAME)
+        write_text(folder / FILE_NAME, json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -1,16 +1,16 @@
 """The folder a conversion writes: taken for one conversion at a time, and swept of what an earlier one left."""
 
 import json
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 from ane_moe.checkpoint_tokenizer import ALL_FILES as TOKENIZER_FILES
 from ane_moe.errors import UserError
+from ane_moe.files import sweep, write_text
 from ane_moe.job import Job
 from ane_moe.manifest import FILE_NAME, Manifest
-from ane_moe.package import ContentKey, remove_unfinished
+from ane_moe.package import ContentKey
 from ane_moe.plan import MB, ROUTERS, ConversionPlan
 
 MARKER = ".converting.json"  # present while a conversion is unfinished: which one it is
@@ -28,9 +28,9 @@ def claim(job: Job, overwrite: bool) -> None:
             raise UserError(f"{out} holds something else", f"no {FILE_NAME} in it", "name another output folder")
         if found != what and not overwrite:
             raise UserError(f"{out} holds another conversion", do="name another folder, or replace it with --overwrite")
-        remove_unfinished(out)
+        sweep(out)
     out.mkdir(parents=True, exist_ok=True)
-    _write_text(marker, json.dumps(what, sort_keys=True))
+    write_text(marker, json.dumps(what, sort_keys=True) + "\n")
     (out / FILE_NAME).unlink(missing_ok=True)
 
 
@@ -72,9 +72,3 @@ def remove_strangers(out: Path, manifest: Manifest) -> None:
     for path in (*(out / ROUTERS).glob("*"), *loose):
         if path.relative_to(out).as_posix() not in manifest.files:
             path.unlink()
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".writing-{path.name}")
-    temporary.write_text(text + "\n")
-    os.replace(temporary, path)

@@ -10,7 +10,6 @@ blob file). It appears under its final name only when it is complete.
 import hashlib
 import json
 import math
-import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,11 +25,11 @@ from ane_moe.compress.encoded import Encoded, Expansion, Stored
 from ane_moe.compress.operations import FILE, expansion_operations
 from ane_moe.coreml_tools import MIL_pb2, Model_pb2
 from ane_moe.errors import UserError
+from ane_moe.files import is_hidden, replaced, sha256
 from ane_moe.trace import Template, value_name
 
 MODEL = "Data/com.apple.CoreML/model.mlmodel"
 WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
-TEMPORARY = ".writing-"
 CONTENT_KEY = "ane_moe.content_key"
 
 Weight = np.ndarray | Encoded
@@ -53,23 +52,17 @@ def stamp(
     digest after the last value was read. Raises UserError when the disk is full; an interrupted call leaves nothing at
     `path`.
     """
-    temporary = path.with_name(TEMPORARY + path.name)
-    shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / WEIGHTS).parent.mkdir(parents=True)
     try:
-        places = _write_blob(values, temporary / WEIGHTS, templates)
-        content_key = key.digest()
-        model = _bound(templates, places)
-        model.description.metadata.userDefined[CONTENT_KEY] = content_key
-        (temporary / MODEL).write_bytes(model.SerializeToString(deterministic=True))
-        (temporary / "Manifest.json").write_text(_item_manifest(content_key))
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        with replaced(path) as temporary:
+            (temporary / WEIGHTS).parent.mkdir(parents=True)
+            places = _write_blob(values, temporary / WEIGHTS, templates)
+            content_key = key.digest()
+            model = _bound(templates, places)
+            model.description.metadata.userDefined[CONTENT_KEY] = content_key
+            (temporary / MODEL).write_bytes(model.SerializeToString(deterministic=True))
+            (temporary / "Manifest.json").write_text(_item_manifest(content_key))
     except (OSError, RuntimeError) as error:
         raise disk_error(error, path) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return Written(path.joinpath(WEIGHTS).stat().st_size, content_key)
 
 
@@ -100,21 +93,9 @@ def read_content_key(path: Path) -> str | None:
     return model.description.metadata.userDefined.get(CONTENT_KEY)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Delete what an interrupted conversion left half-written below `folder`."""
-    for path in folder.rglob(f"{TEMPORARY}*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def file_hashes(folder: Path) -> dict[str, str]:
     """sha256 of every file below `folder`, by path relative to it, without hidden files."""
     return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(_files(folder))}
-
-
-def sha256(path: Path) -> str:
-    """sha256 of one file, hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def disk_error(error: Exception, path: Path) -> Exception:
@@ -127,7 +108,7 @@ def disk_error(error: Exception, path: Path) -> Exception:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return (path for path in folder.rglob("*") if path.is_file() and not is_hidden(path))
 
 
 @dataclass(frozen=True)

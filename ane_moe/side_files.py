@@ -1,6 +1,5 @@
 """What a conversion holds beside its shards: the embedding table and the router tables."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 
 from ane_moe.checkpoint import Checkpoint, Hasher, TensorSource
 from ane_moe.compress.recipe import find_format
+from ane_moe.files import replaced
 from ane_moe.model.weight import WeightName
 
 EMBED_CHUNK_BYTES = 32_000_000
@@ -22,9 +22,8 @@ def write_embedding(
     rows, width = source.shape
     step = max(1, EMBED_CHUNK_BYTES // (2 * width))
     buffer = np.empty((step, width), np.float16)
-    temporary = path.with_name(f".writing-{path.name}")
     scales: list[np.ndarray] = []
-    with temporary.open("wb") as stream:
+    with replaced(path) as temporary, temporary.open("wb") as stream:
         for first in range(0, rows, step):
             last = min(first + step, rows)
             run = source.part(first, last)
@@ -36,7 +35,6 @@ def write_embedding(
                 stream.write(linear["data"].data)
                 scales.append(linear["scale"].reshape(-1))
         stream.writelines(scale.data for scale in scales)
-    os.replace(temporary, path)
 
 
 def write_routers(
@@ -50,6 +48,5 @@ def write_routers(
         table /= max(1.0, float(np.abs(table).max()) / LARGEST)
         target = out / path
         target.parent.mkdir(exist_ok=True)
-        temporary = target.with_name(f".writing-{target.name}")
-        table.astype("<f2").tofile(temporary)
-        os.replace(temporary, target)
+        with replaced(target) as temporary:
+            table.astype("<f2").tofile(temporary)

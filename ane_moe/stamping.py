@@ -14,8 +14,9 @@ from ane_moe.checkpoint import Checkpoint, TensorSource
 from ane_moe.compress.calibration import Moments
 from ane_moe.compress.low_rank import LowRank, split_directions
 from ane_moe.compress.recipe import Choice, find_format
+from ane_moe.files import sha256
 from ane_moe.job import Job
-from ane_moe.package import ContentKey, Weight, file_hashes, read_content_key, sha256, stamp
+from ane_moe.package import ContentKey, Weight, file_hashes, read_content_key, stamp
 from ane_moe.plan import OneHot, Recovery, ShardPlan
 from ane_moe.side_files import write_embedding
 from ane_moe.trace import Template, make_template

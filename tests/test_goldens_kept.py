@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from ane_moe import conversion
+from ane_moe.checkpoint import open_checkpoint
 from ane_moe.compress.recipe import FP16
 from ane_moe.conversion import ConvertOptions, convert
 from ane_moe.verification import hf_stream
@@ -80,7 +81,7 @@ def test_a_golden_of_other_weights_is_captured_again(changed, own, out, tmp_path
     assert not report.golden_kept and (out / "golden.safetensors").read_bytes() != before
     fresh = tmp_path / "fresh.safetensors"
     prompts = [list(ids) for ids in read_golden(out / "golden.safetensors").prompts]
-    capture_golden(own, layers=(1,), prompts=prompts, out=fresh, context=32)
+    capture_golden(open_checkpoint(own), layers=(1,), prompts=prompts, out=fresh, context=32)
     assert (out / "golden.safetensors").read_bytes() == fresh.read_bytes()
 
 

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ane_moe.checkpoint import open_checkpoint
+from ane_moe.checkpoint_tokenizer import read_tokenizer
 from ane_moe.cli import main
 from ane_moe.conversion import ConvertOptions, convert, plan
+from ane_moe.demo import demo_checkpoint
 from ane_moe.errors import UserError
 from ane_moe.families import describe, describe_config
 from ane_moe.manifest import read_manifest
@@ -485,6 +487,15 @@ def test_json_files_with_a_byte_order_mark_are_read_and_the_golden_too(
     with torch.no_grad():
         expected = model(torch.tensor([[5, 6]])).logits[0].numpy()
     assert np.abs(read_golden(folder / "golden.safetensors").logits - expected).max() < 1e-4
+
+
+def test_a_byte_order_mark_before_the_config_leaves_the_tokenizer_as_it_is(tmp_path: Path) -> None:
+    own = Path(shutil.copytree(demo_checkpoint(), tmp_path / "own"))
+    expected = AutoTokenizer.from_pretrained(own)("class Reader:")["input_ids"]
+    text = (own / "config.json").read_text()
+    (own / "config.json").write_text(text, encoding="utf-8-sig")
+    tokenizer = read_tokenizer(own)
+    assert tokenizer is not None and tokenizer.encode("class Reader:") == expected
 
 
 def test_transformers_own_names_on_disk_stay_as_they_are(

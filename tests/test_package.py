@@ -12,7 +12,8 @@ from ane_moe.blocks.mlp import DenseConfig
 from ane_moe.blocks.registry import TemplateKey
 from ane_moe.coreml_tools import Model_pb2, ct
 from ane_moe.errors import UserError
-from ane_moe.package import CONTENT_KEY, MODEL, WEIGHTS, ContentKey, read_content_key, remove_unfinished, stamp
+from ane_moe.files import sweep
+from ane_moe.package import CONTENT_KEY, MODEL, WEIGHTS, ContentKey, read_content_key, stamp
 from ane_moe.spec import MlpSpec, NormSpec
 from ane_moe.trace import make_template, value_name
 
@@ -117,5 +118,5 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
     half = tmp_path / "attn" / ".writing-layer_00.mlpackage" / "Data"
     half.mkdir(parents=True)
     (tmp_path / ".writing-embed.bin").write_bytes(b"x")
-    remove_unfinished(tmp_path)
+    sweep(tmp_path)
     assert [path.name for path in tmp_path.rglob("*")] == ["attn"]

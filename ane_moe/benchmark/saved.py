@@ -1,7 +1,6 @@
 """Reports on disk, and one held against an earlier one."""
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from ane_moe.benchmark.result import FORMAT, BenchReport
 from ane_moe.errors import UserError
+from ane_moe.files import write_named_by_user
 
 MAX_BYTES = 16_000_000
 # Conditions that are told when they differ.
@@ -41,12 +41,7 @@ class Comparison:
 
 def save_report(report: BenchReport, path: Path) -> None:
     """Write the report's JSON document, atomically. Raises UserError when the file cannot be written."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(json.dumps(report.as_json(), indent=1) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written", str(error.strerror), "name another file") from None
+    write_named_by_user(path, json.dumps(report.as_json(), indent=1) + "\n")
 
 
 def read_saved(path: Path) -> dict[str, Any]:

@@ -73,11 +73,11 @@ def bench(
     if save and report.passed:
         save_report(report, save)
     if html and report.passed:
+        from ane_moe.files import write_named_by_user
         from ane_moe.report.html import render_html
-        from ane_moe.report.page_file import write_text
         from ane_moe.report.report_data import gather
 
-        write_text(html, render_html(replace(gather(out), bench=report.as_json())))
+        write_named_by_user(html, render_html(replace(gather(out), bench=report.as_json())))
     if as_json:
         typer.echo(json.dumps(report.as_json() | {"against": comparison and comparison.as_json()}, indent=2))
     else:

@@ -25,8 +25,8 @@ def report(
     """
     from rich.console import Console
 
+    from ane_moe.files import write_named_by_user
     from ane_moe.manifest import read_manifest
-    from ane_moe.report.page_file import write_text
     from ane_moe.report.report_data import gather
     from ane_moe.report.step_bar import step_bar
     from ane_moe.report.verify_table import verify_report
@@ -46,9 +46,9 @@ def report(
     from ane_moe.report.markdown import render_markdown
 
     page = html or out / "report.html"
-    write_text(page, render_html(data))
+    write_named_by_user(page, render_html(data))
     if markdown:
-        write_text(markdown, render_markdown(data))
+        write_named_by_user(markdown, render_markdown(data))
     if as_json:
         paths = {"html": str(page), "markdown": str(markdown) if markdown else None}
         typer.echo(json.dumps(paths | {"passed": data.passed}, indent=2))

@@ -72,10 +72,10 @@ def verify(
         parts = [verify_report(report) if report else None, placement_report(placement) if placement else None]
         Console().print(*filter(None, parts), sep="\n", soft_wrap=True)  # a path stays on one line
     if html:
+        from ane_moe.files import write_named_by_user
         from ane_moe.report.html import render_html
-        from ane_moe.report.page_file import write_text
         from ane_moe.report.report_data import gather
 
-        write_text(html, render_html(gather(out, verify=report, placement=placement, target=target)))
+        write_named_by_user(html, render_html(gather(out, verify=report, placement=placement, target=target)))
     if not passed:
         raise typer.Exit(1)

@@ -12,7 +12,6 @@ An activation is called as the tensors that read it are, with the name of `Weigh
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ane_moe.errors import UserError
+from ane_moe.files import replaced
 from ane_moe.model.weight import WeightName
 
 FILE_NAME = "calibration.safetensors"
@@ -46,9 +46,8 @@ class Calibration:
         tensors |= {f"counts.layer_{layer}": counts.astype(np.int64) for layer, counts in self.counts.items()}
         tensors |= {f"energy.layer_{layer}": pair.astype(np.float32) for layer, pair in self.energies.items()}
         tensors["energy.final"] = np.array([self.final_energy], np.float32)
-        temporary = path.with_name(f".writing-{path.name}")
-        save_file(tensors, temporary, {METADATA: json.dumps({"tokens": self.tokens, "of": self.of})})
-        os.replace(temporary, path)
+        with replaced(path) as temporary:
+            save_file(tensors, temporary, {METADATA: json.dumps({"tokens": self.tokens, "of": self.of})})
 
 
 def is_calibration_of(path: Path, digest: str) -> bool:

@@ -72,7 +72,8 @@ def fit_palettes(groups: np.ndarray, entries: int, weights: np.ndarray | None = 
     for first in range(0, len(groups), step):
         part = slice(first, first + step)
         mine = weights if weights is None or weights.ndim == 1 else weights[part]
-        palettes[part] = _fit(groups[part], entries, mine, bins)
+        # A step between subnormal numbers may change the order of neighbours.
+        palettes[part] = np.sort(_fit(groups[part], entries, mine, bins), axis=1)
     return palettes
 
 

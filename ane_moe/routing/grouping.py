@@ -6,7 +6,6 @@ exchanges are scored exactly, at once, by two matrix products. N = tokens, E = e
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ane_moe.errors import UserError
+from ane_moe.files import write_named_by_user
 from ane_moe.routing.routing_trace import RoutingTrace
 
 FORMAT = 1
@@ -151,12 +151,7 @@ def write_grouping(grouping: Grouping, path: Path) -> None:
     """Write JSON atomically. Raises UserError when the file cannot be written."""
     document = {"format": FORMAT, "experts_per_function": grouping.experts_per_function,
                 "layers": {str(layer): groups for layer, groups in grouping.layers.items()}}
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(json.dumps(document) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written", str(error.strerror), "name another file") from None
+    write_named_by_user(path, json.dumps(document) + "\n")
 
 
 def read_grouping(path: Path) -> Grouping:

@@ -3,7 +3,6 @@
 N = tokens, k = experts per token, E = experts of the layer, P = passages the tokens come from.
 """
 
-import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ane_moe.errors import UserError
+from ane_moe.files import named_by_user
 
 FORMAT = 1
 MAX_BYTES = 1 << 32
@@ -85,15 +85,8 @@ def write_trace(trace: RoutingTrace, path: Path) -> None:
     for index in indices:
         arrays |= {f"layer_{index:03d}.chosen": trace.layers[index].chosen,
                    f"layer_{index:03d}.weights": trace.layers[index].weights}
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **arrays)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written", str(error.strerror), "name another file") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    with named_by_user(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
 def read_trace(path: Path) -> RoutingTrace:

@@ -2,10 +2,8 @@
 
 import hashlib
 import json
-import os
 import signal
 import sys
-import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ane_moe.errors import UserError
+from ane_moe.files import write_text
 from ane_moe.runtime.child import TIME_LIMIT_SECONDS, TrialProcess
 from ane_moe.runtime.coreml import PASSED_AS, default_cache, load_function, require_core_ml
 from ane_moe.runtime.interface import LoadedFunction
@@ -99,9 +98,7 @@ class _Auditor:
             except UserError as error:
                 record["numerics_error"] = str(error)
         if "numerics_error" not in record:
-            temporary = kept.with_name(f".{uuid.uuid4().hex}.tmp")
-            temporary.write_text(json.dumps(record))
-            os.replace(temporary, kept)
+            write_text(kept, json.dumps(record))
         return record
 
     def stop(self) -> None:

@@ -1,11 +1,11 @@
 """Predictions held against a measurement, and the small file a person can send so that the rules get better."""
 
 import json
-import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ane_moe.files import write_text
 from ane_moe.verification.placement_result import FunctionPlacement, OpPlacement, PlacementReport
 
 FILE_NAME = "placement-feedback.json"
@@ -40,9 +40,7 @@ def feedback(predicted: PlacementReport, measured: PlacementReport) -> dict[str,
 def write_feedback(document: dict[str, Any], folder: Path) -> Path:
     """Write FILE_NAME into `folder`, atomically."""
     path = folder / FILE_NAME
-    temporary = path.with_name(f".{FILE_NAME}.tmp")
-    temporary.write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(document, indent=1) + "\n")
     return path
 
 

@@ -4,7 +4,6 @@ Tokens of all prompts are laid end to end. N = tokens, d = d_model, E = experts,
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,6 +16,7 @@ from safetensors.numpy import save_file
 
 from ane_moe.checkpoint import Checkpoint
 from ane_moe.errors import UserError
+from ane_moe.files import replaced
 from ane_moe.quiet_transformers import quiet_transformers
 
 FILE_NAME = "golden.safetensors"
@@ -112,13 +112,9 @@ def write_golden(golden: Golden, out: Path) -> None:
     for index, layer in golden.layers.items():
         tensors |= {_key(index, name): value for name, value in vars(layer).items() if value is not None}
     about = json.dumps({"format": FORMAT, "n_layers": golden.n_layers, "layers": sorted(golden.layers)})
-    temporary = out.with_name(f".{out.name}.tmp")
-    try:
-        save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, temporary,
-                  metadata={METADATA: about})
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    with replaced(out) as temporary:
+        save_file(arrays, temporary, metadata={METADATA: about})
 
 
 def read_golden(path: Path) -> Golden:

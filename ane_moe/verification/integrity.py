@@ -1,12 +1,12 @@
 """Files before numbers: is everything the manifest names there, unchanged, readable and finite, and nothing else?"""
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from ane_moe.errors import UserError
+from ane_moe.files import is_hidden, sha256
 from ane_moe.manifest import Manifest
 from ane_moe.runtime.embedding_table import Int8Table, open_embeddings
 from ane_moe.runtime.program import Block, Constant, Program
@@ -53,7 +53,7 @@ def _unlisted(folder: Path, manifest: Manifest) -> Iterator[Problem]:
     for top in sorted({shard.path.split("/")[0] for shard in manifest.shards}):
         for path in sorted((folder / top).rglob("*")):
             relative = path.relative_to(folder).as_posix()
-            if not path.is_dir() and relative not in manifest.files:
+            if not path.is_dir() and not is_hidden(path) and relative not in manifest.files:
                 yield Problem(relative, "not listed in runtime_meta.json: an extra shard or file")
 
 
@@ -63,11 +63,6 @@ def _changed(folder: Path, relative: str, digest: str) -> Iterator[Problem]:
         yield Problem(relative, "missing")
     elif sha256(path) != digest:
         yield Problem(relative, "changed since the conversion: its sha256 differs from runtime_meta.json")
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _unsound(folder: Path, relative: str) -> Iterator[Problem]:

@@ -1,12 +1,12 @@
 """The golden of the model as it is stored, and what compression cost each role."""
 
 import math
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ane_moe.checkpoint import open_checkpoint
+from ane_moe.files import scratch_folder
 from ane_moe.job import Model
 from ane_moe.manifest import Manifest
 from ane_moe.verification.golden import Golden, Progress, capture_golden
@@ -18,9 +18,9 @@ def capture_as_stored(model: Model, folder: Path, manifest: Manifest, original: 
     """Write the golden `out`: Hugging Face's model with the weights that the conversion in `folder` holds, on the
     prompts of `original`. Returns errors by role. Needs disk for a copy of the model, and raises UserError as
     `write_as_stored` and `capture_golden` do."""
-    with tempfile.TemporaryDirectory(prefix=".as-stored-", dir=out.parent) as scratch:
+    with scratch_folder(out.parent, "as-stored") as scratch:
         progress("golden: weights as stored", 0, 1)
-        copy = Path(scratch) / "model"
+        copy = scratch / "model"
         errors = write_as_stored(model, folder, manifest, copy)
         prompts = [list(ids) for ids in original.prompts]
         capture_golden(open_checkpoint(copy), layers=manifest.layers, prompts=prompts, out=out,

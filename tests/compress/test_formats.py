@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from coremltools.models.neural_network.quantization_utils import _get_kmeans_lookup_table_and_weight
 from coremltools.optimize._utils import quantize_weight
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 
@@ -118,6 +118,7 @@ def test_palettes_are_as_good_as_those_of_coremltools(name, bits):
 
 @settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 99), entries=st.sampled_from([4, 16, 256]), spread=st.sampled_from([1e-6, 1.0, 2e4]))
+@example(seed=99, entries=16, spread=1e-6)      # subnormal numbers
 def test_every_value_gets_its_nearest_entry(seed, entries, spread):
     values = (np.random.default_rng(seed).standard_t(2, (3, 97)) * spread).clip(-65504, 65504).astype(np.float16)
     palettes = fit_palettes(values, entries)

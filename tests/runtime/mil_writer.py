@@ -17,9 +17,11 @@ from ane_moe.runtime.pipeline import OpenPipeline, open_model
 from ane_moe.runtime.program import (
     Argument,
     Constant,
+    DictionaryType,
     Feature,
     Function,
     Interface,
+    ListType,
     Operation,
     OtherType,
     Output,
@@ -103,9 +105,12 @@ class Writer:
     def type(self, kind: ValueType) -> str:
         if isinstance(kind, StateType):
             return f"state<{self.type(kind.tensor)}>"
+        if isinstance(kind, DictionaryType):
+            return f"dict<{self.type(kind.key)}, {self.type(kind.value)}>"
+        if isinstance(kind, ListType):
+            return f"list<{self.type(kind.element)}, {'?' if kind.length is None else kind.length}>"
         if isinstance(kind, OtherType):
-            text, number = self.scalar("string"), self.scalar("fp32")
-            return f"list<{text}, ?>" if kind.kind == "list" else f"dict<{text}, {number}>"
+            raise ValueError(kind.kind)
         sizes = ", ".join("?" if size is None else str(size) for size in kind.shape)
         return f"tensor<{kind.dtype}, [{sizes}]>" if sizes else self.scalar(kind.dtype)
 

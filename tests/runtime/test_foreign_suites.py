@@ -77,7 +77,7 @@ def test_every_outcome_that_pytest_reports_is_counted_once(tmp_path):
     subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir",
                     str(tmp_path), "--junitxml", str(report), "test_suite.py"],
                    cwd=tmp_path, capture_output=True, check=False)
-    result = read_report(report, predictions=1, seconds=0.0)
+    result = read_report(report, predictions=1)
     assert (result.passed, result.skipped, result.failed) == (1, 2, 3)
     counts = {text: len(tests) for text, tests in result.failures.items()}
     assert counts["ValueError: input '...' has size N"] == 2

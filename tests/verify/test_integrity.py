@@ -117,6 +117,13 @@ def test_an_extra_shard_is_named(copy):
     assert all(path.startswith("moe/layer_07") and "extra" in what for path, what in problems(folder).items())
 
 
+def test_files_that_a_file_browser_leaves_are_no_problem(copy):
+    folder = copy()
+    for place in (".", "moe", MOE, f"{MOE}/Data"):
+        (folder / place / ".DS_Store").write_bytes(b"Bud1")
+    assert problems(folder) == {}
+
+
 def test_an_extra_file_inside_a_package_is_named(copy):
     folder = copy()
     (folder / MOE / "Data/more.bin").write_bytes(b"x")

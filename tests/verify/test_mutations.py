@@ -119,8 +119,8 @@ def test_a_wrong_tensor_map_fails_the_shards_it_is_part_of(name, true_checkpoint
 
 
 def test_attention_without_its_q_and_k_norms_fails(true_checkpoint, prompts, tmp_path, monkeypatch):
-    def without_norms(checkpoint):
-        spec, sources = describe(checkpoint)
+    def without_norms(checkpoint, ignore):
+        spec, sources = describe(checkpoint, ignore)
         layers = tuple(dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, qk_norm="none"))
                        for layer in spec.layers)
         return dataclasses.replace(spec, layers=layers), sources

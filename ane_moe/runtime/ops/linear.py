@@ -12,13 +12,21 @@ def _matmul(arith: Arithmetic, transpose_x: bool = False, transpose_y: bool = Fa
         # A vector is a row on the left and a column on the right, whatever the transposition says.
         x = x.transpose(-1, -2) if transpose_x and x.dim() > 1 else x
         y = y.transpose(-1, -2) if transpose_y and y.dim() > 1 else y
-        return arith.matmul(x, y)
+        return arith.matmul(*_of_one_type(x, y))
     return kernel
+
+
+def _of_one_type(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """iOS 17 takes whole numbers on one side and floats on the other: the product is of floats."""
+    if x.dtype == y.dtype:
+        return x, y
+    wider = torch.promote_types(x.dtype, y.dtype)
+    return x.to(wider), y.to(wider)
 
 
 def _linear(arith: Arithmetic) -> Kernel:
     def kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y = arith.matmul(x, weight.transpose(0, 1))
+        y = arith.matmul(*_of_one_type(x, weight.transpose(0, 1)))
         return y if bias is None else arith.round(y) + bias
     return kernel
 

@@ -30,6 +30,16 @@ def test_matmul_multiplies_integers_exactly() -> None:
     assert_same(run("matmul", {"x": x, "y": y})[0], x @ y)
 
 
+@pytest.mark.parametrize("types", [(np.int32, np.float32), (np.float16, np.int32)])
+def test_whole_numbers_and_floats_multiply_as_floats(types: tuple[type, type]) -> None:
+    x, y = values((3, 4), types[0], 0), values((4, 2), types[1], 1)
+    dtype = next(kind for kind in types if kind != np.int32)
+    expected = (x.astype(np.float64) @ y.astype(np.float64)).astype(dtype)
+    name = "fp16" if dtype == np.float16 else "fp32"
+    out, = run("matmul", {"x": x, "y": y}, outputs=[TensorType(name, (3, 2))])
+    assert_same(out, expected, rtol=1e-3)
+
+
 @pytest.mark.parametrize("shapes", [
     ((3,), (3,)), ((3,), (3, 2)), ((2, 3), (3,)), ((3,), (4, 3, 2)), ((4, 2, 3), (3,)),
 ])

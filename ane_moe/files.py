@@ -1,0 +1,85 @@
+"""Files and folders that are there whole or not at all, and what a killed run leaves behind.
+
+Whatever is written goes under a temporary name beside its place first (`.writing-NAME`) and is renamed when it is
+complete. A run that is killed leaves such names; `sweep` removes them.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ane_moe.errors import UserError
+
+TEMPORARY = ".writing-"
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A temporary path to write to, a file or a folder, that takes the place of `path` when the block is left without
+    an error."""
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    _remove(temporary)
+    try:
+        yield temporary
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        _remove(temporary)
+
+
+@contextmanager
+def named_by_user(path: Path) -> Iterator[Path]:
+    """`replaced`, for a file whose name the user gave. Raises UserError where it cannot be written."""
+    try:
+        with replaced(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise UserError(f"{path} cannot be written", str(error.strerror), "name another file") from None
+
+
+@contextmanager
+def scratch_folder(beside: Path, name: str) -> Iterator[Path]:
+    """An empty folder in `beside` for the length of the block; `sweep` removes it after a kill."""
+    with tempfile.TemporaryDirectory(prefix=f"{TEMPORARY}{name}-", dir=beside) as folder:
+        yield Path(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with replaced(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_named_by_user(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically. Raises UserError where that is not possible."""
+    with named_by_user(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sweep(folder: Path) -> None:
+    """Delete what a killed run left half-written below `folder`."""
+    for path in [*folder.rglob(f"{TEMPORARY}*")]:
+        _remove(path)
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a file is none of a conversion's: `.DS_Store` of Finder, editors' and file systems' own."""
+    return path.name.startswith(".")
+
+
+def sha256(path: Path) -> str:
+    """sha256 of one file, hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
