@@ -1,6 +1,5 @@
 """What converting a model would give, before any work: sizes, calls, predicted speed and placement."""
 
-import json
 import re
 import tomllib
 from collections.abc import Iterable, Sequence
@@ -25,11 +24,11 @@ from ane_moe.compress.recipe import Recipe, find_format, find_recipe
 from ane_moe.concerns import Concern, concerns_of_options, concerns_of_sizes, distinct
 from ane_moe.errors import UserError
 from ane_moe.families import describe, describe_config, supported
+from ane_moe.json_file import read_json
 from ane_moe.plan import ConvertOptions
 from ane_moe.verification.targets import DEFAULT_OS, Target, find_target
 
 CONVERSION_TIME = Path(__file__).parent / "benchmark" / "conversion_time.toml"
-MAX_CONFIG_BYTES = 8 << 20
 CONFIG = "config.json"
 ROUTINGS: tuple[Literal["masked", "sparse"], ...] = ("masked", "sparse")
 DEFAULT_RECIPE = "int8"
@@ -235,15 +234,7 @@ def read_config(checkpoint: str | Path) -> tuple[dict[str, Any], str]:
         if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(checkpoint)):
             raise UserError(f"{checkpoint} has no config.json", do="give a model folder, its config.json, or a Hub id")
         file = _from_hub(str(checkpoint))
-    try:
-        if file.stat().st_size > MAX_CONFIG_BYTES:
-            raise UserError(f"{file} is too large for a configuration", f"{file.stat().st_size} bytes")
-        values = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read", str(error)) from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file} is not a configuration", type(values).__name__, "it has to be a JSON object")
-    return values, str(file)
+    return read_json(file), str(file)
 
 
 def _from_hub(name: str) -> Path:

@@ -406,7 +406,11 @@ def _compared(checkpoint: Path, said: Said) -> Said:
     if said.code:
         return said
     ours = json.loads(said.line)["prompt_ids"]
-    theirs = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)(PROMPT)["input_ids"]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+    except (OSError, ValueError) as error:
+        return Said(0, f"ids {ours}; Hugging Face reads none: {error}"[:200], said.sound)
+    theirs = tokenizer(PROMPT)["input_ids"]
     return Said(0, f"ids {ours}; Hugging Face: {'the same' if ours == theirs else theirs}",
                 said.sound and ours == theirs)
 

@@ -201,7 +201,7 @@ def test_the_command_reads_folders_files_and_the_hub(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"has no config\.json"):
         outlook(tmp_path / "nothing" / "here" / "at-all")
     (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(UserError, match="not a configuration"):
+    with pytest.raises(UserError, match="not a JSON object"):
         outlook(tmp_path)
 
 
