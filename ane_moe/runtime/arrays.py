@@ -1,9 +1,7 @@
 """Arrays in files: inputs of a run, its outputs, and random inputs where none are given."""
 
 import json
-import os
 import re
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -13,6 +11,7 @@ from typing import IO, Any
 import numpy as np
 
 from ane_moe.errors import UserError
+from ane_moe.files import replaced
 from ane_moe.runtime.inputs import PIXELS, UNBOUNDED
 from ane_moe.runtime.numpy_dtypes import NUMPY
 from ane_moe.runtime.program import Feature
@@ -118,11 +117,5 @@ def _file_name(name: str) -> str:
 
 
 def _replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            write(file)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    with replaced(path) as temporary, temporary.open("wb") as file:
+        write(file)

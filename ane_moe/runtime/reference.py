@@ -4,7 +4,7 @@ Every op computes in fp32 and rounds its result to the declared type once; with 
 intermediates inside ops are rounded too.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from ane_moe.runtime.pipeline import OpenPipeline, open_model
 from ane_moe.runtime.plan import Plan, prepare
 from ane_moe.runtime.program import Feature, Program, TensorType, sizes
 from ane_moe.runtime.reader import OpenProgram
-from ane_moe.runtime.reference_pipeline import ReferencePipeline
+from ane_moe.runtime.reference_pipeline import Observer, ReferencePipeline
 from ane_moe.runtime.scope import FOREIGN, STATES
 from ane_moe.runtime.weights import weights_of
 
@@ -31,7 +31,6 @@ WIDE_BYTES = 4
 ARITHMETIC: dict[str, type[Arithmetic]] = {"fp32": Exact, "fp16": Narrow}
 
 # Called after each op with its type, its name and its outputs by name.
-Observer = Callable[[str, str, Mapping[str, np.ndarray]], None]
 
 
 @dataclass

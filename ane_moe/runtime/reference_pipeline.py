@@ -1,7 +1,7 @@
 """A pipeline of ML Programs in the reference runtime: its stages one after the other."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -10,8 +10,23 @@ from ane_moe.runtime.inputs import check_inputs
 from ane_moe.runtime.pipeline import OpenPipeline
 from ane_moe.runtime.program import Feature
 
-if TYPE_CHECKING:
-    from ane_moe.runtime.reference import Observer, ReferenceFunction
+Observer = Callable[[str, str, Mapping[str, np.ndarray]], None]
+
+
+class Stage(Protocol):
+    """What a pipeline needs of a function of the reference runtime."""
+
+    inputs: tuple[Feature, ...]
+    outputs: tuple[Feature, ...]
+    states: tuple[Feature, ...]
+
+    def predict(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]: ...
+
+    def observe(self, inputs: Mapping[str, np.ndarray], observer: Observer) -> dict[str, Any]: ...
+
+    def load_weights(self) -> None: ...
+
+    def drop_weights(self) -> None: ...
 
 
 class ReferencePipeline:
@@ -21,7 +36,7 @@ class ReferencePipeline:
     before it provides.
     """
 
-    def __init__(self, pipeline: OpenPipeline, stages: "Sequence[ReferenceFunction]"):
+    def __init__(self, pipeline: OpenPipeline, stages: Sequence[Stage]):
         self.name = "main"
         self.states: tuple[Feature, ...] = ()
         self._stages = stages
@@ -46,7 +61,7 @@ class ReferencePipeline:
         """
         return self._run(inputs, None)
 
-    def observe(self, inputs: Mapping[str, np.ndarray], observer: "Observer",
+    def observe(self, inputs: Mapping[str, np.ndarray], observer: Observer,
                 state: None = None) -> dict[str, np.ndarray]:
         """As `predict`, showing `observer` what each op gives; names are `stage/name`."""
         return self._run(inputs, observer)
@@ -62,7 +77,7 @@ class ReferencePipeline:
             stage.drop_weights()
 
     def _run(self, inputs: Mapping[str, np.ndarray],
-             observer: "Observer | None") -> dict[str, np.ndarray]:
+             observer: Observer | None) -> dict[str, np.ndarray]:
         check_inputs(self.inputs, inputs, "the pipeline")
         values = dict(inputs)
         for index, stage in enumerate(self._stages):
@@ -75,12 +90,12 @@ class ReferencePipeline:
         return {feature.name: values[feature.name] for feature in self.outputs}
 
 
-def _prefixed(observer: "Observer", prefix: str) -> "Observer":
+def _prefixed(observer: Observer, prefix: str) -> Observer:
     return lambda op, name, outputs: observer(
         op, prefix + name, {prefix + key: value for key, value in outputs.items()})
 
 
-def _features(stages: "Sequence[ReferenceFunction]", given: set[str],
+def _features(stages: Sequence[Stage], given: set[str],
               ) -> tuple[dict[str, Feature], dict[str, Feature]]:
     """What the stages take from outside, and what they give, by name.
 
