@@ -7,11 +7,11 @@ from importlib import import_module
 from typing import Any
 
 VERBS = {
-    "outlook": "ane_moe.outlook",
-    "convert": "ane_moe.conversion",
+    "outlook": "ane_moe.forecast.outlook",
+    "convert": "ane_moe.conversion.pipeline",
     "verify": "ane_moe.verification.verify",
     "bench": "ane_moe.benchmark.measurement",
-    "load_shards": "ane_moe.runtime.shards",
+    "load_shards": "ane_moe.loop.shards",
 }
 __all__ = list(VERBS)
 

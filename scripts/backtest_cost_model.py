@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ane_moe.benchmark.backtest import Outcome, Summary, outcomes, summary  # noqa: E402
+from ane_moe.forecast.backtest import Outcome, Summary, outcomes, summary  # noqa: E402
 
 PAGE = ROOT / "docs" / "cost-model.md"
 MARKED = re.compile(r"(<!-- back-test -->\n).*(<!-- end of back-test -->)", re.DOTALL)

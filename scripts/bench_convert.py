@@ -114,11 +114,11 @@ def plain_path(checkpoint: Path, scratch: Path) -> None:
     import numpy as np
     import torch
 
-    from ane_moe.blocks.registry import build_unbound
-    from ane_moe.checkpoint import TensorSource, open_checkpoint
-    from ane_moe.conversion import plan
+    from ane_moe.checkpoints.checkpoint import TensorSource, open_checkpoint
+    from ane_moe.conversion.pipeline import plan
+    from ane_moe.conversion.plan import ConvertOptions
     from ane_moe.coreml_tools import ct
-    from ane_moe.plan import ConvertOptions
+    from ane_moe.parts.registry import build_unbound
 
     shard = next(shard for shard in plan(checkpoint, ConvertOptions()).shards if shard.kind == "moe")
     opened = open_checkpoint(checkpoint)

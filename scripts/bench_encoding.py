@@ -2,7 +2,7 @@
 
     python scripts/bench_encoding.py [FORMAT ...]
 
-The figures of ane_moe/benchmark/conversion_time.toml come from here.
+The figures of ane_moe/forecast/conversion_time.toml come from here.
 """
 
 import os
@@ -17,7 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ane_moe.compress.recipe import find_format
+from ane_moe.formats.recipe import find_format
 
 SIDE = 2048
 ROUNDS = 3

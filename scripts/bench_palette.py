@@ -14,9 +14,9 @@ import time
 
 import numpy as np
 
-from ane_moe.compress.expand import expand
-from ane_moe.compress.formats import parse_format
 from ane_moe.coreml_tools import ct
+from ane_moe.formats.encoders import parse_format
+from ane_moe.formats.expand import expand
 
 FORMATS = {"groups of 16 channels": ("lut4", {"granularity": "per_grouped_channel", "group_size": 16}),
            "whole matrix": ("lut4-tensor", {"granularity": "per_tensor"})}  # fmt: skip

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ane_moe.runtime import load_package, reference  # noqa: F401 - imported now, so that load_ms is the package alone
+from ane_moe.runtime import load_package
 
 D, WIDTH, EXPERTS, K = 2048, 768, 16, 4
 HEADS, KV_HEADS, HEAD_DIM, S = 16, 4, 128, 2048

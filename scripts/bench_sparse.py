@@ -65,10 +65,10 @@ def run(path: str, arguments: argparse.Namespace, count: int) -> dict[str, Any]:
 
 
 def template(arguments: argparse.Namespace, function: str) -> Any:
-    from ane_moe.blocks.experts import ExpertGroupConfig
-    from ane_moe.blocks.registry import TemplateKey
-    from ane_moe.spec import MlpSpec
-    from ane_moe.trace import make_template
+    from ane_moe.emit.coreml.template import make_template
+    from ane_moe.model.spec import MlpSpec
+    from ane_moe.parts.experts import ExpertGroupConfig
+    from ane_moe.parts.registry import TemplateKey
 
     return make_template(TemplateKey(ExpertGroupConfig(arguments.d_model, MlpSpec(arguments.width)), ((function, 1),)))
 
@@ -84,7 +84,7 @@ def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
     """The experts' weights in files of their own, and each expert as a package."""
     import numpy as np
 
-    from ane_moe.package import ContentKey, stamp
+    from ane_moe.emit.coreml.package import ContentKey, stamp
 
     folder = arguments.scratch / "experts"
     folder.mkdir(parents=True)
@@ -98,8 +98,7 @@ def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def ours(arguments: argparse.Namespace) -> dict[str, Any]:
-    from ane_moe import trace  # noqa: F401
-    from ane_moe.package import ContentKey, stamp
+    from ane_moe.emit.coreml.package import ContentKey, stamp
 
     imported, started = peak_bytes(), time.perf_counter()
     one = template(arguments, "t1")
@@ -112,7 +111,6 @@ def ours(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def save_multifunction(arguments: argparse.Namespace) -> dict[str, Any]:
-    from ane_moe import trace  # noqa: F401
 
     imported, started = peak_bytes(), time.perf_counter()
     return report(imported, started, joined(arguments, arguments.scratch / "experts"))
@@ -122,10 +120,10 @@ def coremltools(arguments: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from ane_moe.blocks.experts import ExpertGroupConfig
-    from ane_moe.blocks.registry import build_unbound
     from ane_moe.coreml_tools import ct
-    from ane_moe.spec import MlpSpec
+    from ane_moe.model.spec import MlpSpec
+    from ane_moe.parts.experts import ExpertGroupConfig
+    from ane_moe.parts.registry import build_unbound
 
     imported, started = peak_bytes(), time.perf_counter()
     parts = arguments.scratch / "parts"

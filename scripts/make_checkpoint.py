@@ -24,8 +24,8 @@ import typer
 from ane_moe.families import load_family
 from ane_moe.families.config import Config
 from ane_moe.families.keys import find_tensors
+from ane_moe.model.spec import ModelSpec
 from ane_moe.model.weight import EMBEDDING, HEAD
-from ane_moe.spec import ModelSpec
 
 BLOCK = 8_388_593       # elements; a prime, so that no two rows or tensors of a power-of-two size are alike
 DTYPES = {"bfloat16": ("BF16", torch.bfloat16), "float16": ("F16", torch.float16), "float32": ("F32", torch.float32)}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from coremltools.converters.mil.mil.ops.registry import SSAOpRegistry
 
-from ane_moe.runtime.ops import STRUCTURAL, TABLE
+from ane_moe.runtime.reference.ops import STRUCTURAL, TABLE
 
 PAGE = Path(__file__).parent.parent / "docs" / "runtime.md"
 BEGIN, END = "<!-- op table: begin -->\n", "<!-- op table: end -->\n"

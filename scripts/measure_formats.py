@@ -21,11 +21,11 @@ from matplotlib.figure import Figure
 from tokenizers import Tokenizer
 from train_demo import read_corpus
 
-from ane_moe.compress.recipe import find_recipe
-from ane_moe.conversion import convert
+from ane_moe.conversion.pipeline import convert
+from ane_moe.conversion.plan import ConvertOptions
 from ane_moe.demo import demo_checkpoint
+from ane_moe.formats.recipe import find_recipe
 from ane_moe.manifest import read_manifest
-from ane_moe.plan import ConvertOptions
 from ane_moe.verification.verify import verify
 
 FORMATS = ["fp16", "int8", "int4-channel", "lut8", "lut6", "lut4", "lut4-tensor", "lut3", "lut2", "lut4+scale",

@@ -12,11 +12,11 @@ import argparse
 import os
 from pathlib import Path
 
-from ane_moe.runtime.generation import GenerateOptions, generate
-from ane_moe.runtime.prefetch import PREDICTORS
-from ane_moe.runtime.session import Session
-from ane_moe.runtime.shards import LoadedShards, load_shards
-from ane_moe.runtime.tokenizer import load_tokenizer
+from ane_moe.loop.generation import GenerateOptions, generate
+from ane_moe.loop.prefetch import PREDICTORS
+from ane_moe.loop.session import Session
+from ane_moe.loop.shards import LoadedShards, load_shards
+from ane_moe.loop.tokenizer import load_tokenizer
 
 PROMPTS = (
     "def __init__(self, name, value):\n",

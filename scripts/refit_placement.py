@@ -2,7 +2,7 @@
 
     python scripts/refit_placement.py [placement-feedback.json ...]
 
-Prints what each file says of the rules, and a [thresholds] table for ane_moe/verification/rules.toml. A threshold
+Prints what each file says of the rules, and a [thresholds] table for ane_moe/placement/rules.toml. A threshold
 moves only where that makes fewer predictions wrong, or as many wrong and fewer uncertain. With the published
 placements alone it promises the engine to more graphs than 32 samples bear out: look at how many
 support a threshold before taking it.
@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from ane_moe.errors import UserError  # noqa: E402
-from ane_moe.verification.feedback import COLUMNS, FORMAT  # noqa: E402
-from ane_moe.verification.rules import RuleBook, load_rules  # noqa: E402
-from ane_moe.verification.targets import find_target  # noqa: E402
+from ane_moe.placement.feedback import COLUMNS, FORMAT  # noqa: E402
+from ane_moe.placement.rules import RuleBook, load_rules  # noqa: E402
+from ane_moe.placement.targets import find_target  # noqa: E402
 
 FACTS = ("weight_bytes", "flops", "reduction", "ops")
 # Which fact each threshold cuts.
@@ -41,7 +41,7 @@ class Sample:
 
 def published() -> Iterator[Sample]:
     """The published placements that only the cost decision has a say in."""
-    from tests.verify.backtest import outcomes
+    from tests.placement.backtest import outcomes
 
     for row in outcomes():
         facts, legal = row.facts, all(rule.startswith("cost-") for rule in row.rules)

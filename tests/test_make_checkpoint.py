@@ -13,7 +13,7 @@ import typer
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from ane_moe.checkpoint import open_checkpoint
+from ane_moe.checkpoints.checkpoint import open_checkpoint
 from ane_moe.families import describe, load_family
 from ane_moe.families.config import Config
 from ane_moe.model.weight import EMBEDDING, parse_name

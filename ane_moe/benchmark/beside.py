@@ -4,10 +4,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ane_moe.benchmark.chips import Range, chip_names, find_chip
-from ane_moe.benchmark.cost_model import NOTE, Loop, Prediction, predict
 from ane_moe.benchmark.result import BenchReport
-from ane_moe.benchmark.workload import workload_of
+from ane_moe.forecast.chips import Range, chip_names, find_chip
+from ane_moe.forecast.cost_model import NOTE, Loop, Prediction, predict
+from ane_moe.forecast.workload import workload_of
 
 # coremltools' binding takes dictionaries of fp32 arrays and allocates the outputs of every call (runtime/coreml.py).
 LOOP: Loop = "naive"

@@ -10,9 +10,9 @@ import numpy as np
 
 from ane_moe.benchmark.result import FunctionTiming, latency
 from ane_moe.manifest import Manifest, Shard
+from ane_moe.progress import Progress
 from ane_moe.runtime import open_package
 from ane_moe.runtime.interface import LoadedFunction
-from ane_moe.verification.golden import Progress
 
 FIRST_EXPERT = re.compile(r"expert_\d+_")
 

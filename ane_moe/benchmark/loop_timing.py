@@ -9,10 +9,10 @@ import numpy as np
 
 from ane_moe.benchmark.result import CacheTiming, LoopTiming, latency
 from ane_moe.errors import UserError
+from ane_moe.loop.figures import CacheFigures, PhaseFigures
+from ane_moe.loop.session import Session
 from ane_moe.manifest import Manifest
-from ane_moe.runtime.figures import CacheFigures, PhaseFigures
-from ane_moe.runtime.session import Session
-from ane_moe.verification.golden import Progress
+from ane_moe.progress import Progress
 
 PREFILL_RUNS = 3
 LENGTHS = (1, 4, 16)        # of prompts, in calls of T tokens

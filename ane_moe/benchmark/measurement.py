@@ -20,14 +20,14 @@ from ane_moe.benchmark.output_check import AS_STORED, ORIGINAL, check_output, op
 from ane_moe.benchmark.result import BenchReport, LoadTiming, Memory, Side, Versus
 from ane_moe.benchmark.surroundings import surroundings, thermal_state
 from ane_moe.benchmark.versus_mlx import run_mlx
+from ane_moe.conversion.workers import peak_memory_bytes
 from ane_moe.errors import UserError
+from ane_moe.loop.session import Session
+from ane_moe.loop.shards import LoadedShards, load_shards
 from ane_moe.manifest import Manifest, read_manifest
+from ane_moe.progress import Progress, silent
 from ane_moe.runtime import resolve_runtime
-from ane_moe.runtime.session import Session
-from ane_moe.runtime.shards import LoadedShards, load_shards
-from ane_moe.verification.golden import Progress, silent
 from ane_moe.verification.verify import MIN_LOGIT_COSINE, MIN_LOGIT_COSINE_COMPRESSED
-from ane_moe.workers import peak_memory_bytes
 
 DEFAULT_UNITS = "cpu_and_ne"
 
@@ -121,7 +121,7 @@ def _compiled_before(out: Path, manifest: Manifest, runtime: str, options: dict[
     """How many packages, of all, need no compilation any more: what loading takes depends on little else."""
     if runtime != "coreml":
         return None
-    from ane_moe.runtime.coreml import default_cache
+    from ane_moe.runtime.coreml.runtime import default_cache
 
     cache = options.get("cache") or default_cache()
     found = sum(cache.find(cache.key(out / shard.path)) is not None for shard in manifest.shards)

@@ -8,13 +8,14 @@ import numpy as np
 
 from ane_moe.benchmark.result import OutputCheck
 from ane_moe.errors import UserError
+from ane_moe.loop.session import Session
 from ane_moe.manifest import Manifest
-from ane_moe.runtime.session import Session
-from ane_moe.verification.golden import Golden, Progress, read_golden
+from ane_moe.original.golden import Golden, read_golden
+from ane_moe.original.prompts import check_prompts
+from ane_moe.progress import Progress
 from ane_moe.verification.metrics import relative_l2_limit
 from ane_moe.verification.model_metrics import PromptLogits, compare_logits
 from ane_moe.verification.parity import decode_tail
-from ane_moe.verification.prompts import check_prompts
 
 # A difference of two logits carries both their errors, and four standard deviations are beyond chance.
 CLEAR = 4 * math.sqrt(2)

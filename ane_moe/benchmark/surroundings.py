@@ -9,9 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ane_moe.benchmark.result import Conditions
+from ane_moe.loop.figures import conditions as runtime_label
 from ane_moe.manifest import Manifest
-from ane_moe.runtime.figures import conditions as runtime_label
-from ane_moe.verification.machine import this_machine
+from ane_moe.placement.machine import this_machine
 
 PACKAGES = ("ane-moe", "coremltools", "numpy", "torch")
 BATTERY = ("pmset", "-g", "batt")           # "Now drawing from 'AC Power'"

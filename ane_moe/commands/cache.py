@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from ane_moe.runtime.modelc_cache import Entry, ModelCache
+    from ane_moe.runtime.coreml.modelc_cache import Entry, ModelCache
 
 
 def cache(
@@ -18,7 +18,7 @@ def cache(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Show the cache of compiled models (macOS), clear it or limit its size."""
-    from ane_moe.runtime.modelc_cache import ModelCache
+    from ane_moe.runtime.coreml.modelc_cache import ModelCache
 
     store = ModelCache(folder)
     removed = store.clear() if clear else []

@@ -89,20 +89,21 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Convert a checkpoint into Core ML shards. Run it again to go on after an interruption."""
+    from ane_moe.conversion.workers import prepare
     from ane_moe.manifest import FILE_NAME
-    from ane_moe.workers import prepare
 
     may_be_done = (out / FILE_NAME).exists() and not overwrite
     if not dry_run and not may_be_done:
-        prepare(workers, "ane_moe.stamping")
-    from ane_moe.compress.recipe import find_recipe, recipe_of
-    from ane_moe.concerns import concerns_of_options
-    from ane_moe.conversion import convert as run
-    from ane_moe.conversion import plan
+        prepare(workers, "ane_moe.conversion.stamping")
+    from ane_moe.conversion.pipeline import convert as run
+    from ane_moe.conversion.pipeline import plan
+    from ane_moe.conversion.plan import MAX_EXPERT_TOKENS, ConvertOptions
     from ane_moe.demo import demo_checkpoint
+    from ane_moe.forecast.concerns import concerns_of_options
+    from ane_moe.formats.recipe import find_recipe, recipe_of
     from ane_moe.number_lists import parse_counts, parse_layers
-    from ane_moe.plan import MAX_EXPERT_TOKENS, ConvertOptions
-    from ane_moe.report.convert import (
+    from ane_moe.placement.targets import find_target
+    from ane_moe.report.convert_table import (
         ConvertBar,
         plan_document,
         print_plan,
@@ -110,7 +111,6 @@ def convert(
         report_document,
         warning,
     )
-    from ane_moe.verification.targets import find_target
 
     if grouping is not None:
         from ane_moe.routing.grouping import read_grouping

@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ane_moe.runtime.diff import Diff, Difference, Unmatched
+    from ane_moe.runtime.reference.diff import Diff, Difference, Unmatched
 
 SHOWN = 10              # operations that only one side has, listed at most
 
@@ -39,8 +39,8 @@ def diff(
     """
     from ane_moe.runtime import resolve_runtime
     from ane_moe.runtime.arrays import read_inputs
-    from ane_moe.runtime.diff import Side
-    from ane_moe.runtime.diff import diff as compare
+    from ane_moe.runtime.reference.diff import Side
+    from ane_moe.runtime.reference.diff import diff as compare
 
     def side(path: Path, name: str | None, chosen: str, rounding: str) -> Side:
         resolved = resolve_runtime(chosen)
@@ -94,14 +94,14 @@ def _lines(result: "Diff") -> "Iterator[str]":
 
 
 def _only(item: "Unmatched") -> str:
-    from ane_moe.runtime.printer import printable
+    from ane_moe.mlprogram.printer import printable
 
     place = f"after {item.after}" if item.after else "before all that both have"
     return printable(f"{item.op} {item.name} {list(item.shape)}: only in {item.side}, {place}")
 
 
 def _pair(pair: "Difference") -> str:
-    from ane_moe.runtime.printer import printable
+    from ane_moe.mlprogram.printer import printable
 
     names = pair.name_a if pair.name_a == pair.name_b else f"{pair.name_a} / {pair.name_b}"
     if pair.shape_a != pair.shape_b:

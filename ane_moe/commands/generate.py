@@ -35,12 +35,12 @@ def generate(
     is given. Without a tokenizer, ids go in (--prompt-ids) and come out. A last token of white space is taken back,
     and the first new one must begin with it.
     """
-    from ane_moe.runtime.figures import figures_dict, figures_line
-    from ane_moe.runtime.generation import GenerateOptions
-    from ane_moe.runtime.generation import generate as start
-    from ane_moe.runtime.session import Session
-    from ane_moe.runtime.shards import load_shards
-    from ane_moe.runtime.tokenizer import load_tokenizer
+    from ane_moe.loop.figures import figures_dict, figures_line
+    from ane_moe.loop.generation import GenerateOptions
+    from ane_moe.loop.generation import generate as start
+    from ane_moe.loop.session import Session
+    from ane_moe.loop.shards import load_shards
+    from ane_moe.loop.tokenizer import load_tokenizer
 
     text = _prompt_text(prompt, prompt_file, prompt_ids)
     limit = None if expert_cache_mb is None else int(expert_cache_mb * 1_000_000)

@@ -27,7 +27,7 @@ def group(
     """
     from rich.console import Console
 
-    from ane_moe.benchmark.chips import find_chip
+    from ane_moe.forecast.chips import find_chip
     from ane_moe.report.routing_table import grouping_table, size_table
     from ane_moe.routing.function_size import choose_size
     from ane_moe.routing.grouping import group_experts, write_grouping

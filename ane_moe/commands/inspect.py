@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from ane_moe.runtime.inspect import FunctionSummary, PipelineSummary, Summary
-    from ane_moe.runtime.program import Feature, Program
-    from ane_moe.verification.placement_result import PlacementReport
+    from ane_moe.mlprogram.program import Feature, Program
+    from ane_moe.mlprogram.summary import FunctionSummary, PipelineSummary, Summary
+    from ane_moe.placement.result import PlacementReport
 
 VENDOR = "com.github.apple."            # of the metadata that coremltools writes
 
@@ -33,14 +33,14 @@ def inspect(
     from rich.console import Console
     from rich.text import Text
 
-    from ane_moe.runtime.inspect import (
+    from ane_moe.mlprogram.pipeline import OpenPipeline, open_model
+    from ane_moe.mlprogram.printer import program_text
+    from ane_moe.mlprogram.summary import (
         pipeline_document,
         summarize,
         summarize_pipeline,
         summary_document,
     )
-    from ane_moe.runtime.pipeline import OpenPipeline, open_model
-    from ane_moe.runtime.printer import program_text
 
     model = open_model(package, require_weights=False)
     if isinstance(model, OpenPipeline):
@@ -65,7 +65,7 @@ def inspect(
             for line in program_text(program):
                 console.print(Text(line), soft_wrap=True)
         if report:
-            from ane_moe.report.placement import placement_report
+            from ane_moe.report.placement_table import placement_report
 
             console.print("", placement_report(report))
     if report and not report.passed:
@@ -74,8 +74,8 @@ def inspect(
 
 def _predicted(programs: "Sequence[Program]", name: str, target: str,
                system: int) -> "PlacementReport":
-    from ane_moe.verification.placement import predict
-    from ane_moe.verification.targets import find_target
+    from ane_moe.placement.predicted import predict
+    from ane_moe.placement.targets import find_target
 
     return predict([(program, name) for program in programs], find_target(target, system))
 
@@ -96,7 +96,7 @@ def _pipeline_parts(summary: "PipelineSummary") -> "list[RenderableType]":
 
 
 def _parts(summary: "Summary") -> "list[RenderableType]":
-    from ane_moe.runtime.printer import printable
+    from ane_moe.mlprogram.printer import printable
 
     facts = [
         ("package", str(summary.path)),
@@ -170,7 +170,7 @@ def _table(
     from rich.table import Table
     from rich.text import Text
 
-    from ane_moe.runtime.printer import printable
+    from ane_moe.mlprogram.printer import printable
 
     table = Table(show_header=any(columns), box=None, pad_edge=False)
     for index, column in enumerate(columns):

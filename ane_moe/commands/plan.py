@@ -26,7 +26,7 @@ def plan(
 
     Reads no weights.
     """
-    from ane_moe.outlook import outlook
+    from ane_moe.forecast.outlook import outlook
     from ane_moe.report.outlook_table import print_outlook
 
     recipes = tuple(name.strip() for name in compress.split(",") if name.strip())

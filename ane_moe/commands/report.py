@@ -27,11 +27,11 @@ def report(
 
     from ane_moe.files import write_named_by_user
     from ane_moe.manifest import read_manifest
+    from ane_moe.placement.check import check_placement
+    from ane_moe.placement.targets import find_target
     from ane_moe.report.report_data import gather
     from ane_moe.report.step_bar import step_bar
     from ane_moe.report.verify_table import verify_report
-    from ane_moe.verification.check_placement import check_placement
-    from ane_moe.verification.targets import find_target
     from ane_moe.verification.verify import verify as run
 
     chip = find_target(target, system)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.table import Table
 
-    from ane_moe.runtime.tracing import Traced
+    from ane_moe.runtime.reference.tracing import Traced
 
 
 def run(
@@ -34,6 +34,7 @@ def run(
     from rich.text import Text
 
     from ane_moe.errors import UserError
+    from ane_moe.mlprogram.printer import printable
     from ane_moe.runtime import load_package, resolve_runtime
     from ane_moe.runtime.arrays import (
         labels_of,
@@ -44,7 +45,6 @@ def run(
         save_arrays,
         save_labels,
     )
-    from ane_moe.runtime.printer import printable
 
     chosen = "reference" if trace else resolve_runtime(runtime)
     if trace and resolve_runtime(runtime) != "reference" and runtime != "auto":
@@ -57,7 +57,7 @@ def run(
     state = loaded.make_state() if loaded.states else None
     traced: tuple[Traced, ...] = ()
     if trace:
-        from ane_moe.runtime.tracing import trace as run_traced
+        from ane_moe.runtime.reference.tracing import trace as run_traced
 
         whole = run_traced(loaded, inputs, state)
         results, traced = whole.results, whole.values
@@ -84,7 +84,7 @@ def run(
 
 
 def _document(results: "dict[str, np.ndarray]", traced: "tuple[Traced, ...]") -> dict[str, Any]:
-    from ane_moe.runtime.tracing import describe
+    from ane_moe.runtime.reference.tracing import describe
 
     def row(value: "Traced") -> dict[str, Any]:
         return {"op": value.op, "name": value.name, "dtype": str(value.value.dtype),
@@ -95,7 +95,7 @@ def _document(results: "dict[str, np.ndarray]", traced: "tuple[Traced, ...]") ->
 
 
 def _output_table(results: "dict[str, np.ndarray]") -> "Table":
-    from ane_moe.runtime.tracing import describe
+    from ane_moe.runtime.reference.tracing import describe
 
     return _trace_table(tuple(describe("output", name, value) for name, value in results.items()))
 
@@ -104,7 +104,7 @@ def _trace_table(values: "tuple[Traced, ...]") -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    from ane_moe.runtime.printer import printable
+    from ane_moe.mlprogram.printer import printable
 
     table = Table(box=None, pad_edge=False)
     for column in ("op", "name", "type", "shape"):

@@ -44,11 +44,11 @@ def verify(
     from rich.console import Console
 
     from ane_moe.manifest import read_manifest
-    from ane_moe.report.placement import placement_report
+    from ane_moe.placement.check import check_placement
+    from ane_moe.placement.targets import find_target
+    from ane_moe.report.placement_table import placement_report
     from ane_moe.report.step_bar import step_bar
     from ane_moe.report.verify_table import verify_report
-    from ane_moe.verification.check_placement import check_placement
-    from ane_moe.verification.targets import find_target
     from ane_moe.verification.verify import verify as run
 
     chip = find_target(target, system)

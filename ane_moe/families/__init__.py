@@ -9,15 +9,15 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any, Protocol, cast
 
-from ane_moe.checkpoint import Checkpoint, TensorSource
-from ane_moe.checkpoint_folder import CONFIG, passed_over
+from ane_moe.checkpoints.checkpoint import Checkpoint, TensorSource
+from ane_moe.checkpoints.folder import CONFIG, passed_over
 from ane_moe.errors import UserError
 from ane_moe.families.config import Config
 from ane_moe.families.keys import KeyTable, find_tensors
 from ane_moe.families.quantised import SIDE_FILES, quantisation, side_file
 from ane_moe.json_file import read_json
+from ane_moe.model.spec import ModelSpec
 from ane_moe.model.weight import WeightName
-from ane_moe.spec import ModelSpec
 
 PARTS = {"config", "decoder", "keys", "quantised", "rope"}
 

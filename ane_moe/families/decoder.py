@@ -5,7 +5,7 @@ from typing import Any
 
 from ane_moe.families.config import MAX_EXPERTS, MAX_LAYERS, Config
 from ane_moe.families.rope import rope_config, rope_spec
-from ane_moe.spec import GqaSpec, HeadSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec, RouterSpec
+from ane_moe.model.spec import GqaSpec, HeadSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec, RouterSpec
 
 ROPE = "main"       # these families have one rotary table
 

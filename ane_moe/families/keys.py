@@ -8,11 +8,11 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from ane_moe.checkpoint import TensorSource
+from ane_moe.checkpoints.checkpoint import TensorSource
+from ane_moe.checkpoints.key_names import decoder_prefixes
 from ane_moe.errors import UserError
-from ane_moe.key_names import decoder_prefixes
+from ane_moe.model.spec import ModelSpec, MoeSpec
 from ane_moe.model.weight import EMBEDDING, HEAD, Weight, WeightName
-from ane_moe.spec import ModelSpec, MoeSpec
 from ane_moe.wording import counted, listed
 
 

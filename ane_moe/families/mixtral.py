@@ -3,7 +3,7 @@
 from ane_moe.families.config import Config
 from ane_moe.families.decoder import decoder, gqa, mlp, n_layers, router
 from ane_moe.families.keys import SKELETON, KeyTable, each_expert, expert_keys, fused_experts
-from ane_moe.spec import LayerSpec, ModelSpec, MoeSpec
+from ane_moe.model.spec import LayerSpec, ModelSpec, MoeSpec
 
 # transformers reads `block_sparse_moe` and its own newer `mlp` alike.
 KEYS: KeyTable = {

@@ -3,7 +3,7 @@
 from ane_moe.families.config import Config
 from ane_moe.families.decoder import decoder, full_attention, gqa, mlp, n_layers, router
 from ane_moe.families.keys import MLP_EXPERTS, SKELETON, KeyTable
-from ane_moe.spec import LayerSpec, ModelSpec, MoeSpec
+from ane_moe.model.spec import LayerSpec, ModelSpec, MoeSpec
 
 KEYS: KeyTable = {
     **SKELETON,

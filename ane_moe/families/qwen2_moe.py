@@ -3,7 +3,7 @@
 from ane_moe.families.config import Config
 from ane_moe.families.decoder import decoder, gqa, mlp, n_layers, router
 from ane_moe.families.keys import MLP_EXPERTS, SKELETON, KeyTable, mlp_keys
-from ane_moe.spec import LayerSpec, ModelSpec, MoeSpec, SharedSpec
+from ane_moe.model.spec import LayerSpec, ModelSpec, MoeSpec, SharedSpec
 
 KEYS: KeyTable = {
     **SKELETON,

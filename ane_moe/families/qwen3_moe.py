@@ -4,7 +4,7 @@ from ane_moe.families.config import Config
 from ane_moe.families.decoder import decoder, gqa, mlp, router
 from ane_moe.families.keys import MLP_EXPERTS, SKELETON, KeyTable, mlp_keys
 from ane_moe.families.qwen2_moe import moe_layers
-from ane_moe.spec import LayerSpec, ModelSpec, MoeSpec
+from ane_moe.model.spec import LayerSpec, ModelSpec, MoeSpec
 
 KEYS: KeyTable = {
     **SKELETON,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ane_moe.families.config import Config
-from ane_moe.spec import RopeSpec
+from ane_moe.model.spec import RopeSpec
 
 BETA_FAST, BETA_SLOW = 32.0, 1.0        # YaRN's own constants, for files that do not give others
 

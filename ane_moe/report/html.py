@@ -7,10 +7,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ane_moe.placement.result import FunctionPlacement
 from ane_moe.report import plots
 from ane_moe.report.report_data import ReportData
 from ane_moe.report.verify_table import tokenizer_line
-from ane_moe.verification.placement_result import FunctionPlacement
 from ane_moe.verification.result import ShardResult
 
 STRIP = 60                  # cells of a placement strip

@@ -6,9 +6,9 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from ane_moe.benchmark.chips import Range
-from ane_moe.benchmark.cost_model import NOTE
-from ane_moe.outlook import Choice, Outlook
+from ane_moe.forecast.chips import Range
+from ane_moe.forecast.cost_model import NOTE
+from ane_moe.forecast.outlook import Choice, Outlook
 
 MINUTE = 60
 UNBOUNDED = 10_000

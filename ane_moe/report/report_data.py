@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from ane_moe.benchmark.chips import chip_names, find_chip
-from ane_moe.benchmark.cost_model import predict
-from ane_moe.benchmark.workload import workload_of
 from ane_moe.errors import UserError
+from ane_moe.forecast.chips import chip_names, find_chip
+from ane_moe.forecast.cost_model import predict
+from ane_moe.forecast.workload import workload_of
 from ane_moe.manifest import Manifest, read_manifest
+from ane_moe.original.golden import read_golden
+from ane_moe.placement.result import PlacementReport
 from ane_moe.routing.routing_trace import read_trace
 from ane_moe.routing.statistics import relative_entropy, summarise
-from ane_moe.verification.golden import read_golden
-from ane_moe.verification.placement_result import PlacementReport
 from ane_moe.verification.result import VerifyReport
 
 MAX_BENCH_BYTES = 1 << 24

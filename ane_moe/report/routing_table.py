@@ -5,7 +5,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ane_moe.benchmark.chips import Range
+from ane_moe.forecast.chips import Range
 from ane_moe.routing.function_size import SizeChoice
 from ane_moe.routing.grouping import GroupingReport
 from ane_moe.routing.statistics import TraceSummary

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ane_moe.benchmark.chips import Chip, Range
-from ane_moe.benchmark.cost_model import NOTE, breakdown
-from ane_moe.benchmark.workload import Calls
-from ane_moe.compress.recipe import find_format
 from ane_moe.errors import UserError
+from ane_moe.forecast.chips import Chip, Range
+from ane_moe.forecast.cost_model import NOTE, breakdown
+from ane_moe.forecast.workload import Calls
+from ane_moe.formats.recipe import find_format
 from ane_moe.routing.grouping import GroupingReport, group_experts
 from ane_moe.routing.routing_trace import RoutingTrace
 

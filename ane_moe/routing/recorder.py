@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import psutil
 
-from ane_moe.checkpoint import open_checkpoint
+from ane_moe.checkpoints.checkpoint import open_checkpoint
 from ane_moe.errors import UserError
+from ane_moe.loop.buffers import by_channel
+from ane_moe.loop.session import Session
+from ane_moe.loop.shards import LoadedShard, LoadedShards, load_shards
 from ane_moe.manifest import FILE_NAME, Manifest
+from ane_moe.mlprogram.program import Feature
+from ane_moe.original.prompts import cut_passages, read_prompts
+from ane_moe.progress import Progress, silent
 from ane_moe.quiet_transformers import quiet_transformers
 from ane_moe.routing.routing_trace import LayerRouting, RoutingTrace, by_weight
-from ane_moe.runtime.buffers import by_channel
 from ane_moe.runtime.interface import LoadedFunction
-from ane_moe.runtime.program import Feature
-from ane_moe.runtime.session import Session
-from ane_moe.runtime.shards import LoadedShard, LoadedShards, load_shards
-from ane_moe.verification.golden import Progress, silent
-from ane_moe.verification.prompts import cut_passages, read_prompts
 
 GATES = re.compile(r"gates(?:_(\d+))?")
 WINDOW = 512            # tokens of a passage, unless the context is shorter
@@ -150,9 +150,9 @@ def _chunks(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 def _record_checkpoint(checkpoint: Path, prompts: list[list[int]], window: int | None, max_tokens: int,
                        progress: Progress) -> RoutingTrace:
-    from ane_moe.verification.hf_capture import Tap, walk_layers
-    from ane_moe.verification.hf_stream import StreamedModel
-    from ane_moe.verification.prompts import check_prompts
+    from ane_moe.original.capture import Tap, walk_layers
+    from ane_moe.original.prompts import check_prompts
+    from ane_moe.original.stream import StreamedModel
 
     layers: dict[int, LayerRouting] = {}
     with quiet_transformers():

@@ -8,7 +8,7 @@ from typing import Any
 from ane_moe.errors import UserError
 from ane_moe.runtime.interface import LoadedFunction, Package
 
-RUNTIMES = {"reference": "ane_moe.runtime.reference", "coreml": "ane_moe.runtime.coreml"}
+RUNTIMES = {"reference": "ane_moe.runtime.reference.runtime", "coreml": "ane_moe.runtime.coreml.runtime"}
 
 
 def resolve_runtime(name: str) -> str:

@@ -12,9 +12,9 @@ import numpy as np
 
 from ane_moe.errors import UserError
 from ane_moe.files import replaced
+from ane_moe.mlprogram.program import Feature
 from ane_moe.runtime.inputs import PIXELS, UNBOUNDED
 from ane_moe.runtime.numpy_dtypes import NUMPY
-from ane_moe.runtime.program import Feature
 
 
 def read_inputs(assignments: Iterable[str]) -> dict[str, np.ndarray]:

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from ane_moe.errors import UserError
+from ane_moe.mlprogram.program import Feature
 from ane_moe.runtime.numpy_dtypes import FLOATS, NUMPY
-from ane_moe.runtime.program import Feature
 
 PIXELS = (0, 255)               # of every colour layout but grayscale fp16, which is not bounded
 UNBOUNDED = "grayscale fp16"

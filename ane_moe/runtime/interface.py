@@ -4,7 +4,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ane_moe.runtime.program import Feature
+from ane_moe.mlprogram.program import Feature
 
 
 class Package(Protocol):

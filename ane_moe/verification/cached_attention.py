@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from ane_moe.loop.buffers import Buffers, by_channel, rope_rows
 from ane_moe.manifest import Manifest, Shard
-from ane_moe.runtime.buffers import Buffers, by_channel, rope_rows
 from ane_moe.runtime.interface import LoadedFunction
 
 

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ane_moe.loop.buffers import by_channel
+from ane_moe.loop.experts import ExpertDispatch, Group, expert_inputs, gate_name
+from ane_moe.loop.figures import CallClock, PhaseFigures
 from ane_moe.manifest import Manifest
-from ane_moe.runtime.buffers import by_channel
-from ane_moe.runtime.experts import ExpertDispatch, Group, expert_inputs, gate_name
-from ane_moe.runtime.figures import CallClock, PhaseFigures
+from ane_moe.original.golden import Golden, LayerGolden
 from ane_moe.runtime.interface import LoadedFunction
 from ane_moe.verification.gate import judge
-from ane_moe.verification.golden import Golden, LayerGolden
 from ane_moe.verification.result import ShardResult
-from ane_moe.verification.routing import near_tie_flips
+from ane_moe.verification.routing_parity import near_tie_flips
 
 GATES = (1, 0.5, 0.25)          # exact in fp16, and different in neighbouring tokens
 MASKED_TOKENS = 16              # shown to every expert, chosen or not

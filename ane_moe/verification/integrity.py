@@ -7,12 +7,12 @@ import numpy as np
 
 from ane_moe.errors import UserError
 from ane_moe.files import is_hidden, sha256
+from ane_moe.loop.embedding_table import Int8Table, open_embeddings
+from ane_moe.loop.shards import check_manifest
 from ane_moe.manifest import Manifest
-from ane_moe.runtime.embedding_table import Int8Table, open_embeddings
-from ane_moe.runtime.program import Block, Constant, Program
-from ane_moe.runtime.reader import read_program
-from ane_moe.runtime.shards import check_manifest
-from ane_moe.verification.golden import Progress
+from ane_moe.mlprogram.program import Block, Constant, Program
+from ane_moe.mlprogram.reader import read_program
+from ane_moe.progress import Progress
 from ane_moe.verification.result import Problem
 
 FLOATS = {"fp16", "fp32", "fp64", "bf16"}

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import numpy as np
 
+from ane_moe.loop.buffers import activation_shape, by_channel
+from ane_moe.loop.embedding_table import open_embeddings
+from ane_moe.loop.shards import LoadedShard, check_shard, ffn_shards
 from ane_moe.manifest import Manifest, Shard, ShardFunction
-from ane_moe.runtime.buffers import activation_shape, by_channel
-from ane_moe.runtime.embedding_table import open_embeddings
+from ane_moe.original.golden import Golden
 from ane_moe.runtime.interface import LoadedFunction
-from ane_moe.runtime.shards import LoadedShard, check_shard, ffn_shards
 from ane_moe.verification.cached_attention import CachedAttention
 from ane_moe.verification.expert_parity import ExpertParity
 from ane_moe.verification.gate import NOT_FINITE, judge
-from ane_moe.verification.golden import Golden
 from ane_moe.verification.result import RoutingResult, ShardResult
-from ane_moe.verification.routing import compare_routing, near_tie_flips
+from ane_moe.verification.routing_parity import compare_routing, near_tie_flips
 
 Routed = tuple[np.ndarray, np.ndarray, np.ndarray]      # gates, the golden's probabilities, its choices
 Load = Callable[[Path, str], LoadedFunction]

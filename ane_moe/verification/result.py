@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ane_moe.tokenizer_record import Difference
+from ane_moe.original.tokenizer_record import Difference
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from ane_moe.checkpoint_tokenizer import read_tokenizer
 from ane_moe.errors import UserError
+from ane_moe.loop.tokenizer import load_tokenizer
 from ane_moe.manifest import Manifest
-from ane_moe.runtime.tokenizer import load_tokenizer
-from ane_moe.tokenizer_record import TokenizerRecord, differences, read_record, record_of
+from ane_moe.original.checkpoint_tokenizer import read_tokenizer
+from ane_moe.original.tokenizer_record import TokenizerRecord, differences, read_record, record_of
 from ane_moe.verification.result import TokenizerResult
 
 

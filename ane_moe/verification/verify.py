@@ -10,17 +10,19 @@ from typing import Any
 import psutil
 
 from ane_moe.errors import UserError
-from ane_moe.job import open_model
+from ane_moe.loop.experts import ExpertDispatch, expert_layers, open_cache
 from ane_moe.manifest import Manifest, read_manifest
+from ane_moe.opened import open_model
+from ane_moe.original.capture import capture_golden
+from ane_moe.original.golden import Golden, read_golden
+from ane_moe.original.prompts import check_prompts, read_prompts
+from ane_moe.original.stored_model import capture_as_stored, with_errors
+from ane_moe.progress import Progress, silent
 from ane_moe.runtime import load_package, resolve_runtime
-from ane_moe.runtime.experts import ExpertDispatch, expert_layers, open_cache
 from ane_moe.verification.expert_parity import ExpertParity
-from ane_moe.verification.golden import Golden, Progress, capture_golden, read_golden, silent
 from ane_moe.verification.integrity import check_integrity
 from ane_moe.verification.parity import Parity
-from ane_moe.verification.prompts import check_prompts, read_prompts
 from ane_moe.verification.result import Comparison, RoutingResult, ShardResult, VerifyReport
-from ane_moe.verification.stored_model import capture_as_stored, with_errors
 from ane_moe.verification.tokenizer_parity import compare_tokenizer
 from ane_moe.verification.whole_model import Passes, WholeModel
 

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import psutil
 
+from ane_moe.loop.session import Session
+from ane_moe.loop.shards import LoadedShard, LoadedShards, load_shards
 from ane_moe.manifest import Manifest
+from ane_moe.mlprogram.program import Feature
+from ane_moe.original.golden import Golden
+from ane_moe.progress import Progress
 from ane_moe.runtime.interface import LoadedFunction
-from ane_moe.runtime.program import Feature
-from ane_moe.runtime.session import Session
-from ane_moe.runtime.shards import LoadedShard, LoadedShards, load_shards
-from ane_moe.verification.golden import Golden, Progress
 from ane_moe.verification.model_metrics import PromptLogits, compare_logits
 from ane_moe.verification.parity import decode_tail
 from ane_moe.verification.result import FunctionModelResult

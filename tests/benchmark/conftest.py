@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.verify.tiny import tiny_checkpoint, tiny_conversion
+from tests.verification.tiny import tiny_checkpoint, tiny_conversion
 
 
 @pytest.fixture(scope="session")

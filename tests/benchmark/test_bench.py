@@ -13,26 +13,26 @@ from safetensors.numpy import load_file, safe_open, save_file
 from typer.testing import CliRunner
 
 from ane_moe import bench
-from ane_moe.benchmark.chips import find_chip
-from ane_moe.benchmark.cost_model import predict
 from ane_moe.benchmark.loop_timing import default_fills, default_lengths, time_decode, time_prefill
 from ane_moe.benchmark.measurement import BenchOptions
 from ane_moe.benchmark.output_check import CLEAR, _wrong_tokens
 from ane_moe.benchmark.result import latency
-from ane_moe.benchmark.workload import workload_of
 from ane_moe.cli import app
-from ane_moe.compress.recipe import INT8
 from ane_moe.errors import UserError
+from ane_moe.forecast.chips import find_chip
+from ane_moe.forecast.cost_model import predict
+from ane_moe.forecast.workload import workload_of
+from ane_moe.formats.recipe import INT8
+from ane_moe.loop.session import Session
 from ane_moe.manifest import read_manifest
+from ane_moe.progress import silent
 from ane_moe.report.bench_table import bench_report
-from ane_moe.runtime.modelc_cache import ModelCache
-from ane_moe.runtime.session import Session
-from ane_moe.verification.golden import silent
+from ane_moe.runtime.coreml.modelc_cache import ModelCache
 from ane_moe.verification.metrics import relative_l2_limit
 from ane_moe.verification.model_metrics import PromptLogits
 from tests.runtime.numpy_shards import EXPERTS, Decoder, make_manifest, make_shards
 from tests.standin.fixtures import standin as standin
-from tests.verify.tiny import tiny_conversion
+from tests.verification.tiny import tiny_conversion
 
 QUICK = ("--runs", "2", "--warmup", "1", "--tokens", "3", "--fills", "0,40", "--lengths", "16,40")
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from ane_moe.commands.cache import cache
 from ane_moe.errors import UserError
-from ane_moe.runtime.modelc_cache import ModelCache
+from ane_moe.runtime.coreml.modelc_cache import ModelCache
 
 BUILD = "24F74"
 
@@ -17,7 +17,7 @@ BUILD = "24F74"
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A cache of two models of 1 MB, the second known to be good for decode."""
-    monkeypatch.setattr("ane_moe.runtime.modelc_cache.current_os_build", lambda: BUILD)
+    monkeypatch.setattr("ane_moe.runtime.coreml.modelc_cache.current_os_build", lambda: BUILD)
     store = ModelCache(tmp_path / "cache")
     for name in ("first", "second"):
         package = tmp_path / f"{name}.mlpackage"

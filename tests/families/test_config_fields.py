@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ane_moe.checkpoint import open_checkpoint
+from ane_moe.checkpoints.checkpoint import open_checkpoint
 from ane_moe.errors import UserError
 from ane_moe.families import describe, load_family
 from tests.models import FAMILIES, edit_config, make_model, read_config, save_checkpoint, write_config
@@ -114,7 +114,7 @@ def test_two_names_of_one_field_may_not_contradict_each_other(tmp_path: Path) ->
 
 
 def test_an_unsupported_model_type_names_the_supported_ones(family: Path) -> None:
-    for name in ("llama", "config", "keys", "", "../qwen3_moe", "ane_moe.spec"):
+    for name in ("llama", "config", "keys", "", "../qwen3_moe", "ane_moe.model.spec"):
         said = refusal(family, model_type=name)
         assert repr(name) in said
         assert all(supported in said for supported in FAMILIES)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from ane_moe.checkpoint import open_checkpoint
+from ane_moe.checkpoints.checkpoint import open_checkpoint
 from ane_moe.families import describe, supported
-from ane_moe.spec import ModelSpec, MoeSpec
+from ane_moe.model.spec import ModelSpec, MoeSpec
 from tests.models import (
     FAMILIES,
     VARIANTS,

@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from ane_moe.checkpoint import Checkpoint, open_checkpoint
+from ane_moe.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ane_moe.errors import UserError
 from ane_moe.families import describe, load_family
 from ane_moe.families.keys import Fused
+from ane_moe.model.spec import ModelSpec
 from ane_moe.model.weight import EMBEDDING, HEAD
-from ane_moe.spec import ModelSpec
 from tests.models import FAMILIES, VARIANTS, edit_config, make_model, make_variant, save_checkpoint, save_fused
 
 MODELS = [*FAMILIES, *VARIANTS]

@@ -4,16 +4,26 @@ import math
 
 import pytest
 
-from ane_moe.blocks.attention import AttentionConfig
-from ane_moe.blocks.experts import ExpertGroupConfig, SharedExpertConfig
-from ane_moe.blocks.head import HeadConfig
-from ane_moe.blocks.mlp import DenseConfig
-from ane_moe.blocks.moe import MoeConfig
-from ane_moe.blocks.registry import BLOCKS, build_unbound
-from ane_moe.blocks.routed import RoutedAttentionConfig
-from ane_moe.blocks.stack import StackConfig
+from ane_moe.model.spec import (
+    GqaSpec,
+    HeadSpec,
+    LayerSpec,
+    MlpSpec,
+    ModelSpec,
+    MoeSpec,
+    NormSpec,
+    RouterSpec,
+    SharedSpec,
+)
 from ane_moe.model.weight import Directions, Place, Selection, Weight, parse_name
-from ane_moe.spec import GqaSpec, HeadSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec, NormSpec, RouterSpec, SharedSpec
+from ane_moe.parts.attention import AttentionConfig
+from ane_moe.parts.experts import ExpertGroupConfig, SharedExpertConfig
+from ane_moe.parts.head import HeadConfig
+from ane_moe.parts.mlp import DenseConfig
+from ane_moe.parts.moe import MoeConfig
+from ane_moe.parts.registry import BLOCKS, build_unbound
+from ane_moe.parts.routed import RoutedAttentionConfig
+from ane_moe.parts.stack import StackConfig
 
 D, NORM, RANKS = 16, NormSpec(), (2, 0, 3)
 GQA = GqaSpec(4, 2, 8, scale=1.0, rope=None, qkv_bias=True, o_bias=True, qk_norm="head")

@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 from ane_moe.cli import app
 from ane_moe.demo import demo_checkpoint
 from ane_moe.errors import UserError
+from ane_moe.placement.predicted import predict
+from ane_moe.placement.targets import find_target
 from ane_moe.report.html import render_html
 from ane_moe.report.markdown import render_markdown
 from ane_moe.report.report_data import gather
-from ane_moe.verification.placement import predict
-from ane_moe.verification.targets import find_target
 from ane_moe.verification.verify import verify
-from tests.verify.tiny import tiny_conversion
+from tests.verification.tiny import tiny_conversion
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",

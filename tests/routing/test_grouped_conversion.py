@@ -8,12 +8,12 @@ from typer.testing import CliRunner
 
 from ane_moe.cli import app
 from ane_moe.errors import UserError
+from ane_moe.loop.session import Session
+from ane_moe.loop.shards import load_shards
 from ane_moe.manifest import read_manifest
 from ane_moe.routing.grouping import Grouping, write_grouping
-from ane_moe.runtime.session import Session
-from ane_moe.runtime.shards import load_shards
 from ane_moe.verification.verify import verify
-from tests.verify.tiny import tiny_checkpoint, tiny_conversion
+from tests.verification.tiny import tiny_checkpoint, tiny_conversion
 
 GROUPS = ((0, 3), (1, 2))
 IDS = np.random.default_rng(0).integers(0, 60, 24).tolist()

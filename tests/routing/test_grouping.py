@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ane_moe.benchmark.chips import find_chip
 from ane_moe.errors import UserError
+from ane_moe.forecast.chips import find_chip
 from ane_moe.routing.function_size import choose_size
 from ane_moe.routing.grouping import (
     Grouping,

@@ -8,16 +8,16 @@ import torch
 from typer.testing import CliRunner
 
 from ane_moe.cli import app
-from ane_moe.compress.recipe import INT8
 from ane_moe.errors import UserError
+from ane_moe.formats.recipe import INT8
+from ane_moe.loop.session import Session
+from ane_moe.loop.shards import load_shards
 from ane_moe.routing.recorder import record
 from ane_moe.routing.routing_trace import LayerRouting, RoutingTrace, read_trace, write_trace
 from ane_moe.routing.statistics import summarise
 from ane_moe.routing.traffic import expert_traffic
-from ane_moe.runtime.session import Session
-from ane_moe.runtime.shards import load_shards
 from tests.models import FAMILIES, make_model, save_checkpoint
-from tests.verify.tiny import tiny_conversion, tiny_model
+from tests.verification.tiny import tiny_conversion, tiny_model
 
 WINDOW = 20
 PROMPTS = [np.random.default_rng(1).integers(3, 60, 45).tolist(), [7, 8, 9]]       # passages of 20, 20, 5 and 3

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ane_moe.runtime.pipeline import OpenPipeline, open_model
-from ane_moe.runtime.program import (
+from ane_moe.mlprogram.pipeline import OpenPipeline, open_model
+from ane_moe.mlprogram.program import (
     Argument,
     Constant,
     DictionaryType,

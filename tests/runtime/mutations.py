@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 
 from ane_moe.errors import UserError
-from ane_moe.runtime import load_package, structural
-from ane_moe.runtime.blob import HEADER, METADATA
-from ane_moe.runtime.inspect import summarize, summarize_pipeline
-from ane_moe.runtime.pipeline import OpenPipeline, open_model
-from ane_moe.runtime.printer import program_text
-from ane_moe.runtime.program import Constant, Feature, Program
-from ane_moe.runtime.proto import Model_pb2
-from ane_moe.runtime.weights import operations_of
+from ane_moe.mlprogram.blob import HEADER, METADATA
+from ane_moe.mlprogram.pipeline import OpenPipeline, open_model
+from ane_moe.mlprogram.printer import program_text
+from ane_moe.mlprogram.program import Constant, Feature, Program
+from ane_moe.mlprogram.proto import Model_pb2
+from ane_moe.mlprogram.summary import summarize, summarize_pipeline
+from ane_moe.mlprogram.weights import operations_of
+from ane_moe.runtime import load_package
+from ane_moe.runtime.reference import structural
 
 MODEL = Path("Data/com.apple.CoreML/model.mlmodel")
 WEIGHTS = Path("Data/com.apple.CoreML/weights/weight.bin")

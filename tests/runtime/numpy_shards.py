@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from ane_moe.errors import UserError
+from ane_moe.loop.buffers import rope_rows
+from ane_moe.loop.expert_cache import ExpertCache
+from ane_moe.loop.experts import expert_inputs, expert_layers, gate_name
+from ane_moe.loop.shards import LoadedLayer, LoadedShard, LoadedShards, input_shapes
 from ane_moe.manifest import Manifest, Shard, ShardFunction
-from ane_moe.runtime.buffers import rope_rows
-from ane_moe.runtime.expert_cache import ExpertCache
-from ane_moe.runtime.experts import expert_inputs, expert_layers, gate_name
-from ane_moe.runtime.program import Feature, TensorType
-from ane_moe.runtime.shards import LoadedLayer, LoadedShard, LoadedShards, input_shapes
+from ane_moe.mlprogram.program import Feature, TensorType
 
 D, HEADS, DIM, EXPERTS, WIDTH, VOCAB = 12, 2, 6, 5, 7, 41
 INV_FREQ = (1.0, 0.13)                              # four of six channels are rotated

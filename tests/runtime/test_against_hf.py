@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from ane_moe.compress.recipe import FP16
-from ane_moe.conversion import ConvertOptions, convert
+from ane_moe.conversion.pipeline import ConvertOptions, convert
 from ane_moe.errors import UserError
-from ane_moe.runtime.generation import GenerateOptions, generate
-from ane_moe.runtime.session import Session
-from ane_moe.runtime.shards import load_shards
+from ane_moe.formats.recipe import FP16
+from ane_moe.loop.generation import GenerateOptions, generate
+from ane_moe.loop.session import Session
+from ane_moe.loop.shards import load_shards
 from tests.models import FAMILIES, make_model, make_variant, save_checkpoint
 
 NEW_TOKENS = 32

@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import ane_moe.runtime.blob
+import ane_moe.mlprogram.blob
 from ane_moe.coreml_tools import BlobWriter, ct
 from ane_moe.errors import UserError
-from ane_moe.runtime.blob import HEADER, METADATA, SENTINEL, BlobFile
-from ane_moe.runtime.storage import STORAGE, decode, stored_size
+from ane_moe.mlprogram.blob import HEADER, METADATA, SENTINEL, BlobFile
+from ane_moe.mlprogram.storage import STORAGE, decode, stored_size
 
 types = ct.converters.mil.mil.types
 
@@ -156,7 +156,7 @@ def test_wrong_padding_of_packed_elements_is_refused(tmp_path):
 
 
 def test_views_stay_valid_when_later_reads_push_their_pages_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(ane_moe.runtime.blob, "MAX_RESIDENT_BYTES", 64)
+    monkeypatch.setattr(ane_moe.mlprogram.blob, "MAX_RESIDENT_BYTES", 64)
     path = tmp_path / "weight.bin"
     values = np.arange(16, dtype=np.float16)
     path.write_bytes(HEADER.pack(1, 2) + METADATA.pack(SENTINEL, 1, 32, 128, 0) + values.tobytes())

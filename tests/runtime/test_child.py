@@ -9,8 +9,9 @@ import time
 import pytest
 
 from ane_moe.errors import UserError
-from ane_moe.runtime import child, coreml
-from ane_moe.runtime.modelc_cache import ModelCache
+from ane_moe.runtime.coreml import runtime as coreml
+from ane_moe.runtime.coreml import trial as child
+from ane_moe.runtime.coreml.modelc_cache import ModelCache
 from tests.standin.fixtures import standin as standin
 from tests.standin.packages import accumulator
 

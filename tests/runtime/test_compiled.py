@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 
 from ane_moe.cli import app
 from ane_moe.errors import UserError
-from ane_moe.runtime import load_package, mil_text
-from ane_moe.runtime.blob import HEADER, METADATA, SENTINEL
-from ane_moe.runtime.program import Constant, Feature, Operation, TensorType
-from ane_moe.runtime.reader import read_program
+from ane_moe.mlprogram import mil_text
+from ane_moe.mlprogram.blob import HEADER, METADATA, SENTINEL
+from ane_moe.mlprogram.program import Constant, Feature, Operation, TensorType
+from ane_moe.mlprogram.reader import read_program
+from ane_moe.runtime import load_package
 
 Get = Callable[[str], Path]
 NAMES = [name for name in conftest.PACKAGES if name != "loop"]

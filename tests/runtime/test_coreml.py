@@ -11,8 +11,10 @@ import pytest
 
 from ane_moe.coreml_tools import ct
 from ane_moe.errors import UserError
-from ane_moe.runtime import coreml, load_package, reference
-from ane_moe.runtime.modelc_cache import ModelCache
+from ane_moe.runtime import load_package
+from ane_moe.runtime.coreml import runtime as coreml
+from ane_moe.runtime.coreml.modelc_cache import ModelCache
+from ane_moe.runtime.reference import runtime as reference
 from tests.standin import install, native
 from tests.standin.fixtures import standin as standin
 from tests.standin.packages import CACHE, CHANNELS, FUNCTIONS, accumulator, expected, single

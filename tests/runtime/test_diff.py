@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 from ane_moe.cli import app
 from ane_moe.coreml_tools import ct
 from ane_moe.errors import UserError
+from ane_moe.mlprogram.program import Feature, TensorType
 from ane_moe.runtime.arrays import random_inputs, read_array, read_inputs
-from ane_moe.runtime.diff import Side, Unmatched, align, compare, diff, unmatched
-from ane_moe.runtime.program import Feature, TensorType
-from ane_moe.runtime.tracing import describe
+from ane_moe.runtime.reference.diff import Side, Unmatched, align, compare, diff, unmatched
+from ane_moe.runtime.reference.tracing import describe
 
 Get = Callable[[str], Path]
 

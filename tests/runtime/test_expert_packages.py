@@ -9,10 +9,10 @@ import torch
 
 from ane_moe.coreml_tools import ct
 from ane_moe.errors import UserError
+from ane_moe.loop.expert_cache import FunctionKey
+from ane_moe.loop.experts import ExpertDispatch, expert_layers, open_cache
+from ane_moe.loop.figures import CallClock, PhaseFigures
 from ane_moe.manifest import Shard, ShardFunction
-from ane_moe.runtime.expert_cache import FunctionKey
-from ane_moe.runtime.experts import ExpertDispatch, expert_layers, open_cache
-from ane_moe.runtime.figures import CallClock, PhaseFigures
 from tests.runtime.numpy_shards import D, make_manifest
 
 EXPERTS, WIDTH, BUCKETS = 3, 20, (1, 4)

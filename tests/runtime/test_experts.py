@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ane_moe.errors import UserError
+from ane_moe.loop.expert_cache import ExpertCache, FunctionKey
+from ane_moe.loop.experts import ExpertDispatch, Group, expert_layers
+from ane_moe.loop.figures import CallClock, PhaseFigures
+from ane_moe.loop.prefetch import read_routers
+from ane_moe.loop.session import Session
 from ane_moe.manifest import Shard, ShardFunction
-from ane_moe.runtime.expert_cache import ExpertCache, FunctionKey
-from ane_moe.runtime.experts import ExpertDispatch, Group, expert_layers
-from ane_moe.runtime.figures import CallClock, PhaseFigures
-from ane_moe.runtime.prefetch import read_routers
-from ane_moe.runtime.session import Session
 from tests.runtime.numpy_shards import EXPERTS, VOCAB, D, Decoder, expert, gates, make_cache, make_manifest, make_shards
 
 TOLERANCE = 0.05            # fp16 activations against fp64, on logits of about unit variance

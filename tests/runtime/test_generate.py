@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ane_moe.errors import UserError
-from ane_moe.runtime.generation import GenerateOptions, generate
-from ane_moe.runtime.session import Session
-from ane_moe.runtime.tokenizer import TextStream
+from ane_moe.loop.generation import GenerateOptions, generate
+from ane_moe.loop.session import Session
+from ane_moe.loop.tokenizer import TextStream
 from tests.runtime.numpy_shards import VOCAB, Decoder, make_manifest, make_shards
 
 WINDOWS = (None, 5)

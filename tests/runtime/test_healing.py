@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from ane_moe.checkpoint_tokenizer import read_tokenizer
 from ane_moe.demo import demo_checkpoint
-from ane_moe.runtime.generation import GenerateOptions, generate
-from ane_moe.runtime.session import Session
-from ane_moe.runtime.tokenizer import Begun, TextStream, Tokenizer
+from ane_moe.loop.generation import GenerateOptions, generate
+from ane_moe.loop.session import Session
+from ane_moe.loop.tokenizer import Begun, TextStream, Tokenizer
+from ane_moe.original.checkpoint_tokenizer import read_tokenizer
 from tests.runtime.numpy_shards import VOCAB, Decoder, make_manifest, make_shards
 
 

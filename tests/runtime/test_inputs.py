@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 from ane_moe.cli import app
 from ane_moe.coreml_tools import Model_pb2, ct
 from ane_moe.errors import UserError
+from ane_moe.mlprogram.program import Feature, TensorType
 from ane_moe.runtime import load_package
 from ane_moe.runtime.arrays import random_inputs
 from ane_moe.runtime.inputs import check_input, shape_fits
 from ane_moe.runtime.interface import LoadedFunction
-from ane_moe.runtime.program import Feature, TensorType
 
 Get = Callable[[str], Path]
 MODEL = Path("Data/com.apple.CoreML/model.mlmodel")

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 from ane_moe.commands.inspect import inspect
 from ane_moe.coreml_tools import MIL_pb2, Model_pb2, ct
 from ane_moe.errors import UserError
+from ane_moe.mlprogram.printer import program_text
+from ane_moe.mlprogram.reader import read_program
+from ane_moe.mlprogram.summary import summarize, summary_document
 from ane_moe.runtime import load_package
-from ane_moe.runtime.inspect import summarize, summary_document
-from ane_moe.runtime.printer import program_text
-from ane_moe.runtime.reader import read_program
 
 MODEL = Path("Data/com.apple.CoreML/model.mlmodel")
 

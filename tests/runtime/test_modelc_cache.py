@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ane_moe.errors import UserError
-from ane_moe.runtime.modelc_cache import PLANS, ModelCache
+from ane_moe.runtime.coreml.modelc_cache import PLANS, ModelCache
 
 BUILD = "24F74"
 SIZE = 1000
@@ -99,7 +99,7 @@ def test_an_unchanged_package_is_not_read_twice(tmp_path, monkeypatch):
     for path in package.iterdir():
         os.utime(path, (1, 1))
     key = open_cache(tmp_path / "cache").key(package)
-    monkeypatch.setattr("ane_moe.runtime.modelc_cache._content_hash", forbidden)
+    monkeypatch.setattr("ane_moe.runtime.coreml.modelc_cache._content_hash", forbidden)
     assert open_cache(tmp_path / "cache").key(package) == key
 
 
@@ -177,7 +177,7 @@ def test_a_new_entry_pushes_out_old_ones_and_stays_though_it_is_over_the_limit(t
 
 def test_an_entry_that_a_living_process_has_loaded_is_not_removed(tmp_path):
     keys = fill(tmp_path / "cache", tmp_path, "ab")
-    code = ("import sys; from pathlib import Path; from ane_moe.runtime.modelc_cache import ModelCache\n"
+    code = ("import sys; from pathlib import Path; from ane_moe.runtime.coreml.modelc_cache import ModelCache\n"
             f"cache = ModelCache(Path(sys.argv[1]), os_build={BUILD!r}); cache.find(sys.argv[2])\n"
             "print('loaded', flush=True); sys.stdin.read()")
     holder = subprocess.Popen([sys.executable, "-c", code, tmp_path / "cache", keys["a"]],

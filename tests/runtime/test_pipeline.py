@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 from ane_moe.cli import app
 from ane_moe.coreml_tools import Model_pb2
 from ane_moe.errors import UserError
+from ane_moe.mlprogram.reader import read_program
 from ane_moe.runtime import load_package
-from ane_moe.runtime.diff import Side, diff
-from ane_moe.runtime.reader import read_program
+from ane_moe.runtime.reference.diff import Side, diff
 
 Get = Callable[[str], Path]
 MODEL = Path("Data/com.apple.CoreML/model.mlmodel")

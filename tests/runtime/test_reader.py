@@ -15,13 +15,13 @@ from coremltools.converters.mil.frontend.milproto.load import load as load_with_
 
 from ane_moe.coreml_tools import MIL_pb2, Model_pb2, ct
 from ane_moe.errors import UserError
-from ane_moe.runtime.blob import HEADER, METADATA, SENTINEL
-from ane_moe.runtime.container import Container
-from ane_moe.runtime.program import Constant, ListType, StateType, TensorType
-from ane_moe.runtime.reader import read_program
-from ane_moe.runtime.values import ValueReader
-from ane_moe.runtime.weights import operations_of
-from ane_moe.runtime.wire import count_messages
+from ane_moe.mlprogram.blob import HEADER, METADATA, SENTINEL
+from ane_moe.mlprogram.container import Container
+from ane_moe.mlprogram.program import Constant, ListType, StateType, TensorType
+from ane_moe.mlprogram.reader import read_program
+from ane_moe.mlprogram.values import ValueReader
+from ane_moe.mlprogram.weights import operations_of
+from ane_moe.mlprogram.wire import count_messages
 
 MODEL = Path("Data/com.apple.CoreML/model.mlmodel")
 WEIGHTS = Path("Data/com.apple.CoreML/weights/weight.bin")
@@ -178,7 +178,7 @@ def test_an_integer_that_its_type_cannot_hold_is_refused_when_loaded(tmp_path):
 
 def test_reading_needs_neither_coremltools_nor_torch(package):
     code = (
-        "import sys, pathlib; from ane_moe.runtime.reader import read_program; from ane_moe.runtime.inspect import "
+        "import sys, pathlib; from ane_moe.mlprogram.reader import read_program; from ane_moe.mlprogram.summary import "
         f"summarize; summarize(read_program(pathlib.Path({str(package('lut4_grouped'))!r}))); "
         "assert not {'coremltools', 'torch'} & set(sys.modules)"
     )
@@ -186,7 +186,7 @@ def test_reading_needs_neither_coremltools_nor_torch(package):
 
 
 def test_the_protobuf_classes_are_the_ones_coremltools_uses():
-    from ane_moe.runtime import proto
+    from ane_moe.mlprogram import proto
 
     assert proto.Model_pb2.Model is Model_pb2.Model
 

@@ -15,8 +15,7 @@ from coremltools.converters.mil.mil import get_new_symbol, types
 
 from ane_moe.coreml_tools import ct
 from ane_moe.errors import UserError
-from ane_moe.runtime import load_package, resolve_runtime, structural
-from ane_moe.runtime.program import (
+from ane_moe.mlprogram.program import (
     Argument,
     Block,
     Constant,
@@ -32,10 +31,12 @@ from ane_moe.runtime.program import (
     TensorType,
     VariadicType,
 )
-from ane_moe.runtime.reader import read_program
-from ane_moe.runtime.reference import ReferenceFunction
-from ane_moe.runtime.tracing import trace
-from ane_moe.runtime.values import describe
+from ane_moe.mlprogram.reader import read_program
+from ane_moe.mlprogram.values import describe
+from ane_moe.runtime import load_package, resolve_runtime
+from ane_moe.runtime.reference import structural
+from ane_moe.runtime.reference.runtime import ReferenceFunction
+from ane_moe.runtime.reference.tracing import trace
 
 Get = Callable[[str], Path]
 X = np.random.default_rng(0).standard_normal((1, 8, 1, 4)).astype(np.float32)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from ane_moe.errors import UserError
-from ane_moe.runtime.sampling import Sampler, nucleus
+from ane_moe.loop.sampling import Sampler, nucleus
 
 
 def hf_probabilities(logits, temperature, top_p):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ane_moe.errors import UserError
-from ane_moe.runtime.session import Session
+from ane_moe.loop.session import Session
 from tests.runtime.numpy_shards import VOCAB, Decoder, make_manifest, make_shards
 
 TOLERANCE = 0.05            # fp16 activations against fp64, on logits of about unit variance

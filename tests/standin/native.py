@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from ane_moe.errors import UserError
-from ane_moe.runtime import reference
-from ane_moe.runtime.program import Program
-from ane_moe.runtime.reader import read_program
+from ane_moe.mlprogram.program import Program
+from ane_moe.mlprogram.reader import read_program
+from ane_moe.runtime.reference import runtime as reference
 from tests.standin import plans
 from tests.standin.script import current, fault, user_info
 from tests.standin.values import to_native, to_python

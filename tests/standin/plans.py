@@ -11,7 +11,7 @@ coremltools loads the plan without naming one.
 from dataclasses import dataclass
 from typing import Any
 
-from ane_moe.runtime.program import Block, Operation, Program
+from ane_moe.mlprogram.program import Block, Operation, Program
 
 PLANS: dict[str, dict[str, Any]] = {
     "all_engine": {"default": "engine"},

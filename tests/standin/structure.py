@@ -2,7 +2,7 @@
 
 from coremltools.models import compute_plan as ct_plan
 
-from ane_moe.runtime.program import Block, Function, Operation, Output, Program
+from ane_moe.mlprogram.program import Block, Function, Operation, Output, Program
 from tests.standin import native
 
 OPSET_NAMES = {"CoreML5": "ios15", "CoreML6": "ios16", "CoreML7": "ios17", "CoreML8": "ios18", "CoreML9": "ios26"}

@@ -12,7 +12,7 @@ from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import Function as MilFunction
 from coremltools.converters.mil.mil import types
 
-from ane_moe.runtime.program import (
+from ane_moe.mlprogram.program import (
     Argument,
     Block,
     Constant,
@@ -24,7 +24,7 @@ from ane_moe.runtime.program import (
     Program,
     TensorType,
 )
-from ane_moe.runtime.reference import ReferenceFunction
+from ane_moe.runtime.reference.runtime import ReferenceFunction
 
 torch.set_num_threads(1)
 

@@ -13,8 +13,8 @@ from op_harness import assert_same, run
 from strategies import FLOATS, QUICK, values
 
 from ane_moe.errors import UserError
-from ane_moe.runtime.ops.constexpr import unpack_bits
-from ane_moe.runtime.program import TensorType
+from ane_moe.mlprogram.program import TensorType
+from ane_moe.runtime.reference.ops.constexpr import unpack_bits
 
 OLD = ct.target.iOS16
 NAMES = {np.float16: "fp16", np.float32: "fp32", np.int8: "int8", np.uint8: "uint8"}

@@ -7,8 +7,8 @@ from op_harness import assert_same, infer, run
 from strategies import FLOATS, NUMBERS, QUICK, broadcast_pairs, tensors
 
 from ane_moe.errors import UserError
-from ane_moe.runtime.ops import TABLE
-from ane_moe.runtime.program import TensorType
+from ane_moe.mlprogram.program import TensorType
+from ane_moe.runtime.reference.ops import TABLE
 
 UNARY = {
     "abs": np.abs, "acos": np.arccos, "asin": np.arcsin, "atan": np.arctan, "atanh": np.arctanh, "ceil": np.ceil,

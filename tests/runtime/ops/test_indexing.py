@@ -8,7 +8,7 @@ from op_harness import assert_same, infer, run
 from strategies import FLOATS, NUMBERS, QUICK, tensor_and_axis, tensors, values
 
 from ane_moe.errors import UserError
-from ane_moe.runtime.program import TensorType
+from ane_moe.mlprogram.program import TensorType
 
 OLD, NEW = ct.target.iOS16, ct.target.iOS17
 ARITHMETIC = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide}

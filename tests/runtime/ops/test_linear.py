@@ -7,7 +7,7 @@ from op_harness import assert_same, run
 from strategies import FLOATS, QUICK, values
 
 from ane_moe.errors import UserError
-from ane_moe.runtime.program import TensorType
+from ane_moe.mlprogram.program import TensorType
 
 
 @given(batch_x=st.lists(st.integers(1, 3), max_size=2), ones=st.booleans(), sizes=st.tuples(*[st.integers(1, 6)] * 3),

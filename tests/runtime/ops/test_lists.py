@@ -13,7 +13,7 @@ from coremltools.converters.mil.mil import types
 
 from ane_moe.errors import UserError
 from ane_moe.runtime import load_package
-from ane_moe.runtime.lists import MAX_LENGTH, TensorList
+from ane_moe.runtime.reference.lists import MAX_LENGTH, TensorList
 
 Predict = Callable[..., dict[str, np.ndarray]]
 

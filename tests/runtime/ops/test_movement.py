@@ -6,7 +6,7 @@ from op_harness import assert_same, infer, run
 from strategies import NUMBERS, QUICK, tensor_and_axes, tensor_and_axis, tensors, values
 
 from ane_moe.errors import UserError
-from ane_moe.runtime.program import TensorType
+from ane_moe.mlprogram.program import TensorType
 
 ALL = (*NUMBERS, np.bool_)
 

@@ -6,7 +6,7 @@ from op_harness import assert_same, infer, run
 from strategies import QUICK, tensors, values
 
 from ane_moe.errors import UserError
-from ane_moe.runtime.program import TensorType
+from ane_moe.mlprogram.program import TensorType
 
 
 @given(x=tensors((np.float32,), low=2), unsigned=st.booleans(), shifted=st.booleans(), per_channel=st.booleans())

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from op_harness import assert_same, run
 from strategies import FLOATS, NUMBERS, QUICK, tensor_and_axes, tensor_and_axis, values
 
-from ane_moe.runtime.ops.arithmetic import RUN
+from ane_moe.runtime.reference.ops.arithmetic import RUN
 
 
 def log_sum_exp(x: np.ndarray, **where: object) -> np.ndarray:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from coremltools.converters.mil.mil.ops.registry import SSAOpRegistry
 
-from ane_moe.runtime.ops import STRUCTURAL, TABLE
+from ane_moe.runtime.reference.ops import STRUCTURAL, TABLE
 
 RELEASES = (15, 16, 17, 18)
 INTERNAL = {"_const_symbolic"}                      # never saved

@@ -8,7 +8,7 @@ from op_harness import assert_same, infer, run
 from strategies import FLOATS, NUMBERS, QUICK, tensor_and_axis, tensors, values
 
 from ane_moe.errors import UserError
-from ane_moe.runtime.program import TensorType
+from ane_moe.mlprogram.program import TensorType
 
 
 @given(case=tensor_and_axis(NUMBERS), k=st.integers(1, 5), ascending=st.booleans())

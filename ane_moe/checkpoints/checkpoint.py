@@ -1,0 +1,316 @@
+"""Reads a Hugging Face checkpoint folder tensor by tensor, in memory bounded by one tensor.
+
+Nothing here knows an architecture: families say where each of our tensors lies, as a TensorSource.
+"""
+
+import hashlib
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from io import FileIO
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+import torch
+
+from ane_moe.checkpoints.folder import (
+    CONFIG,
+    SINGLE,
+    adapter_beside,
+    passed_over,
+    require_folder,
+    weight_files,
+    weight_map,
+)
+from ane_moe.checkpoints.key_names import example, model_names
+from ane_moe.checkpoints.left_out import left_out
+from ane_moe.checkpoints.safetensors_header import StoredTensor, read_header
+from ane_moe.errors import UserError
+from ane_moe.json_file import read_json
+from ane_moe.model.weight import EMBEDDING, HEAD, Weight, WeightName
+from ane_moe.wording import counted, listed
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+CHUNK_ELEMENTS = 1 << 18            # 1 MiB of fp32: conversion and finite check stay in the L2 cache
+FP16_INF_BITS = 0x7C00
+# A `constexpr_*` operation (coremltools, iOS 18) gives the type of its scale or palette: fp16.
+OVERFLOW_ADVICE = (
+    "no --compress format helps, since each expands to fp16 for the engine: check the tensor for "
+    "damage, or divide it and multiply its counterpart (`up` and `down`) by the same power of two"
+)
+VOCABULARY = (EMBEDDING, HEAD)          # ours, with a row for each token
+
+
+class Hasher(Protocol):
+    """What hashlib's objects offer."""
+
+    def update(self, data: Any, /) -> None: ...
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """Where one of our tensors lies in a checkpoint, and what turns the stored values into it.
+
+    Out of the stored tensor `key`, expected to have `stored_shape`: entry `index` of the first axis (one expert of a
+    fused tensor), then `rows` [first, last) of what is left, then the transpose, then times `scale`. `weight` is our
+    tensor's row: what it is for.
+    """
+
+    name: WeightName
+    key: str
+    stored_shape: tuple[int, ...]
+    index: int | None = None
+    rows: tuple[int, int] | None = None
+    transpose: bool = False
+    scale: float = 1.0
+    weight: Weight | None = None
+
+    @property
+    def role(self) -> str | None:
+        """What a recipe calls our tensor; None when it stays fp16, whatever the recipe."""
+        return self.weight.role if self.weight else None
+
+    @property
+    def reads(self) -> WeightName:
+        """The activation that enters our tensor."""
+        return self.name.beside(self.weight.reads if self.weight else "")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of our tensor."""
+        return self._region_shape[::-1] if self.transpose else self._region_shape
+
+    @property
+    def _region_shape(self) -> tuple[int, ...]:
+        left = self.stored_shape if self.index is None else self.stored_shape[1:]
+        return left if self.rows is None else (self.rows[1] - self.rows[0], *left[1:])
+
+    @property
+    def region(self) -> tuple[int, int]:
+        """First element in the stored tensor, and number of elements: always one contiguous run."""
+        left = self.stored_shape if self.index is None else self.stored_shape[1:]
+        first_row = 0 if self.rows is None else self.rows[0]
+        start = (self.index or 0) * math.prod(left) + first_row * math.prod(left[1:])
+        return start, math.prod(self._region_shape)
+
+    def part(self, first: int, last: int) -> Self:
+        """The source of rows [first, last) of this tensor, which may not be transposed."""
+        if self.transpose:
+            raise ValueError(f"{self.name} is stored transposed: its rows are not contiguous")
+        start = 0 if self.rows is None else self.rows[0]
+        return replace(self, rows=(start + first, start + last))
+
+
+@dataclass
+class Checkpoint:
+    """An open checkpoint. Cheap to open, holds no file open; not for use by several threads.
+
+    `tensors` have the names of key_names.py; a StoredTensor's `key` is the one in the file.
+    `notes` are sentences for the user on how it was read.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    generation: dict[str, Any]      # generation_config.json, empty when there is none
+    tensors: dict[str, StoredTensor]
+    notes: tuple[str, ...] = ()
+    _raw: np.ndarray = field(init=False, repr=False)
+    _wide: torch.Tensor = field(init=False, repr=False)
+    _bits: np.ndarray = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._raw = np.empty(CHUNK_ELEMENTS * 4, np.uint8)
+        self._wide = torch.empty(CHUNK_ELEMENTS, dtype=torch.float32)
+        self._bits = np.empty(CHUNK_ELEMENTS, np.uint16)
+
+    def __reduce__(self) -> tuple[type["Checkpoint"], tuple[Any, ...]]:
+        """Sent to another process without the reading buffers, which it makes anew."""
+        return type(self), tuple(getattr(self, part.name) for part in fields(self) if part.init)
+
+    def holding(self, keys: Collection[str]) -> "Checkpoint":
+        """The same checkpoint with the stored tensors `keys` only: small enough to send to a worker."""
+        return replace(self, tensors={key: self.tensors[key] for key in keys})
+
+    def require(
+        self, sources: Mapping[WeightName, TensorSource], ignore: Collection[str] = ()
+    ) -> None:
+        """Check, before anything is read, that `sources` and the stored tensors agree.
+
+        Raises UserError for tensors nobody reads (but see `left_out`), and for a wrong shape or an
+        unsupported dtype.
+        """
+        self.left_out(sources, ignore)
+        self._require_one_vocabulary(sources)
+        for source in sources.values():
+            self._require_sound(source)
+
+    def left_out(
+        self, sources: Mapping[WeightName, TensorSource], ignore: Collection[str] = ()
+    ) -> dict[str, tuple[str, ...]]:
+        """The tensors that no source reads, by why that is right (left_out.py). Raises UserError
+        for others."""
+        used = {source.key for source in sources.values()}
+        return left_out(self.tensors.keys() - used, ignore, str(self.folder))
+
+    def read(self, source: TensorSource, out: np.ndarray | None = None, hasher: Hasher | None = None) -> np.ndarray:
+        """One of our tensors, fp16, C-contiguous, of shape `source.shape`; into `out` when given, which is faster.
+
+        `hasher` is fed what `digest` would feed it. Raises UserError when a stored value is NaN or infinite, or
+        overflows fp16, or when the file has become shorter.
+        """
+        if out is not None and (out.shape != source.shape or out.dtype != np.float16 or not out.flags.c_contiguous):
+            raise ValueError(f"out must be contiguous fp16 {source.shape}, not {out.dtype} {out.shape}")
+        count = source.region[1]
+        flat = np.empty(count, np.float16) if out is None or source.transpose else out.reshape(-1)
+        if hasher is not None:
+            hasher.update(self._frame(source))
+        dtype = DTYPES[self.tensors[source.key].dtype]
+        for first, raw in self._chunks(source):
+            if hasher is not None:
+                hasher.update(raw.data)
+            stored = torch.from_numpy(raw).view(dtype)
+            narrow = flat[first : first + len(stored)]
+            self._narrow(stored, source.scale, narrow)
+            bits = np.bitwise_and(narrow.view(np.uint16), 0x7FFF, out=self._bits[: len(narrow)])
+            if bits.max() >= FP16_INF_BITS:
+                raise self._not_finite(source)
+        if not source.transpose:
+            return flat.reshape(source.shape)
+        turned = flat.reshape(source.shape[::-1]).T
+        if out is None:
+            return np.ascontiguousarray(turned)
+        out[...] = turned
+        return out
+
+    def digest(self, sources: Iterable[TensorSource]) -> str:
+        """sha256 (hex) over the stored bytes of `sources`, in order, each preceded by its name, place and transform."""
+        hasher = hashlib.sha256()
+        for source in sources:
+            self.feed(source, hasher)
+        return hasher.hexdigest()
+
+    def feed(self, source: TensorSource, hasher: Hasher) -> None:
+        """Feed `hasher` what `read` would feed it, without converting anything."""
+        hasher.update(self._frame(source))
+        for _, raw in self._chunks(source):
+            hasher.update(raw.data)
+
+    def _narrow(self, stored: torch.Tensor, scale: float, narrow: np.ndarray) -> None:
+        # By way of fp32: torch has no vector path from bf16 to fp16 (2.8 GB/s against 9.4 GB/s, one core).
+        wide = self._wide[: len(stored)].copy_(stored)
+        if scale != 1.0:
+            wide.mul_(scale)
+        torch.from_numpy(narrow).copy_(wide)
+
+    def _chunks(self, source: TensorSource) -> Iterable[tuple[int, np.ndarray]]:
+        """(first element, stored bytes) of each piece of `source`; the bytes are valid until the next piece."""
+        tensor = self.tensors[source.key]
+        item = DTYPES[tensor.dtype].itemsize
+        start, count = source.region
+        with tensor.path.open("rb", buffering=0) as stream:
+            stream.seek(tensor.offset + start * item)
+            for first in range(0, count, CHUNK_ELEMENTS):
+                raw = self._raw[: min(CHUNK_ELEMENTS, count - first) * item]
+                _read_exactly(stream, raw, tensor.path)
+                yield first, raw
+
+    def _frame(self, source: TensorSource) -> bytes:
+        facts = (str(source.name), source.key, self.tensors[source.key].dtype, source.stored_shape, source.index,
+                 source.rows, source.transpose, source.scale)
+        return repr(facts).encode() + b"\n"
+
+    def _require_one_vocabulary(self, sources: Mapping[WeightName, TensorSource]) -> None:
+        """Name a vocabulary that was resized without its config.json."""
+        ends = [source for name, source in sources.items() if name in VOCABULARY]
+        stored = {source.key: self.tensors[source.key] for source in ends}
+        if any(stored[source.key].shape[1:] != source.stored_shape[1:] for source in ends):
+            return                                  # of another width: of another model
+        rows = {tensor.shape[0] for tensor in stored.values()}
+        if rows == {source.stored_shape[0] for source in ends}:
+            return
+        sizes = ", ".join(f"{t.key} has {counted(t.shape[0], 'row')}" for t in stored.values())
+        advice = "embedding and head are of two vocabularies: resize the model again, and save it"
+        if len(rows) == 1:
+            advice = f"the vocabulary was resized: set vocab_size to {min(rows)} in {CONFIG}"
+        stale = f"{self.folder / CONFIG}: vocab_size {self.config.get('vocab_size')} is stale"
+        raise UserError(stale, sizes, advice)
+
+    def _require_sound(self, source: TensorSource) -> None:
+        tensor = self.tensors[source.key]
+        if tensor.dtype not in DTYPES:
+            raise UserError(
+                f"{tensor.key} is stored as {tensor.dtype}",
+                do=f"supported: {', '.join(DTYPES)}; dequantise the checkpoint first",
+            )
+        if tensor.shape != source.stored_shape:
+            derived = source.name.part == "attn" and self.config.get("head_dim") is None
+            raise UserError(
+                f"{tensor.key} has the wrong shape",
+                f"{list(tensor.shape)} instead of {list(source.stored_shape)}",
+                f"{CONFIG} has no head_dim" if derived else
+                f"{CONFIG} and the weights are of different models",
+            )
+
+    def _not_finite(self, source: TensorSource) -> UserError:
+        """Reads `source` once more to say what is wrong with it."""
+        dtype = DTYPES[self.tensors[source.key].dtype]
+        broken, largest, overflowing = 0, 0.0, 0
+        for _, raw in self._chunks(source):
+            values = torch.from_numpy(raw).view(dtype).double()
+            finite = values[values.isfinite()].mul(source.scale).abs()
+            broken += len(values) - len(finite)
+            overflowing += int(finite.half().isinf().sum())
+            largest = max(largest, float(finite.max()) if len(finite) else 0.0)
+        where = f"{self.tensors[source.key].key} ({source.name})"
+        if broken:
+            return UserError(f"{where} holds {broken} NaN or infinite values", do="the checkpoint is damaged")
+        return UserError(
+            f"{where} overflows fp16 (max |w| = {largest:g})",
+            f"{counted(overflowing, 'value')} above 65504",
+            OVERFLOW_ADVICE,
+        )
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Read the configuration and the headers of the checkpoint folder `path`; no weights yet.
+
+    Raises UserError when it is not a readable checkpoint in safetensors form.
+    """
+    folder = require_folder(path)
+    config = read_json(folder / CONFIG)
+    generation = folder / "generation_config.json"
+    stored: dict[str, StoredTensor] = {}
+    for file in weight_files(folder):
+        header = read_header(file)
+        if twice := [key for key in header if key in stored]:
+            count = counted(len(twice), "tensor")
+            raise UserError(f"{folder} stores {count} twice", listed(twice))
+        stored |= header
+    _require_indexed(folder, stored)
+    names = model_names(stored)
+    renamed = example(names) and f"other tensor names than transformers gives: {example(names)}"
+    return Checkpoint(
+        folder,
+        config,
+        read_json(generation) if generation.is_file() else {},
+        {names[key]: tensor for key, tensor in stored.items()},
+        tuple(filter(None, (renamed, passed_over(folder), adapter_beside(folder)))),
+    )
+
+
+def _require_indexed(folder: Path, tensors: Collection[str]) -> None:
+    if (folder / SINGLE).is_file():
+        return
+    if missing := [key for key in weight_map(folder) if key not in tensors]:
+        lacking = f"{counted(len(missing), 'tensor')} that its index names: {listed(missing)}"
+        raise UserError(f"{folder} lacks {lacking}", do="download it again")
+
+
+def _read_exactly(stream: FileIO, raw: np.ndarray, path: Path) -> None:
+    view = raw.data
+    while view:
+        got = stream.readinto(view)
+        if not got:
+            raise UserError(f"{path} is truncated", "it ended while it was being read")
+        view = view[got:]

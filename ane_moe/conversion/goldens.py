@@ -1,0 +1,103 @@
+"""The goldens beside a conversion's shards: captured, or kept from an earlier run."""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ane_moe.checkpoints.checkpoint import TensorSource
+from ane_moe.conversion.job import Job
+from ane_moe.emit.coreml.package import ContentKey
+from ane_moe.errors import UserError
+from ane_moe.files import sha256
+from ane_moe.manifest import FILE_NAME, Manifest, read_manifest
+from ane_moe.model.weight import EMBEDDING
+
+GOLDEN = "golden.safetensors"
+GOLDEN_AS_STORED = "golden_as_stored.safetensors"
+
+
+def golden_key(job: Job, content_keys: Iterable[str]) -> str:
+    """What goldens depend on besides prompts, as sha256 (hex).
+
+    `content_keys` are of the shards and the embedding table, and so of the tensors they hold.
+    Other tensors that a golden is made of are read here.
+    """
+    plan = job.plan
+    facts = (job.checkpoint.config, plan.layers, plan.context, plan.options.routing)
+    key = ContentKey(facts, sorted(content_keys))
+    weights = [source for shard in plan.shards for source in shard.sources.values()]
+    held = {EMBEDDING, *(source.name for source in weights if isinstance(source, TensorSource))}
+    for name, source in job.sources.items():
+        after = name.layer is not None and name.layer > max(plan.layers)
+        if name not in held and not after:
+            job.checkpoint.feed(source, key)
+    return key.digest()
+
+
+def finished(out: Path) -> Manifest | None:
+    """The manifest of an earlier run that was finished in `out`."""
+    try:
+        return read_manifest(out) if (out / FILE_NAME).is_file() else None
+    except UserError:           # of another version, or damaged: whoever claims `out` says so
+        return None
+
+
+def keep_goldens(
+    out: Path,
+    manifest: Manifest,
+    earlier: Manifest | None,
+    prompts: Sequence[Sequence[int]] | None,
+) -> Manifest | None:
+    """`manifest` with what `earlier` says of its goldens, if they are of the same weights and,
+    where `prompts` are given, of these; None if not, or if a file is not as it was written."""
+    if earlier is None or earlier.golden is None or earlier.golden_key != manifest.golden_key:
+        return None
+    wanted = [GOLDEN, GOLDEN_AS_STORED] if manifest.compressed else [GOLDEN]
+    if not all(_as_written(out / name, earlier.files.get(name)) for name in wanted):
+        return None
+    from ane_moe.original.golden import read_golden
+
+    if prompts is not None and read_golden(out / GOLDEN).prompts != tuple(map(tuple, prompts)):
+        return None
+    return replace(manifest, compression=earlier.compression)
+
+
+def capture_goldens(
+    job: Job,
+    manifest: Manifest,
+    prompts: list[list[int]],
+    progress: Callable[[str, int, int], None],
+) -> Manifest:
+    """Write the goldens; the manifest with what compression cost. Raises UserError as
+    `capture_golden` and `write_as_stored` do."""
+    # transformers takes seconds to import
+    from ane_moe.original.capture import capture_golden
+    from ane_moe.original.golden import read_golden
+    from ane_moe.original.stored_model import capture_as_stored, with_errors
+
+    plan, out = job.plan, job.out
+    capture_golden(
+        job.checkpoint,
+        layers=plan.layers,
+        prompts=prompts,
+        out=out / GOLDEN,
+        context=plan.context,
+        experts=plan.options.routing == "sparse",
+        progress=progress,
+    )
+    if not manifest.compressed:
+        return manifest
+    original = read_golden(out / GOLDEN)
+    errors = capture_as_stored(job, out, manifest, original, out / GOLDEN_AS_STORED, progress)
+    return replace(manifest, compression=with_errors(manifest.compression, errors))
+
+
+def remove_goldens(out: Path) -> None:
+    """Delete goldens that are of other weights."""
+    for name in (GOLDEN, GOLDEN_AS_STORED):
+        (out / name).unlink(missing_ok=True)
+
+
+def _as_written(path: Path, digest: str | None) -> bool:
+    return path.is_file() and os.access(path, os.R_OK) and sha256(path) == digest

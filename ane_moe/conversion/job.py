@@ -1,0 +1,30 @@
+"""Job: one conversion, opened once and passed on."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ane_moe.conversion.plan import ConversionPlan, ConvertOptions, SourceFacts, make_plan
+from ane_moe.opened import Model, open_model
+
+
+@dataclass(frozen=True)
+class Job(Model):
+    """A model on its way into the folder `out`, by a plan. `calibration` is a file, where there is one."""
+
+    plan: ConversionPlan
+    out: Path
+    calibration: Path | None = None
+
+
+def plan_of(model: Model, options: ConvertOptions) -> ConversionPlan:
+    """What `convert` would write, and how the checkpoint was read. Raises UserError."""
+    checkpoint = model.checkpoint
+    left_out = checkpoint.left_out(model.sources, options.ignore_tensors)
+    plan = make_plan(model.spec, model.sources, options)
+    return replace(plan, source=SourceFacts(checkpoint.notes, left_out))
+
+
+def open_job(path: Path, out: Path, options: ConvertOptions) -> Job:
+    """Open a checkpoint folder and plan its conversion. Raises UserError."""
+    model = open_model(path, options.ignore_tensors)
+    return Job(**vars(model), plan=plan_of(model, options), out=out)

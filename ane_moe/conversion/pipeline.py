@@ -1,0 +1,361 @@
+"""The conversion pipeline: checkpoint -> plan -> templates -> shards -> manifest."""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ane_moe.checkpoints.checkpoint import TensorSource
+from ane_moe.conversion import stamping
+from ane_moe.conversion.goldens import (
+    GOLDEN,
+    GOLDEN_AS_STORED,
+    capture_goldens,
+    finished,
+    golden_key,
+    keep_goldens,
+    remove_goldens,
+)
+from ane_moe.conversion.job import Job, open_job, plan_of
+from ane_moe.conversion.output_folder import MARKER, claim, identity, remove_strangers, require_disk
+from ane_moe.conversion.plan import MB, ConversionPlan, ConvertOptions, Recovery
+from ane_moe.conversion.side_files import write_routers
+from ane_moe.conversion.stamping import (
+    TOOLS,
+    Done,
+    reuse_shard,
+    shard_job,
+    stamp_embedding,
+    stamp_shard,
+    trace_template,
+)
+from ane_moe.conversion.workers import Pool, open_pool, peak_memory_bytes, run, run_then, start
+from ane_moe.emit.coreml.package import disk_error
+from ane_moe.emit.coreml.template import Template
+from ane_moe.errors import UserError
+from ane_moe.files import sha256
+from ane_moe.formats.budget import fit_budget, measure_sensitivity, reach_cosine
+from ane_moe.formats.calibration import FILE_NAME as CALIBRATION
+from ane_moe.formats.calibration import is_calibration_of
+from ane_moe.manifest import Manifest
+from ane_moe.model.spec import MoeSpec
+from ane_moe.model.weight import EMBEDDING
+from ane_moe.opened import open_model
+from ane_moe.original.checkpoint_tokenizer import TokenizerFiles, read_tokenizer, write_tokenizer
+from ane_moe.parts.registry import TemplateKey
+
+EMBED = "embed.bin"
+BUILTIN_TEXT = "builtin"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step done. Bytes are of finished files; `peak_memory_bytes` is of this process and its workers, summed."""
+
+    label: str
+    written_bytes: int
+    total_bytes: int
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """`reused` shards were there already with the same content key. `golden_kept`:
+    the goldens are those of an earlier run. `notes` are sentences on how the checkpoint was
+    read."""
+
+    folder: Path
+    manifest: Manifest
+    written: tuple[str, ...]
+    reused: tuple[str, ...]
+    peak_memory_bytes: int
+    golden_kept: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def plan(checkpoint: Path, options: ConvertOptions) -> ConversionPlan:
+    """Check the checkpoint and say what `convert` would write, without reading weights. Raises UserError."""
+    model = open_model(checkpoint, options.ignore_tensors)
+    planned = plan_of(model, options)
+    read_tokenizer(model.checkpoint.folder)
+    return planned
+
+
+def convert(
+    checkpoint: Path,
+    out: Path,
+    options: ConvertOptions | None = None,
+    *,
+    workers: int = 1,
+    golden: bool = False,
+    prompts: Path | None = None,
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> ConvertReport:
+    """Convert `checkpoint` into the shard folder `out`; an interrupted conversion goes on where it stopped.
+
+    `golden` also captures golden.safetensors from Hugging Face's own model, on the `prompts` of a
+    file or the built-in set, unless an earlier run did so of the same weights and prompts and there
+    is no `overwrite`. Raises UserError for everything the user can mend; what is finished by then
+    stays and is reused.
+    """
+    job = open_job(checkpoint, out, options or ConvertOptions())
+    ids = _prompt_ids(job, prompts) if golden else None
+    _require_text(job.plan.options)
+    tokenizer = read_tokenizer(job.checkpoint.folder)
+    earlier = None if overwrite else finished(out)
+    claim(job, overwrite)
+    require_disk(out, job.plan)
+    meter = _Meter(job.plan.disk_bytes, progress)
+    try:
+        tokenizer_files = write_tokenizer(tokenizer, out)
+        job = _calibrated(job, workers, meter)
+        done, embed = _stamp(job, workers, meter)
+        write_routers(job.checkpoint, job.sources, job.plan.routers, out)
+        manifest = _manifest(job, done, embed.files, tokenizer_files)
+        if golden or (earlier and earlier.golden):
+            key = golden_key(job, [shard.content_key for shard in (*done, embed)])
+            manifest = replace(manifest, golden_key=key)
+        kept = keep_goldens(out, manifest, earlier, ids)
+        if kept is None and ids is not None:
+            manifest = capture_goldens(job, manifest, ids, meter.golden)
+        elif kept is None:
+            remove_goldens(out)
+        manifest = _complete(kept or manifest, job)
+        remove_strangers(out, manifest)
+        manifest.write(out)
+        (out / MARKER).unlink()
+    except OSError as error:
+        raise disk_error(error, out / "the conversion") from error
+    reused = tuple(sorted(shard.path for shard in done if shard.reused))
+    written = tuple(sorted(shard.path for shard in done if not shard.reused))
+    notes = job.plan.source.notes
+    return ConvertReport(out, manifest, written, reused, meter.peak, kept is not None, notes)
+
+
+class _Meter:
+    """Adds up progress over the processes."""
+
+    def __init__(self, total: int, report: Callable[[Progress], None]):
+        self._total, self._report, self._written = total, report, 0
+        self._peaks: dict[int, int] = {}
+
+    @property
+    def peak(self) -> int:
+        return sum(self._peaks.values())
+
+    def shard(self, done: Done) -> Done:
+        """Count one finished shard, and hand it on."""
+        self.add(done.path, done.weight_bytes, done.process, done.peak_memory_bytes)
+        return done
+
+    def add(self, label: str, written: int, process: int, peak: int) -> None:
+        self._written += written
+        self._peaks[os.getpid()] = peak_memory_bytes()
+        self._peaks[process] = max(peak, self._peaks.get(process, 0))
+        self._report(Progress(label, self._written, self._total, self.peak))
+
+    def golden(self, what: str, done: int, total: int) -> None:
+        """Report the capture of goldens."""
+        self.add(f"golden: {what} {done}/{total}", 0, os.getpid(), 0)
+
+
+def _require_text(options: ConvertOptions) -> None:
+    if options.calibrate not in (None, BUILTIN_TEXT) and not Path(str(options.calibrate)).is_file():
+        raise UserError(f"{options.calibrate} is not a file", do=f"give a text to calibrate with, or `{BUILTIN_TEXT}`")
+    if options.budget_mb is not None and options.min_cosine is not None:
+        raise UserError("--budget-mb and --min-cosine exclude each other", do="give one of them")
+
+
+def _calibrated(job: Job, workers: int, meter: _Meter) -> Job:
+    """The job with its calibration, and with the formats that a budget or a least cosine chooses, where asked for."""
+    job = replace(job, calibration=_calibration(job, meter))
+    if job.plan.options.budget_mb is None and job.plan.options.min_cosine is None:
+        return job
+    with open_pool(workers, stamping.__name__) as pool:
+        return _with_formats(pool, job, meter)
+
+
+def _stamp(job: Job, workers: int, meter: _Meter) -> tuple[list[Done], Done]:
+    """Every shard, written or found finished, and the embedding table."""
+    with ThreadPoolExecutor(workers) as threads:        # hashing frees the interpreter's lock
+        done = _finished(threads, job, meter)
+    idle = len(done) == len(job.plan.shards)            # processes take seconds to import
+    with open_pool(1 if idle else workers, stamping.__name__) as pool:
+        embedding = _start_embedding(pool, job)
+        done += _stamp_rest(pool, job, {shard.path for shard in done}, meter)
+        return done, meter.shard(embedding.result())
+
+
+def _calibration(job: Job, meter: _Meter) -> Path | None:
+    """The calibration file that the options ask for, made now unless an earlier run left it."""
+    path, options = job.out / CALIBRATION, job.plan.options
+    asked = options.calibrate or (BUILTIN_TEXT if options.budget_mb or options.min_cosine else None)
+    if asked is None:
+        path.unlink(missing_ok=True)
+        return None
+    from ane_moe.original.calibrate import calibrate, calibration_digest
+
+    text = None if asked == BUILTIN_TEXT else Path(asked)
+    if not path.is_file() or not is_calibration_of(path, calibration_digest(job.checkpoint, text)):
+        def progress(what: str, done: int, total: int) -> None:
+            meter.add(f"calibration: {what} {done}/{total}", 0, os.getpid(), 0)
+
+        calibrate(job, text, progress).write(path)
+    return path
+
+
+def _with_formats(pool: Pool, job: Job, meter: _Meter) -> Job:
+    """The job with a format for each matrix, within the budget or the least cosine asked for."""
+    plan, options, measured = job.plan, job.plan.options, []
+    assert job.calibration is not None
+    calls = [(job.checkpoint.holding({source.key for source in matrices}), job.calibration, matrices)
+             for matrices in plan.matrices.values()]
+    for sensitivities in run(pool, measure_sensitivity, calls):
+        measured += sensitivities
+        meter.add(f"sensitivity: {len(measured)} matrices", 0, os.getpid(), 0)
+    measured.sort(key=lambda entry: str(entry.tensor))
+    if options.budget_mb is not None:
+        budget = int(options.budget_mb * MB) - (plan.disk_bytes - _matrix_bytes(plan))
+        formats, name = fit_budget(measured, budget), f"budget {options.budget_mb:g} MB"
+    else:
+        formats = reach_cosine(measured, options.min_cosine or 0.0)
+        name = f"cosine {options.min_cosine:g}"
+    overrides = {str(tensor): form for tensor, form in formats.items()}
+    recipe = replace(options.recipe, name=name, overrides=overrides)
+    return replace(job, plan=plan_of(job, replace(options, recipe=recipe)))
+
+
+def _matrix_bytes(plan: ConversionPlan) -> int:
+    """What the matrices that a recipe has a say in take on disk."""
+    total = 0
+    for shard in plan.shards:
+        for name, source in shard.sources.items():
+            total += shard.payloads[name] if isinstance(source, TensorSource) and source.role else 0
+    return total
+
+
+def _start_embedding(pool: Pool, job: Job) -> Future[Done]:
+    """Begin to write the embedding table beside the shards."""
+    source = job.sources[EMBEDDING]
+    checkpoint = job.checkpoint.holding({source.key})
+    return start(pool, stamp_embedding, checkpoint, source, job.out / EMBED, job.plan.embed_format)
+
+
+def _finished(pool: Pool, job: Job, meter: _Meter) -> list[Done]:
+    """The shards an earlier run left complete, and of exactly these weights, options and tools."""
+    present = [(shard_job(job, shard),) for shard in job.plan.shards if (job.out / shard.path).exists()]
+    return [meter.shard(done) for done in run(pool, reuse_shard, present) if done is not None]
+
+
+def _stamp_rest(pool: Pool, job: Job, finished: set[str], meter: _Meter) -> list[Done]:
+    """Trace one template per distinct block among the unfinished shards; write each shard as soon as it has its own."""
+    rest = [shard for shard in job.plan.shards if shard.path not in finished]
+    keys = dict.fromkeys(key for shard in rest for key in shard.graphs.values())
+    templates: dict[TemplateKey, Template] = {}
+
+    def ready(traced: tuple[TemplateKey, Template]) -> Iterator[tuple[Any, ...]]:
+        key, templates[key] = traced
+        for shard in rest:
+            if key in shard.graphs.values() and templates.keys() >= set(shard.graphs.values()):
+                own = {prefix: templates[graph] for prefix, graph in shard.graphs.items()}
+                yield shard_job(job, shard), own
+
+    stamped = run_then(pool, trace_template, [(key,) for key in keys], stamp_shard, ready)
+    return [meter.shard(done) for done in stamped]
+
+
+def _prompt_ids(job: Job, prompts: Path | None) -> list[list[int]]:
+    """The prompts of a file or the built-in ones, checked before hours go into their golden."""
+    from ane_moe.original.prompts import builtin_prompts, check_prompts, read_prompts
+
+    if prompts is None:
+        return builtin_prompts(job.checkpoint.folder, job.spec.vocab, job.plan.context)
+    ids = read_prompts(prompts, job.checkpoint.folder)
+    check_prompts(ids, job.spec.vocab, job.plan.context)
+    return ids
+
+
+def _manifest(job: Job, done: list[Done], files: dict[str, str], tokenizer: TokenizerFiles) -> Manifest:
+    """The manifest but for what lies beside the shards."""
+    spec, plan, options = job.spec, job.plan, job.plan.options
+    keys = {shard.path: shard.content_key for shard in done}
+    files = files | {name: digest for shard in done for name, digest in shard.files.items()}
+    return Manifest(
+        family=spec.family,
+        d_model=spec.d_model,
+        vocab=spec.vocab,
+        layers=plan.layers,
+        n_layers=len(spec.layers),
+        context=plan.context,
+        cache_width=plan.cache_width,
+        routing=options.routing,
+        state=options.state,
+        layout=options.layout,
+        prefill=options.prefill,
+        weights=options.recipe.name,
+        compressed=plan.compressed,
+        recipe=options.recipe.as_json(),
+        embed=EMBED,
+        embed_format=plan.embed_format,
+        ropes={name: asdict(rope) for name, rope in spec.ropes.items()},
+        shards=tuple(shard.finished(keys[shard.path]) for shard in plan.shards),
+        tokenizer=tokenizer.names,
+        tokenizer_class=tokenizer.class_name,
+        tokenizer_record=tokenizer.record,
+        bos_id=spec.bos_id,
+        eos_ids=spec.eos_ids,
+        files=files,
+        compression=_compression(plan),
+        moe=dict(_moe_facts(plan)),
+        versions={name: version(name) for name in TOOLS},
+        source=identity(job),
+        left_out=dict(plan.source.left_out),
+    )
+
+
+def _complete(manifest: Manifest, job: Job) -> Manifest:
+    """Add the goldens that are there, and the hashes of what lies beside the shards."""
+    out = job.out
+    golden, as_stored = (name if (out / name).exists() else None for name in (GOLDEN, GOLDEN_AS_STORED))
+    named = (golden, as_stored, CALIBRATION, manifest.tokenizer_record)
+    beside = [name for name in named if name and (out / name).exists()]
+    loose = (*manifest.tokenizer, *job.plan.routers.values(), *beside)
+    files = manifest.files | {name: sha256(out / name) for name in loose}
+    return replace(manifest, golden=golden, golden_as_stored=as_stored, files=dict(sorted(files.items())))
+
+
+def _compression(plan: ConversionPlan) -> dict[str, dict[str, Any]]:
+    """Formats, weights, bytes and bits by role, for what is not fp16; directions kept apart count as bytes."""
+    roles: dict[str, dict[str, Any]] = {}
+    for shard in plan.shards:
+        for name, source in shard.sources.items():
+            tensor = source.source if isinstance(source, Recovery) else source
+            role = tensor.role if isinstance(tensor, TensorSource) else None
+            if role is None or (name not in shard.choices and not isinstance(source, Recovery)):
+                continue
+            facts = roles.setdefault(role, {"formats": {}, "weights": 0, "bytes": 0})
+            facts["bytes"] += shard.payloads[name]
+            if name in shard.choices:
+                form, count = shard.choices[name].format, math.prod(source.shape)
+                facts["weights"] += count
+                facts["formats"][form] = facts["formats"].get(form, 0) + count
+    if plan.embed_format != "fp16":
+        count = plan.spec.vocab * plan.spec.d_model
+        table = {"formats": {plan.embed_format: count}, "weights": count, "bytes": plan.embed_bytes}
+        roles["embedding"] = table
+    for facts in roles.values():
+        facts["bits_per_weight"] = 8 * facts["bytes"] / facts["weights"]
+    return roles
+
+
+def _moe_facts(plan: ConversionPlan) -> Iterable[tuple[str, dict[str, Any]]]:
+    for layer in plan.layers:
+        ffn = plan.spec.layers[layer].ffn
+        if isinstance(ffn, MoeSpec):
+            table = {"router": plan.routers[layer]} if layer in plan.routers else {}
+            yield str(layer), {"experts": ffn.router.experts, "k": ffn.router.k} | table

@@ -1,0 +1,508 @@
+"""What a conversion will write: one ShardPlan per package, decided from the ModelSpec and the options alone."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from ane_moe.checkpoints.checkpoint import TensorSource
+from ane_moe.errors import UserError
+from ane_moe.formats.recipe import INT8, Choice, Recipe, find_format
+from ane_moe.manifest import Shard, ShardFunction
+from ane_moe.model.spec import MlpSpec, ModelSpec, MoeSpec
+from ane_moe.model.weight import HEAD, Directions, Place, Selection, Weight, WeightName
+from ane_moe.parts.attention import AttentionConfig
+from ane_moe.parts.experts import ExpertGroupConfig, SharedExpertConfig
+from ane_moe.parts.head import HeadConfig
+from ane_moe.parts.mlp import DenseConfig, MlpRanks
+from ane_moe.parts.moe import MoeConfig
+from ane_moe.parts.registry import BlockConfig, TemplateKey, function_name, weight_name
+from ane_moe.parts.routed import RoutedAttentionConfig
+from ane_moe.parts.stack import StackConfig
+
+MB = 1_000_000
+CACHE_STEP = 32                 # a state's last axis must be a multiple of it (coremltools issue 2631)
+MAX_WEIGHT_BYTES = 1 << 31      # Core ML refuses larger weight files (coremltools PR 2593)
+BLOB_OVERHEAD = 128             # bytes a stored array takes in the file beside its own: metadata and alignment
+MAX_PARTS = 3                   # arrays of an encoded weight: indices or data, palettes or mask, scales
+MAX_HEAD_ROWS = 16_384          # widest axis of the M1 to M3 engines (ane-guide, appendix A)
+MIN_HEAD_PARTS = 2
+DEFAULT_CONTEXT = 2048
+ROUTERS = "router"
+MAX_EXPERT_TOKENS = 1 << 14
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """How to convert. `context` None: 2048 or the model's own if that is less. `prefill` 0: no prefill functions.
+    `layers` None: all. `max_shard_mb` limits MoE shards; it is in MB of 10^6 bytes. For sparse routing there is a
+    function for each group of `experts_per_function` experts and each token count in `expert_tokens`. Up to
+    `layers_per_shard` whole layers share a shard where they fit into one of `max_shard_mb`. `recipe` says how the
+    matrices are stored; `calibrate` is a text file or "builtin", whose passage through the model says which of their
+    inputs matter; `budget_mb` (of 10^6 bytes, for all of OUT's weights) or `min_cosine` let it choose formats.
+    `groups` gives the experts of each function by layer, where they are not neighbours.
+    `ignore_tensors` are patterns (as in a shell) of stored tensors that may be left out."""
+
+    routing: Literal["masked", "soft", "sparse"] = "masked"
+    state: Literal["mlstate", "explicit"] = "mlstate"
+    layout: Literal["bc1s", "bct1"] = "bc1s"
+    context: int | None = None
+    prefill: int = 64
+    max_shard_mb: int = 220
+    layers: tuple[int, ...] | None = None
+    expert_tokens: tuple[int, ...] = (1, 16, 64)
+    experts_per_function: int = 1
+    layers_per_shard: int = 1
+    recipe: Recipe = INT8
+    groups: Mapping[int, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    calibrate: str | None = None
+    budget_mb: float | None = None
+    min_cosine: float | None = None
+    ignore_tensors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SourceFacts:
+    """What a user should know of how the checkpoint was read: sentences, and its tensors that are
+    left out, by why."""
+
+    notes: tuple[str, ...] = ()
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OneHot:
+    """A weight that selects: row i of `(rows, columns)` has its 1 at column `first + i`."""
+
+    rows: int
+    columns: int
+    first: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.columns
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """One of the two thin matrices kept apart from `source`: its `rank` strongest directions, on the way in or out."""
+
+    source: TensorSource
+    rank: int
+    side: Literal["in", "out"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.source.shape
+        return (self.rank, columns) if self.side == "in" else (rows, self.rank)
+
+
+Source = TensorSource | OneHot | Recovery
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardPlan(Shard):
+    """A package as the manifest will name it, and how to make it: its graphs by prefix (see `package.stamp`), where
+    each of its weights comes from and what it takes in the weight file (`payloads`, bytes without metadata), and why it
+    was cut as it is. `choices` are of the weights that are not stored as plain fp16."""
+
+    graphs: Mapping[str, TemplateKey]
+    sources: Mapping[str, Source]
+    payloads: Mapping[str, int]
+    choices: Mapping[str, Choice]
+    reason: str = ""
+
+    @property
+    def file_bytes(self) -> int:
+        """What the weight file takes at most."""
+        arrays = len(self.sources) + MAX_PARTS * len(self.choices)
+        return self.weight_bytes + BLOB_OVERHEAD * arrays
+
+    @property
+    def matrices(self) -> list[TensorSource]:
+        """Those of its weights that a recipe has a say in."""
+        tensors = (source for source in self.sources.values() if isinstance(source, TensorSource))
+        return [tensor for tensor in tensors if tensor.role]
+
+    def finished(self, content_key: str) -> Shard:
+        """What the manifest says of the package."""
+        facts = {name: getattr(self, name) for name in Shard.__dataclass_fields__}
+        return Shard(**facts | {"content_key": content_key})
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    spec: ModelSpec
+    options: ConvertOptions
+    context: int
+    cache_width: int
+    layers: tuple[int, ...]
+    shards: tuple[ShardPlan, ...]
+    source: SourceFacts = SourceFacts()
+
+    @property
+    def functions(self) -> tuple[tuple[str, int], ...]:
+        """(name, tokens) of every package's functions, but for those of experts."""
+        return _functions(self.options)
+
+    @property
+    def embed_format(self) -> str:
+        return self.options.recipe.by_role("embedding").format
+
+    @property
+    def embed_bytes(self) -> int:
+        return find_format(self.embed_format).stored_bytes(self.spec.vocab, self.spec.d_model)
+
+    @property
+    def compressed(self) -> bool:
+        """Whether anything is stored otherwise than as fp16."""
+        return self.embed_format != "fp16" or any(shard.choices for shard in self.shards)
+
+    @property
+    def matrices(self) -> dict[int | None, list[TensorSource]]:
+        """The matrices that have a role, whole, by layer (None: the head)."""
+        by_name: dict[WeightName, TensorSource] = {}
+        for shard in self.shards:
+            for source in shard.matrices:
+                whole = replace(source, rows=None) if source.name == HEAD else source
+                by_name.setdefault(source.name, whole)
+        by_layer: dict[int | None, list[TensorSource]] = {}
+        for name, source in by_name.items():
+            by_layer.setdefault(name.layer, []).append(source)
+        return by_layer
+
+    @property
+    def largest_weight_bytes(self) -> int:
+        """The largest piece a converting process holds at once."""
+        sources = (source for shard in self.shards for source in shard.sources.values())
+        return max(2 * math.prod(source.shape) for source in sources)
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the conversion takes on disk, goldens and tokenizer aside."""
+        return sum(shard.weight_bytes for shard in self.shards) + self.embed_bytes
+
+    @property
+    def routers(self) -> dict[int, str]:
+        """Paths of the router tables that guesses of the host read, by layer."""
+        return {n: f"{ROUTERS}/layer_{n:02d}.bin" for n in self.layers
+                if self.options.routing == "sparse" and isinstance(self.spec.layers[n].ffn, MoeSpec)}  # fmt: skip
+
+
+def make_plan(spec: ModelSpec, sources: Mapping[WeightName, TensorSource], options: ConvertOptions) -> ConversionPlan:
+    """Cut the model into shards.
+
+    Raises UserError for a context or a layer the model does not have, for senseless expert functions, and for a shard
+    that cannot be cut below 2 GiB.
+    """
+    _require_expert_functions(options)
+    context = _context(spec, options)
+    layers = tuple(range(len(spec.layers))) if options.layers is None else options.layers
+    if outside := [n for n in layers if not 0 <= n < len(spec.layers)]:
+        raise UserError(f"the model has no layer {outside[0]}", do=f"its layers are 0-{len(spec.layers) - 1}")
+    width = math.ceil(context / CACHE_STEP) * CACHE_STEP
+    planner = _Planner(spec, sources, options, width)
+    shards = [shard for group in planner.groups(layers) for shard in planner.layers(group)]
+    if len(layers) == len(spec.layers):
+        shards += planner.head()
+    for shard in shards:
+        if shard.file_bytes > MAX_WEIGHT_BYTES:
+            raise UserError(f"{shard.path} would hold {shard.weight_bytes / MB:.0f} MB",
+                            "Core ML's limit is 2 GiB a package")  # fmt: skip
+    return ConversionPlan(spec, options, context, width, layers, tuple(shards))
+
+
+def _context(spec: ModelSpec, options: ConvertOptions) -> int:
+    context = min(DEFAULT_CONTEXT, spec.context) if options.context is None else options.context
+    if not 1 <= context <= spec.context:
+        raise UserError(f"a context of {context} tokens is not possible", f"the model's own is {spec.context}")
+    return context
+
+
+def _require_expert_functions(options: ConvertOptions) -> None:
+    tokens = options.expert_tokens
+    if list(tokens) != sorted(set(tokens)) or not tokens or not 1 <= tokens[0] <= tokens[-1] <= MAX_EXPERT_TOKENS:
+        raise UserError("the token counts of expert functions are not possible", ",".join(map(str, tokens)) or "none",
+                        f"give rising numbers from 1 to {MAX_EXPERT_TOKENS}")  # fmt: skip
+    if options.experts_per_function < 1:
+        raise UserError("an expert function needs an expert", str(options.experts_per_function))
+    if options.groups and options.routing != "sparse":
+        raise UserError("a grouping is of expert functions", f"{options.routing} routing", "give --routing sparse")
+    if options.layers_per_shard < 1:
+        raise UserError("a shard needs a layer", str(options.layers_per_shard))
+
+
+def _functions(options: ConvertOptions) -> tuple[tuple[str, int], ...]:
+    return (("decode", 1), *((("prefill", options.prefill),) if options.prefill else ()))
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """One block of a package, and the experts that it holds."""
+
+    block: BlockConfig
+    experts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Planner:
+    spec: ModelSpec
+    sources: Mapping[WeightName, TensorSource]
+    options: ConvertOptions
+    slots: int
+
+    def groups(self, layers: Sequence[int]) -> list[tuple[int, ...]]:
+        """Layers that share a shard: neighbours with one window and one RoPE, as many as asked for and as fit."""
+        groups: list[tuple[int, ...]] = []
+        for layer in layers:
+            longer = (*groups[-1], layer) if groups else (layer,)
+            if len(longer) > 1 and self._can_stack(longer):
+                groups[-1] = longer
+            else:
+                groups.append((layer,))
+        return groups
+
+    def layers(self, group: tuple[int, ...]) -> list[ShardPlan]:
+        """The shards of one layer, or the one of several."""
+        return [self.stack(group)] if len(group) > 1 else [self.attention(group[0]), *self.ffn(group[0])]
+
+    def stack(self, group: Sequence[int]) -> ShardPlan:
+        first, config = self.spec.layers[group[0]].mixer, self._stack(group)
+        reason = f"{len(group)} layers, limits {self.options.layers_per_shard} and {self.options.max_shard_mb} MB"
+        path = f"stack/layer_{group[0]:02d}_to_{group[-1]:02d}.mlpackage"
+        ffns = (self.spec.layers[n].ffn for n in group)
+        experts = max(ffn.router.experts if isinstance(ffn, MoeSpec) else 0 for ffn in ffns)
+        facts = {"layers": tuple(group), "rope": first.rope, "window": first.window, "states": config.caches}
+        copy = _Copy(config, tuple(range(experts)))
+        return self._shard(path, "stack", group[0], copy, reason=reason, **facts)
+
+    def _can_stack(self, group: tuple[int, ...]) -> bool:
+        layers = [self.spec.layers[n] for n in group]
+        if len(group) > self.options.layers_per_shard or group[-1] != group[-2] + 1:
+            return False
+        if self.options.routing == "sparse" and any(isinstance(layer.ffn, MoeSpec) for layer in layers):
+            return False  # the host dispatches the experts between attention and the next layer
+        if len({(layer.mixer.rope, layer.mixer.window) for layer in layers}) > 1:
+            return False
+        return self.stack(group).weight_bytes <= self.options.max_shard_mb * MB
+
+    def _stack(self, group: Sequence[int]) -> StackConfig:
+        return StackConfig(tuple((self._attention(n), self._whole_ffn(n)) for n in group))
+
+    def _whole_ffn(self, layer: int) -> DenseConfig | MoeConfig:
+        ffn = self.spec.layers[layer].ffn
+        if isinstance(ffn, MoeSpec):
+            return self._moe(layer, ffn, ffn.router.experts, True)
+        return DenseConfig(self.spec.d_model, self.spec.norm, ffn, self._mlp_ranks(layer, "mlp."))
+
+    def _mlp_ranks(self, layer: int, prefix: str = "", expert: int | None = None) -> MlpRanks:
+        names = (WeightName(layer, "ffn", expert, f"{prefix}{matrix}.weight") for matrix in ("gate", "up", "down"))
+        gate, up, down = map(self._rank, names)
+        return gate, up, down
+
+    def _rank(self, name: WeightName) -> int:
+        """Directions kept apart from a tensor: never more than half of those it has."""
+        source = self.sources[name]
+        choice = self.options.recipe.choice(name, source.role)
+        return min(choice.rank, min(source.shape) // 2)
+
+    def _attention(self, layer: int) -> AttentionConfig:
+        mixer = self.spec.layers[layer].mixer
+        rotary = len(self.spec.ropes[mixer.rope].inv_freq) if mixer.rope else 0
+        explicit = self.options.state == "explicit"
+        q, k, v, o = (self._rank(WeightName(layer, "attn", None, f"{name}.weight")) for name in "qkvo")
+        return AttentionConfig(self.spec.d_model, self.spec.norm, mixer, rotary, self.slots, explicit, (q, k, v, o))
+
+    def attention(self, layer: int) -> ShardPlan:
+        mixer, config = self.spec.layers[layer].mixer, self._attention(layer)
+        ffn = self.spec.layers[layer].ffn
+        routed = isinstance(ffn, MoeSpec) and self.options.routing == "sparse"
+        block = RoutedAttentionConfig(config, ffn.router) if isinstance(ffn, MoeSpec) and routed else config
+        facts = {"scope": "attn", "rope": mixer.rope, "window": mixer.window, "states": config.caches}
+        return self._shard(f"attn/layer_{layer:02d}.mlpackage", "attn", layer, _Copy(block), **facts)
+
+    def ffn(self, layer: int) -> list[ShardPlan]:
+        ffn = self.spec.layers[layer].ffn
+        if isinstance(ffn, MlpSpec):
+            path = f"dense/layer_{layer:02d}.mlpackage"
+            return [self._shard(path, "dense", layer, _Copy(self._whole_ffn(layer)), scope="ffn")]
+        if self.options.routing == "sparse":
+            return self.experts(layer, ffn)
+        sizes, reason = self._split(layer, ffn)
+        shards, first = [], 0
+        for part, size in enumerate(sizes):
+            suffix = f"_part_{part + 1}" if len(sizes) > 1 else ""
+            path = f"moe/layer_{layer:02d}{suffix}.mlpackage"
+            copy = _Copy(self._moe(layer, ffn, size, part == 0), tuple(range(first, first + size)))
+            facts = {"scope": "ffn", "part": part, "parts": len(sizes), "reason": reason}
+            shards.append(self._shard(path, "moe", layer, copy, **facts))
+            first += size
+        return shards
+
+    def experts(self, layer: int, moe: MoeSpec) -> list[ShardPlan]:
+        """Packages of a layer's expert functions: as few as the size limit of a weight file allows."""
+        groups = self._expert_groups(layer, moe.router.experts)
+        functions = tuple((f"t{tokens}", tokens) for tokens in self.options.expert_tokens)
+        shared: dict[str, _Copy] = {}
+        if moe.shared is not None:
+            ranks = self._mlp_ranks(layer, "shared.")
+            shared["shared"] = _Copy(SharedExpertConfig(self.spec.d_model, moe.shared, ranks))
+
+        def package(path: str, copies: dict[str, _Copy], **facts: Any) -> ShardPlan:
+            return self._package(path, "experts", layer, copies, functions, scope="ffn", **facts)
+
+        def routed(group: tuple[int, ...]) -> dict[str, _Copy]:
+            return {f"expert_{group[0]:03d}": _Copy(self._group(layer, moe, len(group)), group)}
+
+        largest = max(package("", routed(group)).file_bytes for group in groups)
+        room = MAX_WEIGHT_BYTES - package("", shared).file_bytes
+        parts = even_parts(len(groups), math.ceil(len(groups) / max(1, room // largest)))
+        shards, first = [], 0
+        for part, count in enumerate(parts):
+            copies: dict[str, _Copy] = {}
+            for group in groups[first : first + count]:
+                copies |= routed(group)
+            copies |= {} if part else shared
+            suffix = f"_part_{part + 1}" if len(parts) > 1 else ""
+            reason = "weight files end at 2 GiB" if suffix else ""
+            path = f"experts/layer_{layer:02d}{suffix}.mlpackage"
+            shards.append(package(path, copies, part=part, parts=len(parts), reason=reason))
+            first += count
+        return shards
+
+    def _expert_groups(self, layer: int, total: int) -> list[tuple[int, ...]]:
+        """Experts of each function, in the order of their first ones."""
+        size, given = self.options.experts_per_function, self.options.groups
+        if not given:
+            return [tuple(range(first, min(first + size, total))) for first in range(0, total, size)]
+        groups = sorted(given.get(layer, ()))
+        if sorted(expert for group in groups for expert in group) != list(range(total)) \
+                or any(group != tuple(sorted(group)) or not 0 < len(group) <= size for group in groups):
+            raise UserError(f"the grouping does not fit layer {layer}", f"{len(groups)} groups for {total} experts",
+                            "make it from a trace of this model")
+        return groups
+
+    def _group(self, layer: int, moe: MoeSpec, size: int) -> ExpertGroupConfig:
+        return ExpertGroupConfig(self.spec.d_model, moe.expert, size, self._mlp_ranks(layer, expert=0))
+
+    def head(self) -> list[ShardPlan]:
+        least = max(MIN_HEAD_PARTS, math.ceil(self.spec.vocab / MAX_HEAD_ROWS))
+        sizes = even_parts(self.spec.vocab, least)
+        shards, first = [], 0
+        for part, rows in enumerate(sizes):
+            copy = _Copy(HeadConfig(self.spec.d_model, self.spec.norm, rows, self._rank(HEAD)))
+            path, reason = f"lm_head/part_{part}.mlpackage", f"at most {MAX_HEAD_ROWS} output rows a slice"
+            facts = {"part": part, "parts": len(sizes), "rows": (first, first + rows), "reason": reason}
+            shards.append(self._shard(path, "lm_head", None, copy, scope=HEAD.part, **facts))
+            first += rows
+        return shards
+
+    def _moe(self, layer: int, moe: MoeSpec, experts: int, first: bool) -> MoeConfig:
+        soft, ranks = self.options.routing == "soft", self._mlp_ranks(layer, expert=0)
+        shared = (0, 0, 0) if moe.shared is None else self._mlp_ranks(layer, "shared.")
+        return MoeConfig(self.spec.d_model, self.spec.norm, moe, experts, first, soft, ranks, shared)
+
+    def _split(self, layer: int, moe: MoeSpec) -> tuple[list[int], str]:
+        """Experts per part, and why: the fewest parts within the limit, equal ones where that costs few more."""
+        limit, experts = self.options.max_shard_mb * MB, moe.router.experts
+        copy = _Copy(self._moe(layer, moe, experts, True), tuple(range(experts)))
+        whole = self._shard("", "moe", layer, copy, scope="ffn")
+        if whole.weight_bytes <= limit:
+            return [experts], ""
+        each = [0] * experts
+        for parameter, size in whole.payloads.items():
+            expert = whole.place(copy.experts).name(parameter).expert
+            if expert is not None:
+                each[expert] += size
+        row = 2 * experts                                               # of the one-hot matrix that picks the gates
+        fitting = (limit - (whole.weight_bytes - sum(each))) // (max(each) + row)
+        reason = f"{whole.weight_bytes / MB:.0f} MB in one piece, limit {self.options.max_shard_mb} MB"
+        if fitting < 1:
+            return [1] * experts, f"{reason}; one expert alone is above it"
+        return even_parts(experts, math.ceil(experts / fitting)), reason
+
+    def _shard(self, path: str, kind: str, layer: int | None, copy: _Copy, **facts: Any) -> ShardPlan:
+        return self._package(path, kind, layer, {"": copy}, _functions(self.options), **facts)
+
+    def _package(
+        self,
+        path: str,
+        kind: str,
+        layer: int | None,
+        copies: Mapping[str, _Copy],
+        functions: tuple[tuple[str, int], ...],
+        *,
+        scope: str = "",
+        layers: tuple[int, ...] = (),
+        rows: tuple[int, int] | None = None,
+        **facts: Any,
+    ) -> ShardPlan:
+        graphs = {prefix: TemplateKey(copy.block, functions, self.options.layout) for prefix, copy in copies.items()}
+        alone = () if layer is None else (layer,)
+        sources: dict[str, Source] = {}
+        choices: dict[str, Choice] = {}
+        payloads: dict[str, int] = {}
+        entries: list[ShardFunction] = []
+        for prefix, copy in copies.items():
+            own = self._sources(copy, Place(layers or alone, scope, copy.experts), rows)
+            chosen = {name: self._choice(source) for name, source in own.items()}
+            sizes = {name: _payload(source, chosen[name]) for name, source in own.items()}
+            entries += _entries(prefix, functions, copy, own, chosen, sizes)
+            for name, source in own.items():
+                unique = weight_name(prefix, name)
+                sources[unique], payloads[unique] = source, sizes[name]
+                if chosen[name] != Choice():
+                    choices[unique] = chosen[name]
+        return ShardPlan(
+            path, kind, layer, tuple(entries), scope, layers=layers, rows=rows, weight_bytes=sum(payloads.values()),
+            graphs=graphs, sources=sources, payloads=payloads, choices=choices, **facts,
+        )
+
+    def _sources(self, copy: _Copy, place: Place, vocab_rows: tuple[int, int] | None) -> dict[str, Source]:
+        """Where the parameters of a block come from, in its own order. A slice of the head has its `vocab_rows`."""
+        sources: dict[str, Source] = {}
+        for row in copy.block.rows():
+            match row:
+                case Weight(path):
+                    whole = self.sources[place.name(path)]
+                    sources[path] = whole.part(*vocab_rows) if vocab_rows and whole.name == HEAD else whole
+                case Selection(path, (count, total)):
+                    sources[path] = OneHot(count, total, copy.experts[0])
+                case Directions(path, of, rank, side):
+                    apart = sources[of]
+                    assert isinstance(apart, TensorSource)
+                    sources[path] = Recovery(apart, rank, side)
+        return sources
+
+    def _choice(self, source: Source) -> Choice:
+        if not isinstance(source, TensorSource):
+            return Choice()
+        return self.options.recipe.choice(source.name, source.role)
+
+
+def _payload(source: Source, choice: Choice) -> int:
+    """Bytes that a weight takes in the weight file, metadata aside."""
+    if choice == Choice():
+        return 2 * math.prod(source.shape)
+    return find_format(choice.format).stored_bytes(*source.shape)
+
+
+def _entries(prefix: str, functions: tuple[tuple[str, int], ...], copy: _Copy, sources: Mapping[str, Source],
+             choices: Mapping[str, Choice], sizes: Mapping[str, int]) -> list[ShardFunction]:
+    """What the manifest says of the functions of one block."""
+    elements: Counter[str] = Counter()
+    for name, source in sources.items():
+        elements[choices[name].format] += math.prod(source.shape)
+    rate = find_format(elements.most_common(1)[0][0]).rate if elements else "fp16"
+    facts = (copy.experts, elements.total(), sum(sizes.values()), rate)
+    return [ShardFunction(function_name(prefix, name), tokens, *facts) for name, tokens in functions]
+
+
+def even_parts(total: int, least: int) -> list[int]:
+    """Sizes of at least `least` parts: equal ones if a divisor is near (one graph serves all), else nearly equal."""
+    for parts in range(least, 2 * least + 1):
+        if total % parts == 0:
+            return [total // parts] * parts
+    size = math.ceil(total / least)
+    return [size] * (total // size) + ([total % size] if total % size else [])

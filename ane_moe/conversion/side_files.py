@@ -1,0 +1,52 @@
+"""What a conversion holds beside its shards: the embedding table and the router tables."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ane_moe.checkpoints.checkpoint import Checkpoint, Hasher, TensorSource
+from ane_moe.files import replaced
+from ane_moe.formats.recipe import find_format
+from ane_moe.model.weight import WeightName
+
+EMBED_CHUNK_BYTES = 32_000_000
+LARGEST = 60_000        # below fp16's end; which experts score highest does not change with the scale
+
+
+def write_embedding(
+    checkpoint: Checkpoint, source: TensorSource, path: Path, form: str, hasher: Hasher
+) -> None:
+    """The embedding table, a run of rows at a time: fp16, or int8 and then the rows' scales
+    (runtime/embedding_table.py). `hasher` is fed what is read."""
+    rows, width = source.shape
+    step = max(1, EMBED_CHUNK_BYTES // (2 * width))
+    buffer = np.empty((step, width), np.float16)
+    scales: list[np.ndarray] = []
+    with replaced(path) as temporary, temporary.open("wb") as stream:
+        for first in range(0, rows, step):
+            last = min(first + step, rows)
+            run = source.part(first, last)
+            part = checkpoint.read(run, out=buffer[: last - first], hasher=hasher)
+            if (encoded := find_format(form).encode(part)) is None:
+                stream.write(part.data)
+            else:
+                (linear,) = encoded.arrays
+                stream.write(linear["data"].data)
+                scales.append(linear["scale"].reshape(-1))
+        stream.writelines(scale.data for scale in scales)
+
+
+def write_routers(
+    checkpoint: Checkpoint, sources: Mapping[WeightName, TensorSource], paths: Mapping[int, str], out: Path
+) -> None:
+    """Write each layer's router, fp16 `[E,d]` with the norm's weight folded in, to its path below `out`."""
+    for layer, path in paths.items():
+        names = (WeightName(layer, "ffn", None, f"{name}.weight") for name in ("router", "norm"))
+        router, norm = (checkpoint.read(sources[name]).astype(np.float32) for name in names)
+        table = router * norm
+        table /= max(1.0, float(np.abs(table).max()) / LARGEST)
+        target = out / path
+        target.parent.mkdir(exist_ok=True)
+        with replaced(target) as temporary:
+            table.astype("<f2").tofile(temporary)

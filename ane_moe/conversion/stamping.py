@@ -1,0 +1,131 @@
+"""One shard's part of a conversion, as a worker does it: trace, stamp, or find it finished."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from ane_moe.checkpoints.checkpoint import Checkpoint, TensorSource
+from ane_moe.conversion.job import Job
+from ane_moe.conversion.plan import OneHot, Recovery, ShardPlan
+from ane_moe.conversion.side_files import write_embedding
+from ane_moe.conversion.workers import peak_memory_bytes
+from ane_moe.emit.coreml.package import ContentKey, Weight, file_hashes, read_content_key, stamp
+from ane_moe.emit.coreml.template import Template, make_template
+from ane_moe.files import sha256
+from ane_moe.formats.calibration import Moments
+from ane_moe.formats.low_rank import LowRank, split_directions
+from ane_moe.formats.recipe import Choice, find_format
+from ane_moe.parts.ports import Shape
+from ane_moe.parts.registry import TemplateKey
+
+TOOLS = ("ane-moe", "coremltools", "torch")
+ENCODING = 2        # counts up when a weight format comes to give other bytes
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a worker reports of one shard."""
+
+    path: str
+    content_key: str
+    weight_bytes: int
+    reused: bool
+    files: dict[str, str]
+    peak_memory_bytes: int
+    process: int
+
+
+def trace_template(key: TemplateKey) -> tuple[TemplateKey, Template]:
+    return key, make_template(key)
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """One shard's part of a job, complete in itself: `checkpoint` holds no tensors but the shard's."""
+
+    checkpoint: Checkpoint
+    out: Path
+    shard: ShardPlan
+    calibration: Path | None
+
+
+def shard_job(job: Job, shard: ShardPlan) -> ShardJob:
+    """What a worker needs to know of the job to make one shard."""
+    keys = {source.key for source in shard.sources.values() if isinstance(source, TensorSource)}
+    return ShardJob(job.checkpoint.holding(keys), job.out, shard, job.calibration)
+
+
+def reuse_shard(job: ShardJob) -> Done | None:
+    """The shard as it lies on disk, if its content key is the one it would get."""
+    key = read_content_key(job.out / job.shard.path)
+    if key is None or key != _expected_key(job):
+        return None
+    return _report(job, key, reused=True)
+
+
+def stamp_shard(job: ShardJob, templates: dict[str, Template]) -> Done:
+    key, path = _key(job), job.out / job.shard.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = stamp(templates, _values(job, key), key, path)
+    return _report(job, written.content_key, reused=False)
+
+
+def _report(job: ShardJob, content_key: str, reused: bool) -> Done:
+    shard = job.shard
+    files = {f"{shard.path}/{name}": digest for name, digest in file_hashes(job.out / shard.path).items()}
+    return Done(shard.path, content_key, shard.weight_bytes, reused, files, peak_memory_bytes(), os.getpid())
+
+
+def _key(job: ShardJob) -> ContentKey:
+    shard, calibration = job.shard, job.calibration
+    seen = sha256(calibration) if calibration and shard.choices else None
+    choices = sorted((name, choice.format, choice.rank) for name, choice in shard.choices.items())
+    return ContentKey(shard.graphs, choices, seen, ENCODING, {name: version(name) for name in TOOLS})
+
+
+def _expected_key(job: ShardJob) -> str:
+    """The content key the shard would get: reads the weights, writes nothing."""
+    key = _key(job)
+    for source in job.shard.sources.values():
+        if isinstance(source, TensorSource):
+            job.checkpoint.feed(source, key)
+        else:
+            key.update(repr(source).encode())
+    return key.digest()
+
+
+def _values(job: ShardJob, key: ContentKey) -> Iterator[tuple[str, Weight]]:
+    """Each weight of the shard, valid until the next one of its shape: fresh memory costs more than the reading."""
+    shard, moments = job.shard, Moments(job.calibration) if job.calibration else None
+    buffers: dict[Shape, np.ndarray] = {}
+    ranks = {other.source: other.rank for other in shard.sources.values() if isinstance(other, Recovery)}
+    apart: dict[TensorSource, LowRank] = {}             # directions of a weight come after it
+    for name, source in shard.sources.items():
+        if not isinstance(source, TensorSource):
+            key.update(repr(source).encode())
+        if isinstance(source, OneHot):
+            yield name, np.eye(source.rows, source.columns, source.first, dtype=np.float16)
+        elif isinstance(source, Recovery):
+            yield name, apart[source.source].into if source.side == "in" else apart.pop(source.source).out
+        else:
+            buffer = buffers.setdefault(source.shape, np.empty(source.shape, np.float16))
+            weight, choice = job.checkpoint.read(source, out=buffer, hasher=key), shard.choices.get(name, Choice())
+            form, m = find_format(choice.format), None
+            if moments and choice != Choice():
+                m = moments.find(source.reads, source.shape[1])
+            if rank := ranks.get(source, 0):
+                apart[source] = split_directions(weight, rank, m)
+                weight = apart[source].remainder
+            yield name, form.encode(weight, m) or weight
+
+
+def stamp_embedding(checkpoint: Checkpoint, source: TensorSource, path: Path, form: str) -> Done:
+    key = ContentKey(form, ENCODING)
+    write_embedding(checkpoint, source, path, form, key)
+    files = {path.name: sha256(path)}
+    size, peak = path.stat().st_size, peak_memory_bytes()
+    return Done(path.name, key.digest(), size, False, files, peak, os.getpid())

@@ -1,0 +1,228 @@
+"""`.mlpackage` at protobuf and blob level: bind weights to templates and write the package, atomically.
+
+One package may hold many copies of a template, each with weights of its own: the experts of a layer. A copy is told
+from the others by its prefix, which goes before the names of its functions and weights.
+
+A package is a folder: Manifest.json, Data/com.apple.CoreML/model.mlmodel (the protobuf) and weights/weight.bin (the
+blob file). It appears under its final name only when it is complete.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ane_moe.coreml_tools import MIL_pb2, Model_pb2
+from ane_moe.emit.coreml.expansions import FILE, expansion_operations
+from ane_moe.emit.coreml.template import Template, value_name
+from ane_moe.errors import UserError
+from ane_moe.files import is_hidden, replaced, sha256
+from ane_moe.formats.encoded import Encoded, Expansion, Stored
+from ane_moe.mlprogram.blob_writer import BlobWriter
+from ane_moe.parts.registry import function_name, weight_name
+
+MODEL = "Data/com.apple.CoreML/model.mlmodel"
+WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
+CONTENT_KEY = "ane_moe.content_key"
+
+Weight = np.ndarray | Encoded
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a finished package holds: bytes of weights, and the sha256 of its files by path inside the package."""
+
+    weight_bytes: int
+    content_key: str
+
+
+def stamp(
+    templates: Mapping[str, Template], values: Iterable[tuple[str, Weight]], key: "ContentKey", path: Path
+) -> Written:
+    """Write the package `path` from templates by prefix and their weights, each (name, fp16 array or encoded).
+
+    One weight is in memory at a time. The first function of the first copy is the default. `key` is asked for its
+    digest after the last value was read. Raises UserError when the disk is full; an interrupted call leaves nothing at
+    `path`.
+    """
+    try:
+        with replaced(path) as temporary:
+            (temporary / WEIGHTS).parent.mkdir(parents=True)
+            places = _write_blob(values, temporary / WEIGHTS, templates)
+            content_key = key.digest()
+            model = _bound(templates, places)
+            model.description.metadata.userDefined[CONTENT_KEY] = content_key
+            (temporary / MODEL).write_bytes(model.SerializeToString(deterministic=True))
+            (temporary / "Manifest.json").write_text(_item_manifest(content_key))
+    except (OSError, RuntimeError) as error:
+        raise disk_error(error, path) from error
+    return Written(path.joinpath(WEIGHTS).stat().st_size, content_key)
+
+
+class ContentKey:
+    """The identity of a shard: the stored weights it was made of, its graph, and the tools that made it.
+
+    A hasher for `Checkpoint.read`; what else decides the result is given at the start.
+    """
+
+    def __init__(self, *facts: object):
+        self._sha = hashlib.sha256(repr(facts).encode())
+
+    def update(self, data: Any) -> None:
+        """Feed stored bytes."""
+        self._sha.update(data)
+
+    def digest(self) -> str:
+        """sha256, hex."""
+        return self._sha.hexdigest()
+
+
+def read_content_key(path: Path) -> str | None:
+    """The content key of a package of ours, or None when there is no such package."""
+    try:
+        model = Model_pb2.Model.FromString((path / MODEL).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return model.description.metadata.userDefined.get(CONTENT_KEY)
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file below `folder`, by path relative to it, without hidden files."""
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(_files(folder))}
+
+
+def disk_error(error: Exception, path: Path) -> Exception:
+    """A UserError when `error` looks like a full disk, else the error itself."""
+    free = shutil.disk_usage(path.parent).free
+    if getattr(error, "errno", None) == 28 or (isinstance(error, RuntimeError) and free < 1 << 26):
+        what, do = f"the disk is full: {path.name} was not written", "free some space and run the same command again"
+        return UserError(what, f"{free / 1e6:.0f} MB free", do)
+    return error
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file() and not is_hidden(path))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the parts of a weight lie in the blob file: by input for each of its expansions, or one offset."""
+
+    offset: int = 0
+    expansions: tuple[tuple[Expansion, Mapping[str, int]], ...] = ()
+
+
+def _write_blob(
+    values: Iterable[tuple[str, Weight]], path: Path, templates: Mapping[str, Template]
+) -> dict[str, _Place]:
+    """Places by weight name. Checks that each weight of each copy comes once, with as many elements as traced."""
+    shapes = {weight_name(prefix, name): shape for prefix, template in templates.items()
+              for name, shape in template.weights.items()}  # fmt: skip
+    places: dict[str, _Place] = {}
+    with BlobWriter(path) as writer:
+        for name, value in values:
+            size, type_ = _extent(value)
+            if size != math.prod(shapes[name]) or type_ != "fp16" or name in places:
+                raise ValueError(f"weight {name}: {type_}, {size} elements, does not fit {shapes[name]}")
+            places[name] = _store(writer, value)
+    if missing := shapes.keys() - places.keys():
+        raise ValueError(f"no value for {sorted(missing)[:5]}")
+    return places
+
+
+def _extent(value: Weight) -> tuple[int, str]:
+    """Elements of a weight once expanded, and their type."""
+    if isinstance(value, Encoded):
+        type_, shape = value.expansions[-1].outputs[-1]
+        return math.prod(shape), type_
+    return value.size, "fp16" if value.dtype == np.float16 else str(value.dtype)
+
+
+def _store(writer: BlobWriter, value: Weight) -> _Place:
+    if not isinstance(value, Encoded):
+        return _Place(writer.add(value, "fp16"))
+    placed = []
+    for expansion in value.expansions:
+        inputs = {name: writer.add(part.values, part.type) for name, part in expansion.inputs.items()
+                  if isinstance(part, Stored)}  # fmt: skip
+        placed.append((_without_values(expansion), inputs))
+    return _Place(expansions=tuple(placed))
+
+
+def _without_values(expansion: Expansion) -> Expansion:
+    """The expansion with arrays that take no memory: their shapes and types are still needed when it is written."""
+    inputs = {name: replace(part, values=np.broadcast_to(part.values.dtype.type(0), part.values.shape))
+              if isinstance(part, Stored) else part for name, part in expansion.inputs.items()}  # fmt: skip
+    return replace(expansion, inputs=inputs)
+
+
+def _bound(templates: Mapping[str, Template], places: Mapping[str, _Place]) -> Model_pb2.Model:
+    """One specification with the functions of every copy, each weight pointing into the blob file."""
+    parsed: dict[int, Model_pb2.Model] = {}
+    for template in templates.values():
+        if id(template) not in parsed:
+            parsed[id(template)] = Model_pb2.Model.FromString(template.model)
+    model = Model_pb2.Model()
+    model.CopyFrom(parsed[id(next(iter(templates.values())))])
+    model.mlProgram.functions.clear()
+    del model.description.functions[:]
+    for prefix, template in templates.items():
+        mine = {value_name(name): places[weight_name(prefix, name)] for name in template.weights}
+        source = parsed[id(template)]
+        for description in source.description.functions:
+            name = function_name(prefix, description.name)
+            model.description.functions.add().CopyFrom(description)
+            model.description.functions[-1].name = name
+            model.mlProgram.functions[name].CopyFrom(source.mlProgram.functions[description.name])
+            _bind(model.mlProgram.functions[name], mine)
+    model.description.defaultFunctionName = model.description.functions[0].name
+    return model
+
+
+def _bind(function: MIL_pb2.Function, places: Mapping[str, _Place]) -> None:
+    """Point every weight of one function to its place in the blob file; expansions take the place of its `const`."""
+    block = function.block_specializations[function.opset]
+    operations = list(block.operations)
+    bound = set()
+    for operation in operations:
+        name = operation.outputs[0].name if operation.type == "const" else ""
+        if name in places:
+            value = operation.attributes["val"].blobFileValue
+            value.fileName, value.offset = FILE, places[name].offset
+            bound.add(name)
+    if bound != places.keys():
+        raise ValueError(f"unbound weights: {sorted(places.keys() - bound)[:5]}")
+    if any(place.expansions for place in places.values()):
+        del block.operations[:]
+        for operation in operations:
+            name = operation.outputs[0].name if operation.outputs else ""
+            place = places.get(name, _Place())
+            block.operations.extend(expansion_operations(name, place.expansions) or [operation])
+
+
+def _item_manifest(content_key: str) -> str:
+    """Manifest.json. Identifiers are derived from the content, so that the same input gives the same bytes."""
+    items = {"model.mlmodel": "CoreML Model Specification", "weights": "CoreML Model Weights"}
+    identifiers = {name: str(uuid.uuid5(uuid.NAMESPACE_OID, content_key + name)).upper() for name in items}
+    entries = {
+        identifiers[name]: {
+            "author": "com.apple.CoreML",
+            "description": description,
+            "name": name,
+            "path": f"com.apple.CoreML/{name}",
+        }
+        for name, description in items.items()
+    }
+    manifest = {
+        "fileFormatVersion": "1.0.0",
+        "itemInfoEntries": entries,
+        "rootModelIdentifier": identifiers["model.mlmodel"],
+    }
+    return json.dumps(manifest, indent=4, sort_keys=True) + "\n"

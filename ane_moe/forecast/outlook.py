@@ -1,0 +1,307 @@
+"""What converting a model would give, before any work: sizes, calls, predicted speed and placement."""
+
+import re
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ane_moe.checkpoints.checkpoint import open_checkpoint
+from ane_moe.conversion.plan import ConvertOptions
+from ane_moe.errors import UserError
+from ane_moe.families import describe, describe_config, supported
+from ane_moe.forecast.chips import Range, find_chip
+from ane_moe.forecast.concerns import Concern, concerns_of_options, concerns_of_sizes, distinct
+from ane_moe.forecast.cost_model import NOTE, Prediction, predict
+from ane_moe.forecast.geometry import (
+    DEFAULT_CONTEXT,
+    EXPERTS,
+    Geometry,
+    geometry_of,
+    geometry_of_spec,
+    names_experts,
+)
+from ane_moe.forecast.layout import layout_of
+from ane_moe.forecast.workload import Workload, assemble
+from ane_moe.formats.recipe import Recipe, find_format, find_recipe
+from ane_moe.json_file import read_json
+from ane_moe.placement.targets import DEFAULT_OS, Target, find_target
+
+CONVERSION_TIME = Path(__file__).with_name("conversion_time.toml")
+CONFIG = "config.json"
+ROUTINGS: tuple[Literal["masked", "sparse"], ...] = ("masked", "sparse")
+DEFAULT_RECIPE = "int8"
+RECIPES = ("fp16", "int8", "small", "tiny")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")      # convert looks for, or refuses
+REFUSED = "None: convert refuses this checkpoint, as the first line says."
+APPROXIMATE = (
+    "approximate: sizes come from the fields that families share, and are wrong where its layers hold "
+    "other parts"
+)
+CLOSE = 1.1         # expected speeds nearer than this factor do not decide
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to convert. `conversion_seconds` is None where a format was never timed."""
+
+    routing: str
+    recipe: str
+    workload: Workload
+    prediction: Prediction
+    concerns: tuple[Concern, ...]
+    conversion_seconds: Range | None
+
+    @property
+    def stays(self) -> bool:
+        """Whether no rule takes any of it off the engine."""
+        return all(concern.verdict != "cpu" for concern in self.concerns)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """Every way that was asked about, and which to take. All speeds are predicted.
+
+    `refusal`: why `convert` would not take the checkpoint, in its own words, or nothing. What it
+    refuses is forecast all the same, approximately, where its config.json allows: `choices` are empty
+    where it does not.
+    """
+
+    model_type: str
+    refusal: str
+    target: str
+    os: int
+    context: int | None
+    weights: int | None
+    notes: tuple[str, ...]
+    choices: tuple[Choice, ...]
+    recommendation: str
+
+    @property
+    def supported(self) -> bool:
+        """Whether `convert` would take the checkpoint."""
+        return not self.refusal
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON data; ranges as low, expected, high."""
+        return {
+            "model_type": self.model_type,
+            "supported": self.supported,
+            "reason": self.refusal or None,
+            "approximate": not self.supported,
+            "target": self.target,
+            "os": self.os,
+            "context": self.context,
+            "weights": self.weights,
+            "notes": list(self.notes),
+            "choices": [_choice_json(choice) for choice in self.choices],
+            "recommendation": self.recommendation,
+            "note": NOTE,
+        }
+
+
+def outlook(
+    checkpoint: str | Path,
+    *,
+    target: str = "m4-max",
+    os: int = DEFAULT_OS,
+    recipes: Sequence[str] = RECIPES,
+    context: int | None = None,
+    prefill: int = 64,
+    max_shard_mb: int = 220,
+) -> Outlook:
+    """What `convert` would make of a checkpoint folder, a config.json, or a model of the Hugging Face Hub by its id.
+
+    The configuration is read, and where a folder has weights, their names and shapes. Raises UserError
+    when there is no configuration, for an unknown chip, system or format, and for a context that the
+    model does not have.
+    """
+    values, where = read_config(checkpoint)
+    folder = Path(checkpoint) if _holds_weights(Path(checkpoint)) else None
+    return outlook_of(values, where, folder, target=target, os=os, recipes=recipes, context=context,
+                      prefill=prefill, max_shard_mb=max_shard_mb)  # fmt: skip
+
+
+def outlook_of(
+    values: dict[str, Any],
+    where: str = "config.json",
+    folder: Path | None = None,
+    *,
+    target: str = "m4-max",
+    os: int = DEFAULT_OS,
+    recipes: Sequence[str] = RECIPES,
+    context: int | None = None,
+    prefill: int = 64,
+    max_shard_mb: int = 220,
+) -> Outlook:
+    """`outlook` of a configuration that has been read; `folder` is that of its weights, if any."""
+    place, model = find_target(target, os), _read_model(values, where, folder)
+    geometry = model.geometry
+    if geometry is None:
+        return Outlook(model.name, model.refusal, target, os, None, None, model.notes, (), REFUSED)
+    tokens = min(DEFAULT_CONTEXT, geometry.context) if context is None else context
+    if not 1 <= tokens <= geometry.context:
+        raise UserError(f"a context of {tokens} tokens is not possible", f"the model's own is {geometry.context}")
+    choices = []
+    for routing in ROUTINGS:
+        for name in recipes:
+            recipe = find_recipe(name)
+            options = ConvertOptions(routing=routing, prefill=prefill, max_shard_mb=max_shard_mb, recipe=recipe)
+            choices.append(_choice(geometry, options, tokens, place))
+    advice = REFUSED if model.refusal else recommendation(choices)
+    return Outlook(model.name, model.refusal, target, os, tokens, geometry.weights, model.notes,
+                   tuple(choices), advice)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model as far as it can be read: no `geometry` where nothing can be forecast."""
+
+    name: str
+    geometry: Geometry | None
+    refusal: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def _read_model(values: dict[str, Any], where: str, folder: Path | None) -> _Model:
+    """By convert's own reader; by the fields that families share where that refuses it.
+
+    Raises convert's UserError for a model of a known family whose fields make no sense.
+    """
+    name = str(values.get("model_type", "unknown"))
+    try:
+        spec = describe(open_checkpoint(folder))[0] if folder else describe_config(values, where)
+        return _Model(name, geometry_of_spec(spec))
+    except UserError as error:
+        refused = error
+    if name not in supported() and not names_experts(values):
+        none = f"none of {', '.join(EXPERTS)} in {where}"
+        known = f"supported: {', '.join(supported())}"
+        return _Model(name, None, f"{name} is not a mixture of experts ({none}); {known}")
+    try:
+        geometry = geometry_of(values, where)
+    except UserError as error:
+        if name in supported():
+            raise refused from None
+        return _Model(name, None, str(refused), (f"no forecast: {error}",))
+    return _Model(name, geometry, str(refused), (APPROXIMATE, *geometry.notes))
+
+
+def _holds_weights(folder: Path) -> bool:
+    return folder.is_dir() and any(entry.suffix in WEIGHTS for entry in folder.iterdir())
+
+
+def recommendation(choices: Iterable[Choice]) -> str:
+    """The way to take, in one sentence with the reason: the fastest that no rule takes off the engine; of those as good
+    as equal, `convert`'s default format, else the one with the most bytes, since fewer cost quality."""
+    listed = list(choices)
+    staying = [choice for choice in listed if choice.stays]
+    if not staying:
+        return "None: the placement rules take part of every one off the engine; the concerns say which."
+    fastest = max(_speed(choice).expected for choice in staying)
+    close = [choice for choice in staying if _speed(choice).expected * CLOSE >= fastest]
+    best = max(close, key=lambda choice: (choice.recipe == DEFAULT_RECIPE, choice.workload.package_bytes))
+    unsure = dict.fromkeys(c.rule for c in best.concerns if c.verdict == "uncertain")
+    speed = _speed(best)
+    preferred = "convert's default format" if best.recipe == DEFAULT_RECIPE else "the least compression of these"
+    reason = "the fastest expected" if len(close) == 1 else f"within 10 % of the fastest expected, and {preferred}"
+    refused = [f"{choice.routing} {choice.recipe}" for choice in listed if not choice.stays]
+    others = f"; left out, since functions would leave the engine: {', '.join(refused)}" if refused else ""
+    undecided = f"placement is undecided ({', '.join(unsure)}), so verify it on a Mac first"
+    doubt = f"; {undecided}{_alternative(best, staying)}" if unsure else ""
+    predicted = f"predicted {speed.low:.1f} to {speed.high:.1f} tok/s (expected {speed.expected:.1f})"
+    bound = f"bound by {best.prediction.bound}"
+    return f"Take --routing {best.routing} --compress {best.recipe}: {reason}, {predicted}, {bound}{others}{doubt}."
+
+
+def _alternative(best: Choice, staying: Iterable[Choice]) -> str:
+    """The same weights by the other routing, where only the placement of single experts is what is in doubt."""
+    experts_unsure = any(concern.kind == "experts" for concern in best.concerns)
+    same = [choice for choice in staying if choice.recipe == best.recipe and choice.routing != best.routing]
+    if not (experts_unsure and same):
+        return ""
+    speed = _speed(same[0])
+    predicted = f"predicted {speed.low:.1f} to {speed.high:.1f} tok/s (expected {speed.expected:.1f})"
+    return f"; if its experts stay on the CPU, {same[0].routing} is {predicted}"
+
+
+def read_config(checkpoint: str | Path) -> tuple[dict[str, Any], str]:
+    """The configuration of a folder, a file or a Hub id, and where it was read."""
+    path = Path(checkpoint)
+    file = path / CONFIG if path.is_dir() else path
+    if not file.is_file():
+        if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(checkpoint)):
+            raise UserError(f"{checkpoint} has no config.json", do="give a model folder, its config.json, or a Hub id")
+        file = _from_hub(str(checkpoint))
+    return read_json(file), str(file)
+
+
+def _from_hub(name: str) -> Path:
+    """config.json of a model on the Hub, from its cache if it is there."""
+    import huggingface_hub as hub
+
+    if isinstance(cached := hub.try_to_load_from_cache(name, CONFIG), str):
+        return Path(cached)
+    try:
+        hub.get_hf_file_metadata(hub.hf_hub_url(name, CONFIG))      # asks once; a download tries for half a minute
+        return Path(hub.hf_hub_download(name, CONFIG))
+    except Exception as error:      # of many libraries: no network, no such model, no permission
+        raise UserError(f"{CONFIG} of {name} cannot be fetched from the Hugging Face Hub",
+                        str(error).strip().split("\n")[0][:200] or type(error).__name__,
+                        "give a local folder or config.json") from None  # fmt: skip
+
+
+def _choice(geometry: Geometry, options: ConvertOptions, context: int, target: Target) -> Choice:
+    pieces = layout_of(geometry, options, context)
+    stored = find_format(options.recipe.by_role("embedding").format)
+    embed = stored.stored_bytes(geometry.vocab, geometry.d_model)
+    workload = assemble(pieces, options.routing, options.recipe.name, options.prefill, embed)
+    concerns = (*concerns_of_options(options, target), *concerns_of_sizes(workload, pieces, target))
+    return Choice(options.routing, options.recipe.name, workload, predict(workload, find_chip(target.name)),
+                  distinct(concerns), _conversion_seconds(geometry, options.recipe))  # fmt: skip
+
+
+def _conversion_seconds(geometry: Geometry, recipe: Recipe) -> Range | None:
+    """Writing all weights, and encoding those of each format, which two workers share."""
+    times = tomllib.loads(CONVERSION_TIME.read_text())
+    size = 2 * (geometry.weights + geometry.vocab * geometry.d_model) / 1e6
+    formats: dict[str, float] = {}
+    for number, layer in enumerate(geometry.layers):
+        once = [(matrix, 1) for matrix in (*layer.mixer, *layer.dense, *layer.shared)]
+        for matrix, count in [*once, *((matrix, layer.experts) for matrix in layer.expert)]:
+            name = recipe.by_role(matrix.role, number).format
+            formats[name] = formats.get(name, 0.0) + 2e-6 * count * matrix.weights
+    for name in (recipe.by_role("head").format, recipe.by_role("embedding").format):
+        formats[name] = formats.get(name, 0.0) + 2e-6 * geometry.vocab * geometry.d_model
+    formats.pop("fp16", None)
+    if any(_base(name) not in times["encode"] for name in formats):
+        return None
+    seconds = [size / times["write"][end] + sum(amount / times["encode"][_base(name)][end] / 2
+                                               for name, amount in formats.items())
+               for end in ("high", "expected", "low")]  # fmt: skip
+    return Range(*seconds)
+
+
+def _base(name: str) -> str:
+    """A palette's name without its group, which hardly changes the time."""
+    return re.sub(r"-g\d+$", "", name)
+
+
+def _speed(choice: Choice) -> Range:
+    return choice.prediction.decode.tok_s
+
+
+def _choice_json(choice: Choice) -> dict[str, Any]:
+    work = choice.workload
+    return {
+        "routing": choice.routing,
+        "recipe": choice.recipe,
+        "disk_bytes": work.disk_bytes,
+        "packages": work.packages,
+        "calls_per_token": asdict(work.calls_per_token),
+        "weight_bytes_per_token": asdict(work.weight_bytes_per_token),
+        "conversion_seconds_estimated": asdict(choice.conversion_seconds) if choice.conversion_seconds else None,
+        "concerns": [asdict(concern) for concern in choice.concerns],
+        "prediction": choice.prediction.as_json(),
+    }

@@ -1,0 +1,151 @@
+"""What a token costs, counted in calls, bytes and weights; seconds are the cost model's business."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from ane_moe.conversion.plan import ConversionPlan
+from ane_moe.forecast.chips import Range
+from ane_moe.forecast.pieces import ExpertSet, Piece, merge, pieces_of
+from ane_moe.formats.recipe import find_format
+from ane_moe.manifest import Manifest, read_manifest
+from ane_moe.model.spec import MoeSpec
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Calls of one kind in a step of the model: `count` of them, each with `tokens` tokens, reading `stored_bytes` of
+    `weights` elements at the chip's `rate`. `cache_bytes`: the KV states that one call goes over, whole, whatever part
+    of them is in use (a static graph has no shorter way)."""
+
+    kind: str
+    count: Range
+    stored_bytes: int
+    weights: int
+    rate: str
+    tokens: int = 1
+    cache_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One step of decoding and one of prefill, and what all packages take.
+
+    `package_bytes` are the weights in packages, without the embedding, which the host reads; `functions` counts those
+    that a runtime loads of one package with all its weights (each wires a copy of its own).
+    """
+
+    routing: str
+    format: str
+    decode: tuple[Calls, ...]
+    prefill: tuple[Calls, ...]
+    prefill_tokens: int
+    packages: int
+    package_bytes: int
+    embed_bytes: int
+    cache_bytes: int
+    functions: int
+    expert_bytes: int = 0
+
+    @property
+    def disk_bytes(self) -> int:
+        """Weights and embedding on disk."""
+        return self.package_bytes + self.embed_bytes
+
+    @property
+    def calls_per_token(self) -> Range:
+        """Core ML calls for one token of decoding."""
+        return add(call.count for call in self.decode)
+
+    @property
+    def weight_bytes_per_token(self) -> Range:
+        """Stored weight bytes read for one token of decoding."""
+        return add(times(call.count, call.stored_bytes) for call in self.decode)
+
+
+class ExpertTraffic(Protocol):
+    """Counts of a routing trace, of one decoded token over all layers: routed expert functions called, and bytes of
+    those that were not loaded yet."""
+
+    @property
+    def functions_per_token(self) -> float: ...
+
+    @property
+    def bytes_loaded_per_token(self) -> float: ...
+
+
+def workload_of(conversion: Path | Manifest) -> Workload:
+    """The workload of a finished conversion. Raises UserError for a broken folder."""
+    manifest = read_manifest(conversion) if isinstance(conversion, Path) else conversion
+    embed = find_format(manifest.embed_format).stored_bytes(manifest.vocab, manifest.d_model)
+    k = {int(layer): facts["k"] for layer, facts in manifest.moe.items()}
+    return assemble(pieces_of(manifest.shards, k), manifest.routing, manifest.weights, manifest.prefill, embed)
+
+
+def workload_of_plan(plan: ConversionPlan) -> Workload:
+    """The workload of a conversion that has not been made."""
+    options, layers = plan.options, enumerate(plan.spec.layers)
+    k = {number: layer.ffn.router.k for number, layer in layers if isinstance(layer.ffn, MoeSpec)}
+    return assemble(pieces_of(plan.shards, k), options.routing, options.recipe.name, options.prefill, plan.embed_bytes)
+
+
+def assemble(pieces: Iterable[Piece], routing: str, format: str, prefill: int, embed_bytes: int) -> Workload:
+    """Count the calls that a model of these packages makes. `prefill` 0: prompts are decoded token by token."""
+    merged = merge(pieces)
+    return Workload(
+        routing=routing,
+        format=format,
+        decode=tuple(call for piece, count in merged for call in _calls(piece, count, 1)),
+        prefill=tuple(call for piece, count in merged for call in _calls(piece, count, prefill or 1)),
+        prefill_tokens=prefill or 1,
+        packages=sum(count * piece.packages for piece, count in merged),
+        package_bytes=sum(count * piece.stored_bytes for piece, count in merged),
+        embed_bytes=embed_bytes,
+        cache_bytes=sum(count * piece.cache_bytes for piece, count in merged),
+        functions=2 if prefill else 1,
+        expert_bytes=sum(count * piece.stored_bytes for piece, count in merged if piece.experts),
+    )
+
+
+def _calls(piece: Piece, count: int, tokens: int) -> list[Calls]:
+    once = Range(count, count, count)
+    if piece.experts is None:
+        return [Calls(piece.kind, once, piece.stored_bytes, piece.weights, piece.rate, tokens, piece.cache_bytes)]
+    chosen, share = piece.experts, piece.experts.shared_share
+    groups, hit = math.ceil(chosen.experts / chosen.group), distinct_groups(chosen, tokens)
+    each = (1 - share) / groups
+    size = _padded(math.ceil(tokens * distinct_groups(chosen, 1).expected / hit.expected), chosen.tokens)
+    stored, weights = round(piece.stored_bytes * each), round(piece.weights * each)
+    calls = [Calls("experts", times(hit, count), stored, weights, piece.rate, size)]
+    if share:
+        stored, weights = round(piece.stored_bytes * share), round(piece.weights * share)
+        calls.append(Calls("shared", once, stored, weights, piece.rate, _padded(tokens, chosen.tokens)))
+    return calls
+
+
+def distinct_groups(chosen: ExpertSet, tokens: int) -> Range:
+    """Functions of one layer that `tokens` tokens call between them: at the least those of one token, as expected if
+    every choice is as likely as any other, at the most all different ones."""
+    groups = math.ceil(chosen.experts / chosen.group)
+    others = chosen.experts - min(chosen.group, chosen.experts)
+    missed = math.comb(others, chosen.k) / math.comb(chosen.experts, chosen.k)
+    low = math.ceil(chosen.k / chosen.group)
+    high = min(groups, chosen.k * tokens)
+    return Range(low, min(max(groups * (1 - missed**tokens), low), high), high)
+
+
+def add(ranges: Iterable[Range]) -> Range:
+    """The sum, end by end."""
+    listed = list(ranges)
+    return Range(sum(r.low for r in listed), sum(r.expected for r in listed), sum(r.high for r in listed))
+
+
+def times(value: Range, factor: float) -> Range:
+    return Range(value.low * factor, value.expected * factor, value.high * factor)
+
+
+def _padded(tokens: int, sizes: tuple[int, ...]) -> int:
+    """The token count that is computed for `tokens`: the next one there is a function for."""
+    return next((size for size in sizes if size >= tokens), sizes[-1])

@@ -1,0 +1,210 @@
+"""Loaded expert functions, kept up to a byte limit, least recently used out first; shared by all sessions."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from time import perf_counter
+
+from ane_moe.errors import UserError
+from ane_moe.loop.figures import CacheFigures, CallClock
+from ane_moe.runtime.interface import LoadedFunction
+
+
+@dataclass(frozen=True)
+class FunctionKey:
+    """One function of one package; `path` is relative to the conversion's folder."""
+
+    path: str
+    name: str
+
+
+@dataclass
+class _Entry:
+    size: int
+    ahead: bool                                 # loaded ahead and not called yet
+    function: LoadedFunction | None = None      # None while it is loading
+    users: int = 0
+
+
+class ExpertCache:
+    """`load` makes a function ready to run, `size` gives the bytes its weights take; both may raise UserError.
+
+    A limit of None keeps everything. A function in use is never dropped, so a caller that holds one function at a
+    time needs room for one; whoever finds no room waits until another thread lets go.
+    """
+
+    def __init__(self, load: Callable[[FunctionKey], LoadedFunction], size: Callable[[FunctionKey], int],
+                 limit_bytes: int | None = None) -> None:
+        self.figures = CacheFigures()
+        self.limit_bytes = limit_bytes
+        self._load = load
+        self._size = size
+        lock = threading.Lock()
+        self._changed = threading.Condition(lock)                   # an entry is ready, free or gone
+        self._asked = threading.Condition(lock)                     # there is something to load ahead
+        self._entries: OrderedDict[FunctionKey, _Entry] = OrderedDict()
+        self._protected: frozenset[FunctionKey] = frozenset()       # not to be dropped for loads ahead
+        self._ahead: list[FunctionKey] = []
+        self._worker: threading.Thread | None = None
+
+    @contextmanager
+    def hold(self, key: FunctionKey, clock: CallClock | None = None) -> Iterator[LoadedFunction]:
+        """The function, loaded, and safe from being dropped while the context lasts.
+
+        `clock` is told how long that took. Raises UserError when it cannot be loaded or is larger than the limit.
+        """
+        entry = self._ready(key) or self._wait_for(key, clock)
+        try:
+            assert entry.function is not None
+            yield entry.function
+        finally:
+            with self._changed:
+                entry.users -= 1
+                self._changed.notify_all()
+
+    def load_ahead(self, keys: Sequence[FunctionKey], needed: Collection[FunctionKey] = ()) -> None:
+        """Load `keys` in the background, first things first, dropping neither them nor those in `needed` for it.
+
+        Replaces what an earlier call asked for and has not been begun.
+        """
+        with self._changed:
+            self._protected = frozenset(keys).union(needed)
+            self._ahead = [key for key in keys if key not in self._entries]
+            if self._ahead and self._worker is None:
+                self._worker = threading.Thread(target=self._work, name="expert-loader", daemon=True)
+                self._worker.start()
+            if self._ahead:
+                self._asked.notify()
+            self._changed.notify_all()
+
+    def resident_bytes(self, key: FunctionKey) -> int:
+        """What `key` takes of the limit once loaded. Raises UserError when there is no such function."""
+        return self._size(key)
+
+    def settle(self) -> None:
+        """Wait until nothing is being loaded ahead."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._ahead and all(e.function for e in self._entries.values()))
+
+    def _ready(self, key: FunctionKey) -> _Entry | None:
+        with self._changed:
+            entry = self._entries.get(key)
+            if entry is None or entry.function is None:
+                return None
+            self.figures.hits += 1
+            return self._use(key, entry)
+
+    def _wait_for(self, key: FunctionKey, clock: CallClock | None) -> _Entry:
+        started = perf_counter()
+        if clock:
+            clock.start_load()
+        try:
+            return self._fetch(key)
+        finally:
+            if clock:
+                clock.stop_load()
+            with self._changed:
+                self.figures.wait_seconds += perf_counter() - started
+
+    def _fetch(self, key: FunctionKey) -> _Entry:
+        """The entry of `key`, loaded here unless another thread is at it."""
+        size = self._size(key)
+        if self.limit_bytes is not None and size > self.limit_bytes:
+            raise UserError("the expert cache is smaller than one expert function",
+                            f"{self.limit_bytes / 1e6:.2f} MB for {key.name} of {key.path}, {size / 1e6:.2f} MB",
+                            "raise --expert-cache-mb")
+        with self._changed:
+            counted = False
+            while True:
+                entry = self._entries.get(key)
+                if entry is None and self._make_room(size, frozenset()):
+                    break
+                if entry is not None and entry.function is not None:
+                    return self._use(key, entry)
+                if entry is not None and not counted:
+                    self.figures.late += 1
+                    counted = True
+                self._changed.wait()
+            self.figures.misses += not counted
+            entry = self._enter(key, size, ahead=False)
+        self._fill(key, entry)
+        return entry
+
+    def _use(self, key: FunctionKey, entry: _Entry) -> _Entry:
+        self._entries.move_to_end(key)
+        if entry.ahead:
+            entry.ahead = False
+            self.figures.bytes_unused -= entry.size
+        entry.users += 1
+        return entry
+
+    def _enter(self, key: FunctionKey, size: int, ahead: bool) -> _Entry:
+        """Count the bytes before loading them, so that threads together stay inside the limit."""
+        entry = self._entries[key] = _Entry(size, ahead, users=0 if ahead else 1)
+        figures = self.figures
+        figures.bytes_loaded += size
+        figures.bytes_unused += size if ahead else 0
+        figures.bytes_resident += size
+        figures.bytes_peak = max(figures.bytes_peak, figures.bytes_resident)
+        return entry
+
+    def _fill(self, key: FunctionKey, entry: _Entry) -> None:
+        try:
+            function = self._load(key)
+        except BaseException:
+            with self._changed:
+                self._drop(key)
+                self._changed.notify_all()
+            raise
+        with self._changed:
+            entry.function = function
+            self._changed.notify_all()
+
+    def _make_room(self, size: int, protected: frozenset[FunctionKey]) -> bool:
+        """Drop least recently used functions until `size` more bytes fit; drop none when that is impossible."""
+        if self.limit_bytes is None:
+            return True
+        excess = self.figures.bytes_resident + size - self.limit_bytes
+        leaving = []
+        for key, entry in self._entries.items():
+            if excess <= 0:
+                break
+            if entry.function is not None and entry.users == 0 and key not in protected:
+                leaving.append(key)
+                excess -= entry.size
+        if excess > 0:
+            return False
+        for key in leaving:
+            self._drop(key)
+            self.figures.evictions += 1
+        return True
+
+    def _drop(self, key: FunctionKey) -> None:
+        self.figures.bytes_resident -= self._entries.pop(key).size
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._asked.wait_for(lambda: self._ahead)
+                key = self._ahead[0]
+            self._load_one_ahead(key)
+
+    def _load_one_ahead(self, key: FunctionKey) -> None:
+        """A failure is left to the call that needs the function: it loads again and raises."""
+        try:
+            size = self._size(key)
+        except UserError:
+            size = None
+        with self._changed:
+            entry = None
+            wanted = key in self._ahead                     # else another request has replaced this one meanwhile
+            if wanted:
+                self._ahead.remove(key)
+            if wanted and size is not None and key not in self._entries and self._make_room(size, self._protected):
+                entry = self._enter(key, size, ahead=True)
+            self._changed.notify_all()
+        if entry is not None:
+            with suppress(UserError):
+                self._fill(key, entry)

@@ -1,0 +1,246 @@
+"""Dispatch of experts by the host: the functions that gates choose, on the tokens that chose them, and no others.
+
+T = tokens in the call, d = d_model, E = experts of the layer, G = experts of one function (a group), B = a bucket: a
+token count functions exist for. The manifest says which experts each function computes: none, where every token passes
+through it (the shared expert). Each maps `ffn_input [1,d,1,B]` and `gate [1,1,1,B]` (`gates [1,G,1,B]` where G is
+above 1; nothing for shared) to `y [1,d,1,B]`.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+
+from ane_moe.errors import UserError
+from ane_moe.loop.buffers import activation_shape, by_channel
+from ane_moe.loop.expert_cache import ExpertCache, FunctionKey
+from ane_moe.loop.figures import CallClock
+from ane_moe.manifest import Manifest, Shard
+from ane_moe.runtime import open_package
+from ane_moe.runtime.interface import LoadedFunction, Package
+
+KIND = "experts"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Experts of one function, in order (none: the shared one), and its name for each bucket."""
+
+    experts: tuple[int, ...]
+    path: str
+    names: dict[int, str]
+
+    def key(self, tokens: int) -> FunctionKey:
+        return FunctionKey(self.path, self.names[tokens])
+
+    def pieces(self, tokens: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+        """Cut token indices so that each piece fits a bucket, the smallest that holds it; none is left out."""
+        buckets = sorted(self.names)
+        for first in range(0, len(tokens), buckets[-1]):
+            piece = tokens[first:first + buckets[-1]]
+            yield piece, buckets[bisect_left(buckets, len(piece))]
+
+
+@dataclass(frozen=True)
+class ExpertLayer:
+    """The expert functions of one layer: groups in the order of their experts."""
+
+    layer: int
+    groups: tuple[Group, ...]
+    shared: Group | None
+
+    @property
+    def all_groups(self) -> tuple[Group, ...]:
+        """The groups, and the shared one last where there is one."""
+        return (*self.groups, *([self.shared] if self.shared else []))
+
+    @cached_property
+    def _holder(self) -> dict[int, int]:
+        return {expert: index for index, group in enumerate(self.groups) for expert in group.experts}
+
+    def groups_of(self, experts: Iterable[int]) -> list[Group]:
+        """Groups that hold `experts`, each once, in order. Raises UserError for an expert that none holds."""
+        try:
+            return [self.groups[index] for index in sorted({self._holder[expert] for expert in experts})]
+        except KeyError as error:
+            raise UserError(f"layer {self.layer}: the gates choose an expert that no package holds",
+                            f"expert {error}", "run `ane-moe verify`, or convert again") from None
+
+
+def expert_layers(manifest: Manifest) -> dict[int, ExpertLayer]:
+    """Every layer whose experts are dispatched. Raises UserError for a package whose functions do not fit together."""
+    layers = {}
+    for layer in manifest.layers:
+        groups = [group for shard in manifest.shards_of(KIND, layer) for group in _groups(shard)]
+        if groups:
+            _require_once(groups, layer)
+            routed = sorted((group for group in groups if group.experts), key=lambda group: group.experts[0])
+            shared = next((group for group in groups if not group.experts), None)
+            layers[layer] = ExpertLayer(layer, tuple(routed), shared)
+    return layers
+
+
+def _groups(shard: Shard) -> list[Group]:
+    """The groups of one package, and their functions by token count."""
+    groups = [Group(experts, shard.path, {function.tokens: function.name for function in functions})
+              for experts, functions in shard.copies.items()]
+    if len({frozenset(group.names) for group in groups}) != 1:
+        found = "some experts have other token counts than others"
+        raise UserError(f"{shard.path} lacks an expert function", found, "convert again")
+    return groups
+
+
+def _require_once(groups: Sequence[Group], layer: int) -> None:
+    """Each expert belongs to one group, and groups are in rising order."""
+    experts = [expert for group in groups for expert in group.experts]
+    sorted_groups = all(group.experts == tuple(sorted(group.experts)) for group in groups)
+    if not experts or len(set(experts)) != len(experts) or not sorted_groups:
+        found = f"functions for {[group.experts for group in groups]}"
+        raise UserError(f"layer {layer}: experts and functions do not fit together", found, "convert again")
+
+
+class _Scratch:
+    """Inputs of expert calls, one set per bucket and group size, for one worker."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._features: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+
+    def features(self, group: Group, bucket: int, tokens: np.ndarray, ffn_input: np.ndarray,
+                 gates: np.ndarray) -> dict[str, np.ndarray]:
+        """Gather `tokens` out of `ffn_input [d,T]` and `gates [E,T]`; zeros where the bucket is larger."""
+        size = len(group.experts)
+        features = self._features.get((bucket, size)) or self._make(bucket, size)
+        count = len(tokens)
+        columns = by_channel(features["ffn_input"])
+        columns[:, :count] = ffn_input[:, tokens]
+        columns[:, count:] = 0
+        if size:
+            rows = by_channel(features[gate_name(size)])
+            rows[:, :count] = gates[list(group.experts)][:, tokens]
+            rows[:, count:] = 0
+        return features
+
+    def _make(self, bucket: int, size: int) -> dict[str, np.ndarray]:
+        features = {name: np.zeros(shape, np.float16)
+                    for name, shape in expert_inputs(self._manifest, size, bucket).items()}
+        self._features[bucket, size] = features
+        return features
+
+
+class ExpertDispatch:
+    """Runs chosen experts, `concurrency` at a time; sums in fp32 in the order of experts, so the result is the same."""
+
+    def __init__(self, manifest: Manifest, layers: dict[int, ExpertLayer], cache: ExpertCache,
+                 concurrency: int = 1) -> None:
+        if concurrency < 1:
+            raise UserError("concurrency must be at least 1", str(concurrency))
+        self.layers = layers
+        self.cache = cache
+        self._pool = ThreadPoolExecutor(concurrency, "expert") if concurrency > 1 else None
+        self._scratch: SimpleQueue[_Scratch] = SimpleQueue()
+        for _ in range(concurrency):
+            self._scratch.put(_Scratch(manifest))
+
+    def chosen(self, gates: np.ndarray) -> list[int]:
+        """Experts with a gate other than zero in `gates [E,T]`, in order."""
+        return np.flatnonzero((gates != 0).any(axis=1)).tolist()
+
+    def add(self, layer: int, experts: Sequence[int], ffn_input: np.ndarray, gates: np.ndarray, total: np.ndarray,
+            clock: CallClock) -> None:
+        """Add to `total [d,T]` (fp32) what `experts` and the shared one give for `ffn_input [d,T]` under `gates [E,T]`.
+
+        Raises UserError when an expert has no function or its function cannot be loaded.
+        """
+        table = self.layers[layer]
+        tasks = [(group, np.flatnonzero((gates[list(group.experts)] != 0).any(axis=0)))
+                 for group in table.groups_of(experts)]
+        if table.shared:
+            tasks.append((table.shared, np.arange(ffn_input.shape[1])))
+
+        def run(task: tuple[Group, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+            return self._run(*task, ffn_input, gates, clock)
+
+        for results in (self._pool.map if self._pool else map)(run, tasks):
+            for tokens, y in results:
+                total[:, tokens] += y
+
+    def load_ahead(self, layer: int, experts: Sequence[int], current: tuple[int, Sequence[int]]) -> None:
+        """Load the functions for one token of `experts` in `layer` in the background, at no cost of those in use now:
+        `current` is the running layer and its experts."""
+        running, used = current
+        self.cache.load_ahead([group.key(min(group.names)) for group in self.layers[layer].groups_of(experts)],
+                              [group.key(min(group.names)) for group in self.layers[running].groups_of(used)])
+
+    def _run(self, group: Group, tokens: np.ndarray, ffn_input: np.ndarray, gates: np.ndarray,
+             clock: CallClock) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Pieces of `tokens` with their `y [d,piece]`."""
+        scratch = self._scratch.get()
+        try:
+            results = []
+            for piece, bucket in group.pieces(tokens):
+                features = scratch.features(group, bucket, piece, ffn_input, gates)
+                with self.cache.hold(group.key(bucket), clock) as function:
+                    started = clock.start()
+                    try:
+                        outputs = function.predict(features)
+                    finally:
+                        clock.stop(KIND, started)
+                results.append((piece, by_channel(outputs["y"])[:, :len(piece)]))
+            return results
+        finally:
+            self._scratch.put(scratch)
+
+
+def gate_name(group_size: int) -> str:
+    return "gate" if group_size == 1 else "gates"
+
+
+def expert_inputs(manifest: Manifest, group_size: int, tokens: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the inputs of an expert function; a group size of 0 is the shared one."""
+    shapes: dict[str, tuple[int, ...]] = {"ffn_input": activation_shape(manifest, manifest.d_model, tokens)}
+    return shapes | ({gate_name(group_size): activation_shape(manifest, group_size, tokens)} if group_size else {})
+
+
+def open_cache(folder: Path, manifest: Manifest, layers: dict[int, ExpertLayer], runtime: str,
+               limit_bytes: int | None, **options: Any) -> ExpertCache:
+    """A cache over the packages in `folder`, each opened once. A function counts with the memory its weights take.
+
+    Loading reads the weights. It raises UserError when a package is damaged, or lacks a function or has it with other
+    inputs than the manifest implies, and when the limit is below the size of one function.
+    """
+    sizes = {group.key(tokens): (len(group.experts), tokens) for layer in layers.values()
+             for group in layer.all_groups for tokens in group.names}
+
+    @cache
+    def package(path: str) -> Package:
+        return open_package(folder / path, runtime, **options)
+
+    def load(key: FunctionKey) -> LoadedFunction:
+        function = package(key.path).function(key.name, eager=True)
+        check_function(function, expert_inputs(manifest, *sizes[key]), f"{folder / key.path}: function {key.name}")
+        return function
+
+    @cache
+    def size(key: FunctionKey) -> int:
+        if key.name not in package(key.path).functions:
+            raise UserError(f"{folder / key.path} lacks an expert function", key.name, "convert again")
+        return package(key.path).resident_bytes(key.name)
+
+    return ExpertCache(load, size, limit_bytes)
+
+
+def check_function(function: LoadedFunction, expected: dict[str, tuple[int, ...]], what: str) -> None:
+    """Raise UserError unless `function` declares exactly the inputs `expected`, by name and shape."""
+    declared = {feature.name: feature.type.shape for feature in function.inputs}
+    if declared != expected:
+        names = sorted(set(declared) | set(expected))
+        found = ", ".join(f"{name} {declared.get(name, 'absent')} where {expected.get(name, 'none')} was expected"
+                          for name in names if declared.get(name) != expected.get(name))
+        raise UserError(f"{what} has other inputs than the manifest implies", found, "convert again")

@@ -1,0 +1,47 @@
+"""What each expert of a Hugging Face layer computes alone, by Hugging Face's own modules.
+
+N = tokens, d = d_model, E = experts, k = experts per token, P = tokens each expert is shown.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ane_moe.original.golden import LayerGolden
+
+PROBES = 4
+
+
+@torch.no_grad()
+def with_experts(layer: nn.Module, norm: nn.Module, golden: LayerGolden) -> LayerGolden:
+    """The golden of a loaded decoder layer, `norm` being the one before its feed-forward block, with what its experts
+    take and give one by one added; unchanged where the layer has none."""
+    experts = next((module for module in layer.modules() if type(module).__name__.endswith("Experts")), None)
+    if experts is None or golden.router_indices is None:
+        return golden
+    block = next(module for module in layer.modules() if getattr(module, "experts", None) is experts)
+    scale = getattr(layer, "residual_multiplier", 1.0)
+    ffn_input = norm(torch.from_numpy(golden.middle)[None])
+    routed: list[torch.Tensor] = []
+    handle = experts.register_forward_hook(lambda _, args, output: routed.append(output))
+    whole: Any = block(ffn_input)
+    handle.remove()
+    flat = ffn_input[0]
+    shared = scale * (whole[0] - routed[0].reshape(flat.shape))
+    tokens = _shown(golden.router_indices, golden.router_probs.shape[1] if golden.router_probs is not None else 0)
+    each = torch.arange(len(tokens)).repeat_interleave(tokens.shape[1])[:, None]
+    outputs = scale * experts(flat[tokens.reshape(-1)], each, torch.ones(len(each), 1))
+    return replace(golden, ffn_input=flat.numpy(), expert_tokens=tokens,
+                   expert_outputs=outputs.reshape(*tokens.shape, -1).numpy(),
+                   shared_output=shared.numpy() if bool(shared.any()) else None)
+
+
+def _shown(chosen: np.ndarray, experts: int) -> np.ndarray:
+    """Tokens for each expert, int32 `[E,P]`: of those that chose it in `chosen [N,k]` the first, else any."""
+    count = min(PROBES, len(chosen))
+    others = np.linspace(0, len(chosen) - 1, count).astype(int)
+    rows = [np.concatenate([np.flatnonzero((chosen == expert).any(1)), others])[:count] for expert in range(experts)]
+    return np.stack(rows).astype(np.int32)

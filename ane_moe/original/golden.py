@@ -1,0 +1,139 @@
+"""golden.safetensors: what the original model computes on a prompt set, for every layer.
+
+Tokens of all prompts are laid end to end. N = tokens, d = d_model, E = experts, k = experts per token, V = vocabulary.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ane_moe.errors import UserError
+from ane_moe.files import replaced
+
+FILE_NAME = "golden.safetensors"
+FORMAT = 1
+METADATA = "ane_moe_golden"       # one key: safetensors writes several in an order that changes from run to run
+
+_AGAIN = "convert again with --golden, or give --checkpoint"
+
+
+@dataclass(frozen=True)
+class LayerGolden:
+    """One layer, fp32: hidden state `x` in, and what the attention and feed-forward blocks each add to it, `[N,d]`.
+
+    For a MoE layer also the full router probabilities `[N,E]` and the experts chosen, int32 `[N,k]`. Where asked for,
+    also what experts compute alone: their input (the normed hidden state) and what the shared expert adds, `[N,d]`, and
+    for the tokens int32 `[E,P]` each expert was shown, its outputs `[E,P,d]` at a gate of 1.
+    """
+
+    x: np.ndarray
+    attn_delta: np.ndarray
+    ffn_delta: np.ndarray
+    router_probs: np.ndarray | None = None
+    router_indices: np.ndarray | None = None
+    ffn_input: np.ndarray | None = None
+    shared_output: np.ndarray | None = None
+    expert_tokens: np.ndarray | None = None
+    expert_outputs: np.ndarray | None = None
+
+    @property
+    def middle(self) -> np.ndarray:
+        """Hidden state between attention and feed-forward, `[N,d]`."""
+        return self.x + self.attn_delta
+
+    @property
+    def y(self) -> np.ndarray:
+        """Hidden state after the layer, `[N,d]`."""
+        return self.middle + self.ffn_delta
+
+
+@dataclass(frozen=True)
+class Golden:
+    """`layers` maps indices to LayerGolden; `logits` (fp32 `[N,V]`) are the head's on the last captured layer's output.
+
+    They are the model's logits when every layer was captured.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    layers: Mapping[int, LayerGolden]
+    logits: np.ndarray
+    n_layers: int
+
+    @property
+    def complete(self) -> bool:
+        return sorted(self.layers) == list(range(self.n_layers))
+
+    @property
+    def spans(self) -> list[slice]:
+        """Rows of each prompt."""
+        ends = np.cumsum([len(prompt) for prompt in self.prompts]).tolist()
+        return [slice(end - len(prompt), end) for prompt, end in zip(self.prompts, ends, strict=True)]
+
+
+def write_golden(golden: Golden, out: Path) -> None:
+    """Write a golden atomically, as safetensors."""
+    tensors = {"logits": golden.logits, "prompt_ids": np.concatenate(golden.prompts).astype(np.int32),
+               "prompt_offsets": np.cumsum([0, *map(len, golden.prompts)])}
+    for index, layer in golden.layers.items():
+        tensors |= {_key(index, name): value for name, value in vars(layer).items() if value is not None}
+    about = json.dumps({"format": FORMAT, "n_layers": golden.n_layers, "layers": sorted(golden.layers)})
+    arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    with replaced(out) as temporary:
+        save_file(arrays, temporary, metadata={METADATA: about})
+
+
+def read_golden(path: Path) -> Golden:
+    """Open a golden; layers are read when asked for. Raises UserError when it is missing, damaged or incomplete."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            about = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+            if about.get("format") != FORMAT:
+                raise UserError(f"{path} is not a golden of this version", f"format {about.get('format')}", _AGAIN)
+            offsets = file.get_tensor("prompt_offsets").tolist()
+            ids = file.get_tensor("prompt_ids").tolist()
+            prompts = tuple(tuple(ids[a:b]) for a, b in pairwise(offsets))
+            _require_shapes(file, about["layers"], sum(map(len, prompts)))
+            golden = Golden(prompts, _StoredLayers(path, about["layers"]), file.get_tensor("logits"), about["n_layers"])
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read", f"{type(error).__name__}: {error}", _AGAIN) from None
+    return golden
+
+
+class _StoredLayers(Mapping[int, LayerGolden]):
+    """Reads one layer at a time, so that a large model's golden is never held whole."""
+
+    def __init__(self, path: Path, indices: list[int]):
+        self._path = path
+        self._indices = indices
+
+    def __getitem__(self, index: int) -> LayerGolden:
+        if index not in self._indices:
+            raise KeyError(index)
+        with safe_open(self._path, framework="numpy") as file:
+            held = set(file.keys())
+            return LayerGolden(**{name: file.get_tensor(_key(index, name)) for name in LayerGolden.__dataclass_fields__
+                                  if _key(index, name) in held})
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+
+def _require_shapes(file: Any, indices: list[int], tokens: int) -> None:
+    names = ["logits", *(_key(index, name) for index in indices for name in ("x", "attn_delta", "ffn_delta"))]
+    for name in names:
+        if file.get_slice(name).get_shape()[:1] != [tokens]:
+            raise ValueError(f"{name} has {file.get_slice(name).get_shape()} for {tokens} tokens")
+
+
+def _key(layer: int, name: str) -> str:
+    return f"layer_{layer:03d}.{name}"

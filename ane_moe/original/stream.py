@@ -1,0 +1,182 @@
+"""Hugging Face's own model, one layer in memory at a time.
+
+The model is built on the meta device; each part (embedding, one decoder layer, head) is filled through transformers'
+own key mapping and tensor conversion, used for every prompt, and emptied again. The model's own `forward` drives it:
+parts that are not loaded are replaced by stand-ins that hand on what the real part returned in its turn, so masks,
+positions and multipliers are all computed by Hugging Face's code.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from ane_moe.checkpoints.checkpoint import Checkpoint
+from ane_moe.checkpoints.safetensors_header import StoredTensor
+from ane_moe.errors import UserError
+from ane_moe.families.quantised import quantisation
+
+
+class StreamedModel:
+    """A causal language model in fp32, eager attention and eager experts, whose weights come and go by part.
+
+    Raises UserError for a folder that is not a checkpoint, a quantised one, and missing or misshapen tensors.
+    """
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint = checkpoint.folder
+        self.config = _config(checkpoint)
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(
+                self.config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager",
+                trust_remote_code=False,
+            ).eval()
+        self.layers: nn.ModuleList = self.model.base_model.layers
+        self._mapping: list[Any] = get_model_conversion_mapping(self.model)
+        self._stored = _by_either_name(checkpoint)
+        self._sources = self._target_sources()
+        self._parts = self._split_targets()
+        _fill_computed_buffers(self.model)
+        self._load("rest")
+
+    @contextmanager
+    def loaded(self, part: str) -> Iterator[None]:
+        """Hold the weights of `embed`, `head` or `layer N` inside the block."""
+        self._load(part)
+        try:
+            yield
+        finally:
+            for target in self._parts[part]:
+                module, _, name = target.rpartition(".")
+                owner = self.model.get_submodule(module)
+                setattr(owner, name, nn.Parameter(getattr(owner, name).to("meta"), requires_grad=False))
+
+    @contextmanager
+    def stand_ins(self, outputs: dict[nn.Module, Any]) -> Iterator[None]:
+        """Inside the block, each module named returns the value given instead of running."""
+        with ExitStack() as stack:
+            for module, output in outputs.items():
+                module.forward = _returning(output)
+                stack.callback(delattr, module, "forward")
+            yield
+
+    def _target_sources(self) -> dict[str, list[str]]:
+        """Model tensor -> the checkpoint tensors it is made of, by transformers' own renaming."""
+        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        prefix, known = self.model.base_model_prefix, self.model.state_dict()
+        sources: dict[str, list[str]] = {}
+        taken = set()                               # keys in the files
+        for key, tensor in self._stored.items():
+            target, _ = rename_source_key(key, renamings, converters, prefix, known)
+            if target not in known and key in known:
+                target = key
+            if target in known and tensor.key not in taken:
+                sources.setdefault(target, []).append(key)
+                taken.add(tensor.key)
+        return sources
+
+    def _split_targets(self) -> dict[str, list[str]]:
+        """Every tensor of the model by the part it belongs to; tied tensors belong to both ends."""
+        names = {id(module): name for name, module in self.model.named_modules()}
+        ends = {"embed": names[id(self.model.get_input_embeddings())] + ".",
+                "head": names[id(self.model.get_output_embeddings())] + "."}
+        layers = names[id(self.layers)] + "."
+        parts: dict[str, list[str]] = {part: [] for part in ("rest", *ends)}
+        for target in self.model.state_dict():
+            owners = [part for part, start in ends.items() if target.startswith(start)]
+            if target.startswith(layers):
+                owners = [f"layer {target.removeprefix(layers).split('.')[0]}"]
+            for owner in owners or ["rest"]:
+                parts.setdefault(owner, []).append(target)
+        for target, source in self.model.all_tied_weights_keys.items():
+            for part in ends:
+                if target in parts[part] or source in parts[part]:
+                    parts[part] = sorted({*parts[part], target, source})
+        return parts
+
+    def _load(self, part: str) -> None:
+        """Fill one part, tensor by tensor, so that no more than one converted tensor is held twice."""
+        missing = set()
+        for target in self._parts[part]:
+            if target in self._sources:
+                self._load_target(target)
+            else:
+                missing.add(target)
+        tied = self.model.all_tied_weights_keys
+        if any(target in tied or target in tied.values() for target in self._parts[part]):
+            self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        if missing:
+            raise UserError(f"{self.checkpoint} lacks tensors of the model", ", ".join(sorted(missing)[:3]),
+                            "download the checkpoint again")
+
+    def _load_target(self, target: str) -> None:
+        try:
+            with ExitStack() as stack:
+                stored = {key: self._stored[key] for key in self._sources[target]}
+                files = sorted({tensor.path for tensor in stored.values()})
+                opened = {file: stack.enter_context(safe_open(file, "pt", backend="pread"))
+                          for file in files}
+                slices = {key: opened[tensor.path].get_slice(tensor.key)
+                          for key, tensor in stored.items()}
+                info, _ = convert_and_load_state_dict_in_model(
+                    self.model, slices, LoadStateDictConfig(dtype=torch.float32, weight_mapping=self._mapping))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.checkpoint}: {target} cannot be read", str(error),
+                            "download the checkpoint again") from None
+        wrong = [f"{name} is {tuple(found)}, the model needs {tuple(needed)}"
+                 for name, found, needed in info.mismatched_keys]
+        wrong += [f"{name}: {text.splitlines()[-1]}" for name, text in info.conversion_errors.items()]
+        if wrong:
+            raise UserError(f"{self.checkpoint} has tensors that do not fit the model", wrong[0],
+                            "check config.json against the weights")
+
+
+def _config(checkpoint: Checkpoint) -> Any:
+    if form := quantisation(checkpoint.config):
+        raise UserError(f"{checkpoint.folder} is quantised ({form})",
+                        do="take the fp16, bf16 or fp32 checkpoint")
+    try:
+        values = deepcopy(checkpoint.config)        # transformers rewrites what it is given
+        return CONFIG_MAPPING[values["model_type"]].from_dict(values)
+    except Exception as error:      # the configuration classes raise what they like
+        raise UserError(f"{checkpoint.folder} is not a checkpoint that transformers can read",
+                        f"{type(error).__name__}: {error}",
+                        "give a folder with config.json and *.safetensors") from None
+
+
+def _by_either_name(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+    """Each tensor by the name in its file, which transformers may know, then by that of
+    key_names.py."""
+    tensors = checkpoint.tensors
+    return {tensor.key: tensor for tensor in tensors.values()} | tensors
+
+
+def _fill_computed_buffers(model: Any) -> None:
+    """Rotary tables and the like are not stored: transformers' own initialisation computes them."""
+    for module in model.modules():
+        computed = [name for name in module._buffers if name in module._non_persistent_buffers_set]
+        for name in computed:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+        if computed:
+            model._init_weights(module)
+
+
+def _returning(output: Any) -> Any:
+    def forward(*_args: Any, **_kwargs: Any) -> Any:
+        return output
+
+    return forward

@@ -1,0 +1,98 @@
+"""Experts one by one or in groups, each a function of its own that the host calls for the tokens that chose it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ane_moe.model.spec import MlpSpec, SharedSpec
+from ane_moe.model.weight import Row, Weight
+from ane_moe.parts.mlp import GatedMlp, MlpRanks, mlp_rows
+from ane_moe.parts.ports import Block, Ports
+from ane_moe.parts.projection import Projection
+
+
+@dataclass(frozen=True)
+class ExpertGroupConfig:
+    d_model: int
+    expert: MlpSpec
+    size: int = 1
+    ranks: MlpRanks = (0, 0, 0)
+
+    def rows(self) -> Iterator[Row]:
+        """The block's parameters, in its own order."""
+        return expert_rows(self.expert, self.d_model, self.size, self.ranks)
+
+
+def expert_rows(expert: MlpSpec, d_model: int, count: int, ranks: MlpRanks) -> Iterator[Row]:
+    """The parameters of a list `experts` of gated MLPs."""
+    rows = list(mlp_rows(expert, d_model, "experts", ranks))
+    for index in range(count):
+        yield from (row.under(f"experts.{index}") for row in rows)
+
+
+def shared_rows(shared: SharedSpec, d_model: int, ranks: MlpRanks) -> Iterator[Row]:
+    """The parameters of a shared expert, and of its gate where it has one."""
+    for row in mlp_rows(shared.mlp, d_model, "shared", ranks):
+        yield row.under("shared")
+    if shared.gated:
+        yield Weight("shared_gate.weight", (1, d_model))
+
+
+def tree_sum(terms: list[Tensor]) -> Tensor:
+    """Pairwise sums: rounding grows with the depth, and wide fan-ins compile slowly (ane-guide, chapter 19)."""
+    while len(terms) > 1:
+        pairs = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)]
+        terms = pairs + terms[len(pairs) * 2 :]
+    return terms[0]
+
+
+class ExpertGroup(Block):
+    """`y = sum_e gate_e * expert_e(ffn_input)` over the experts of a group; neither norm nor residual."""
+
+    def __init__(self, config: ExpertGroupConfig):
+        super().__init__()
+        self.config = config
+        self.experts = nn.ModuleList(GatedMlp(config.d_model, config.expert, config.ranks) for _ in range(config.size))
+        self.gate_name = "gate" if config.size == 1 else "gates"
+
+    def ports(self, tokens: int) -> Ports:
+        stream = (1, self.config.d_model, 1, tokens)
+        return Ports({"ffn_input": stream, self.gate_name: (1, self.config.size, 1, tokens)}, {"y": stream})
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        x, gates = inputs["ffn_input"], inputs[self.gate_name]
+        if self.config.size == 1:
+            return {"y": self.experts[0](x, gates)}
+        return {"y": tree_sum([expert(x, gates[:, e : e + 1]) for e, expert in enumerate(self.experts)])}
+
+
+@dataclass(frozen=True)
+class SharedExpertConfig:
+    d_model: int
+    shared: SharedSpec
+    ranks: MlpRanks = (0, 0, 0)
+
+    def rows(self) -> Iterator[Row]:
+        """The block's parameters, in its own order."""
+        return shared_rows(self.shared, self.d_model, self.ranks)
+
+
+class SharedExpert(Block):
+    """The expert every token passes through, weighted by its own gate where it has one."""
+
+    def __init__(self, config: SharedExpertConfig):
+        super().__init__()
+        self.config = config
+        self.shared = GatedMlp(config.d_model, config.shared.mlp, config.ranks)
+        if config.shared.gated:
+            self.shared_gate = Projection(config.d_model, 1)
+
+    def ports(self, tokens: int) -> Ports:
+        stream = (1, self.config.d_model, 1, tokens)
+        return Ports({"ffn_input": stream}, {"y": stream})
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        x = inputs["ffn_input"]
+        return {"y": self.shared(x, torch.sigmoid(self.shared_gate(x)) if self.config.shared.gated else None)}

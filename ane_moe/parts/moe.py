@@ -1,0 +1,85 @@
+"""A mixture-of-experts layer, or a self-contained part of one."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ane_moe.model.spec import MoeSpec, NormSpec
+from ane_moe.model.weight import Row, Selection, Weight
+from ane_moe.parts.experts import expert_rows, shared_rows, tree_sum
+from ane_moe.parts.mlp import GatedMlp, MlpRanks
+from ane_moe.parts.norm import RmsNorm
+from ane_moe.parts.ports import Block, Ports
+from ane_moe.parts.projection import Projection
+from ane_moe.parts.router import Router
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """`experts` is how many of the layer's experts this part computes; `first` marks the part that carries the
+    residual and the shared expert. Parts of equal size share one graph: which experts they hold is a weight."""
+
+    d_model: int
+    norm: NormSpec
+    moe: MoeSpec
+    experts: int
+    first: bool
+    soft: bool = False
+    ranks: MlpRanks = (0, 0, 0)
+    shared_ranks: MlpRanks = (0, 0, 0)
+
+    @property
+    def split(self) -> bool:
+        return self.experts < self.moe.router.experts
+
+    def rows(self) -> Iterator[Row]:
+        """The block's parameters, in its own order."""
+        d, moe = self.d_model, self.moe
+        yield Weight("norm.weight", (d,))
+        yield from (row.under("router") for row in moe.router.rows(d))
+        yield from expert_rows(moe.expert, d, self.experts, self.ranks)
+        if self.split:
+            yield Selection("select.weight", (self.experts, moe.router.experts))
+        if moe.shared is not None and self.first:
+            yield from shared_rows(moe.shared, d, self.shared_ranks)
+
+
+class Moe(Block):
+    """`y = x + sum_e gate_e * expert_e(norm(x))` with every expert computed and the unchosen weighted by zero."""
+
+    def __init__(self, config: MoeConfig):
+        super().__init__()
+        self.config = config
+        d, moe = config.d_model, config.moe
+        self.norm = RmsNorm(d, config.norm.eps)
+        self.router = Router(d, moe.router, config.soft)
+        self.experts = nn.ModuleList(GatedMlp(d, moe.expert, config.ranks) for _ in range(config.experts))
+        if config.split:
+            self.select = Projection(moe.router.experts, config.experts)  # one-hot rows: this part's gates
+        if moe.shared is not None and config.first:
+            self.shared = GatedMlp(d, moe.shared.mlp, config.shared_ranks)
+            if moe.shared.gated:
+                self.shared_gate = Projection(d, 1)
+
+    def ports(self, tokens: int) -> Ports:
+        stream = (1, self.config.d_model, 1, tokens)
+        return Ports({"x": stream}, {"y": stream, "gates": (1, self.config.moe.router.experts, 1, tokens)})
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        x = inputs["x"]
+        h = self.norm(x)
+        gates = self.router(h)  # (1, E, 1, T)
+        mine = self.select(gates) if self.config.split else gates
+        parts = [expert(h, mine[:, e : e + 1]) for e, expert in enumerate(self.experts)]
+        if not self.config.first:
+            return {"y": tree_sum(parts), "gates": gates}
+        # The stream comes last: it is larger than what is added to it, and fp16 rounds at the larger term's scale.
+        return {"y": x + tree_sum([*self._shared(h), *parts]), "gates": gates}
+
+    def _shared(self, h: Tensor) -> list[Tensor]:
+        shared = self.config.moe.shared
+        if shared is None:
+            return []
+        return [self.shared(h, torch.sigmoid(self.shared_gate(h)) if shared.gated else None)]

@@ -1,0 +1,165 @@
+"""Conversions on the terminal and as JSON: the plan, the progress bar, the result."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ane_moe.conversion.pipeline import ConvertReport
+from ane_moe.conversion.pipeline import Progress as Step
+from ane_moe.conversion.plan import MB, ConversionPlan, ShardPlan
+from ane_moe.forecast.concerns import Concern
+from ane_moe.placement.targets import Target
+from ane_moe.wording import counted, listed
+
+# Resident memory of a converting process beside its largest weight: torch, coremltools and one traced graph.
+# Measured by scripts/bench_convert.py, Linux x86-64, coremltools 9.0, torch 2.13.0.
+BASE_MEMORY_MB = 700
+
+
+class ConvertBar:
+    """A progress bar on stderr: shard, MB written, peak memory, time left.
+
+    `warnings` are printed above it with the first step, when what was asked for has proved possible.
+    """
+
+    def __init__(self, warnings: Iterable[str] = ()):
+        self._warnings = list(warnings)
+
+    def __enter__(self) -> "ConvertBar":
+        columns = (
+            BarColumn(),
+            TextColumn("{task.fields[sizes]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
+        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._bar.add_task("tracing", total=None, sizes="")
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def update(self, step: Step) -> None:
+        """Show one step."""
+        while self._warnings:
+            self._bar.console.print(self._warnings.pop(0), markup=False, highlight=False, soft_wrap=True)
+        self._bar.update(
+            self._task,
+            description=step.label,
+            total=step.total_bytes / MB,
+            completed=step.written_bytes / MB,
+            sizes=f"{step.written_bytes / MB:,.0f}/{step.total_bytes / MB:,.0f} MB, "
+            f"peak memory {step.peak_memory_bytes / MB:,.0f} MB",
+        )
+
+
+def plan_document(plan: ConversionPlan, concerns: Iterable[Concern] = ()) -> dict[str, Any]:
+    """The plan as JSON data, with the placement rules it would meet."""
+    return {
+        "family": plan.spec.family,
+        "layers": list(plan.layers),
+        "context": plan.context,
+        "options": dataclasses.asdict(plan.options),
+        "functions": [{"name": name, "tokens": tokens} for name, tokens in plan.functions],
+        "shards": [
+            {
+                "path": shard.path,
+                "kind": shard.kind,
+                "layer": shard.layer,
+                "weight_bytes": shard.weight_bytes,
+                "part": shard.part,
+                "parts": shard.parts,
+                "experts": list(shard.experts),
+                "rows": shard.rows,
+                "reason": shard.reason,
+            }
+            for shard in plan.shards
+        ],
+        "templates": len({graph for shard in plan.shards for graph in shard.graphs.values()}),
+        "embed_bytes": plan.embed_bytes,
+        "notes": list(plan.source.notes),
+        "left_out": {why: list(names) for why, names in plan.source.left_out.items()},
+        "disk_bytes": plan.disk_bytes,
+        "memory_bytes_estimated": memory_bytes_estimated(plan),
+        "concerns": [dataclasses.asdict(concern) for concern in concerns],
+    }
+
+
+def memory_bytes_estimated(plan: ConversionPlan) -> int:
+    """What one converting process will need: an estimate, not a measurement."""
+    return BASE_MEMORY_MB * MB + plan.largest_weight_bytes
+
+
+def print_plan(plan: ConversionPlan) -> None:
+    """The plan as a table on stdout: shards of a kind that differ only in their layer share a row."""
+    functions = ", ".join(f"{name} (T={tokens})" for name, tokens in plan.functions)
+    table = Table("shards", "count", "MB each", "MB", "why", box=None)
+    for (path, size, reason), count in _rows(plan.shards).items():
+        table.add_row(path, str(count), f"{size / MB:,.1f}", f"{count * size / MB:,.0f}", reason)
+    table.add_row("embed.bin", "1", f"{plan.embed_bytes / MB:,.1f}", f"{plan.embed_bytes / MB:,.0f}", "")
+    console = Console()
+    console.print(f"{plan.spec.family}, {len(plan.layers)} of {len(plan.spec.layers)} layers, "
+                  f"context {plan.context}, functions {functions}")  # fmt: skip
+    console.print(table)
+    console.print(f"disk {plan.disk_bytes / MB:,.0f} MB; memory about {memory_bytes_estimated(plan) / MB:,.0f} MB "
+                  "a worker (estimated)")  # fmt: skip
+    _print_source(console, plan.source.notes, plan.source.left_out)
+
+
+def report_document(report: ConvertReport, concerns: Iterable[Concern] = ()) -> dict[str, Any]:
+    """The result as JSON data, with the placement rules it would meet."""
+    return {
+        "folder": str(report.folder),
+        "written": list(report.written),
+        "reused": list(report.reused),
+        "weight_bytes": sum(shard.weight_bytes for shard in report.manifest.shards),
+        "peak_memory_bytes": report.peak_memory_bytes,
+        "golden": report.manifest.golden,
+        "golden_kept": report.golden_kept,
+        "notes": list(report.notes),
+        "left_out": {why: list(names) for why, names in report.manifest.left_out.items()},
+        "concerns": [dataclasses.asdict(concern) for concern in concerns],
+    }
+
+
+def print_report(report: ConvertReport) -> None:
+    """The result in two lines, and the next command."""
+    size = sum(shard.weight_bytes for shard in report.manifest.shards) / MB
+    console = Console()
+    console.print(f"{len(report.manifest.shards)} shards, {size:,.0f} MB of weights in {report.folder}: "
+                  f"{len(report.written)} written, {len(report.reused)} reused; "
+                  f"peak memory {report.peak_memory_bytes / MB:,.0f} MB")  # fmt: skip
+    if report.golden_kept:
+        console.print("goldens kept: an earlier run captured them of the same weights and prompts")
+    _print_source(console, report.notes, report.manifest.left_out)
+    with_golden = "" if report.manifest.golden else " --checkpoint CHECKPOINT"
+    console.print(f"next: ane-moe verify {report.folder}{with_golden}")
+
+
+def warning(concern: Concern, target: Target) -> str:
+    """A placement rule that the packages would meet, as a line on stderr."""
+    where = f"{concern.kind} on {target.name} under OS {target.os}"
+    return f"ane-moe: warning: {concern.state}: {where}: {concern.sentence}"
+
+
+def _print_source(console: Console, notes: Sequence[str],
+                  left_out: Mapping[str, Sequence[str]]) -> None:
+    """What there is to say of how the checkpoint was read, a line each."""
+    for note in notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    for why, names in left_out.items():
+        console.print(f"left out: {counted(len(names), 'tensor')} of the checkpoint, {why}: "
+                      f"{listed(names)}", markup=False, soft_wrap=True)
+
+
+def _rows(shards: tuple[ShardPlan, ...]) -> Counter[tuple[str, int, str]]:
+    names = (shard.path if shard.layer is None else shard.path.replace(f"{shard.layer:02d}", "NN") for shard in shards)
+    return Counter((name, s.weight_bytes, s.reason) for name, s in zip(names, shards, strict=True))

@@ -1,0 +1,104 @@
+"""What the placement rules say of a conversion before there is a package."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+from ane_moe.cli import app
+from ane_moe.conversion.plan import ConvertOptions
+from ane_moe.forecast import concerns
+from ane_moe.forecast.concerns import GRAPHS, concerns_of_options
+from ane_moe.formats.recipe import find_recipe
+from ane_moe.manifest import read_manifest
+from ane_moe.mlprogram.reader import read_program
+from ane_moe.placement.facts import function_facts
+from ane_moe.placement.rules import RuleBook, load_rules
+from ane_moe.placement.targets import find_target
+from tests.verification.tiny import tiny_checkpoint, tiny_conversion
+
+
+def rules_met(target: str = "m4-max", os: int = 26, compress: str = "int8", **options) -> set[str]:
+    asked = ConvertOptions(recipe=find_recipe(compress), **options)
+    return {concern.rule for concern in concerns_of_options(asked, find_target(target, os))}
+
+
+@pytest.mark.parametrize("compress", ["lut4", "lut4+scale", "tiny", "small", "sparse50+lut4"])
+def test_palettes_are_warned_of_from_os_26_on(compress):
+    assert "palette-os-26" in rules_met(os=26, compress=compress)
+    assert "palette-os-26" not in rules_met(os=15, compress=compress)
+
+
+def test_formats_that_a_rule_takes_off_the_engine_are_warned_of():
+    assert "per-block-weight" in rules_met(compress="int4-block32")
+    assert "int4-per-channel" in rules_met(compress="int4-channel")
+    assert (
+        rules_met(compress="int8", state="explicit")
+        == rules_met(compress="fp16", state="explicit")
+        == set()
+    )
+
+
+def test_states_are_warned_of_unless_the_caches_are_inputs():
+    assert rules_met("m5-max") == {"stateful-m5", "state-access"}
+    assert rules_met("m5-max", os=15) == {"state-access"}
+    assert rules_met("m5-max", state="explicit") == set()
+    assert "many-states-iphone" in rules_met("iphone-a17", layers_per_shard=2)
+
+
+def test_tokens_on_an_axis_before_a_last_one_of_1_are_warned_of():
+    assert rules_met(state="explicit", layout="bct1") == {"singleton-last-axis"}
+    assert rules_met(state="explicit", layout="bct1", prefill=0) == set()
+
+
+def test_a_rule_that_is_not_in_the_file_is_not_warned_of(monkeypatch):
+    """Concerns come from the rules alone: under other names and reasons they are the others."""
+    rules, thresholds = load_rules()
+    kept = tuple(replace(rule, id=f"new-{rule.id}") for rule in rules if rule.id != "state-access")
+    monkeypatch.setattr(concerns, "rule_book", lambda target: RuleBook(kept, thresholds, target))
+    assert rules_met("m5-max", compress="lut4") == {"new-palette-os-26", "new-stateful-m5"}
+
+
+def test_a_warning_quotes_both_sides_and_says_what_to_do_instead():
+    (lut4, _) = concerns_of_options(ConvertOptions(recipe=find_recipe("lut4")), find_target())
+    assert lut4.verdict == "uncertain" and lut4.state == "undecided"
+    assert "against it: " in lut4.sentence and "instead: int8" in lut4.sentence
+
+
+def test_graphs_have_as_many_operations_and_projections_as_is_assumed_of_them(tmp_path):
+    """On the same side of every limit that a rule sets: few operations, experts in one function."""
+    out = tiny_conversion(
+        tiny_checkpoint("qwen3_moe", tmp_path / "checkpoint"), tmp_path / "out", prefill=4
+    )
+    few = load_rules()[1]["few_ops"]
+    for shard in read_manifest(out).shards:
+        facts, assumed = (
+            function_facts(read_program(out / shard.path), "decode").facts,
+            GRAPHS[shard.kind],
+        )
+        assert (facts["ops"] >= few) == (assumed["ops"] >= few)
+        assert (facts["parallel_projections"] >= 8) == (
+            assumed.get("parallel_projections", 0) >= 8
+        )
+        assert facts["package_functions"] == assumed["package_functions"]
+
+
+def test_convert_warns_on_stderr_and_in_the_document(tmp_path):
+    arguments = [
+        "convert",
+        "demo",
+        str(tmp_path / "out"),
+        "--compress",
+        "tiny",
+        "--dry-run",
+        "--json",
+    ]
+    result = CliRunner().invoke(app, [*arguments, "--target", "m5-max", "--os", "26"])
+    found = {concern["rule"] for concern in json.loads(result.stdout)["concerns"]}
+    assert found == {"palette-os-26", "stateful-m5", "state-access"}
+    warnings = [
+        line for line in result.stderr.splitlines() if line.startswith("ane-moe: warning: ")
+    ]
+    assert len(warnings) == 4 and all("m5-max under OS 26" in line for line in warnings)
+    assert all(any(rule in line for line in warnings) for rule in found)
