@@ -49,7 +49,7 @@ def owner(name: str) -> str | None:
 
 def room(module: str) -> str:
     """`ane_moe.loop.session` is in the room `loop`; a file of the root is its own."""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 IMPORTS = {name: imported(path) for name, path in MODULES.items()}
