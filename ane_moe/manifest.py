@@ -10,6 +10,7 @@ from typing import Any
 
 from ane_moe.errors import UserError
 from ane_moe.files import write_text
+from ane_moe.model.port import FFN_INPUT, Port, Ports, slot_rows
 from ane_moe.model.weight import Place
 
 FILE_NAME = "runtime_meta.json"
@@ -18,14 +19,17 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class ShardFunction:
-    """One entry point: `tokens` is T, the number of tokens in a call, and `experts` those it computes (in each layer).
+    """One entry point: `tokens` is T, the number of tokens in a call, and `experts` those it
+    computes (in each layer). `ports` are its inputs, outputs and states, each with the slot of the
+    host that it reads or writes.
 
-    A call works through `weight_bytes` of stored weights, `elements` of them, at the chip's rate for the format that
-    most of them have (`rate`: fp16, int8 or lut).
+    A call works through `weight_bytes` of stored weights, `elements` of them, at the chip's rate
+    for the format that most of them have (`rate`: fp16, int8 or lut).
     """
 
     name: str
     tokens: int
+    ports: Ports
     experts: tuple[int, ...] = ()
     elements: int = 0
     weight_bytes: int = 0
@@ -40,8 +44,8 @@ class Shard:
     it holds, where their own names do not say.
 
     `part`/`parts` number the pieces of a split layer (their outputs are added) or the vocabulary slices of the head
-    (their outputs are concatenated; `rows` is the (first, last + 1) vocabulary range). `states` maps state names to
-    shapes; with `state = "explicit"` in the manifest the same names are inputs, and outputs called `<name>_out`.
+    (their outputs are concatenated). `kind` is a label for reports; what is done with a shard follows from the slots
+    of its functions.
     """
 
     path: str
@@ -52,10 +56,6 @@ class Shard:
     part: int = 0
     parts: int = 1
     layers: tuple[int, ...] = ()
-    rows: tuple[int, int] | None = None
-    rope: str | None = None                 # name of the rotary table the attention reads
-    window: int | None = None
-    states: dict[str, tuple[int, ...]] = field(default_factory=dict)
     weight_bytes: int = 0
     content_key: str = ""
 
@@ -63,6 +63,24 @@ class Shard:
     def experts(self) -> tuple[int, ...]:
         """The experts that its functions hold."""
         return tuple(sorted({expert for function in self.functions for expert in function.experts}))
+
+    @property
+    def states(self) -> dict[str, tuple[int, ...]]:
+        """What is kept from call to call, inside the package or by the host: shapes by slot."""
+        ports = self.functions[0].ports
+        kept = (port for port in (*ports.states, *ports.inputs) if port.root == "state")
+        return {port.slot: port.shape for port in kept}
+
+    @property
+    def rows(self) -> tuple[int, int] | None:
+        """The (first, last + 1) row of the vocabulary it gives scores for; None for other shards."""
+        scores = [port.slot for port in self.functions[0].ports.outputs if port.root == "logits"]
+        return slot_rows(scores[0]) if scores else None
+
+    @property
+    def dispatched(self) -> bool:
+        """Whether the host calls its functions for the tokens that chose their experts."""
+        return any(port.slot == FFN_INPUT for port in self.functions[0].ports.inputs)
 
     @property
     def copies(self) -> dict[tuple[int, ...], tuple[ShardFunction, ...]]:
@@ -126,7 +144,21 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write runtime_meta.json atomically, with sorted keys."""
-        write_text(folder / FILE_NAME, json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+        write_text(folder / FILE_NAME, json.dumps(self.as_json(), indent=1, sort_keys=True) + "\n")
+
+    def as_json(self) -> dict[str, Any]:
+        """What the file says. Functions name their ports by a place in `interfaces`: thousands of
+        expert functions have the same few."""
+        interfaces: dict[Ports, int] = {}
+
+        def function(entry: ShardFunction) -> dict[str, Any]:
+            place = interfaces.setdefault(entry.ports, len(interfaces))
+            return vars(entry) | {"ports": place}
+
+        shards = [vars(shard) | {"functions": [function(entry) for entry in shard.functions]}
+                  for shard in self.shards]
+        ports = [asdict(interface) for interface in interfaces]
+        return vars(self) | {"shards": shards, "interfaces": ports}
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -143,9 +175,10 @@ def read_manifest(folder: Path) -> Manifest:
         if data.get("format") != FORMAT:
             raise UserError(f"{path} is of another version", f"format {data.get('format')}, not {FORMAT}",
                             "convert again: run the same `ane-moe convert` command with --overwrite")
-        shards = tuple(_shard(entry) for entry in data.pop("shards"))
+        interfaces = [_ports(entry) for entry in data.pop("interfaces")]
+        shards = tuple(_shard(entry, interfaces) for entry in data.pop("shards"))
         manifest = Manifest(shards=shards, **{key: _frozen(value) for key, value in data.items()})
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{path} cannot be read", f"{type(error).__name__}: {error}", "convert again") from None
     for relative in [s.path for s in manifest.shards] + [manifest.embed, *manifest.files, *manifest.tokenizer]:
         _require_inside(relative, path)
@@ -155,9 +188,15 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _shard(entry: dict[str, Any]) -> Shard:
-    functions = tuple(ShardFunction(**_frozen(function)) for function in entry.pop("functions"))
+def _shard(entry: dict[str, Any], interfaces: list[Ports]) -> Shard:
+    functions = tuple(ShardFunction(**_frozen(function | {"ports": interfaces[function["ports"]]}))
+                      for function in entry.pop("functions"))
     return Shard(functions=functions, **_frozen(entry))
+
+
+def _ports(entry: dict[str, Any]) -> Ports:
+    return Ports(**{role: tuple(Port(**_frozen(port)) for port in ports)
+                    for role, ports in entry.items()})
 
 
 def _frozen(value: Any) -> Any:

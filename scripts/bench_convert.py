@@ -118,6 +118,7 @@ def plain_path(checkpoint: Path, scratch: Path) -> None:
     from ane_moe.conversion.pipeline import plan
     from ane_moe.conversion.plan import ConvertOptions
     from ane_moe.coreml_tools import ct
+    from ane_moe.model.port import shapes_of
     from ane_moe.parts.registry import build_unbound
 
     shard = next(shard for shard in plan(checkpoint, ConvertOptions()).shards if shard.kind == "moe")
@@ -139,10 +140,10 @@ def plain_path(checkpoint: Path, scratch: Path) -> None:
             return self.block(x=x)["y"]
 
     with torch.no_grad():
-        traced = torch.jit.trace(Positional().eval(), torch.zeros(block.ports(1).inputs["x"]))
+        traced = torch.jit.trace(Positional().eval(), torch.zeros(shapes_of(block.ports(1).inputs)["x"]))
     half = np.float16
     model = ct.convert(
-        traced, inputs=[ct.TensorType(name="x", shape=block.ports(1).inputs["x"], dtype=half)],
+        traced, inputs=[ct.TensorType(name="x", shape=shapes_of(block.ports(1).inputs)["x"], dtype=half)],
         outputs=[ct.TensorType(name="y", dtype=half)], minimum_deployment_target=ct.target.iOS18, skip_model_load=True,
     )
     model.save(str(scratch / "plain.mlpackage"))

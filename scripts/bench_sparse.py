@@ -121,6 +121,7 @@ def coremltools(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from ane_moe.coreml_tools import ct
+    from ane_moe.model.port import shapes_of
     from ane_moe.model.spec import MlpSpec
     from ane_moe.parts.experts import ExpertGroupConfig
     from ane_moe.parts.registry import build_unbound
@@ -129,7 +130,7 @@ def coremltools(arguments: argparse.Namespace) -> dict[str, Any]:
     parts = arguments.scratch / "parts"
     parts.mkdir()
     block = build_unbound(ExpertGroupConfig(arguments.d_model, MlpSpec(arguments.width))).to_empty(device="cpu").eval()
-    shapes = block.ports(1).inputs
+    shapes = shapes_of(block.ports(1).inputs)
     for expert in range(int(arguments.functions)):
         names = [name for name, _ in block.named_parameters()]
         block.load_state_dict({name: torch.from_numpy(value).float() for name, value in

@@ -43,7 +43,7 @@ def main() -> None:
 def decode_bytes(shards: LoadedShards) -> int:
     """Memory of every function for one token."""
     assert shards.cache
-    return sum(shards.cache.resident_bytes(group.key(min(group.names)))
+    return sum(shards.cache.resident_bytes(group.key(min(group.functions)))
                for layer in shards.experts.values() for group in layer.all_groups)
 
 

@@ -1,6 +1,5 @@
 """Single functions: load, first call and warm latency of the largest shard of every kind."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
@@ -9,40 +8,39 @@ from typing import Any
 import numpy as np
 
 from ane_moe.benchmark.result import FunctionTiming, latency
-from ane_moe.manifest import Manifest, Shard
+from ane_moe.loop.buffers import Ropes, Slots, rope_tables
+from ane_moe.manifest import Manifest, Shard, ShardFunction
 from ane_moe.progress import Progress
 from ane_moe.runtime import open_package
-from ane_moe.runtime.interface import LoadedFunction
-
-FIRST_EXPERT = re.compile(r"expert_\d+_")
 
 
 def time_functions(folder: Path, manifest: Manifest, runtime: str, warmup: int, runs: int, progress: Progress,
                    **options: Any) -> Iterator[FunctionTiming]:
     """One row for each function of the largest shard of each kind; of its experts, the first."""
+    ropes = rope_tables(manifest)
     kinds = list(dict.fromkeys(shard.kind for shard in manifest.shards))
     for number, kind in enumerate(kinds):
         shards = [shard for shard in manifest.shards if shard.kind == kind]
         largest = max(shards, key=lambda shard: shard.weight_bytes)
-        for name, tokens in _shown(largest):
-            progress(f"timing {kind} {name}", number, len(kinds))
-            yield _time(folder, largest, name, tokens, len(shards), runtime, warmup, runs, options)
+        for entry in _shown(largest):
+            progress(f"timing {kind} {entry.name}", number, len(kinds))
+            yield _time(folder, largest, entry, len(shards), runtime, ropes, warmup, runs, options)
 
 
-def _shown(shard: Shard) -> Iterator[tuple[str, int]]:
-    """Functions of a shard; those of one expert stand for all."""
-    experts = [found[0] for function in shard.functions if (found := FIRST_EXPERT.match(function.name))]
-    for function in shard.functions:
-        if not FIRST_EXPERT.match(function.name) or function.name.startswith(experts[0]):
-            yield function.name, function.tokens
+def _shown(shard: Shard) -> list[ShardFunction]:
+    """Functions of a shard; those of its first experts stand for all of them."""
+    if not shard.dispatched:
+        return list(shard.functions)
+    first = next(experts for experts in shard.copies if experts)
+    return [entry for entry in shard.functions if entry.experts == first or not entry.experts]
 
 
-def _time(folder: Path, shard: Shard, name: str, tokens: int, shards: int, runtime: str, warmup: int, runs: int,
-          options: dict[str, Any]) -> FunctionTiming:
+def _time(folder: Path, shard: Shard, entry: ShardFunction, shards: int, runtime: str, ropes: Ropes, warmup: int,
+          runs: int, options: dict[str, Any]) -> FunctionTiming:
     started = perf_counter()
-    function = open_package(folder / shard.path, runtime, **options).function(name)
+    function = open_package(folder / shard.path, runtime, **options).function(entry.name)
     loaded = perf_counter()
-    inputs, state = example_inputs(function), function.make_state() if function.states else None
+    inputs, state = example_inputs(entry, ropes), function.make_state() if function.states else None
     ready = perf_counter()
     function.predict(inputs, state)
     first = perf_counter() - ready
@@ -53,24 +51,18 @@ def _time(folder: Path, shard: Shard, name: str, tokens: int, shards: int, runti
         began = perf_counter()
         function.predict(inputs, state)
         seconds.append(perf_counter() - began)
-    return FunctionTiming(shard.kind, shard.path, name, tokens, shards, shard.weight_bytes, loaded - started,
-                          1000 * first, latency(seconds))
+    return FunctionTiming(shard.kind, shard.path, entry.name, entry.tokens, shards, shard.weight_bytes,
+                          loaded - started, 1000 * first, latency(seconds))
 
 
-def example_inputs(function: LoadedFunction) -> dict[str, np.ndarray]:
-    """Seeded fp16 inputs of the declared shapes: a cache written at slot 0 and kept elsewhere, nothing hidden, zeros
-    in caches passed as inputs, normal numbers in the rest. They stay finite however often they are used."""
+def example_inputs(entry: ShardFunction, ropes: Ropes) -> dict[str, np.ndarray]:
+    """Seeded fp16 inputs of a function as at the start of a text: what other functions give are normal numbers, the
+    host's own slots stand at position 0, nothing is kept yet. They stay finite however often they are used."""
     rng = np.random.default_rng(0)
-    return {feature.name: _example(feature.name, tuple(size or 1 for size in feature.type.shape), rng)
-            for feature in function.inputs}
-
-
-def _example(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    values = np.zeros(shape, np.float16)
-    if name == "write":
-        values[..., 0, 0] = 1
-    elif name == "keep":
-        values[..., 1:] = 1
-    elif name != "mask" and "cache" not in name:
-        values[:] = rng.standard_normal(shape)
-    return values
+    slots = Slots(ropes)
+    inputs = {port.name: slots.array(port) for port in entry.ports.inputs}
+    slots.place(0, entry.tokens)
+    for port in entry.ports.inputs:
+        if port.by_channel:
+            inputs[port.name][:] = rng.standard_normal(port.shape)
+    return inputs

@@ -135,7 +135,7 @@ def _load(out: Path, runtime: str, options: BenchOptions, first: int,
     session = Session(shards, concurrency=options.concurrency, predictor=options.predictor)
     loaded = perf_counter()
     session.decode(first)
-    functions = sum(len(shard.functions) for shard in shards.manifest.shards if shard.kind != "experts")
+    functions = sum(len(shard.functions) for shard in shards.manifest.shards if not shard.dispatched)
     return session, LoadTiming(loaded - started, perf_counter() - loaded, functions)
 
 

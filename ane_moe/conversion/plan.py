@@ -4,12 +4,14 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Literal
 
 from ane_moe.checkpoints.checkpoint import TensorSource
 from ane_moe.errors import UserError
 from ane_moe.formats.recipe import INT8, Choice, Recipe, find_format
 from ane_moe.manifest import Shard, ShardFunction
+from ane_moe.model.port import Ports
 from ane_moe.model.spec import MlpSpec, ModelSpec, MoeSpec
 from ane_moe.model.weight import HEAD, Directions, Place, Selection, Weight, WeightName
 from ane_moe.parts.attention import AttentionConfig
@@ -268,14 +270,13 @@ class _Planner:
         return [self.stack(group)] if len(group) > 1 else [self.attention(group[0]), *self.ffn(group[0])]
 
     def stack(self, group: Sequence[int]) -> ShardPlan:
-        first, config = self.spec.layers[group[0]].mixer, self._stack(group)
+        config = self._stack(group)
         reason = f"{len(group)} layers, limits {self.options.layers_per_shard} and {self.options.max_shard_mb} MB"
         path = f"stack/layer_{group[0]:02d}_to_{group[-1]:02d}.mlpackage"
         ffns = (self.spec.layers[n].ffn for n in group)
         experts = max(ffn.router.experts if isinstance(ffn, MoeSpec) else 0 for ffn in ffns)
-        facts = {"layers": tuple(group), "rope": first.rope, "window": first.window, "states": config.caches}
         copy = _Copy(config, tuple(range(experts)))
-        return self._shard(path, "stack", group[0], copy, reason=reason, **facts)
+        return self._shard(path, "stack", group[0], copy, reason=reason, layers=tuple(group))
 
     def _can_stack(self, group: tuple[int, ...]) -> bool:
         layers = [self.spec.layers[n] for n in group]
@@ -315,12 +316,11 @@ class _Planner:
         return AttentionConfig(self.spec.d_model, self.spec.norm, mixer, rotary, self.slots, explicit, (q, k, v, o))
 
     def attention(self, layer: int) -> ShardPlan:
-        mixer, config = self.spec.layers[layer].mixer, self._attention(layer)
-        ffn = self.spec.layers[layer].ffn
+        config, ffn = self._attention(layer), self.spec.layers[layer].ffn
         routed = isinstance(ffn, MoeSpec) and self.options.routing == "sparse"
         block = RoutedAttentionConfig(config, ffn.router) if isinstance(ffn, MoeSpec) and routed else config
-        facts = {"scope": "attn", "rope": mixer.rope, "window": mixer.window, "states": config.caches}
-        return self._shard(f"attn/layer_{layer:02d}.mlpackage", "attn", layer, _Copy(block), **facts)
+        path = f"attn/layer_{layer:02d}.mlpackage"
+        return self._shard(path, "attn", layer, _Copy(block), scope="attn")
 
     def ffn(self, layer: int) -> list[ShardPlan]:
         ffn = self.spec.layers[layer].ffn
@@ -438,24 +438,36 @@ class _Planner:
         rows: tuple[int, int] | None = None,
         **facts: Any,
     ) -> ShardPlan:
-        graphs = {prefix: TemplateKey(copy.block, functions, self.options.layout) for prefix, copy in copies.items()}
+        """`rows` of the vocabulary are those of a slice of the head."""
+        layout = self.options.layout
+        graphs = {prefix: TemplateKey(copy.block, functions, layout) for prefix, copy in copies.items()}
         alone = () if layer is None else (layer,)
         sources: dict[str, Source] = {}
         choices: dict[str, Choice] = {}
         payloads: dict[str, int] = {}
         entries: list[ShardFunction] = []
         for prefix, copy in copies.items():
-            own = self._sources(copy, Place(layers or alone, scope, copy.experts), rows)
+            place = Place(layers or alone, scope, copy.experts)
+            own = self._sources(copy, place, rows)
             chosen = {name: self._choice(source) for name, source in own.items()}
             sizes = {name: _payload(source, chosen[name]) for name, source in own.items()}
-            entries += _entries(prefix, functions, copy, own, chosen, sizes)
+            work = _work(copy, own, chosen, sizes)
+            entries += [
+                ShardFunction(
+                    function_name(prefix, name),
+                    tokens,
+                    _ports(copy.block, tokens, place.layers, rows, layout),
+                    **work,
+                )
+                for name, tokens in functions
+            ]
             for name, source in own.items():
                 unique = weight_name(prefix, name)
                 sources[unique], payloads[unique] = source, sizes[name]
                 if chosen[name] != Choice():
                     choices[unique] = chosen[name]
         return ShardPlan(
-            path, kind, layer, tuple(entries), scope, layers=layers, rows=rows, weight_bytes=sum(payloads.values()),
+            path, kind, layer, tuple(entries), scope, layers=layers, weight_bytes=sum(payloads.values()),
             graphs=graphs, sources=sources, payloads=payloads, choices=choices, **facts,
         )
 
@@ -488,15 +500,35 @@ def _payload(source: Source, choice: Choice) -> int:
     return find_format(choice.format).stored_bytes(*source.shape)
 
 
-def _entries(prefix: str, functions: tuple[tuple[str, int], ...], copy: _Copy, sources: Mapping[str, Source],
-             choices: Mapping[str, Choice], sizes: Mapping[str, int]) -> list[ShardFunction]:
-    """What the manifest says of the functions of one block."""
+@cache
+def _ports(
+    block: BlockConfig,
+    tokens: int,
+    layers: tuple[int, ...],
+    rows: tuple[int, int] | None,
+    layout: str,
+) -> Ports:
+    """Of all the expert functions of a layer, few have ports of their own."""
+    return block.ports(tokens).at(layers, rows, layout)
+
+
+def _work(
+    copy: _Copy,
+    sources: Mapping[str, Source],
+    choices: Mapping[str, Choice],
+    sizes: Mapping[str, int],
+) -> dict[str, Any]:
+    """What the manifest says of a call of one block: its experts, and the weights it works through."""
     elements: Counter[str] = Counter()
     for name, source in sources.items():
         elements[choices[name].format] += math.prod(source.shape)
     rate = find_format(elements.most_common(1)[0][0]).rate if elements else "fp16"
-    facts = (copy.experts, elements.total(), sum(sizes.values()), rate)
-    return [ShardFunction(function_name(prefix, name), tokens, *facts) for name, tokens in functions]
+    return {
+        "experts": copy.experts,
+        "elements": elements.total(),
+        "weight_bytes": sum(sizes.values()),
+        "rate": rate,
+    }
 
 
 def even_parts(total: int, least: int) -> list[int]:

@@ -19,7 +19,7 @@ from ane_moe.files import sha256
 from ane_moe.formats.calibration import Moments
 from ane_moe.formats.low_rank import LowRank, split_directions
 from ane_moe.formats.recipe import Choice, find_format
-from ane_moe.parts.ports import Shape
+from ane_moe.model.port import Shape
 from ane_moe.parts.registry import TemplateKey
 
 TOOLS = ("ane-moe", "coremltools", "torch")

@@ -1,24 +1,46 @@
-"""Host-side fp16 buffers of a token loop: made once, filled in place before every call.
+"""The slots of a loop: one fp16 array each, made once; the host's own are filled by rules.
 
-T = tokens in a call, S = cache width, d = d_model, r = rotated channels of a head.
+T = tokens in a call, S = cache width, d = d_model, r = rotated channels of a head, V = vocabulary.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
-from ane_moe.loop.embedding_table import EmbeddingTable
+from ane_moe.errors import UserError
 from ane_moe.manifest import Manifest
+from ane_moe.model.port import Port, Shape, slot_arguments, slot_root
 
 HIDDEN = np.float16(-1e4)       # additive mask of a slot that may not be seen; exp of it is 0 in fp16 and fp32
+MAX_ELEMENTS = 1 << 33          # of one slot: a manifest is not trusted
+
+# Tables of a rotary embedding by their slot: rows of cosines and of sines, fp16 `[context, r/2]`.
+Ropes = Mapping[str, np.ndarray]
 
 
-def rope_rows(manifest: Manifest, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines of one rotary table for every position: two fp16 arrays `[context, r/2]`."""
-    table = manifest.ropes[name]
-    angles = np.arange(manifest.context, dtype=np.float64)[:, None] * np.asarray(table["inv_freq"], dtype=np.float64)
-    factor = float(table["attention_factor"])
-    return (factor * np.cos(angles)).astype(np.float16), (factor * np.sin(angles)).astype(np.float16)
+@dataclass(frozen=True)
+class Placement:
+    """A call's real tokens: `count` of them from `position` on; what follows up to T is padding."""
+
+    position: int
+    count: int
+    ropes: Ropes
+
+    @property
+    def end(self) -> int:
+        return self.position + self.count
+
+
+def rope_tables(manifest: Manifest) -> dict[str, np.ndarray]:
+    """Every rotary table of a conversion, for every position."""
+    tables = {}
+    for name, table in manifest.ropes.items():
+        angles = np.arange(manifest.context, dtype=np.float64)[:, None] * np.asarray(table["inv_freq"], np.float64)
+        factor = float(table["attention_factor"])
+        tables[f"rope.{name}.cos"] = (factor * np.cos(angles)).astype(np.float16)
+        tables[f"rope.{name}.sin"] = (factor * np.sin(angles)).astype(np.float16)
+    return tables
 
 
 def by_channel(array: np.ndarray) -> np.ndarray:
@@ -26,58 +48,93 @@ def by_channel(array: np.ndarray) -> np.ndarray:
     return array.reshape(array.shape[1], -1)
 
 
-class Buffers:
-    """The inputs every shard call of T tokens reads; `place` moves them to a position.
+# -- rules of the host: how it fills a slot before a call ---------------------------------------------------------
 
-    x is in the manifest's layout; the others are as the attention functions declare them. One mask per distinct
-    attention window, one (cos, sin) pair per rotary table.
-    """
-
-    def __init__(self, manifest: Manifest, tokens: int, embed: EmbeddingTable, windows: Iterable[int | None],
-                 ropes: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
-        width, d = manifest.cache_width, manifest.d_model
-        self.tokens = tokens
-        self.x = np.zeros(activation_shape(manifest, d, tokens), np.float16)
-        self.columns = by_channel(self.x)                                           # [d,T], the same memory
-        self.total = np.zeros((d, tokens), np.float32)                              # sums of split layers
-        self.masks = {window: np.zeros((1, 1, tokens, width), np.float16) for window in set(windows)}
-        self.write = np.zeros((1, 1, tokens, width), np.float16)
-        self.keep = np.zeros((1, 1, 1, width), np.float16)
-        self.cos = {name: _rope_buffer(cos, tokens) for name, (cos, _) in ropes.items()}
-        self.sin = {name: _rope_buffer(sin, tokens) for name, (_, sin) in ropes.items()}
-        self._embed = embed
-        self._ropes = ropes
-
-    def place(self, ids: Sequence[int], position: int) -> None:
-        """Set every input for `ids` (at most T of them) at `position` and the slots after it; the rest is padding."""
-        count, last = len(ids), position + len(ids)
-        self.write.fill(0)
-        self.keep.fill(1)
-        self.keep[..., position:last] = 0
-        for token, identifier in enumerate(ids):
-            self.columns[:, token] = self._embed[identifier]
-            self.write[0, 0, token, position + token] = 1
-        self.columns[:, count:] = 0
-        for window, mask in self.masks.items():
-            _fill_mask(mask[0, 0], count, position, window)
-        for name, (cos, sin) in self._ropes.items():
-            self.cos[name][0, 0, :, :count] = cos[position:last].T
-            self.sin[name][0, 0, :, :count] = sin[position:last].T
-
-
-def activation_shape(manifest: Manifest, channels: int, tokens: int) -> tuple[int, int, int, int]:
-    """Shape of x, y, gates and logits in the manifest's layout."""
-    return (1, channels, tokens, 1) if manifest.layout == "bct1" else (1, channels, 1, tokens)
-
-
-def _rope_buffer(rows: np.ndarray, tokens: int) -> np.ndarray:
-    return np.zeros((1, 1, rows.shape[1], tokens), np.float16)
-
-
-def _fill_mask(mask: np.ndarray, count: int, position: int, window: int | None) -> None:
-    """Open to each of `count` tokens itself and what precedes it inside the window; padding rows see slot 0."""
+def _mask(array: np.ndarray, slot: str, at: Placement) -> None:
+    """`(1, 1, T, S)`: open to each token itself and what precedes it inside the window; padding sees cache slot 0."""
+    (window,) = slot_arguments(slot)
+    mask = array[0, 0]
     mask.fill(HIDDEN)
-    mask[count:, 0] = 0
-    for token in range(count):
-        end = position + token + 1
-        mask[token, 0 if window is None else max(0, end - window):end] = 0
+    mask[at.count:, 0] = 0
+    for token in range(at.count):
+        end = at.position + token + 1
+        mask[token, 0 if window == "all" else max(0, end - int(window)):end] = 0
+
+
+def _write(array: np.ndarray, slot: str, at: Placement) -> None:
+    """`(1, 1, T, S)`: one row per token with its 1 at the token's own cache slot; none for padding."""
+    array.fill(0)
+    for token in range(at.count):
+        array[0, 0, token, at.position + token] = 1
+
+
+def _keep(array: np.ndarray, slot: str, at: Placement) -> None:
+    """`(1, 1, 1, S)`: 0 at the cache slots that are written."""
+    array.fill(1)
+    array[..., at.position:at.end] = 0
+
+
+def _rope(array: np.ndarray, slot: str, at: Placement) -> None:
+    """`(1, 1, r/2, T)`."""
+    array[0, 0, :, :at.count] = at.ropes[slot][at.position:at.end].T
+
+
+def _shift(array: np.ndarray, slot: str, at: Placement) -> None:
+    """`(1, 1, n + T, n)`: picks the last n columns of a state and the call's tokens, padding left out."""
+    (last,) = slot_arguments(slot)
+    array.fill(0)
+    for column in range(int(last)):
+        array[0, 0, at.count + column, column] = 1
+
+
+RULES: dict[str, Callable[[np.ndarray, str, Placement], None]] = {
+    "mask": _mask,
+    "write": _write,
+    "keep": _keep,
+    "rope": _rope,
+    "shift": _shift,
+}
+
+
+class Slots:
+    """The slots of calls of one width: an array for each, which keeps its place in memory."""
+
+    def __init__(self, ropes: Ropes) -> None:
+        self.count = 0                              # real tokens of the call
+        self._ropes = ropes
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def array(self, port: Port) -> np.ndarray:
+        """The array of a port's slot, zeros at first. Raises UserError when others have it in another shape."""
+        array = self._arrays.get(port.slot)
+        if array is None:
+            _require_sound(port, self._ropes)
+            array = self._arrays[port.slot] = np.zeros(port.shape, np.float16)
+        if array.shape != port.shape:
+            raise UserError(f"two functions have the slot {port.slot} in two shapes",
+                            f"{array.shape} and {port.shape}", "convert again")
+        return array
+
+    def columns(self, slot: str) -> np.ndarray:
+        """A slot that functions fill, as `[C,T]`; the same memory."""
+        return by_channel(self._arrays[slot])
+
+    def place(self, position: int, count: int) -> None:
+        """Move the host's own slots to `count` tokens from `position` on."""
+        self.count = count
+        at = Placement(position, count, self._ropes)
+        for slot, array in self._arrays.items():
+            if rule := RULES.get(slot_root(slot)):
+                rule(array, slot, at)
+
+
+def _require_sound(port: Port, ropes: Ropes) -> None:
+    if port.root == "rope" and port.slot not in ropes:
+        raise UserError(f"a function reads the unknown rotary table {port.slot}", do="convert again")
+    if np.prod(port.shape, dtype=np.float64) > MAX_ELEMENTS:
+        raise UserError(f"the slot {port.slot} is too large", str(port.shape), "convert again")
+
+
+def zeros(shapes: Mapping[str, Shape]) -> dict[str, np.ndarray]:
+    """States that hold nothing yet."""
+    return {slot: np.zeros(shape, np.float16) for slot, shape in shapes.items()}

@@ -7,7 +7,7 @@ above 1; nothing for shared) to `y [1,d,1,B]`.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from ane_moe.errors import UserError
-from ane_moe.loop.buffers import activation_shape, by_channel
+from ane_moe.loop.buffers import by_channel
 from ane_moe.loop.expert_cache import ExpertCache, FunctionKey
 from ane_moe.loop.figures import CallClock
-from ane_moe.manifest import Manifest, Shard
+from ane_moe.manifest import Manifest, Shard, ShardFunction
+from ane_moe.model.port import FFN_INPUT, GATES, Shape, shapes_of
 from ane_moe.runtime import open_package
 from ane_moe.runtime.interface import LoadedFunction, Package
 
@@ -30,18 +31,18 @@ KIND = "experts"
 
 @dataclass(frozen=True)
 class Group:
-    """Experts of one function, in order (none: the shared one), and its name for each bucket."""
+    """Experts of one function, in order (none: the shared one), and the function for each bucket."""
 
     experts: tuple[int, ...]
     path: str
-    names: dict[int, str]
+    functions: dict[int, ShardFunction]
 
     def key(self, tokens: int) -> FunctionKey:
-        return FunctionKey(self.path, self.names[tokens])
+        return FunctionKey(self.path, self.functions[tokens].name)
 
     def pieces(self, tokens: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
         """Cut token indices so that each piece fits a bucket, the smallest that holds it; none is left out."""
-        buckets = sorted(self.names)
+        buckets = sorted(self.functions)
         for first in range(0, len(tokens), buckets[-1]):
             piece = tokens[first:first + buckets[-1]]
             yield piece, buckets[bisect_left(buckets, len(piece))]
@@ -77,7 +78,8 @@ def expert_layers(manifest: Manifest) -> dict[int, ExpertLayer]:
     """Every layer whose experts are dispatched. Raises UserError for a package whose functions do not fit together."""
     layers = {}
     for layer in manifest.layers:
-        groups = [group for shard in manifest.shards_of(KIND, layer) for group in _groups(shard)]
+        own = (shard for shard in manifest.shards if shard.dispatched and shard.layer == layer)
+        groups = [group for shard in own for group in _groups(shard)]
         if groups:
             _require_once(groups, layer)
             routed = sorted((group for group in groups if group.experts), key=lambda group: group.experts[0])
@@ -88,9 +90,9 @@ def expert_layers(manifest: Manifest) -> dict[int, ExpertLayer]:
 
 def _groups(shard: Shard) -> list[Group]:
     """The groups of one package, and their functions by token count."""
-    groups = [Group(experts, shard.path, {function.tokens: function.name for function in functions})
+    groups = [Group(experts, shard.path, {function.tokens: function for function in functions})
               for experts, functions in shard.copies.items()]
-    if len({frozenset(group.names) for group in groups}) != 1:
+    if len({frozenset(group.functions) for group in groups}) != 1:
         found = "some experts have other token counts than others"
         raise UserError(f"{shard.path} lacks an expert function", found, "convert again")
     return groups
@@ -105,48 +107,36 @@ def _require_once(groups: Sequence[Group], layer: int) -> None:
         raise UserError(f"layer {layer}: experts and functions do not fit together", found, "convert again")
 
 
-class _Scratch:
-    """Inputs of expert calls, one set per bucket and group size, for one worker."""
+class Scratch:
+    """Inputs of expert calls, one set for those of the same shapes."""
 
-    def __init__(self, manifest: Manifest) -> None:
-        self._manifest = manifest
-        self._features: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+    def __init__(self) -> None:
+        self._made: dict[tuple[Shape, ...], list[np.ndarray]] = {}
 
-    def features(self, group: Group, bucket: int, tokens: np.ndarray, ffn_input: np.ndarray,
-                 gates: np.ndarray) -> dict[str, np.ndarray]:
-        """Gather `tokens` out of `ffn_input [d,T]` and `gates [E,T]`; zeros where the bucket is larger."""
-        size = len(group.experts)
-        features = self._features.get((bucket, size)) or self._make(bucket, size)
-        count = len(tokens)
-        columns = by_channel(features["ffn_input"])
-        columns[:, :count] = ffn_input[:, tokens]
-        columns[:, count:] = 0
-        if size:
-            rows = by_channel(features[gate_name(size)])
-            rows[:, :count] = gates[list(group.experts)][:, tokens]
-            rows[:, count:] = 0
-        return features
-
-    def _make(self, bucket: int, size: int) -> dict[str, np.ndarray]:
-        features = {name: np.zeros(shape, np.float16)
-                    for name, shape in expert_inputs(self._manifest, size, bucket).items()}
-        self._features[bucket, size] = features
-        return features
+    def features(self, function: ShardFunction, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The inputs of `function`: `values [C,n]` by the root of the slot, and zeros up to its T tokens."""
+        ports = function.ports.inputs
+        key = tuple(port.shape for port in ports)
+        arrays = self._made.setdefault(key, [np.zeros(shape, np.float16) for shape in key])
+        for port, array in zip(ports, arrays, strict=True):
+            columns, value = by_channel(array), values[port.root]
+            columns[:, :value.shape[1]] = value
+            columns[:, value.shape[1]:] = 0
+        return {port.name: array for port, array in zip(ports, arrays, strict=True)}
 
 
 class ExpertDispatch:
     """Runs chosen experts, `concurrency` at a time; sums in fp32 in the order of experts, so the result is the same."""
 
-    def __init__(self, manifest: Manifest, layers: dict[int, ExpertLayer], cache: ExpertCache,
-                 concurrency: int = 1) -> None:
+    def __init__(self, layers: dict[int, ExpertLayer], cache: ExpertCache, concurrency: int = 1) -> None:
         if concurrency < 1:
             raise UserError("concurrency must be at least 1", str(concurrency))
         self.layers = layers
         self.cache = cache
         self._pool = ThreadPoolExecutor(concurrency, "expert") if concurrency > 1 else None
-        self._scratch: SimpleQueue[_Scratch] = SimpleQueue()
+        self._scratch: SimpleQueue[Scratch] = SimpleQueue()
         for _ in range(concurrency):
-            self._scratch.put(_Scratch(manifest))
+            self._scratch.put(Scratch())
 
     def chosen(self, gates: np.ndarray) -> list[int]:
         """Experts with a gate other than zero in `gates [E,T]`, in order."""
@@ -175,8 +165,8 @@ class ExpertDispatch:
         """Load the functions for one token of `experts` in `layer` in the background, at no cost of those in use now:
         `current` is the running layer and its experts."""
         running, used = current
-        self.cache.load_ahead([group.key(min(group.names)) for group in self.layers[layer].groups_of(experts)],
-                              [group.key(min(group.names)) for group in self.layers[running].groups_of(used)])
+        self.cache.load_ahead([group.key(min(group.functions)) for group in self.layers[layer].groups_of(experts)],
+                              [group.key(min(group.functions)) for group in self.layers[running].groups_of(used)])
 
     def _run(self, group: Group, tokens: np.ndarray, ffn_input: np.ndarray, gates: np.ndarray,
              clock: CallClock) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -185,7 +175,8 @@ class ExpertDispatch:
         try:
             results = []
             for piece, bucket in group.pieces(tokens):
-                features = scratch.features(group, bucket, piece, ffn_input, gates)
+                given = {FFN_INPUT: ffn_input[:, piece], GATES: gates[list(group.experts)][:, piece]}
+                features = scratch.features(group.functions[bucket], given)
                 with self.cache.hold(group.key(bucket), clock) as function:
                     started = clock.start()
                     try:
@@ -198,25 +189,15 @@ class ExpertDispatch:
             self._scratch.put(scratch)
 
 
-def gate_name(group_size: int) -> str:
-    return "gate" if group_size == 1 else "gates"
-
-
-def expert_inputs(manifest: Manifest, group_size: int, tokens: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the inputs of an expert function; a group size of 0 is the shared one."""
-    shapes: dict[str, tuple[int, ...]] = {"ffn_input": activation_shape(manifest, manifest.d_model, tokens)}
-    return shapes | ({gate_name(group_size): activation_shape(manifest, group_size, tokens)} if group_size else {})
-
-
-def open_cache(folder: Path, manifest: Manifest, layers: dict[int, ExpertLayer], runtime: str,
+def open_cache(folder: Path, layers: dict[int, ExpertLayer], runtime: str,
                limit_bytes: int | None, **options: Any) -> ExpertCache:
     """A cache over the packages in `folder`, each opened once. A function counts with the memory its weights take.
 
     Loading reads the weights. It raises UserError when a package is damaged, or lacks a function or has it with other
     inputs than the manifest implies, and when the limit is below the size of one function.
     """
-    sizes = {group.key(tokens): (len(group.experts), tokens) for layer in layers.values()
-             for group in layer.all_groups for tokens in group.names}
+    groups = [group for layer in layers.values() for group in layer.all_groups]
+    entries = {group.key(tokens): entry for group in groups for tokens, entry in group.functions.items()}
 
     @cache
     def package(path: str) -> Package:
@@ -224,7 +205,7 @@ def open_cache(folder: Path, manifest: Manifest, layers: dict[int, ExpertLayer],
 
     def load(key: FunctionKey) -> LoadedFunction:
         function = package(key.path).function(key.name, eager=True)
-        check_function(function, expert_inputs(manifest, *sizes[key]), f"{folder / key.path}: function {key.name}")
+        check_function(function, entries[key], f"{folder / key.path}: function {key.name}")
         return function
 
     @cache
@@ -236,11 +217,12 @@ def open_cache(folder: Path, manifest: Manifest, layers: dict[int, ExpertLayer],
     return ExpertCache(load, size, limit_bytes)
 
 
-def check_function(function: LoadedFunction, expected: dict[str, tuple[int, ...]], what: str) -> None:
-    """Raise UserError unless `function` declares exactly the inputs `expected`, by name and shape."""
+def check_function(function: LoadedFunction, entry: ShardFunction, what: str) -> None:
+    """Raise UserError unless `function` declares exactly the inputs that the manifest says, by name and shape."""
     declared = {feature.name: feature.type.shape for feature in function.inputs}
+    expected = shapes_of(entry.ports.inputs)
     if declared != expected:
         names = sorted(set(declared) | set(expected))
-        found = ", ".join(f"{name} {declared.get(name, 'absent')} where {expected.get(name, 'none')} was expected"
-                          for name in names if declared.get(name) != expected.get(name))
-        raise UserError(f"{what} has other inputs than the manifest implies", found, "convert again")
+        differences = ", ".join(f"{name} {declared.get(name, 'absent')} where {expected.get(name, 'none')} was expected"
+                                for name in names if declared.get(name) != expected.get(name))
+        raise UserError(f"{what} has other inputs than the manifest implies", differences, "convert again")

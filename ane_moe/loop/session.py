@@ -1,90 +1,44 @@
-"""Session: the token loop. Embeds, calls every shard in order, keeps the caches, returns logits.
+"""Session: the token loop. Embeds, runs the lanes, keeps the position, returns logits.
 
 T = tokens in a call, V = vocabulary, d = d_model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 
 from ane_moe.errors import UserError
-from ane_moe.loop.buffers import Buffers, by_channel
+from ane_moe.loop.buffers import Slots
 from ane_moe.loop.experts import ExpertDispatch
 from ane_moe.loop.figures import CallClock, Figures, PrefetchFigures
 from ane_moe.loop.prefetch import Prefetch, make_predictor
-from ane_moe.loop.shards import LoadedShard, LoadedShards
-from ane_moe.runtime.interface import LoadedFunction
-
-
-class _Cache:
-    """One attention shard's KV cache: a Core ML state, or arrays passed in and out (`state = "explicit"`)."""
-
-    def __init__(self, loaded: LoadedShard, explicit: bool) -> None:
-        self._loaded = loaded
-        self._explicit = explicit
-        self._features: list[dict[str, np.ndarray]] = []
-        self.state: Any = None
-        self.clear()
-
-    def bind(self, features: dict[str, np.ndarray]) -> None:
-        """Keep the cache arrays in `features` up to date."""
-        self._features.append(features)
-        self.clear()
-
-    def clear(self) -> None:
-        if self._explicit:
-            self._set({name: np.zeros(shape, np.float16) for name, shape in self._loaded.shard.states.items()})
-        else:
-            self.state = next(iter(self._loaded.functions.values())).make_state()
-
-    def update(self, outputs: dict[str, np.ndarray]) -> None:
-        if self._explicit:
-            self._set({name: outputs[f"{name}_out"] for name in self._loaded.shard.states})
-
-    def _set(self, arrays: dict[str, np.ndarray]) -> None:
-        for features in self._features:
-            features.update(arrays)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One function with the inputs it always gets; the arrays behind them change, the dictionary does not."""
-
-    kind: str
-    function: LoadedFunction
-    features: dict[str, np.ndarray]
-    cache: _Cache | None = None
-
-    def run(self, clock: CallClock) -> dict[str, np.ndarray]:
-        started = clock.start()
-        try:
-            outputs = self.function.predict(self.features, self.cache.state if self.cache else None)
-        finally:
-            clock.stop(self.kind, started)
-        if self.cache:
-            self.cache.update(outputs)
-        return outputs
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """The calls of one layer; without parts, its experts are dispatched."""
-
-    index: int
-    attn: _Call
-    parts: tuple[_Call, ...]
+from ane_moe.loop.shards import LoadedShards
+from ane_moe.loop.wiring import Lane, States, Wiring
+from ane_moe.model.port import STREAM, slot_rows
 
 
 @dataclass(frozen=True)
 class _Lane:
-    """Everything for calls of one width: buffers, the layers' calls, the head's with their rows."""
+    """Everything for calls of one width: the layers, and the head."""
 
-    buffers: Buffers
-    layers: tuple[_Layer, ...]
-    head: tuple[tuple[_Call, slice], ...]
+    body: Lane
+    head: Lane
+
+    @property
+    def tokens(self) -> int:
+        return self.body.tokens
+
+    @property
+    def slots(self) -> Slots:
+        return self.body.slots
+
+    def logits(self, clock: CallClock) -> Iterator[tuple[slice, np.ndarray]]:
+        """Scores `[rows,T]` of each slice of the vocabulary for what the stream holds."""
+        self.head.run(clock)
+        for slot in self.head.scores:
+            yield slice(*slot_rows(slot)), self.slots.columns(slot)
 
 
 class Session:
@@ -100,11 +54,11 @@ class Session:
         self.manifest = shards.manifest
         self.position = 0
         self.figures = Figures(shards.runtime)
-        explicit = self.manifest.state == "explicit"
-        self._caches = {layer.index: _Cache(layer.attn, explicit) for layer in shards.layers}
-        self._decode = self._lane("decode", 1)
-        self._prefill = self._lane("prefill", self.manifest.prefill) if self.manifest.prefill else self._decode
-        self._dispatch, self._prefetch = self._expert_parts(concurrency, predictor)
+        self._states = States(shards.loaded)
+        dispatch = self._dispatch(concurrency)
+        self._prefetch = self._ahead(predictor, dispatch)
+        self._decode = self._lane("decode", dispatch, self._prefetch)
+        self._prefill = self._lane("prefill", dispatch) if self.manifest.prefill else self._decode
         self._logits = np.zeros(self.manifest.vocab, np.float32)
         self._view = self._logits.view()
         self._view.flags.writeable = False
@@ -119,8 +73,7 @@ class Session:
     def reset(self) -> None:
         """Forget everything said so far; the figures stay."""
         self.position = 0
-        for cache in self._caches.values():
-            cache.clear()
+        self._states.clear()
 
     def prefill(self, ids: Sequence[int]) -> np.ndarray:
         """Take in `ids` in chunks and return the last token's logits, fp32 `[V]`.
@@ -131,7 +84,7 @@ class Session:
         started = perf_counter()
         clock = self._prefill_clock
         lane = self._prefill
-        for chunk in _chunks(ids, lane.buffers.tokens):
+        for chunk in _chunks(ids, lane.tokens):
             self._forward(lane, chunk, clock)
         self._head_of(lane, len(chunk) - 1, clock)
         return self._done(clock, len(ids), started)
@@ -159,83 +112,55 @@ class Session:
         started = perf_counter()
         clock = self._prefill_clock
         first = 0
-        for chunk in _chunks(ids, self._prefill.buffers.tokens):
+        for chunk in _chunks(ids, self._prefill.tokens):
             self._forward(self._prefill, chunk, clock)
-            for call, rows in self._prefill.head:
-                logits[first:first + len(chunk), rows] = by_channel(call.run(clock)["logits"])[:, :len(chunk)].T
+            for rows, scores in self._prefill.logits(clock):
+                logits[first:first + len(chunk), rows] = scores[:, :len(chunk)].T
             first += len(chunk)
         self._done(clock, len(ids), started)
         return logits
 
-    def _lane(self, name: str, tokens: int) -> _Lane:
-        layers = self.shards.layers
-        buffers = Buffers(self.manifest, tokens, self.shards.embed, [layer.attn.shard.window for layer in layers],
-                          self.shards.ropes)
-        inputs = {"x": buffers.x}
-        calls = tuple(_Layer(layer.index, self._attention(layer.index, layer.attn, name, buffers),
-                             tuple(_Call(part.shard.kind, part.functions[name], inputs) for part in layer.ffn))
-                      for layer in layers)
-        head = tuple((_Call("lm_head", part.functions[name], inputs), slice(*(part.shard.rows or (0, None))))
-                     for part in self.shards.head)
-        return _Lane(buffers, calls, head)
+    def slot(self, slot: str) -> np.ndarray:
+        """What the last prefill call put into a slot, for its real tokens: `[C,n]`, read only until the next call."""
+        slots = self._prefill.slots
+        return slots.columns(slot)[:, :slots.count]
 
-    def _attention(self, layer: int, loaded: LoadedShard, name: str, buffers: Buffers) -> _Call:
-        features = {"x": buffers.x, "mask": buffers.masks[loaded.shard.window], "write": buffers.write,
-                    "keep": buffers.keep}
-        if loaded.shard.rope is not None:
-            features |= {"cos": buffers.cos[loaded.shard.rope], "sin": buffers.sin[loaded.shard.rope]}
-        self._caches[layer].bind(features)
-        return _Call(loaded.shard.kind, loaded.functions[name], features, self._caches[layer])
+    def _lane(self, name: str, dispatch: ExpertDispatch | None, prefetch: Prefetch | None = None) -> _Lane:
+        slots = Slots(self.shards.ropes)
+        wiring = Wiring(self._states, dispatch, prefetch.layer_starts if prefetch else None)
+        return _Lane(wiring.lane(self.shards.body, name, slots), wiring.lane(self.shards.head, name, slots))
 
-    def _expert_parts(self, concurrency: int, name: str) -> tuple[ExpertDispatch | None, Prefetch | None]:
-        shards, predictor = self.shards, make_predictor(name, self.shards.folder, self.manifest)
+    def _dispatch(self, concurrency: int) -> ExpertDispatch | None:
+        shards = self.shards
         if shards.cache is None:
-            return None, None
+            return None
         self.figures.cache = shards.cache.figures
-        dispatch = ExpertDispatch(self.manifest, shards.experts, shards.cache, concurrency)
-        if predictor is None:
-            return dispatch, None
+        return ExpertDispatch(shards.experts, shards.cache, concurrency)
+
+    def _ahead(self, name: str, dispatch: ExpertDispatch | None) -> Prefetch | None:
+        predictor = make_predictor(name, self.shards.folder, self.manifest)
+        if predictor is None or dispatch is None:
+            return None
         self.figures.prefetch = PrefetchFigures(name)
-        return dispatch, Prefetch(predictor, dispatch, self.figures.prefetch)
+        return Prefetch(predictor, dispatch, self.figures.prefetch)
 
     def _forward(self, lane: _Lane, ids: Sequence[int], clock: CallClock) -> None:
-        """Run every layer on at most T tokens, leaving the last hidden states in the lane's x."""
-        buffers = lane.buffers
-        buffers.place(ids, self.position)
-        for layer in lane.layers:
-            outputs = layer.attn.run(clock)
-            buffers.columns[:] = by_channel(outputs["y"])
-            if len(layer.parts) == 1:
-                buffers.columns[:] = by_channel(layer.parts[0].run(clock)["y"])
-            elif layer.parts:
-                buffers.total.fill(0)
-                for part in layer.parts:
-                    buffers.total += by_channel(part.run(clock)["y"])
-                buffers.columns[:] = buffers.total
-            elif layer.index in self.shards.experts:
-                self._run_experts(lane, layer.index, outputs, len(ids), clock)
+        """Run every layer on at most T tokens, leaving the last hidden states in the lane's stream."""
+        lane.slots.place(self.position, len(ids))
+        stream = lane.slots.columns(STREAM)
+        for token, identifier in enumerate(ids):
+            stream[:, token] = self.shards.embed[identifier]
+        stream[:, len(ids):] = 0
+        lane.body.run(clock)
         self.position += len(ids)
 
-    def _run_experts(self, lane: _Lane, layer: int, outputs: dict[str, np.ndarray], count: int,
-                     clock: CallClock) -> None:
-        """Add the chosen experts of `layer` to the first `count` columns of x, `[d,count]`."""
-        assert self._dispatch
-        ffn_input, gates = (by_channel(outputs[name])[:, :count] for name in ("ffn_input", "gates"))
-        columns, total = lane.buffers.columns[:, :count], lane.buffers.total[:, :count]
-        experts = self._dispatch.chosen(gates)
-        if self._prefetch and lane is self._decode:
-            self._prefetch.layer_starts(layer, experts, columns[:, 0])
-        total[:] = columns
-        self._dispatch.add(layer, experts, ffn_input, gates, total, clock)
-        columns[:] = total
-
     def _head_of(self, lane: _Lane, column: int, clock: CallClock) -> None:
-        """Logits of one column of a lane's x, by the decode functions of the head."""
+        """Logits of one column of a lane's stream, by the decode functions of the head."""
         decode = self._decode
         if lane is not decode:
-            decode.buffers.columns[:, 0] = lane.buffers.columns[:, column]
-        for call, rows in decode.head:
-            self._logits[rows] = by_channel(call.run(clock)["logits"])[:, 0]
+            decode.slots.columns(STREAM)[:, 0] = lane.slots.columns(STREAM)[:, column]
+        for rows, scores in decode.logits(clock):
+            self._logits[rows] = scores[:, 0]
 
     def _require(self, ids: Sequence[int]) -> None:
         if len(ids) == 0:

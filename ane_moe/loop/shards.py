@@ -1,13 +1,13 @@
 """The shards of a conversion, loaded: what a token loop needs, from `runtime_meta.json` alone."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ane_moe.errors import UserError
-from ane_moe.loop.buffers import activation_shape, rope_rows
+from ane_moe.loop.buffers import rope_tables
 from ane_moe.loop.embedding_table import EmbeddingTable, open_embeddings
 from ane_moe.loop.expert_cache import ExpertCache
 from ane_moe.loop.experts import ExpertLayer, check_function, expert_layers, open_cache
@@ -17,6 +17,7 @@ from ane_moe.runtime.interface import LoadedFunction
 
 # Upper limits of what a manifest may ask the host to allocate; an order of magnitude above any model supported.
 MAX_SIZES = {"d_model": 1 << 17, "vocab": 1 << 22, "context": 1 << 21, "cache_width": 1 << 21, "prefill": 1 << 14}
+HALVES = ("attn", "ffn")        # of a layer: scopes of shards
 
 
 @dataclass(frozen=True)
@@ -27,30 +28,42 @@ class LoadedShard:
     functions: dict[str, LoadedFunction]
 
 
-@dataclass(frozen=True)
-class LoadedLayer:
-    """A layer's attention shard and what follows it: the parts of a MoE or dense shard, whose outputs are added, or
-    nothing where the host dispatches experts. Or a stack of layers from `index` on, which nothing follows."""
-
-    index: int
-    attn: LoadedShard
-    ffn: tuple[LoadedShard, ...]
+# What the host calls: the functions of a shard, or experts by the tokens that chose them.
+Step = LoadedShard | ExpertLayer
 
 
 @dataclass(frozen=True)
 class LoadedShards:
-    """Everything sessions share; nothing here changes once loaded. `embed` gives fp16 `[vocab, d]`; `ropes` holds the
-    (cos, sin) rows of every table, fp16 `[context, r/2]`; `runtime` is the one that was chosen."""
+    """Everything sessions share; nothing here changes once loaded. `steps` are in the order of calls; `embed` gives
+    fp16 `[vocab, d]`; `ropes` are the rows of every rotary table by slot; `runtime` is the one that was chosen."""
 
     folder: Path
     manifest: Manifest
     runtime: str
-    layers: tuple[LoadedLayer, ...]
-    head: tuple[LoadedShard, ...]
+    steps: tuple[Step, ...]
     embed: EmbeddingTable
-    ropes: dict[str, tuple[np.ndarray, np.ndarray]]
-    experts: dict[int, ExpertLayer] = field(default_factory=dict)
+    ropes: dict[str, np.ndarray]
     cache: ExpertCache | None = None                # of expert functions, where there are any
+
+    @property
+    def loaded(self) -> list[LoadedShard]:
+        """The shards whose functions are called for all tokens."""
+        return [step for step in self.steps if isinstance(step, LoadedShard)]
+
+    @property
+    def body(self) -> list[Step]:
+        """The steps of the layers."""
+        return [step for step in self.steps if isinstance(step, ExpertLayer) or step.shard.rows is None]
+
+    @property
+    def head(self) -> list[LoadedShard]:
+        """The shards that give scores."""
+        return [loaded for loaded in self.loaded if loaded.shard.rows is not None]
+
+    @property
+    def experts(self) -> dict[int, ExpertLayer]:
+        """Dispatched experts, by layer."""
+        return {step.layer: step for step in self.steps if isinstance(step, ExpertLayer)}
 
 
 def load_shards(folder: Path, runtime: str = "auto", *, expert_cache_bytes: int | None = None,
@@ -73,26 +86,25 @@ def load_shards(folder: Path, runtime: str = "auto", *, expert_cache_bytes: int 
         package = open_package(folder / shard.path, runtime, **options)
         functions = {function.name: package.function(function.name) for function in shard.functions}
         loaded = LoadedShard(shard, functions)
-        check_shard(loaded, manifest, folder)
+        check_shard(loaded, folder)
         return loaded
 
-    layers = tuple(LoadedLayer(index, load(shard), tuple(load(part) for part in ffn_shards(manifest, index)))
-                   for index in manifest.layers for shard in mixer_shards(manifest, index))
-    head = tuple(load(shard) for shard in manifest.shards_of("lm_head"))
     experts = expert_layers(manifest)
-    cache = open_cache(folder, manifest, experts, runtime, expert_cache_bytes, **options) if experts else None
-    return LoadedShards(folder, manifest, runtime, layers, head, open_embeddings(folder, manifest),
-                        {name: rope_rows(manifest, name) for name in manifest.ropes}, experts, cache)
+    steps = [experts[step] if isinstance(step, int) else load(step) for step in call_order(manifest)]
+    cache = open_cache(folder, experts, runtime, expert_cache_bytes, **options) if experts else None
+    return LoadedShards(folder, manifest, runtime, tuple(steps), open_embeddings(folder, manifest),
+                        rope_tables(manifest), cache)
 
 
-def ffn_shards(manifest: Manifest, layer: int) -> list[Shard]:
-    """The MoE parts of a layer, or its dense shard; empty where experts are dispatched by the host."""
-    return manifest.shards_of("moe", layer) + manifest.shards_of("dense", layer)
-
-
-def mixer_shards(manifest: Manifest, layer: int) -> list[Shard]:
-    """The shard that begins a layer: its attention, or the stack it is the first layer of; none inside a stack."""
-    return manifest.shards_of("attn", layer) + manifest.shards_of("stack", layer)
+def call_order(manifest: Manifest) -> list[Shard | int]:
+    """Shards in the order in which they are called; for packages of experts the layer, once."""
+    order: list[Shard | int] = []
+    for shard in manifest.shards:
+        if not shard.dispatched:
+            order.append(shard)
+        elif shard.layer is not None and shard.layer not in order:
+            order.append(shard.layer)
+    return order
 
 
 def is_whole(manifest: Manifest) -> bool:
@@ -110,18 +122,18 @@ def check_manifest(manifest: Manifest, folder: Path) -> None:
         raise UserError(f"{folder}: the context does not fit into the cache",
                         f"context {manifest.context}, cache {manifest.cache_width}", "convert again")
     for layer in manifest.layers:
-        attention = mixer_shards(manifest, layer)
-        if len(attention) != 1 and not (manifest.is_stacked(layer) and not attention):
-            raise UserError(f"{folder}: layer {layer} needs one attention shard", str(len(attention)), "convert again")
-        if attention and attention[0].rope is not None and attention[0].rope not in manifest.ropes:
-            raise UserError(f"{folder}: layer {layer} names an unknown rotary table", attention[0].rope,
-                            "convert again")
-        if manifest.is_stacked(layer):
-            continue
-        parts = ffn_shards(manifest, layer) or manifest.shards_of("experts", layer)
-        _require_parts(parts, f"{folder}: layer {layer}")
+        _check_layer(manifest, layer, folder)
     if is_whole(manifest):
-        _check_head(manifest.shards_of("lm_head"), manifest.vocab, folder)
+        _check_head([shard for shard in manifest.shards if shard.rows], manifest.vocab, folder)
+
+
+def _check_layer(manifest: Manifest, layer: int, folder: Path) -> None:
+    """A layer has shards for both its halves, or one for all of it; each cut one is complete."""
+    if any(layer in shard.layers for shard in manifest.shards):
+        return
+    own = [shard for shard in manifest.shards if shard.layer == layer]
+    for scope in HALVES:
+        _require_parts([shard for shard in own if shard.scope == scope], f"{folder}: layer {layer} ({scope})")
 
 
 def _check_head(head: list[Shard], vocab: int, folder: Path) -> None:
@@ -133,28 +145,15 @@ def _check_head(head: list[Shard], vocab: int, folder: Path) -> None:
                         f"0 to {vocab} is needed; convert all of it")
 
 
-def check_shard(loaded: LoadedShard, manifest: Manifest, folder: Path) -> None:
-    """Raise UserError unless every function declares exactly the inputs and states that sessions pass."""
-    for function in loaded.shard.functions:
-        check_function(loaded.functions[function.name], input_shapes(loaded.shard, manifest, function.tokens),
-                       f"{folder / loaded.shard.path}: function {function.name}")
-
-
-def input_shapes(shard: Shard, manifest: Manifest, tokens: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the inputs of a shard's function for `tokens` tokens."""
-    shapes: dict[str, tuple[int, ...]] = {"x": activation_shape(manifest, manifest.d_model, tokens)}
-    if shard.kind not in ("attn", "stack"):
-        return shapes
-    if shard.rope is not None:
-        half = len(manifest.ropes[shard.rope]["inv_freq"])
-        shapes |= {"cos": (1, 1, half, tokens), "sin": (1, 1, half, tokens)}
-    width = manifest.cache_width
-    shapes |= {"mask": (1, 1, tokens, width), "write": (1, 1, tokens, width), "keep": (1, 1, 1, width)}
-    return shapes | (shard.states if manifest.state == "explicit" else {})
+def check_shard(loaded: LoadedShard, folder: Path) -> None:
+    """Raise UserError unless every function declares exactly the inputs that the manifest says."""
+    for entry in loaded.shard.functions:
+        check_function(loaded.functions[entry.name], entry, f"{folder / loaded.shard.path}: function {entry.name}")
 
 
 def _require_parts(shards: list[Shard], what: str) -> None:
-    """A layer's shards must be parts 0..parts-1 of one whole."""
+    """Shards must be parts 0..parts-1 of one whole."""
+    shards = sorted(shards, key=lambda shard: shard.part)
     if not shards or [shard.part for shard in shards] != list(range(shards[0].parts)):
         found = f"parts {[shard.part for shard in shards]} of {shards[0].parts}" if shards else "no shard"
         raise UserError(f"{what} is incomplete", found, "convert again")

@@ -11,7 +11,7 @@ import torch
 from ane_moe.checkpoints.checkpoint import Checkpoint
 from ane_moe.errors import UserError
 from ane_moe.original.experts import with_experts
-from ane_moe.original.golden import Golden, LayerGolden, write_golden
+from ane_moe.original.golden import Golden, LayerGolden, arrays_of, layer_of, write_golden
 from ane_moe.original.prompts import builtin_prompts, check_prompts
 from ane_moe.original.stream import StreamedModel
 from ane_moe.progress import Progress, silent
@@ -150,6 +150,5 @@ def ffn_norm(layer: torch.nn.Module) -> torch.nn.Module:
 
 
 def _joined(taps: list[Tap]) -> LayerGolden:
-    prompts = [vars(tap.golden()) for tap in taps]
-    held = [name for name, value in prompts[0].items() if value is not None]
-    return LayerGolden(**{name: np.concatenate([prompt[name] for prompt in prompts]) for name in held})
+    prompts = [arrays_of(tap.golden()) for tap in taps]
+    return layer_of({name: np.concatenate([prompt[name] for prompt in prompts]) for name in prompts[0]})

@@ -5,7 +5,7 @@ Tokens of all prompts are laid end to end. N = tokens, d = d_model, E = experts,
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,9 @@ class LayerGolden:
     For a MoE layer also the full router probabilities `[N,E]` and the experts chosen, int32 `[N,k]`. Where asked for,
     also what experts compute alone: their input (the normed hidden state) and what the shared expert adds, `[N,d]`, and
     for the tokens int32 `[E,P]` each expert was shown, its outputs `[E,P,d]` at a gate of 1.
+
+    `carried_in` and `carried_out` are what the layer takes over from the one before it and hands on beside the hidden
+    state, `[N,C]` by the name of the slot (`carry.NAME`).
     """
 
     x: np.ndarray
@@ -42,6 +45,8 @@ class LayerGolden:
     shared_output: np.ndarray | None = None
     expert_tokens: np.ndarray | None = None
     expert_outputs: np.ndarray | None = None
+    carried_in: Mapping[str, np.ndarray] = field(default_factory=dict)
+    carried_out: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def middle(self) -> np.ndarray:
@@ -82,7 +87,7 @@ def write_golden(golden: Golden, out: Path) -> None:
     tensors = {"logits": golden.logits, "prompt_ids": np.concatenate(golden.prompts).astype(np.int32),
                "prompt_offsets": np.cumsum([0, *map(len, golden.prompts)])}
     for index, layer in golden.layers.items():
-        tensors |= {_key(index, name): value for name, value in vars(layer).items() if value is not None}
+        tensors |= {_key(index, name): value for name, value in arrays_of(layer).items()}
     about = json.dumps({"format": FORMAT, "n_layers": golden.n_layers, "layers": sorted(golden.layers)})
     arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     with replaced(out) as temporary:
@@ -117,9 +122,10 @@ class _StoredLayers(Mapping[int, LayerGolden]):
         if index not in self._indices:
             raise KeyError(index)
         with safe_open(self._path, framework="numpy") as file:
-            held = set(file.keys())
-            return LayerGolden(**{name: file.get_tensor(_key(index, name)) for name in LayerGolden.__dataclass_fields__
-                                  if _key(index, name) in held})
+            held = {key.removeprefix(_key(index, "")) for key in file.keys()  # noqa: SIM118
+                    if key.startswith(_key(index, ""))}
+            arrays = {name: file.get_tensor(_key(index, name)) for name in held}
+        return layer_of(arrays)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._indices)
@@ -133,6 +139,29 @@ def _require_shapes(file: Any, indices: list[int], tokens: int) -> None:
     for name in names:
         if file.get_slice(name).get_shape()[:1] != [tokens]:
             raise ValueError(f"{name} has {file.get_slice(name).get_shape()} for {tokens} tokens")
+
+
+def arrays_of(layer: LayerGolden) -> dict[str, np.ndarray]:
+    """The arrays of a layer by name; those of `carried_in` and `carried_out` by both names."""
+    flat: dict[str, np.ndarray] = {}
+    for name, value in vars(layer).items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{slot}": array for slot, array in value.items()}
+        elif value is not None:
+            flat[name] = value
+    return flat
+
+
+def layer_of(arrays: Mapping[str, np.ndarray]) -> LayerGolden:
+    """The layer whose `arrays_of` are given."""
+    fields: dict[str, Any] = {}
+    for name, value in arrays.items():
+        outer, _, inner = name.partition(".")
+        if inner:
+            fields.setdefault(outer, {})[inner] = value
+        else:
+            fields[outer] = value
+    return LayerGolden(**fields)
 
 
 def _key(layer: int, name: str) -> str:

@@ -1,15 +1,16 @@
 """Grouped-query attention over a KV cache that is written by mask."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ane_moe.model.port import STREAM, Port, Ports
 from ane_moe.model.spec import GqaSpec, NormSpec
 from ane_moe.model.weight import Row, with_directions
+from ane_moe.parts.block import Block
 from ane_moe.parts.norm import RmsNorm
-from ane_moe.parts.ports import Block, Ports, Shape
 from ane_moe.parts.projection import Projection
 from ane_moe.parts.rope import rotate
 
@@ -28,14 +29,36 @@ class AttentionConfig:
     ranks: tuple[int, int, int, int] = (0, 0, 0, 0)     # directions kept apart from q, k, v and o
 
     @property
-    def caches(self) -> dict[str, Shape]:
-        """The KV caches and their shapes, state or not."""
+    def caches(self) -> tuple[Port, ...]:
+        """The KV caches, state or not."""
         cache = (1, self.mixer.kv_heads, self.mixer.head_dim, self.slots)
-        return {"k_cache": cache, "v_cache": cache}
+        return tuple(Port(name, cache, f"state.{{0}}.{name}") for name in ("k_cache", "v_cache"))
+
+    def ports(self, tokens: int) -> Ports:
+        mixer, row = self.mixer, (1, 1, tokens, self.slots)
+        stream = Port("x", (1, self.d_model, 1, tokens), STREAM)
+        rotary = (Port(name, (1, 1, self.rotary, tokens), f"rope.{mixer.rope}.{name}")
+                  for name in ("cos", "sin") if self.rotary)
+        inputs = (
+            stream,
+            *rotary,
+            Port("mask", row, f"mask.{mixer.window or 'all'}"),
+            Port("write", row, "write"),
+            Port("keep", (1, 1, 1, self.slots), "keep"),
+        )
+        return with_states(Ports(inputs, (replace(stream, name="y"),)), self.caches, self.explicit)
 
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""
         return with_directions(self.mixer.rows(self.d_model), dict(zip("qkvo", self.ranks, strict=True)))
+
+
+def with_states(ports: Ports, states: tuple[Port, ...], explicit: bool) -> Ports:
+    """`ports` with the `states` of a part: Core ML's own, or inputs and outputs beside the others."""
+    if not explicit:
+        return replace(ports, states=states)
+    written = (replace(state, name=f"{state.name}_out") for state in states)
+    return Ports((*ports.inputs, *states), (*ports.outputs, *written))
 
 
 class Attention(Block):
@@ -46,6 +69,7 @@ class Attention(Block):
     keeps every product at rank 4 without repeating keys and values.
     """
 
+    config: AttentionConfig
     q_norm: RmsNorm
     k_norm: RmsNorm
 
@@ -65,16 +89,6 @@ class Attention(Block):
         elif m.qk_norm == "full":
             self.q_norm = RmsNorm(m.heads * m.head_dim, m.qk_norm_eps)
             self.k_norm = RmsNorm(m.kv_heads * m.head_dim, m.qk_norm_eps)
-
-    def ports(self, tokens: int) -> Ports:
-        c = self.config
-        stream, row = (1, c.d_model, 1, tokens), (1, 1, tokens, c.slots)
-        rotary = {name: (1, 1, c.rotary, tokens) for name in ("cos", "sin") if c.rotary}
-        inputs = {"x": stream, **rotary, "mask": row, "write": row, "keep": (1, 1, 1, c.slots)}
-        if c.explicit:
-            outputs = {"y": stream} | {f"{name}_out": shape for name, shape in c.caches.items()}
-            return Ports({**inputs, **c.caches}, outputs)
-        return Ports(inputs, {"y": stream}, c.caches)
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         x = inputs["x"]

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ane_moe.model.port import FFN_INPUT, STREAM, Port, Ports
 from ane_moe.model.spec import MlpSpec, SharedSpec
 from ane_moe.model.weight import Row, Weight
+from ane_moe.parts.block import Block
 from ane_moe.parts.mlp import GatedMlp, MlpRanks, mlp_rows
-from ane_moe.parts.ports import Block, Ports
 from ane_moe.parts.projection import Projection
 
 
@@ -23,6 +24,15 @@ class ExpertGroupConfig:
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""
         return expert_rows(self.expert, self.d_model, self.size, self.ranks)
+
+    @property
+    def gate_name(self) -> str:
+        return "gate" if self.size == 1 else "gates"
+
+    def ports(self, tokens: int) -> Ports:
+        ports = _added(self.d_model, tokens)
+        gates = Port(self.gate_name, (1, self.size, 1, tokens), "gates.{0}")
+        return Ports((*ports.inputs, gates), ports.outputs)
 
 
 def expert_rows(expert: MlpSpec, d_model: int, count: int, ranks: MlpRanks) -> Iterator[Row]:
@@ -51,18 +61,15 @@ def tree_sum(terms: list[Tensor]) -> Tensor:
 class ExpertGroup(Block):
     """`y = sum_e gate_e * expert_e(ffn_input)` over the experts of a group; neither norm nor residual."""
 
+    config: ExpertGroupConfig
+
     def __init__(self, config: ExpertGroupConfig):
         super().__init__()
         self.config = config
         self.experts = nn.ModuleList(GatedMlp(config.d_model, config.expert, config.ranks) for _ in range(config.size))
-        self.gate_name = "gate" if config.size == 1 else "gates"
-
-    def ports(self, tokens: int) -> Ports:
-        stream = (1, self.config.d_model, 1, tokens)
-        return Ports({"ffn_input": stream, self.gate_name: (1, self.config.size, 1, tokens)}, {"y": stream})
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
-        x, gates = inputs["ffn_input"], inputs[self.gate_name]
+        x, gates = inputs["ffn_input"], inputs[self.config.gate_name]
         if self.config.size == 1:
             return {"y": self.experts[0](x, gates)}
         return {"y": tree_sum([expert(x, gates[:, e : e + 1]) for e, expert in enumerate(self.experts)])}
@@ -78,9 +85,21 @@ class SharedExpertConfig:
         """The block's parameters, in its own order."""
         return shared_rows(self.shared, self.d_model, self.ranks)
 
+    def ports(self, tokens: int) -> Ports:
+        return _added(self.d_model, tokens)
+
+
+def _added(d_model: int, tokens: int) -> Ports:
+    """What is given the normed stream, and added to the stream."""
+    stream = (1, d_model, 1, tokens)
+    ffn_input = Port("ffn_input", stream, FFN_INPUT)
+    return Ports((ffn_input,), (Port("y", stream, STREAM, "add"),))
+
 
 class SharedExpert(Block):
     """The expert every token passes through, weighted by its own gate where it has one."""
+
+    config: SharedExpertConfig
 
     def __init__(self, config: SharedExpertConfig):
         super().__init__()
@@ -88,10 +107,6 @@ class SharedExpert(Block):
         self.shared = GatedMlp(config.d_model, config.shared.mlp, config.ranks)
         if config.shared.gated:
             self.shared_gate = Projection(config.d_model, 1)
-
-    def ports(self, tokens: int) -> Ports:
-        stream = (1, self.config.d_model, 1, tokens)
-        return Ports({"ffn_input": stream}, {"y": stream})
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         x = inputs["ffn_input"]

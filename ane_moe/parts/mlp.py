@@ -1,15 +1,16 @@
 """Gated MLPs: dense layers, experts and shared experts."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from ane_moe.model.port import STREAM, Port, Ports
 from ane_moe.model.spec import MlpSpec, NormSpec
 from ane_moe.model.weight import Row, Weight, with_directions
+from ane_moe.parts.block import Block
 from ane_moe.parts.norm import RmsNorm
-from ane_moe.parts.ports import Block, Ports
 from ane_moe.parts.projection import Projection
 
 MlpRanks = tuple[int, int, int]     # directions kept apart from gate, up and down
@@ -54,19 +55,21 @@ class DenseConfig:
         for row in mlp_rows(self.mlp, self.d_model, "dense", self.ranks):
             yield row.under("mlp")
 
+    def ports(self, tokens: int) -> Ports:
+        stream = Port("x", (1, self.d_model, 1, tokens), STREAM)
+        return Ports((stream,), (replace(stream, name="y"),))
+
 
 class Dense(Block):
     """`y = x + mlp(norm(x))`: the feed-forward part of a layer without experts."""
+
+    config: DenseConfig
 
     def __init__(self, config: DenseConfig):
         super().__init__()
         self.config = config
         self.norm = RmsNorm(config.d_model, config.norm.eps)
         self.mlp = GatedMlp(config.d_model, config.mlp, config.ranks)
-
-    def ports(self, tokens: int) -> Ports:
-        stream = (1, self.config.d_model, 1, tokens)
-        return Ports({"x": stream}, {"y": stream})
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         x = inputs["x"]

@@ -1,17 +1,18 @@
 """A mixture-of-experts layer, or a self-contained part of one."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from ane_moe.model.port import STREAM, Port, Ports
 from ane_moe.model.spec import MoeSpec, NormSpec
 from ane_moe.model.weight import Row, Selection, Weight
+from ane_moe.parts.block import Block
 from ane_moe.parts.experts import expert_rows, shared_rows, tree_sum
 from ane_moe.parts.mlp import GatedMlp, MlpRanks
 from ane_moe.parts.norm import RmsNorm
-from ane_moe.parts.ports import Block, Ports
 from ane_moe.parts.projection import Projection
 from ane_moe.parts.router import Router
 
@@ -45,9 +46,17 @@ class MoeConfig:
         if moe.shared is not None and self.first:
             yield from shared_rows(moe.shared, d, self.shared_ranks)
 
+    def ports(self, tokens: int) -> Ports:
+        stream = Port("x", (1, self.d_model, 1, tokens), STREAM)
+        gates = Port("gates", (1, self.moe.router.experts, 1, tokens), "gates.{0}")
+        result = replace(stream, name="y", how="set" if self.first else "add")
+        return Ports((stream,), (result, gates))
+
 
 class Moe(Block):
     """`y = x + sum_e gate_e * expert_e(norm(x))` with every expert computed and the unchosen weighted by zero."""
+
+    config: MoeConfig
 
     def __init__(self, config: MoeConfig):
         super().__init__()
@@ -62,10 +71,6 @@ class Moe(Block):
             self.shared = GatedMlp(d, moe.shared.mlp, config.shared_ranks)
             if moe.shared.gated:
                 self.shared_gate = Projection(d, 1)
-
-    def ports(self, tokens: int) -> Ports:
-        stream = (1, self.config.d_model, 1, tokens)
-        return Ports({"x": stream}, {"y": stream, "gates": (1, self.config.moe.router.experts, 1, tokens)})
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         x = inputs["x"]

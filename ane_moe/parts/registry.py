@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 
 from ane_moe.parts.attention import Attention, AttentionConfig
+from ane_moe.parts.block import Block
 from ane_moe.parts.experts import ExpertGroup, ExpertGroupConfig, SharedExpert, SharedExpertConfig
 from ane_moe.parts.head import Head, HeadConfig
 from ane_moe.parts.mlp import Dense, DenseConfig
 from ane_moe.parts.moe import Moe, MoeConfig
-from ane_moe.parts.ports import Block
 from ane_moe.parts.routed import RoutedAttention, RoutedAttentionConfig
 from ane_moe.parts.stack import Stack, StackConfig
 

@@ -1,15 +1,16 @@
 """Attention and routing in one call: what the host needs to dispatch a layer's experts."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from ane_moe.model.port import FFN_INPUT, Port, Ports
 from ane_moe.model.spec import RouterSpec
 from ane_moe.model.weight import Row, Weight
 from ane_moe.parts.attention import Attention, AttentionConfig
+from ane_moe.parts.block import Block
 from ane_moe.parts.norm import RmsNorm
-from ane_moe.parts.ports import Block, Ports, Shape
 from ane_moe.parts.router import Router
 
 
@@ -18,15 +19,17 @@ class RoutedAttentionConfig:
     attention: AttentionConfig
     router: RouterSpec
 
-    @property
-    def caches(self) -> dict[str, Shape]:
-        return self.attention.caches
-
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""
         yield from (row.under("attn") for row in self.attention.rows())
         yield Weight("ffn.norm.weight", (self.attention.d_model,))
         yield from (row.under("ffn.router") for row in self.router.rows(self.attention.d_model))
+
+    def ports(self, tokens: int) -> Ports:
+        ports = self.attention.ports(tokens)
+        normed = Port("ffn_input", (1, self.attention.d_model, 1, tokens), FFN_INPUT)
+        gates = Port("gates", (1, self.router.experts, 1, tokens), "gates.{0}")
+        return replace(ports, outputs=(*ports.outputs, normed, gates))
 
 
 class Routing(nn.Module):
@@ -45,17 +48,13 @@ class Routing(nn.Module):
 class RoutedAttention(Block):
     """`y = x + attention(norm(x))`, and the feed-forward norm and router on `y`."""
 
+    config: RoutedAttentionConfig
+
     def __init__(self, config: RoutedAttentionConfig):
         super().__init__()
         self.config = config
         self.attn = Attention(config.attention)
         self.ffn = Routing(config)
-
-    def ports(self, tokens: int) -> Ports:
-        ports = self.attn.ports(tokens)
-        gates = (1, self.config.router.experts, 1, tokens)
-        outputs = {**ports.outputs, "ffn_input": ports.outputs["y"], "gates": gates}
-        return Ports(ports.inputs, outputs, ports.states)
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         outputs: dict[str, Tensor] = self.attn(**inputs)

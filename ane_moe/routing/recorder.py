@@ -3,7 +3,6 @@
 T = tokens of a prefill call, E = experts, k = experts per token.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,18 +13,15 @@ import psutil
 
 from ane_moe.checkpoints.checkpoint import open_checkpoint
 from ane_moe.errors import UserError
-from ane_moe.loop.buffers import by_channel
 from ane_moe.loop.session import Session
-from ane_moe.loop.shards import LoadedShard, LoadedShards, load_shards
+from ane_moe.loop.shards import load_shards
 from ane_moe.manifest import FILE_NAME, Manifest
-from ane_moe.mlprogram.program import Feature
+from ane_moe.model.port import GATES
 from ane_moe.original.prompts import cut_passages, read_prompts
 from ane_moe.progress import Progress, silent
 from ane_moe.quiet_transformers import quiet_transformers
 from ane_moe.routing.routing_trace import LayerRouting, RoutingTrace, by_weight
-from ane_moe.runtime.interface import LoadedFunction
 
-GATES = re.compile(r"gates(?:_(\d+))?")
 WINDOW = 512            # tokens of a passage, unless the context is shorter
 MAX_TOKENS = 8192
 
@@ -63,66 +59,26 @@ def _trace(family: str, source: str, passages: list[list[int]], layers: dict[int
 
 # -- shards -------------------------------------------------------------------------------------------------------
 
-class _Listener:
-    """A function that keeps the gates of its last call, by output name, `[E,T]`."""
-
-    def __init__(self, function: LoadedFunction) -> None:
-        self._function = function
-        self.inputs: tuple[Feature, ...] = function.inputs
-        self.outputs: tuple[Feature, ...] = function.outputs
-        self.states: tuple[Feature, ...] = function.states
-        self.gates: dict[str, np.ndarray] = {}
-
-    def make_state(self) -> Any:
-        return self._function.make_state()
-
-    def predict(self, inputs: dict[str, np.ndarray], state: Any = None) -> dict[str, np.ndarray]:
-        outputs = self._function.predict(inputs, state)
-        self.gates = {name: by_channel(value) for name, value in outputs.items() if GATES.fullmatch(name)}
-        return outputs
-
-
 def _record_shards(folder: Path, prompts: list[list[int]], window: int | None, max_tokens: int, runtime: str,
                    progress: Progress, options: dict[str, Any]) -> RoutingTrace:
     shards = load_shards(folder, runtime, expert_cache_bytes=psutil.virtual_memory().available // 4, **options)
-    manifest = shards.manifest
-    listening, listeners = _listening(shards)
-    session = Session(listening)
+    manifest, session = shards.manifest, Session(shards)
     passages = _passages(prompts, min(window or WINDOW, manifest.context), max_tokens)
-    found: dict[int, list[np.ndarray]] = {layer: [] for layer in listeners}
+    heard: dict[int, list[np.ndarray]] = {int(layer): [] for layer in manifest.moe}
     for number, passage in enumerate(passages):
         progress("tracing", number, len(passages))
         session.reset()
         for chunk in _chunks(passage, manifest.prefill or 1):
             session.prefill(chunk)
-            for layer, (listener, name) in listeners.items():
-                found[layer].append(listener.gates[name][:, :len(chunk)].T.astype(np.float32))
+            for layer, gates in heard.items():
+                gates.append(session.slot(f"{GATES}.{layer}").T.astype(np.float32))
     layers = {}
-    for layer, gates in found.items():
-        facts = manifest.moe[str(layer)]
+    for layer, chunks in heard.items():
+        routing = _from_gates(np.concatenate(chunks), int(manifest.moe[str(layer)]["k"]))
         size, count = expert_size(manifest, layer)
-        layers[layer] = replace(_from_gates(np.concatenate(gates), int(facts["k"])), expert_bytes=size,
-                                expert_weights=count)
+        layers[layer] = replace(routing, expert_bytes=size, expert_weights=count)
     return _trace(manifest.family, f"{manifest.routing} shards, {manifest.weights} weights, {shards.runtime} runtime",
                   passages, layers)
-
-
-def _listening(shards: LoadedShards) -> tuple[LoadedShards, dict[int, tuple[_Listener, str]]]:
-    """The shards with ears, and for each layer with experts who hears its gates, under which name."""
-    prefill = "prefill" if shards.manifest.prefill else "decode"
-    listeners: dict[int, tuple[_Listener, str]] = {}
-
-    def heard(loaded: LoadedShard, layer: int) -> LoadedShard:
-        listener = _Listener(loaded.functions[prefill])
-        for feature in listener.outputs:
-            if match := GATES.fullmatch(feature.name):
-                index = loaded.shard.layers[int(match[1])] if match[1] else layer
-                listeners.setdefault(index, (listener, feature.name))
-        return replace(loaded, functions=loaded.functions | {prefill: listener})
-
-    layers = tuple(replace(layer, attn=heard(layer.attn, layer.index),
-                           ffn=tuple(heard(part, layer.index) for part in layer.ffn)) for layer in shards.layers)
-    return replace(shards, layers=layers), dict(sorted(listeners.items()))
 
 
 def _from_gates(gates: np.ndarray, k: int) -> LayerRouting:

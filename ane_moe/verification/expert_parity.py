@@ -3,22 +3,22 @@
 N = tokens, d = d_model, E = experts, G = experts of one function, P = tokens the golden shows each expert.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from ane_moe.loop.buffers import by_channel
-from ane_moe.loop.experts import ExpertDispatch, Group, expert_inputs, gate_name
+from ane_moe.loop.experts import ExpertDispatch, Group, Scratch
 from ane_moe.loop.figures import CallClock, PhaseFigures
-from ane_moe.manifest import Manifest
+from ane_moe.model.port import FFN_INPUT, GATES
 from ane_moe.original.golden import Golden, LayerGolden
 from ane_moe.runtime.interface import LoadedFunction
 from ane_moe.verification.gate import judge
 from ane_moe.verification.result import ShardResult
 from ane_moe.verification.routing_parity import near_tie_flips
 
-GATES = (1, 0.5, 0.25)          # exact in fp16, and different in neighbouring tokens
+EXAMPLE_GATES = (1, 0.5, 0.25)  # exact in fp16, and different in neighbouring tokens
 MASKED_TOKENS = 16              # shown to every expert, chosen or not
 
 
@@ -26,38 +26,38 @@ MASKED_TOKENS = 16              # shown to every expert, chosen or not
 class ExpertParity:
     """Rows for the expert functions of a conversion whose experts the host dispatches."""
 
-    manifest: Manifest
     golden: Golden
     dispatch: ExpertDispatch
     min_cosine: float
+    _scratch: Scratch = field(default_factory=Scratch)
 
     def functions(self, layer: int) -> Iterator[ShardResult]:
         """Every function of a layer's packages on tokens of the golden, gates included."""
         golden, table = self.golden.layers[layer], self.dispatch.layers[layer]
         for group in table.groups:
-            for tokens in group.names:
+            for tokens in group.functions:
                 yield self._row(layer, group, tokens, *self._each_expert(group, golden, tokens))
         if table.shared and golden.ffn_input is not None:
             expected = np.zeros_like(golden.ffn_input) if golden.shared_output is None else golden.shared_output
-            for tokens in table.shared.names:
+            for tokens in table.shared.functions:
                 x = golden.ffn_input[:max(tokens, MASKED_TOKENS)]
                 yield self._row(layer, table.shared, tokens, x, np.empty((0, len(x))), expected[:len(x)])
 
-    def dispatched(self, layer: int, function: str, rows: list[int],
-                   outputs: Mapping[str, np.ndarray]) -> Iterator[ShardResult]:
-        """The dispatched sum for what the attention function gave for the golden's tokens `rows`: against the
+    def dispatched(self, layer: int, function: str, rows: np.ndarray, ffn_input: np.ndarray,
+                   gates: np.ndarray) -> Iterator[ShardResult]:
+        """The dispatched sum for what a function gave for the golden's tokens `rows`, `[N,d]` and `[N,E]`: against the
         golden's delta, and against all experts computed and weighted, as masked routing does."""
         golden, table = self.golden.layers[layer], self.dispatch.layers[layer]
         assert golden.router_probs is not None and golden.router_indices is not None
-        ffn_input, gates = outputs["ffn_input"].T, outputs["gates"].T
-        total = np.zeros(ffn_input.shape, np.float32)
-        self.dispatch.add(layer, self.dispatch.chosen(gates), ffn_input, gates, total, CallClock(PhaseFigures()))
-        flipped = near_tie_flips(outputs["gates"], golden.router_probs[rows], golden.router_indices[rows])
+        x, by_expert = ffn_input.T, gates.T
+        total = np.zeros(x.shape, np.float32)
+        self.dispatch.add(layer, self.dispatch.chosen(by_expert), x, by_expert, total, CallClock(PhaseFigures()))
+        flipped = near_tie_flips(gates, golden.router_probs[rows], golden.router_indices[rows])
         zeros, path = np.zeros_like(total.T), table.groups[0].path
         yield judge(path, "dispatch", layer, function, zeros, total.T, golden.ffn_delta[rows], self.min_cosine,
                     flipped)
         few = slice(0, MASKED_TOKENS)
-        masked = sum(self._run(group, max(group.names), ffn_input.T[few], gates[list(group.experts)][:, few])
+        masked = sum(self._run(group, max(group.functions), ffn_input[few], by_expert[list(group.experts)][:, few])
                      for group in table.all_groups)
         yield judge(path, "dispatch", layer, f"{function} against masked", zeros[few], total.T[few],
                     np.asarray(masked), self.min_cosine)
@@ -73,14 +73,14 @@ class ExpertParity:
         member, probe = order // shown, order % shown
         expert = np.array(group.experts)[member]
         gates = np.zeros((len(group.experts), len(order)))
-        gates[member, np.arange(len(order))] = np.resize(GATES, len(order))
+        gates[member, np.arange(len(order))] = np.resize(EXAMPLE_GATES, len(order))
         outputs = golden.expert_outputs[expert, probe] * gates.sum(0)[:, None]
         return golden.ffn_input[golden.expert_tokens[expert, probe]], gates, outputs
 
     def _row(self, layer: int, group: Group, tokens: int, x: np.ndarray, gates: np.ndarray,
              expected: np.ndarray) -> ShardResult:
         y = self._run(group, tokens, x, gates)
-        return judge(group.path, "experts", layer, group.names[tokens], np.zeros_like(expected), y,
+        return judge(group.path, "experts", layer, group.functions[tokens].name, np.zeros_like(expected), y,
                      expected.astype(np.float32), self.min_cosine)
 
     def _run(self, group: Group, tokens: int, x: np.ndarray, gates: np.ndarray) -> np.ndarray:
@@ -92,10 +92,6 @@ class ExpertParity:
 
     def _call(self, function: LoadedFunction, group: Group, tokens: int, x: np.ndarray,
               gates: np.ndarray) -> np.ndarray:
-        size = len(group.experts)
-        features = {name: np.zeros(shape, np.float16)
-                    for name, shape in expert_inputs(self.manifest, size, tokens).items()}
-        by_channel(features["ffn_input"])[:, :len(x)] = x.T
-        if size:
-            by_channel(features[gate_name(size)])[:, :len(x)] = gates
+        given = {FFN_INPUT: x.T, GATES: gates}
+        features = self._scratch.features(group.functions[tokens], given)
         return by_channel(function.predict(features)["y"])[:, :len(x)].T.astype(np.float32)

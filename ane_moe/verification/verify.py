@@ -11,7 +11,7 @@ import psutil
 
 from ane_moe.errors import UserError
 from ane_moe.loop.experts import ExpertDispatch, expert_layers, open_cache
-from ane_moe.manifest import Manifest, read_manifest
+from ane_moe.manifest import Manifest, Shard, read_manifest
 from ane_moe.opened import open_model
 from ane_moe.original.capture import capture_golden
 from ane_moe.original.golden import Golden, read_golden
@@ -23,6 +23,7 @@ from ane_moe.verification.expert_parity import ExpertParity
 from ane_moe.verification.integrity import check_integrity
 from ane_moe.verification.parity import Parity
 from ane_moe.verification.result import Comparison, RoutingResult, ShardResult, VerifyReport
+from ane_moe.verification.stage import stages
 from ane_moe.verification.tokenizer_parity import compare_tokenizer
 from ane_moe.verification.whole_model import Passes, WholeModel
 
@@ -98,8 +99,8 @@ def _experts(out: Path, manifest: Manifest, golden: Golden, runtime: str, option
              min_cosine: float) -> ExpertParity | None:
     """What runs the expert functions, where there are any, in a share of the memory that is free."""
     layers = expert_layers(manifest)
-    cache = open_cache(out, manifest, layers, runtime, psutil.virtual_memory().available // 4, **options)
-    return ExpertParity(manifest, golden, ExpertDispatch(manifest, layers, cache), min_cosine) if layers else None
+    cache = open_cache(out, layers, runtime, psutil.virtual_memory().available // 4, **options)
+    return ExpertParity(golden, ExpertDispatch(layers, cache), min_cosine) if layers else None
 
 
 @dataclass(frozen=True)
@@ -169,17 +170,21 @@ def _require_same_model(golden: Golden, manifest: Manifest, out: Path) -> None:
 
 
 def _functions(parity: Parity, progress: Progress) -> Iterator[ShardResult | RoutingResult]:
-    layers = parity.manifest.layers
-    if 0 in layers:
+    if 0 in parity.manifest.layers:
         yield parity.embed()
-    for number, layer in enumerate(layers):
-        progress(f"layer {layer}: attention", number, len(layers) + 1)
-        yield from parity.stack(layer)
-        yield from parity.attention(layer)
-        progress(f"layer {layer}: feed-forward", number, len(layers) + 1)
-        yield from parity.ffn(layer)
-    progress("head", len(layers), len(layers) + 1)
-    yield from parity.head()
+    listed = stages(parity.manifest)
+    for number, step in enumerate(listed):
+        if isinstance(step, int):
+            assert parity.experts is not None
+            progress(f"layer {step}: experts", number, len(listed))
+            yield from parity.experts.functions(step)
+        else:
+            progress(_label(step[0]), number, len(listed))
+            yield from parity.stage(step)
+
+
+def _label(shard: Shard) -> str:
+    return shard.kind if shard.layer is None else f"layer {shard.layer}: {shard.kind}"
 
 
 def _why_no_model(manifest: Manifest, golden: Golden) -> str | None:

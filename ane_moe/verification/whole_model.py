@@ -77,7 +77,7 @@ class WholeModel:
             yield session.prefill_logits(ids[cut:], by=function)
 
     def _fits(self) -> bool:
-        resident = [shard for shard in self.manifest.shards if shard.kind != "experts"]
+        resident = [shard for shard in self.manifest.shards if not shard.dispatched]
         expanded = EXPANDED_BYTES * sum(shard.functions[0].elements for shard in resident)
         return self.runtime != "reference" or expanded < psutil.virtual_memory().available / 2
 
@@ -105,6 +105,5 @@ def _forgetful(shards: LoadedShards) -> LoadedShards:
         functions: dict[str, LoadedFunction] = {name: _Forgetful(one) for name, one in loaded.functions.items()}
         return replace(loaded, functions=functions)
 
-    layers = tuple(replace(layer, attn=wrapped(layer.attn), ffn=tuple(map(wrapped, layer.ffn)))
-                   for layer in shards.layers)
-    return replace(shards, layers=layers, head=tuple(map(wrapped, shards.head)))
+    steps = (wrapped(step) if isinstance(step, LoadedShard) else step for step in shards.steps)
+    return replace(shards, steps=tuple(steps))

@@ -9,6 +9,7 @@ from ane_moe.coreml_tools import ct
 from ane_moe.emit.coreml.package import WEIGHTS, ContentKey, stamp
 from ane_moe.emit.coreml.template import make_template, value_name
 from ane_moe.mlprogram.reader import read_program
+from ane_moe.model.port import shapes_of
 from ane_moe.model.spec import MlpSpec
 from ane_moe.parts.experts import ExpertGroupConfig
 from ane_moe.parts.registry import TemplateKey, build_unbound, weight_name
@@ -47,7 +48,7 @@ def theirs(weights, tmp_path_factory):
         block = build_unbound(CONFIG).to_empty(device="cpu").eval()
         block.load_state_dict({name: torch.from_numpy(value).float() for name, value in held.items()})
         for tokens in BUCKETS:
-            inputs = block.ports(tokens).inputs
+            inputs = shapes_of(block.ports(tokens).inputs)
             traced = torch.jit.trace(Positional(block, tuple(inputs)), tuple(map(torch.zeros, inputs.values())))
             part = folder / f"{prefix}_{tokens}.mlpackage"
             ct.convert(traced, inputs=[ct.TensorType(name=name, shape=shape, dtype=np.float16)

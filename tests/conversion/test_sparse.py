@@ -101,7 +101,8 @@ def test_neither_cache_limit_nor_concurrency_nor_prefetch_changes_the_ids(demo):
 
 def keys_of(out: Path):
     shards = load_shards(out, "reference")
-    return [group.key(tokens) for layer in shards.experts.values() for group in layer.groups for tokens in group.names]
+    groups = [group for layer in shards.experts.values() for group in layer.groups]
+    return [group.key(tokens) for group in groups for tokens in group.functions]
 
 
 def test_a_decode_step_reads_k_experts_of_each_layer_and_no_more(demo):

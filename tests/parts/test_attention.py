@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers.models.qwen3_moe.modeling_qwen3_moe import apply_rotary_pos_emb
 
+from ane_moe.model.port import shapes_of
 from ane_moe.model.spec import GqaSpec, NormSpec
 from ane_moe.parts.attention import Attention, AttentionConfig
-from ane_moe.parts.ports import MASKED
+from ane_moe.parts.block import MASKED
 from ane_moe.parts.rope import rotate
 
 SLOTS, D_MODEL = 32, 24
@@ -25,7 +26,7 @@ def random_block(config: AttentionConfig) -> Attention:
 
 
 def empty_cache() -> dict[str, torch.Tensor]:
-    return {name: torch.zeros(shape) for name, shape in CONFIG.caches.items()}
+    return {name: torch.zeros(shape) for name, shape in shapes_of(CONFIG.caches).items()}
 
 
 def chunk_inputs(x: torch.Tensor, first: int, padded: int | None = None) -> dict[str, torch.Tensor]:

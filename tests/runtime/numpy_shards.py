@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from ane_moe.errors import UserError
-from ane_moe.loop.buffers import rope_rows
+from ane_moe.loop.buffers import rope_tables
 from ane_moe.loop.expert_cache import ExpertCache
-from ane_moe.loop.experts import expert_inputs, expert_layers, gate_name
-from ane_moe.loop.shards import LoadedLayer, LoadedShard, LoadedShards, input_shapes
+from ane_moe.loop.experts import expert_layers
+from ane_moe.loop.shards import LoadedShard, LoadedShards, call_order
 from ane_moe.manifest import Manifest, Shard, ShardFunction
 from ane_moe.mlprogram.program import Feature, TensorType
+from ane_moe.model.port import FFN_INPUT, STREAM, Port, Ports, shapes_of
 
 D, HEADS, DIM, EXPERTS, WIDTH, VOCAB = 12, 2, 6, 5, 7, 41
 INV_FREQ = (1.0, 0.13)                              # four of six channels are rotated
@@ -111,37 +112,78 @@ def expert(w, index, x):
 def make_manifest(windows, *, context=40, prefill=8, state="mlstate", layout="bc1s", parts=2, routing="masked",
                   group=1, buckets=(1, 4), shared=False):
     width = -(-context // 32) * 32
-    functions = (ShardFunction("decode", 1), *([ShardFunction("prefill", prefill)] if prefill else []))
-    states = {"k_cache": (1, HEADS, DIM, width), "v_cache": (1, HEADS, DIM, width)}
+    lanes = [("decode", 1), *([("prefill", prefill)] if prefill else [])]
+    sparse = routing == "sparse"
+
+    def entries(ports, layer=None, experts=()):
+        return tuple(ShardFunction(name, tokens, ports(tokens).at((layer,), None, layout), experts)
+                     for name, tokens in lanes)
+
     shards = []
     for layer, window in enumerate(windows):
-        shards.append(Shard(f"attn/layer_{layer:02d}.mlpackage", "attn", layer, functions, rope="main", window=window,
-                            states=states))
+        functions = entries(lambda tokens, window=window: attention_ports(tokens, width, window, state, sparse), layer)
+        shards.append(Shard(f"attn/layer_{layer:02d}.mlpackage", "attn", layer, functions, "attn"))
         held = np.array_split(np.arange(EXPERTS), parts)
-        if routing == "sparse":
-            shards += [Shard(f"experts/layer_{layer:02d}_part_{part}.mlpackage", "experts", layer,
-                             expert_functions(held[part], group, buckets, shared and part == 0), "ffn", part, parts)
-                       for part in range(parts)]
-        else:
-            paths = [f"moe/layer_{layer:02d}_part_{part}.mlpackage" for part in range(parts)]
-            for part, path in enumerate(paths):
-                experts = tuple(map(int, held[part]))
-                own = tuple(replace(function, experts=experts) for function in functions)
-                shards.append(Shard(path, "moe", layer, own, "ffn", part, parts))
+        for part in range(parts):
+            path = f"{'experts' if sparse else 'moe'}/layer_{layer:02d}_part_{part}.mlpackage"
+            experts = tuple(map(int, held[part]))
+            own = (expert_functions(experts, group, buckets, shared and part == 0, layer, layout) if sparse
+                   else entries(lambda tokens, part=part: moe_ports(tokens, part), layer, experts))
+            shards.append(Shard(path, "experts" if sparse else "moe", layer, own, "ffn", part, parts))
     cut = VOCAB // 2
-    shards += [Shard(f"lm_head/part_{part}.mlpackage", "lm_head", None, functions, "head", part, 2, rows=rows)
-               for part, rows in enumerate([(0, cut), (cut, VOCAB)])]
+    for part, rows in enumerate([(0, cut), (cut, VOCAB)]):
+        functions = entries(lambda tokens, rows=rows: head_ports(tokens, rows))
+        shards.append(Shard(f"lm_head/part_{part}.mlpackage", "lm_head", None, functions, "head", part, 2))
     return Manifest("numpy", D, VOCAB, tuple(range(len(windows))), len(windows), context, width, routing, state, layout,
                     prefill, "fp16", False, "embed.bin", {"main": {"inv_freq": INV_FREQ, "attention_factor": 1.0}},
                     tuple(shards))
 
 
-def expert_functions(held, group, buckets, shared):
-    names = {f"expert_{held[start]:03d}": tuple(map(int, held[start:start + group]))
-             for start in range(0, len(held), group)}
+def stream(name, tokens, how="set"):
+    return Port(name, (1, D, 1, tokens), STREAM, how)
+
+
+def attention_ports(tokens, width, window, state, routed):
+    row, half = (1, 1, tokens, width), (1, 1, len(INV_FREQ), tokens)
+    inputs = (stream("x", tokens), Port("cos", half, "rope.main.cos"), Port("sin", half, "rope.main.sin"),
+              Port("mask", row, f"mask.{window or 'all'}"), Port("write", row, "write"),
+              Port("keep", (1, 1, 1, width), "keep"))
+    outputs = (stream("y", tokens),)
+    if routed:
+        outputs += (Port("ffn_input", (1, D, 1, tokens), FFN_INPUT),
+                    Port("gates", (1, EXPERTS, 1, tokens), "gates.{0}"))
+    caches = tuple(Port(name, (1, HEADS, DIM, width), f"state.{{0}}.{name}") for name in ("k_cache", "v_cache"))
+    if state == "mlstate":
+        return Ports(inputs, outputs, caches)
+    return Ports(inputs + caches, outputs + tuple(replace(port, name=f"{port.name}_out") for port in caches))
+
+
+def moe_ports(tokens, part):
+    gates = Port("gates", (1, EXPERTS, 1, tokens), "gates.{0}")
+    return Ports((stream("x", tokens),), (stream("y", tokens, "add" if part else "set"), gates))
+
+
+def head_ports(tokens, rows):
+    logits = Port("logits", (1, rows[1] - rows[0], 1, tokens), f"logits[{rows[0]}:{rows[1]}]")
+    return Ports((stream("x", tokens),), (logits,))
+
+
+def expert_functions(held, group, buckets, shared, layer=0, layout="bc1s"):
+    names = {f"expert_{held[start]:03d}": tuple(held[start:start + group]) for start in range(0, len(held), group)}
     names |= {"shared": ()} if shared else {}
-    return tuple(ShardFunction(f"{name}_t{bucket}", bucket, experts)
+    return tuple(expert_function(f"{name}_t{bucket}", bucket, experts, layer, layout)
                  for name, experts in names.items() for bucket in buckets)
+
+
+def expert_function(name, tokens, experts=(), layer=0, layout="bc1s"):
+    return ShardFunction(name, tokens, expert_ports(tokens, len(experts)).at((layer,), None, layout), experts)
+
+
+def expert_ports(tokens, size):
+    inputs = (Port("ffn_input", (1, D, 1, tokens), FFN_INPUT),)
+    if size:
+        inputs += (Port("gate" if size == 1 else "gates", (1, size, 1, tokens), "gates.{0}"),)
+    return Ports(inputs, (stream("y", tokens, "add"),))
 
 
 def make_cache(decoder, manifest, limit_bytes=None, lacking=()):
@@ -149,7 +191,7 @@ def make_cache(decoder, manifest, limit_bytes=None, lacking=()):
     its `loads`; functions in `lacking` cannot be loaded."""
     groups = {key: (layer, group) for layer, table in expert_layers(manifest).items()
               for group in (*table.groups, *([table.shared] if table.shared else []))
-              for key in map(group.key, group.names)}
+              for key in map(group.key, group.functions)}
     loads = []
 
     def load(key):
@@ -164,12 +206,12 @@ def make_cache(decoder, manifest, limit_bytes=None, lacking=()):
             if not size:
                 y = x / 2
             else:
-                g = inputs[gate_name(size)].astype(np.float64).reshape(size, -1)
+                g = inputs["gate" if size == 1 else "gates"].astype(np.float64).reshape(size, -1)
                 y = sum(expert(decoder.layers[layer], e, x) * g[i] for i, e in enumerate(group.experts))
             y = y.astype(np.float16)
             return {"y": y[None, :, :, None] if manifest.layout == "bct1" else y[None, :, None, :]}
 
-        return NumpyFunction(call, expert_inputs(manifest, size, bucket))
+        return NumpyFunction(call, shapes_of(group.functions[bucket].ports.inputs))
 
     cache = ExpertCache(load, lambda key: 1000 * max(1, len(groups[key][1].experts)), limit_bytes)
     cache.loads = loads
@@ -217,16 +259,15 @@ def make_shards(decoder, manifest, **cache_options):
     def head(shard):
         return lambda inputs, state: {"logits": shape(decoder.head[slice(*shard.rows)] @ norm(columns(inputs["x"])))}
 
-    def loaded(shard, call):
-        states = shard.states if manifest.state == "mlstate" else {}
-        return LoadedShard(shard, {f.name: NumpyFunction(call, input_shapes(shard, manifest, f.tokens), states)
-                                   for f in shard.functions})
+    def loaded(shard):
+        if shard.kind == "attn":
+            call = attention(decoder.layers[shard.layer])
+        else:
+            call = moe(decoder.layers[shard.layer], shard) if shard.kind == "moe" else head(shard)
+        return LoadedShard(shard, {
+            f.name: NumpyFunction(call, shapes_of(f.ports.inputs), shapes_of(f.ports.states)) for f in shard.functions})
 
-    layers = tuple(
-        LoadedLayer(index, loaded(manifest.shards_of("attn", index)[0], attention(w)),
-                    tuple(loaded(s, moe(w, s)) for s in manifest.shards_of("moe", index)))
-        for index, w in enumerate(decoder.layers))
-    heads = tuple(loaded(s, head(s)) for s in manifest.shards_of("lm_head"))
-    return LoadedShards(Path("."), manifest, "numpy", layers, heads, decoder.embed,
-                        {"main": rope_rows(manifest, "main")}, expert_layers(manifest),
-                        make_cache(decoder, manifest, **cache_options) if manifest.routing == "sparse" else None)
+    experts = expert_layers(manifest)
+    steps = [experts[step] if isinstance(step, int) else loaded(step) for step in call_order(manifest)]
+    return LoadedShards(Path("."), manifest, "numpy", tuple(steps), decoder.embed, rope_tables(manifest),
+                        make_cache(decoder, manifest, **cache_options) if experts else None)

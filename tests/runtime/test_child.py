@@ -101,8 +101,8 @@ def test_a_child_that_died_between_trials_is_replaced(act, tmp_path):
 
 def test_a_child_whose_parent_is_gone_ends():
     parent = ("import subprocess, sys\n"
-              "from ane_moe.runtime import child\n"
-              "print(child.TrialProcess().process.pid, flush=True)\n"
+              "from ane_moe.runtime.coreml import trial\n"
+              "print(trial.TrialProcess().process.pid, flush=True)\n"
               "import os; os.kill(os.getpid(), 9)")
     pid = int(subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True).stdout)
     deadline = time.monotonic() + PATIENCE_SECONDS

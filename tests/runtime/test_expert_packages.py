@@ -12,8 +12,8 @@ from ane_moe.errors import UserError
 from ane_moe.loop.expert_cache import FunctionKey
 from ane_moe.loop.experts import ExpertDispatch, expert_layers, open_cache
 from ane_moe.loop.figures import CallClock, PhaseFigures
-from ane_moe.manifest import Shard, ShardFunction
-from tests.runtime.numpy_shards import D, make_manifest
+from ane_moe.manifest import Shard
+from tests.runtime.numpy_shards import D, expert_function, make_manifest
 
 EXPERTS, WIDTH, BUCKETS = 3, 20, (1, 4)
 PATH = "experts/layer_00.mlpackage"
@@ -56,13 +56,13 @@ def folder(tmp_path_factory):
 
 
 def manifest():
-    functions = tuple(ShardFunction(f"expert_{e:03d}_t{t}", t, (e,)) for e in range(EXPERTS) for t in BUCKETS)
+    functions = tuple(expert_function(f"expert_{e:03d}_t{t}", t, (e,)) for e in range(EXPERTS) for t in BUCKETS)
     shard = Shard(PATH, "experts", 0, functions)
     return replace(make_manifest((None,), routing="sparse"), shards=(shard,))
 
 
 def cache_of(folder, limit_bytes=None):
-    return open_cache(folder, manifest(), expert_layers(manifest()), "reference", limit_bytes)
+    return open_cache(folder, expert_layers(manifest()), "reference", limit_bytes)
 
 
 @pytest.mark.parametrize("tokens, concurrency", [(1, 1), (3, 1), (9, 2)])
@@ -70,7 +70,7 @@ def test_dispatch_equals_the_modules_the_packages_were_made_from(folder, tokens,
     rng = np.random.default_rng(tokens)
     x = rng.normal(size=(D, tokens)).astype(np.float16)
     gates = (rng.random((EXPERTS, tokens)) * (rng.random((EXPERTS, tokens)) < 0.6)).astype(np.float16)
-    dispatch = ExpertDispatch(manifest(), expert_layers(manifest()), cache_of(folder), concurrency)
+    dispatch = ExpertDispatch(expert_layers(manifest()), cache_of(folder), concurrency)
     total = np.zeros((D, tokens), np.float32)
     dispatch.add(0, dispatch.chosen(gates), x, gates, total, CallClock(PhaseFigures()))
     with torch.no_grad():

@@ -14,8 +14,19 @@ from ane_moe.loop.experts import ExpertDispatch, Group, expert_layers
 from ane_moe.loop.figures import CallClock, PhaseFigures
 from ane_moe.loop.prefetch import read_routers
 from ane_moe.loop.session import Session
-from ane_moe.manifest import Shard, ShardFunction
-from tests.runtime.numpy_shards import EXPERTS, VOCAB, D, Decoder, expert, gates, make_cache, make_manifest, make_shards
+from ane_moe.manifest import Shard
+from tests.runtime.numpy_shards import (
+    EXPERTS,
+    VOCAB,
+    D,
+    Decoder,
+    expert,
+    expert_function,
+    gates,
+    make_cache,
+    make_manifest,
+    make_shards,
+)
 
 TOLERANCE = 0.05            # fp16 activations against fp64, on logits of about unit variance
 K = 2
@@ -32,8 +43,7 @@ def tokens(count, seed=0):
 
 
 def dispatch_of(decoder, manifest, concurrency=1, **cache_options):
-    return ExpertDispatch(manifest, expert_layers(manifest), make_cache(decoder, manifest, **cache_options),
-                          concurrency)
+    return ExpertDispatch(expert_layers(manifest), make_cache(decoder, manifest, **cache_options), concurrency)
 
 
 @given(count=st.integers(1, 30), k=st.integers(1, EXPERTS), group=st.integers(1, 3), parts=st.integers(1, 2),
@@ -58,7 +68,7 @@ GROUPS = ((0, 3), (1, 4), (2,))
 
 def with_groups(manifest, groups=GROUPS):
     """The manifest with its one expert package cut into groups that are no neighbours."""
-    functions = tuple(ShardFunction(f"expert_{name[0]:03d}_t{count}", count, group)
+    functions = tuple(expert_function(f"expert_{name[0]:03d}_t{count}", count, group)
                       for name, group in zip(GROUPS, groups, strict=False) for count in (1, 4))
     return replace(manifest, shards=tuple(replace(shard, functions=functions) if shard.kind == "experts" else shard
                                           for shard in manifest.shards))
@@ -273,7 +283,7 @@ def test_a_cache_smaller_than_one_expert_is_an_error(session):
     ([("shared_t1", 1)], "do not fit together")])
 def test_a_package_whose_functions_do_not_match_its_experts_is_refused(functions, message):
     manifest = make_manifest((None,), routing="sparse")
-    shard = Shard("experts/layer_00.mlpackage", "experts", 0, tuple(ShardFunction(*f) for f in functions))
+    shard = Shard("experts/layer_00.mlpackage", "experts", 0, tuple(expert_function(*f) for f in functions))
     object.__setattr__(manifest, "shards", (shard,))
     with pytest.raises(UserError, match=message):
         expert_layers(manifest)

@@ -117,7 +117,7 @@ def test_figures_count_every_call_by_kind():
 
 def test_inputs_of_a_call_are_the_same_arrays_every_time():
     _, session = session_of()
-    call = session._decode.layers[0].attn
+    call = session._decode.body.calls[0]
     before = {name: id(array) for name, array in call.features.items()}
     session.prefill(tokens(9))
     session.decode(1)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from ane_moe.original.golden import Golden, LayerGolden
 from ane_moe.verification.parity import Parity
 from ane_moe.verification.result import RoutingResult, ShardResult
+from ane_moe.verification.stage import stages
 from tests.runtime.numpy_shards import (
     DIM,
     EXPERTS,
@@ -63,17 +64,14 @@ def parity_of(decoder, golden, folder, windows, decode_tokens=None, **options):
     manifest = make_manifest(windows, **options)
     shards = make_shards(decoder, manifest)
     decoder.embed.tofile(folder / "embed.bin")
-    loaded = [shard for layer in shards.layers for shard in (layer.attn, *layer.ffn)] + list(shards.head)
-    functions = {(folder / one.shard.path, name): call for one in loaded for name, call in one.functions.items()}
+    functions = {(folder / one.shard.path, name): call for one in shards.loaded for name, call in one.functions.items()}
     return Parity(folder, manifest, golden, lambda path, name: functions[path, name], GATE, decode_tokens)
 
 
 def rows_of(parity):
     yield parity.embed()
-    for layer in parity.manifest.layers:
-        yield from parity.attention(layer)
-        yield from parity.ffn(layer)
-    yield from parity.head()
+    for shards in stages(parity.manifest):
+        yield from parity.stage(shards)
 
 
 def failed(parity):
@@ -143,7 +141,8 @@ def test_a_wrong_embedding_table_fails_alone(tmp_path):
 def test_nan_in_an_output_is_the_reason(tmp_path):
     decoder = Decoder((None,), k=CHOSEN)
     wrong = altered(decoder, "down", lambda weight: weight * np.nan, layer=0)
-    row = next(row for row in parity_of(wrong, golden_of(decoder), tmp_path, (None,)).ffn(0))
+    rows = rows_of(parity_of(wrong, golden_of(decoder), tmp_path, (None,)))
+    row = next(row for row in rows if row.kind == "moe")
     assert not row.passed and row.cosine is None and row.reason == "NaN or Inf in the output"
 
 

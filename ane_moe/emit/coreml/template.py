@@ -5,7 +5,7 @@ depend on their size), no graph pass can fold, merge or round them, and what mus
 every weight is still an input, of the same shape, used by the same kind of operation, in the same order.
 """
 
-import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ane_moe.coreml_tools import BlobReader, MIL_pb2, Model_pb2, ct, validating_once
 from ane_moe.emit.coreml.token_count import MARKER, with_token_count
-from ane_moe.parts.ports import Block, Ports, Shape
+from ane_moe.model.port import Port, Ports, Shape, shapes_of
+from ane_moe.parts.block import Block
 from ane_moe.parts.registry import TemplateKey, build_unbound
 
 # What our graphs need of coremltools' 95 default passes: a quarter of the time, the same program. In particular none
@@ -84,28 +85,21 @@ class _Unbound(nn.Module):
         self.ports = ports
         self.layout = layout
         self.weight_names = [name for name, _ in block.named_parameters()]
-        for name, shape in ports.states.items():
-            self.register_buffer(name, torch.zeros(shape))
+        for port in ports.states:
+            self.register_buffer(port.name, torch.zeros(port.shape))
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
-        block, count = self.hidden[0], len(self.ports.inputs)
+        block, ports = self.hidden[0], self.ports
+        count = len(ports.inputs)
         for name, weight in zip(self.weight_names, values[count:], strict=True):
             _replace(block, name, weight)
-        inputs = zip(self.ports.inputs, values[:count], strict=True)
-        states = {name: getattr(self, name) for name in self.ports.states}
-        outputs = block(**{name: self._oriented(name, value) for name, value in inputs}, **states)
-        return tuple(self._oriented(name, outputs[name]) for name in self.ports.outputs)
+        given = zip(ports.inputs, values[:count], strict=True)
+        inputs = {port.name: self._oriented(port, value) for port, value in given}
+        outputs = block(**inputs, **{port.name: getattr(self, port.name) for port in ports.states})
+        return tuple(self._oriented(port, outputs[port.name]) for port in ports.outputs)
 
-    def _oriented(self, name: str, value: Tensor) -> Tensor:
-        return value.transpose(2, 3) if self.layout == "bct1" and _is_stream(name) else value
-
-
-# Inputs and outputs with channels on axis 1 and tokens on the last: the ones `--layout` turns.
-STREAMS = re.compile(r"x|y|ffn_input|gate|gates(_\d+)?|logits")
-
-
-def _is_stream(name: str) -> bool:
-    return STREAMS.fullmatch(name) is not None
+    def _oriented(self, port: Port, value: Tensor) -> Tensor:
+        return value.transpose(2, 3) if self.layout == "bct1" and port.by_channel else value
 
 
 def _replace(block: nn.Module, path: str, value: Tensor) -> None:
@@ -116,13 +110,14 @@ def _replace(block: nn.Module, path: str, value: Tensor) -> None:
     owner.__dict__[leaf] = value
 
 
-def _turned(name: str, shape: Shape, layout: str) -> Shape:
-    return (*shape[:2], shape[3], shape[2]) if layout == "bct1" and _is_stream(name) else tuple(shape)
+def _declared(ports: Iterable[Port], layout: str) -> dict[str, Shape]:
+    """Shapes by name, as the program has them."""
+    return shapes_of(port.turned() if layout == "bct1" else port for port in ports)
 
 
 def _trace(block: Block, ports: Ports, layout: str) -> torch.jit.ScriptModule:
     """Trace the block at one token. Blocks never read the token count, so the graph holds for any."""
-    shapes = [_turned(name, shape, layout) for name, shape in ports.inputs.items()]
+    shapes = [*_declared(ports.inputs, layout).values()]
     shapes += [tuple(parameter.shape) for parameter in block.parameters()]
     examples = [torch.zeros(()).expand(shape) for shape in shapes]  # stride 0: any shape in four bytes
     with torch.no_grad():
@@ -131,7 +126,7 @@ def _trace(block: Block, ports: Ports, layout: str) -> torch.jit.ScriptModule:
 
 def _convert(traced: torch.jit.ScriptModule, ports: Ports, shapes: dict[str, Shape], layout: str) -> Model_pb2.Model:
     """Convert the trace for the token count of `ports`; checks the weights against the trace."""
-    inputs = {name: _turned(name, shape, layout) for name, shape in ports.inputs.items()}
+    inputs = _declared(ports.inputs, layout)
     placeholders = {name: _placeholder(index) for index, name in enumerate(shapes)}
     declared = {**inputs, **{placeholders[name]: shape for name, shape in shapes.items()}}
     half = {"dtype": np.float16}
@@ -139,9 +134,9 @@ def _convert(traced: torch.jit.ScriptModule, ports: Ports, shapes: dict[str, Sha
         model = ct.convert(
             traced,
             inputs=[ct.TensorType(name=name, shape=shape, **half) for name, shape in declared.items()],
-            outputs=[ct.TensorType(name=name, **half) for name in ports.outputs],
-            states=[ct.StateType(ct.TensorType(shape=shape, **half), name=name)
-                    for name, shape in ports.states.items()] or None,
+            outputs=[ct.TensorType(name=port.name, **half) for port in ports.outputs],
+            states=[ct.StateType(ct.TensorType(shape=port.shape, **half), name=port.name)
+                    for port in ports.states] or None,
             minimum_deployment_target=ct.target.iOS18,
             pass_pipeline=ct.PassPipeline(PASSES, "ane-moe"),
             compute_precision=ct.precision.FLOAT16,

@@ -1,0 +1,108 @@
+"""Ports: what a function takes and gives, and the places of the host where each comes from or goes.
+
+A slot is a named place of the host, as text `root.argument.argument`. Functions and the host meet
+in slots alone: whoever runs a model fills a function's input slots, calls it, and puts its outputs.
+
+    stream                  residual stream, (1, d, 1, T)
+    ffn_input  gates.3      what dispatched experts are given: the normed stream, gates of layer 3
+    carry.router            what a layer hands to the next one beside the stream
+    logits[0:16384]         scores of these vocabulary rows
+    state.3.k_cache         what layer 3 keeps from call to call
+    mask.all  mask.17       additive mask of what a token may see: all before it, or 17 with itself
+    rope.main.cos           rows of a rotary table
+    write  keep             one-hot rows for the cache slots of the call's tokens; the untouched slots
+    shift.2                 one-hot columns that keep the last 2 real tokens of a state and a call
+
+The last four are made by the host, by rules of `loop/buffers.py`; functions fill the others.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Shape = tuple[int, ...]
+
+STREAM = "stream"
+FFN_INPUT = "ffn_input"
+GATES, LOGITS, STATE = "gates", "logits", "state"       # roots
+# Roots of the slots whose arrays have channels on axis 1 and tokens on the last: `--layout` turns
+# those, and nothing else.
+BY_CHANNEL = ("stream", "ffn_input", "gates", "carry", "logits")
+
+
+@dataclass(frozen=True)
+class Port:
+    """A named input, output or state of a function, fp16.
+
+    `how` an output goes into its slot: it is `set`, or `add`ed. What functions that follow each
+    other add goes to what the first of them sets, or to what was there, and all of them read the
+    slot as it was before: the sum is in fp32 and rounded once.
+    """
+
+    name: str
+    shape: Shape
+    slot: str
+    how: Literal["set", "add"] = "set"
+
+    @property
+    def root(self) -> str:
+        """The kind of slot: `mask` of `mask.17`."""
+        return slot_root(self.slot)
+
+    @property
+    def by_channel(self) -> bool:
+        return self.root in BY_CHANNEL
+
+    def at(self, layers: Sequence[int], rows: tuple[int, int] | None) -> "Port":
+        """The port of a function that stands in the model: `{0}` in a part's slot is the first of
+        its layers, `{rows}` its rows of the vocabulary."""
+        span = "{}:{}".format(*rows) if rows else ""
+        return replace(self, slot=self.slot.format(*layers, rows=span))
+
+    def turned(self) -> "Port":
+        """With tokens before the last axis, where it has channels: the layout bct1."""
+        if not self.by_channel:
+            return self
+        one, channels, height, tokens = self.shape
+        return replace(self, shape=(one, channels, tokens, height))
+
+
+@dataclass(frozen=True)
+class Ports:
+    """`states` are Core ML states: passed like inputs, but read and written in place, with no
+    output of their own."""
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    states: tuple[Port, ...] = ()
+
+    def __iter__(self) -> Iterator[Port]:
+        return iter((*self.inputs, *self.outputs, *self.states))
+
+    def at(self, layers: Sequence[int], rows: tuple[int, int] | None, layout: str) -> "Ports":
+        """As a function of a conversion has them; see `Port.at` and `Port.turned`."""
+        def bound(ports: tuple[Port, ...]) -> tuple[Port, ...]:
+            placed = (port.at(layers, rows) for port in ports)
+            return tuple(port.turned() if layout == "bct1" else port for port in placed)
+
+        return Ports(bound(self.inputs), bound(self.outputs), bound(self.states))
+
+
+def shapes_of(ports: Iterable[Port]) -> dict[str, Shape]:
+    """Shapes by name."""
+    return {port.name: port.shape for port in ports}
+
+
+def slot_root(slot: str) -> str:
+    return slot.split(".")[0].split("[")[0]
+
+
+def slot_arguments(slot: str) -> list[str]:
+    """`main` and `cos` of `rope.main.cos`."""
+    return slot.split(".")[1:]
+
+
+def slot_rows(slot: str) -> tuple[int, int]:
+    """The first row, and the one after the last, that `logits[0:16384]` names."""
+    first, _, end = slot.partition("[")[2].rstrip("]").partition(":")
+    return int(first), int(end)

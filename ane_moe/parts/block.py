@@ -1,0 +1,39 @@
+"""What a part of a model is: a module in the engine's form, with the facts of its configuration."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from ane_moe.model.port import Ports
+from ane_moe.model.weight import Row
+
+# Additive masks hide with a finite value: -inf turns into NaN on the engine (Apple's own models use
+# -4e4), and exp(-1e4) is exactly zero.
+MASKED = -1e4
+
+
+class PartConfig(Protocol):
+    """What makes a block distinct; hashable, since equal ones share a graph."""
+
+    def rows(self) -> Iterator[Row]:
+        """The block's parameters, in its own order."""
+
+    def ports(self, tokens: int) -> Ports:
+        """Inputs, outputs and states of one call with `tokens` tokens. In a slot, `{0}` stands for
+        the layer (`{1}`, ... for those after it in a stack)."""
+
+
+class Block(nn.Module):
+    """Called with the inputs and states of its ports by keyword; returns its outputs by name.
+
+    `forward` never reads the token count: one trace serves every T.
+    """
+
+    config: PartConfig
+
+    def ports(self, tokens: int) -> Ports:
+        return self.config.ports(tokens)
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        raise NotImplementedError

@@ -1,0 +1,81 @@
+"""Shards that work together, fed what the golden says instead of tokens.
+
+N = tokens, C = channels of a slot.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ane_moe.loop.buffers import Ropes, Slots
+from ane_moe.loop.figures import CallClock, PhaseFigures
+from ane_moe.loop.shards import LoadedShard, call_order
+from ane_moe.loop.wiring import States, Wiring
+from ane_moe.manifest import Manifest, Shard
+
+Values = Mapping[str, np.ndarray]       # by slot, [N,C]
+
+
+def stages(manifest: Manifest) -> list[tuple[Shard, ...] | int]:
+    """What is verified at once, in the order of calls: the parts of a cut shard, whose outputs are added; for layers
+    with dispatched experts their number."""
+    found: list[tuple[Shard, ...] | int] = []
+    for step in call_order(manifest):
+        before = found[-1] if found else None
+        if isinstance(step, Shard) and isinstance(before, tuple) and _is_next_part(before[-1], step):
+            found[-1] = (*before, step)
+        else:
+            found.append((step,) if isinstance(step, Shard) else step)
+    return found
+
+
+def _is_next_part(one: Shard, other: Shard) -> bool:
+    return (one.layer, one.scope, one.rows) == (other.layer, other.scope, other.rows)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the functions of a stage wrote, and for each of them whether all of it is finite."""
+
+    values: Values
+    finite: tuple[bool, ...]
+
+
+class StageRun:
+    """The functions of a stage on one sequence of tokens; they share what they keep, as in generation."""
+
+    def __init__(self, stage: Sequence[LoadedShard], ropes: Ropes) -> None:
+        self._states = States(stage)
+        names = [function.name for function in stage[0].shard.functions]
+        self._lanes = {name: Wiring(self._states).lane(stage, name, Slots(ropes)) for name in names}
+        entries = [loaded.shard.functions[0] for loaded in stage]
+        outputs = (port for entry in entries for port in entry.ports.outputs)
+        self.reads = {port.slot for port in entries[0].ports.inputs if port.by_channel}
+        self.writes = list(dict.fromkeys(port.slot for port in outputs if port.by_channel))
+        self.start()
+
+    def start(self) -> None:
+        """Begin another sequence."""
+        self._position = 0
+        self._states.clear()
+
+    def run(self, name: str, values: Values) -> Outcome:
+        """Go on with fp16 `values` in chunks of T, the last one padded."""
+        lane = self._lanes[name]
+        count = len(next(iter(values.values())))
+        written: dict[str, list[np.ndarray]] = {slot: [] for slot in self.writes}
+        finite = np.ones(len(lane.calls), bool)
+        for first in range(0, count, lane.tokens):
+            size = min(lane.tokens, count - first)
+            lane.slots.place(self._position, size)
+            for slot in self.reads:
+                columns = lane.slots.columns(slot)
+                columns[:, :size] = values[slot][first:first + size].T
+                columns[:, size:] = 0
+            outputs = lane.run(CallClock(PhaseFigures()))
+            finite &= [all(np.isfinite(value).all() for value in each.values()) for each in outputs]
+            for slot, chunks in written.items():
+                chunks.append(lane.slots.columns(slot)[:, :size].T.copy())
+            self._position += size
+        return Outcome({slot: np.concatenate(chunks) for slot, chunks in written.items()}, tuple(finite))
