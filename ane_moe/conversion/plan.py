@@ -192,6 +192,11 @@ class ConversionPlan:
                 if self.options.routing == "sparse" and isinstance(self.spec.layers[n].ffn, MoeSpec)}  # fmt: skip
 
 
+def sources_of(spec: ModelSpec) -> dict[WeightName, TensorSource]:
+    """Sources for the plan of a model whose weights are not at hand: names and shapes, of nowhere."""
+    return {name: TensorSource(name, str(name), row.shape, weight=row) for name, row in spec.weights()}
+
+
 def make_plan(spec: ModelSpec, sources: Mapping[WeightName, TensorSource], options: ConvertOptions) -> ConversionPlan:
     """Cut the model into shards.
 

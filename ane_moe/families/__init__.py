@@ -19,7 +19,7 @@ from ane_moe.json_file import read_json
 from ane_moe.model.spec import ModelSpec
 from ane_moe.model.weight import WeightName
 
-PARTS = {"config", "decoder", "keys", "quantised", "rope"}
+PARTS = {"approximate", "config", "decoder", "keys", "quantised", "rope"}
 
 PLAIN_WEIGHTS = (
     "supported: F16, BF16 and F32 weights; take the model it was made from, or dequantise it first"

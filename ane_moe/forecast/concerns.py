@@ -1,34 +1,24 @@
-"""What the placement rules say of a conversion before a package exists: of formats, states, sizes.
+"""What the placement rules say of a conversion before a package exists.
 
-Every concern is a rule of `rules.toml` that holds for the facts of what would be written; no rule
-is known by name.
+Every concern is a rule of `rules.toml` that holds for the facts of what would be written
+(planned_facts.py); no rule is known by name, and none has limits of its own here.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from importlib.metadata import version
-from typing import Any
+from dataclasses import dataclass, replace
 
-from ane_moe.conversion.plan import CACHE_STEP, ConvertOptions
-from ane_moe.forecast.pieces import Piece
-from ane_moe.forecast.workload import Workload
+from ane_moe.conversion.plan import ConversionPlan, ConvertOptions
+from ane_moe.forecast.planned_facts import PlannedFunction, facts_of_options, facts_of_plan
+from ane_moe.formats.recipe import Recipe
 from ane_moe.formats.stored_form import stored_form
-from ane_moe.placement.rules import Rule, rule_book
+from ane_moe.placement.facts import FunctionFacts
+from ane_moe.placement.predicted import judge
+from ane_moe.placement.result import Finding
+from ane_moe.placement.rules import Rule, RuleBook, facts_named, rule_book
 from ane_moe.placement.targets import Target
 
-# What the graphs of a kind have beside sizes, as far as rules ask for it: operations (those of the
-# built-in model; a test counts them), projections that read one value (at least four experts are
-# packed, each with gate and up), functions of a package (decode and prefill).
-GRAPHS: dict[str, dict[str, int]] = {
-    "attn": {"ops": 90, "package_functions": 2},
-    "moe": {"ops": 99, "package_functions": 2, "parallel_projections": 8},
-    "dense": {"ops": 14, "package_functions": 2},
-    "experts": {"ops": 7},
-    "shared": {"ops": 7},
-    "lm_head": {"ops": 10, "package_functions": 2},
-}
-STATES_OF_A_LAYER = 2  # keys and values
-OPSET = 18  # packages are for iOS 18 and macOS 15
+OF_PACKAGE = {"weight_file_bytes", "package_functions"}  # facts of a package, not of one function
+OF_STATES = ("read_state", "write_state", "state")  # operations and roles
 
 
 @dataclass(frozen=True)
@@ -36,7 +26,8 @@ class Concern:
     """A placement rule that a kind of function, a weight format or the states would meet.
 
     verdict: cpu (off the engine) or uncertain; `against`: evidence of the contrary.
-    `function_bytes`: the weights of what it is about, where sizes decide.
+    `function_bytes`: the weights of what it is about, where it is about a function or a package;
+    `tokens`: with how many tokens a call, where it is about a function.
     """
 
     kind: str
@@ -47,6 +38,7 @@ class Concern:
     against: str
     source: str
     function_bytes: int | None = None
+    tokens: tuple[int, ...] = ()
 
     @property
     def key(self) -> tuple[str, str]:
@@ -65,111 +57,67 @@ class Concern:
         return f"{self.reason}{against}; instead: {self.remedy} ({self.rule})"
 
 
+def concerns_of_plan(plan: ConversionPlan, target: Target) -> tuple[Concern, ...]:
+    """What speaks against the packages of a plan, a rule once for each kind of function."""
+    book, recipe = rule_book(target), plan.options.recipe
+    found: list[Concern] = []
+    for planned in facts_of_plan(plan):
+        for finding, what in _met(planned.facts, book, recipe):
+            rule = book.rules[finding.rule]
+            found.append(_concern(what, rule) if what else _of_function(planned, rule))
+    return distinct(sorted(found, key=lambda concern: concern.function_bytes is not None))
+
+
 def concerns_of_options(options: ConvertOptions, target: Target) -> tuple[Concern, ...]:
-    """What speaks against the weight formats, states and layout that `options` ask for."""
+    """What speaks against the weight formats, states and layout that `options` ask for, whatever
+    the model."""
     book = rule_book(target)
-
-    def met(kind: str, scope: str, facts: dict[str, Any]) -> Iterator[Concern]:
-        rules = book.matching(scope, _package_facts() | facts)
-        return (_concern(kind, rule) for rule in rules if rule.verdict != "ane")
-
-    found: list[Concern] = []
-    for name in options.recipe.formats:
-        found += met(f"{name} weights", "op", _weight_facts(name))
-    for scope, facts in _state_facts(options):
-        found += met("states", scope, facts)
-    for facts in _stream_facts(options):
-        found += met("streams", "feature", facts)
-    return distinct(found)
-
-
-def concerns_of_sizes(
-    workload: Workload, pieces: Iterable[Piece], target: Target
-) -> tuple[Concern, ...]:
-    """What speaks against the sizes of packages and functions, a rule once for a kind of them."""
-    book = rule_book(target)
-    found: list[Concern] = []
-    for call in workload.decode:
-        sizes = {"weight_bytes": call.stored_bytes, "flops": 2 * call.weights}
-        rule = next(book.matching("segment", GRAPHS[call.kind] | sizes))
-        found += [_concern(call.kind, rule, call.stored_bytes)] if rule.verdict != "ane" else []
-    for piece in pieces:
-        size = piece.stored_bytes // piece.packages
-        sizes = {"weight_bytes": size, "weight_file_bytes": size} | _functions(piece)
-        rules = book.matching("function", _package_facts() | GRAPHS[piece.kind] | sizes)
-        found += [_concern(piece.kind, rule, size) for rule in rules if rule.verdict != "ane"]
-    return distinct(found)
+    met = _met(facts_of_options(options), book, options.recipe)
+    rules = ((what or "functions", book.rules[finding.rule]) for finding, what in met)
+    return distinct(_concern(kind, rule) for kind, rule in rules if rule.scope != "segment")
 
 
 def distinct(concerns: Iterable[Concern]) -> tuple[Concern, ...]:
-    """The first of each kind and rule."""
+    """The first of each kind and rule, with the token counts of all."""
     first: dict[tuple[str, str], Concern] = {}
     for concern in concerns:
-        first.setdefault(concern.key, concern)
+        known = first.setdefault(concern.key, concern)
+        tokens = tuple(sorted({*known.tokens, *concern.tokens}))
+        first[concern.key] = replace(known, tokens=tokens)
     return tuple(first.values())
 
 
-def _concern(kind: str, rule: Rule, size: int | None = None) -> Concern:
+def _met(
+    function: FunctionFacts, book: RuleBook, recipe: Recipe
+) -> Iterator[tuple[Finding, str]]:
+    """The findings that keep a function off the engine, or may, and what they are of where that is
+    not the function itself."""
+    formats = {stored_form(name): name for name in recipe.formats}
+    stored = {op.name: op.facts["weight_format"] for op in function.ops}
+    for finding in judge(function, function.name, book).findings:
+        if finding.verdict == "ane" or finding.rule not in book.rules:  # no rule, no concern
+            continue
+        rule = book.rules[finding.rule]
+        if "weight_format" in facts_named(rule):
+            form = stored[finding.op or ""]
+            yield finding, f"{formats.get(form, form)} weights"
+        elif finding.op_type in OF_STATES or "states" in facts_named(rule):
+            yield finding, "states"
+        else:
+            yield finding, "streams" if rule.scope == "feature" else ""
+
+
+def _of_function(planned: PlannedFunction, rule: Rule) -> Concern:
+    """A rule that is about a function, or about its package as a whole."""
+    shard, function = planned.shard, planned.function
+    if facts_named(rule) & OF_PACKAGE:
+        return replace(_concern(shard.kind, rule), function_bytes=shard.weight_bytes)
+    always = shard.kind == "experts" and not function.experts   # beside those that are chosen
+    concern = _concern("shared" if always else shard.kind, rule)
+    return replace(concern, function_bytes=function.weight_bytes, tokens=(function.tokens,))
+
+
+def _concern(kind: str, rule: Rule) -> Concern:
     return Concern(
-        kind, rule.id, rule.verdict, rule.reason, rule.remedy, rule.against, rule.source, size
+        kind, rule.id, rule.verdict, rule.reason, rule.remedy, rule.against, rule.source
     )
-
-
-def _package_facts() -> dict[str, Any]:
-    return {
-        "converter": version("coremltools"),
-        "opset": OPSET,
-        "enumerated": False,
-        "widest_range": 1,
-    }
-
-
-def _weight_facts(name: str) -> dict[str, Any]:
-    """Of a convolution that reads weights in the format called `name`."""
-    return {
-        "op": "conv",
-        "nested": False,
-        "rank": 4,
-        "input_rank": 4,
-        "dtypes": frozenset({"fp16"}),
-        "constants": frozenset({"weight"}),
-        "weight_format": stored_form(name),
-    }
-
-
-def _state_facts(options: ConvertOptions) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Of the caches: as states of a function, and of the operations that read and write them."""
-    if options.state != "mlstate":
-        return
-    yield "function", {"states": STATES_OF_A_LAYER * options.layers_per_shard}
-    yield (
-        "feature",
-        {"role": "state", "name": "", "dtype": "fp16", "rank": 4, "last_axis": CACHE_STEP},
-    )
-    for operation in ("read_state", "write_state"):
-        yield "op", {"op": operation, "nested": False, "rank": 4, "dtypes": frozenset({"fp16"})}
-
-
-def _stream_facts(options: ConvertOptions) -> Iterator[dict[str, Any]]:
-    """Of the streams between functions: channels (more than one), tokens where the layout says."""
-    for tokens in {1, options.prefill or 1}:
-        height, width = (1, tokens) if options.layout == "bc1s" else (tokens, 1)
-        yield {
-            "role": "input",
-            "name": "",
-            "dtype": "fp16",
-            "rank": 4,
-            "n": 1,
-            "c": 2,
-            "h": height,
-            "w": width,
-            "last_axis": width,
-        }
-
-
-def _functions(piece: Piece) -> dict[str, int]:
-    """How many functions a package of expert functions has."""
-    if piece.experts is None:
-        return {}
-    functions = piece.experts.functions * len(piece.experts.tokens)
-    return {"package_functions": functions // piece.packages}

@@ -1,31 +1,28 @@
 """What converting a model would give, before any work: sizes, calls, predicted speed and placement."""
 
+import math
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ane_moe.checkpoints.checkpoint import open_checkpoint
+from ane_moe.checkpoints.checkpoint import TensorSource, open_checkpoint
 from ane_moe.conversion.plan import ConvertOptions
 from ane_moe.errors import UserError
 from ane_moe.families import describe, describe_config, supported
+from ane_moe.families.approximate import EXPERTS, approximate, names_experts
 from ane_moe.forecast.chips import Range, find_chip
-from ane_moe.forecast.concerns import Concern, concerns_of_options, concerns_of_sizes, distinct
+from ane_moe.forecast.concerns import Concern, concerns_of_plan
 from ane_moe.forecast.cost_model import NOTE, Prediction, predict
-from ane_moe.forecast.geometry import (
-    DEFAULT_CONTEXT,
-    EXPERTS,
-    Geometry,
-    geometry_of,
-    geometry_of_spec,
-    names_experts,
-)
-from ane_moe.forecast.layout import layout_of
-from ane_moe.forecast.workload import Workload, assemble
-from ane_moe.formats.recipe import Recipe, find_format, find_recipe
+from ane_moe.forecast.layer_kinds import KindsPlan, plan_kinds
+from ane_moe.forecast.workload import Workload, workload_of_plan
+from ane_moe.formats.recipe import find_recipe
 from ane_moe.json_file import read_json
+from ane_moe.model.spec import ModelSpec
+from ane_moe.model.weight import EMBEDDING
 from ane_moe.placement.targets import DEFAULT_OS, Target, find_target
 
 CONVERSION_TIME = Path(__file__).with_name("conversion_time.toml")
@@ -137,29 +134,29 @@ def outlook_of(
 ) -> Outlook:
     """`outlook` of a configuration that has been read; `folder` is that of its weights, if any."""
     place, model = find_target(target, os), _read_model(values, where, folder)
-    geometry = model.geometry
-    if geometry is None:
+    spec = model.spec
+    if spec is None:
         return Outlook(model.name, model.refusal, target, os, None, None, model.notes, (), REFUSED)
-    tokens = min(DEFAULT_CONTEXT, geometry.context) if context is None else context
-    if not 1 <= tokens <= geometry.context:
-        raise UserError(f"a context of {tokens} tokens is not possible", f"the model's own is {geometry.context}")
-    choices = []
+    choices, tokens = [], None
     for routing in ROUTINGS:
         for name in recipes:
             recipe = find_recipe(name)
-            options = ConvertOptions(routing=routing, prefill=prefill, max_shard_mb=max_shard_mb, recipe=recipe)
-            choices.append(_choice(geometry, options, tokens, place))
+            options = ConvertOptions(routing=routing, context=context, prefill=prefill,
+                                     max_shard_mb=max_shard_mb, recipe=recipe)  # fmt: skip
+            kinds = plan_kinds(spec, options)
+            tokens = kinds.plan.context
+            choices.append(_choice(kinds, place))
     advice = REFUSED if model.refusal else recommendation(choices)
-    return Outlook(model.name, model.refusal, target, os, tokens, geometry.weights, model.notes,
-                   tuple(choices), advice)
+    return Outlook(model.name, model.refusal, target, os, tokens, weights_in_shards(spec),
+                   model.notes, tuple(choices), advice)
 
 
 @dataclass(frozen=True)
 class _Model:
-    """A model as far as it can be read: no `geometry` where nothing can be forecast."""
+    """A model as far as it can be read: no `spec` where nothing can be forecast."""
 
     name: str
-    geometry: Geometry | None
+    spec: ModelSpec | None
     refusal: str = ""
     notes: tuple[str, ...] = ()
 
@@ -172,7 +169,7 @@ def _read_model(values: dict[str, Any], where: str, folder: Path | None) -> _Mod
     name = str(values.get("model_type", "unknown"))
     try:
         spec = describe(open_checkpoint(folder))[0] if folder else describe_config(values, where)
-        return _Model(name, geometry_of_spec(spec))
+        return _Model(name, spec)
     except UserError as error:
         refused = error
     if name not in supported() and not names_experts(values):
@@ -180,12 +177,17 @@ def _read_model(values: dict[str, Any], where: str, folder: Path | None) -> _Mod
         known = f"supported: {', '.join(supported())}"
         return _Model(name, None, f"{name} is not a mixture of experts ({none}); {known}")
     try:
-        geometry = geometry_of(values, where)
+        near = approximate(values, where)
     except UserError as error:
         if name in supported():
             raise refused from None
         return _Model(name, None, str(refused), (f"no forecast: {error}",))
-    return _Model(name, geometry, str(refused), (APPROXIMATE, *geometry.notes))
+    return _Model(name, near.spec, str(refused), (APPROXIMATE, *near.notes))
+
+
+def weights_in_shards(spec: ModelSpec) -> int:
+    """All weights but those of the embedding, which the host reads."""
+    return sum(math.prod(row.shape) for name, row in spec.weights() if name != EMBEDDING)
 
 
 def _holds_weights(folder: Path) -> bool:
@@ -252,35 +254,39 @@ def _from_hub(name: str) -> Path:
                         "give a local folder or config.json") from None  # fmt: skip
 
 
-def _choice(geometry: Geometry, options: ConvertOptions, context: int, target: Target) -> Choice:
-    pieces = layout_of(geometry, options, context)
-    stored = find_format(options.recipe.by_role("embedding").format)
-    embed = stored.stored_bytes(geometry.vocab, geometry.d_model)
-    workload = assemble(pieces, options.routing, options.recipe.name, options.prefill, embed)
-    concerns = (*concerns_of_options(options, target), *concerns_of_sizes(workload, pieces, target))
-    return Choice(options.routing, options.recipe.name, workload, predict(workload, find_chip(target.name)),
-                  distinct(concerns), _conversion_seconds(geometry, options.recipe))  # fmt: skip
+def _choice(kinds: KindsPlan, target: Target) -> Choice:
+    plan, options = kinds.plan, kinds.plan.options
+    workload = workload_of_plan(plan, kinds.repeats)
+    return Choice(options.routing, options.recipe.name, workload,
+                  predict(workload, find_chip(target.name)), concerns_of_plan(plan, target),
+                  _conversion_seconds(kinds))  # fmt: skip
 
 
-def _conversion_seconds(geometry: Geometry, recipe: Recipe) -> Range | None:
+def _conversion_seconds(kinds: KindsPlan) -> Range | None:
     """Writing all weights, and encoding those of each format, which two workers share."""
     times = tomllib.loads(CONVERSION_TIME.read_text())
-    size = 2 * (geometry.weights + geometry.vocab * geometry.d_model) / 1e6
-    formats: dict[str, float] = {}
-    for number, layer in enumerate(geometry.layers):
-        once = [(matrix, 1) for matrix in (*layer.mixer, *layer.dense, *layer.shared)]
-        for matrix, count in [*once, *((matrix, layer.experts) for matrix in layer.expert)]:
-            name = recipe.by_role(matrix.role, number).format
-            formats[name] = formats.get(name, 0.0) + 2e-6 * count * matrix.weights
-    for name in (recipe.by_role("head").format, recipe.by_role("embedding").format):
-        formats[name] = formats.get(name, 0.0) + 2e-6 * geometry.vocab * geometry.d_model
-    formats.pop("fp16", None)
-    if any(_base(name) not in times["encode"] for name in formats):
+    sizes = _sizes_by_format(kinds)
+    whole = sum(sizes.values())
+    sizes.pop("fp16", None)
+    if any(_base(name) not in times["encode"] for name in sizes):
         return None
-    seconds = [size / times["write"][end] + sum(amount / times["encode"][_base(name)][end] / 2
-                                               for name, amount in formats.items())
+    seconds = [whole / times["write"][end] + sum(size / times["encode"][_base(name)][end] / 2
+                                                for name, size in sizes.items())
                for end in ("high", "expected", "low")]  # fmt: skip
     return Range(*seconds)
+
+
+def _sizes_by_format(kinds: KindsPlan) -> dict[str, float]:
+    """MB, in fp16, of the weights that each format stores."""
+    plan, sizes = kinds.plan, Counter[str]()
+    sizes[plan.embed_format] += plan.spec.vocab * plan.spec.d_model
+    for shard in plan.shards:
+        times = 1 if shard.layer is None else kinds.repeats[shard.layer]
+        for name, source in shard.sources.items():
+            if isinstance(source, TensorSource):
+                form = shard.choices[name].format if name in shard.choices else "fp16"
+                sizes[form] += times * math.prod(source.shape)
+    return {name: 2e-6 * count for name, count in sizes.items()}
 
 
 def _base(name: str) -> str:

@@ -1,5 +1,5 @@
-"""What a model's packages hold, as far as time and memory depend on it: the same facts from a finished conversion, from
-a plan, or from a config.json alone."""
+"""What a model's packages hold, as far as time and memory depend on it: the same facts from a finished conversion as
+from a plan."""
 
 import math
 from collections import Counter, defaultdict
@@ -40,8 +40,12 @@ class Piece:
     experts: ExpertSet | None = None
 
 
-def pieces_of(shards: Iterable[Shard], k: Mapping[int, int]) -> list[Piece]:
-    """The packages of a conversion, finished or planned; `k` experts of each layer are chosen for a token."""
+def pieces_of(
+    shards: Iterable[Shard], k: Mapping[int, int], repeats: Mapping[int, int] | None = None
+) -> list[Piece]:
+    """The packages of a conversion, finished or planned; `k` experts of each layer are chosen for a
+    token. A layer stands for as many as `repeats` says, or for itself."""
+    times: Counter[int | None] = Counter(repeats or {})
     pieces: list[Piece] = []
     by_layer: dict[int, list[Shard]] = defaultdict(list)
     for shard in shards:
@@ -51,8 +55,11 @@ def pieces_of(shards: Iterable[Shard], k: Mapping[int, int]) -> list[Piece]:
         else:
             call = shard.functions[0]
             states = sum(2 * math.prod(shape) for shape in shard.states.values())
-            pieces.append(Piece(shard.kind, shard.weight_bytes, call.elements, call.rate, states))
-    return pieces + [_expert_piece(packages, k[layer]) for layer, packages in by_layer.items()]
+            piece = Piece(shard.kind, shard.weight_bytes, call.elements, call.rate, states)
+            pieces += [piece] * (times[shard.layer] or 1)
+    for layer, packages in by_layer.items():
+        pieces += [_expert_piece(packages, k[layer])] * (times[layer] or 1)
+    return pieces
 
 
 def merge(pieces: Iterable[Piece]) -> list[tuple[Piece, int]]:

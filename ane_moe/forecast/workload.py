@@ -1,7 +1,7 @@
 """What a token costs, counted in calls, bytes and weights; seconds are the cost model's business."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -84,11 +84,13 @@ def workload_of(conversion: Path | Manifest) -> Workload:
     return assemble(pieces_of(manifest.shards, k), manifest.routing, manifest.weights, manifest.prefill, embed)
 
 
-def workload_of_plan(plan: ConversionPlan) -> Workload:
-    """The workload of a conversion that has not been made."""
+def workload_of_plan(plan: ConversionPlan, repeats: Mapping[int, int] | None = None) -> Workload:
+    """The workload of a conversion that has not been made. A layer of the plan stands for as many as
+    `repeats` says, or for itself."""
     options, layers = plan.options, enumerate(plan.spec.layers)
     k = {number: layer.ffn.router.k for number, layer in layers if isinstance(layer.ffn, MoeSpec)}
-    return assemble(pieces_of(plan.shards, k), options.routing, options.recipe.name, options.prefill, plan.embed_bytes)
+    pieces = pieces_of(plan.shards, k, repeats)
+    return assemble(pieces, options.routing, options.recipe.name, options.prefill, plan.embed_bytes)
 
 
 def assemble(pieces: Iterable[Piece], routing: str, format: str, prefill: int, embed_bytes: int) -> Workload:

@@ -51,7 +51,10 @@ FACTS = {"function": FUNCTION_FACTS, "feature": FEATURE_FACTS, "op": OP_FACTS, "
 
 @dataclass
 class OpFacts:
-    """One real operation: its facts, what it costs, and which operations (by index) it takes its inputs from."""
+    """One real operation: its facts, what it costs, and which operations (by index) it takes its inputs from.
+
+    It may stand for `count` operations of the same facts; then its flops and parts are those of all.
+    """
 
     operation: Operation
     facts: dict[str, Any]
@@ -59,6 +62,7 @@ class OpFacts:
     reduction: int
     parts: tuple[Part, ...]
     sources: tuple[int, ...]
+    count: int = 1
 
     @property
     def name(self) -> str:
@@ -105,7 +109,7 @@ def function_facts(program: Program, name: str) -> FunctionFacts:
     }
     for op in ops:
         op.facts |= shared | {"function_ops": len(ops)}
-    features = [_feature(role, feature) for role, group in roles for feature in group]
+    features = [feature_facts(role, item.name, item.type) for role, group in roles for item in group]
     return FunctionFacts(name, facts, features, ops)
 
 
@@ -240,10 +244,10 @@ def _shapes(tensors: list[TensorType]) -> dict[str, Any]:
     return {"rank": max((len(kind.shape) for kind in tensors), default=0), **longest}
 
 
-def _feature(role: str, feature: Feature) -> dict[str, Any]:
-    shape = feature.type.shape
-    return _shapes([feature.type]) | {"role": role, "name": feature.name, "dtype": feature.type.dtype,
-                                      "last_axis": shape[-1] if shape else None}
+def feature_facts(role: str, name: str, kind: TensorType) -> dict[str, Any]:
+    """What the rules may ask of an input, an output or a state."""
+    last = kind.shape[-1] if kind.shape else None
+    return _shapes([kind]) | {"role": role, "name": name, "dtype": kind.dtype, "last_axis": last}
 
 
 def _span(feature: Feature) -> int:

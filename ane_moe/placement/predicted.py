@@ -34,11 +34,12 @@ def predict(programs: Iterable[tuple[Program | Path, str]], target: Target, *, a
     functions: list[FunctionPlacement] = []
     for package, name in programs:
         program = package if isinstance(package, Program) else read_program(package)
-        functions += [_predict(function_facts(program, function), name, book, allow) for function in program.functions]
+        functions += [judge(function_facts(program, function), name, book, allow) for function in program.functions]
     return PlacementReport(PREDICTED, target.name, str(target.os), tuple(functions), require_measured)
 
 
-def _predict(function: FunctionFacts, path: str, book: RuleBook, allow: tuple[str, ...]) -> FunctionPlacement:
+def judge(function: FunctionFacts, path: str, book: RuleBook, allow: tuple[str, ...] = ()) -> FunctionPlacement:
+    """What the rules say of one function, whether its facts were read from a package or come from a plan."""
     overall = [_finding(rule) for rule in book.matching("function", function.facts)]
     overall += [_finding(rule, facts["name"], facts["role"])
                 for facts in function.features for rule in book.matching("feature", facts)]
@@ -90,8 +91,8 @@ def _segments(ops: list[OpFacts], verdicts: list[str]) -> list[list[int]]:
 
 def _segment_facts(ops: list[OpFacts]) -> dict[str, Any]:
     parts: dict[Part, int] = {part: part[1] for op in ops for part in op.parts}
-    return {"weight_bytes": sum(parts.values()), "flops": sum(op.flops for op in ops), "ops": len(ops),
-            "reduction": max((op.reduction for op in ops), default=0)}
+    return {"weight_bytes": sum(parts.values()), "flops": sum(op.flops for op in ops),
+            "ops": sum(op.count for op in ops), "reduction": max((op.reduction for op in ops), default=0)}
 
 
 def _finding(rule: Rule, op: str | None = None, op_type: str | None = None) -> Finding:

@@ -59,6 +59,7 @@ class RuleBook:
 
     def __init__(self, rules: tuple[Rule, ...], thresholds: Mapping[str, float], target: Target):
         self.target = target
+        self.rules = {rule.id: rule for rule in rules}
         self.constants: dict[str, Any] = {**thresholds, **{f"cap_{name}": size for name, size in target.limits.items()}}
         self._by_scope: dict[str, list[tuple[Rule, Callable[[Facts], bool]]]] = {scope: [] for scope in SCOPES}
         for rule in rules:

@@ -83,7 +83,9 @@ def _concern(found: Outlook, kind: str, rule: str) -> str:
     sizes = sorted({c.function_bytes for c in same if c.function_bytes is not None})
     shown = dict.fromkeys(_short(size / 1e6) for size in (*sizes[:1], *sizes[-1:]))
     what = f"{kind} of {' to '.join(shown)} MB" if shown else kind
-    return f"{same[0].state}: {what}: {same[0].sentence}"
+    tokens = sorted({count for concern in same for count in concern.tokens})
+    called = f" (T={', '.join(map(str, tokens))})" if tokens else ""
+    return f"{same[0].state}: {what}{called}: {same[0].sentence}"
 
 
 def _size_cells(choice: Choice, marks: dict[tuple[str, str], str]) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """`ane-moe plan` against calculations by hand, and against the plan that `convert` makes."""
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,18 +11,17 @@ import pytest
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
-from ane_moe.checkpoints.checkpoint import TensorSource
 from ane_moe.cli import app
 from ane_moe.conversion.pipeline import plan
-from ane_moe.conversion.plan import ConvertOptions, make_plan
+from ane_moe.conversion.plan import ConvertOptions, make_plan, sources_of
 from ane_moe.errors import UserError
-from ane_moe.families import describe_config, load_family
-from ane_moe.families.config import Config
-from ane_moe.forecast.geometry import geometry_of, geometry_of_spec
-from ane_moe.forecast.layout import layout_of
-from ane_moe.forecast.outlook import Outlook, outlook, outlook_of, recommendation
-from ane_moe.forecast.workload import Workload, assemble, workload_of_plan
+from ane_moe.families import describe_config
+from ane_moe.families.approximate import approximate
+from ane_moe.forecast.layer_kinds import plan_kinds
+from ane_moe.forecast.outlook import Outlook, outlook, outlook_of, recommendation, weights_in_shards
+from ane_moe.forecast.workload import Workload, workload_of_plan
 from ane_moe.formats.recipe import find_recipe
+from ane_moe.model.spec import MlpSpec
 from tests.forecast.hub_configs import (
     DEEPSEEK_V2_LITE,
     GPT_OSS_20B,
@@ -81,7 +81,7 @@ def test_sizes_and_calls_agree_with_a_calculation_by_hand(name):
     hand = BY_HAND[name]
     dense_layers = hand.layers - hand.moe_layers
     weights = hand.mixers + hand.dense + hand.moe_layers * hand.experts + hand.head
-    assert geometry_of(hand.config).weights / 1e6 == pytest.approx(weights, rel=0.005)
+    assert weights_in_shards(approximate(hand.config).spec) / 1e6 == pytest.approx(weights, rel=0.005)
     masked, sparse = found(hand.config, "masked"), found(hand.config, "sparse")
     assert masked.weight_bytes_per_token.expected / 1e6 == pytest.approx(weights, rel=0.01)
     active = hand.mixers + hand.dense + hand.moe_layers * hand.k * hand.expert + hand.head
@@ -93,38 +93,63 @@ def test_sizes_and_calls_agree_with_a_calculation_by_hand(name):
 @pytest.mark.parametrize("name", BY_HAND)
 def test_the_page_gives_the_same_figures(name):
     masked, sparse = found(BY_HAND[name].config, "masked"), found(BY_HAND[name].config, "sparse")
-    cells = [f"{geometry_of(BY_HAND[name].config).weights / 1e6:,.0f}"]
+    cells = [f"{outlook_of(BY_HAND[name].config, recipes=[]).weights / 1e6:,.0f}"]
     for work in (masked, sparse):
         cells += [f"{work.weight_bytes_per_token.expected / 1e6:,.0f}", f"{work.calls_per_token.expected:.0f}"]
     assert f"| {name} | {' | '.join(cells)} |" in PAGE.read_text()
 
 
+TWO_LAYERS_EACH = """
+[roles]
+default = "int8"
+
+[[layers]]
+layers = "0,5"
+roles = { experts = "lut4", attention = { format = "lut4", rank = 8 } }
+"""
+
+
 @pytest.mark.parametrize("routing", ["masked", "sparse"])
-@pytest.mark.parametrize("recipe", ["fp16", "small", "tiny"])
-@pytest.mark.parametrize("config", [QWEN3_30B, OLMOE, QWEN15_MOE], ids=lambda config: config["model_type"])
-def test_the_packages_are_those_that_convert_plans(config, recipe, routing):
-    config = config | {"num_hidden_layers": 2}
-    spec = load_family(config["model_type"]).spec(Config(config))
-    sources = {name: TensorSource(name, str(name), row.shape, weight=row) for name, row in spec.weights()}
-    options = ConvertOptions(routing=routing, recipe=find_recipe(recipe))
-    planned = workload_of_plan(make_plan(spec, sources, options))
-    pieces = layout_of(geometry_of(config), options, 2048)
-    guess = assemble(pieces, routing, recipe, options.prefill, planned.embed_bytes)
-    assert guess.packages == planned.packages and guess.cache_bytes == planned.cache_bytes
-    assert guess.calls_per_token == planned.calls_per_token
-    assert guess.package_bytes == pytest.approx(planned.package_bytes, rel=2e-3)
-    assert guess.weight_bytes_per_token.expected == pytest.approx(planned.weight_bytes_per_token.expected, rel=2e-3)
-    assert {call.kind: call.rate for call in guess.decode} == {call.kind: call.rate for call in planned.decode}
+@pytest.mark.parametrize("recipe", ["fp16", "small", "layers.toml"])
+@pytest.mark.parametrize("config", [
+    OLMOE | {"num_hidden_layers": 6},
+    QWEN15_MOE | {"num_hidden_layers": 6, "mlp_only_layers": [1, 2], "use_sliding_window": True,
+                  "max_window_layers": 3},
+], ids=lambda config: config["model_type"])  # fmt: skip
+def test_a_plan_of_one_layer_of_each_kind_stands_for_the_plan_that_convert_makes(
+    tmp_path, config, recipe, routing
+):
+    (tmp_path / "layers.toml").write_text(TWO_LAYERS_EACH)
+    named = str(tmp_path / recipe) if recipe.endswith(".toml") else recipe
+    options = ConvertOptions(routing=routing, recipe=find_recipe(named))
+    spec = describe_config(config)
+    kinds, whole = plan_kinds(spec, options), make_plan(spec, sources_of(spec), options)
+    assert len(kinds.plan.layers) < len(whole.layers) == sum(kinds.repeats.values())
+    assert workload_of_plan(kinds.plan, kinds.repeats) == workload_of_plan(whole)
 
 
 def test_latent_attention_and_shared_experts_are_counted():
     """DeepSeek-V2-Lite has 15.7e9 weights, 0.21e9 of them the embedding; its cache holds 576 values a token."""
-    geometry = geometry_of(DEEPSEEK_V2_LITE)
-    assert geometry.weights / 1e9 == pytest.approx(15.7 - 0.21, rel=0.01)
-    assert {layer.cache_values for layer in geometry.layers} == {576}
-    assert [bool(layer.dense) for layer in geometry.layers] == [True] + [False] * 26
+    near = approximate(DEEPSEEK_V2_LITE)
+    assert weights_in_shards(near.spec) / 1e9 == pytest.approx(15.7 - 0.21, rel=0.01)
+    mixers = [layer.mixer for layer in near.spec.layers]
+    assert {2 * mixer.kv_heads * mixer.head_dim for mixer in mixers} == {576}
+    assert [isinstance(layer.ffn, MlpSpec) for layer in near.spec.layers] == [True] + [False] * 26
+    assert "latent attention is counted as attention of the same size" in near.notes
     sparse = found(DEEPSEEK_V2_LITE, "sparse")
     assert {call.kind: call.count.expected for call in sparse.decode}["shared"] == 26
+
+
+@pytest.mark.parametrize(("config", "said"), [(LFM2_8B_A1B, "short convolutions"), (ZAYA1_8B, "the inner layers")])
+def test_a_part_that_stands_for_another_is_of_its_size_and_said(config, said):
+    """LFM2's convolutions have 4 d^2 weights; ZAYA's routers 0.66e6, of which 16 x 2048 are a router's here."""
+    near = approximate(config)
+    assert any(note.startswith(said) for note in near.notes)
+    first = near.spec.layers[0]
+    size = sum(math.prod(row.shape) for row in first.mixer.rows(2048) if row.role)
+    router = 256 * 2048 + 2 * 256**2 + 17 * 256 - 16 * 2048
+    by_hand = 4 * 2048**2 if config is LFM2_8B_A1B else 2 * 2048 * 10 * 128 + router
+    assert size == pytest.approx(by_hand, rel=0.01)
 
 
 def test_small_expert_functions_are_said_to_leave_the_engine_and_are_not_recommended():
@@ -281,8 +306,9 @@ def test_a_family_s_model_without_experts_is_planned_as_convert_takes_it():
 
 
 @pytest.mark.parametrize("config", [QWEN3_30B, OLMOE, QWEN15_MOE], ids=lambda config: config["model_type"])
-def test_both_readers_of_a_config_give_the_same_geometry(config):
-    exact, near = geometry_of_spec(describe_config(config)), geometry_of(config)
+def test_both_readers_of_a_config_give_the_same_matrices(config):
+    exact, near = ([(name, row.shape) for name, row in spec.weights() if row.role]
+                   for spec in (describe_config(config), approximate(config).spec))
     assert exact == near
 
 

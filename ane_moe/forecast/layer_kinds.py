@@ -1,0 +1,48 @@
+"""A model cut down to one layer of each kind: every package that it has, planned in a moment."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ane_moe.conversion.plan import ConversionPlan, ConvertOptions, make_plan, sources_of
+from ane_moe.formats.recipe import Recipe
+from ane_moe.model.spec import LayerSpec, ModelSpec
+
+
+@dataclass(frozen=True)
+class KindsPlan:
+    """The plan of one layer of each kind and of the head. `repeats`: how many layers of the model
+    each of its layers stands for."""
+
+    plan: ConversionPlan
+    repeats: Mapping[int, int]
+
+
+def plan_kinds(spec: ModelSpec, options: ConvertOptions) -> KindsPlan:
+    """What `make_plan` would plan for a model, equal layers once.
+
+    For options that treat layers alike but for the layers of their recipe: none share a shard, and
+    none has a grouping, or formats of single tensors. Raises UserError as `make_plan`.
+    """
+    assert options.layers_per_shard == 1 and not (options.groups or options.recipe.overrides)
+    alike: dict[tuple[LayerSpec, tuple[bool, ...]], list[int]] = {}
+    for number, layer in enumerate(spec.layers):
+        alike.setdefault((layer, _entries(options.recipe, number)), []).append(number)
+    short = replace(spec, layers=tuple(layer for layer, _ in alike))
+    recipe = _for_layers(options.recipe, [numbers[0] for numbers in alike.values()])
+    plan = make_plan(short, sources_of(short), replace(options, recipe=recipe))
+    repeats = {index: len(numbers) for index, numbers in enumerate(alike.values())}
+    return KindsPlan(plan, repeats)
+
+
+def _entries(recipe: Recipe, number: int) -> tuple[bool, ...]:
+    """Which of the recipe's entries for layers hold for one."""
+    return tuple(number in entry.layers for entry in recipe.layers)
+
+
+def _for_layers(recipe: Recipe, numbers: list[int]) -> Recipe:
+    """The recipe of a model that has only these layers."""
+    entries = []
+    for entry in recipe.layers:
+        own = tuple(index for index, number in enumerate(numbers) if number in entry.layers)
+        entries.append(replace(entry, layers=own))
+    return replace(recipe, layers=tuple(entries))

@@ -1,0 +1,235 @@
+"""What the placement rules may ask of packages that are not there yet: facts of a plan's functions.
+
+They are those that placement/facts.py reads off a program, as far as the plan decides them: ports,
+weights and their formats, products, states. All else that our graphs do is arithmetic that no rule
+tells apart; of it there is the number alone.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from ane_moe.conversion.plan import CACHE_STEP, ConversionPlan, ConvertOptions, ShardPlan
+from ane_moe.formats.recipe import Choice
+from ane_moe.formats.stored_form import stored_form
+from ane_moe.manifest import ShardFunction
+from ane_moe.mlprogram.program import Operation, TensorType
+from ane_moe.mlprogram.weights import Part
+from ane_moe.model.port import STATE, STREAM, Port
+from ane_moe.model.weight import PARAMETER, Directions, Row, Shape, Weight
+from ane_moe.parts.registry import TemplateKey, function_name, weight_name
+from ane_moe.placement.facts import FunctionFacts, OpFacts, feature_facts
+
+CONVERTER = version("coremltools")
+OPSET = 18  # packages are for iOS 18 and macOS 15
+STATES_OF_A_LAYER = 2  # keys and values
+READS, WRITES = 3, 2  # operations of these types for each state
+INWARD = ("q", "k", "v", "gate", "up", "rows")  # projections that read the input of their part
+# How many operations come with a weight, by the last name of its path: the convolution, and what
+# the part does that no other weight stands for. A test counts them in packages.
+OPERATIONS: dict[str, float] = {
+    "norm": 12, "q_norm": 12, "k_norm": 12,
+    "o": 36,            # with the core of attention, rotation and residual
+    "router": 15,       # with the mask of the chosen
+    "down": 5,          # with activation and residual
+    "experts.down": 7,  # with the gate that is cut out for it, too
+    "shared_gate": 3,
+    "recover_out": 2,
+    "state": 7.5,       # reads and writes, and the shapes they need
+}  # fmt: skip
+
+
+_Like = tuple[Shape, str]  # the shape and the stored form of a matrix
+
+
+@dataclass(frozen=True)
+class PlannedFunction:
+    """A function of a package, and what the rules may ask of it."""
+
+    shard: ShardPlan
+    function: ShardFunction
+    facts: FunctionFacts
+
+
+def facts_of_plan(plan: ConversionPlan) -> Iterator[PlannedFunction]:
+    """Every function that is planned; of those that no rule tells apart, the first."""
+    seen = set()
+    for shard in plan.shards:
+        entries = {function.name: function for function in shard.functions}
+        for prefix, key in shard.graphs.items():
+            weights = _weights(shard, prefix, key)
+            package = shard.file_bytes, len(entries)
+            if (key, weights, package) in seen:
+                continue
+            seen.add((key, weights, package))
+            for name, tokens in key.functions:
+                entry = entries[function_name(prefix, name)]
+                graph = _Graph(shard, key, weights, tokens)
+                yield PlannedFunction(shard, entry, graph.facts(entry))
+
+
+def facts_of_options(options: ConvertOptions) -> FunctionFacts:
+    """What options decide whatever the model: formats, states, layout. Sizes are not known."""
+    states = STATES_OF_A_LAYER * options.layers_per_shard if options.state == "mlstate" else 0
+    cache = Port("", (1, 1, 1, CACHE_STEP), STATE)
+    ops = [_op("conv", 1, _product() | {"weight_format": stored_form(name)}, name)
+           for name in options.recipe.formats]
+    if states:
+        ops += _state_ops(states)
+    features = [_feature("state", cache)] * states
+    for tokens in {1, options.prefill or 1}:
+        stream = Port("", (1, 2, 1, tokens), STREAM)     # of any channels above one
+        stream = stream.turned() if options.layout == "bct1" else stream
+        features.append(_feature("input", stream))
+    unknown = {"weight_bytes": None, "flops": None}
+    return FunctionFacts("", _shared() | unknown | {"states": states}, features, ops)
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A parameter of a graph as it will be stored. `reads_input`: its convolution reads the input
+    of its part, which is one of the graph's layers (`place`)."""
+
+    stem: str
+    place: tuple[str | None, ...]
+    shape: Shape
+    form: str
+    stored_bytes: int
+    reads_input: bool
+
+
+def _weights(shard: ShardPlan, prefix: str, key: TemplateKey) -> tuple[_Weight, ...]:
+    return tuple(_weight(shard, row, weight_name(prefix, row.path)) for row in key.block.rows())
+
+
+def _weight(shard: ShardPlan, row: Row, name: str) -> _Weight:
+    parsed = PARAMETER.fullmatch(row.path)
+    assert parsed is not None
+    layer, part, expert, path = parsed.groups()
+    *_, owner, leaf = path.split(".")
+    stem = owner if leaf == "weight" else leaf
+    stem = f"experts.{stem}" if expert and f"experts.{stem}" in OPERATIONS else stem
+    if isinstance(row, Weight):
+        reads_input = row.reads in ("", "x")
+    else:
+        reads_input = isinstance(row, Directions) and row.side == "in" and owner in INWARD
+    form = stored_form(shard.choices.get(name, Choice()).format)
+    shape, size = shard.sources[name].shape, shard.payloads[name]
+    return _Weight(stem, (layer, part), shape, form, size, reads_input)
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """One function of a template, before it is made."""
+
+    shard: ShardPlan
+    key: TemplateKey
+    weights: tuple[_Weight, ...]
+    tokens: int
+
+    def facts(self, entry: ShardFunction) -> FunctionFacts:
+        ports, states = entry.ports, len(entry.ports.states)
+        ops = [*self._convolutions(), *self._products(), *_state_ops(states)]
+        total = self._count(states)
+        ops.append(_op("mul", max(0, total - sum(op.count for op in ops)), _arithmetic()))
+        vectors = sum(weight.stored_bytes for weight in self.weights if len(weight.shape) < 2)
+        ops[-1].parts = _parts(ops[-1].name, vectors)
+        facts = _shared() | {
+            "weight_bytes": entry.weight_bytes,
+            "weight_file_bytes": self.shard.file_bytes,
+            "flops": sum(op.flops for op in ops),
+            "ops": total,
+            "states": states,
+            "package_functions": len(self.shard.functions),
+            "parallel_projections": self._parallel_projections(),
+        }
+        for op in ops:
+            op.facts["function_ops"] = total
+        groups = (("input", ports.inputs), ("output", ports.outputs), ("state", ports.states))
+        features = [_feature(role, port) for role, group in groups for port in group]
+        return FunctionFacts(entry.name, facts, features, ops)
+
+    def _count(self, states: int) -> int:
+        own = sum(OPERATIONS.get(weight.stem, 1) for weight in self.weights)
+        return round(own + states * OPERATIONS["state"])
+
+    def _convolutions(self) -> Iterator[OpFacts]:
+        """Those of one shape and format at once."""
+        matrices = [weight for weight in self.weights if len(weight.shape) == 2]
+        counts, sizes = Counter[_Like](), Counter[_Like]()
+        for weight in matrices:
+            counts[weight.shape, weight.form] += 1
+            sizes[weight.shape, weight.form] += weight.stored_bytes
+        for like, count in counts.items():
+            (rows, columns), form = like
+            axes = {"n": 1, "c": max(rows, columns), "h": 1, "w": self.tokens}
+            facts = _product() | axes | {
+                "channels_in": columns, "channels_out": rows, "elements": columns * self.tokens,
+                "reduction": columns, "weight_format": form,
+            }  # fmt: skip
+            flops = 2 * rows * columns * self.tokens * count
+            op = _op("conv", count, facts, f"{rows} x {columns} {form}", flops)
+            op.parts = _parts(op.name, sizes[like])
+            yield op
+
+    def _products(self) -> Iterator[OpFacts]:
+        """Of attention: each cache is written by a product, and its slots are read by another, over
+        all heads (as wide together as what `o` reads)."""
+        slots = max((shape[-1] for shape in self.shard.states.values()), default=0)
+        widths = [weight.shape[1] for weight in self.weights if weight.stem == "o"]
+        if not (slots and widths):
+            return
+        written = sum(math.prod(shape) for shape in self.shard.states.values())
+        depth = max(max(shape[-2:]) for shape in self.shard.states.values())
+        facts = _product() | {"reduction": depth, "w": slots}
+        flops = 2 * self.tokens * (2 * sum(widths) * slots + written)
+        yield _op("matmul", 2 * len(self.shard.states), facts, "attention", flops)
+
+    def _parallel_projections(self) -> int:
+        readers = Counter(weight.place for weight in self.weights
+                          if weight.reads_input and len(weight.shape) == 2)
+        return max(readers.values(), default=0)
+
+
+def _parts(name: str, size: int) -> tuple[Part, ...]:
+    """The stored pieces of what an operation reads, as one: planned, so they lie nowhere yet."""
+    return (((name, 0), size),) if size else ()
+
+
+def _shared() -> dict[str, Any]:
+    """Facts of all our functions and of their operations."""
+    return {"converter": CONVERTER, "opset": OPSET, "enumerated": False, "widest_range": 1}
+
+
+def _arithmetic() -> dict[str, Any]:
+    return _shared() | {
+        "nested": False, "rank": 4, "input_rank": 4, "dtypes": frozenset({"fp16"}), "fan_in": 1,
+        "infinite_constant": False, "weight_format": "", "feeds": frozenset(),
+        "constants": frozenset(),
+    }  # fmt: skip
+
+
+def _product() -> dict[str, Any]:
+    return _arithmetic() | {
+        "constants": frozenset({"weight"}), "groups": 1, "kernel_h": 1, "kernel_w": 1,
+    }  # fmt: skip
+
+
+def _state_ops(states: int) -> list[OpFacts]:
+    if not states:
+        return []
+    counts = {"read_state": READS * states, "write_state": WRITES * states}
+    return [_op(kind, count, _arithmetic()) for kind, count in counts.items()]
+
+
+def _op(kind: str, count: int, facts: dict[str, Any], name: str = "", flops: int = 0) -> OpFacts:
+    operation = Operation(kind, name or kind, {}, ())
+    depth = facts.get("reduction", 0)
+    return OpFacts(operation, facts | {"op": kind}, flops, depth, (), (), count)
+
+
+def _feature(role: str, port: Port) -> dict[str, Any]:
+    return feature_facts(role, port.name, TensorType("fp16", port.shape))
