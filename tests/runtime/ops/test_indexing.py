@@ -82,7 +82,10 @@ def test_an_index_out_of_bounds_is_an_error_that_names_the_op(target: object, in
 @pytest.mark.parametrize("op", ["gather", "gather_along_axis", "gather_nd", "scatter",
                                 "scatter_along_axis", "scatter_nd"])
 @pytest.mark.parametrize("index", [-1, 3])
-def test_a_validated_index_out_of_bounds_is_an_error(op: str, index: int) -> None:
+@pytest.mark.parametrize("validated", [True, False])
+def test_an_index_out_of_bounds_is_an_error_validated_or_not(
+    op: str, index: int, validated: bool
+) -> None:
     data = values((3, 2), np.float32, 0)
     shape = (1, 1) if op.endswith("nd") else (1, 2) if "along" in op else (1,)
     tensors = {"indices": np.full(shape, index, np.int32)}
@@ -91,7 +94,7 @@ def test_a_validated_index_out_of_bounds_is_an_error(op: str, index: int) -> Non
     else:
         tensors |= {"x": data}
     with pytest.raises(UserError, match=rf"op {op} .*index {index} is out of an axis of size 3"):
-        run(op, tensors, {"validate_indices": True}, NEW)
+        run(op, tensors, {"validate_indices": validated}, NEW)
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16])

@@ -40,6 +40,38 @@ def test_whole_numbers_and_floats_multiply_as_floats(types: tuple[type, type]) -
     assert_same(out, expected, rtol=1e-3)
 
 
+@pytest.mark.parametrize("of_constant", [np.int32, np.float16, np.float32])
+@pytest.mark.parametrize("of_input", [np.int32, np.float16, np.float32])
+@pytest.mark.parametrize("constant", ["x", "y"])
+def test_a_product_is_of_the_type_of_the_side_that_is_not_constant(
+    constant: str, of_input: type, of_constant: type
+) -> None:
+    whole = {"x": values((3, 4), np.int32, 0), "y": values((4, 2), np.int32, 1)}
+    given = {key: array.astype(of_constant if key == constant else of_input)
+             for key, array in whole.items()}
+    params = {constant: given.pop(constant)}
+    out, = run("matmul", given, params)
+    assert out.dtype == of_input
+    assert_same(out, (whole["x"] @ whole["y"]).astype(of_input))
+
+
+@pytest.mark.parametrize("of_weight", [np.int32, np.float16, np.float32])
+@pytest.mark.parametrize("of_x", [np.int32, np.float16, np.float32])
+def test_linear_is_of_the_type_of_its_input(of_x: type, of_weight: type) -> None:
+    x, weight, bias = (values(shape, np.int32, i) for i, shape in enumerate([(2, 5), (3, 5), (3,)]))
+    params = {"weight": weight.astype(of_weight), "bias": bias.astype(of_weight)}
+    out, = run("linear", {"x": x.astype(of_x)}, params)
+    assert out.dtype == of_x
+    assert_same(out, (x @ weight.T + bias).astype(of_x))
+
+
+@pytest.mark.parametrize("fraction", [0.5, np.nan, 2.0**31])
+def test_whole_numbers_times_a_constant_of_others_is_refused(fraction: float) -> None:
+    x, y = values((3, 4), np.int32, 0), np.full((4, 2), fraction, np.float32)
+    with pytest.raises(UserError, match=r"op matmul .*a constant with fractions"):
+        run("matmul", {"x": x}, {"y": y})
+
+
 @pytest.mark.parametrize("shapes", [
     ((3,), (3,)), ((3,), (3, 2)), ((2, 3), (3,)), ((3,), (4, 3, 2)), ((4, 2, 3), (3,)),
 ])

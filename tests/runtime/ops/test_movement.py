@@ -1,3 +1,4 @@
+import coremltools as ct
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -28,6 +29,29 @@ def test_a_zero_in_a_shape_keeps_the_dimension_at_equal_rank() -> None:
     empty = np.zeros((0, 3), np.float32)
     out, = run("reshape", {"x": empty}, {"shape": [3, 0, 1]}, outputs=[TensorType("fp32", (3, 0, 1))])
     assert out.shape == (3, 0, 1)
+
+
+@pytest.mark.parametrize("given_shape, shape, expected", [
+    ((2, 50), [1, 0, -1, 0], (1, 1, 2, 50)),                # the example of the documentation
+    ((2, 3, 4), [0, -1], (3, 8)), ((2, 3, 4), [-1, 0], (6, 4)), ((6,), [0, 2, -1], (1, 2, 3)),
+])
+def test_from_ios_17_a_zero_keeps_the_dimension_counted_from_the_right(
+    given_shape: tuple, shape: list, expected: tuple
+) -> None:
+    x = values(given_shape, np.float32, 0)
+    theirs, = infer("reshape", {"x": x}, {"shape": shape}, ct.target.iOS17)
+    assert theirs.shape == expected
+    assert_same(run("reshape", {"x": x}, {"shape": shape}, ct.target.iOS17)[0], theirs)
+    with pytest.raises(UserError, match="op reshape"):
+        run("reshape", {"x": x}, {"shape": shape}, ct.target.iOS16,
+            outputs=[TensorType("fp32", expected)])
+
+
+@pytest.mark.parametrize("shape", [[0], [0, 4, 2]])
+def test_an_empty_tensor_keeps_its_zeros_at_another_rank(shape: list) -> None:
+    x = np.zeros((0, 8), np.float32)
+    out, = run("reshape", {"x": x}, {"shape": shape}, outputs=[TensorType("fp32", tuple(shape))])
+    assert out.shape == tuple(shape)
 
 
 @given(x=tensors(ALL, smallest=0), seed=st.integers(0, 999))

@@ -78,6 +78,7 @@ def _select() -> Kernel:
     return lambda cond, a, b: torch.where(cond, a, b)
 
 
+# Without validate_indices, Core ML's result for such an index "is undefined but memory safe".
 BOUNDS = "an index out of bounds, or negative, is an error whether or not validate_indices is set"
 
 OPS = (

@@ -1,33 +1,62 @@
 """Matrix products."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
+from ane_moe.mlprogram.program import TensorType
+from ane_moe.runtime.reference.dtypes import torch_dtype
 from ane_moe.runtime.reference.ops.arithmetic import Arithmetic
 from ane_moe.runtime.reference.ops.table import Kernel, Op
 
+Out = Sequence[TensorType]
+Pair = tuple[Tensor, Tensor]
 
-def _matmul(arith: Arithmetic, transpose_x: bool = False, transpose_y: bool = False) -> Kernel:
+
+def _matmul(out: Out, arith: Arithmetic, transpose_x: bool = False,
+            transpose_y: bool = False) -> Kernel:
+    of_one_type = _of_one_type(out)
+
     def kernel(x: Tensor, y: Tensor) -> Tensor:
         # A vector is a row on the left and a column on the right, whatever the transposition says.
         x = x.transpose(-1, -2) if transpose_x and x.dim() > 1 else x
         y = y.transpose(-1, -2) if transpose_y and y.dim() > 1 else y
-        return arith.matmul(*_of_one_type(x, y))
+        return arith.matmul(*of_one_type(x, y))
     return kernel
 
 
-def _of_one_type(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """iOS 17 takes whole numbers on one side and floats on the other: the product is of floats."""
-    if x.dtype == y.dtype:
-        return x, y
-    wider = torch.promote_types(x.dtype, y.dtype)
-    return x.to(wider), y.to(wider)
+def _of_one_type(out: Out) -> Callable[[Tensor, Tensor], Pair]:
+    """iOS 17 takes a constant of whole numbers beside floats, and the reverse.
+
+    The result is of the type of the side that is not constant.
+    """
+    floats = torch_dtype(out[0].dtype).is_floating_point
+
+    def pair(x: Tensor, y: Tensor) -> Pair:
+        if x.dtype is y.dtype:
+            return x, y
+        if not floats:
+            return _whole(x), _whole(y)
+        wider = torch.promote_types(x.dtype, y.dtype)
+        return x.to(wider), y.to(wider)
+    return pair
 
 
-def _linear(arith: Arithmetic) -> Kernel:
+def _whole(x: Tensor) -> Tensor:
+    """`x` as whole numbers; fractions are refused: what Core ML makes of them is not documented."""
+    whole = x.to(torch.int32)
+    if not torch.equal(whole.to(x.dtype), x):
+        raise ValueError("a constant with fractions among whole numbers")
+    return whole
+
+
+def _linear(out: Out, arith: Arithmetic) -> Kernel:
+    of_one_type = _of_one_type(out)
+
     def kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y = arith.matmul(*_of_one_type(x, weight.transpose(0, 1)))
-        return y if bias is None else arith.round(y) + bias
+        y = arith.matmul(*of_one_type(x, weight.transpose(0, 1)))
+        return y if bias is None else torch.add(*of_one_type(arith.round(y), bias))
     return kernel
 
 
@@ -46,8 +75,10 @@ def _einsum(equation: str, arith: Arithmetic) -> Kernel:
     return kernel
 
 
+FRACTIONS = "whole numbers times a constant with fractions is an error: it is not documented"
+
 OPS = (
-    Op("matmul", _matmul, "x y"),
-    Op("linear", _linear, "x weight bias?"),
+    Op("matmul", _matmul, "x y", note=FRACTIONS),
+    Op("linear", _linear, "x weight bias?", note=FRACTIONS),
     Op("einsum", _einsum, "values*"),
 )

@@ -20,6 +20,18 @@ def _reshape(shape: list[int]) -> Kernel:
     return kernel
 
 
+def _reshape_from_right(shape: list[int]) -> Kernel:
+    same_rank = _reshape(shape)
+
+    def kernel(x: Tensor) -> Tensor:
+        # Of an empty tensor, a 0 at another rank is a computed size, and stays.
+        if 0 not in shape or len(shape) == x.dim() or not x.numel():
+            return same_rank(x)
+        kept = ([1] * len(shape) + list(x.shape))[-len(shape):]
+        return x.reshape([size or kept[axis] for axis, size in enumerate(shape)])
+    return kernel
+
+
 def _reshape_like(begins: list[int], ends: list[int], end_masks: list[bool]) -> Kernel:
     def kernel(x: Tensor, references: list[Tensor]) -> Tensor:
         shape: list[int] = []
@@ -118,6 +130,8 @@ def _native(name: str, make: Kernel, tensors: str = "x", **more: object) -> Op:
 
 OPS = (
     _native("reshape", _reshape),
+    _native("reshape", _reshape_from_right, since=17,
+            note="0 keeps a dimension, counted from the right"),
     _native("reshape_like", _reshape_like, "x ref_tensors*", since=16),
     _native("transpose", _transpose),
     _native("expand_dims", _expand_dims),

@@ -139,6 +139,8 @@ def _corners(box: list[float], mode: str) -> tuple[tuple[float, float], tuple[fl
 def _between(first: float, last: float, count: int, mode: str) -> Tensor:
     """`count` positions, fp64, as `resize_bilinear` samples an axis from `first` to `last`."""
     low, high = min(first, last), max(first, last)
+    # coremltools tests one such box, outside the image: that it reads the whole image and that it
+    # is mirrored at the edges both give the value expected, and neither is documented.
     if mode not in ("ALIGN_CORNERS", "STRICT_ALIGN_CORNERS") and last < first:
         raise ValueError(f"a box from {first} to {last} is not documented with {mode}")
     return (first + GRIDS[mode](last - first + 1, count)).clamp(low, high)

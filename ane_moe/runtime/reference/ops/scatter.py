@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ane_moe.runtime.reference.ops.indexing import wrap
+from ane_moe.runtime.reference.ops.indexing import BOUNDS, wrap
 from ane_moe.runtime.reference.ops.table import Kernel, Maker, Op
 
 REDUCE = {"add": "sum", "sub": "sum", "mul": "prod", "div": "prod", "max": "amax", "min": "amin"}
@@ -71,7 +71,7 @@ def _without_axis(negative: bool) -> Maker:
 ARGUMENTS = "data indices updates"
 
 OPS = tuple(
-    Op(name, maker, ARGUMENTS, since=since)
+    Op(name, maker, ARGUMENTS, since=since, note="" if negative else BOUNDS)
     for since, negative in ((15, True), (17, False))
     for name, maker in (
         ("scatter", _with_axis(_scatter, negative)),
