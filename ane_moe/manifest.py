@@ -14,7 +14,7 @@ from ane_moe.model.port import FFN_INPUT, Port, Ports, slot_rows
 from ane_moe.model.weight import Place
 
 FILE_NAME = "runtime_meta.json"
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)

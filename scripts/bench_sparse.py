@@ -68,7 +68,7 @@ def template(arguments: argparse.Namespace, function: str) -> Any:
     from ane_moe.emit.coreml.template import make_template
     from ane_moe.model.spec import MlpSpec
     from ane_moe.parts.experts import ExpertGroupConfig
-    from ane_moe.parts.registry import TemplateKey
+    from ane_moe.parts.template_key import TemplateKey
 
     return make_template(TemplateKey(ExpertGroupConfig(arguments.d_model, MlpSpec(arguments.width)), ((function, 1),)))
 
@@ -124,7 +124,7 @@ def coremltools(arguments: argparse.Namespace) -> dict[str, Any]:
     from ane_moe.model.port import shapes_of
     from ane_moe.model.spec import MlpSpec
     from ane_moe.parts.experts import ExpertGroupConfig
-    from ane_moe.parts.registry import build_unbound
+    from ane_moe.parts.template_key import build_unbound
 
     imported, started = peak_bytes(), time.perf_counter()
     parts = arguments.scratch / "parts"

@@ -31,7 +31,7 @@ BLOCK = 8_388_593       # elements; a prime, so that no two rows or tensors of a
 DTYPES = {"bfloat16": ("BF16", torch.bfloat16), "float16": ("F16", torch.float16), "float32": ("F32", torch.float32)}
 
 LLAMA = {"attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02, "use_cache": True,
-         "rope_scaling": None}  # fmt: skip
+         "rope_scaling": None}
 
 # The config.json of each model as its repository has it.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -75,7 +75,30 @@ PRESETS: dict[str, dict[str, Any]] = {
         "logits_scaling": 6.0, "max_position_embeddings": 131072, "rms_norm_eps": 1e-6, "rope_theta": 5000000.0,
         "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0,
     },
-}  # fmt: skip
+    "zaya1-8b": {
+        "architectures": ["ZayaForCausalLM"], "model_type": "zaya", "vocab_size": 262272, "hidden_size": 2048,
+        "num_hidden_layers": 40, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128,
+        "moe_intermediate_size": 2048, "num_experts": 16, "num_experts_per_tok": 1, "router_hidden_size": 256,
+        "cca_time0": 2, "cca_time1": 2, "attention_bias": False, "lm_head_bias": False, "hidden_act": "silu",
+        "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "sliding_window": None,
+        "layer_types": ["hybrid"] * 40,
+        "rope_parameters": {
+            "hybrid": {"rope_type": "default", "rope_theta": 5000000.0, "partial_rotary_factor": 0.5},
+            "hybrid_sliding": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        },
+        "tie_word_embeddings": True, "bos_token_id": 2, "eos_token_id": 106, "pad_token_id": 0,
+    },
+    "lfm2-8b-a1b": {
+        "architectures": ["Lfm2MoeForCausalLM"], "model_type": "lfm2_moe", "vocab_size": 65536, "hidden_size": 2048,
+        "num_hidden_layers": 24, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 7168,
+        "moe_intermediate_size": 1792, "num_dense_layers": 2, "num_experts": 32, "num_experts_per_tok": 4,
+        "use_expert_bias": True, "norm_topk_prob": True, "routed_scaling_factor": 1.0, "conv_L_cache": 3,
+        "conv_bias": False, "max_position_embeddings": 128000, "norm_eps": 1e-5,
+        "layer_types": ["full_attention" if n in (2, 6, 10, 14, 18, 21) else "conv" for n in range(24)],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 7, "pad_token_id": 0,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -113,14 +136,15 @@ def planned_tensors(spec: ModelSpec) -> list[Tensor]:
 
 def _distribution(name: str, shape: tuple[int, ...], layers: int) -> tuple[float, float]:
     """(mean, deviation): projections keep the variance of what they read, and the residual's stays near 1."""
-    if name.endswith("norm.weight"):
+    if name.endswith(("norm.weight", "scale", "temperature.weight")):
         return 1.0, 0.1
     if name.endswith("bias"):
         return 0.0, 0.1
     if name == str(EMBEDDING):
         return 0.0, 0.02
     gain = 2.0 if "router" in name else (2 * layers) ** -0.5 if name.endswith(("o.weight", "down.weight")) else 1.0
-    return 0.0, gain * shape[-1] ** -0.5
+    read = math.prod(shape[1:]) if "experts" not in name else shape[-1]     # of a convolution: channels and taps
+    return 0.0, gain * read**-0.5
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any], dtype: str, seed: int, shard_bytes: int) -> int:
@@ -207,7 +231,9 @@ def main(
     if out.exists():
         raise typer.BadParameter(f"{out} exists", param_hint="--out")
     config = PRESETS[like]
-    config = {**config, "num_hidden_layers": layers or config["num_hidden_layers"]}
+    count = layers or config["num_hidden_layers"]
+    kinds = {"layer_types": config["layer_types"][:count]} if "layer_types" in config else {}
+    config = {**config, "num_hidden_layers": count, **kinds}
     unfinished = out.with_name(f".{out.name}.tmp")
     unfinished.mkdir(parents=True)
     try:

@@ -12,7 +12,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-FAMILIES = ("granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+LLAMA_SHAPED = ("granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+FAMILIES = ("granitemoe", "lfm2_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "zaya")
+
+# Seeds of models that are decided on the tests' prompts, where the first one is not.
+DECIDED = {"lfm2_moe": 1}
 
 COMMON = {
     "vocab_size": 211,
@@ -92,7 +96,39 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
         "tie_word_embeddings": True,
     },
-}  # fmt: skip
+    "zaya": {
+        **COMMON,
+        "moe_intermediate_size": 40,
+        "num_experts": 5,               # and one class that skips them
+        "num_experts_per_tok": 1,
+        "router_hidden_size": 24,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "layer_types": ["hybrid", "hybrid_sliding", "hybrid"],
+        "sliding_window": 17,
+        "rope_parameters": {
+            "hybrid": {"rope_type": "default", "rope_theta": 5000000.0, "partial_rotary_factor": 0.5},
+            "hybrid_sliding": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        },
+        "tie_word_embeddings": True,
+    },
+    "lfm2_moe": {
+        **{name: value for name, value in COMMON.items() if name != "head_dim"},
+        "num_hidden_layers": 4,
+        "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+        "conv_L_cache": 3,
+        "num_dense_layers": 1,
+        "intermediate_size": 100,
+        "moe_intermediate_size": 40,
+        "num_experts": 12,
+        "num_experts_per_tok": 3,
+        "norm_eps": 1e-5,
+        "routed_scaling_factor": 1.5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        "tie_word_embeddings": True,
+    },
+}
 
 # Other settings under which a family's maths or layout differs: name -> (family, what differs).
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -127,16 +163,26 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 def make_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A tiny random fp32 model of `family`, in eager mode; `overrides` are config fields."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**CONFIGS[family], **overrides})
+    fields = {**CONFIGS[family], **overrides}
+    if "layer_types" in CONFIGS[family]:
+        fields["layer_types"] = fields["layer_types"][:fields["num_hidden_layers"]]
+    config = AutoConfig.for_model(family, **fields)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
+            if name.endswith("norm.weight") or name.endswith(("_scale", ".temp")):
                 parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
+            elif "conv" in name and parameter.dim() == 3:      # else it hardly counts beside what goes past it
+                parameter.normal_().div_(parameter[0].numel() ** 0.5)
+            elif "gate.router_mlp" in name and parameter.dim() == 2:        # and routing hardly decided
+                parameter.normal_().mul_(3 * parameter.shape[1] ** -0.5)
             elif name.endswith("bias"):
                 parameter.copy_(0.1 * torch.randn_like(parameter))
             else:
                 parameter.mul_(4)       # the usual init, 0.02, leaves so narrow a model's routing near uniform
+        for name, buffer in model.named_buffers():
+            if name.endswith(("balancing_biases", "expert_bias")):
+                buffer.copy_(0.1 * torch.randn_like(buffer))
     return model.eval()
 
 

@@ -25,6 +25,8 @@ TOTAL_PARAMETERS = {            # billions, of the whole models, as their author
     "olmoe-1b-7b": 6.9,
     "mixtral-8x7b": 46.7,
     "granite-3.1-1b-a400m": 1.3,
+    "zaya1-8b": 8.84,
+    "lfm2-8b-a1b": 8.34,
 }
 
 

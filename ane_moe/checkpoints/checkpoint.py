@@ -14,6 +14,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 import torch
 
+from ane_moe.checkpoints.alternating_zaya import is_alternating, native_config, native_name
 from ane_moe.checkpoints.folder import (
     CONFIG,
     SINGLE,
@@ -171,7 +172,7 @@ class Checkpoint:
                 hasher.update(raw.data)
             stored = torch.from_numpy(raw).view(dtype)
             narrow = flat[first : first + len(stored)]
-            self._narrow(stored, source.scale, narrow)
+            self._narrow(stored, source, narrow)
             bits = np.bitwise_and(narrow.view(np.uint16), 0x7FFF, out=self._bits[: len(narrow)])
             if bits.max() >= FP16_INF_BITS:
                 raise self._not_finite(source)
@@ -196,11 +197,13 @@ class Checkpoint:
         for _, raw in self._chunks(source):
             hasher.update(raw.data)
 
-    def _narrow(self, stored: torch.Tensor, scale: float, narrow: np.ndarray) -> None:
+    def _narrow(self, stored: torch.Tensor, source: TensorSource, narrow: np.ndarray) -> None:
         # By way of fp32: torch has no vector path from bf16 to fp16 (2.8 GB/s against 9.4 GB/s, one core).
         wide = self._wide[: len(stored)].copy_(stored)
-        if scale != 1.0:
-            wide.mul_(scale)
+        if source.scale != 1.0:
+            wide.mul_(source.scale)
+        if source.weight and source.weight.centred:         # a short vector: all of it is in one piece
+            wide.sub_(wide.max())
         torch.from_numpy(narrow).copy_(wide)
 
     def _chunks(self, source: TensorSource) -> Iterable[tuple[int, np.ndarray]]:
@@ -217,7 +220,7 @@ class Checkpoint:
 
     def _frame(self, source: TensorSource) -> bytes:
         facts = (str(source.name), source.key, self.tensors[source.key].dtype, source.stored_shape, source.index,
-                 source.rows, source.transpose, source.scale)
+                 source.rows, source.transpose, source.scale, bool(source.weight and source.weight.centred))
         return repr(facts).encode() + b"\n"
 
     def _require_one_vocabulary(self, sources: Mapping[WeightName, TensorSource]) -> None:
@@ -288,14 +291,19 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             raise UserError(f"{folder} stores {count} twice", listed(twice))
         stored |= header
     _require_indexed(folder, stored)
-    names = model_names(stored)
+    names, alternating = model_names(stored), ""
     renamed = example(names) and f"other tensor names than transformers gives: {example(names)}"
+    if is_alternating(config, names.values()):
+        alternating = "attention and experts in layers of their own: read as transformers has them"
+        config = native_config(config, str(folder / CONFIG))
+        layers = 2 * config["num_hidden_layers"]
+        names = {key: native_name(name, layers) for key, name in names.items()}
     return Checkpoint(
         folder,
         config,
         read_json(generation) if generation.is_file() else {},
         {names[key]: tensor for key, tensor in stored.items()},
-        tuple(filter(None, (renamed, passed_over(folder), adapter_beside(folder)))),
+        tuple(filter(None, (renamed, alternating, passed_over(folder), adapter_beside(folder)))),
     )
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterable
 
 MODEL, HEAD = "model.", "lm_head.weight"
-FIRST_NORM = "layers.0.input_layernorm.weight"
+FIRST_NORMS = ("layers.0.input_layernorm.weight", "layers.0.operator_norm.weight")
 # Modules that torch and FSDP put around others, at any depth; they compute nothing.
 WRAPPER = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 PARTS = ("embed_tokens.", "layers.", "norm.")
@@ -35,8 +35,8 @@ def decoder_prefixes(names: Iterable[str]) -> set[str]:
     """What stands before `layers.0.` of each decoder: `model.` alone where it is among them."""
     names = set(names)
     ends = ("embed_tokens.weight", "norm.weight")
-    found = {prefix for prefix in _prefixes(names, FIRST_NORM)
-             if any(prefix + end in names for end in ends)}
+    first = set().union(*(_prefixes(names, norm) for norm in FIRST_NORMS))
+    found = {prefix for prefix in first if any(prefix + end in names for end in ends)}
     return {MODEL} if MODEL in found else found
 
 

@@ -15,7 +15,8 @@ KINDS = {
     "a vision tower": r"^(model\.)?(visual|vision_tower|vision_model|vision_encoder)\.",
     "an audio tower": r"^(model\.)?(audio_tower|audio_encoder|audio_model)\.",
     "a projector of images or sound":
-        r"^(model\.)?((multi_?modal|mm|vision|audio)_projector|embed_(vision|audio))\.",
+        r"^(model\.)?"
+    r"((multi_?modal|mm|vision|audio)_projector|embed_(vision|audio))\.",
     "heads that predict further tokens": r"^(model\.)?mtp\.",
     "a value head of reinforcement learning": r"^v_head\.",
 }

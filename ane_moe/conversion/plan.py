@@ -14,14 +14,16 @@ from ane_moe.manifest import Shard, ShardFunction
 from ane_moe.model.port import Ports
 from ane_moe.model.spec import MlpSpec, ModelSpec, MoeSpec
 from ane_moe.model.weight import HEAD, Directions, Place, Selection, Weight, WeightName
-from ane_moe.parts.attention import AttentionConfig
+from ane_moe.parts.block import PartConfig
 from ane_moe.parts.experts import ExpertGroupConfig, SharedExpertConfig
 from ane_moe.parts.head import HeadConfig
+from ane_moe.parts.mixer import MixerConfig
 from ane_moe.parts.mlp import DenseConfig, MlpRanks
 from ane_moe.parts.moe import MoeConfig
-from ane_moe.parts.registry import BlockConfig, TemplateKey, function_name, weight_name
-from ane_moe.parts.routed import RoutedAttentionConfig
-from ane_moe.parts.stack import StackConfig
+from ane_moe.parts.registry import mixer_config
+from ane_moe.parts.routed import RoutedMixerConfig
+from ane_moe.parts.stack import StackConfig, can_share
+from ane_moe.parts.template_key import TemplateKey, function_name, weight_name
 
 MB = 1_000_000
 CACHE_STEP = 32                 # a state's last axis must be a multiple of it (coremltools issue 2631)
@@ -187,9 +189,13 @@ class ConversionPlan:
 
     @property
     def routers(self) -> dict[int, str]:
-        """Paths of the router tables that guesses of the host read, by layer."""
-        return {n: f"{ROUTERS}/layer_{n:02d}.bin" for n in self.layers
-                if self.options.routing == "sparse" and isinstance(self.spec.layers[n].ffn, MoeSpec)}  # fmt: skip
+        """Paths of the router tables that guesses of the host read, by layer: where a matrix alone says which experts
+        score highest."""
+        if self.options.routing != "sparse":
+            return {}
+        ffns = {n: self.spec.layers[n].ffn for n in self.layers}
+        linear = (n for n, ffn in ffns.items() if isinstance(ffn, MoeSpec) and ffn.router.is_linear)
+        return {n: f"{ROUTERS}/layer_{n:02d}.bin" for n in linear}
 
 
 def sources_of(spec: ModelSpec) -> dict[WeightName, TensorSource]:
@@ -216,7 +222,7 @@ def make_plan(spec: ModelSpec, sources: Mapping[WeightName, TensorSource], optio
     for shard in shards:
         if shard.file_bytes > MAX_WEIGHT_BYTES:
             raise UserError(f"{shard.path} would hold {shard.weight_bytes / MB:.0f} MB",
-                            "Core ML's limit is 2 GiB a package")  # fmt: skip
+                            "Core ML's limit is 2 GiB a package")
     return ConversionPlan(spec, options, context, width, layers, tuple(shards))
 
 
@@ -231,7 +237,7 @@ def _require_expert_functions(options: ConvertOptions) -> None:
     tokens = options.expert_tokens
     if list(tokens) != sorted(set(tokens)) or not tokens or not 1 <= tokens[0] <= tokens[-1] <= MAX_EXPERT_TOKENS:
         raise UserError("the token counts of expert functions are not possible", ",".join(map(str, tokens)) or "none",
-                        f"give rising numbers from 1 to {MAX_EXPERT_TOKENS}")  # fmt: skip
+                        f"give rising numbers from 1 to {MAX_EXPERT_TOKENS}")
     if options.experts_per_function < 1:
         raise UserError("an expert function needs an expert", str(options.experts_per_function))
     if options.groups and options.routing != "sparse":
@@ -248,7 +254,7 @@ def _functions(options: ConvertOptions) -> tuple[tuple[str, int], ...]:
 class _Copy:
     """One block of a package, and the experts that it holds."""
 
-    block: BlockConfig
+    block: PartConfig
     experts: tuple[int, ...] = ()
 
 
@@ -289,18 +295,19 @@ class _Planner:
             return False
         if self.options.routing == "sparse" and any(isinstance(layer.ffn, MoeSpec) for layer in layers):
             return False  # the host dispatches the experts between attention and the next layer
-        if len({(layer.mixer.rope, layer.mixer.window) for layer in layers}) > 1:
+        if not can_share(self._stack(group).layers):
             return False
         return self.stack(group).weight_bytes <= self.options.max_shard_mb * MB
 
     def _stack(self, group: Sequence[int]) -> StackConfig:
-        return StackConfig(tuple((self._attention(n), self._whole_ffn(n)) for n in group))
+        return StackConfig(tuple((self._mixer(n), self._whole_ffn(n)) for n in group))
 
     def _whole_ffn(self, layer: int) -> DenseConfig | MoeConfig:
-        ffn = self.spec.layers[layer].ffn
-        if isinstance(ffn, MoeSpec):
-            return self._moe(layer, ffn, ffn.router.experts, True)
-        return DenseConfig(self.spec.d_model, self.spec.norm, ffn, self._mlp_ranks(layer, "mlp."))
+        spec = self.spec.layers[layer]
+        if isinstance(spec.ffn, MoeSpec):
+            return self._moe(layer, spec.ffn, spec.ffn.router.experts, True)
+        ranks = self._mlp_ranks(layer, "mlp.")
+        return DenseConfig(self.spec.d_model, self.spec.norm, spec.ffn, ranks, spec.affine)
 
     def _mlp_ranks(self, layer: int, prefix: str = "", expert: int | None = None) -> MlpRanks:
         names = (WeightName(layer, "ffn", expert, f"{prefix}{matrix}.weight") for matrix in ("gate", "up", "down"))
@@ -313,17 +320,29 @@ class _Planner:
         choice = self.options.recipe.choice(name, source.role)
         return min(choice.rank, min(source.shape) // 2)
 
-    def _attention(self, layer: int) -> AttentionConfig:
-        mixer = self.spec.layers[layer].mixer
-        rotary = len(self.spec.ropes[mixer.rope].inv_freq) if mixer.rope else 0
-        explicit = self.options.state == "explicit"
-        q, k, v, o = (self._rank(WeightName(layer, "attn", None, f"{name}.weight")) for name in "qkvo")
-        return AttentionConfig(self.spec.d_model, self.spec.norm, mixer, rotary, self.slots, explicit, (q, k, v, o))
+    def _mixer(self, layer: int) -> MixerConfig:
+        spec = self.spec.layers[layer]
+        mixer, d_model = spec.mixer, self.spec.d_model
+        projections = (row.path.removesuffix(".weight") for row in mixer.rows(d_model) if row.role)
+        ranks = {path: self._rank(WeightName(layer, "attn", None, f"{path}.weight")) for path in projections}
+        return mixer_config(mixer)(
+            d_model,
+            self.spec.norm,
+            mixer,
+            rotary=len(self.spec.ropes[mixer.rope].inv_freq) if mixer.rope else 0,
+            slots=self.slots,
+            explicit=self.options.state == "explicit",
+            ranks=tuple((path, rank) for path, rank in ranks.items() if rank),
+            affine=spec.affine,
+            entry=spec.entry,
+        )
 
     def attention(self, layer: int) -> ShardPlan:
-        config, ffn = self._attention(layer), self.spec.layers[layer].ffn
-        routed = isinstance(ffn, MoeSpec) and self.options.routing == "sparse"
-        block = RoutedAttentionConfig(config, ffn.router) if isinstance(ffn, MoeSpec) and routed else config
+        config, spec = self._mixer(layer), self.spec.layers[layer]
+        routed = isinstance(spec.ffn, MoeSpec) and self.options.routing == "sparse"
+        block: PartConfig = config
+        if isinstance(spec.ffn, MoeSpec) and routed:
+            block = RoutedMixerConfig(config, spec.ffn.router, spec.affine)
         path = f"attn/layer_{layer:02d}.mlpackage"
         return self._shard(path, "attn", layer, _Copy(block), scope="attn")
 
@@ -389,7 +408,8 @@ class _Planner:
         return groups
 
     def _group(self, layer: int, moe: MoeSpec, size: int) -> ExpertGroupConfig:
-        return ExpertGroupConfig(self.spec.d_model, moe.expert, size, self._mlp_ranks(layer, expert=0))
+        ranks, affine = self._mlp_ranks(layer, expert=0), self.spec.layers[layer].affine
+        return ExpertGroupConfig(self.spec.d_model, moe.expert, size, ranks, affine)
 
     def head(self) -> list[ShardPlan]:
         least = max(MIN_HEAD_PARTS, math.ceil(self.spec.vocab / MAX_HEAD_ROWS))
@@ -406,7 +426,8 @@ class _Planner:
     def _moe(self, layer: int, moe: MoeSpec, experts: int, first: bool) -> MoeConfig:
         soft, ranks = self.options.routing == "soft", self._mlp_ranks(layer, expert=0)
         shared = (0, 0, 0) if moe.shared is None else self._mlp_ranks(layer, "shared.")
-        return MoeConfig(self.spec.d_model, self.spec.norm, moe, experts, first, soft, ranks, shared)
+        affine = self.spec.layers[layer].affine
+        return MoeConfig(self.spec.d_model, self.spec.norm, moe, experts, first, soft, ranks, shared, affine)
 
     def _split(self, layer: int, moe: MoeSpec) -> tuple[list[int], str]:
         """Experts per part, and why: the fewest parts within the limit, equal ones where that costs few more."""
@@ -420,7 +441,7 @@ class _Planner:
             expert = whole.place(copy.experts).name(parameter).expert
             if expert is not None:
                 each[expert] += size
-        row = 2 * experts                                               # of the one-hot matrix that picks the gates
+        row = 2 * moe.router.classes                                    # of the one-hot matrix that picks the gates
         fitting = (limit - (whole.weight_bytes - sum(each))) // (max(each) + row)
         reason = f"{whole.weight_bytes / MB:.0f} MB in one piece, limit {self.options.max_shard_mb} MB"
         if fitting < 1:
@@ -507,7 +528,7 @@ def _payload(source: Source, choice: Choice) -> int:
 
 @cache
 def _ports(
-    block: BlockConfig,
+    block: PartConfig,
     tokens: int,
     layers: tuple[int, ...],
     rows: tuple[int, int] | None,

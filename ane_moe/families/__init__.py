@@ -15,11 +15,12 @@ from ane_moe.errors import UserError
 from ane_moe.families.config import Config
 from ane_moe.families.keys import KeyTable, find_tensors
 from ane_moe.families.quantised import SIDE_FILES, quantisation, side_file
+from ane_moe.families.taps import Taps
 from ane_moe.json_file import read_json
 from ane_moe.model.spec import ModelSpec
 from ane_moe.model.weight import WeightName
 
-PARTS = {"approximate", "config", "decoder", "keys", "quantised", "rope"}
+PARTS = {"approximate", "config", "decoder", "keys", "quantised", "rope", "taps"}
 
 PLAIN_WEIGHTS = (
     "supported: F16, BF16 and F32 weights; take the model it was made from, or dequantise it first"
@@ -27,9 +28,11 @@ PLAIN_WEIGHTS = (
 
 
 class Family(Protocol):
-    """What a family's module offers: `KEYS` says what our tensors (`ModelSpec.weights`) are called in a checkpoint."""
+    """What a family's module offers: `KEYS` says what our tensors (`ModelSpec.weights`) are called in a checkpoint,
+    `TAPS` where Hugging Face's model has what goldens keep."""
 
     KEYS: KeyTable
+    TAPS: Taps
 
     def spec(self, config: Config) -> ModelSpec:
         """The architecture; UserError for a field that is missing or asks for other maths."""

@@ -26,9 +26,10 @@ class Config:
         """Whether the file gives the field a value other than null."""
         return self.values.get(name) is not None
 
-    def integer(self, *names: str, at_most: int = MAX_SIZE) -> int:
-        """A positive whole number of at most `at_most`."""
-        return int(self._field(names, f"a whole number from 1 to {at_most}", lambda v: _whole(v) and 0 < v <= at_most))
+    def integer(self, *names: str, at_least: int = 1, at_most: int = MAX_SIZE) -> int:
+        """A whole number within these bounds."""
+        wanted = f"a whole number from {at_least} to {at_most}"
+        return int(self._field(names, wanted, lambda v: _whole(v) and at_least <= v <= at_most))
 
     def number(self, *names: str) -> float:
         """A positive finite number."""

@@ -7,6 +7,7 @@ from ane_moe.families.config import MAX_EXPERTS, MAX_LAYERS, Config
 from ane_moe.families.rope import rope_config, rope_spec
 from ane_moe.model.spec import GqaSpec, HeadSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec, RouterSpec
 
+EPS = ("rms_norm_eps", "norm_eps")
 ROPE = "main"       # these families have one rotary table
 
 
@@ -22,7 +23,7 @@ def gqa(config: Config, **facts: Any) -> GqaSpec:
         head_dim = d_model // heads
     else:
         raise config.missing("head_dim")
-    usual = {"scale": head_dim**-0.5, "rope": ROPE, "qk_norm_eps": config.number("rms_norm_eps")}
+    usual = {"scale": head_dim**-0.5, "rope": ROPE, "qk_norm_eps": config.number(*EPS)}
     return GqaSpec(heads, kv_heads, head_dim, **{**usual, **facts})
 
 
@@ -32,13 +33,13 @@ def mlp(config: Config, width: str) -> MlpSpec:
     return MlpSpec(config.integer(width))
 
 
-def router(config: Config, renorm: bool) -> RouterSpec:
-    """The softmax router from the usual fields."""
+def router(config: Config, renorm: bool, **facts: Any) -> RouterSpec:
+    """The router from the usual fields; `facts` are the RouterSpec fields in which the family differs."""
     experts = config.integer("num_experts", "num_local_experts", at_most=MAX_EXPERTS)
     k = config.integer("num_experts_per_tok")
     if k > experts:
         raise config.wrong("num_experts_per_tok", f"at most the number of experts, {experts}")
-    return RouterSpec(experts, k, renorm=renorm)
+    return RouterSpec(experts, k, renorm, **facts)
 
 
 def n_layers(config: Config) -> int:
@@ -55,18 +56,24 @@ def full_attention(config: Config) -> None:
 
 def decoder(config: Config, layers: Iterable[LayerSpec], logit_scale: float = 1.0, **facts: Any) -> ModelSpec:
     """The whole model around `layers`; `facts` are the ModelSpec fields in which the family differs."""
-    rope, layers = rope_config(config), tuple(layers)
-    rope.only("partial_rotary_factor", None, 1)
     return ModelSpec(
         family=config.values["model_type"],
         d_model=config.integer("hidden_size"),
         vocab=config.integer("vocab_size"),
         context=config.integer("max_position_embeddings"),
-        norm=NormSpec(eps=config.number("rms_norm_eps")),
-        layers=layers,
-        head=HeadSpec(tied=config.flag("tie_word_embeddings"), logit_scale=logit_scale),
-        ropes={ROPE: rope_spec(rope, layers[0].mixer.head_dim)},
+        layers=tuple(layers),
+        head=HeadSpec(tied=config.flag("tie_word_embeddings", "tie_embedding"), logit_scale=logit_scale),
         bos_id=next(iter(config.token_ids("bos_token_id")), None),
         eos_ids=config.token_ids("eos_token_id"),
-        **facts,
+        **{"norm": NormSpec(eps=config.number(*EPS))} | facts,
     )
+
+
+def llama(config: Config, layers: Iterable[LayerSpec], logit_scale: float = 1.0, **facts: Any) -> ModelSpec:
+    """A decoder with one rotary table for all of each head."""
+    rope, layers = rope_config(config), tuple(layers)
+    rope.only("partial_rotary_factor", None, 1)
+    attention = (layer.mixer for layer in layers if isinstance(layer.mixer, GqaSpec))
+    first = next(attention, None)
+    ropes = {ROPE: rope_spec(rope, first.head_dim)} if first else {}
+    return decoder(config, layers, logit_scale, ropes=ropes, **facts)

@@ -1,8 +1,9 @@
 """Granite MoE (granite-3.1-1b-a400m, 3b-a800m): four multipliers, softmax over the chosen logits, fused experts."""
 
 from ane_moe.families.config import Config
-from ane_moe.families.decoder import decoder, full_attention, gqa, mlp, n_layers, router
+from ane_moe.families.decoder import full_attention, gqa, llama, mlp, n_layers, router
 from ane_moe.families.keys import SKELETON, KeyTable, expert_keys, fused_experts
+from ane_moe.families.taps import Taps
 from ane_moe.model.spec import LayerSpec, ModelSpec, MoeSpec
 
 KEYS: KeyTable = {
@@ -16,6 +17,7 @@ KEYS: KeyTable = {
         fused_experts("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"),
     ),
 }
+TAPS = Taps()
 
 
 def spec(config: Config) -> ModelSpec:
@@ -23,7 +25,7 @@ def spec(config: Config) -> ModelSpec:
     bias = config.flag("attention_bias")
     attention = gqa(config, scale=config.number("attention_multiplier"), qkv_bias=bias, o_bias=bias)
     moe = MoeSpec(router(config, renorm=True), mlp(config, "intermediate_size"))
-    return decoder(
+    return llama(
         config,
         [LayerSpec(attention, moe)] * n_layers(config),
         embed_scale=config.number("embedding_multiplier"),

@@ -28,16 +28,28 @@ class Fused:
     parts: int = 1
 
 
-KeyTable = Mapping[str, tuple[str | Fused, ...]]
+@dataclass(frozen=True)
+class Rows:
+    """`part` of `parts` equal runs of rows of one stored tensor."""
+
+    key: str
+    part: int
+    parts: int
+
+
+Entry = str | Fused | Rows
+KeyTable = Mapping[str, tuple[Entry, ...]]
 
 LAYER = "model.layers.{layer}"
 # Names that tell what made them, and what to do about it.
 ORIGINS = {
     r"\.lora_|\.base_layer\.|\.original_module\.":
-        "an adapter is beside its weights: merge it (peft's merge_and_unload), and save the model",
+        "an adapter is beside its weights: merge it (peft's merge_and_unload), "
+        "and save the model",
     r"\.switch_mlp\.": "these are mlx-lm's names: take the Hugging Face model it was made from",
     r"^tok_embeddings\.|^layers\.\d+\.attention\.w[qkvo]\.":
-        "these are names of Meta's or Mistral's own layout: take the model's Hugging Face form",
+        "these are names of Meta's or Mistral's own layout: "
+        "take the model's Hugging Face form",
     r"^blk\.\d+\.|^token_embd\.": "these are GGUF's names: take the model's Hugging Face form",
 }
 
@@ -87,19 +99,22 @@ def _missing(
     )
 
 
-def _source(spec: ModelSpec, name: WeightName, weight: Weight, entry: str | Fused) -> TensorSource:
+def _source(spec: ModelSpec, name: WeightName, weight: Weight, entry: Entry) -> TensorSource:
     numbers = {"layer": name.layer, "expert": name.expert}
     scale = spec.multiplier(weight.fold)
     if isinstance(entry, str):
         return TensorSource(name, entry.format(**numbers), weight.shape, scale=scale, weight=weight)
     assert name.layer is not None
     ffn, rows = spec.layers[name.layer].ffn, weight.shape[0]
-    assert isinstance(ffn, MoeSpec)
+    stored: tuple[int, ...] = (entry.parts * rows, *weight.shape[1:])
+    if isinstance(entry, Fused):
+        assert isinstance(ffn, MoeSpec)
+        stored = (ffn.router.experts, *stored)
     return TensorSource(
         name,
         entry.key.format(**numbers),
-        (ffn.router.experts, entry.parts * rows, *weight.shape[1:]),
-        index=name.expert,
+        stored,
+        index=name.expert if isinstance(entry, Fused) else None,
         rows=None if entry.parts == 1 else (entry.part * rows, (entry.part + 1) * rows),
         scale=scale,
         weight=weight,
@@ -130,7 +145,7 @@ def mlp_keys(ours: str, theirs: str) -> KeyTable:
     }
 
 
-def expert_keys(*forms: dict[str, str | Fused]) -> KeyTable:
+def expert_keys(*forms: dict[str, Entry]) -> KeyTable:
     """The experts, in the `forms` in which they may be stored: each says where gate, up and down are."""
     return {
         f"layers.{{layer}}.ffn.experts.{{expert}}.{name}.weight": tuple(form[name] for form in forms)
@@ -138,13 +153,23 @@ def expert_keys(*forms: dict[str, str | Fused]) -> KeyTable:
     }
 
 
-def each_expert(prefix: str, gate: str, up: str, down: str) -> dict[str, str | Fused]:
+def each_expert(prefix: str, gate: str, up: str, down: str) -> dict[str, Entry]:
     """Experts stored one by one, under these names."""
     names = {"gate": gate, "up": up, "down": down}
     return {name: f"{LAYER}.{prefix}.{{expert}}.{theirs}.weight" for name, theirs in names.items()}
 
 
-def fused_experts(gate_up: str, down: str) -> dict[str, str | Fused]:
+def stacked_pairs(prefix: str) -> dict[str, Entry]:
+    """Experts stored one by one, each with gate and up in one `gate_up_proj` [2 * width, d]."""
+    one = f"{LAYER}.{prefix}.{{expert}}"
+    return {
+        "gate": Rows(f"{one}.gate_up_proj", 0, 2),
+        "up": Rows(f"{one}.gate_up_proj", 1, 2),
+        "down": f"{one}.down_proj",
+    }
+
+
+def fused_experts(gate_up: str, down: str) -> dict[str, Entry]:
     """Experts stacked in `gate_up` [experts, 2 * width, d] and `down` [experts, d, width]."""
     return {
         "gate": Fused(f"{LAYER}.{gate_up}", part=0, parts=2),

@@ -1,8 +1,9 @@
 """Mixtral (Mixtral-8x7B, 8x22B): the plain Llama skeleton, few and wide experts."""
 
 from ane_moe.families.config import Config
-from ane_moe.families.decoder import decoder, gqa, mlp, n_layers, router
+from ane_moe.families.decoder import gqa, llama, mlp, n_layers, router
 from ane_moe.families.keys import SKELETON, KeyTable, each_expert, expert_keys, fused_experts
+from ane_moe.families.taps import Taps
 from ane_moe.model.spec import LayerSpec, ModelSpec, MoeSpec
 
 # transformers reads `block_sparse_moe` and its own newer `mlp` alike.
@@ -19,9 +20,10 @@ KEYS: KeyTable = {
         fused_experts("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
     ),
 }
+TAPS = Taps()
 
 
 def spec(config: Config) -> ModelSpec:
     window = None if config.nullable("sliding_window") is None else config.integer("sliding_window")
     moe = MoeSpec(router(config, renorm=True), mlp(config, "intermediate_size"))
-    return decoder(config, [LayerSpec(gqa(config, window=window), moe)] * n_layers(config))
+    return llama(config, [LayerSpec(gqa(config, window=window), moe)] * n_layers(config))

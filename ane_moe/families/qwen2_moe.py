@@ -1,8 +1,9 @@
 """Qwen2-MoE (Qwen1.5-MoE-A2.7B): biases on q, k and v, an always-on expert behind a sigmoid gate."""
 
 from ane_moe.families.config import Config
-from ane_moe.families.decoder import decoder, gqa, mlp, n_layers, router
+from ane_moe.families.decoder import gqa, llama, mlp, n_layers, router
 from ane_moe.families.keys import MLP_EXPERTS, SKELETON, KeyTable, mlp_keys
+from ane_moe.families.taps import Taps
 from ane_moe.model.spec import LayerSpec, ModelSpec, MoeSpec, SharedSpec
 
 KEYS: KeyTable = {
@@ -13,6 +14,7 @@ KEYS: KeyTable = {
     **mlp_keys("ffn.shared", "mlp.shared_expert"),
     "layers.{layer}.ffn.shared_gate.weight": ("model.layers.{layer}.mlp.shared_expert_gate.weight",),
 }
+TAPS = Taps()
 
 
 def spec(config: Config) -> ModelSpec:
@@ -22,7 +24,7 @@ def spec(config: Config) -> ModelSpec:
     moe = MoeSpec(router(config, config.flag("norm_topk_prob")), mlp(config, "moe_intermediate_size"), shared)
     ffns = [moe if sparse else mlp(config, "intermediate_size") for sparse in moe_layers(config)]
     mixers = [gqa(config, qkv_bias=bias, window=window) for window in _windows(config)]
-    return decoder(config, [LayerSpec(mixer, ffn) for mixer, ffn in zip(mixers, ffns, strict=True)])
+    return llama(config, [LayerSpec(mixer, ffn) for mixer, ffn in zip(mixers, ffns, strict=True)])
 
 
 def moe_layers(config: Config) -> list[bool]:

@@ -1,9 +1,10 @@
 """Qwen3-MoE (Qwen3-30B-A3B, Qwen3-Coder-30B-A3B): q and k norms per head, dense layers where the config says so."""
 
 from ane_moe.families.config import Config
-from ane_moe.families.decoder import decoder, gqa, mlp, router
+from ane_moe.families.decoder import gqa, llama, mlp, router
 from ane_moe.families.keys import MLP_EXPERTS, SKELETON, KeyTable, mlp_keys
 from ane_moe.families.qwen2_moe import moe_layers
+from ane_moe.families.taps import Taps
 from ane_moe.model.spec import LayerSpec, ModelSpec, MoeSpec
 
 KEYS: KeyTable = {
@@ -12,6 +13,7 @@ KEYS: KeyTable = {
     "layers.{layer}.ffn.router.weight": ("model.layers.{layer}.mlp.gate.weight",),
     **MLP_EXPERTS,
 }
+TAPS = Taps()
 
 
 def spec(config: Config) -> ModelSpec:
@@ -21,4 +23,4 @@ def spec(config: Config) -> ModelSpec:
     attention = gqa(config, qk_norm="head", qkv_bias=bias, o_bias=bias, window=window)
     moe = MoeSpec(router(config, renorm=config.flag("norm_topk_prob")), mlp(config, "moe_intermediate_size"))
     ffns = [moe if sparse else mlp(config, "intermediate_size") for sparse in moe_layers(config)]
-    return decoder(config, [LayerSpec(attention, ffn) for ffn in ffns])
+    return llama(config, [LayerSpec(attention, ffn) for ffn in ffns])

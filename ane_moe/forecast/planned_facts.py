@@ -20,7 +20,7 @@ from ane_moe.mlprogram.program import Operation, TensorType
 from ane_moe.mlprogram.weights import Part
 from ane_moe.model.port import STATE, STREAM, Port
 from ane_moe.model.weight import PARAMETER, Directions, Row, Shape, Weight
-from ane_moe.parts.registry import TemplateKey, function_name, weight_name
+from ane_moe.parts.template_key import TemplateKey, function_name, weight_name
 from ane_moe.placement.facts import FunctionFacts, OpFacts, feature_facts
 
 CONVERTER = version("coremltools")
@@ -39,7 +39,7 @@ OPERATIONS: dict[str, float] = {
     "shared_gate": 3,
     "recover_out": 2,
     "state": 7.5,       # reads and writes, and the shapes they need
-}  # fmt: skip
+}
 
 
 _Like = tuple[Shape, str]  # the shape and the stored form of a matrix
@@ -169,7 +169,7 @@ class _Graph:
             facts = _product() | axes | {
                 "channels_in": columns, "channels_out": rows, "elements": columns * self.tokens,
                 "reduction": columns, "weight_format": form,
-            }  # fmt: skip
+            }
             flops = 2 * rows * columns * self.tokens * count
             op = _op("conv", count, facts, f"{rows} x {columns} {form}", flops)
             op.parts = _parts(op.name, sizes[like])
@@ -209,13 +209,13 @@ def _arithmetic() -> dict[str, Any]:
         "nested": False, "rank": 4, "input_rank": 4, "dtypes": frozenset({"fp16"}), "fan_in": 1,
         "infinite_constant": False, "weight_format": "", "feeds": frozenset(),
         "constants": frozenset(),
-    }  # fmt: skip
+    }
 
 
 def _product() -> dict[str, Any]:
     return _arithmetic() | {
         "constants": frozenset({"weight"}), "groups": 1, "kernel_h": 1, "kernel_w": 1,
-    }  # fmt: skip
+    }
 
 
 def _state_ops(states: int) -> list[OpFacts]:

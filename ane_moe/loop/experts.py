@@ -50,11 +50,13 @@ class Group:
 
 @dataclass(frozen=True)
 class ExpertLayer:
-    """The expert functions of one layer: groups in the order of their experts."""
+    """The expert functions of one layer: groups in the order of their experts. `experts` is how many the layer has
+    (None: as many as gates); rows of the gates after theirs are of choices that compute nothing."""
 
     layer: int
     groups: tuple[Group, ...]
     shared: Group | None
+    experts: int | None = None
 
     @property
     def all_groups(self) -> tuple[Group, ...]:
@@ -84,7 +86,8 @@ def expert_layers(manifest: Manifest) -> dict[int, ExpertLayer]:
             _require_once(groups, layer)
             routed = sorted((group for group in groups if group.experts), key=lambda group: group.experts[0])
             shared = next((group for group in groups if not group.experts), None)
-            layers[layer] = ExpertLayer(layer, tuple(routed), shared)
+            experts = manifest.moe.get(str(layer), {}).get("experts")
+            layers[layer] = ExpertLayer(layer, tuple(routed), shared, experts)
     return layers
 
 
@@ -138,9 +141,9 @@ class ExpertDispatch:
         for _ in range(concurrency):
             self._scratch.put(Scratch())
 
-    def chosen(self, gates: np.ndarray) -> list[int]:
-        """Experts with a gate other than zero in `gates [E,T]`, in order."""
-        return np.flatnonzero((gates != 0).any(axis=1)).tolist()
+    def chosen(self, layer: int, gates: np.ndarray) -> list[int]:
+        """Experts of a layer with a gate other than zero in `gates [E,T]`, in order."""
+        return np.flatnonzero((gates[:self.layers[layer].experts] != 0).any(axis=1)).tolist()
 
     def add(self, layer: int, experts: Sequence[int], ffn_input: np.ndarray, gates: np.ndarray, total: np.ndarray,
             clock: CallClock) -> None:

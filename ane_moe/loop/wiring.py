@@ -5,8 +5,8 @@ into slots; see `model/port.py` for what they are, `loop/buffers.py` for those t
 T = tokens in a call.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -71,7 +71,7 @@ class Call:
     entry: ShardFunction
     function: LoadedFunction
     features: dict[str, np.ndarray]
-    shares: dict[str, Share]                        # by slot, where it is not alone
+    outputs: tuple[tuple[Port, Share | None], ...]  # those that are put, and its part in sums
     slots: Slots
     states: States
 
@@ -84,17 +84,15 @@ class Call:
             outputs = self.function.predict(self.features | passed, self.states.held.get(self.shard.path))
         finally:
             clock.stop(self.shard.kind, started)
-        for port in self.entry.ports.outputs:
-            self._put(port, outputs[port.name])
+        for port, share in self.outputs:
+            value = outputs[port.name]
+            if port.root == STATE:
+                self.states.passed[port.slot] = value
+            elif share:
+                share.put(by_channel(value))
+            else:
+                self.slots.columns(port.slot)[:] = by_channel(value)
         return outputs
-
-    def _put(self, port: Port, value: np.ndarray) -> None:
-        if port.root == STATE:
-            self.states.passed[port.slot] = value
-        elif share := self.shares.get(port.slot):
-            share.put(by_channel(value))
-        else:
-            self.slots.columns(port.slot)[:] = by_channel(value)
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ class Dispatched:
         stream = self.slots.columns(STREAM)[:, :count]
         ffn_input = self.slots.columns(FFN_INPUT)[:, :count]
         gates = self.slots.columns(f"gates.{self.layer}")[:, :count]
-        chosen = self.dispatch.chosen(gates)
+        chosen = self.dispatch.chosen(self.layer, gates)
         if self.notice:
             self.notice(self.layer, chosen, stream[:, 0])
         total = stream.astype(np.float32)
@@ -151,23 +149,53 @@ class Wiring:
     def lane(self, steps: Sequence[Step], name: str, slots: Slots) -> Lane:
         """The functions called `name` of `steps`, and their experts, in that order."""
         entries = [_entry(step, name) for step in steps]
-        shares = _shares(entries, slots)
+        groups = _groups(entries)
         calls: list[Call | Dispatched] = []
-        for step, entry, own in zip(steps, entries, shares, strict=True):
+        for place, (step, entry) in enumerate(zip(steps, entries, strict=True)):
             if entry is None:
                 assert isinstance(step, ExpertLayer) and self.dispatch is not None
                 calls.append(Dispatched(step.layer, self.dispatch, slots, self.notice))
             else:
                 assert isinstance(step, LoadedShard)
-                calls.append(self._call(step, entry, own, slots))
+                group = next((group for group in groups if place in group.places), None)
+                calls.append(self._call(step, entry, slots, place, group))
         return Lane(next(entry.tokens for entry in entries if entry), slots, tuple(calls))
 
-    def _call(self, loaded: LoadedShard, entry: ShardFunction, shares: dict[str, Share], slots: Slots) -> Call:
+    def _call(self, loaded: LoadedShard, entry: ShardFunction, slots: Slots, place: int,
+              group: "_Group | None") -> Call:
         features = {port.name: slots.array(port) for port in entry.ports.inputs if port.root != STATE}
         for port in entry.ports.outputs:
             if port.root != STATE:
                 slots.array(port)
-        return Call(loaded.shard, entry, loaded.functions[entry.name], features, shares, slots, self.states)
+        if group:
+            outputs = tuple(group.outputs(place, entry, slots))
+        else:
+            outputs = tuple((port, None) for port in entry.ports.outputs)
+        return Call(loaded.shard, entry, loaded.functions[entry.name], features, outputs, slots, self.states)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Neighbours that put one `slot` together, by their places, and what each of them writes."""
+
+    slot: str
+    places: list[int]
+    onto: bool                                      # they add to what was there
+    written: list[set[str]]
+    totals: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def outputs(self, place: int, entry: ShardFunction, slots: Slots) -> Iterator[tuple[Port, Share | None]]:
+        """What the call at `place` puts: of what several of them set, the last one's counts, since the others still
+        read it as it was."""
+        after = set().union(*self.written[self.places.index(place) + 1:])
+        for port in entry.ports.outputs:
+            if port.slot == self.slot:
+                columns = by_channel(slots.array(port))
+                total = self.totals.setdefault(port.slot, np.zeros(columns.shape, np.float32))
+                first, last = place == self.places[0], place == self.places[-1]
+                yield port, Share(columns, total, first, last, self.onto)
+            elif port.slot not in after:
+                yield port, None
 
 
 def _entry(step: Step, name: str) -> ShardFunction | None:
@@ -177,28 +205,17 @@ def _entry(step: Step, name: str) -> ShardFunction | None:
     return next(entry for entry in step.shard.functions if entry.name == name)
 
 
-def _shares(entries: Sequence[ShardFunction | None], slots: Slots) -> list[dict[str, Share]]:
-    """The part of each call in sums, by slot."""
-    shares: list[dict[str, Share]] = [{} for _ in entries]
-    outputs = [port for entry in entries if entry for port in entry.ports.outputs]
-    for added in {port.slot: port for port in outputs if port.how == "add"}.values():
-        columns = by_channel(slots.array(added))
-        for places, onto in _runs(entries, added.slot):
-            total = np.zeros(columns.shape, np.float32)
-            for place in places:
-                first, last = place == places[0], place == places[-1]
-                shares[place][added.slot] = Share(columns, total, first, last, onto)
-    return shares
-
-
-def _runs(entries: Sequence[ShardFunction | None], slot: str) -> list[tuple[list[int], bool]]:
-    """Places of neighbours that write `slot` together, and whether they add to what was there."""
-    runs: list[tuple[list[int], bool]] = []
-    for place, entry in enumerate(entries):
-        outputs = entry.ports.outputs if entry else ()
-        how = next((port.how for port in outputs if port.slot == slot), None)
-        if how == "add" and runs and runs[-1][0][-1] == place - 1:
-            runs[-1][0].append(place)
-        elif how:
-            runs.append(([place], how == "add"))
-    return [(places, onto) for places, onto in runs if onto or len(places) > 1]
+def _groups(entries: Sequence[ShardFunction | None]) -> list[_Group]:
+    """Neighbours of which one sets a slot and the next ones add to it, or which all add to it."""
+    groups: list[_Group] = []
+    for slot in dict.fromkeys(port.slot for entry in entries if entry for port in entry.ports.outputs):
+        open_group: _Group | None = None
+        for place, entry in enumerate(entries):
+            outputs = {port.slot: port.how for port in entry.ports.outputs} if entry else {}
+            if outputs.get(slot) == "add" and open_group and open_group.places[-1] == place - 1:
+                open_group.places.append(place)
+                open_group.written.append(set(outputs))
+            elif slot in outputs:
+                open_group = _Group(slot, [place], outputs[slot] == "add", [set(outputs)])
+                groups.append(open_group)
+    return [group for group in groups if group.onto or len(group.places) > 1]

@@ -7,8 +7,9 @@ needs (`rows`), in the order in which its module has them.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
+from ane_moe.model.eda_router import EdaRouterSpec
 from ane_moe.model.weight import EMBEDDING, HEAD, Weight, WeightName
 
 
@@ -64,24 +65,63 @@ class GqaSpec:
             yield Weight("k_norm.weight", (self.head_dim if per_head else key,))
 
 
-# One member per mixer block; MLA, CCA and short convolutions join with their blocks.
-MixerSpec = GqaSpec
+class MixerSpec(Protocol):
+    """What mixes tokens in a layer: attention, or what stands in its place. The part that computes it
+    is found by the type of its spec."""
+
+    @property
+    def rope(self) -> str | None:
+        """The rotary table it reads, a name in ModelSpec.ropes."""
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that a token sees, itself included; None: all before it."""
+
+    def rows(self, d_model: int) -> Iterator[Weight]:
+        """The tensors of a layer's mixer, its norm first."""
 
 
 @dataclass(frozen=True)
 class RouterSpec:
     """How tokens choose experts: `k` of `experts`, the lowest index winning ties.
 
-    Experts are weighted by the full softmax, gathered at the k chosen (renormalised when `renorm`); softmax over only
-    the k chosen logits is the same function as `renorm=True`.
+    Experts are weighted by their scores, a softmax over all or a sigmoid of each, gathered at the k chosen and
+    multiplied by `scale`; with `renorm` divided by their sum plus `renorm_eps` before. Softmax over only the k chosen
+    logits is the same function as `renorm=True`. `bias` is added to the scores for the choice alone.
     """
 
     experts: int
     k: int
     renorm: bool = True
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    bias: bool = False
+    renorm_eps: float = 0.0
+    scale: float = 1.0
+
+    @property
+    def classes(self) -> int:
+        """Rows of the gates."""
+        return self.experts
+
+    @property
+    def carry(self) -> int:
+        """Channels handed on to the next layer's router."""
+        return 0
+
+    @property
+    def takes(self) -> bool:
+        """Whether it reads what the layer before handed on."""
+        return False
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether one matrix alone says which experts score highest."""
+        return not self.bias
 
     def rows(self, d_model: int) -> Iterator[Weight]:
         yield Weight("weight", (self.experts, d_model))
+        if self.bias:
+            yield Weight("choice_bias", (self.experts,), centred=True)
 
 
 @dataclass(frozen=True)
@@ -112,9 +152,12 @@ class SharedSpec:
             yield Weight("shared_gate.weight", (1, d_model))
 
 
+AnyRouterSpec = RouterSpec | EdaRouterSpec
+
+
 @dataclass(frozen=True)
 class MoeSpec:
-    router: RouterSpec
+    router: AnyRouterSpec
     expert: MlpSpec
     shared: SharedSpec | None = None
 
@@ -122,29 +165,58 @@ class MoeSpec:
 FfnSpec = MlpSpec | MoeSpec
 
 
+def residual_rows(d_model: int) -> Iterator[Weight]:
+    """The vectors of an affine residual: `(added + bias) * scale + (stream + bias) * scale`."""
+    for name in ("added_scale", "added_bias", "stream_bias", "stream_scale"):
+        yield Weight(f"residual.{name}", (d_model,))
+
+
+def entry_rows(d_model: int) -> Iterator[Weight]:
+    """The vectors that an embedding is shifted and scaled by before the first layer."""
+    for name in ("bias", "scale"):
+        yield Weight(f"entry.{name}", (d_model,))
+
+
 @dataclass(frozen=True)
 class LayerSpec:
+    """`affine`: what the mixer and the feed-forward block add, and the stream itself, are each shifted and scaled by
+    channel where they meet. `entry`: so is the embedding on its way into this layer."""
+
     mixer: MixerSpec
     ffn: FfnSpec
+    affine: bool = False
+    entry: bool = False
 
     def weights(self, number: int, d_model: int) -> Iterator[tuple[WeightName, Weight]]:
         """The tensors of the layer `number` of a model."""
-        for row in self.mixer.rows(d_model):
+        for row in self._mixer_rows(d_model):
             yield WeightName(number, "attn", None, row.path), row
-        yield WeightName(number, "ffn", None, "norm.weight"), Weight("norm.weight", (d_model,))
+        for row in self._ffn_rows(d_model):
+            yield WeightName(number, "ffn", None, row.path), row
+        if isinstance(self.ffn, MoeSpec):
+            expert_rows = tuple(self.ffn.expert.rows(d_model, "experts"))
+            for expert in range(self.ffn.router.experts):
+                for row in expert_rows:
+                    yield WeightName(number, "ffn", expert, row.path), row
+
+    def _mixer_rows(self, d_model: int) -> Iterator[Weight]:
+        if self.entry:
+            yield from entry_rows(d_model)
+        yield from self.mixer.rows(d_model)
+        if self.affine:
+            yield from residual_rows(d_model)
+
+    def _ffn_rows(self, d_model: int) -> Iterator[Weight]:
+        """Those of experts aside."""
+        yield Weight("norm.weight", (d_model,))
         if isinstance(self.ffn, MlpSpec):
-            for row in self.ffn.rows(d_model, "dense"):
-                yield WeightName(number, "ffn", None, f"mlp.{row.path}"), row.under("mlp")
-            return
-        for row in self.ffn.router.rows(d_model):
-            yield WeightName(number, "ffn", None, f"router.{row.path}"), row.under("router")
-        expert_rows = tuple(self.ffn.expert.rows(d_model, "experts"))
-        for expert in range(self.ffn.router.experts):
-            for row in expert_rows:
-                yield WeightName(number, "ffn", expert, row.path), row
-        if self.ffn.shared is not None:
-            for row in self.ffn.shared.rows(d_model):
-                yield WeightName(number, "ffn", None, row.path), row
+            yield from (row.under("mlp") for row in self.ffn.rows(d_model, "dense"))
+        else:
+            yield from (row.under("router") for row in self.ffn.router.rows(d_model))
+            if self.ffn.shared is not None:
+                yield from self.ffn.shared.rows(d_model)
+        if self.affine:
+            yield from residual_rows(d_model)
 
 
 @dataclass(frozen=True)

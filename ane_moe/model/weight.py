@@ -29,7 +29,8 @@ class Weight:
 
     `role` is what a recipe calls it (None: it stays fp16, whatever the recipe); `reads` names the activation that
     enters it, whose mean squares weigh its errors; `fold` is the multiplier of the model (a field of ModelSpec) that
-    goes into it, so that no graph needs an operation for it.
+    goes into it, so that no graph needs an operation for it. `centred`: only differences of its elements count, and the
+    largest becomes 0, which leaves fp16 more digits.
     """
 
     path: str
@@ -37,6 +38,7 @@ class Weight:
     role: str | None = None
     reads: str = ""
     fold: str = ""
+    centred: bool = False
 
     def under(self, prefix: str) -> "Weight":
         """The row of a part that stands inside another one. What it reads is told apart by `prefix` too, unless that is

@@ -7,6 +7,7 @@ What enters attention, the feed-forward blocks and the head is heard from the ru
 import hashlib
 import json
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -17,9 +18,10 @@ from ane_moe.formats.calibration import Calibration
 from ane_moe.model.spec import MlpSpec, ModelSpec, MoeSpec
 from ane_moe.model.weight import HEAD, WeightName
 from ane_moe.opened import Model
-from ane_moe.original.capture import Tap, ffn_norm, walk_layers
+from ane_moe.original.capture import walk_layers
 from ane_moe.original.prompts import builtin_prompts, check_prompts, cut_passages, read_prompts
 from ane_moe.original.stream import StreamedModel
+from ane_moe.original.tap import Tap
 from ane_moe.progress import Progress, silent
 from ane_moe.quiet_transformers import quiet_transformers
 
@@ -91,12 +93,12 @@ class _Collector:
         added = [np.concatenate([getattr(golden, name) for golden in goldens]) for name in ("attn_delta", "ffn_delta")]
         self.energies[index] = np.array([(delta.astype(np.float64) ** 2).sum(1).mean() for delta in added])
         middle = torch.from_numpy(np.concatenate([golden.middle for golden in goldens]))
-        x, ffn = ffn_norm(layer)(middle[None])[0], self._model.spec.layers[index].ffn     # (N, d)
+        x, ffn = taps[0].parts.ffn_norm(middle[None])[0], self._model.spec.layers[index].ffn     # (N, d)
         if isinstance(ffn, MlpSpec):
             self._mlp(WeightName(index, "ffn", None, ""), "mlp.", x)
             return
         chosen = np.concatenate([golden.router_indices for golden in goldens if golden.router_indices is not None])
-        self.counts[index] = np.bincount(chosen.reshape(-1), minlength=ffn.router.experts)
+        self.counts[index] = np.bincount(chosen.reshape(-1), minlength=ffn.router.classes)
         for expert in range(ffn.router.experts):
             if self.counts[index][expert]:
                 took_it = torch.from_numpy((chosen == expert).any(1))
@@ -108,8 +110,13 @@ class _Collector:
     def head(self, carried: list[torch.Tensor]) -> float:
         """Take in what enters the head; the mean squared length of the hidden state before it."""
         last = torch.cat([one[0] if isinstance(one, tuple) else one for one in carried], dim=1)
-        self.moments[HEAD.beside("x")] = _mean_squares(self._stream.model.base_model.norm(last)[0])
+        self.moments[HEAD.beside("x")] = _mean_squares(self._final_norm(last)[0])
         return float(last[0].double().square().sum(-1).mean())
+
+    def _final_norm(self, x: torch.Tensor) -> torch.Tensor:
+        key = self._model.sources[HEAD.beside("norm.weight")].key
+        norm = self._stream.model.get_submodule(key.removesuffix(".weight"))
+        return cast(torch.Tensor, norm(x))
 
     def _mlp(self, part: WeightName, prefix: str, x: torch.Tensor) -> None:
         gate, up = (self._weight(part.beside(f"{prefix}{matrix}.weight")) for matrix in ("gate", "up"))

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -11,14 +10,12 @@ import torch
 from ane_moe.checkpoints.checkpoint import Checkpoint
 from ane_moe.errors import UserError
 from ane_moe.original.experts import with_experts
-from ane_moe.original.golden import Golden, LayerGolden, arrays_of, layer_of, write_golden
+from ane_moe.original.golden import OF_THE_LAYER, Golden, LayerGolden, arrays_of, layer_of, write_golden
 from ane_moe.original.prompts import builtin_prompts, check_prompts
 from ane_moe.original.stream import StreamedModel
+from ane_moe.original.tap import Tap
 from ane_moe.progress import Progress, silent
 from ane_moe.quiet_transformers import quiet_transformers
-
-# The norm in front of the feed-forward block: its input is the hidden state after attention.
-FFN_NORMS = ("post_attention_layernorm", "ffn_norm")
 
 
 def capture_golden(checkpoint: Checkpoint, *, layers: tuple[int, ...], prompts: list[list[int]] | None, out: Path,
@@ -30,9 +27,6 @@ def capture_golden(checkpoint: Checkpoint, *, layers: tuple[int, ...], prompts: 
     captured activations and the logits. Raises UserError for a bad checkpoint, ids outside the vocabulary, and prompts
     longer than `context` or the model's own.
     """
-    from ane_moe.original.capture import capture
-    from ane_moe.original.stream import StreamedModel
-
     with quiet_transformers():
         stream = StreamedModel(checkpoint)
         vocab = stream.config.vocab_size
@@ -60,7 +54,7 @@ def capture(stream: StreamedModel, layers: tuple[int, ...], prompts: list[list[i
     def visit(index: int, layer: torch.nn.Module, taps: list[Tap]) -> None:
         if index in layers:
             golden = _joined(taps)
-            captured[index] = with_experts(layer, ffn_norm(layer), golden) if experts else golden
+            captured[index] = with_experts(taps[0].parts, golden) if experts else golden
 
     steps = max(layers) + 2
     carried, embedded = walk_layers(stream, max(layers) + 1, prompts, visit, progress)
@@ -77,7 +71,7 @@ def capture(stream: StreamedModel, layers: tuple[int, ...], prompts: list[list[i
 
 @torch.no_grad()
 def walk_layers(stream: StreamedModel, count: int, prompts: list[list[int]],
-                visit: Callable[[int, torch.nn.Module, list["Tap"]], None],
+                visit: Callable[[int, torch.nn.Module, list[Tap]], None],
                 progress: Progress) -> tuple[list[Any], list[Any]]:
     """Run the first `count` layers one after the other, and call `visit` with each while it is loaded: its index, the
     layer, and what was heard of it for every prompt.
@@ -98,57 +92,25 @@ def walk_layers(stream: StreamedModel, count: int, prompts: list[list[int]],
         taps = []
         with stream.loaded(f"layer {index}"):
             for number, one in enumerate(ids):
-                outputs = dict.fromkeys(others, carried[number]) | {embedding: embedded[number]}
-                with stream.stand_ins(outputs), Tap(layer) as tap:
+                tap = Tap(layer, stream.taps)
+                outputs = dict.fromkeys(others, _handed_on(tap, carried[number])) | {embedding: embedded[number]}
+                with stream.stand_ins(outputs), tap:
                     stream.model.base_model(input_ids=one, use_cache=False)
                 carried[number] = tap.output
+                if index == 0 and stream.taps.entry:
+                    tap.entering = embedded[number][0]
                 taps.append(tap)
             visit(index, layer, taps)
     return carried, embedded
 
 
-class Tap:
-    """Listens to one run of a decoder layer: its input, the hidden state between its blocks, its router, its output."""
-
-    def __init__(self, layer: torch.nn.Module):
-        self._layer = layer
-        self.x: Any = None
-        self.middle: Any = None
-        self.router: Any = None
-        self.output: Any = None
-
-    def __enter__(self) -> "Tap":
-        layer = self._layer
-        routers = [module for module in layer.modules() if type(module).__name__.endswith("Router")]
-        self._handles = [
-            layer.register_forward_pre_hook(lambda _, args: setattr(self, "x", args[0][0])),
-            ffn_norm(layer).register_forward_pre_hook(lambda _, args: setattr(self, "middle", args[0][0])),
-            layer.register_forward_hook(lambda _, args, output: setattr(self, "output", output)),
-            *(router.register_forward_hook(lambda _, args, output: setattr(self, "router", output))
-              for router in routers)]
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def golden(self) -> LayerGolden:
-        output = self.output[0] if isinstance(self.output, tuple) else self.output
-        probs = indices = None
-        if self.router is not None:
-            router_logits, _, chosen = self.router
-            probs, indices = router_logits.softmax(-1).numpy(), chosen.numpy().astype(np.int32)
-        return LayerGolden(self.x.numpy(), (self.middle - self.x).numpy(), (output[0] - self.middle).numpy(),
-                           probs, indices)
-
-
-def ffn_norm(layer: torch.nn.Module) -> torch.nn.Module:
-    """The norm in front of the feed-forward block."""
-    norm: torch.nn.Module = next(getattr(layer, name) for name in FFN_NORMS if hasattr(layer, name))
-    return norm
+def _handed_on(tap: Tap, before: Any) -> Any:
+    """What the layers that are not there give: what the one before gave; for the first, which has none before it, as
+    much as the model's loop needs to go on."""
+    return (before, None) if tap.parts.taps.carry and not isinstance(before, tuple) else before
 
 
 def _joined(taps: list[Tap]) -> LayerGolden:
     prompts = [arrays_of(tap.golden()) for tap in taps]
-    return layer_of({name: np.concatenate([prompt[name] for prompt in prompts]) for name in prompts[0]})
+    joined = {name: np.concatenate([prompt[name] for prompt in prompts]) for name in prompts[0]}
+    return layer_of(joined | {name: prompts[0][name] for name in OF_THE_LAYER if name in prompts[0]})

@@ -4,34 +4,33 @@ N = tokens, d = d_model, E = experts, k = experts per token, P = tokens each exp
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import nn
 
 from ane_moe.original.golden import LayerGolden
+from ane_moe.original.tap import TappedLayer, first_of
 
 PROBES = 4
 
 
 @torch.no_grad()
-def with_experts(layer: nn.Module, norm: nn.Module, golden: LayerGolden) -> LayerGolden:
-    """The golden of a loaded decoder layer, `norm` being the one before its feed-forward block, with what its experts
-    take and give one by one added; unchanged where the layer has none."""
-    experts = next((module for module in layer.modules() if type(module).__name__.endswith("Experts")), None)
-    if experts is None or golden.router_indices is None:
+def with_experts(parts: TappedLayer, golden: LayerGolden) -> LayerGolden:
+    """The golden of a loaded decoder layer with what its experts take and give one by one added; unchanged where the
+    layer has none."""
+    experts, block, scale = parts.experts, parts.block, parts.added_scale
+    if experts is None or block is None or golden.router_indices is None:
         return golden
-    block = next(module for module in layer.modules() if getattr(module, "experts", None) is experts)
-    scale = getattr(layer, "residual_multiplier", 1.0)
-    ffn_input = norm(torch.from_numpy(golden.middle)[None])
+    ffn_input = parts.ffn_norm(torch.from_numpy(golden.middle)[None])
+    beside = [torch.from_numpy(carried)[None] for carried in golden.carried_in.values()]
     routed: list[torch.Tensor] = []
     handle = experts.register_forward_hook(lambda _, args, output: routed.append(output))
-    whole: Any = block(ffn_input)
+    whole: Any = first_of(block(ffn_input, *beside))
     handle.remove()
     flat = ffn_input[0]
     shared = scale * (whole[0] - routed[0].reshape(flat.shape))
-    tokens = _shown(golden.router_indices, golden.router_probs.shape[1] if golden.router_probs is not None else 0)
+    tokens = _shown(golden.router_indices, cast(int, experts.num_experts))
     each = torch.arange(len(tokens)).repeat_interleave(tokens.shape[1])[:, None]
     outputs = scale * experts(flat[tokens.reshape(-1)], each, torch.ones(len(each), 1))
     return replace(golden, ffn_input=flat.numpy(), expert_tokens=tokens,

@@ -19,6 +19,7 @@ from ane_moe.files import replaced
 
 FILE_NAME = "golden.safetensors"
 FORMAT = 1
+OF_THE_LAYER = ("attn_stream", "ffn_stream")        # not of its tokens
 METADATA = "ane_moe_golden"       # one key: safetensors writes several in an order that changes from run to run
 
 _AGAIN = "convert again with --golden, or give --checkpoint"
@@ -31,6 +32,13 @@ class LayerGolden:
     For a MoE layer also the full router probabilities `[N,E]` and the experts chosen, int32 `[N,k]`. Where asked for,
     also what experts compute alone: their input (the normed hidden state) and what the shared expert adds, `[N,d]`, and
     for the tokens int32 `[E,P]` each expert was shown, its outputs `[E,P,d]` at a gate of 1.
+
+    `router_scores` are what experts are chosen by, where that is not the probabilities. `experts_delta` is what experts
+    and shared expert add, where the layer also changes the stream that they add to. `entering` is what the embedding
+    gave, where the model changes that before the first layer. All `[N,E]` or `[N,d]`.
+
+    `attn_stream` and `ffn_stream`, `[2,d]`: bias and scale of the stream where the blocks' outputs meet it, if it has
+    them.
 
     `carried_in` and `carried_out` are what the layer takes over from the one before it and hands on beside the hidden
     state, `[N,C]` by the name of the slot (`carry.NAME`).
@@ -45,6 +53,11 @@ class LayerGolden:
     shared_output: np.ndarray | None = None
     expert_tokens: np.ndarray | None = None
     expert_outputs: np.ndarray | None = None
+    router_scores: np.ndarray | None = None
+    experts_delta: np.ndarray | None = None
+    entering: np.ndarray | None = None
+    attn_stream: np.ndarray | None = None
+    ffn_stream: np.ndarray | None = None
     carried_in: Mapping[str, np.ndarray] = field(default_factory=dict)
     carried_out: Mapping[str, np.ndarray] = field(default_factory=dict)
 

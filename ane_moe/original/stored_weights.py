@@ -180,4 +180,6 @@ def _fill(stored: np.memmap, source: TensorSource, value: np.ndarray) -> None:
     start, count = source.region
     flat = value.reshape(source.shape)
     flat = flat.T if source.transpose else flat
-    stored[start : start + count] = (flat.astype(np.float32) / source.scale).reshape(-1)
+    if source.scale != 1:
+        flat = flat.astype(np.float32) / source.scale
+    stored[start : start + count] = flat.reshape(-1)

@@ -6,6 +6,7 @@ parts that are not loaded are replaced by stand-ins that hand on what the real p
 positions and multipliers are all computed by Hugging Face's code.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -17,6 +18,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,
@@ -27,7 +29,15 @@ from transformers.modeling_utils import LoadStateDictConfig
 from ane_moe.checkpoints.checkpoint import Checkpoint
 from ane_moe.checkpoints.safetensors_header import StoredTensor
 from ane_moe.errors import UserError
+from ane_moe.families import load_family
 from ane_moe.families.quantised import quantisation
+
+# Experts one by one, each with gate and up together: a form that transformers itself does not read.
+SINGLE_PAIR = re.compile(r"\.experts\.\d+\.gate_up_proj$")
+SINGLE_PAIRS = [
+    WeightConverter(f"experts.*.{matrix}$", f"experts.{matrix}", operations=[MergeModulelist(dim=0)])
+    for matrix in ("gate_up_proj", "down_proj")
+]
 
 
 class StreamedModel:
@@ -45,7 +55,10 @@ class StreamedModel:
                 trust_remote_code=False,
             ).eval()
         self.layers: nn.ModuleList = self.model.base_model.layers
+        self.taps = load_family(self.config.model_type).TAPS
         self._mapping: list[Any] = get_model_conversion_mapping(self.model)
+        if any(SINGLE_PAIR.search(name) for name in checkpoint.tensors):
+            self._mapping += SINGLE_PAIRS
         self._stored = _by_either_name(checkpoint)
         self._sources = self._target_sources()
         self._parts = self._split_targets()

@@ -16,6 +16,8 @@ MASKED = -1e4
 class PartConfig(Protocol):
     """What makes a block distinct; hashable, since equal ones share a graph."""
 
+    def __hash__(self) -> int: ...
+
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""
 

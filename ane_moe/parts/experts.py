@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from ane_moe.model.port import FFN_INPUT, STREAM, Port, Ports
-from ane_moe.model.spec import MlpSpec, SharedSpec
+from ane_moe.model.spec import MlpSpec, SharedSpec, residual_rows
 from ane_moe.model.weight import Row, Weight
 from ane_moe.parts.block import Block
 from ane_moe.parts.mlp import GatedMlp, MlpRanks, mlp_rows
 from ane_moe.parts.projection import Projection
+from ane_moe.parts.residual import residual
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,13 @@ class ExpertGroupConfig:
     expert: MlpSpec
     size: int = 1
     ranks: MlpRanks = (0, 0, 0)
+    affine: bool = False
 
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""
-        return expert_rows(self.expert, self.d_model, self.size, self.ranks)
+        yield from expert_rows(self.expert, self.d_model, self.size, self.ranks)
+        if self.affine:
+            yield added_scale_row(self.d_model)
 
     @property
     def gate_name(self) -> str:
@@ -50,6 +54,11 @@ def shared_rows(shared: SharedSpec, d_model: int, ranks: MlpRanks) -> Iterator[R
         yield Weight("shared_gate.weight", (1, d_model))
 
 
+def added_scale_row(d_model: int) -> Weight:
+    """What an affine residual multiplies by what is added on its own."""
+    return next(row for row in residual_rows(d_model) if row.path.endswith("added_scale"))
+
+
 def tree_sum(terms: list[Tensor]) -> Tensor:
     """Pairwise sums: rounding grows with the depth, and wide fan-ins compile slowly (ane-guide, chapter 19)."""
     while len(terms) > 1:
@@ -67,12 +76,14 @@ class ExpertGroup(Block):
         super().__init__()
         self.config = config
         self.experts = nn.ModuleList(GatedMlp(config.d_model, config.expert, config.ranks) for _ in range(config.size))
+        self.residual = residual(config.d_model, config.affine, alone=True)
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         x, gates = inputs["ffn_input"], inputs[self.config.gate_name]
         if self.config.size == 1:
-            return {"y": self.experts[0](x, gates)}
-        return {"y": tree_sum([expert(x, gates[:, e : e + 1]) for e, expert in enumerate(self.experts)])}
+            return {"y": self.residual.alone(self.experts[0](x, gates))}
+        parts = [expert(x, gates[:, e : e + 1]) for e, expert in enumerate(self.experts)]
+        return {"y": self.residual.alone(tree_sum(parts))}
 
 
 @dataclass(frozen=True)

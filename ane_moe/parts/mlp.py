@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from ane_moe.model.port import STREAM, Port, Ports
-from ane_moe.model.spec import MlpSpec, NormSpec
+from ane_moe.model.spec import MlpSpec, NormSpec, residual_rows
 from ane_moe.model.weight import Row, Weight, with_directions
 from ane_moe.parts.block import Block
 from ane_moe.parts.norm import RmsNorm
 from ane_moe.parts.projection import Projection
+from ane_moe.parts.residual import residual
 
 MlpRanks = tuple[int, int, int]     # directions kept apart from gate, up and down
 
@@ -48,12 +49,15 @@ class DenseConfig:
     norm: NormSpec
     mlp: MlpSpec
     ranks: MlpRanks = (0, 0, 0)
+    affine: bool = False
 
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""
         yield Weight("norm.weight", (self.d_model,))
         for row in mlp_rows(self.mlp, self.d_model, "dense", self.ranks):
             yield row.under("mlp")
+        if self.affine:
+            yield from residual_rows(self.d_model)
 
     def ports(self, tokens: int) -> Ports:
         stream = Port("x", (1, self.d_model, 1, tokens), STREAM)
@@ -70,7 +74,8 @@ class Dense(Block):
         self.config = config
         self.norm = RmsNorm(config.d_model, config.norm.eps)
         self.mlp = GatedMlp(config.d_model, config.mlp, config.ranks)
+        self.residual = residual(config.d_model, config.affine)
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         x = inputs["x"]
-        return {"y": x + self.mlp(self.norm(x))}
+        return {"y": self.residual(x, self.mlp(self.norm(x)))}

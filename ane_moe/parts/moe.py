@@ -7,14 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from ane_moe.model.port import STREAM, Port, Ports
-from ane_moe.model.spec import MoeSpec, NormSpec
+from ane_moe.model.spec import MoeSpec, NormSpec, residual_rows
 from ane_moe.model.weight import Row, Selection, Weight
 from ane_moe.parts.block import Block
-from ane_moe.parts.experts import expert_rows, shared_rows, tree_sum
+from ane_moe.parts.experts import added_scale_row, expert_rows, shared_rows, tree_sum
 from ane_moe.parts.mlp import GatedMlp, MlpRanks
 from ane_moe.parts.norm import RmsNorm
 from ane_moe.parts.projection import Projection
-from ane_moe.parts.router import Router
+from ane_moe.parts.residual import residual
+from ane_moe.parts.router import make_router, router_ports, router_rows
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class MoeConfig:
     soft: bool = False
     ranks: MlpRanks = (0, 0, 0)
     shared_ranks: MlpRanks = (0, 0, 0)
+    affine: bool = False
 
     @property
     def split(self) -> bool:
@@ -39,18 +41,20 @@ class MoeConfig:
         """The block's parameters, in its own order."""
         d, moe = self.d_model, self.moe
         yield Weight("norm.weight", (d,))
-        yield from (row.under("router") for row in moe.router.rows(d))
+        yield from (row.under("router") for row in router_rows(moe.router, d, self.soft))
         yield from expert_rows(moe.expert, d, self.experts, self.ranks)
         if self.split:
-            yield Selection("select.weight", (self.experts, moe.router.experts))
+            yield Selection("select.weight", (self.experts, moe.router.classes))
         if moe.shared is not None and self.first:
             yield from shared_rows(moe.shared, d, self.shared_ranks)
+        if self.affine:
+            yield from residual_rows(d) if self.first else (added_scale_row(d),)
 
     def ports(self, tokens: int) -> Ports:
         stream = Port("x", (1, self.d_model, 1, tokens), STREAM)
-        gates = Port("gates", (1, self.moe.router.experts, 1, tokens), "gates.{0}")
         result = replace(stream, name="y", how="set" if self.first else "add")
-        return Ports((stream,), (result, gates))
+        routing = router_ports(self.moe.router, tokens)
+        return Ports((stream, *routing.inputs), (result, *routing.outputs))
 
 
 class Moe(Block):
@@ -63,25 +67,27 @@ class Moe(Block):
         self.config = config
         d, moe = config.d_model, config.moe
         self.norm = RmsNorm(d, config.norm.eps)
-        self.router = Router(d, moe.router, config.soft)
+        self.router = make_router(d, moe.router, config.soft)
         self.experts = nn.ModuleList(GatedMlp(d, moe.expert, config.ranks) for _ in range(config.experts))
         if config.split:
-            self.select = Projection(moe.router.experts, config.experts)  # one-hot rows: this part's gates
+            self.select = Projection(moe.router.classes, config.experts)  # one-hot rows: this part's gates
         if moe.shared is not None and config.first:
             self.shared = GatedMlp(d, moe.shared.mlp, config.shared_ranks)
             if moe.shared.gated:
                 self.shared_gate = Projection(d, 1)
+        self.residual = residual(d, config.affine, alone=not config.first)
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         x = inputs["x"]
         h = self.norm(x)
-        gates = self.router(h)  # (1, E, 1, T)
+        gates, handed_on = self.router.gates(h, inputs)  # (1, E, 1, T)
         mine = self.select(gates) if self.config.split else gates
         parts = [expert(h, mine[:, e : e + 1]) for e, expert in enumerate(self.experts)]
+        outputs = {"gates": gates, **handed_on}
         if not self.config.first:
-            return {"y": tree_sum(parts), "gates": gates}
+            return {"y": self.residual.alone(tree_sum(parts)), **outputs}
         # The stream comes last: it is larger than what is added to it, and fp16 rounds at the larger term's scale.
-        return {"y": x + tree_sum([*self._shared(h), *parts]), "gates": gates}
+        return {"y": self.residual(x, tree_sum([*self._shared(h), *parts])), **outputs}
 
     def _shared(self, h: Tensor) -> list[Tensor]:
         shared = self.config.moe.shared

@@ -1,61 +1,26 @@
-"""From a block's configuration to the block, and what makes the graphs of two blocks differ."""
+"""Mixers by the type of their spec: each part file of a mixer lists itself here."""
 
-from dataclasses import dataclass
-
-import torch
-
+from ane_moe.model.cca import CcaSpec
+from ane_moe.model.short_conv import ShortConvSpec
+from ane_moe.model.spec import GqaSpec
 from ane_moe.parts.attention import Attention, AttentionConfig
-from ane_moe.parts.block import Block
-from ane_moe.parts.experts import ExpertGroup, ExpertGroupConfig, SharedExpert, SharedExpertConfig
-from ane_moe.parts.head import Head, HeadConfig
-from ane_moe.parts.mlp import Dense, DenseConfig
-from ane_moe.parts.moe import Moe, MoeConfig
-from ane_moe.parts.routed import RoutedAttention, RoutedAttentionConfig
-from ane_moe.parts.stack import Stack, StackConfig
+from ane_moe.parts.cca import Cca, CcaConfig
+from ane_moe.parts.mixer import Mixer, MixerConfig
+from ane_moe.parts.short_conv import ShortConv, ShortConvConfig
 
-BlockConfig = (
-    AttentionConfig
-    | RoutedAttentionConfig
-    | MoeConfig
-    | DenseConfig
-    | StackConfig
-    | ExpertGroupConfig
-    | SharedExpertConfig
-    | HeadConfig
-)
-
-BLOCKS: dict[type, type[Block]] = {
-    AttentionConfig: Attention,
-    RoutedAttentionConfig: RoutedAttention,
-    MoeConfig: Moe,
-    DenseConfig: Dense,
-    StackConfig: Stack,
-    ExpertGroupConfig: ExpertGroup,
-    SharedExpertConfig: SharedExpert,
-    HeadConfig: Head,
+# spec -> (configuration, module)
+MIXERS: dict[type, tuple[type[MixerConfig], type[Mixer]]] = {
+    GqaSpec: (AttentionConfig, Attention),
+    CcaSpec: (CcaConfig, Cca),
+    ShortConvSpec: (ShortConvConfig, ShortConv),
 }
 
 
-@dataclass(frozen=True)
-class TemplateKey:
-    """What makes a graph distinct: the block, its functions as (name, tokens), and the axis order of its streams."""
-
-    block: BlockConfig
-    functions: tuple[tuple[str, int], ...]
-    layout: str = "bc1s"
+def mixer_config(spec: object) -> type[MixerConfig]:
+    """The configuration of the part that computes a mixer."""
+    return MIXERS[type(spec)][0]
 
 
-def function_name(prefix: str, name: str) -> str:
-    """What a package that holds a graph more than once calls the function `name` of the copy `prefix`."""
-    return f"{prefix}_{name}" if prefix else name
-
-
-def weight_name(prefix: str, name: str) -> str:
-    """What tells the weight `name` of the copy `prefix` from those of other copies."""
-    return f"{prefix}/{name}" if prefix else name
-
-
-def build_unbound(config: BlockConfig) -> Block:
-    """The block with parameters that take no memory (meta device)."""
-    with torch.device("meta"):
-        return BLOCKS[type(config)](config)
+def make_mixer(config: MixerConfig) -> Mixer:
+    """The part that computes a mixer."""
+    return MIXERS[type(config.mixer)][1](config)

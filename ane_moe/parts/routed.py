@@ -1,4 +1,4 @@
-"""Attention and routing in one call: what the host needs to dispatch a layer's experts."""
+"""A mixer and routing in one call: what the host needs to dispatch a layer's experts."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -6,57 +6,68 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from ane_moe.model.port import FFN_INPUT, Port, Ports
-from ane_moe.model.spec import RouterSpec
+from ane_moe.model.spec import AnyRouterSpec, residual_rows
 from ane_moe.model.weight import Row, Weight
-from ane_moe.parts.attention import Attention, AttentionConfig
 from ane_moe.parts.block import Block
+from ane_moe.parts.mixer import MixerConfig
 from ane_moe.parts.norm import RmsNorm
-from ane_moe.parts.router import Router
+from ane_moe.parts.registry import make_mixer
+from ane_moe.parts.residual import residual
+from ane_moe.parts.router import make_router, router_ports
 
 
 @dataclass(frozen=True)
-class RoutedAttentionConfig:
-    attention: AttentionConfig
-    router: RouterSpec
+class RoutedMixerConfig:
+    mixer: MixerConfig
+    router: AnyRouterSpec
+    affine: bool = False
 
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""
-        yield from (row.under("attn") for row in self.attention.rows())
-        yield Weight("ffn.norm.weight", (self.attention.d_model,))
-        yield from (row.under("ffn.router") for row in self.router.rows(self.attention.d_model))
+        d = self.mixer.d_model
+        yield from (row.under("attn") for row in self.mixer.rows())
+        yield Weight("ffn.norm.weight", (d,))
+        yield from (row.under("ffn.router") for row in self.router.rows(d))
+        if self.affine:
+            yield from (row.under("ffn") for row in residual_rows(d))
 
     def ports(self, tokens: int) -> Ports:
-        ports = self.attention.ports(tokens)
-        normed = Port("ffn_input", (1, self.attention.d_model, 1, tokens), FFN_INPUT)
-        gates = Port("gates", (1, self.router.experts, 1, tokens), "gates.{0}")
-        return replace(ports, outputs=(*ports.outputs, normed, gates))
+        ports, routing = self.mixer.ports(tokens), router_ports(self.router, tokens)
+        normed = Port("ffn_input", (1, self.mixer.d_model, 1, tokens), FFN_INPUT)
+        return replace(
+            ports,
+            inputs=(*ports.inputs, *routing.inputs),
+            outputs=(*ports.outputs, normed, *routing.outputs),
+        )
 
 
 class Routing(nn.Module):
-    """`(1, d, 1, T) -> (1, d, 1, T), (1, E, 1, T)`: the normed input of the experts, and their exact gates."""
+    """The normed input of the experts, their exact gates, and the stream that they add to."""
 
-    def __init__(self, config: RoutedAttentionConfig):
+    def __init__(self, config: RoutedMixerConfig):
         super().__init__()
-        self.norm = RmsNorm(config.attention.d_model, config.attention.norm.eps)
-        self.router = Router(config.attention.d_model, config.router)
+        d = config.mixer.d_model
+        self.norm = RmsNorm(d, config.mixer.norm.eps)
+        self.router = make_router(d, config.router)
+        self.residual = residual(d, config.affine)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         h = self.norm(x)
-        return h, self.router(h)
+        gates, handed_on = self.router.gates(h, inputs)
+        return {"ffn_input": h, "gates": gates, "y": self.residual.without(x), **handed_on}
 
 
-class RoutedAttention(Block):
-    """`y = x + attention(norm(x))`, and the feed-forward norm and router on `y`."""
+class RoutedMixer(Block):
+    """`y = x + mix(norm(x))`, and the feed-forward norm and router on `y`."""
 
-    config: RoutedAttentionConfig
+    config: RoutedMixerConfig
 
-    def __init__(self, config: RoutedAttentionConfig):
+    def __init__(self, config: RoutedMixerConfig):
         super().__init__()
         self.config = config
-        self.attn = Attention(config.attention)
+        self.attn = make_mixer(config.mixer)
         self.ffn = Routing(config)
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         outputs: dict[str, Tensor] = self.attn(**inputs)
-        ffn_input, gates = self.ffn(outputs["y"])
-        return outputs | {"ffn_input": ffn_input, "gates": gates}
+        return outputs | self.ffn(outputs["y"], inputs)

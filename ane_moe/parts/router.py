@@ -1,10 +1,21 @@
 """The router: exact top-k gates in a static graph."""
 
-import torch
-from torch import Tensor
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
-from ane_moe.model.spec import RouterSpec
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ane_moe.model.eda_router import EdaRouterSpec
+from ane_moe.model.port import Port, Ports
+from ane_moe.model.spec import AnyRouterSpec, RouterSpec
+from ane_moe.model.weight import Weight
+from ane_moe.parts.norm import RmsNorm
 from ane_moe.parts.projection import Projection
+from ane_moe.parts.residual import vector
+
+CARRY = "carry.router"
 
 # Larger than any router logit, and twice it is still inside fp16.
 FAR = 2e4
@@ -27,18 +38,82 @@ def top_k_mask(logits: Tensor, k: int, experts: int) -> Tensor:
 
 
 class Router(Projection):
-    """Gates `(1, d, 1, T) -> (1, E, 1, T)`: zero outside the k chosen, or the whole softmax if `soft`."""
+    """Gates `(1, d, 1, T) -> (1, E, 1, T)`: zero outside the k chosen, or all scores if `soft`."""
 
     def __init__(self, d_model: int, spec: RouterSpec, soft: bool = False):
         super().__init__(d_model, spec.experts)
         self.spec = spec
         self.soft = soft
+        self.choice_bias = vector(spec.experts) if spec.bias and not soft else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        logits = super().forward(x)
+    def gates(self, x: Tensor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._scaled(self._chosen(self(x))), {}
+
+    def _chosen(self, logits: Tensor) -> Tensor:
+        spec = self.spec
+        if spec.score == "softmax" and not spec.bias and not spec.renorm_eps:
+            return self._softmax(logits)
+        scores = torch.sigmoid(logits) if spec.score == "sigmoid" else torch.softmax(logits, dim=1)
+        ranked = scores if self.choice_bias is None else scores + self.choice_bias
+        gates = scores if self.soft else scores * top_k_mask(ranked, spec.k, spec.experts)
+        if not spec.renorm:
+            return gates
+        return gates / (gates.sum(1, keepdim=True) + spec.renorm_eps)
+
+    def _softmax(self, logits: Tensor) -> Tensor:
         if self.soft:
             return torch.softmax(logits, dim=1)
         mask = top_k_mask(logits, self.spec.k, self.spec.experts)
         if self.spec.renorm:  # a softmax over the chosen logits alone
             return torch.softmax(logits + (mask - 1) * FAR, dim=1)
         return torch.softmax(logits, dim=1) * mask
+
+    def _scaled(self, gates: Tensor) -> Tensor:
+        return gates if self.spec.scale == 1 else gates * self.spec.scale
+
+
+class EdaRouter(nn.Module):
+    """Gates `(1, E + 1, 1, T)` of a small network over a state that goes from layer to layer, `(1, W, 1, T)`."""
+
+    def __init__(self, d_model: int, spec: EdaRouterSpec, soft: bool = False):
+        super().__init__()
+        self.spec = spec
+        self.choice_bias = None if soft else vector(spec.classes)
+        if spec.takes:
+            self.carry_scale = vector(spec.width)
+        self.down = Projection(d_model, spec.width, bias=True)
+        self.norm = RmsNorm(spec.width, spec.eps)
+        self.fc1 = Projection(spec.width, spec.width, bias=True)
+        self.fc2 = Projection(spec.width, spec.width, bias=True)
+        self.out = Projection(spec.width, spec.classes)
+
+    def gates(self, x: Tensor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        state = self.down(x)
+        if self.spec.takes:
+            state = state + inputs["carry"] * self.carry_scale
+        h = F.gelu(self.fc1(self.norm(state)))
+        scores = torch.softmax(self.out(F.gelu(self.fc2(h))), dim=1)
+        if self.choice_bias is not None:
+            scores = scores * top_k_mask(scores + self.choice_bias, self.spec.k, self.spec.classes)
+        return scores, {"carry_out": state}
+
+
+RouterModule = Router | EdaRouter
+ROUTERS: dict[type, Callable[..., RouterModule]] = {RouterSpec: Router, EdaRouterSpec: EdaRouter}
+
+
+def make_router(d_model: int, spec: AnyRouterSpec, soft: bool = False) -> RouterModule:
+    return ROUTERS[type(spec)](d_model, spec, soft)
+
+
+def router_rows(spec: AnyRouterSpec, d_model: int, soft: bool = False) -> Iterator[Weight]:
+    """The router's parameters, in its own order: where nobody is chosen, nothing biases the choice."""
+    return (row for row in spec.rows(d_model) if not (soft and row.path == "choice_bias"))
+
+
+def router_ports(spec: AnyRouterSpec, tokens: int) -> Ports:
+    """The gates, and the state that routers hand on, where they do."""
+    gates = Port("gates", (1, spec.classes, 1, tokens), "gates.{0}")
+    carry = Port("carry", (1, spec.carry, 1, tokens), CARRY)
+    taken = (carry,) if spec.takes else ()
+    return Ports(taken, (gates, replace(carry, name="carry_out")) if spec.carry else (gates,))

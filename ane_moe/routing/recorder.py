@@ -74,7 +74,9 @@ def _record_shards(folder: Path, prompts: list[list[int]], window: int | None, m
                 gates.append(session.slot(f"{GATES}.{layer}").T.astype(np.float32))
     layers = {}
     for layer, chunks in heard.items():
-        routing = _from_gates(np.concatenate(chunks), int(manifest.moe[str(layer)]["k"]))
+        facts = manifest.moe[str(layer)]
+        gates = np.concatenate(chunks)[:, :int(facts["experts"])]       # and no class that computes nothing
+        routing = _from_gates(gates, int(facts["k"]))
         size, count = expert_size(manifest, layer)
         layers[layer] = replace(routing, expert_bytes=size, expert_weights=count)
     return _trace(manifest.family, f"{manifest.routing} shards, {manifest.weights} weights, {shards.runtime} runtime",
@@ -106,9 +108,10 @@ def _chunks(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 def _record_checkpoint(checkpoint: Path, prompts: list[list[int]], window: int | None, max_tokens: int,
                        progress: Progress) -> RoutingTrace:
-    from ane_moe.original.capture import Tap, walk_layers
+    from ane_moe.original.capture import walk_layers
     from ane_moe.original.prompts import check_prompts
     from ane_moe.original.stream import StreamedModel
+    from ane_moe.original.tap import Tap
 
     layers: dict[int, LayerRouting] = {}
     with quiet_transformers():
@@ -119,16 +122,12 @@ def _record_checkpoint(checkpoint: Path, prompts: list[list[int]], window: int |
 
         def visit(index: int, layer: Any, taps: list[Tap]) -> None:
             if taps[0].router is not None:
-                probs, weights, chosen = (np.concatenate([tap.router[part].numpy() for tap in taps])
-                                          for part in range(3))
-                count = _expert_weights(layer, probs.shape[1])
-                layers[index] = LayerRouting(probs.shape[1], *by_weight(chosen, weights), 2 * count, count)
+                weights, chosen = (np.concatenate([tap.router[part].numpy() for tap in taps]) for part in (1, 2))
+                experts = taps[0].parts.experts
+                assert experts is not None
+                number = int(experts.num_experts)  # type: ignore[arg-type]
+                count = sum(parameter.numel() for parameter in experts.parameters()) // number
+                layers[index] = LayerRouting(number, *by_weight(chosen, weights), 2 * count, count)
 
         walk_layers(stream, len(stream.layers), passages, visit, progress)
     return _trace(stream.config.model_type, "Hugging Face model in fp32", passages, layers)
-
-
-def _expert_weights(layer: Any, experts: int) -> int:
-    """How many weights one expert has, by the modules' own parameters."""
-    module = next(module for module in layer.modules() if type(module).__name__.endswith("Experts"))
-    return sum(parameter.numel() for parameter in module.parameters()) // experts

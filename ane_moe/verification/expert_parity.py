@@ -16,7 +16,6 @@ from ane_moe.original.golden import Golden, LayerGolden
 from ane_moe.runtime.interface import LoadedFunction
 from ane_moe.verification.gate import judge
 from ane_moe.verification.result import ShardResult
-from ane_moe.verification.routing_parity import near_tie_flips
 
 EXAMPLE_GATES = (1, 0.5, 0.25)  # exact in fp16, and different in neighbouring tokens
 MASKED_TOKENS = 16              # shown to every expert, chosen or not
@@ -44,17 +43,17 @@ class ExpertParity:
                 yield self._row(layer, table.shared, tokens, x, np.empty((0, len(x))), expected[:len(x)])
 
     def dispatched(self, layer: int, function: str, rows: np.ndarray, ffn_input: np.ndarray,
-                   gates: np.ndarray) -> Iterator[ShardResult]:
+                   gates: np.ndarray, flipped: np.ndarray) -> Iterator[ShardResult]:
         """The dispatched sum for what a function gave for the golden's tokens `rows`, `[N,d]` and `[N,E]`: against the
-        golden's delta, and against all experts computed and weighted, as masked routing does."""
+        golden's delta but for tokens that were `flipped`, and against all experts computed and weighted, as masked
+        routing does."""
         golden, table = self.golden.layers[layer], self.dispatch.layers[layer]
-        assert golden.router_probs is not None and golden.router_indices is not None
         x, by_expert = ffn_input.T, gates.T
         total = np.zeros(x.shape, np.float32)
-        self.dispatch.add(layer, self.dispatch.chosen(by_expert), x, by_expert, total, CallClock(PhaseFigures()))
-        flipped = near_tie_flips(gates, golden.router_probs[rows], golden.router_indices[rows])
+        self.dispatch.add(layer, self.dispatch.chosen(layer, by_expert), x, by_expert, total, CallClock(PhaseFigures()))
+        added = golden.ffn_delta if golden.experts_delta is None else golden.experts_delta
         zeros, path = np.zeros_like(total.T), table.groups[0].path
-        yield judge(path, "dispatch", layer, function, zeros, total.T, golden.ffn_delta[rows], self.min_cosine,
+        yield judge(path, "dispatch", layer, function, zeros, total.T, added[rows], self.min_cosine,
                     flipped)
         few = slice(0, MASKED_TOKENS)
         masked = sum(self._run(group, max(group.functions), ffn_input[few], by_expert[list(group.experts)][:, few])

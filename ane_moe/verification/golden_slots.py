@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ane_moe.manifest import Shard
-from ane_moe.model.port import STREAM, slot_arguments, slot_root
+from ane_moe.model.port import FFN_INPUT, STREAM, slot_arguments, slot_root
 from ane_moe.original.golden import Golden, LayerGolden
 
 
@@ -23,14 +23,17 @@ class GoldenSlots:
         if shard.layer is None:
             return self.golden.layers[max(self.golden.layers)].y
         first = self._first(shard)
-        return first.middle if shard.scope == "ffn" else first.x
+        if shard.scope == "ffn":
+            return first.middle
+        return first.x if first.entering is None else first.entering
 
-    def expected(self, shard: Shard, slot: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """What the slot holds afterwards, fp32 `[N,C]`, as what it held before and the shard's own contribution; None
-        for slots that say nothing by themselves."""
+    def expected(self, shard: Shard, slot: str, given: np.ndarray | None) -> tuple[np.ndarray, np.ndarray] | None:
+        """What the slot holds afterwards, `[N,C]`, as what is there without the shard and the shard's own contribution;
+        None for slots that say nothing by themselves. `given` is what the shard was handed in the slot, if anything.
+        """
         root = slot_root(slot)
         if slot == STREAM:
-            return self.before(shard, slot), self._added(shard)
+            return self._stream(shard, given)
         if root == "logits":
             logits = self.golden.logits[:, slice(*(shard.rows or (0, None)))]
             return np.zeros_like(logits), logits
@@ -40,14 +43,34 @@ class GoldenSlots:
             return np.zeros_like(after), after
         return None
 
-    def _added(self, shard: Shard) -> np.ndarray:
+    def _stream(self, shard: Shard, given: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Where a residual shifts and scales the stream, that is no contribution of the shard's."""
         first, last = self._first(shard), self._last(shard)
-        if shard.scope:
-            return last.ffn_delta if shard.scope == "ffn" else first.attn_delta
-        return last.y - first.x
+        before = self.before(shard, STREAM)
+        if shard.scope == "ffn":
+            delta, residuals = first.ffn_delta, [first.ffn_stream]
+        elif shard.scope:
+            delta, residuals = first.attn_delta, [first.attn_stream]
+            if first.entering is not None:      # the stream is what has been made of that
+                before = given = first.x
+            if _leaves_experts_to_the_host(shard) and first.experts_delta is not None:
+                delta = first.y - first.experts_delta - before
+                residuals.append(first.ffn_stream)
+        else:
+            delta, residuals = last.y - before, []
+        kept, base = before, before if given is None else given
+        for residual in residuals:
+            if residual is not None:
+                bias, scale = residual
+                kept, base = (kept + bias) * scale, (base + bias) * scale
+        return base, delta if kept is before else before + delta - kept
 
     def _first(self, shard: Shard) -> LayerGolden:
         return self.golden.layers[shard.place(()).layers[0]]
 
     def _last(self, shard: Shard) -> LayerGolden:
         return self.golden.layers[shard.place(()).layers[-1]]
+
+
+def _leaves_experts_to_the_host(shard: Shard) -> bool:
+    return any(port.slot == FFN_INPUT for port in shard.functions[0].ports.outputs)

@@ -23,7 +23,8 @@ from ane_moe.verification.result import RoutingResult, ShardResult
 from ane_moe.verification.routing_parity import compare_routing, near_tie_flips
 from ane_moe.verification.stage import Outcome, StageRun, Values
 
-Routed = tuple[np.ndarray, np.ndarray, np.ndarray]      # gates, the golden's scores, its choices
+# Gates, and the golden's probabilities, choices, and what they were made by.
+Routed = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 Load = Callable[[Path, str], LoadedFunction]
 
 
@@ -48,7 +49,8 @@ class Parity:
         """The embedding table against the input of layer 0."""
         table = open_embeddings(self.folder, self.manifest)
         rows = table[np.concatenate(self.golden.prompts)]
-        x = self.golden.layers[0].x
+        first = self.golden.layers[0]
+        x = first.x if first.entering is None else first.entering
         return judge(self.manifest.embed, "embed", None, "lookup", np.zeros_like(x), rows, x, self.min_cosine)
 
     def stage(self, shards: tuple[Shard, ...]) -> Iterator[ShardResult | RoutingResult]:
@@ -63,8 +65,8 @@ class Parity:
             for layer, routing in routed.items():
                 routings.setdefault(layer, []).append(routing)
                 if self.experts and FFN_INPUT in outcome.values:
-                    ffn_input = outcome.values[FFN_INPUT]
-                    yield from self.experts.dispatched(layer, function.name, rows, ffn_input, routing[0])
+                    ffn_input, flipped = outcome.values[FFN_INPUT], near_tie_flips(*routing)
+                    yield from self.experts.dispatched(layer, function.name, rows, ffn_input, routing[0], flipped)
         for layer, parts in routings.items():
             yield compare_routing(layer, *(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
@@ -77,23 +79,23 @@ class Parity:
                 flipped |= near_tie_flips(*routing)
         for shard, finite in zip(shards, outcome.finite, strict=True):
             for slot, value in outcome.values.items():
-                expected = GoldenSlots(self.golden).expected(shard, slot)
+                expected = GoldenSlots(self.golden).expected(shard, slot, given.get(slot))
                 if expected is None:
                     continue
-                base = given[slot] if slot in given else expected[0][rows]
+                base, added = (part[rows] for part in expected)
                 name = f"{function.name} {slot}" if slot_root(slot) == "carry" else function.name
-                row = judge(shard.path, shard.kind, shard.layer, name, base, value, expected[1][rows],
+                row = judge(shard.path, shard.kind, shard.layer, name, base, value, added,
                             self.min_cosine, flipped)
                 yield row if finite else replace(row, passed=False, reason=NOT_FINITE)
 
     def _outcome(self, run: StageRun, shard: Shard, function: ShardFunction) -> tuple[np.ndarray, Values, Outcome]:
-        """The golden's rows that a function saw, what it was given for them, and what it wrote."""
+        """The golden's rows that a function saw, what it is given for each of the golden's, and what it wrote."""
         slots = GoldenSlots(self.golden)
         values = {slot: _fp16(slots.before(shard, slot)) for slot in run.reads}
         if not shard.states:
             rows = self._tokens(function)
             given = {slot: value[rows] for slot, value in values.items()}
-            return rows, given, run.run(function.name, given)
+            return rows, values, run.run(function.name, given)
         pieces, outcomes = [], []
         for span, cut in zip(self.golden.spans, self._cuts(function), strict=True):
             run.start()
@@ -101,8 +103,7 @@ class Parity:
                 run.run("prefill", {slot: value[span.start:cut] for slot, value in values.items()})
             outcomes.append(run.run(function.name, {slot: value[cut:span.stop] for slot, value in values.items()}))
             pieces.append(np.arange(cut, span.stop))
-        rows = np.concatenate(pieces)
-        return rows, {slot: value[rows] for slot, value in values.items()}, _joined(outcomes)
+        return np.concatenate(pieces), values, _joined(outcomes)
 
     def _routed(self, values: Values, rows: np.ndarray) -> dict[int, Routed]:
         """Gates by layer, with what the golden says of the same tokens."""
@@ -112,7 +113,8 @@ class Parity:
                 layer = int(slot_arguments(slot)[0])
                 golden = self.golden.layers[layer]
                 assert golden.router_probs is not None and golden.router_indices is not None
-                routed[layer] = (gates, golden.router_probs[rows], golden.router_indices[rows])
+                scores = golden.router_probs if golden.router_scores is None else golden.router_scores
+                routed[layer] = (gates, golden.router_probs[rows], golden.router_indices[rows], scores[rows])
         return routed
 
     def _open(self, shard: Shard) -> LoadedShard:

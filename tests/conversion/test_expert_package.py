@@ -12,7 +12,7 @@ from ane_moe.mlprogram.reader import read_program
 from ane_moe.model.port import shapes_of
 from ane_moe.model.spec import MlpSpec
 from ane_moe.parts.experts import ExpertGroupConfig
-from ane_moe.parts.registry import TemplateKey, build_unbound, weight_name
+from ane_moe.parts.template_key import TemplateKey, build_unbound, weight_name
 from ane_moe.runtime import open_package
 
 D_MODEL, WIDTH, EXPERTS, BUCKETS = 24, 20, 3, (1, 4)

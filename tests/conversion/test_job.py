@@ -84,7 +84,7 @@ def test_a_conversion_of_another_version_is_refused_with_the_way_on(checkpoint, 
     out = tiny_conversion(checkpoint, tmp_path / "out")
     meta = out / "runtime_meta.json"
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"format": 1}))
-    with pytest.raises(UserError, match=r"another version; found: format 1, not 2; convert again.*--overwrite"):
+    with pytest.raises(UserError, match=r"another version; found: format 1, not 3; convert again.*--overwrite"):
         read_manifest(out)
 
 

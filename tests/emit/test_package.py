@@ -15,7 +15,7 @@ from ane_moe.errors import UserError
 from ane_moe.files import sweep
 from ane_moe.model.spec import MlpSpec, NormSpec
 from ane_moe.parts.mlp import DenseConfig
-from ane_moe.parts.registry import TemplateKey
+from ane_moe.parts.template_key import TemplateKey
 
 
 @pytest.fixture(scope="module")

@@ -6,21 +6,28 @@ from ane_moe.coreml_tools import Model_pb2, ct, validating_once
 from ane_moe.emit.coreml import template as trace
 from ane_moe.emit.coreml.template import ConversionError, make_template
 from ane_moe.emit.coreml.token_count import MARKER, with_token_count
+from ane_moe.model.cca import CcaSpec
+from ane_moe.model.eda_router import EdaRouterSpec
+from ane_moe.model.short_conv import ShortConvSpec
 from ane_moe.model.spec import GqaSpec, MlpSpec, MoeSpec, NormSpec, RouterSpec, SharedSpec
 from ane_moe.parts.attention import AttentionConfig
+from ane_moe.parts.cca import CcaConfig
 from ane_moe.parts.experts import ExpertGroupConfig, SharedExpertConfig
 from ane_moe.parts.head import HeadConfig
 from ane_moe.parts.mlp import DenseConfig
 from ane_moe.parts.moe import MoeConfig
 from ane_moe.parts.projection import Projection
-from ane_moe.parts.registry import BLOCKS, TemplateKey
-from ane_moe.parts.routed import RoutedAttentionConfig
+from ane_moe.parts.routed import RoutedMixerConfig
+from ane_moe.parts.short_conv import ShortConvConfig
 from ane_moe.parts.stack import StackConfig
+from ane_moe.parts.template_key import BLOCKS, TemplateKey
 
 NORM = NormSpec()
 BOTH = (("decode", 1), ("prefill", 8))
 DENSE = TemplateKey(DenseConfig(16, NORM, MlpSpec(24)), BOTH)
 MOE = MoeSpec(RouterSpec(4, 2), MlpSpec(24), SharedSpec(MlpSpec(8), gated=True))
+EDA = MoeSpec(EdaRouterSpec(4, 8, takes=True, eps=1e-5), MlpSpec(24))
+CCA = CcaSpec(4, 2, 8, 0.3, "main")
 GQA = GqaSpec(4, 2, 8, 0.3, "main", qkv_bias=True, o_bias=True, qk_norm="head", clip_qkv=3.0)
 
 
@@ -55,10 +62,19 @@ def test_every_block_converts_with_all_its_weights_as_constants_of_both_function
     "block",
     [
         AttentionConfig(16, NORM, GQA, rotary=4, slots=32),
-        AttentionConfig(16, NORM, GQA, rotary=2, slots=32, explicit=True, ranks=(2, 2, 2, 2)),
+        AttentionConfig(16, NORM, GQA, rotary=2, slots=32, explicit=True,
+                        ranks=(("q", 2), ("k", 2), ("v", 2), ("o", 2))),
+        CcaConfig(16, NORM, CCA, rotary=2, slots=32, affine=True, entry=True),
+        CcaConfig(16, NORM, CCA, rotary=2, slots=32, explicit=True),
+        ShortConvConfig(16, NORM, ShortConvSpec(3)),
+        ShortConvConfig(16, NORM, ShortConvSpec(4, bias=True), explicit=True),
+        MoeConfig(16, NORM, EDA, experts=4, first=True, affine=True),
+        MoeConfig(16, NORM, EDA, experts=2, first=False, affine=True),
+        RoutedMixerConfig(CcaConfig(16, NORM, CCA, rotary=2, slots=32, affine=True), EDA.router, affine=True),
+        ExpertGroupConfig(16, EDA.expert, 2, affine=True),
         MoeConfig(16, NORM, MOE, experts=4, first=True),
         MoeConfig(16, NORM, MOE, experts=2, first=False, soft=True),
-        RoutedAttentionConfig(AttentionConfig(16, NORM, GQA, rotary=4, slots=32), MOE.router),
+        RoutedMixerConfig(AttentionConfig(16, NORM, GQA, rotary=4, slots=32), MOE.router),
         ExpertGroupConfig(16, MOE.expert, 2),
         SharedExpertConfig(16, MOE.shared),
         StackConfig(((AttentionConfig(16, NORM, GQA, rotary=4, slots=32), MoeConfig(16, NORM, MOE, 4, True)),
@@ -66,7 +82,7 @@ def test_every_block_converts_with_all_its_weights_as_constants_of_both_function
         HeadConfig(16, NORM, vocab_rows=20),
     ],
     ids=lambda block: type(block).__name__,
-)  # fmt: skip
+)
 def test_setting_the_token_count_gives_the_bytes_of_a_conversion_for_it(block, layout):
     key = TemplateKey(block, (("decode", 1), ("t3", 3), ("prefill", 64)), layout)
     unbound = trace.build_unbound(block)
@@ -76,11 +92,13 @@ def test_setting_the_token_count_gives_the_bytes_of_a_conversion_for_it(block, l
     assert make_template(key).model == trace._join(each)
 
 
-@pytest.mark.parametrize("size", [MARKER + 1, MARKER * MARKER])
+@pytest.mark.parametrize("size", [MARKER + 65, 3 * MARKER - 65, MARKER * MARKER])
 def test_a_size_out_of_proportion_to_the_tokens_stops_the_conversion(size):
     model = Model_pb2.Model()
     model.description.input.add().type.multiArrayType.shape.extend([1, 2 * MARKER])
     assert list(with_token_count(model, 3).description.input[0].type.multiArrayType.shape) == [1, 6]
+    model.description.input[0].type.multiArrayType.shape[:] = [MARKER + 2, 2 * MARKER - 1]
+    assert list(with_token_count(model, 3).description.input[0].type.multiArrayType.shape) == [5, 5]
     model.description.input[0].type.multiArrayType.shape.append(size)
     with pytest.raises(ValueError, match="not in proportion"):
         with_token_count(model, 3)

@@ -4,6 +4,9 @@ import math
 
 import pytest
 
+from ane_moe.model.cca import CcaSpec
+from ane_moe.model.eda_router import EdaRouterSpec
+from ane_moe.model.short_conv import ShortConvSpec
 from ane_moe.model.spec import (
     GqaSpec,
     HeadSpec,
@@ -17,29 +20,42 @@ from ane_moe.model.spec import (
 )
 from ane_moe.model.weight import Directions, Place, Selection, Weight, parse_name
 from ane_moe.parts.attention import AttentionConfig
+from ane_moe.parts.cca import CcaConfig
 from ane_moe.parts.experts import ExpertGroupConfig, SharedExpertConfig
 from ane_moe.parts.head import HeadConfig
 from ane_moe.parts.mlp import DenseConfig
 from ane_moe.parts.moe import MoeConfig
-from ane_moe.parts.registry import BLOCKS, build_unbound
-from ane_moe.parts.routed import RoutedAttentionConfig
+from ane_moe.parts.registry import MIXERS
+from ane_moe.parts.routed import RoutedMixerConfig
+from ane_moe.parts.short_conv import ShortConvConfig
 from ane_moe.parts.stack import StackConfig
+from ane_moe.parts.template_key import BLOCKS, build_unbound
 
 D, NORM, RANKS = 16, NormSpec(), (2, 0, 3)
 GQA = GqaSpec(4, 2, 8, scale=1.0, rope=None, qkv_bias=True, o_bias=True, qk_norm="head")
 FULL = GqaSpec(4, 2, 8, scale=1.0, rope=None, qk_norm="full")
 MOE = MoeSpec(RouterSpec(4, 2), MlpSpec(24), SharedSpec(MlpSpec(8), gated=True))
-ATTENTION = AttentionConfig(D, NORM, GQA, 0, 32, ranks=(1, 0, 2, 3))
+EDA = MoeSpec(EdaRouterSpec(4, 6, takes=True, eps=1e-5), MlpSpec(24))
+CCA = CcaSpec(4, 2, 8, scale=1.0, rope="main")
+ATTENTION = AttentionConfig(D, NORM, GQA, 0, 32, ranks=(("q", 1), ("v", 2), ("o", 3)))
 DENSE = DenseConfig(D, NORM, MlpSpec(24), RANKS)
 CONFIGS = [
     ATTENTION,
     AttentionConfig(D, NORM, FULL, 4, 32),
-    RoutedAttentionConfig(ATTENTION, MOE.router),
+    CcaConfig(D, NORM, CCA, 2, 32, ranks=(("v_delayed", 2),), affine=True, entry=True),
+    ShortConvConfig(D, NORM, ShortConvSpec(3, bias=True), ranks=(("b", 2),)),
+    RoutedMixerConfig(ATTENTION, MOE.router),
+    RoutedMixerConfig(ATTENTION, EDA.router, affine=True),
     DENSE,
+    DenseConfig(D, NORM, MlpSpec(24), affine=True),
     MoeConfig(D, NORM, MOE, 4, True, False, RANKS, RANKS),
     MoeConfig(D, NORM, MOE, 2, False),
+    MoeConfig(D, NORM, EDA, 4, True, affine=True),
+    MoeConfig(D, NORM, EDA, 2, False, affine=True),
+    MoeConfig(D, NORM, EDA, 4, True, soft=True),
     StackConfig(((ATTENTION, DENSE), (ATTENTION, MoeConfig(D, NORM, MOE, 4, True)))),
     ExpertGroupConfig(D, MOE.expert, 3, RANKS),
+    ExpertGroupConfig(D, MOE.expert, 2, affine=True),
     SharedExpertConfig(D, MOE.shared, RANKS),
     HeadConfig(D, NORM, 20, 2),
 ]
@@ -55,7 +71,7 @@ def elements(config, row):
 
 
 def test_every_block_is_tried():
-    assert {type(config) for config in CONFIGS} == set(BLOCKS)
+    assert {type(config) for config in CONFIGS} == {*BLOCKS, *(config for config, _ in MIXERS.values())}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)

@@ -26,7 +26,7 @@ def random_block(config: AttentionConfig) -> Attention:
 
 
 def empty_cache() -> dict[str, torch.Tensor]:
-    return {name: torch.zeros(shape) for name, shape in shapes_of(CONFIG.caches).items()}
+    return {name: torch.zeros(shape) for name, shape in shapes_of(CONFIG.states).items()}
 
 
 def chunk_inputs(x: torch.Tensor, first: int, padded: int | None = None) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from ane_moe.model.spec import GqaSpec, MlpSpec, MoeSpec, NormSpec, RouterSpec, 
 from ane_moe.parts.attention import AttentionConfig
 from ane_moe.parts.experts import ExpertGroup, ExpertGroupConfig, SharedExpert, SharedExpertConfig
 from ane_moe.parts.moe import Moe, MoeConfig
-from ane_moe.parts.routed import RoutedAttention, RoutedAttentionConfig
+from ane_moe.parts.routed import RoutedMixer, RoutedMixerConfig
 from tests.models import make_model
 
 TOKENS = 7
@@ -52,7 +52,7 @@ def test_routed_attention_experts_and_shared_expert_add_up_to_the_masked_block(g
     norm, spec = NormSpec(), MoeSpec(RouterSpec(6, 2), MlpSpec(12), SharedSpec(MlpSpec(16), gated))
     attention = AttentionConfig(20, norm, GqaSpec(2, 1, 8, 8**-0.5, None), rotary=0, slots=32, explicit=True)
     torch.manual_seed(0)
-    routed = RoutedAttention(RoutedAttentionConfig(attention, spec.router))
+    routed = RoutedMixer(RoutedMixerConfig(attention, spec.router))
     masked = Moe(MoeConfig(20, norm, spec, 6, True))
     shared = SharedExpert(SharedExpertConfig(20, spec.shared))
     group = ExpertGroup(ExpertGroupConfig(20, spec.expert, 6))

@@ -45,7 +45,7 @@ def test_gates_are_the_top_k_softmax(seed, renorm):
     router.weight.data = torch.randn(router.weight.shape, generator=generator)
     x = torch.randn(1, 20, 1, 5, generator=generator)
     with torch.no_grad():
-        gates = router(x)[0, :, 0].T                                            # (T, E)
+        gates = router.gates(x, {})[0][0, :, 0].T                                            # (T, E)
     probabilities = torch.softmax(x[0, :, 0].T @ router.weight.data[:, :, 0, 0].T, dim=-1)
     weights, chosen = torch.topk(probabilities, 3)
     if renorm:
@@ -58,6 +58,6 @@ def test_soft_gates_are_the_whole_softmax():
     router = Router(20, RouterSpec(experts=12, k=3), soft=True)
     torch.nn.init.normal_(router.weight)
     with torch.no_grad():
-        gates = router(torch.randn(1, 20, 1, 5))
+        gates, _ = router.gates(torch.randn(1, 20, 1, 5), {})
     assert (gates > 0).all()
     torch.testing.assert_close(gates.sum(1), torch.ones(1, 1, 5))

@@ -72,7 +72,7 @@ def test_dispatch_equals_the_modules_the_packages_were_made_from(folder, tokens,
     gates = (rng.random((EXPERTS, tokens)) * (rng.random((EXPERTS, tokens)) < 0.6)).astype(np.float16)
     dispatch = ExpertDispatch(expert_layers(manifest()), cache_of(folder), concurrency)
     total = np.zeros((D, tokens), np.float32)
-    dispatch.add(0, dispatch.chosen(gates), x, gates, total, CallClock(PhaseFigures()))
+    dispatch.add(0, dispatch.chosen(0, gates), x, gates, total, CallClock(PhaseFigures()))
     with torch.no_grad():
         expected = sum(Expert(e)(torch.tensor(x, dtype=torch.float32)[None, :, None], torch.tensor(
             gates[e], dtype=torch.float32)[None, None, None])[0, :, 0].numpy() for e in range(EXPERTS))

@@ -58,7 +58,7 @@ def test_every_token_gets_exactly_its_experts(count, k, group, parts, buckets, l
     g = gates(w, x.astype(np.float64), k).astype(np.float16)
     dispatch = dispatch_of(decoder, manifest, concurrency)
     total = np.ones((D, count), np.float32)
-    dispatch.add(0, dispatch.chosen(g), x, g, total, CallClock(PhaseFigures()))
+    dispatch.add(0, dispatch.chosen(0, g), x, g, total, CallClock(PhaseFigures()))
     expected = 1 + sum(expert(w, e, x.astype(np.float64)) * g[e].astype(np.float64) for e in range(EXPERTS))
     np.testing.assert_allclose(total, expected + (x / 2 if shared else 0), atol=2e-2)
 
@@ -83,7 +83,7 @@ def test_groups_of_experts_that_are_no_neighbours_get_their_own_gates(count, k):
     g = gates(w, x.astype(np.float64), k).astype(np.float16)
     dispatch = dispatch_of(decoder, manifest)
     total = np.zeros((D, count), np.float32)
-    dispatch.add(0, dispatch.chosen(g), x, g, total, CallClock(PhaseFigures()))
+    dispatch.add(0, dispatch.chosen(0, g), x, g, total, CallClock(PhaseFigures()))
     expected = sum(expert(w, e, x.astype(np.float64)) * g[e].astype(np.float64) for e in range(EXPERTS))
     np.testing.assert_allclose(total, expected, atol=2e-2)
     assert [group.experts for group in dispatch.layers[0].groups_of([4, 3])] == [(0, 3), (1, 4)]
@@ -258,7 +258,7 @@ def test_an_expert_that_no_package_holds_is_an_error():
     g = np.zeros((EXPERTS, 1), np.float16)
     g[EXPERTS - 1] = 1
     with pytest.raises(UserError, match=f"no package holds.*{EXPERTS - 1}"):
-        dispatch.add(0, dispatch.chosen(g), np.zeros((D, 1), np.float16), g, np.zeros((D, 1), np.float32),
+        dispatch.add(0, dispatch.chosen(0, g), np.zeros((D, 1), np.float16), g, np.zeros((D, 1), np.float32),
                      CallClock(PhaseFigures()))
 
 

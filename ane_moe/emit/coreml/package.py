@@ -26,7 +26,7 @@ from ane_moe.errors import UserError
 from ane_moe.files import is_hidden, replaced, sha256
 from ane_moe.formats.encoded import Encoded, Expansion, Stored
 from ane_moe.mlprogram.blob_writer import BlobWriter
-from ane_moe.parts.registry import function_name, weight_name
+from ane_moe.parts.template_key import function_name, weight_name
 
 MODEL = "Data/com.apple.CoreML/model.mlmodel"
 WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
@@ -124,7 +124,7 @@ def _write_blob(
 ) -> dict[str, _Place]:
     """Places by weight name. Checks that each weight of each copy comes once, with as many elements as traced."""
     shapes = {weight_name(prefix, name): shape for prefix, template in templates.items()
-              for name, shape in template.weights.items()}  # fmt: skip
+              for name, shape in template.weights.items()}
     places: dict[str, _Place] = {}
     with BlobWriter(path) as writer:
         for name, value in values:
@@ -151,7 +151,7 @@ def _store(writer: BlobWriter, value: Weight) -> _Place:
     placed = []
     for expansion in value.expansions:
         inputs = {name: writer.add(part.values, part.type) for name, part in expansion.inputs.items()
-                  if isinstance(part, Stored)}  # fmt: skip
+                  if isinstance(part, Stored)}
         placed.append((_without_values(expansion), inputs))
     return _Place(expansions=tuple(placed))
 
@@ -159,7 +159,7 @@ def _store(writer: BlobWriter, value: Weight) -> _Place:
 def _without_values(expansion: Expansion) -> Expansion:
     """The expansion with arrays that take no memory: their shapes and types are still needed when it is written."""
     inputs = {name: replace(part, values=np.broadcast_to(part.values.dtype.type(0), part.values.shape))
-              if isinstance(part, Stored) else part for name, part in expansion.inputs.items()}  # fmt: skip
+              if isinstance(part, Stored) else part for name, part in expansion.inputs.items()}
     return replace(expansion, inputs=inputs)
 
 

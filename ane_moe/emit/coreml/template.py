@@ -16,7 +16,7 @@ from ane_moe.coreml_tools import BlobReader, MIL_pb2, Model_pb2, ct, validating_
 from ane_moe.emit.coreml.token_count import MARKER, with_token_count
 from ane_moe.model.port import Port, Ports, Shape, shapes_of
 from ane_moe.parts.block import Block
-from ane_moe.parts.registry import TemplateKey, build_unbound
+from ane_moe.parts.template_key import TemplateKey, build_unbound
 
 # What our graphs need of coremltools' 95 default passes: a quarter of the time, the same program. In particular none
 # of those that fold weights.
@@ -188,7 +188,7 @@ def _prove(
     found = [
         (back[binding.name], operation.type)
         for operation in _operations(model).operations
-        for argument in operation.inputs.values()
+        for _, argument in sorted(operation.inputs.items())         # a map of protobuf has no order
         for binding in argument.arguments
         if binding.name in back
     ]

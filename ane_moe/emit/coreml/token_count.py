@@ -1,7 +1,8 @@
 """The token count of a converted program, set afterwards: coremltools converts a block once, not once per function.
 
-The block is converted for MARKER tokens, a prime larger than any size of its own. Then a multiple of it in the program
-is a size that grows with the tokens, and the program for n tokens has n in its place.
+The block is converted for MARKER tokens, a prime larger than any size of its own. Then a multiple of it in the
+program, or a few more or less (a convolution sees tokens before the call), is a size that grows with the tokens, and
+the program for n tokens has n in its place.
 """
 
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from google.protobuf.message import Message
 from ane_moe.coreml_tools import FeatureTypes_pb2, MIL_pb2, Model_pb2
 
 MARKER = 1_000_003
+MAX_MORE = 64               # tokens more, or less, than a multiple
 TO_THE_END = 2**31 - 1      # what coremltools writes for an open end of a slice
 # The integers of a program: field by type of message.
 INTEGERS = {
@@ -23,7 +25,7 @@ INTEGERS = {
 def with_token_count(model: Model_pb2.Model, tokens: int) -> Model_pb2.Model:
     """A copy for `tokens` tokens of a program for MARKER of them.
 
-    Raises ValueError for an integer that depends on the token count in another way than in proportion.
+    Raises ValueError for an integer that depends on the token count in another way.
     """
     made = Model_pb2.Model()
     made.CopyFrom(model)
@@ -38,11 +40,12 @@ def with_token_count(model: Model_pb2.Model, tokens: int) -> Model_pb2.Model:
 
 
 def _scaled(value: int, tokens: int) -> int:
-    if abs(value) < MARKER or value == TO_THE_END:
+    if abs(value) < MARKER - MAX_MORE or value == TO_THE_END:
         return value
-    if value < 0 or value % MARKER or value >= MARKER**2:
+    times, shifted = divmod(value + MAX_MORE, MARKER)
+    if value < 0 or shifted > 2 * MAX_MORE or value >= MARKER**2:
         raise ValueError(f"{value} is not in proportion to the token count {MARKER}")
-    return value // MARKER * tokens
+    return times * tokens + shifted - MAX_MORE
 
 
 def _messages(message: Message) -> Iterator[Message]:

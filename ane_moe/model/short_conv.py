@@ -1,0 +1,39 @@
+"""Gated short convolution (LFM2): the facts of the mixer, without torch.
+
+Source: transformers' `Lfm2ShortConv`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ane_moe.model.weight import Weight
+
+
+@dataclass(frozen=True)
+class ShortConvSpec:
+    """`out(c * conv(b * u))` with b, c, u = in(x), all `d_model` channels wide; the convolution is
+    causal, by channel, over `taps` tokens."""
+
+    taps: int
+    bias: bool = False
+    rope: None = None
+    window: None = None
+
+    @property
+    def history(self) -> int:
+        """Tokens before a call that its convolution sees."""
+        return self.taps - 1
+
+    def rows(self, d_model: int) -> Iterator[Weight]:
+        """The tensors of a layer's convolution, its norm first."""
+        yield Weight("norm.weight", (d_model,))
+        for name in "bcu":
+            yield Weight(f"{name}.weight", (d_model, d_model), "attention.q", reads="x")
+            if self.bias:
+                yield Weight(f"{name}.bias", (d_model,))
+        yield Weight("conv.weight", (d_model, 1, self.taps))
+        if self.bias:
+            yield Weight("conv.bias", (d_model,))
+        yield Weight("o.weight", (d_model, d_model), "attention.o", reads="attended")
+        if self.bias:
+            yield Weight("o.bias", (d_model,))

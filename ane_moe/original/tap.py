@@ -1,0 +1,150 @@
+"""Listening to a decoder layer of Hugging Face's model, at the places that its family names.
+
+T = tokens, d = d_model, E = experts (and the class that skips them), k = experts per token.
+"""
+
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ane_moe.families.taps import Taps
+from ane_moe.original.golden import LayerGolden
+
+
+@dataclass(frozen=True)
+class TappedLayer:
+    """A decoder layer, and its parts by what they are for."""
+
+    layer: nn.Module
+    taps: Taps
+
+    @property
+    def ffn_norm(self) -> nn.Module:
+        """The norm in front of the feed-forward block."""
+        return self.layer.get_submodule(self.taps.ffn_norm)
+
+    @property
+    def router(self) -> nn.Module | None:
+        return self._of_class("Router")
+
+    @property
+    def experts(self) -> nn.Module | None:
+        return self._of_class("Experts")
+
+    @property
+    def block(self) -> nn.Module | None:
+        """The feed-forward block that holds the experts."""
+        experts = self.experts
+        return next((module for module in self.layer.modules() if getattr(module, "experts", None) is experts), None)
+
+    @property
+    def choice_bias(self) -> torch.Tensor | None:
+        """What is added to scores for the choice alone, `[E]`."""
+        name = self.taps.choice_bias
+        holders = (self.router, self.block)
+        return next((getattr(holder, name) for holder in holders if name and hasattr(holder, name)), None)
+
+    @property
+    def added_scale(self) -> torch.Tensor | float:
+        """What multiplies the output of the feed-forward block on its way into the stream: by channel `[d]`, or one
+        number."""
+        if self.taps.residuals:
+            return self.layer.get_parameter(f"{self.taps.residuals[1]}.{self.taps.added_scale}")
+        return float(getattr(self.layer, "residual_multiplier", 1.0))
+
+    @property
+    def streams(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """What shifts and multiplies the stream where mixer and feed-forward block add to it, `[2,d]` each."""
+        if self.taps.residuals is None:
+            return None
+        names = (self.taps.stream_bias, self.taps.stream_scale)
+        mixer, ffn = (np.stack([self.layer.get_parameter(f"{path}.{name}").detach().numpy().copy() for name in names])
+                      for path in self.taps.residuals)
+        return mixer, ffn
+
+    def _of_class(self, ending: str) -> nn.Module | None:
+        return next((module for module in self.layer.modules() if type(module).__name__.endswith(ending)), None)
+
+
+class Tap:
+    """One run of a decoder layer: its input, the hidden state between its blocks, its router, its output, and what it
+    is handed and hands on beside them."""
+
+    def __init__(self, layer: nn.Module, taps: Taps):
+        self.parts = TappedLayer(layer, taps)
+        self.entering: Any = None           # what the embedding gave, where the model changes that first
+        self.x: Any = None
+        self.carried_in: Any = None
+        self.middle: Any = None
+        self.router: Any = None
+        self.added: Any = None
+        self.output: Any = None
+
+    def __enter__(self) -> "Tap":
+        parts = self.parts
+        self._handles = [
+            parts.layer.register_forward_pre_hook(self._hear_input),
+            parts.ffn_norm.register_forward_pre_hook(lambda _, args: setattr(self, "middle", args[0][0])),
+            parts.layer.register_forward_hook(lambda _, args, output: setattr(self, "output", output)),
+        ]
+        if parts.router is not None:
+            self._handles.append(parts.router.register_forward_hook(
+                lambda _, args, output: setattr(self, "router", output)))
+        if parts.experts is not None and parts.block is not None:
+            self._handles.append(parts.block.register_forward_hook(
+                lambda _, args, output: setattr(self, "added", first_of(output)[0])))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hear_input(self, _layer: nn.Module, arguments: tuple[Any, ...]) -> None:
+        self.x = arguments[0][0]
+        self.carried_in = arguments[1] if self.parts.taps.carry else None
+
+    def golden(self) -> LayerGolden:
+        y, streams = first_of(self.output)[0], self.parts.streams
+        return LayerGolden(
+            self.x.numpy(),
+            (self.middle - self.x).numpy(),
+            (y - self.middle).numpy(),
+            **self._routing(),
+            **self._carries(),
+            entering=None if self.entering is None else self.entering.numpy(),
+            attn_stream=None if streams is None else streams[0],
+            ffn_stream=None if streams is None else streams[1],
+        )
+
+    def _routing(self) -> dict[str, Any]:
+        if self.router is None:
+            return {}
+        taps, bias = self.parts.taps, self.parts.choice_bias
+        logits, weights, chosen = self.router[:3]
+        probs = logits.sigmoid() if taps.score == "sigmoid" else logits.softmax(-1)
+        if taps.skip:
+            chosen = chosen.masked_fill(weights == 0, probs.shape[1] - 1)
+        apart = (self.added * self.parts.added_scale).numpy() if taps.residuals else None
+        return {
+            "router_probs": probs.numpy(),
+            "router_scores": None if bias is None else (probs + bias).numpy(),
+            "router_indices": chosen.numpy().astype(np.int32),
+            "experts_delta": apart,
+        }
+
+    def _carries(self) -> dict[str, Any]:
+        name = self.parts.taps.carry
+        if not name:
+            return {}
+        taken = {} if self.carried_in is None else {name: self.carried_in[0].numpy()}
+        return {"carried_in": taken, "carried_out": {name: self.output[1][0].numpy()}}
+
+
+def first_of(output: Any) -> Any:
+    """What a module gives, or the first of what it gives."""
+    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,71 @@
+"""Where what a block adds meets the stream, and the embedding becomes it."""
+
+import torch
+from torch import Tensor, nn
+
+
+def vector(channels: int) -> nn.Parameter:
+    """A weight by channel, as it meets a stream: `(1, C, 1, 1)`."""
+    return nn.Parameter(torch.empty(1, channels, 1, 1))
+
+
+class PlainResidual(nn.Module):
+    """`stream + added`, each `(1, d, 1, T)`."""
+
+    def forward(self, stream: Tensor, added: Tensor) -> Tensor:
+        return stream + added
+
+    def without(self, stream: Tensor) -> Tensor:
+        """The stream where nothing is added yet."""
+        return stream
+
+    def alone(self, added: Tensor) -> Tensor:
+        """What is added, for whoever has not got the stream."""
+        return added
+
+
+class AddedScale(PlainResidual):
+    """The share of an affine residual in what is added on its own."""
+
+    def __init__(self, d_model: int):
+        super().__init__()
+        self.added_scale = vector(d_model)
+
+    def alone(self, added: Tensor) -> Tensor:
+        return added * self.added_scale
+
+
+class AffineResidual(AddedScale):
+    """`(added + bias) * scale + (stream + bias) * scale`, by channel (`LayerSpec.affine`)."""
+
+    def __init__(self, d_model: int):
+        super().__init__(d_model)
+        self.added_bias = vector(d_model)
+        self.stream_bias, self.stream_scale = vector(d_model), vector(d_model)
+
+    def forward(self, stream: Tensor, added: Tensor) -> Tensor:
+        return self._kept(stream) + (added + self.added_bias) * self.added_scale
+
+    def without(self, stream: Tensor) -> Tensor:
+        return self._kept(stream) + self.added_bias * self.added_scale
+
+    def _kept(self, stream: Tensor) -> Tensor:
+        return (stream + self.stream_bias) * self.stream_scale
+
+
+def residual(d_model: int, affine: bool, alone: bool = False) -> PlainResidual:
+    """The residual of a layer's half; `alone`: of a part of it that has not got the stream."""
+    if not affine:
+        return PlainResidual()
+    return AddedScale(d_model) if alone else AffineResidual(d_model)
+
+
+class Entry(nn.Module):
+    """The embedding on its way into the first layer (`LayerSpec.entry`)."""
+
+    def __init__(self, d_model: int):
+        super().__init__()
+        self.bias, self.scale = vector(d_model), vector(d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.bias) * self.scale
