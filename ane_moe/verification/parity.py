@@ -3,19 +3,18 @@
 N = tokens of the golden, C = channels of a slot, E = experts.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from ane_moe.loop.buffers import rope_tables
+from ane_moe.loop.buffers import Ropes
 from ane_moe.loop.embedding_table import open_embeddings
-from ane_moe.loop.shards import LoadedShard, check_shard
+from ane_moe.loop.shards import LoadedShard
 from ane_moe.manifest import Manifest, Shard, ShardFunction
 from ane_moe.model.port import FFN_INPUT, GATES, slot_arguments, slot_root
 from ane_moe.original.golden import Golden
-from ane_moe.runtime.interface import LoadedFunction
 from ane_moe.verification.expert_parity import ExpertParity
 from ane_moe.verification.gate import NOT_FINITE, judge
 from ane_moe.verification.golden_slots import GoldenSlots
@@ -25,14 +24,13 @@ from ane_moe.verification.stage import Outcome, StageRun, Values
 
 # Gates, and the golden's probabilities, choices, and what they were made by.
 Routed = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-Load = Callable[[Path, str], LoadedFunction]
 
 
 @dataclass(frozen=True)
 class Parity:
     """Runs the shards of `folder` on `golden` and yields a row per function.
 
-    `load` opens one function of a package. Where prefill functions see every token, one-token calls (decode) see about
+    Where prefill functions see every token, one-token calls (decode) see about
     `decode_tokens` of them (None: all): spread over the golden where nothing is kept from call to call, else the end of
     each prompt, after its beginning went through prefill.
     """
@@ -40,9 +38,9 @@ class Parity:
     folder: Path
     manifest: Manifest
     golden: Golden
-    load: Load
     min_cosine: float
     decode_tokens: int | None
+    ropes: Ropes
     experts: ExpertParity | None = None         # where the host dispatches them
 
     def embed(self) -> ShardResult:
@@ -53,10 +51,10 @@ class Parity:
         x = first.x if first.entering is None else first.entering
         return judge(self.manifest.embed, "embed", None, "lookup", np.zeros_like(x), rows, x, self.min_cosine)
 
-    def stage(self, shards: tuple[Shard, ...]) -> Iterator[ShardResult | RoutingResult]:
+    def stage(self, loaded: Sequence[LoadedShard]) -> Iterator[ShardResult | RoutingResult]:
         """Rows of shards that work together: each function by the slots it writes, then the routing of their layers,
         and what the dispatched experts add where the shards choose them."""
-        run = StageRun([self._open(shard) for shard in shards], rope_tables(self.manifest))
+        run, shards = StageRun(loaded, self.ropes), tuple(one.shard for one in loaded)
         routings: dict[int, list[Routed]] = {}
         for function in shards[0].functions:
             rows, given, outcome = self._outcome(run, shards[0], function)
@@ -116,12 +114,6 @@ class Parity:
                 scores = golden.router_probs if golden.router_scores is None else golden.router_scores
                 routed[layer] = (gates, golden.router_probs[rows], golden.router_indices[rows], scores[rows])
         return routed
-
-    def _open(self, shard: Shard) -> LoadedShard:
-        functions = {function.name: self.load(self.folder / shard.path, function.name) for function in shard.functions}
-        loaded = LoadedShard(shard, functions)
-        check_shard(loaded, self.folder)
-        return loaded
 
     def _tokens(self, function: ShardFunction) -> np.ndarray:
         """Golden rows a function that keeps nothing sees."""

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from ane_moe.loop.buffers import Ropes, Slots
+from ane_moe.loop.experts import ExpertDispatch
 from ane_moe.loop.figures import CallClock, PhaseFigures
-from ane_moe.loop.shards import LoadedShard, call_order
+from ane_moe.loop.shards import LoadedShard, Step, call_order
 from ane_moe.loop.wiring import States, Wiring
 from ane_moe.manifest import Manifest, Shard
+from ane_moe.model.port import LOGITS, slot_root
 
 Values = Mapping[str, np.ndarray]       # by slot, [N,C]
 
@@ -43,16 +45,20 @@ class Outcome:
 
 
 class StageRun:
-    """The functions of a stage on one sequence of tokens; they share what they keep, as in generation."""
+    """The functions of a stage on one sequence of tokens; they share what they keep, as in generation. Experts among
+    the steps are called for the tokens that choose them, by `dispatch`."""
 
-    def __init__(self, stage: Sequence[LoadedShard], ropes: Ropes) -> None:
-        self._states = States(stage)
-        names = [function.name for function in stage[0].shard.functions]
-        self._lanes = {name: Wiring(self._states).lane(stage, name, Slots(ropes)) for name in names}
-        entries = [loaded.shard.functions[0] for loaded in stage]
+    def __init__(self, steps: Sequence[Step], ropes: Ropes, dispatch: ExpertDispatch | None = None) -> None:
+        loaded = [step for step in steps if isinstance(step, LoadedShard)]
+        self._states = States(loaded)
+        wiring = Wiring(self._states, dispatch)
+        names = [function.name for function in loaded[0].shard.functions]
+        self._lanes = {name: wiring.lane(steps, name, Slots(ropes)) for name in names}
+        entries = [one.shard.functions[0] for one in loaded]
         outputs = (port for entry in entries for port in entry.ports.outputs)
         self.reads = {port.slot for port in entries[0].ports.inputs if port.by_channel}
         self.writes = list(dict.fromkeys(port.slot for port in outputs if port.by_channel))
+        self.gives_scores = any(slot_root(slot) == LOGITS for slot in self.writes)
         self.start()
 
     def start(self) -> None:

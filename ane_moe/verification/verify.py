@@ -1,7 +1,7 @@
 """Prove a conversion right: its files, every function of every shard, its routing, and the whole model."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -10,7 +10,10 @@ from typing import Any
 import psutil
 
 from ane_moe.errors import UserError
+from ane_moe.loop.buffers import Ropes, rope_tables
+from ane_moe.loop.embedding_table import open_embeddings
 from ane_moe.loop.experts import ExpertDispatch, expert_layers, open_cache
+from ane_moe.loop.shards import LoadedShard, check_shard
 from ane_moe.manifest import Manifest, Shard, read_manifest
 from ane_moe.opened import open_model
 from ane_moe.original.capture import capture_golden
@@ -18,14 +21,14 @@ from ane_moe.original.golden import Golden, read_golden
 from ane_moe.original.prompts import check_prompts, read_prompts
 from ane_moe.original.stored_model import capture_as_stored, with_errors
 from ane_moe.progress import Progress, silent
-from ane_moe.runtime import load_package, resolve_runtime
+from ane_moe.runtime import open_package, resolve_runtime
 from ane_moe.verification.expert_parity import ExpertParity
 from ane_moe.verification.integrity import check_integrity
-from ane_moe.verification.parity import Parity
+from ane_moe.verification.parity import Parity, decode_tail
 from ane_moe.verification.result import Comparison, RoutingResult, ShardResult, VerifyReport
 from ane_moe.verification.stage import stages
 from ane_moe.verification.tokenizer_parity import compare_tokenizer
-from ane_moe.verification.whole_model import Passes, WholeModel
+from ane_moe.verification.whole_model import ModelPass, model_passes
 
 # The cosine of a delta below which a function fails: 0.97 is the field's usual gate; fp16 weights do far better.
 MIN_COSINE = 0.999
@@ -64,43 +67,92 @@ def verify(out: Path, *, checkpoint: Path | None = None, prompts: Path | None = 
         skipped, tokenizer = (ids, None) if isinstance(ids, str) else (None, ids)
         report = replace(report, tokenizer=tokenizer, tokenizer_skipped=skipped)
 
-        # Both goldens have the same prompts: the shards run them once.
-        passes: Passes | None = {} if goldens.as_stored else None
-
-        def compare(golden: Golden, limits: tuple[float, float]) -> Comparison:
-            return _compared(out, manifest, golden, runtime, options, limits, decode_tokens,
-                             report_progress, passes)
-
         exact = (MIN_COSINE, MIN_LOGIT_COSINE)
         usual = (MIN_COSINE_COMPRESSED, MIN_LOGIT_COSINE_COMPRESSED) if manifest.compressed else exact
         asked = (usual[0] if min_cosine is None else min_cosine,
                  usual[1] if min_logit_cosine is None else min_logit_cosine)
-        as_stored = compare(goldens.as_stored, exact) if goldens.as_stored else None
-        against_original = compare(goldens.original, asked)
+        trials = [_Trial(goldens.original, *asked)]
+        trials += [_Trial(goldens.as_stored, *exact)] if goldens.as_stored else []
+        proof = _Proof(out, manifest, runtime, options, decode_tokens, report_progress)
+        against_original, *others = proof.compared(trials)
         report = replace(report, **vars(against_original), model_skipped=_why_no_model(manifest, goldens.original),
-                         as_stored=as_stored, compression=goldens.compression)
+                         as_stored=others[0] if others else None, compression=goldens.compression)
     return replace(report, passed=not report.failures)
 
 
-def _compared(out: Path, manifest: Manifest, golden: Golden, runtime: str, options: dict[str, Any],
-              limits: tuple[float, float], decode_tokens: int | None, progress: Progress,
-              passes: Passes | None) -> Comparison:
-    parity = Parity(out, manifest, golden, lambda path, name: load_package(path, name, runtime, **options), limits[0],
-                    decode_tokens, _experts(out, manifest, golden, runtime, options, limits[0]))
-    rows = list(_functions(parity, progress))
-    model = WholeModel(out, manifest, golden, runtime, options, limits[1], decode_tokens, progress,
-                       passes)
+@dataclass(frozen=True)
+class _Trial:
+    """A golden, and the cosines that functions and the whole model have to reach against it."""
+
+    golden: Golden
+    min_cosine: float
+    min_logit_cosine: float
+
+
+@dataclass(frozen=True)
+class _Proof:
+    """Opens the shards of a conversion, stage by stage, once for everything that is compared."""
+
+    out: Path
+    manifest: Manifest
+    runtime: str
+    options: dict[str, Any]
+    decode_tokens: int | None
+    progress: Progress
+
+    def compared(self, trials: Sequence[_Trial]) -> list[Comparison]:
+        """Every function and the whole model against each golden; they are of the same prompts."""
+        golden, ropes, dispatch = trials[0].golden, rope_tables(self.manifest), self._dispatch()
+        parities = [self._parity(trial, ropes, dispatch) for trial in trials]
+        rows: list[list[ShardResult | RoutingResult]] = [[] for _ in trials]
+        passes = [] if _why_no_model(self.manifest, golden) else self._passes(golden)
+        if 0 in self.manifest.layers:
+            for parity, own in zip(parities, rows, strict=True):
+                own.append(parity.embed())
+        listed = stages(self.manifest)
+        for number, stage in enumerate(listed):
+            following = listed[number + 1:number + 2]
+            if isinstance(stage, int):
+                self.progress(f"layer {stage}: experts", number, len(listed))
+                for parity, own in zip(parities, rows, strict=True):
+                    assert parity.experts is not None
+                    own += parity.experts.functions(stage)
+                continue
+            self.progress(_label(stage[0]), number, len(listed))
+            loaded = [self._open(shard) for shard in stage]
+            for parity, own in zip(parities, rows, strict=True):
+                own += parity.stage(loaded)
+            experts = [dispatch.layers[step] for step in following if dispatch and isinstance(step, int)]
+            for model_pass in passes:
+                model_pass.advance([*loaded, *experts], ropes, dispatch)
+        return [_comparison(trial, own, passes) for trial, own in zip(trials, rows, strict=True)]
+
+    def _parity(self, trial: _Trial, ropes: Ropes, dispatch: ExpertDispatch | None) -> Parity:
+        experts = ExpertParity(trial.golden, dispatch, trial.min_cosine) if dispatch else None
+        return Parity(self.out, self.manifest, trial.golden, trial.min_cosine, self.decode_tokens, ropes, experts)
+
+    def _passes(self, golden: Golden) -> list[ModelPass]:
+        tail = decode_tail(self.manifest, golden, self.decode_tokens)
+        return model_passes(self.manifest, golden.prompts, open_embeddings(self.out, self.manifest), tail)
+
+    def _dispatch(self) -> ExpertDispatch | None:
+        """What runs the expert functions, where there are any, in a share of the memory that is free."""
+        layers, room = expert_layers(self.manifest), psutil.virtual_memory().available // 4
+        if not layers:
+            return None
+        return ExpertDispatch(layers, open_cache(self.out, layers, self.runtime, room, **self.options))
+
+    def _open(self, shard: Shard) -> LoadedShard:
+        package = open_package(self.out / shard.path, self.runtime, **self.options)
+        loaded = LoadedShard(shard, {entry.name: package.function(entry.name) for entry in shard.functions})
+        check_shard(loaded, self.out)
+        return loaded
+
+
+def _comparison(trial: _Trial, rows: Sequence[ShardResult | RoutingResult], passes: Sequence[ModelPass]) -> Comparison:
     return Comparison(tuple(row for row in rows if isinstance(row, ShardResult)),
                       tuple(row for row in rows if isinstance(row, RoutingResult)),
-                      () if _why_no_model(manifest, golden) else tuple(model.results()))
-
-
-def _experts(out: Path, manifest: Manifest, golden: Golden, runtime: str, options: dict[str, Any],
-             min_cosine: float) -> ExpertParity | None:
-    """What runs the expert functions, where there are any, in a share of the memory that is free."""
-    layers = expert_layers(manifest)
-    cache = open_cache(out, layers, runtime, psutil.virtual_memory().available // 4, **options)
-    return ExpertParity(golden, ExpertDispatch(layers, cache), min_cosine) if layers else None
+                      tuple(one.result(trial.golden, trial.min_logit_cosine) for one in passes))
 
 
 @dataclass(frozen=True)
@@ -167,20 +219,6 @@ def _require_same_model(golden: Golden, manifest: Manifest, out: Path) -> None:
     if alone:
         raise UserError("the golden does not say what single experts compute", f"layers {alone}",
                         "convert again with --golden, or give --checkpoint PATH")
-
-
-def _functions(parity: Parity, progress: Progress) -> Iterator[ShardResult | RoutingResult]:
-    if 0 in parity.manifest.layers:
-        yield parity.embed()
-    listed = stages(parity.manifest)
-    for number, step in enumerate(listed):
-        if isinstance(step, int):
-            assert parity.experts is not None
-            progress(f"layer {step}: experts", number, len(listed))
-            yield from parity.experts.functions(step)
-        else:
-            progress(_label(step[0]), number, len(listed))
-            yield from parity.stage(step)
 
 
 def _label(shard: Shard) -> str:

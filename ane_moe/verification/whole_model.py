@@ -1,109 +1,100 @@
-"""The whole model end to end: the token loop over all shards, against the golden's logits."""
+"""The whole model end to end against the golden's logits, one stage of shards after the other.
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+The tokens of a golden are known. So each stage is opened once, all tokens of all prompts go through it call by call as
+the token loop would call it, and the streams go on to the next: the logits are the token loop's, to the bit, and no
+more than one stage is held.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-import psutil
 
-from ane_moe.loop.session import Session
-from ane_moe.loop.shards import LoadedShard, LoadedShards, load_shards
+from ane_moe.loop.buffers import Ropes
+from ane_moe.loop.embedding_table import EmbeddingTable
+from ane_moe.loop.experts import ExpertDispatch
+from ane_moe.loop.shards import Step
 from ane_moe.manifest import Manifest
-from ane_moe.mlprogram.program import Feature
+from ane_moe.model.port import LOGITS, STREAM, slot_root, slot_rows
 from ane_moe.original.golden import Golden
-from ane_moe.progress import Progress
-from ane_moe.runtime.interface import LoadedFunction
 from ane_moe.verification.model_metrics import PromptLogits, compare_logits
-from ane_moe.verification.parity import decode_tail
 from ane_moe.verification.result import FunctionModelResult
+from ane_moe.verification.stage import StageRun, Values
 
-EXPANDED_BYTES = 4      # of a weight: the reference runtime expands to fp32
-
-# (function, prompts, first position of each) -> logits of each prompt
-Passes = dict[tuple[str, tuple[tuple[int, ...], ...], tuple[int, ...]], list[np.ndarray]]
+CARRIED = ("stream", "carry")       # slots that go from stage to stage
 
 
-@dataclass(frozen=True)
-class WholeModel:
-    """Runs the conversion in `folder` on the golden's prompts, teacher-forced.
+@dataclass
+class _Prompt:
+    """One prompt on its way: from row `cut` on it goes through the function of the pass, before it through prefill."""
 
-    Where prefill covers every token, decode calls see about `decode_tokens` of them (None: all): the end of each
-    prompt, after its beginning went through prefill. Each pass loads the shards anew; where their expanded weights
-    would not fit into memory, every shard reads its own again for each call.
-    `passes` keeps the logits of each pass for another golden on the same prompts (None: does not).
-    """
-
-    folder: Path
-    manifest: Manifest
-    golden: Golden
-    runtime: str
-    options: dict[str, Any]
-    min_logit_cosine: float
-    decode_tokens: int | None
-    progress: Progress
-    passes: Passes | None = None
-
-    def results(self) -> Iterator[FunctionModelResult]:
-        tail = decode_tail(self.manifest, self.golden, self.decode_tokens)
-        yield compare_logits("decode", self._logits("decode", tail), self.min_logit_cosine)
-        if self.manifest.prefill:
-            yield compare_logits("prefill", self._logits("prefill", None), self.min_logit_cosine)
-
-    def _logits(self, function: str, tail: int | None) -> Iterator[PromptLogits]:
-        prompts = self.golden.prompts
-        cuts = [0 if tail is None else max(0, len(ids) - tail) for ids in prompts]
-        shards: Iterable[np.ndarray] = self._run(function, cuts)
-        if self.passes is not None:
-            key = (function, prompts, tuple(cuts))
-            if key not in self.passes:
-                self.passes[key] = list(shards)
-            shards = self.passes[key]
-        pairs = zip(prompts, self.golden.spans, cuts, shards, strict=True)
-        for number, (ids, span, cut, logits) in enumerate(pairs):
-            yield PromptLogits(number, cut, ids[cut:], self.golden.logits[span][cut:], logits)
-
-    def _run(self, function: str, cuts: Sequence[int]) -> Iterator[np.ndarray]:
-        """The shards' logits `[N,V]` for each prompt from its cut on."""
-        shards = load_shards(self.folder, self.runtime, expert_cache_bytes=psutil.virtual_memory().available // 4,
-                             **self.options)
-        session = Session(shards if self._fits() else _forgetful(shards))
-        for number, (ids, cut) in enumerate(zip(self.golden.prompts, cuts, strict=True)):
-            self.progress(f"whole model, {function}", number, len(self.golden.prompts))
-            session.reset()
-            if cut:
-                session.prefill(ids[:cut])
-            yield session.prefill_logits(ids[cut:], by=function)
-
-    def _fits(self) -> bool:
-        resident = [shard for shard in self.manifest.shards if not shard.dispatched]
-        expanded = EXPANDED_BYTES * sum(shard.functions[0].elements for shard in resident)
-        return self.runtime != "reference" or expanded < psutil.virtual_memory().available / 2
+    ids: tuple[int, ...]
+    cut: int
+    values: dict[str, np.ndarray]               # [N,C] by slot
+    logits: np.ndarray                          # [N - cut, V]
 
 
-class _Forgetful:
-    """A function of the reference runtime that frees its expanded weights after every call."""
+@dataclass
+class ModelPass:
+    """One pass of `function` over the prompts, teacher-forced."""
 
-    def __init__(self, function: Any):
-        self._function = function
-        self.inputs: tuple[Feature, ...] = function.inputs
-        self.outputs: tuple[Feature, ...] = function.outputs
-        self.states: tuple[Feature, ...] = function.states
+    function: str
+    prompts: list[_Prompt] = field(default_factory=list)
 
-    def make_state(self) -> Any:
-        return self._function.make_state()
+    def advance(self, steps: Sequence[Step], ropes: Ropes, dispatch: ExpertDispatch | None) -> None:
+        """Take every prompt through the next stage."""
+        run = StageRun(steps, ropes, dispatch)
+        for prompt in self.prompts:
+            run.start()
+            if run.gives_scores:
+                self._score(run, prompt)
+            else:
+                self._move(run, prompt)
 
-    def predict(self, inputs: dict[str, np.ndarray], state: Any = None) -> dict[str, np.ndarray]:
-        outputs: dict[str, np.ndarray] = self._function.predict(inputs, state)
-        self._function.drop_weights()
-        return outputs
+    def _move(self, run: StageRun, prompt: _Prompt) -> None:
+        pieces: list[Values] = []
+        if prompt.cut:
+            head = {slot: prompt.values[slot][:prompt.cut] for slot in run.reads}
+            pieces.append(run.run("prefill", head).values)
+        tail = {slot: prompt.values[slot][prompt.cut:] for slot in run.reads}
+        pieces.append(run.run(self.function, tail).values)
+        written = (slot for slot in pieces[0] if slot_root(slot) in CARRIED)
+        prompt.values |= {slot: np.concatenate([piece[slot] for piece in pieces]) for slot in written}
+
+    def _score(self, run: StageRun, prompt: _Prompt) -> None:
+        given = {slot: prompt.values[slot][prompt.cut:] for slot in run.reads}
+        for slot, scores in run.run(self.function, given).values.items():
+            if slot_root(slot) == LOGITS:
+                prompt.logits[:, slice(*slot_rows(slot))] = scores
+
+    def result(self, golden: Golden, min_logit_cosine: float) -> FunctionModelResult:
+        """The logits against a golden's, once every stage has been passed."""
+        return compare_logits(self.function, self._logits(golden), min_logit_cosine)
+
+    def _logits(self, golden: Golden) -> Iterator[PromptLogits]:
+        for number, (prompt, span) in enumerate(zip(self.prompts, golden.spans, strict=True)):
+            cut = prompt.cut
+            yield PromptLogits(number, cut, prompt.ids[cut:], golden.logits[span][cut:], prompt.logits)
 
 
-def _forgetful(shards: LoadedShards) -> LoadedShards:
-    def wrapped(loaded: LoadedShard) -> LoadedShard:
-        functions: dict[str, LoadedFunction] = {name: _Forgetful(one) for name, one in loaded.functions.items()}
-        return replace(loaded, functions=functions)
+def model_passes(
+    manifest: Manifest,
+    prompts: Sequence[tuple[int, ...]],
+    embed: EmbeddingTable,
+    tail: int | None,
+) -> list[ModelPass]:
+    """Decode over the last `tail` tokens of each prompt (None: all), after prefill; and prefill over all of them, where
+    there is any."""
+    cuts = {"decode": [0 if tail is None else max(0, len(ids) - tail) for ids in prompts]}
+    if manifest.prefill:
+        cuts["prefill"] = [0] * len(prompts)
+    return [
+        ModelPass(function, [_prompt(manifest, ids, cut, embed) for ids, cut in zip(prompts, own, strict=True)])
+        for function, own in cuts.items()
+    ]
 
-    steps = (wrapped(step) if isinstance(step, LoadedShard) else step for step in shards.steps)
-    return replace(shards, steps=tuple(steps))
+
+def _prompt(manifest: Manifest, ids: tuple[int, ...], cut: int, embed: EmbeddingTable) -> _Prompt:
+    stream = np.stack([embed[identifier] for identifier in ids])
+    logits = np.empty((len(ids) - cut, manifest.vocab), np.float32)
+    return _Prompt(ids, cut, {STREAM: stream}, logits)

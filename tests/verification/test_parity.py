@@ -64,14 +64,15 @@ def parity_of(decoder, golden, folder, windows, decode_tokens=None, **options):
     manifest = make_manifest(windows, **options)
     shards = make_shards(decoder, manifest)
     decoder.embed.tofile(folder / "embed.bin")
-    functions = {(folder / one.shard.path, name): call for one in shards.loaded for name, call in one.functions.items()}
-    return Parity(folder, manifest, golden, lambda path, name: functions[path, name], GATE, decode_tokens)
+    return Parity(folder, manifest, golden, GATE, decode_tokens, shards.ropes), shards.loaded
 
 
-def rows_of(parity):
+def rows_of(parity_and_shards):
+    parity, loaded = parity_and_shards
+    by_path = {one.shard.path: one for one in loaded}
     yield parity.embed()
-    for shards in stages(parity.manifest):
-        yield from parity.stage(shards)
+    for stage in stages(parity.manifest):
+        yield from parity.stage([by_path[shard.path] for shard in stage])
 
 
 def failed(parity):

@@ -9,11 +9,15 @@ import torch
 from ane_moe.cli import main
 from ane_moe.errors import UserError
 from ane_moe.formats.recipe import INT8
+from ane_moe.loop.experts import ExpertDispatch
+from ane_moe.loop.session import Session
+from ane_moe.loop.shards import LoadedShard, load_shards
+from ane_moe.manifest import read_manifest
 from ane_moe.report.verify_table import verify_report
 from ane_moe.verification import verify as verification
-from ane_moe.verification import whole_model
+from ane_moe.verification.stage import stages
 from ane_moe.verification.verify import verify
-from ane_moe.verification.whole_model import WholeModel
+from ane_moe.verification.whole_model import model_passes
 from tests.models import make_model, save_checkpoint
 from tests.verification.test_integrity import BLOB, flip_byte
 from tests.verification.tiny import tiny_checkpoint, tiny_conversion
@@ -190,27 +194,49 @@ def test_a_report_without_numbers_can_still_be_drawn(copy):
     assert verify_report(verify(folder))
 
 
-def test_a_model_larger_than_memory_gives_the_same_numbers(conversion, report, monkeypatch):
-    monkeypatch.setattr("ane_moe.verification.whole_model.WholeModel._fits", lambda _: False)
-    assert verify(conversion).models == report.models
-
-
-def test_two_goldens_on_the_same_prompts_take_one_pass_of_each_function(tmp_path, monkeypatch):
+def test_each_package_is_opened_once_for_two_goldens_and_the_whole_model(tmp_path, monkeypatch):
     checkpoint = tiny_checkpoint("mixtral", tmp_path / "checkpoint")
     out = tiny_conversion(checkpoint, tmp_path / "out", recipe=INT8, prefill=16, golden=True)
-    loaded, load = [], whole_model.load_shards
+    opened, open_package = [], verification.open_package
 
-    def counted(*arguments, **options):
-        loaded.append(arguments)
-        return load(*arguments, **options)
+    def counted(path, *arguments, **options):
+        opened.append(path)
+        return open_package(path, *arguments, **options)
 
-    monkeypatch.setattr(whole_model, "load_shards", counted)
-    shared = verify(out)
-    assert len(loaded) == 2 and shared.models and shared.as_stored.models
-    monkeypatch.setattr(verification, "WholeModel", lambda *given: WholeModel(*given[:-1], None))
-    apart = verify(out)
-    assert len(loaded) == 6
-    assert (apart.models, apart.as_stored.models) == (shared.models, shared.as_stored.models)
+    monkeypatch.setattr(verification, "open_package", counted)
+    report = verify(out)
+    assert report.passed and report.models and report.as_stored.models
+    assert sorted(opened) == sorted(out / shard.path for shard in read_manifest(out).shards)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"state": "explicit", "layout": "bct1"}, {"routing": "sparse", "expert_tokens": (1, 4)},
+    {"layers_per_shard": 2}, {"max_shard_mb": 0.02}, {"prefill": 0},
+], ids=str)
+def test_stage_by_stage_gives_the_logits_of_the_token_loop_to_the_bit(options, checkpoint, tmp_path):
+    out = tiny_conversion(checkpoint, tmp_path / "out", **{"prefill": 16, **options})
+    rng = np.random.default_rng(0)
+    prompts = [tuple(rng.integers(3, 61, length).tolist()) for length in (37, 9)]
+    shards = load_shards(out, "reference")
+    dispatch = ExpertDispatch(shards.experts, shards.cache) if shards.cache else None
+    passes = model_passes(shards.manifest, prompts, shards.embed, tail=5 if shards.manifest.prefill else None)
+    steps = list(shards.steps)
+    for number, stage in enumerate(stages(shards.manifest)):
+        if isinstance(stage, int):
+            continue
+        loaded = [step for step in steps if isinstance(step, LoadedShard) and step.shard in stage]
+        following = stages(shards.manifest)[number + 1:number + 2]
+        experts = [shards.experts[step] for step in following if isinstance(step, int)]
+        for model_pass in passes:
+            model_pass.advance([*loaded, *experts], shards.ropes, dispatch)
+    for model_pass in passes:
+        for prompt in model_pass.prompts:
+            session = Session(shards)
+            if prompt.cut:
+                session.prefill(prompt.ids[:prompt.cut])
+            expected = session.prefill_logits(prompt.ids[prompt.cut:], by=model_pass.function)
+            assert np.array_equal(prompt.logits, expected)
+    assert [one.function for one in passes] == (["decode", "prefill"] if shards.manifest.prefill else ["decode"])
 
 
 def test_report_prints_what_verify_prints_and_fails_as_it_does(copy, capsys):
