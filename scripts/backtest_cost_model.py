@@ -25,7 +25,7 @@ def held_out(rows: list[Outcome]) -> list[Outcome]:
 
 def sentence(what: str, found: Summary) -> str:
     return (f"{what}: {found.rows} rows, median error {found.median_error:.0%}, "
-            f"{found.coverage:.0%} of the measurements inside their range.")  # fmt: skip
+            f"{found.coverage:.0%} of the measurements inside their range.")
 
 
 def table(rows: list[Outcome]) -> str:

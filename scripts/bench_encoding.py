@@ -37,7 +37,7 @@ def megabytes_a_second(name: str) -> float:
 
 def main() -> None:
     print(f"{platform.platform()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {version('torch')}, "
-          f"a random matrix of {SIDE} x {SIDE}, median of {ROUNDS} after one")  # fmt: skip
+          f"a random matrix of {SIDE} x {SIDE}, median of {ROUNDS} after one")
     for name in sys.argv[1:] or ["int8", "lut4", "lut3", "lut2", "apple2"]:
         print(f"{name}: {megabytes_a_second(name):.0f} MB/s")
 

@@ -19,7 +19,7 @@ from ane_moe.formats.encoders import parse_format
 from ane_moe.formats.expand import expand
 
 FORMATS = {"groups of 16 channels": ("lut4", {"granularity": "per_grouped_channel", "group_size": 16}),
-           "whole matrix": ("lut4-tensor", {"granularity": "per_tensor"})}  # fmt: skip
+           "whole matrix": ("lut4-tensor", {"granularity": "per_tensor"})}
 
 
 def main() -> None:

@@ -59,7 +59,7 @@ def _watch(arguments: argparse.Namespace, packages: Path, scratch: Path) -> int:
     while time.monotonic() < end and (last is None or case < last):
         command = [sys.executable, __file__, "--child", str(packages), str(scratch), "--seed", str(case),
                    "--minutes", str((end - time.monotonic()) / 60), "--seconds", str(arguments.seconds),
-                   "--megabytes", str(arguments.megabytes)]  # fmt: skip
+                   "--megabytes", str(arguments.megabytes)]
         command += ["--cases", str(last - case)] if last is not None else []
         command += ["--read-only"] if arguments.read_only else []
         child = subprocess.run(command, capture_output=True, text=True)

@@ -30,7 +30,7 @@ from ane_moe.verification.verify import verify
 
 FORMATS = ["fp16", "int8", "int4-channel", "lut8", "lut6", "lut4", "lut4-tensor", "lut3", "lut2", "lut4+scale",
            "lut4-v2", "lut8-v4", "apple2", "apple2 rank 16", "int4-block32", "sparse50", "sparse50+int8",
-           "sparse50+lut4", "safe", "small", "tiny", "small calibrated", "budget 1.9 MB"]  # fmt: skip
+           "sparse50+lut4", "safe", "small", "tiny", "small calibrated", "budget 1.9 MB"]
 HELD_OUT_PERCENT = 5
 PASSAGE = 512
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -116,7 +116,7 @@ def write(rows: list[dict], tokens: int) -> None:
                   f"reference runtime on {os.cpu_count()} cores. Conversion is by one process.")
     table = "\n".join([HEAD, "|---|" + "---:|" * 8, *map(line, rows), "", conditions])
     text = re.sub(r"(<!-- formats -->\n).*?(<!-- end -->)", lambda found: f"{found[1]}{table}\n{found[2]}",
-                  page.read_text(), flags=re.DOTALL)  # fmt: skip
+                  page.read_text(), flags=re.DOTALL)
     page.write_text(text)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.placement.backtest import outcomes, table  # noqa: E402
+from ane_moe.placement.published.backtest import outcomes, table  # noqa: E402
 
 PAGE = ROOT / "docs" / "placement.md"
 MARKED = re.compile(r"(<!-- back-test -->\n).*(<!-- end of back-test -->)", re.DOTALL)

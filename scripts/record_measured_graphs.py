@@ -1,4 +1,4 @@
-"""Record the graphs whose compute plans were published: write tests/placement/measured_graphs.json.
+"""Record the graphs whose compute plans were published: write the file of recorded graphs.
 
     python scripts/record_measured_graphs.py
 
@@ -29,8 +29,8 @@ from ane_moe.coreml_tools import ct  # noqa: E402
 from ane_moe.mlprogram.program import Program  # noqa: E402
 from ane_moe.mlprogram.reader import read_program  # noqa: E402
 from ane_moe.placement.facts import function_facts  # noqa: E402
-from tests.placement.measured import GRAPHS, as_text, measured_graph, record  # noqa: E402
-from tests.placement.published import PLANS  # noqa: E402
+from ane_moe.placement.published.points import PLANS  # noqa: E402
+from ane_moe.placement.published.recorded import GRAPHS, as_text, measured_graph, record  # noqa: E402
 
 IMAGES = (16, 3, 224, 224)
 

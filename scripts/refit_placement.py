@@ -41,7 +41,7 @@ class Sample:
 
 def published() -> Iterator[Sample]:
     """The published placements that only the cost decision has a say in."""
-    from tests.placement.backtest import outcomes
+    from ane_moe.placement.published.backtest import outcomes
 
     for row in outcomes():
         facts, legal = row.facts, all(rule.startswith("cost-") for rule in row.rules)

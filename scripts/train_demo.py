@@ -39,7 +39,7 @@ END_OF_TEXT = "<|endoftext|>"
 # Left out: test data, generated tables, and files that hold paths of the machine that built Python.
 EXCLUDED_FOLDERS = {
     "__pycache__", "dist-packages", "encodings", "idle_test", "pydoc_data", "site-packages", "test", "tests",
-}  # fmt: skip
+}
 EXCLUDED_PREFIXES = ("_sysconfigdata", "_sysconfig_vars")
 
 ARCHITECTURE: dict[str, Any] = {

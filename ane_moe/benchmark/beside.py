@@ -62,10 +62,10 @@ def set_beside(report: BenchReport, folder: Path) -> Beside | str:
 def _rows(report: BenchReport, prediction: Prediction) -> list[Row]:
     """Decoding after every fill, prefill of whole calls, and loading once everything is compiled."""
     rows = [Row(f"decode after {row.fill} tokens", "ms a token", row.latency.median_ms,
-                prediction.decode.per_token_ms) for row in report.decode]  # fmt: skip
+                prediction.decode.per_token_ms) for row in report.decode]
     call = report.conditions.prefill_tokens or 1
     rows += [Row(f"prefill of {row.tokens} tokens", "ms a token", row.latency.median_ms / row.tokens,
-                 prediction.prefill.per_token_ms) for row in report.prefill if row.tokens % call == 0]  # fmt: skip
+                 prediction.prefill.per_token_ms) for row in report.prefill if row.tokens % call == 0]
     if report.load and report.conditions.all_compiled:
         rows.append(Row("loading", "s", report.load.seconds, prediction.load_seconds))
     return rows

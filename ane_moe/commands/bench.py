@@ -66,7 +66,7 @@ def bench(
         lengths=None if lengths is None else parse_counts(lengths, "--lengths", 1), units=units,
         expert_cache_bytes=None if expert_cache_mb is None else int(expert_cache_mb * 1_000_000),
         concurrency=concurrency, predictor=predictor, energy=energy, vs_mlx=vs_model,
-    )  # fmt: skip
+    )
     with step_bar() as progress:
         report = measure(out, options, runtime=runtime, min_logit_cosine=min_logit_cosine, progress=progress)
     comparison = compare(report, earlier, str(against)) if earlier and report.passed else None

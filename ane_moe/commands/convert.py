@@ -21,7 +21,8 @@ def convert(
     routing: Annotated[
         Literal["masked", "soft", "sparse"],
         typer.Option(
-            help="masked: all experts, exact top-k gates. sparse: one function per expert, called by the host. "
+            help="masked: all experts, exact top-k gates. sparse: one function per expert, "
+            "called by the host. "
             "soft: the full softmax, another function than the model's."
         ),
     ] = "masked",
@@ -119,7 +120,7 @@ def convert(
         if experts_per_function not in (1, groups.experts_per_function):
             raise UserError("--grouping and --experts-per-function disagree",
                             f"{groups.experts_per_function} in {grouping}, {experts_per_function} given",
-                            "leave --experts-per-function out")  # fmt: skip
+                            "leave --experts-per-function out")
     source = demo_checkpoint() if str(checkpoint) == "demo" else checkpoint
     options = ConvertOptions(
         routing=routing,

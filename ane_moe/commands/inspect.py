@@ -110,7 +110,7 @@ def _parts(summary: "Summary") -> "list[RenderableType]":
         (total.format, f"{total.weights:,}", f"{total.elements:,}", f"{total.stored_bytes:,}",
          f"{8 * total.stored_bytes / total.elements:.2f}" if total.elements else "")
         for total in summary.formats
-    ]  # fmt: skip
+    ]
     return [
         _table("", ("", ""), [(name, printable(value)) for name, value in facts]),
         *(part for function in summary.functions for part in _function_parts(function)),

@@ -28,7 +28,7 @@ CONVOLUTION = {"conv", "short_conv"}
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 CHOSEN = (
     "num_experts_per_tok", "moe_k", "top_k_experts", "moe_topk", "num_experts_per_token",
-)  # fmt: skip
+)
 LEADING_DENSE = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 SHARED_COUNT = ("n_shared_experts", "moe_num_shared_experts", "num_shared_experts")
 SHARED_WIDTH = ("shared_expert_intermediate_size", "shared_intermediate_size")

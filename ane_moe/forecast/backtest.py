@@ -70,7 +70,7 @@ def _outcome(row: dict[str, Any]) -> Outcome:
     predicted = breakdown(calls, chip, loop=loop, steps=steps, loaded_bytes=loaded, host=host)
     measured = row["ms"] if "ms" in row else [1e3 / value for value in reversed(row["tok_s"])]
     return Outcome(row["name"], row["chip"], row["source"], row.get("assumed", ""), row.get("fitted", False),
-                   row.get("series", ""), (measured[0], measured[1]), predicted.per_token_ms)  # fmt: skip
+                   row.get("series", ""), (measured[0], measured[1]), predicted.per_token_ms)
 
 
 def _calls(entry: dict[str, Any]) -> Calls:

@@ -117,7 +117,7 @@ def outlook(
     values, where = read_config(checkpoint)
     folder = Path(checkpoint) if _holds_weights(Path(checkpoint)) else None
     return outlook_of(values, where, folder, target=target, os=os, recipes=recipes, context=context,
-                      prefill=prefill, max_shard_mb=max_shard_mb)  # fmt: skip
+                      prefill=prefill, max_shard_mb=max_shard_mb)
 
 
 def outlook_of(
@@ -142,7 +142,7 @@ def outlook_of(
         for name in recipes:
             recipe = find_recipe(name)
             options = ConvertOptions(routing=routing, context=context, prefill=prefill,
-                                     max_shard_mb=max_shard_mb, recipe=recipe)  # fmt: skip
+                                     max_shard_mb=max_shard_mb, recipe=recipe)
             kinds = plan_kinds(spec, options)
             tokens = kinds.plan.context
             choices.append(_choice(kinds, place))
@@ -251,7 +251,7 @@ def _from_hub(name: str) -> Path:
     except Exception as error:      # of many libraries: no network, no such model, no permission
         raise UserError(f"{CONFIG} of {name} cannot be fetched from the Hugging Face Hub",
                         str(error).strip().split("\n")[0][:200] or type(error).__name__,
-                        "give a local folder or config.json") from None  # fmt: skip
+                        "give a local folder or config.json") from None
 
 
 def _choice(kinds: KindsPlan, target: Target) -> Choice:
@@ -259,7 +259,7 @@ def _choice(kinds: KindsPlan, target: Target) -> Choice:
     workload = workload_of_plan(plan, kinds.repeats)
     return Choice(options.routing, options.recipe.name, workload,
                   predict(workload, find_chip(target.name)), concerns_of_plan(plan, target),
-                  _conversion_seconds(kinds))  # fmt: skip
+                  _conversion_seconds(kinds))
 
 
 def _conversion_seconds(kinds: KindsPlan) -> Range | None:
@@ -272,7 +272,7 @@ def _conversion_seconds(kinds: KindsPlan) -> Range | None:
         return None
     seconds = [whole / times["write"][end] + sum(size / times["encode"][_base(name)][end] / 2
                                                 for name, size in sizes.items())
-               for end in ("high", "expected", "low")]  # fmt: skip
+               for end in ("high", "expected", "low")]
     return Range(*seconds)
 
 

@@ -45,10 +45,10 @@ class Encoded:
     def arrays(self) -> tuple[dict[str, np.ndarray], ...]:
         """The stored arrays by name, for each expansion."""
         return tuple({name: value.values for name, value in expansion.inputs.items() if isinstance(value, Stored)}
-                     for expansion in self.expansions)  # fmt: skip
+                     for expansion in self.expansions)
 
     @property
     def stored_bytes(self) -> int:
         """Payload in the weight file: indices, palettes, scales and masks, packed."""
         return sum(value.stored_bytes for expansion in self.expansions for value in expansion.inputs.values()
-                   if isinstance(value, Stored))  # fmt: skip
+                   if isinstance(value, Stored))

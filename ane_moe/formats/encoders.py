@@ -231,7 +231,7 @@ def parse_format(text: str) -> Format:
     options = OPTIONS.fullmatch(name[len(base[0]):]) if base else None
     if form is None or options is None or (not isinstance(form, Palette | FixedPalette) and name != form.name):
         raise UserError("there is no such weight format", repr(text), f"formats: {', '.join(FORMATS)}, sparse50, "
-                        "sparse50+int8; palettes take -g8, -g32, -tensor, -v2, -v4 and +scale")  # fmt: skip
+                        "sparse50+int8; palettes take -g8, -g32, -tensor, -v2, -v4 and +scale")
     return _with_options(form, name, options)
 
 

@@ -153,7 +153,7 @@ class _Histograms:
         self.rows = np.arange(len(masses))[:, None]
         squares = np.divide(sums**2, masses, out=np.zeros_like(sums), where=masses > 0)
         self.mass, self.sum, self.squares = (np.pad(np.cumsum(part, 1), ((0, 0), (1, 0))) for part in
-                                             (masses, sums, squares))  # fmt: skip
+                                             (masses, sums, squares))
 
     def fit(self, entries: int) -> np.ndarray:
         """Palettes fp16 `(G, E)`, ascending: levels that are the means of what is nearest to them.

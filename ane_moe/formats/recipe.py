@@ -37,7 +37,7 @@ MAX_RANK = 1024
 EMBEDDING_FORMATS = ("fp16", "int8")        # of which the host makes single rows
 # A role is named by group and matrix; the rows of a part say which of them a tensor has (`Weight.role`).
 MATRICES = {"attention": "qkvo", "experts": ("gate", "up", "down"), "shared": ("gate", "up", "down"),
-            "dense": ("gate", "up", "down"), "head": (), "embedding": ()}  # fmt: skip
+            "dense": ("gate", "up", "down"), "head": (), "embedding": ()}
 NAMES = {"default", *MATRICES, *(f"{group}.{matrix}" for group, names in MATRICES.items() for matrix in names)}
 
 
@@ -87,7 +87,7 @@ class Recipe:
             "layers": [{"layers": list(entry.layers), "roles": {n: vars(c) for n, c in entry.roles.items()}}
                        for entry in self.layers],
             "overrides": dict(self.overrides),
-        }  # fmt: skip
+        }
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -112,7 +112,7 @@ def recipe_of(name: str, data: Mapping[str, Any]) -> Recipe:
     try:
         roles = {role: Choice(**choice) for role, choice in data["roles"].items()}
         layers = tuple(LayerRoles(tuple(entry["layers"]), {r: Choice(**c) for r, c in entry["roles"].items()})
-                       for entry in data["layers"])  # fmt: skip
+                       for entry in data["layers"])
         return Recipe(name, roles, layers, dict(data["overrides"]))
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError("the recipe in runtime_meta.json cannot be read", repr(error), "convert again") from None
@@ -182,7 +182,7 @@ def _roles(table: Any, path: Path) -> dict[str, Choice]:
         raise UserError(f"the recipe {path} has no table of roles", do='write [roles] and, say, default = "int8"')
     if unknown := set(table) - NAMES:
         raise UserError(f"the recipe {path} names unknown roles", ", ".join(sorted(unknown)),
-                        f"roles are {', '.join(sorted(NAMES))}")  # fmt: skip
+                        f"roles are {', '.join(sorted(NAMES))}")
     roles = {name: _choice(value, path) for name, value in table.items()}
     embedding = roles.get("embedding", Choice())
     if embedding.format not in EMBEDDING_FORMATS or embedding.rank:

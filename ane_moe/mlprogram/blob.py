@@ -25,7 +25,7 @@ METADATA = struct.Struct("<IIQQQ32x")           # sentinel, type, size in bytes,
 BLOB_DTYPES = {
     1: "fp16", 2: "fp32", 3: "uint8", 4: "int8", 5: "bf16", 6: "int16", 7: "uint16", 8: "int4", 9: "uint1", 10: "uint2",
     11: "uint4", 12: "uint3", 13: "uint6", 14: "int32", 15: "uint32", 16: "fp8e4m3fn", 17: "fp8e5m2",
-}  # fmt: skip
+}
 
 _REPAIR = "the package is damaged or was cut short: download or convert it again"
 

@@ -21,13 +21,13 @@ from ane_moe.mlprogram.values import describe
 _Array = FeatureTypes_pb2.ArrayFeatureType
 ARRAY_DTYPES = {
     _Array.FLOAT16: "fp16", _Array.FLOAT32: "fp32", _Array.DOUBLE: "fp64", _Array.INT32: "int32", _Array.INT8: "int8",
-}  # fmt: skip
+}
 
 # proto name of a feature's type -> `Feature.kind`
 _KINDS = {
     "multiArrayType": "array", "stateType": "state", "imageType": "image", "dictionaryType": "dictionary",
     "stringType": "string", "int64Type": "int64", "doubleType": "double", "sequenceType": "sequence",
-}  # fmt: skip
+}
 
 _Image = FeatureTypes_pb2.ImageFeatureType
 _LAYOUTS = {_Image.RGB: "RGB", _Image.BGR: "BGR", _Image.GRAYSCALE: "grayscale",

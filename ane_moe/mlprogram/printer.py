@@ -64,7 +64,7 @@ def _values(values: tuple[Output, ...]) -> str:
 def _arguments(arguments: tuple[Argument, ...], literals: dict[str, str]) -> str:
     shown = [
         _literal(item) if isinstance(item, Constant) else literals.get(item, printable(item)) for item in arguments
-    ]  # fmt: skip
+    ]
     return shown[0] if len(shown) == 1 else f"({', '.join(shown)})"
 
 

@@ -105,7 +105,7 @@ def summarize(package: Path | Program) -> Summary:
         program = read_program(program, require_weights=False)
     functions = tuple(
         _function(function, program.interfaces[name]) for name, function in program.functions.items()
-    )  # fmt: skip
+    )
     weights = [weight for function in functions for weight in function.weights]
     return Summary(
         path=program.path,

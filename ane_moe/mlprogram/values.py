@@ -36,13 +36,13 @@ DTYPE_NAMES = {
     MIL_pb2.UINT1: "uint1", MIL_pb2.UINT2: "uint2", MIL_pb2.UINT3: "uint3", MIL_pb2.UINT4: "uint4",
     MIL_pb2.UINT6: "uint6", MIL_pb2.UINT8: "uint8", MIL_pb2.UINT16: "uint16", MIL_pb2.UINT32: "uint32",
     MIL_pb2.UINT64: "uint64",
-}  # fmt: skip
+}
 
 # Which repeated field of a TensorValue holds a type, after coremltools' _tensor_field_by_type; the rest use `bytes`.
 _FIELDS = {
     "bool": "bools", "string": "strings", "fp32": "floats", "fp64": "doubles", "int16": "ints", "uint16": "ints",
     "int32": "ints", "uint32": "ints", "int64": "longInts", "uint64": "longInts",
-}  # fmt: skip
+}
 _ELEMENTS = {"bools": "?", "ints": "<i4", "longInts": "<i8", "floats": "<f4", "doubles": "<f8"}
 
 

@@ -38,13 +38,13 @@ CONVERTER = "com.github.apple.coremltools.version"
 FUNCTION_FACTS = frozenset({
     "weight_bytes", "weight_file_bytes", "flops", "ops", "states", "package_functions", "enumerated", "widest_range",
     "parallel_projections", "converter", "opset",
-})  # fmt: skip
+})
 FEATURE_FACTS = frozenset({"role", "name", "dtype", "rank", "last_axis", "n", "d", "c", "h", "w"})
 OP_FACTS = frozenset({
     "op", "nested", "rank", "input_rank", "dtypes", "elements", "n", "d", "c", "h", "w", "constants",
     "infinite_constant", "weight_format", "reduction", "channels_in", "channels_out", "kernel_h", "kernel_w", "groups",
     "axis_size", "fan_in", "feeds", "opset", "converter", "function_ops", "enumerated",
-})  # fmt: skip
+})
 SEGMENT_FACTS = frozenset({"weight_bytes", "flops", "reduction", "ops"})
 FACTS = {"function": FUNCTION_FACTS, "feature": FEATURE_FACTS, "op": OP_FACTS, "segment": SEGMENT_FACTS}
 
@@ -273,7 +273,7 @@ def _parallel_projections(ops: list[OpFacts]) -> int:
     readers = Counter(
         value for op in ops if op.operation.type in ("conv", "linear") and "weight" in op.facts["constants"]
         for value in op.operation.inputs.get("x", ()) if isinstance(value, str)
-    )  # fmt: skip
+    )
     return max(readers.values(), default=0)
 
 

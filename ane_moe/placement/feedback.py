@@ -67,4 +67,4 @@ def _function(guess: FunctionPlacement, fact: FunctionPlacement) -> dict[str, An
         "legal": all(rule.startswith("cost-") for rule in rules), "predicted": guess.verdict,
         "ops_ane": fact.count("ane"), "ops_cpu": fact.count("cpu"), "ops_gpu": fact.count("gpu"),
         "cost_share_ane": fact.cost_share_ane,
-    }  # fmt: skip
+    }

@@ -111,7 +111,7 @@ class PlacementReport:
             "source": self.source, "target": self.target, "os": self.os,
             "functions": [_function_json(function) for function in self.functions],
             "require_measured": self.require_measured, "passed": self.passed,
-        }  # fmt: skip
+        }
         return document | ({"predictions_by_rule": self.comparison} if self.source == MEASURED else {})
 
 
@@ -123,7 +123,7 @@ def _function_json(function: FunctionPlacement) -> dict[str, Any]:
         "ops_total": len(function.ops), **counts, "cost_share_ane": function.cost_share_ane,
         "weight_bytes": function.weight_bytes, "flops": function.flops, "reduction": function.reduction,
         "findings": [asdict(finding) for finding in function.findings], **numerics,
-    }  # fmt: skip
+    }
 
 
 def worst_first(findings: list[Finding]) -> tuple[Finding, ...]:

@@ -65,7 +65,7 @@ def _functions(report: BenchReport) -> Table:
     for row in report.functions:
         table.add_row(KINDS.get(row.kind, row.kind), row.function, str(row.tokens), str(row.shards),
                       f"{row.load_seconds:.2f}", *map(_ms, (row.first_call_ms, row.latency.median_ms,
-                                                            row.latency.p95_ms, row.latency.min_ms)))  # fmt: skip
+                                                            row.latency.p95_ms, row.latency.min_ms)))
     return table
 
 
@@ -119,7 +119,7 @@ def _versus(versus: Versus) -> Group:
 
 def _predicted(beside: dict[str, Any]) -> Group:
     table = Table(title=f"Predicted for {beside['chip']} beside measured (ratio: measured over expected)",
-                  title_justify="left", box=SIMPLE_HEAD)  # fmt: skip
+                  title_justify="left", box=SIMPLE_HEAD)
     for column in ("", "unit", "predicted low", "expected", "high", "measured", "ratio", "within"):
         table.add_column(column, justify="left" if column in ("", "unit") else "right")
     for row in beside["rows"]:

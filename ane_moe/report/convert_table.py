@@ -107,10 +107,10 @@ def print_plan(plan: ConversionPlan) -> None:
     table.add_row("embed.bin", "1", f"{plan.embed_bytes / MB:,.1f}", f"{plan.embed_bytes / MB:,.0f}", "")
     console = Console()
     console.print(f"{plan.spec.family}, {len(plan.layers)} of {len(plan.spec.layers)} layers, "
-                  f"context {plan.context}, functions {functions}")  # fmt: skip
+                  f"context {plan.context}, functions {functions}")
     console.print(table)
     console.print(f"disk {plan.disk_bytes / MB:,.0f} MB; memory about {memory_bytes_estimated(plan) / MB:,.0f} MB "
-                  "a worker (estimated)")  # fmt: skip
+                  "a worker (estimated)")
     _print_source(console, plan.source.notes, plan.source.left_out)
 
 
@@ -136,7 +136,7 @@ def print_report(report: ConvertReport) -> None:
     console = Console()
     console.print(f"{len(report.manifest.shards)} shards, {size:,.0f} MB of weights in {report.folder}: "
                   f"{len(report.written)} written, {len(report.reused)} reused; "
-                  f"peak memory {report.peak_memory_bytes / MB:,.0f} MB")  # fmt: skip
+                  f"peak memory {report.peak_memory_bytes / MB:,.0f} MB")
     if report.golden_kept:
         console.print("goldens kept: an earlier run captured them of the same weights and prompts")
     _print_source(console, report.notes, report.manifest.left_out)

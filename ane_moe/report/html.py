@@ -22,7 +22,7 @@ ALIKE = re.compile(r"\d+")
 def render_html(data: ReportData) -> str:
     """The page. Everything that comes from a manifest or a file is escaped."""
     environment = Environment(loader=PackageLoader("ane_moe.report", "."), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+                              trim_blocks=True, lstrip_blocks=True)
     manifest = data.manifest
     return environment.get_template("page.html").render(
         data=data,

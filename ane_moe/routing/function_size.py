@@ -43,7 +43,7 @@ class SizeChoice:
     def as_json(self) -> dict[str, Any]:
         """What `--json` prints, beside the grouping's own report."""
         return {"kind": "predicted", "chip": self.chip, "format": self.format, "note": self.note,
-                "sizes": [asdict(cost) for cost in self.costs]}  # fmt: skip
+                "sizes": [asdict(cost) for cost in self.costs]}
 
 
 def choose_size(trace: RoutingTrace, chip: Chip, form: str, sizes: Sequence[int] = SIZES) -> SizeChoice:

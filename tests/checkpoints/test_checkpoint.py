@@ -190,7 +190,7 @@ def test_the_header_reader_agrees_with_the_library(tmp_path: Path) -> None:
     tensors = {
         "a": torch.randn(3, 4), "b": torch.ones((), dtype=torch.int64), "c": torch.zeros(0, 5).half(),
         "d": torch.ones(7, dtype=torch.bool), "e": torch.ones(5).to(torch.float8_e4m3fn), "f": torch.ones(3).double(),
-    }  # fmt: skip
+    }
     save_file(tensors, tmp_path / "x.safetensors", {"format": "pt"})
     header = read_header(tmp_path / "x.safetensors")
     data = (tmp_path / "x.safetensors").read_bytes()

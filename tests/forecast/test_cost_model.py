@@ -48,7 +48,7 @@ def test_prefill_is_bound_by_computing():
     excess. At 640 tokens: 116.4 - 16.8 = 99.5 ms of excess."""
     chip = find_chip("m4-max")
     short, long = (breakdown((Calls("dense", ONCE, 2 * 10**9, 10**9, "fp16", tokens),), chip, steps=tokens)
-                   for tokens in (64, 640))  # fmt: skip
+                   for tokens in (64, 640))
     assert short.parts["compute"].expected == 0
     assert long.parts["compute"].expected * 640 == pytest.approx(116.36 - 16.82, rel=1e-3)
 
@@ -81,7 +81,7 @@ def test_every_prediction_is_a_range_and_more_work_is_never_faster(calls, chip, 
     form = find_format(name)
     rate, size = form.rate, form.bits_per_weight / 8
     made = tuple(Calls(kind, ONCE, round(size * n), n, rate, tokens, cache)
-                 for kind, n, tokens, cache in calls)  # fmt: skip
+                 for kind, n, tokens, cache in calls)
     one, two = (breakdown(work, find_chip(chip)) for work in (made, made + made[:1]))
     for found in (one.per_token_ms, one.tok_s, *one.parts.values()):
         assert 0 <= found.low <= found.expected <= found.high

@@ -35,7 +35,7 @@ CASES = {
     "for the GPU": ("granitemoe", {"hidden_size": 64, "intermediate_size": 64},
                     {"state": "explicit", "recipe": find_recipe("int4-block32")}),
     "two layers in one": ("granitemoe", {}, {"routing": "soft", "layers_per_shard": 2}),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module", params=CASES)

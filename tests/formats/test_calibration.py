@@ -162,7 +162,7 @@ def test_calibration_moves_the_error_to_inputs_that_do_not_matter(checkpoint, tm
         errors[asked] = {weight.name: (weight.value.reshape(-1, weight.value.shape[1]).astype(np.float64)
                                        - originals.read(sources[weight.name])) ** 2
                          for weight in stored_weights(out, read_manifest(out))
-                         if weight.name.expert is not None}  # fmt: skip
+                         if weight.name.expert is not None}
     moments = Moments(tmp_path / "builtin" / FILE_NAME)
     found = {name: moments.find(sources[name].reads, plain.shape[1]) for name, plain in errors[None].items()}
     met = {name: squares for name, squares in found.items() if squares is not None}

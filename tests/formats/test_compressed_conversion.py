@@ -30,7 +30,7 @@ from ane_moe.verification.verify import verify
 from tests.verification.tiny import tiny_checkpoint, tiny_conversion
 
 FORMATS = ["int8", "int4-channel", "lut6", "lut4", "lut3-tensor", "lut4+scale", "lut4-v2", "apple2", "int4-block32",
-           "sparse50", "sparse50+int8", "sparse50+lut4"]  # fmt: skip
+           "sparse50", "sparse50+int8", "sparse50+lut4"]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def expanded_by_coremltools(package: Path) -> dict[str, dict[str, np.ndarray]]:
     program = load_program(model, model.specificationVersion, str(package / "Data/com.apple.CoreML/weights"))
     return {name: {op.outputs[0].name: value_of(op) for op in function.operations
                    if op.op_type.startswith("constexpr") and len(op.outputs) == 1 and op.name.startswith("w_")}
-            for name, function in program.functions.items()}  # fmt: skip
+            for name, function in program.functions.items()}
 
 
 def value_of(op) -> np.ndarray:

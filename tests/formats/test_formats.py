@@ -20,7 +20,7 @@ from ane_moe.formats.palettes import assign, fit_palettes
 
 ALL = ["int8", "int4-channel", "lut8", "lut6", "lut4", "lut3", "lut2", "lut4-g8", "lut4-g32", "lut4-tensor",
        "lut4+scale", "lut4-v2", "lut6-v4", "lut4-g8-v2", "apple2", "apple2-g16", "int8-block32", "int4-block32",
-       "sparse50", "sparse50+int8", "sparse50+lut4", "sparse0+lut3", "sparse75+int4-channel"]  # fmt: skip
+       "sparse50", "sparse50+int8", "sparse50+lut4", "sparse0+lut3", "sparse75+int4-channel"]
 EXACT_SIZES = [name for name in ALL if not name.startswith("sparse0")]
 rng = np.random.default_rng(0)
 GAUSS = (rng.standard_normal((48, 160)) * 0.02).astype(np.float16)
@@ -45,7 +45,7 @@ def error(encoded: Encoded, weight: np.ndarray) -> float:
 def test_the_worst_matrices_have_a_finite_value_of_the_right_size(name):
     form = parse_format(name)
     for weight in (GAUSS, GAUSS[:1], GAUSS[:, :1].copy(), GAUSS[3:4, 5:6].copy(), np.zeros((7, 13), np.float16),
-                   np.full((6, 10), 65504, np.float16), np.full((5, 3), -(2.0**-24), np.float16)):  # fmt: skip
+                   np.full((6, 10), 65504, np.float16), np.full((5, 3), -(2.0**-24), np.float16)):
         encoded = encode(name, weight)
         dense = expand(encoded)
         assert dense.shape == weight.shape and dense.dtype == np.float16 and np.isfinite(dense).all()
@@ -196,7 +196,7 @@ def test_directions_apart_and_the_remainder_are_the_weight():
 @pytest.mark.parametrize("name", [
     "", "int", "int3", "lut5", "lut4-g7", "int8-g16", "apple2-v2", "sparse200", "fp16+scale", "sparse50+apple2",
     "sparse50+lut4-v2", "lut4-v2+scale", "sparse50+int8-block32",
-])  # fmt: skip
+])
 def test_an_unknown_format_is_named(name):
     with pytest.raises(UserError):
         parse_format(name)

@@ -96,7 +96,7 @@ def test_a_recipe_names_every_format_that_a_package_may_hold():
     "layers = 3\n[roles]\nhead = 'int8'",
     '[roles]\ndefault = "int8"\n[[layers]]\nlayers = 3\nroles = { head = "int8" }',
     '[roles]\ndefault = "int8"\n[[layers]]\nlayers = "x"\nroles = { head = "int8" }',
-])  # fmt: skip
+])
 def test_a_bad_file_is_one_clear_error(tmp_path, text):
     (tmp_path / "bad.toml").write_text(text)
     with pytest.raises(UserError):

@@ -28,9 +28,9 @@ from tests.tokenizer_forms import (
 )
 
 CLASSES = ("LlamaTokenizer", "Qwen2Tokenizer", "GPT2Tokenizer", "GPTNeoXTokenizerFast",
-           "PreTrainedTokenizerFast", "UnheardOfTokenizer")  # fmt: skip
+           "PreTrainedTokenizerFast", "UnheardOfTokenizer")
 TEXTS = ("go hello", "  two  spaces ", "x=12345", "日本語 مرحبا café", "def f(x):\n\n    return x\n",
-         "a<s>b</s> <|im_start|>user\nhi<|im_end|> <extra> ", "\U0001f469‍\U0001f467", "")  # fmt: skip
+         "a<s>b</s> <|im_start|>user\nhi<|im_end|> <extra> ", "\U0001f469‍\U0001f467", "")
 MESSAGES = [{"role": "user", "content": "go hello\n 42"}]
 
 
@@ -53,7 +53,7 @@ def kept(checkpoint, out):
     out.mkdir()
     files = write_tokenizer(read_tokenizer(checkpoint), out)
     manifest = replace(make_manifest((None,)), tokenizer=files.names, tokenizer_record=files.record,
-                       tokenizer_class=files.class_name)  # fmt: skip
+                       tokenizer_class=files.class_name)
     return load_tokenizer(out, manifest), manifest
 
 
@@ -67,7 +67,7 @@ def is_empty(tokenizer):
 def test_the_conversion_gives_the_ids_of_the_checkpoint_whatever_class_it_names(form, family, tmp_path):
     for number, name in enumerate((None, *CLASSES)):
         settings = None if name is None else mixtral_settings(
-            tokenizer_class=name, additional_special_tokens=["<extra>"])  # fmt: skip
+            tokenizer_class=name, additional_special_tokens=["<extra>"])
         checkpoint = tokenizer_checkpoint(tmp_path / f"checkpoint{number}", family, form, settings)
         try:
             original = hugging_face(checkpoint)
@@ -90,7 +90,7 @@ def added_tokens(folder):
     (folder / "added_tokens.json").write_text(json.dumps({"<|tool|>": size, "<extra>": size + 1}))
     (folder / "special_tokens_map.json").write_text(json.dumps(
         {"eos_token": {"content": "<|im_end|>", "lstrip": True, "normalized": False, "rstrip": False,
-                       "single_word": False}, "additional_special_tokens": ["<extra>"]}))  # fmt: skip
+                       "single_word": False}, "additional_special_tokens": ["<extra>"]}))
 
 
 def template_list(folder):
@@ -121,11 +121,11 @@ def flags(folder):
     """Settings that change ids or decoding without being in tokenizer.json."""
     (folder / "tokenizer_config.json").write_text(json.dumps(
         {"tokenizer_class": "Qwen2Tokenizer", "split_special_tokens": True, "image_token": "<image>",
-         "clean_up_tokenization_spaces": True, "model_max_length": 20}))  # fmt: skip
+         "clean_up_tokenization_spaces": True, "model_max_length": 20}))
 
 
 @pytest.mark.parametrize("beside", [added_tokens, template_list, template_file, template_files,
-                                    template_outside, flags])  # fmt: skip
+                                    template_outside, flags])
 @pytest.mark.parametrize("form", ["byte-level tokenizer.json", "vocab.json and merges.txt"])
 @pytest.mark.parametrize("family", ["qwen3_moe", "olmoe"])
 def test_what_lies_beside_the_vocabulary_is_kept(family, form, beside, tmp_path):
@@ -141,7 +141,7 @@ def test_what_lies_beside_the_vocabulary_is_kept(family, form, beside, tmp_path)
 
 def test_tokenizers_that_have_no_fast_form_are_kept_as_they_are(tmp_path):
     checkpoint = tokenizer_checkpoint(tmp_path / "checkpoint", "qwen3_moe", "sentencepiece bpe",
-                                      {"tokenizer_class": "GPTSw3Tokenizer"})  # fmt: skip
+                                      {"tokenizer_class": "GPTSw3Tokenizer"})
     original = hugging_face(checkpoint)
     assert not original.is_fast
     tokenizer, manifest = kept(checkpoint, tmp_path / "out")
@@ -218,9 +218,9 @@ for checkpoint in sys.argv[1:]:
 def test_the_package_that_a_tokenizer_needs_is_named(tmp_path):
     forms = {"sentencepiece": "sentencepiece bpe", "tiktoken": "tiktoken as tokenizer.model"}
     folders = [tokenizer_checkpoint(tmp_path / package, "mixtral", form)
-               for package, form in forms.items()]  # fmt: skip
+               for package, form in forms.items()]
     ended = subprocess.run([sys.executable, "-c", WITHOUT_PACKAGES, *folders], capture_output=True,
-                           text=True, cwd=Path(__file__).parents[2])  # fmt: skip
+                           text=True, cwd=Path(__file__).parents[2])
     assert ended.stderr == ""
     for line, package in zip(ended.stdout.splitlines(), forms, strict=True):
         assert f"needs the package {package}, which is not installed; pip install {package}" in line
@@ -238,7 +238,7 @@ def test_a_tokenizer_that_cannot_be_read_is_refused_before_anything_is_written(s
 def test_a_record_is_the_same_every_day_and_tells_another_tokenizer(tmp_path):
     dated = "{{ strftime_now('%Y-%m-%d') }} {{ messages[0].content }}"
     checkpoint = tokenizer_checkpoint(tmp_path / "one", "qwen3_moe", "byte-level tokenizer.json",
-                                      mixtral_settings(chat_template=dated))  # fmt: skip
+                                      mixtral_settings(chat_template=dated))
     tokenizer = read_tokenizer(checkpoint)
     record = record_of(tokenizer)
     message = "2024 " + record.chat.text
@@ -262,7 +262,7 @@ def test_special_tokens_inside_text_are_part_of_a_record(tmp_path):
 
 @pytest.mark.parametrize("content", ["[]", '{"texts": [{"text": "a", "ids": [1.5]}], "chat": null}',
                                      '{"texts": [{"text": 1, "ids": []}], "chat": null}', "{",
-                                     " " * (MAX_BYTES + 1)])  # fmt: skip
+                                     " " * (MAX_BYTES + 1)])
 def test_a_file_that_is_no_record_is_refused(content, tmp_path):
     (tmp_path / "record.json").write_text(content)
     with pytest.raises(UserError, match="not a record of a tokenizer"):

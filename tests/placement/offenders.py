@@ -8,7 +8,7 @@ import numpy as np
 
 from ane_moe.coreml_tools import ct
 from ane_moe.mlprogram.program import Program
-from tests.placement.graphs import Graph
+from ane_moe.placement.published.graphs import Graph
 
 mb, types = ct.converters.mil.mil.Builder, ct.converters.mil.mil.types
 STREAM = (1, 64, 1, 64)

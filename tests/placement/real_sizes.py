@@ -38,7 +38,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "hidden_size": 1536, "num_hidden_layers": 1, "num_attention_heads": 24, "num_key_value_heads": 8,
         "intermediate_size": 512, "num_local_experts": 40, "num_experts_per_tok": 8, "vocab_size": 49155,
         "max_position_embeddings": 131072}),
-}  # fmt: skip
+}
 
 
 def plan_of(model: str, **options: Any) -> ConversionPlan:

@@ -5,10 +5,10 @@ import pytest
 from ane_moe.forecast.chips import find_chip
 from ane_moe.placement.facts import function_facts
 from ane_moe.placement.predicted import predict
+from ane_moe.placement.published.graphs import Graph
+from ane_moe.placement.published.points import PLANS
+from ane_moe.placement.published.recorded import measured_graph
 from ane_moe.placement.targets import SYSTEMS, find_target
-from tests.placement.graphs import Graph
-from tests.placement.measured import measured_graph
-from tests.placement.published import PLANS
 
 # Parameters of the models as published, without what the graphs leave out: the classifiers, the
 # positions that 128 tokens do not use, SigLIP's pooling head. Of each batch norm's two vectors one

@@ -13,12 +13,12 @@ from ane_moe.cli import main
 from ane_moe.mlprogram.reader import read_program
 from ane_moe.placement.facts import function_facts
 from ane_moe.placement.predicted import predict
+from ane_moe.placement.published.backtest import outcomes, table
+from ane_moe.placement.published.graphs import Graph
+from ane_moe.placement.published.points import packed_experts, swiglu
 from ane_moe.placement.targets import find_target
 from ane_moe.report.placement_table import placement_report
-from tests.placement.backtest import outcomes, table
-from tests.placement.graphs import Graph
 from tests.placement.offenders import CONTESTED, OFFENDERS, with_fused_attention, with_large_weights, with_state
-from tests.placement.published import packed_experts, swiglu
 
 FINDING = {"op", "op_type", "verdict", "rule", "reason", "remedy", "source", "confidence", "against", "binding"}
 FUNCTION = {"path", "function", "verdict", "ops_total", "ops_ane", "ops_cpu", "ops_gpu", "ops_uncertain",

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from ane_moe.errors import UserError
 from ane_moe.placement.facts import FACTS
 from ane_moe.placement.predicate import compile_condition, names_in
+from ane_moe.placement.published.backtest import outcomes
+from ane_moe.placement.published.points import POINTS
 from ane_moe.placement.rules import CONFIDENCES, RULES, Rule, RuleBook, facts_named, load_rules, rule_book
 from ane_moe.placement.targets import SYSTEMS, find_target, target_names
-from tests.placement.backtest import outcomes
-from tests.placement.published import POINTS
 
 
 def rule(**fields) -> Rule:

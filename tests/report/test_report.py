@@ -25,13 +25,13 @@ from tests.verification.tiny import tiny_conversion
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-         "--disable-background-networking", "--disable-component-update", "--enable-logging=stderr"]  # fmt: skip
+         "--disable-background-networking", "--disable-component-update", "--enable-logging=stderr"]
 BENCH = {
     "device_figures": False,
     "conditions": {"label": "reference runtime", "chip": "a CPU", "os": "Linux", "started": "2026-01-01"},
     "decode": [{"fill": 0, "tok_s": 37.5, "latency": {"median_ms": 25.5}, "kinds_ms": {"attn": 12.5, "moe": 12.0},
                 "host_ms": 0.5}],
-}  # fmt: skip
+}
 PROBE = """<iframe id=f style="border:0" width=%d height=900 srcdoc="%s"></iframe><pre id=o></pre><script>
 f.onload = () => { const d = f.contentDocument; o.textContent = JSON.stringify({
   width: d.documentElement.scrollWidth, headings: d.querySelectorAll("h2").length,
@@ -52,11 +52,11 @@ def data(tmp_path_factory):
 def test_the_page_stands_alone_and_says_everything(data):
     page = render_html(data)
     for heading in ("Model and shards", "Parity with the model", "Placement", "Routing", "Where the time goes",
-                    "What the engine would take", "Conditions"):  # fmt: skip
+                    "What the engine would take", "Conditions"):
         assert f"<h2>{heading}" in page
     assert "<script" not in page and "@import" not in page
     assert all(target.startswith(("#", "data:image/png;base64,")) for target in
-               re.findall(r'(?:src|href)="([^"]*)', page))  # fmt: skip
+               re.findall(r'(?:src|href)="([^"]*)', page))
     assert "passed" in page and "NOT A DEVICE" in page and ">predicted<" in page and ">measured<" in page
     assert page.count("<svg") == 4 and "Not a device figure" in page
 
@@ -92,7 +92,7 @@ def test_a_failed_gate_is_the_headline(data):
 
 @pytest.mark.parametrize("document", ["", "{}", "[]", '{"decode": [{}]}',
                                       json.dumps(BENCH | {"conditions": {"label": 3}}),
-                                      json.dumps(BENCH | {"device_figures": "yes"})])  # fmt: skip
+                                      json.dumps(BENCH | {"device_figures": "yes"})])
 def test_a_file_that_is_no_bench_is_refused(data, tmp_path, document):
     (tmp_path / "bench.json").write_text(document)
     with pytest.raises(UserError, match="not a saved bench"):

@@ -67,7 +67,7 @@ def _converted(module: torch.nn.Module, x: torch.Tensor, target: str, precision:
     return ct.convert(
         traced, minimum_deployment_target=TARGETS[target], compute_precision=PRECISIONS[precision],
         outputs=[ct.TensorType(name="y")], skip_model_load=True, **options,
-    )  # fmt: skip
+    )
 
 
 def _net(target: str, precision: str = "fp16", **options: object) -> Callable[[Path], None]:
@@ -123,7 +123,7 @@ def _classifier(path: Path) -> None:
     ct.convert(
         torch.jit.trace(module.eval(), torch.zeros(1, 3, 8, 8)), inputs=[image], skip_model_load=True,
         classifier_config=ct.ClassifierConfig(["a", "b", "c", "d"]), minimum_deployment_target=TARGETS["ios16"],
-    ).save(str(path))  # fmt: skip
+    ).save(str(path))
 
 
 def _loop(path: Path) -> None:

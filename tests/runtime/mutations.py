@@ -26,13 +26,13 @@ MODEL = Path("Data/com.apple.CoreML/model.mlmodel")
 WEIGHTS = Path("Data/com.apple.CoreML/weights/weight.bin")
 
 NUMBERS = [0, 1, 2, 3, 7, 8, 63, 64, 65, 127, 128, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32, 2**60, 2**63 - 1, 2**63,
-           2**64 - 64, 2**64 - 1, -1, -2, -(2**31), -(2**63)]  # fmt: skip
+           2**64 - 64, 2**64 - 1, -1, -2, -(2**31), -(2**63)]
 TEXTS = ["", "x", "y", "val", "main", "CoreML5", "CoreML8", "const", "cond", "while_loop", "gather", "reshape", "fill",
          "constexpr_lut_to_dense", "..", "/", "@model_path/weights/weight.bin", "@model_path/../..", "\0",
-         "é" * 300]  # fmt: skip
+         "é" * 300]
 TEXT_TOKENS = ["(", ")", "[", "]", "{", "}", "<", ">", ",", "=", ";", "?", "->", "tensor<", "list<", "state<",
                "dict<", "tuple<", "BLOBFILE(", '"', '"\\', "func", "program", "const", "cond", "[[", "0x1p+9999",
-               "9" * 5000, "inf", "-inf", "nan", "true", "é", "\0"]  # fmt: skip
+               "9" * 5000, "inf", "-inf", "nan", "true", "é", "\0"]
 METADATA_VALUES: list[Any] = ["[1]", "[-1, -1]", "[[1, 0]]", "[" * 3000, "[9223372036854775807]", "Image", "State",
                               "Float16", "Int32", "0", "1"]
 MANIFEST_VALUES: list[Any] = [None, True, -1, 2**70, 1e308, "", "..", "/etc/passwd", "\0", "\ud800", "a" * 5000, [], {}]
@@ -347,7 +347,7 @@ def _replaced(file: Path, random: Random) -> None:
     kinds: list[Callable[[], Any]] = [
         lambda: None, file.mkdir, lambda: os.mkfifo(file), lambda: file.symlink_to("/dev/zero"),
         lambda: file.symlink_to(file), lambda: (file.touch(), os.truncate(file, 1 << 40)),
-    ]  # fmt: skip
+    ]
     if _is_plain(file):
         file.unlink()
         random.choice(kinds)()

@@ -36,7 +36,7 @@ FORMATS = {
     "sparse_lut4": {"sparse 50% lut4", "fp16"},
     "sparse_int8": {"sparse 50% int8 per channel", "fp16"},
     "lut4_int8": {"lut4 per tensor, palette int8 per tensor", "fp16"},
-}  # fmt: skip
+}
 
 # Bytes of the two weights' elements and of what expands them; the bias adds 128.
 STORED_BYTES = {

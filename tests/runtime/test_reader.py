@@ -139,7 +139,7 @@ INLINE = [
     np.array([-8, 7, 1], types.np_int4_dtype), np.array([1, 0, 1, 1, 1, 0, 0, 1, 1], types.np_uint1_dtype),
     np.array([3, 2, 1], types.np_uint2_dtype), np.array([7, 0, 5, 6], types.np_uint3_dtype),
     np.array([15, 1], types.np_uint4_dtype), np.array([63, 1, 40], types.np_uint6_dtype),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("value", INLINE, ids=lambda value: f"{types.numpy_type_to_builtin_type(value.dtype).__name__}")
@@ -436,7 +436,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "description lacks a function": (_in_model(_extra_function), "different functions"),
     "default function is unknown": (
         _in_model(lambda model: setattr(model.description, "defaultFunctionName", "f")), "default function"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DAMAGES)

@@ -142,5 +142,5 @@ def test_converting_again_gives_the_same_bytes_and_sweeps_the_files_of_before(
         (own / name).write_text("{}")
     tiny_conversion(checkpoint, own, golden=True)
     contents = [{path.relative_to(folder): path.read_bytes() for path in folder.rglob("*")
-                 if path.is_file()} for folder in (own, conversion)]  # fmt: skip
+                 if path.is_file()} for folder in (own, conversion)]
     assert contents[0] == contents[1]

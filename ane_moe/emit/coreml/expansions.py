@@ -10,7 +10,7 @@ DATA_TYPES = {
     "fp16": MIL_pb2.FLOAT16, "int8": MIL_pb2.INT8, "int4": MIL_pb2.INT4, "int32": MIL_pb2.INT32,
     "uint8": MIL_pb2.UINT8, "uint6": MIL_pb2.UINT6, "uint4": MIL_pb2.UINT4, "uint3": MIL_pb2.UINT3,
     "uint2": MIL_pb2.UINT2, "uint1": MIL_pb2.UINT1,
-}  # fmt: skip
+}
 
 Offsets = Mapping[str, int]             # of stored inputs in the blob file
 

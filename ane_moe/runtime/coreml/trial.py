@@ -27,11 +27,14 @@ TAIL_CHARACTERS = 500
 COMMAND = (sys.executable, "-m", "ane_moe.runtime.coreml.trial_child")
 
 CAUSES = {
-    signal.SIGKILL: "macOS does this when memory runs out, or when the Neural Engine cannot hold the model: convert "
+    signal.SIGKILL: "macOS does this when memory runs out, or when the Neural Engine "
+                    "cannot hold the model: convert "
                     "with smaller shards, or try --units cpu_only",
-    signal.SIGSEGV: "a crash inside Core ML, known for palettized weights and for functions it cannot load: try "
+    signal.SIGSEGV: "a crash inside Core ML, known for palettized weights and for functions "
+                    "it cannot load: try "
                     "--units cpu_only, another weight format, or another macOS",
-    signal.SIGABRT: "an assertion inside Core ML, often for shapes or types the compute unit has no form of: try "
+    signal.SIGABRT: "an assertion inside Core ML, often for shapes or types the compute unit "
+                    "has no form of: try "
                     "--units cpu_only, or run `ane-moe verify` for the rules it breaks",
 }
 OTHER_CAUSE = "a crash inside Core ML: try --units cpu_only, or run `ane-moe verify` for the rules the package breaks"

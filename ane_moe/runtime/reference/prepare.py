@@ -20,6 +20,7 @@ from ane_moe.mlprogram.program import (
     ValueType,
 )
 from ane_moe.runtime.reference.dtypes import to_torch, torch_dtype
+from ane_moe.runtime.reference.op_error import OpError
 from ane_moe.runtime.reference.ops import TABLE
 from ane_moe.runtime.reference.ops.arithmetic import Arithmetic
 from ane_moe.runtime.reference.ops.table import Op
@@ -134,11 +135,10 @@ class _Planner:
                 special(self, operation, scope)
             else:
                 self.tensor_op(operation, scope)
+        except OpError:
+            raise
         except UserError as error:
-            if error.what.startswith("op "):
-                raise
-            what = f"op {operation.type} '{operation.name}' in {self.where}: {error.what}"
-            raise UserError(what, error.found, error.do) from None
+            raise OpError(operation.type, operation.name, self.where, error) from None
 
     def tensor_op(self, operation: Operation, scope: Scope) -> None:
         op = TABLE.find(operation.type, self.ios)

@@ -12,6 +12,7 @@ from ane_moe.mlprogram.program import ListType, TensorType, ValueType, sizes
 from ane_moe.mlprogram.values import describe
 from ane_moe.runtime.reference.dtypes import torch_dtype
 from ane_moe.runtime.reference.lists import TensorList
+from ane_moe.runtime.reference.op_error import OpError
 from ane_moe.runtime.reference.ops.table import Kernel
 
 Slots = list[Any]
@@ -184,9 +185,9 @@ class Steps:
 
     def blame(self, step: Step | None, error: UserError) -> UserError:
         """`error` with the op and the function in front, unless it says so already."""
-        if step is None or error.what.startswith("op "):
+        if step is None or isinstance(error, OpError):
             return error
-        return UserError(f"op {step.op} '{step.name}' in {self.where}: {error.what}", error.found, error.do)
+        return OpError(step.op, step.name, self.where, error)
 
     def free_dead(self, keep: frozenset[int]) -> None:
         """Note at each step which slots nothing later reads; slots in `keep` and slots of outer blocks stay."""

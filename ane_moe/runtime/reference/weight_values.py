@@ -15,7 +15,7 @@ def weight_values(function: Function) -> Iterator[tuple[str, np.ndarray]]:
     """(name, value) of each fp16 constant of the weight file and of each constexpr operation (iOS 18) that an
     operation uses, one at a time."""
     used = {value for op in function.block.operations if not op.type.startswith("constexpr_")
-            for values in op.inputs.values() for value in values if isinstance(value, str)}  # fmt: skip
+            for values in op.inputs.values() for value in values if isinstance(value, str)}
     made: dict[str, torch.Tensor] = {}
     for op in function.block.operations:
         if op.type == "const" and op.attributes["val"].blob is not None and _is_fp16(op):
@@ -32,7 +32,7 @@ def expand(op: Operation, made: dict[str, torch.Tensor]) -> tuple[torch.Tensor, 
     names = tensor_names(op.type)
     tensors = {name: _tensor(op.inputs[name][0], made) for name in names if name in op.inputs}
     immediate = {name: int(np.asarray(values[0].load())) for name, values in op.inputs.items()
-                 if name not in names and isinstance(values[0], Constant)}  # fmt: skip
+                 if name not in names and isinstance(values[0], Constant)}
     return run_constexpr(op.type, tensors, immediate)
 
 

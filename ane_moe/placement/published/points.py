@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ane_moe.mlprogram.program import Program
-from tests.placement.graphs import Graph
-from tests.placement.measured import measured_graph
+from ane_moe.placement.published.graphs import Graph
+from ane_moe.placement.published.recorded import measured_graph
 
 
 @dataclass(frozen=True)
@@ -153,13 +153,13 @@ def per_block(d: int, layers: int) -> Program:
     import numpy as np
 
     from ane_moe.mlprogram.program import TensorType
-    from tests.placement.graphs import literal
+    from ane_moe.placement.published.graphs import literal
 
     g = Graph(weights="fp16")
     x = g.input("x", (1, d, 1, 1))
     for _ in range(layers):
         for width in (4 * d, d):
-            channels = g.types[x].shape[1]
+            channels = g.size(x, 1)
             data = g._stored(TensorType("int4", (width, channels, 1, 1)))
             scale = g._stored(TensorType("fp16", (width, channels // 32, 1, 1)))
             weight = g._add("constexpr_blockwise_shift_scale",

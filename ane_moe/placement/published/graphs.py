@@ -61,15 +61,21 @@ class Graph:
                      for key, value in inputs.items()}
         return self._add(kind, arguments, TensorType(dtype or self.dtype, shape), {}, blocks)
 
+    def size(self, x: str, axis: int) -> int:
+        """The size of an axis, which is fixed."""
+        size = self.types[x].shape[axis]
+        assert size is not None
+        return size
+
     def conv(self, x: str, out: int) -> str:
         """A 1x1 convolution."""
         shape = self.types[x].shape
-        weight = self.weight((out, shape[1], 1, 1))
+        weight = self.weight((out, self.size(x, 1), 1, 1))
         return self.op("conv", (shape[0], out, *shape[2:]), x=x, weight=weight)
 
     def linear(self, x: str, out: int) -> str:
         shape = self.types[x].shape
-        return self.op("linear", (*shape[:-1], out), x=x, weight=self.weight((out, shape[-1])))
+        return self.op("linear", (*shape[:-1], out), x=x, weight=self.weight((out, self.size(x, -1))))
 
     def matmul(self, x: str, y: str, transpose_y: bool = False) -> str:
         a, b = self.types[x].shape, self.types[y].shape
@@ -88,12 +94,12 @@ class Graph:
         """RMS norm over the channels, in five operations."""
         shape = self.types[x].shape
         power = self.op("reduce_mean", (shape[0], 1, *shape[2:]), x=self.same("mul", x, x), axes=[1], keep_dims=True)
-        return self.same("mul", self.same("mul", x, self.same("rsqrt", power)), self.weight((1, shape[1], 1, 1)))
+        return self.same("mul", self.same("mul", x, self.same("rsqrt", power)), self.weight((1, self.size(x, 1), 1, 1)))
 
     def swiglu(self, x: str, width: int) -> str:
         gate, up = self.conv(x, width), self.conv(x, width)
         hidden = self.same("mul", self.same("silu", gate), up)
-        return self.conv(hidden, self.types[x].shape[1])
+        return self.conv(hidden, self.size(x, 1))
 
     def reshape(self, x: str, shape: Shape) -> str:
         return self.op("reshape", shape, x=x, shape=list(shape))
@@ -101,8 +107,7 @@ class Graph:
     def attention(self, x: str, heads: int, head: int, kv_heads: int | None = None, slots: int | None = None,
                   project: bool = True) -> str:
         """Self-attention of rank 4; with `slots` over caches that are states, written by mask."""
-        shape, kv = self.types[x].shape, kv_heads or heads
-        tokens = shape[-1]
+        kv, tokens = kv_heads or heads, self.size(x, -1)
         q = self.reshape(self.conv(x, heads * head), (1, kv, head, tokens * heads // kv))
         k, v = (self.reshape(self.conv(x, kv * head), (1, kv, head, tokens)) for _ in "kv")
         if slots:
@@ -111,7 +116,7 @@ class Graph:
         scores = self.op("matmul", (1, kv, tokens * heads // kv, width), x=q, y=k, transpose_x=True, transpose_y=False)
         mixed = self.matmul(self.op("softmax", self.types[scores].shape, x=scores, axis=-1), v, transpose_y=True)
         flat = self.reshape(mixed, (1, heads * head, 1, tokens))
-        return self.conv(flat, shape[1]) if project else flat
+        return self.conv(flat, self.size(x, 1)) if project else flat
 
     def program(self, *outputs: str) -> Program:
         inputs = tuple(Output(feature.name, feature.type) for feature in self.features["input"])

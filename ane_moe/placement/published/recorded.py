@@ -10,9 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ane_moe.mlprogram.program import Argument, Constant, Program, TensorType, ValueType
 from ane_moe.placement.facts import is_real
-from tests.placement.graphs import Graph, literal
+from ane_moe.placement.published.graphs import Graph, literal
 
 GRAPHS = Path(__file__).with_name("measured_graphs.json")
 
@@ -110,12 +112,13 @@ def _recorded_argument(
     if isinstance(value, str) and value in inputs:
         return {"input": value}
     constant = constants[value] if isinstance(value, str) else value
+    assert isinstance(constant.type, TensorType)
     if constant.blob is not None:
         if constant.type.dtype != "fp16":
             raise ValueError(f"a weight of {constant.type.dtype}")
         return {"stored": list(constant.type.shape)}
     loaded = constant.load()
-    return loaded if isinstance(loaded, str) else loaded.tolist()
+    return loaded if isinstance(loaded, str) else np.asarray(loaded).tolist()
 
 
 def _tensor(kind: ValueType) -> list[Any]:

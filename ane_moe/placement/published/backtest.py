@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from ane_moe.mlprogram.program import Program
 from ane_moe.placement.predicted import predict
+from ane_moe.placement.published.points import POINTS, Point
 from ane_moe.placement.result import FunctionPlacement
 from ane_moe.placement.targets import find_target
-from tests.placement.published import POINTS, Point
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def _outcome(point: Point, program: Program) -> Outcome:
     predicted = _verdict(function, point)
     rules = tuple(dict.fromkeys(item.rule for item in function.findings
                                if item.verdict == "cpu" or item.verdict == predicted == "uncertain"))
-    facts = {"weight_bytes": function.weight_bytes, "flops": function.flops, "reduction": function.reduction,
-             "ops": len(function.ops)}
+    facts: dict[str, float] = {"weight_bytes": function.weight_bytes, "flops": function.flops,
+                               "reduction": function.reduction, "ops": len(function.ops)}
     ane, cpu, undecided = (function.count(verdict) for verdict in ("ane", "cpu", "uncertain"))
     grade = _grade(predicted, point.reported)
     if point.on_cpu is not None:
