@@ -1,6 +1,7 @@
 """Mixture-of-Experts language models on the Apple Neural Engine: convert, prove, place, measure.
 
-The verbs of the command line, as functions that take plain values and return dataclasses; imported when first used.
+The verbs of the command line, as functions that take plain values and return dataclasses; imported
+when first used.
 """
 
 from importlib import import_module

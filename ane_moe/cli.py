@@ -1,4 +1,5 @@
-"""The command line: one command per file in `commands/`, which import what is heavy when they are called."""
+"""The command line: one command per file in `commands/`, which import what is heavy when they are
+called."""
 
 import gc
 import sys
@@ -22,13 +23,34 @@ from ane_moe.commands.trace import trace
 from ane_moe.commands.verify import verify
 from ane_moe.errors import UserError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
-for command in (plan, convert, verify, generate, bench, report, trace, group, inspect, run, diff, demo, cache):
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+for command in (
+    plan,
+    convert,
+    verify,
+    generate,
+    bench,
+    report,
+    trace,
+    group,
+    inspect,
+    run,
+    diff,
+    demo,
+    cache,
+):
     app.command(command.__name__)(command)
 
 
 @app.callback()
-def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
     """Mixture-of-Experts language models on the Apple Neural Engine: convert, prove, measure.
 
     Exit codes: 0 done and every gate passed, 1 a gate failed, 2 bad input or usage.
@@ -36,7 +58,8 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show traceback
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit. Errors of the user's are one line on stderr; `--debug` shows where from."""
+    """Run the command line and exit. Errors of the user's are one line on stderr; `--debug` shows
+    where from."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         app(arguments, prog_name="ane-moe")
@@ -46,4 +69,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"ane-moe: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
-        gc.freeze()     # what torch and coremltools hold would be searched for garbage once more: a second
+        # what torch and coremltools hold would be searched for garbage once more: a second
+        gc.freeze()

@@ -1,7 +1,9 @@
-"""coremltools, imported quietly. Nothing else in the package imports it directly, so that this runs first.
+"""coremltools, imported quietly. Nothing else in the package imports it directly, so that this runs
+first.
 
-Off macOS it warns about eight native libraries that only macOS has, and everywhere about the versions of torch and
-scikit-learn; its converter draws progress bars of its own. None of that is for our users. Errors stay visible.
+Off macOS it warns about eight native libraries that only macOS has, and everywhere about the
+versions of torch and scikit-learn; its converter draws progress bars of its own. None of that is
+for our users. Errors stay visible.
 """
 
 import functools
@@ -25,12 +27,21 @@ from coremltools.proto import FeatureTypes_pb2, MIL_pb2, Model_pb2  # noqa: E402
 _torch_frontend._tqdm = functools.partial(_torch_frontend._tqdm, disable=True)
 _pass_pipeline.tqdm = functools.partial(_pass_pipeline.tqdm, disable=True)
 
-__all__ = ["BlobReader", "BlobWriter", "FeatureTypes_pb2", "MIL_pb2", "Model_pb2", "ct", "validating_once"]
+__all__ = [
+    "BlobReader",
+    "BlobWriter",
+    "FeatureTypes_pb2",
+    "MIL_pb2",
+    "Model_pb2",
+    "ct",
+    "validating_once",
+]
 
 
 @contextmanager
 def validating_once() -> Iterator[None]:
-    """Within, `ct.convert` does not check the program after every graph pass, a third of its time (32 experts: 3.5 s
-    against 5.0 s of one core, the same bytes). Whoever uses it checks the result."""
+    """Within, `ct.convert` does not check the program after every graph pass, a third of its time
+    (32 experts: 3.5 s against 5.0 s of one core, the same bytes). Whoever uses it checks the
+    result."""
     with mock.patch.object(ct.converters.mil.mil.Program, "validate", lambda *_, **__: None):
         yield

@@ -1,7 +1,7 @@
 """Files and folders that are there whole or not at all, and what a killed run leaves behind.
 
-Whatever is written goes under a temporary name beside its place first (`.writing-NAME`) and is renamed when it is
-complete. A run that is killed leaves such names; `sweep` removes them.
+Whatever is written goes under a temporary name beside its place first (`.writing-NAME`) and is
+renamed when it is complete. A run that is killed leaves such names; `sweep` removes them.
 """
 
 import hashlib
@@ -19,8 +19,8 @@ TEMPORARY = ".writing-"
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, a file or a folder, that takes the place of `path` when the block is left without
-    an error."""
+    """A temporary path to write to, a file or a folder, that takes the place of `path` when the
+    block is left without an error."""
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     _remove(temporary)
     try:
@@ -34,12 +34,15 @@ def replaced(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def named_by_user(path: Path) -> Iterator[Path]:
-    """`replaced`, for a file whose name the user gave. Raises UserError where it cannot be written."""
+    """`replaced`, for a file whose name the user gave. Raises UserError where it cannot be
+    written."""
     try:
         with replaced(path) as temporary:
             yield temporary
     except OSError as error:
-        raise UserError(f"{path} cannot be written", str(error.strerror), "name another file") from None
+        raise UserError(
+            f"{path} cannot be written", str(error.strerror), "name another file"
+        ) from None
 
 
 @contextmanager
@@ -68,7 +71,8 @@ def sweep(folder: Path) -> None:
 
 
 def is_hidden(path: Path) -> bool:
-    """Whether a file is none of a conversion's: `.DS_Store` of Finder, editors' and file systems' own."""
+    """Whether a file is none of a conversion's: `.DS_Store` of Finder, editors' and file systems'
+    own."""
     return path.name.startswith(".")
 
 

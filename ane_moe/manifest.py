@@ -1,6 +1,8 @@
-"""runtime_meta.json: everything a runtime needs to know of a conversion, and nothing it has to guess.
+"""runtime_meta.json: everything a runtime needs to know of a conversion, and nothing it has to
+guess.
 
-Written last, so its presence means the conversion is complete. All paths are relative to its own folder.
+Written last, so its presence means the conversion is complete. All paths are relative to its own
+folder.
 """
 
 import json
@@ -38,14 +40,15 @@ class ShardFunction:
 
 @dataclass(frozen=True)
 class Shard:
-    """One `.mlpackage`. kind: attn, moe, dense, experts, stack, lm_head. `layer` is None for lm_head.
+    """One `.mlpackage`. kind: attn, moe, dense, experts, stack, lm_head. `layer` is None for
+    lm_head.
 
-    A stack holds consecutive whole `layers`, the first of them `layer`. `scope` is the part of the model whose weights
-    it holds, where their own names do not say.
+    A stack holds consecutive whole `layers`, the first of them `layer`. `scope` is the part of the
+    model whose weights it holds, where their own names do not say.
 
-    `part`/`parts` number the pieces of a split layer (their outputs are added) or the vocabulary slices of the head
-    (their outputs are concatenated). `kind` is a label for reports; what is done with a shard follows from the slots
-    of its functions.
+    `part`/`parts` number the pieces of a split layer (their outputs are added) or the vocabulary
+    slices of the head (their outputs are concatenated). `kind` is a label for reports; what is done
+    with a shard follows from the slots of its functions.
     """
 
     path: str
@@ -73,7 +76,8 @@ class Shard:
 
     @property
     def rows(self) -> tuple[int, int] | None:
-        """The (first, last + 1) row of the vocabulary it gives scores for; None for other shards."""
+        """The (first, last + 1) row of the vocabulary it gives scores for; None for other
+        shards."""
         scores = [port.slot for port in self.functions[0].ports.outputs if port.root == "logits"]
         return slot_rows(scores[0]) if scores else None
 
@@ -84,7 +88,8 @@ class Shard:
 
     @property
     def copies(self) -> dict[tuple[int, ...], tuple[ShardFunction, ...]]:
-        """Functions by the experts they compute: those of one entry differ in their token counts, and share weights."""
+        """Functions by the experts they compute: those of one entry differ in their token counts,
+        and share weights."""
         by_experts: dict[tuple[int, ...], list[ShardFunction]] = {}
         for function in self.functions:
             by_experts.setdefault(function.experts, []).append(function)
@@ -98,45 +103,58 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole conversion. `ropes` gives each rotary table as inv_freq and attention_factor (see RopeSpec)."""
+    """The whole conversion. `ropes` gives each rotary table as inv_freq and attention_factor (see
+    RopeSpec)."""
 
     family: str
     d_model: int
     vocab: int
-    layers: tuple[int, ...]                 # indices of the converted layers, in order
-    n_layers: int                           # layers of the whole model
-    context: int                            # tokens the KV cache holds
-    cache_width: int                        # last axis of the KV states: context rounded up to a multiple of 32
-    routing: str                            # masked | soft | sparse
-    state: str                              # mlstate | explicit
-    layout: str                             # bc1s | bct1
-    prefill: int                            # tokens per prefill call, 0 when there is no prefill function
-    weights: str                            # the name of the recipe, which may be a format's
-    compressed: bool                        # whether anything is stored otherwise than as fp16
-    embed: str                              # path of the [vocab, d_model] table (runtime/embedding_table.py)
+    layers: tuple[int, ...]  # indices of the converted layers, in order
+    n_layers: int  # layers of the whole model
+    context: int  # tokens the KV cache holds
+    cache_width: int  # last axis of the KV states: context rounded up to a multiple of 32
+    routing: str  # masked | soft | sparse
+    state: str  # mlstate | explicit
+    layout: str  # bc1s | bct1
+    prefill: int  # tokens per prefill call, 0 when there is no prefill function
+    weights: str  # the name of the recipe, which may be a format's
+    compressed: bool  # whether anything is stored otherwise than as fp16
+    embed: str  # path of the [vocab, d_model] table (runtime/embedding_table.py)
     ropes: dict[str, dict[str, Any]]
     shards: tuple[Shard, ...]
-    embed_format: str = "fp16"              # fp16 | int8
-    tokenizer: tuple[str, ...] = ()         # tokenizer files
-    tokenizer_class: str | None = None      # of transformers; None: files copied as they were
-    tokenizer_record: str | None = None     # ids that the checkpoint's gave
+    embed_format: str = "fp16"  # fp16 | int8
+    tokenizer: tuple[str, ...] = ()  # tokenizer files
+    tokenizer_class: str | None = None  # of transformers; None: files copied as they were
+    tokenizer_record: str | None = None  # ids that the checkpoint's gave
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     golden: str | None = None
-    recipe: dict[str, Any] = field(default_factory=dict)    # what each role is stored as (compress/recipe.py)
-    golden_as_stored: str | None = None     # of the same model with the compressed weights of the packages
-    compression: dict[str, dict[str, Any]] = field(default_factory=dict)    # role -> formats, bytes, bits, errors
-    files: dict[str, str] = field(default_factory=dict)     # sha256 of every file, packages file by file
-    moe: dict[str, dict[str, Any]] = field(default_factory=dict)    # layer -> {"experts": E, "k": k}
+    recipe: dict[str, Any] = field(
+        default_factory=dict
+    )  # what each role is stored as (compress/recipe.py)
+    golden_as_stored: str | None = (
+        None  # of the same model with the compressed weights of the packages
+    )
+    compression: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # role -> formats, bytes, bits, errors
+    files: dict[str, str] = field(
+        default_factory=dict
+    )  # sha256 of every file, packages file by file
+    moe: dict[str, dict[str, Any]] = field(default_factory=dict)  # layer -> {"experts": E, "k": k}
     versions: dict[str, str] = field(default_factory=dict)
-    source: dict[str, str] = field(default_factory=dict)    # digest of the checkpoint's config, and the options
-    golden_key: str = ""                    # of what goldens depend on (goldens.py)
+    source: dict[str, str] = field(
+        default_factory=dict
+    )  # digest of the checkpoint's config, and the options
+    golden_key: str = ""  # of what goldens depend on (goldens.py)
     left_out: dict[str, tuple[str, ...]] = field(default_factory=dict)  # tensors not used, by why
     format: int = FORMAT
 
     def shards_of(self, kind: str, layer: int | None = None) -> list[Shard]:
         """Shards of one kind (and layer), ordered by part."""
-        return sorted((s for s in self.shards if s.kind == kind and s.layer == layer), key=lambda s: s.part)
+        return sorted(
+            (s for s in self.shards if s.kind == kind and s.layer == layer), key=lambda s: s.part
+        )
 
     def is_stacked(self, layer: int) -> bool:
         """Whether a stack computes the layer, with others."""
@@ -155,8 +173,10 @@ class Manifest:
             place = interfaces.setdefault(entry.ports, len(interfaces))
             return vars(entry) | {"ports": place}
 
-        shards = [vars(shard) | {"functions": [function(entry) for entry in shard.functions]}
-                  for shard in self.shards]
+        shards = [
+            vars(shard) | {"functions": [function(entry) for entry in shard.functions]}
+            for shard in self.shards
+        ]
         ports = [asdict(interface) for interface in interfaces]
         return vars(self) | {"shards": shards, "interfaces": ports}
 
@@ -164,23 +184,36 @@ class Manifest:
 def read_manifest(folder: Path) -> Manifest:
     """Read and check `folder/runtime_meta.json`.
 
-    Raises UserError when it is missing, not JSON, of another format, lacks or adds fields, or names a path outside
-    the folder.
+    Raises UserError when it is missing, not JSON, of another format, lacks or adds fields, or names
+    a path outside the folder.
     """
     path = folder / FILE_NAME
     if not path.is_file():
-        raise UserError(f"{folder} is not a finished conversion", f"no {FILE_NAME}", "run `ane-moe convert` again")
+        raise UserError(
+            f"{folder} is not a finished conversion",
+            f"no {FILE_NAME}",
+            "run `ane-moe convert` again",
+        )
     try:
         data = json.loads(path.read_text())
         if data.get("format") != FORMAT:
-            raise UserError(f"{path} is of another version", f"format {data.get('format')}, not {FORMAT}",
-                            "convert again: run the same `ane-moe convert` command with --overwrite")
+            raise UserError(
+                f"{path} is of another version",
+                f"format {data.get('format')}, not {FORMAT}",
+                "convert again: run the same `ane-moe convert` command with --overwrite",
+            )
         interfaces = [_ports(entry) for entry in data.pop("interfaces")]
         shards = tuple(_shard(entry, interfaces) for entry in data.pop("shards"))
         manifest = Manifest(shards=shards, **{key: _frozen(value) for key, value in data.items()})
     except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read", f"{type(error).__name__}: {error}", "convert again") from None
-    for relative in [s.path for s in manifest.shards] + [manifest.embed, *manifest.files, *manifest.tokenizer]:
+        raise UserError(
+            f"{path} cannot be read", f"{type(error).__name__}: {error}", "convert again"
+        ) from None
+    for relative in [s.path for s in manifest.shards] + [
+        manifest.embed,
+        *manifest.files,
+        *manifest.tokenizer,
+    ]:
         _require_inside(relative, path)
     for single in (manifest.golden, manifest.golden_as_stored, manifest.tokenizer_record):
         if single is not None:
@@ -189,14 +222,17 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _shard(entry: dict[str, Any], interfaces: list[Ports]) -> Shard:
-    functions = tuple(ShardFunction(**_frozen(function | {"ports": interfaces[function["ports"]]}))
-                      for function in entry.pop("functions"))
+    functions = tuple(
+        ShardFunction(**_frozen(function | {"ports": interfaces[function["ports"]]}))
+        for function in entry.pop("functions")
+    )
     return Shard(functions=functions, **_frozen(entry))
 
 
 def _ports(entry: dict[str, Any]) -> Ports:
-    return Ports(**{role: tuple(Port(**_frozen(port)) for port in ports)
-                    for role, ports in entry.items()})
+    return Ports(
+        **{role: tuple(Port(**_frozen(port)) for port in ports) for role, ports in entry.items()}
+    )
 
 
 def _frozen(value: Any) -> Any:
@@ -211,4 +247,8 @@ def _frozen(value: Any) -> Any:
 def _require_inside(relative: str, manifest: Path) -> None:
     path = PurePosixPath(relative)
     if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in relative:
-        raise UserError(f"{manifest} names a file outside its folder", repr(relative), "do not trust this conversion")
+        raise UserError(
+            f"{manifest} names a file outside its folder",
+            repr(relative),
+            "do not trust this conversion",
+        )

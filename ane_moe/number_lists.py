@@ -20,8 +20,8 @@ def parse_layers(text: str) -> tuple[int, ...]:
 
 
 def parse_counts(text: str, option: str, least: int, most: int = MAX_COUNT) -> tuple[int, ...]:
-    """Rising token counts of a list such as `1,16,64`, each once. Raises UserError when it is none, or when one of them
-    is not from `least` to `most`."""
+    """Rising token counts of a list such as `1,16,64`, each once. Raises UserError when it is none,
+    or when one of them is not from `least` to `most`."""
     if re.fullmatch(r" *\d{1,8}( *, *\d{1,8})* *", text) is None:
         example = f"write for instance {least},512"
         raise UserError(f"{option} takes a list of token counts", repr(text), example)

@@ -12,7 +12,8 @@ from ane_moe.model.weight import WeightName
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint that has been opened and understood: its architecture, and where each of our tensors lies."""
+    """A checkpoint that has been opened and understood: its architecture, and where each of our
+    tensors lies."""
 
     checkpoint: Checkpoint
     spec: ModelSpec
@@ -20,7 +21,7 @@ class Model:
 
 
 def open_model(path: Path, ignore: Collection[str] = ()) -> Model:
-    """Open and check a checkpoint folder, without reading weights; `ignore` are patterns of tensors that may be left
-    over. Raises UserError."""
+    """Open and check a checkpoint folder, without reading weights; `ignore` are patterns of tensors
+    that may be left over. Raises UserError."""
     checkpoint = open_checkpoint(path)
     return Model(checkpoint, *describe(checkpoint, ignore))

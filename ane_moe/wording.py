@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-SHOWN = 3       # names a message lists before it only counts
+SHOWN = 3  # names a message lists before it only counts
 
 
 def listed(names: Iterable[str]) -> str:

@@ -1,4 +1,5 @@
-"""Hold the cost model against what people published: print the table of docs/cost-model.md, or put it there.
+"""Hold the cost model against what people published: print the table of docs/cost-model.md, or put
+it there.
 
     python scripts/backtest_cost_model.py [--write]
 
@@ -24,17 +25,23 @@ def held_out(rows: list[Outcome]) -> list[Outcome]:
 
 
 def sentence(what: str, found: Summary) -> str:
-    return (f"{what}: {found.rows} rows, median error {found.median_error:.0%}, "
-            f"{found.coverage:.0%} of the measurements inside their range.")
+    return (
+        f"{what}: {found.rows} rows, median error {found.median_error:.0%}, "
+        f"{found.coverage:.0%} of the measurements inside their range."
+    )
 
 
 def table(rows: list[Outcome]) -> str:
     rest = held_out(rows)
     lines = [
         sentence("Held out", summary(rest)),
-        sentence("Of these, unrelated to any figure of the model", summary([row for row in rest if not row.series])),
+        sentence(
+            "Of these, unrelated to any figure of the model",
+            summary([row for row in rest if not row.series]),
+        ),
         "",
-        "| timing | chip | measured, ms a token | predicted: low / expected / high | error | | source | assumed |",
+        "| timing | chip | measured, ms a token | predicted: low / expected / high | error | | "
+        "source | assumed |",
         "|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join(lines + [line(row) for row in sorted(rows, key=lambda row: row.fitted)])
@@ -46,7 +53,16 @@ def line(row: Outcome) -> str:
     ends = (row.predicted_ms.low, row.predicted_ms.expected, row.predicted_ms.high)
     predicted = " / ".join(f"{value:.3g}" for value in ends)
     state = "fitted" if row.fitted else "inside" if row.inside else "**outside**"
-    cells = (row.name, row.chip, measured, predicted, f"{row.error:+.0%}", state, row.source, row.assumed)
+    cells = (
+        row.name,
+        row.chip,
+        measured,
+        predicted,
+        f"{row.error:+.0%}",
+        state,
+        row.source,
+        row.assumed,
+    )
     return f"| {' | '.join(cells)} |"
 
 

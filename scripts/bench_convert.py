@@ -1,11 +1,14 @@
-"""Conversion speed and memory, beside `cp` of the same checkpoint and beside the plain coremltools path.
+"""Conversion speed and memory, beside `cp` of the same checkpoint and beside the plain coremltools
+path.
 
-    scripts/bench_convert.py CHECKPOINT --scratch FOLDER [--workers 2] [--rounds 3] [--routing sparse]
+    scripts/bench_convert.py CHECKPOINT --scratch FOLDER [--workers 2] [--rounds 3] [--routing
+    sparse]
 
-Each step runs as a process of its own; the wall time and the peak resident memory are the operating system's figures
-for that process and its children. `cp` and the conversion alternate, so that both see the same disk and the same
-neighbours; each ends with a `sync`. The plain path is what a conversion would otherwise cost: torch.jit.trace with
-real weights, ct.convert and save, for one part of one MoE layer of the checkpoint.
+Each step runs as a process of its own; the wall time and the peak resident memory are the operating
+system's figures for that process and its children. `cp` and the conversion alternate, so that both
+see the same disk and the same neighbours; each ends with a `sync`. The plain path is what a
+conversion would otherwise cost: torch.jit.trace with real weights, ct.convert and save, for one
+part of one MoE layer of the checkpoint.
 """
 
 import argparse
@@ -32,31 +35,55 @@ def main() -> None:
     for _ in range(arguments.rounds):
         copies.append(measure(["cp", "-r", str(checkpoint), str(scratch / "copy")])[0])
         shutil.rmtree(scratch / "copy")
-        command = [sys.executable, "-m", "ane_moe", "convert", str(checkpoint), str(scratch / "out")]
-        seconds, peak = measure([*command, "--workers", str(arguments.workers), "--routing", arguments.routing])
+        command = [
+            sys.executable,
+            "-m",
+            "ane_moe",
+            "convert",
+            str(checkpoint),
+            str(scratch / "out"),
+        ]
+        seconds, peak = measure(
+            [*command, "--workers", str(arguments.workers), "--routing", arguments.routing]
+        )
         ours.append(seconds)
         peaks.append(peak)
         shutil.rmtree(scratch / "out")
-    plain_seconds, plain_peak = measure([sys.executable, __file__, str(checkpoint), "--plain-path", str(scratch)])
+    plain_seconds, plain_peak = measure(
+        [sys.executable, __file__, str(checkpoint), "--plain-path", str(scratch)]
+    )
     plain_mb = json.loads((scratch / "plain.json").read_text())["weight_bytes"] / MB
     shutil.rmtree(scratch / "plain.mlpackage")
     print(f"checkpoint {size:,.0f} MB, {os.cpu_count()} cores, {arguments.rounds} rounds")
     print(f"load of the machine at the end {os.getloadavg()[0]:.1f} (1 minute)")
     print(f"cp                 median {statistics.median(copies):6.1f} s   (all {rounded(copies)})")
-    print(f"ane-moe convert    median {statistics.median(ours):6.1f} s   (all {rounded(ours)})   "
-          f"peak memory {max(peaks) / MB:,.0f} MB   {arguments.workers} workers, "
-          f"{arguments.routing} routing")
+    print(
+        f"ane-moe convert    median {statistics.median(ours):6.1f} s   (all {rounded(ours)})   "
+        f"peak memory {max(peaks) / MB:,.0f} MB   {arguments.workers} workers, "
+        f"{arguments.routing} routing"
+    )
     ratios = [mine / copy for mine, copy in zip(ours, copies, strict=True)]
-    print(f"ratio to cp        median {statistics.median(ratios):6.2f}     (all {rounded(ratios, 2)})")
-    print(f"plain coremltools  {plain_mb:,.0f} MB of weights in {plain_seconds:.1f} s: "
-          f"{plain_mb / plain_seconds:.0f} MB/s, peak memory {plain_peak / MB:,.0f} MB")
-    print(f"ours               {size / statistics.median(ours):,.0f} MB/s of checkpoint, everything included")
+    print(
+        f"ratio to cp        median {statistics.median(ratios):6.2f}     (all {rounded(ratios, 2)})"
+    )
+    print(
+        f"plain coremltools  {plain_mb:,.0f} MB of weights in {plain_seconds:.1f} s: "
+        f"{plain_mb / plain_seconds:.0f} MB/s, peak memory {plain_peak / MB:,.0f} MB"
+    )
+    print(
+        f"ours               {size / statistics.median(ours):,.0f} MB/s of checkpoint, everything "
+        f"included"
+    )
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--scratch", type=Path, help="folder on the disk to measure; the checkpoint's size twice")
+    parser.add_argument(
+        "--scratch", type=Path, help="folder on the disk to measure; the checkpoint's size twice"
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--routing", default="masked")
@@ -76,8 +103,9 @@ def rounded(values: list[float], digits: int = 1) -> str:
 def measure(command: list[str]) -> tuple[float, int]:
     """Wall seconds until the data is on the disk, and peak resident bytes of the process tree.
 
-    Without the sync a copy may take anything between the speed of memory and that of the disk, depending on what
-    others have written. Memory is the proportional set size: pages that processes share count once.
+    Without the sync a copy may take anything between the speed of memory and that of the disk,
+    depending on what others have written. Memory is the proportional set size: pages that processes
+    share count once.
     """
     subprocess.run(["sync"], check=True)
     started = time.monotonic()
@@ -121,7 +149,9 @@ def plain_path(checkpoint: Path, scratch: Path) -> None:
     from ane_moe.model.port import shapes_of
     from ane_moe.parts.template_key import build_unbound
 
-    shard = next(shard for shard in plan(checkpoint, ConvertOptions()).shards if shard.kind == "moe")
+    shard = next(
+        shard for shard in plan(checkpoint, ConvertOptions()).shards if shard.kind == "moe"
+    )
     opened = open_checkpoint(checkpoint)
     block = build_unbound(shard.graphs[""].block).to_empty(device="cpu")
     for name, parameter in block.named_parameters():
@@ -129,7 +159,11 @@ def plain_path(checkpoint: Path, scratch: Path) -> None:
         if isinstance(source, TensorSource):
             parameter.data = torch.from_numpy(opened.read(source)).float().reshape(parameter.shape)
         else:
-            parameter.data = torch.eye(source.rows, source.columns).roll(source.first, 1).reshape(parameter.shape)
+            parameter.data = (
+                torch.eye(source.rows, source.columns)
+                .roll(source.first, 1)
+                .reshape(parameter.shape)
+            )
 
     class Positional(torch.nn.Module):
         def __init__(self) -> None:
@@ -140,11 +174,16 @@ def plain_path(checkpoint: Path, scratch: Path) -> None:
             return self.block(x=x)["y"]
 
     with torch.no_grad():
-        traced = torch.jit.trace(Positional().eval(), torch.zeros(shapes_of(block.ports(1).inputs)["x"]))
+        traced = torch.jit.trace(
+            Positional().eval(), torch.zeros(shapes_of(block.ports(1).inputs)["x"])
+        )
     half = np.float16
     model = ct.convert(
-        traced, inputs=[ct.TensorType(name="x", shape=shapes_of(block.ports(1).inputs)["x"], dtype=half)],
-        outputs=[ct.TensorType(name="y", dtype=half)], minimum_deployment_target=ct.target.iOS18, skip_model_load=True,
+        traced,
+        inputs=[ct.TensorType(name="x", shape=shapes_of(block.ports(1).inputs)["x"], dtype=half)],
+        outputs=[ct.TensorType(name="y", dtype=half)],
+        minimum_deployment_target=ct.target.iOS18,
+        skip_model_load=True,
     )
     model.save(str(scratch / "plain.mlpackage"))
     (scratch / "plain.json").write_text(json.dumps({"weight_bytes": shard.weight_bytes}))

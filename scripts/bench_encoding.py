@@ -1,4 +1,5 @@
-"""How fast one process encodes weights in each format: MB of fp16 weights a second, on this machine.
+"""How fast one process encodes weights in each format: MB of fp16 weights a second, on this
+machine.
 
     python scripts/bench_encoding.py [FORMAT ...]
 
@@ -36,8 +37,11 @@ def megabytes_a_second(name: str) -> float:
 
 
 def main() -> None:
-    print(f"{platform.platform()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {version('torch')}, "
-          f"a random matrix of {SIDE} x {SIDE}, median of {ROUNDS} after one")
+    print(
+        f"{platform.platform()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch "
+        f"{version('torch')}, "
+        f"a random matrix of {SIDE} x {SIDE}, median of {ROUNDS} after one"
+    )
     for name in sys.argv[1:] or ["int8", "lut4", "lut3", "lut2", "apple2"]:
         print(f"{name}: {megabytes_a_second(name):.0f} MB/s")
 

@@ -2,9 +2,10 @@
 
     python scripts/bench_runtime.py [--threads 1] [--repeats 30]
 
-Two blocks of a decode step, batch and T of 1: a 16-expert MoE block (d 2048, width 768, per-expert 1x1 convolutions,
-exact top-4 gates by rounds of maximum and mask), and a GQA attention shard (16 heads over 4 KV heads of 128, a state
-of 2048 positions written by mask). Prints the median of each side and their ratio.
+Two blocks of a decode step, batch and T of 1: a 16-expert MoE block (d 2048, width 768, per-expert
+1x1 convolutions, exact top-4 gates by rounds of maximum and mask), and a GQA attention shard (16
+heads over 4 KV heads of 128, a state of 2048 positions written by mask). Prints the median of each
+side and their ratio.
 """
 
 import argparse
@@ -52,12 +53,13 @@ class Moe(nn.Module):
         gates = self.gates(x)
         y = x
         for e, (gate, up, down) in enumerate(zip(self.gate, self.up, self.down, strict=True)):
-            y = y + gates[:, e:e + 1] * down(F.silu(gate(x)) * up(x))
+            y = y + gates[:, e : e + 1] * down(F.silu(gate(x)) * up(x))
         return y
 
 
 class Attention(nn.Module):
-    """One decode step: RMS norm, projections, cache write by mask, attention over the whole cache, residual."""
+    """One decode step: RMS norm, projections, cache write by mask, attention over the whole cache,
+    residual."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,12 +86,19 @@ class Attention(nn.Module):
 def convert(module: nn.Module, example: dict[str, Tensor], folder: Path) -> Path:
     """A package of `module` at iOS 18 in fp16; its buffers become states."""
     traced = torch.jit.trace(module, tuple(example.values()), check_trace=False)
-    states = [ct.StateType(ct.TensorType(shape=tuple(b.shape), dtype=np.float16), name=n)
-              for n, b in module.named_buffers()]
+    states = [
+        ct.StateType(ct.TensorType(shape=tuple(b.shape), dtype=np.float16), name=n)
+        for n, b in module.named_buffers()
+    ]
     model = ct.convert(
-        traced, inputs=[ct.TensorType(n, tuple(t.shape), dtype=np.float16) for n, t in example.items()],
-        outputs=[ct.TensorType("y", dtype=np.float16)], states=states or None, skip_model_load=True,
-        minimum_deployment_target=ct.target.iOS18, compute_precision=ct.precision.FLOAT16)
+        traced,
+        inputs=[ct.TensorType(n, tuple(t.shape), dtype=np.float16) for n, t in example.items()],
+        outputs=[ct.TensorType("y", dtype=np.float16)],
+        states=states or None,
+        skip_model_load=True,
+        minimum_deployment_target=ct.target.iOS18,
+        compute_precision=ct.precision.FLOAT16,
+    )
     path = folder / f"{type(module).__name__}.mlpackage"
     model.save(str(path))
     return path
@@ -102,12 +111,14 @@ def alternate(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str,
         for name, call in sides.items():
             start = time.perf_counter()
             call()
-            if turn >= 3:                      # warm-up
+            if turn >= 3:  # warm-up
                 times[name].append((time.perf_counter() - start) * 1e3)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def measure(module: nn.Module, example: dict[str, Tensor], folder: Path, repeats: int) -> dict[str, float | str]:
+def measure(
+    module: nn.Module, example: dict[str, Tensor], folder: Path, repeats: int
+) -> dict[str, float | str]:
     path = convert(module, example, folder)
     inputs = {name: tensor.half().numpy() for name, tensor in example.items()}
     start = time.perf_counter()
@@ -119,11 +130,21 @@ def measure(module: nn.Module, example: dict[str, Tensor], folder: Path, repeats
         buffer.zero_()
     theirs = module(*example.values()).numpy()
     error = np.linalg.norm(ours.astype(np.float32) - theirs) / np.linalg.norm(theirs)
-    medians = alternate({"reference": lambda: fn.predict(inputs, state),
-                         "pytorch": lambda: module(*example.values())}, repeats)
-    return {"block": type(module).__name__, "load_ms": round(load * 1e3, 1), "relative_error": float(f"{error:.1e}"),
-            "reference_ms": round(medians["reference"], 2), "pytorch_ms": round(medians["pytorch"], 2),
-            "ratio": round(medians["reference"] / medians["pytorch"], 2)}
+    medians = alternate(
+        {
+            "reference": lambda: fn.predict(inputs, state),
+            "pytorch": lambda: module(*example.values()),
+        },
+        repeats,
+    )
+    return {
+        "block": type(module).__name__,
+        "load_ms": round(load * 1e3, 1),
+        "relative_error": float(f"{error:.1e}"),
+        "reference_ms": round(medians["reference"], 2),
+        "pytorch_ms": round(medians["pytorch"], 2),
+        "ratio": round(medians["reference"] / medians["pytorch"], 2),
+    }
 
 
 def main() -> None:

@@ -80,7 +80,10 @@ class Record:
 
 @torch.inference_mode()
 def measure(
-    model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, train_ids: Tensor, held_out_ids: Tensor
+    model: Qwen3MoeForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    train_ids: Tensor,
+    held_out_ids: Tensor,
 ) -> Metrics:
     """Measure `model` (float32) on held-out ids against a unigram model of the training ids."""
     model.eval()
@@ -88,7 +91,9 @@ def measure(
     long_losses, _ = score(model, held_out_ids, model.config.max_position_embeddings)
     targets = whole_windows(held_out_ids, WINDOW)[:, 1:].flatten()
     nats = losses.mean().item()
-    unigram_nats = -unigram_log_probabilities(train_ids, model.config.vocab_size)[targets].mean().item()
+    unigram_nats = (
+        -unigram_log_probabilities(train_ids, model.config.vocab_size)[targets].mean().item()
+    )
     tokens_per_byte = len(targets) / count_bytes(tokenizer, targets)
     return Metrics(
         held_out_tokens=len(targets),
@@ -98,7 +103,9 @@ def measure(
         unigram_perplexity=math.exp(unigram_nats),
         unigram_bits_per_byte=unigram_nats / math.log(2) * tokens_per_byte,
         routing=[measure_routing(logits, model.config) for logits in router_logits],
-        samples=[draw(model, tokenizer, *pair) for pair in itertools.product(SAMPLE_PROMPTS, SAMPLERS)],
+        samples=[
+            draw(model, tokenizer, *pair) for pair in itertools.product(SAMPLE_PROMPTS, SAMPLERS)
+        ],
     )
 
 
@@ -108,7 +115,8 @@ def whole_windows(ids: Tensor, window: int) -> Tensor:
 
 
 def score(model: Qwen3MoeForCausalLM, ids: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Return the nats of each token but a window's first, and router logits [layers, tokens, experts]."""
+    """Return the nats of each token but a window's first, and router logits [layers, tokens,
+    experts]."""
     losses, router_logits = [], []
     for batch in whole_windows(ids, window).split(4096 // window):
         output = model(input_ids=batch, output_router_logits=True, use_cache=False)
@@ -125,7 +133,8 @@ def unigram_log_probabilities(train_ids: Tensor, vocabulary: int) -> Tensor:
 
 
 def count_bytes(tokenizer: PreTrainedTokenizerFast, ids: Tensor) -> int:
-    """Bytes of text that the ids stand for: a byte-level token spells each byte as one character."""
+    """Bytes of text that the ids stand for: a byte-level token spells each byte as one
+    character."""
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     lengths = [0 if token in tokenizer.all_special_tokens else len(token) for token in tokens]
     return int(torch.tensor(lengths)[ids].sum())
@@ -224,7 +233,9 @@ def render_card(record: Record) -> str:
         window=WINDOW,
         uniform_bits_per_byte=math.log(settings["vocabulary"]) * bits_per_nat_and_byte,
         uniform_entropy=math.log(8),
-        routing="\n".join(routing_row(layer, routing) for layer, routing in enumerate(metrics.routing)),
+        routing="\n".join(
+            routing_row(layer, routing) for layer, routing in enumerate(metrics.routing)
+        ),
         sample_tokens=SAMPLE_TOKENS,
         samples="\n\n".join(sample_section(sample) for sample in metrics.samples),
     )
@@ -232,7 +243,12 @@ def render_card(record: Record) -> str:
 
 def routing_row(layer: int, routing: LayerRouting) -> str:
     """Render one layer's line of the card's table."""
-    measures = (routing.token_entropy, routing.mean_entropy, routing.usage_entropy, routing.top_k_mass)
+    measures = (
+        routing.token_entropy,
+        routing.mean_entropy,
+        routing.usage_entropy,
+        routing.top_k_mass,
+    )
     usage = " ".join(f"{100 * share:.1f}" for share in routing.usage)
     return f"| {layer} | " + " | ".join(f"{measure:.3f}" for measure in measures) + f" | {usage} |"
 

@@ -47,23 +47,23 @@ sys.path.insert(0, str(ROOT))
 from tests.standin.install import environment  # noqa: E402
 from tests.standin.script import Script  # noqa: E402
 
-LONGEST_KIND = 200                  # characters of an error message that tell a kind
-PYTEST_ENDED = (0, 1, 5)            # pytest's exit codes: all passed, some failed, nothing chosen
+LONGEST_KIND = 200  # characters of an error message that tell a kind
+PYTEST_ENDED = (0, 1, 5)  # pytest's exit codes: all passed, some failed, nothing chosen
 WHERE = "from importlib.util import find_spec as f; print(f('{}').submodule_search_locations[0])"
 
 
 @dataclass(frozen=True)
 class Suite:
-    folder: str                     # of the tests, in the checkout or in the package
-    package: str = ""               # an installed package that holds them; "": a checkout does
-    left_out: str = ""              # a folder of tests inside `folder`
+    folder: str  # of the tests, in the checkout or in the package
+    package: str = ""  # an installed package that holds them; "": a checkout does
+    left_out: str = ""  # a folder of tests inside `folder`
     variables: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
 class Result:
     passed: int = 0
-    skipped: int = 0                # or expected to fail
+    skipped: int = 0  # or expected to fail
     failures: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     predictions: int = 0
 
@@ -84,8 +84,11 @@ class Result:
 
 
 SUITES = {
-    "coremltools": Suite("converters/mil/mil/ops/tests", package="coremltools",
-                         variables={"PYMIL_TEST_TARGETS": "mlprogram"}),
+    "coremltools": Suite(
+        "converters/mil/mil/ops/tests",
+        package="coremltools",
+        variables={"PYMIL_TEST_TARGETS": "mlprogram"},
+    ),
     "stablehlo-coreml": Suite("tests", left_out="pytorch"),
 }
 
@@ -103,8 +106,9 @@ def main() -> int:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("suites", nargs="+", metavar="SUITE[=CHECKOUT]", type=_suite,
-                        help=f"{' or '.join(SUITES)}")
+    parser.add_argument(
+        "suites", nargs="+", metavar="SUITE[=CHECKOUT]", type=_suite, help=f"{' or '.join(SUITES)}"
+    )
     parser.add_argument("--workers", type=int, default=2, help="files of tests to run at once")
     parser.add_argument("--python", default=sys.executable, help="the Python to run suites with")
     parser.add_argument("-k", dest="only", default="", help="pytest's -k: tests whose names match")
@@ -130,13 +134,17 @@ def run(name: str, checkout: Path | None, options: argparse.Namespace) -> Result
     """Run one suite, the largest files first; each file's outcome goes to stderr as it ends."""
     suite = SUITES[name]
     root = checkout or _installed(suite.package, options.python)
-    files = [path for path in (root / suite.folder).rglob("test_*.py")
-             if suite.left_out not in path.relative_to(root / suite.folder).parts]
+    files = [
+        path
+        for path in (root / suite.folder).rglob("test_*.py")
+        if suite.left_out not in path.relative_to(root / suite.folder).parts
+    ]
     files.sort(key=lambda path: -path.stat().st_size)
     whole = Result()
     with ThreadPoolExecutor(options.workers) as pool:
-        for path, part in zip(files, pool.map(lambda path: _run_file(path, root, suite, options),
-                                              files), strict=True):
+        for path, part in zip(
+            files, pool.map(lambda path: _run_file(path, root, suite, options), files), strict=True
+        ):
             place = path.relative_to(root / suite.folder)
             print(f"{place}: passed {part.passed} of {part.passed + part.failed}", file=sys.stderr)
             whole.add(part)
@@ -160,12 +168,30 @@ def _run_file(path: Path, root: Path, suite: Suite, options: argparse.Namespace)
         log = scratch / "log"
         script = Script(log=str(log), predict="wrong" if options.wrong else "ok")
         (scratch / "tmp").mkdir()
-        variables = {**os.environ, **suite.variables, **environment(scratch / "standin", script),
-                     "TMPDIR": str(scratch / "tmp"), "PYTHONDONTWRITEBYTECODE": "1"}
+        variables = {
+            **os.environ,
+            **suite.variables,
+            **environment(scratch / "standin", script),
+            "TMPDIR": str(scratch / "tmp"),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
         folder = scratch if suite.package else root
-        command = [options.python, "-m", "pytest", str(path), "-q", "-k", options.only,
-                   "--rootdir", str(folder), "-p", "no:cacheprovider",
-                   "--tb=short", "--junitxml", str(report)]
+        command = [
+            options.python,
+            "-m",
+            "pytest",
+            str(path),
+            "-q",
+            "-k",
+            options.only,
+            "--rootdir",
+            str(folder),
+            "-p",
+            "no:cacheprovider",
+            "--tb=short",
+            "--junitxml",
+            str(report),
+        ]
         child = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
         if child.returncode not in PYTEST_ENDED or not report.exists():
             said = (child.stderr or child.stdout).strip().splitlines()[-1:]
@@ -206,9 +232,11 @@ def kind(message: str) -> str:
 
 
 def _rendered(name: str, result: Result, seconds: float) -> Iterator[str]:
-    yield (f"{name}: passed {result.passed} of {result.passed + result.failed}; "
-           f"{result.skipped} skipped by the suite; {result.predictions} predictions; "
-           f"{seconds:.0f} s")
+    yield (
+        f"{name}: passed {result.passed} of {result.passed + result.failed}; "
+        f"{result.skipped} skipped by the suite; {result.predictions} predictions; "
+        f"{seconds:.0f} s"
+    )
     if not result.predictions:
         yield "  nothing was predicted, so nothing was shown"
     for text, tests in sorted(result.failures.items(), key=lambda item: -len(item[1])):

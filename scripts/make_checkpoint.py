@@ -1,10 +1,11 @@
-"""Write a random checkpoint with a real model's geometry, for measuring conversions: nothing is downloaded.
+"""Write a random checkpoint with a real model's geometry, for measuring conversions: nothing is
+downloaded.
 
     python scripts/make_checkpoint.py --like qwen3-30b-a3b --layers 2 --out /tmp/qwen3-2-layers
 
-Config, keys, shapes and dtype are the real model's, cut to `--layers`; weights are scaled so that activations stay
-finite and routing is uneven. Memory stays bounded: every tensor is a run of one block of random numbers, read from a
-place of its own.
+Config, keys, shapes and dtype are the real model's, cut to `--layers`; weights are scaled so that
+activations stay finite and routing is uneven. Memory stays bounded: every tensor is a run of one
+block of random numbers, read from a place of its own.
 """
 
 import json
@@ -27,76 +28,212 @@ from ane_moe.families.keys import find_tensors
 from ane_moe.model.spec import ModelSpec
 from ane_moe.model.weight import EMBEDDING, HEAD
 
-BLOCK = 8_388_593       # elements; a prime, so that no two rows or tensors of a power-of-two size are alike
-DTYPES = {"bfloat16": ("BF16", torch.bfloat16), "float16": ("F16", torch.float16), "float32": ("F32", torch.float32)}
+BLOCK = (
+    8_388_593  # elements; a prime, so that no two rows or tensors of a power-of-two size are alike
+)
+DTYPES = {
+    "bfloat16": ("BF16", torch.bfloat16),
+    "float16": ("F16", torch.float16),
+    "float32": ("F32", torch.float32),
+}
 
-LLAMA = {"attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02, "use_cache": True,
-         "rope_scaling": None}
+LLAMA = {
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "use_cache": True,
+    "rope_scaling": None,
+}
 
 # The config.json of each model as its repository has it.
 PRESETS: dict[str, dict[str, Any]] = {
     "qwen3-30b-a3b": {
-        **LLAMA, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "vocab_size": 151936,
-        "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
-        "head_dim": 128, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128,
-        "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
-        "attention_bias": False, "max_position_embeddings": 40960, "max_window_layers": 48, "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0, "sliding_window": None, "use_sliding_window": False, "tie_word_embeddings": False,
-        "bos_token_id": 151643, "eos_token_id": 151645,
+        **LLAMA,
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "attention_bias": False,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 48,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
     },
     "qwen1.5-moe-a2.7b": {
-        **LLAMA, "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "vocab_size": 151936,
-        "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 16,
-        "intermediate_size": 5632, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
-        "num_experts": 60, "num_experts_per_tok": 4, "norm_topk_prob": False, "decoder_sparse_step": 1,
-        "max_position_embeddings": 8192, "max_window_layers": 21, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
-        "sliding_window": 32768, "use_sliding_window": False, "tie_word_embeddings": False,
-        "bos_token_id": 151643, "eos_token_id": 151643,
+        **LLAMA,
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "intermediate_size": 5632,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "max_position_embeddings": 8192,
+        "max_window_layers": 21,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "use_sliding_window": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": 151643,
+        "eos_token_id": 151643,
     },
     "olmoe-1b-7b": {
-        **LLAMA, "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "vocab_size": 50304,
-        "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 16,
-        "intermediate_size": 1024, "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False,
-        "attention_bias": False, "clip_qkv": None, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0, "tie_word_embeddings": False, "eos_token_id": 50279, "pad_token_id": 1,
+        **LLAMA,
+        "architectures": ["OlmoeForCausalLM"],
+        "model_type": "olmoe",
+        "vocab_size": 50304,
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "intermediate_size": 1024,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": False,
+        "attention_bias": False,
+        "clip_qkv": None,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "eos_token_id": 50279,
+        "pad_token_id": 1,
     },
     "mixtral-8x7b": {
-        **LLAMA, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "vocab_size": 32000,
-        "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "intermediate_size": 14336, "num_local_experts": 8, "num_experts_per_tok": 2,
-        "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "sliding_window": None,
-        "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+        **LLAMA,
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
     },
     "granite-3.1-1b-a400m": {
-        **LLAMA, "architectures": ["GraniteMoeForCausalLM"], "model_type": "granitemoe", "vocab_size": 49155,
-        "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 8,
-        "intermediate_size": 512, "num_local_experts": 32, "num_experts_per_tok": 8, "attention_bias": False,
-        "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.015625,
-        "logits_scaling": 6.0, "max_position_embeddings": 131072, "rms_norm_eps": 1e-6, "rope_theta": 5000000.0,
-        "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0,
+        **LLAMA,
+        "architectures": ["GraniteMoeForCausalLM"],
+        "model_type": "granitemoe",
+        "vocab_size": 49155,
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "intermediate_size": 512,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 8,
+        "attention_bias": False,
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.015625,
+        "logits_scaling": 6.0,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 5000000.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
     },
     "zaya1-8b": {
-        "architectures": ["ZayaForCausalLM"], "model_type": "zaya", "vocab_size": 262272, "hidden_size": 2048,
-        "num_hidden_layers": 40, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128,
-        "moe_intermediate_size": 2048, "num_experts": 16, "num_experts_per_tok": 1, "router_hidden_size": 256,
-        "cca_time0": 2, "cca_time1": 2, "attention_bias": False, "lm_head_bias": False, "hidden_act": "silu",
-        "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "sliding_window": None,
+        "architectures": ["ZayaForCausalLM"],
+        "model_type": "zaya",
+        "vocab_size": 262272,
+        "hidden_size": 2048,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "moe_intermediate_size": 2048,
+        "num_experts": 16,
+        "num_experts_per_tok": 1,
+        "router_hidden_size": 256,
+        "cca_time0": 2,
+        "cca_time1": 2,
+        "attention_bias": False,
+        "lm_head_bias": False,
+        "hidden_act": "silu",
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": None,
         "layer_types": ["hybrid"] * 40,
         "rope_parameters": {
-            "hybrid": {"rope_type": "default", "rope_theta": 5000000.0, "partial_rotary_factor": 0.5},
-            "hybrid_sliding": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+            "hybrid": {
+                "rope_type": "default",
+                "rope_theta": 5000000.0,
+                "partial_rotary_factor": 0.5,
+            },
+            "hybrid_sliding": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+            },
         },
-        "tie_word_embeddings": True, "bos_token_id": 2, "eos_token_id": 106, "pad_token_id": 0,
+        "tie_word_embeddings": True,
+        "bos_token_id": 2,
+        "eos_token_id": 106,
+        "pad_token_id": 0,
     },
     "lfm2-8b-a1b": {
-        "architectures": ["Lfm2MoeForCausalLM"], "model_type": "lfm2_moe", "vocab_size": 65536, "hidden_size": 2048,
-        "num_hidden_layers": 24, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 7168,
-        "moe_intermediate_size": 1792, "num_dense_layers": 2, "num_experts": 32, "num_experts_per_tok": 4,
-        "use_expert_bias": True, "norm_topk_prob": True, "routed_scaling_factor": 1.0, "conv_L_cache": 3,
-        "conv_bias": False, "max_position_embeddings": 128000, "norm_eps": 1e-5,
-        "layer_types": ["full_attention" if n in (2, 6, 10, 14, 18, 21) else "conv" for n in range(24)],
+        "architectures": ["Lfm2MoeForCausalLM"],
+        "model_type": "lfm2_moe",
+        "vocab_size": 65536,
+        "hidden_size": 2048,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 7168,
+        "moe_intermediate_size": 1792,
+        "num_dense_layers": 2,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+        "use_expert_bias": True,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "conv_L_cache": 3,
+        "conv_bias": False,
+        "max_position_embeddings": 128000,
+        "norm_eps": 1e-5,
+        "layer_types": [
+            "full_attention" if n in (2, 6, 10, 14, 18, 21) else "conv" for n in range(24)
+        ],
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
-        "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 7, "pad_token_id": 0,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 7,
+        "pad_token_id": 0,
     },
 }
 
@@ -116,7 +253,8 @@ class Tensor:
 
 
 class _AnyKey(frozenset[str]):
-    """A collection that holds every key, so that a family names each tensor by the first form it knows."""
+    """A collection that holds every key, so that a family names each tensor by the first form it
+    knows."""
 
     def __contains__(self, key: object) -> bool:
         return True
@@ -129,30 +267,47 @@ def planned_tensors(spec: ModelSpec) -> list[Tensor]:
         del sources[HEAD]
     stored = {source.key: source for source in sources.values()}
     return [
-        Tensor(source.key, source.stored_shape, *_distribution(str(source.name), source.stored_shape, len(spec.layers)))
+        Tensor(
+            source.key,
+            source.stored_shape,
+            *_distribution(str(source.name), source.stored_shape, len(spec.layers)),
+        )
         for source in stored.values()
     ]
 
 
 def _distribution(name: str, shape: tuple[int, ...], layers: int) -> tuple[float, float]:
-    """(mean, deviation): projections keep the variance of what they read, and the residual's stays near 1."""
+    """(mean, deviation): projections keep the variance of what they read, and the residual's stays
+    near 1."""
     if name.endswith(("norm.weight", "scale", "temperature.weight")):
         return 1.0, 0.1
     if name.endswith("bias"):
         return 0.0, 0.1
     if name == str(EMBEDDING):
         return 0.0, 0.02
-    gain = 2.0 if "router" in name else (2 * layers) ** -0.5 if name.endswith(("o.weight", "down.weight")) else 1.0
-    read = math.prod(shape[1:]) if "experts" not in name else shape[-1]     # of a convolution: channels and taps
+    gain = (
+        2.0
+        if "router" in name
+        else (2 * layers) ** -0.5
+        if name.endswith(("o.weight", "down.weight"))
+        else 1.0
+    )
+    read = (
+        math.prod(shape[1:]) if "experts" not in name else shape[-1]
+    )  # of a convolution: channels and taps
     return 0.0, gain * read**-0.5
 
 
-def write_checkpoint(folder: Path, config: dict[str, Any], dtype: str, seed: int, shard_bytes: int) -> int:
+def write_checkpoint(
+    folder: Path, config: dict[str, Any], dtype: str, seed: int, shard_bytes: int
+) -> int:
     """Write config.json and random weights into `folder`; returns the bytes of the weights."""
     spec = load_family(config["model_type"]).spec(Config(config))
     item = DTYPES[dtype][1].itemsize
     files = _split(planned_tensors(spec), shard_bytes // item)
-    names = [f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)]
+    names = [
+        f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)
+    ]
     noise = Noise(dtype, seed)
     for name, tensors in zip(names, files, strict=True):
         with (folder / name).open("wb") as stream:
@@ -160,7 +315,9 @@ def write_checkpoint(folder: Path, config: dict[str, Any], dtype: str, seed: int
             for tensor in tensors:
                 noise.write(tensor, stream)
     total = sum(tensor.elements for tensors in files for tensor in tensors) * item
-    weight_map = {tensor.key: name for name, tensors in zip(names, files, strict=True) for tensor in tensors}
+    weight_map = {
+        tensor.key: name for name, tensors in zip(names, files, strict=True) for tensor in tensors
+    }
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": dtype}, indent=1))
@@ -216,18 +373,26 @@ class Noise:
 
 
 def main(
-    like: Annotated[str, typer.Option(help=f"The model whose geometry to copy: {', '.join(PRESETS)}.")],
+    like: Annotated[
+        str, typer.Option(help=f"The model whose geometry to copy: {', '.join(PRESETS)}.")
+    ],
     out: Annotated[Path, typer.Option(help="The folder to write; must not exist.")],
-    layers: Annotated[int | None, typer.Option(help="How many layers to keep; all by default.", min=1)] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="How many layers to keep; all by default.", min=1)
+    ] = None,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
     shard_mb: Annotated[int, typer.Option(help="Largest weight file, in MB.", min=1)] = 1000,
 ) -> None:
     """Write a random checkpoint with a real model's geometry."""
     if like not in PRESETS:
-        raise typer.BadParameter(f"{like!r} is not one of {', '.join(PRESETS)}", param_hint="--like")
+        raise typer.BadParameter(
+            f"{like!r} is not one of {', '.join(PRESETS)}", param_hint="--like"
+        )
     if dtype not in DTYPES:
-        raise typer.BadParameter(f"{dtype!r} is not one of {', '.join(DTYPES)}", param_hint="--dtype")
+        raise typer.BadParameter(
+            f"{dtype!r} is not one of {', '.join(DTYPES)}", param_hint="--dtype"
+        )
     if out.exists():
         raise typer.BadParameter(f"{out} exists", param_hint="--out")
     config = PRESETS[like]
@@ -241,7 +406,10 @@ def main(
         os.replace(unfinished, out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    print(f"{out}: {like}, {config['num_hidden_layers']} layers, {total / 1e9:.2f} GB of {dtype} weights")
+    print(
+        f"{out}: {like}, {config['num_hidden_layers']} layers, {total / 1e9:.2f} GB of {dtype} "
+        f"weights"
+    )
 
 
 if __name__ == "__main__":

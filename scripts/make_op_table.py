@@ -2,7 +2,8 @@
 
     python scripts/make_op_table.py [--check]
 
-Only what stands between the two markers is replaced. --check writes nothing and exits with 1 when the page is stale.
+Only what stands between the two markers is replaced. --check writes nothing and exits with 1 when
+the page is stale.
 """
 
 import argparse
@@ -16,11 +17,12 @@ from ane_moe.runtime.reference.ops import STRUCTURAL, TABLE
 PAGE = Path(__file__).parent.parent / "docs" / "runtime.md"
 BEGIN, END = "<!-- op table: begin -->\n", "<!-- op table: end -->\n"
 RELEASES = (15, 16, 17, 18)
-INTERNAL = {"_const_symbolic", "coreml_update_state"}       # never in a saved package
+INTERNAL = {"_const_symbolic", "coreml_update_state"}  # never in a saved package
 
 
 def first_release(name: str) -> int:
-    """The iOS release whose opset first has the op, as coremltools registers it; write_state exists only when saved."""
+    """The iOS release whose opset first has the op, as coremltools registers it; write_state exists
+    only when saved."""
     versions = SSAOpRegistry.core_ops.get(name)
     return 18 if versions is None else max(15, min(int(target.name[3:]) for target in versions))
 
@@ -33,7 +35,10 @@ def note(name: str) -> str:
         op = TABLE.find(name, ios)
         if op is not None and op.note and (op.since, op.note) not in notes:
             notes.append((op.since, op.note))
-    return "; ".join(text if since == first_release(name) else f"from iOS {since}: {text}" for since, text in notes)
+    return "; ".join(
+        text if since == first_release(name) else f"from iOS {since}: {text}"
+        for since, text in notes
+    )
 
 
 def rows() -> list[str]:
@@ -55,7 +60,9 @@ def rendered(page: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when the page is stale")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 when the page is stale"
+    )
     options = parser.parse_args()
     page = PAGE.read_text(encoding="utf-8")
     fresh = rendered(page)

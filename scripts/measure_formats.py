@@ -1,10 +1,12 @@
-"""Every weight format on the built-in model: size, time, and what it loses on text the model never saw.
+"""Every weight format on the built-in model: size, time, and what it loses on text the model never
+saw.
 
     scripts/measure_formats.py [FORMAT ...] [--tokens 2048] [--results FILE] [--write]
 
-The text is what scripts/train_demo.py held out, cut into passages of 512 tokens. Perplexity, KL and top-1 are the
-shards', run by the reference runtime through the prefill functions, against Hugging Face's model in fp32. `--results`
-keeps rows, so that a run can go on; `--write` puts the table and a plot into docs/.
+The text is what scripts/train_demo.py held out, cut into passages of 512 tokens. Perplexity, KL and
+top-1 are the shards', run by the reference runtime through the prefill functions, against Hugging
+Face's model in fp32. `--results` keeps rows, so that a run can go on; `--write` puts the table and
+a plot into docs/.
 """
 
 import argparse
@@ -28,23 +30,56 @@ from ane_moe.formats.recipe import find_recipe
 from ane_moe.manifest import read_manifest
 from ane_moe.verification.verify import verify
 
-FORMATS = ["fp16", "int8", "int4-channel", "lut8", "lut6", "lut4", "lut4-tensor", "lut3", "lut2", "lut4+scale",
-           "lut4-v2", "lut8-v4", "apple2", "apple2 rank 16", "int4-block32", "sparse50", "sparse50+int8",
-           "sparse50+lut4", "safe", "small", "tiny", "small calibrated", "budget 1.9 MB"]
+FORMATS = [
+    "fp16",
+    "int8",
+    "int4-channel",
+    "lut8",
+    "lut6",
+    "lut4",
+    "lut4-tensor",
+    "lut3",
+    "lut2",
+    "lut4+scale",
+    "lut4-v2",
+    "lut8-v4",
+    "apple2",
+    "apple2 rank 16",
+    "int4-block32",
+    "sparse50",
+    "sparse50+int8",
+    "sparse50+lut4",
+    "safe",
+    "small",
+    "tiny",
+    "small calibrated",
+    "budget 1.9 MB",
+]
 HELD_OUT_PERCENT = 5
 PASSAGE = 512
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-HEAD = "| format | bits a weight | MB | convert s | worst cosine | mean KL | perplexity | against fp32 | top-1 |"
+HEAD = (
+    "| format | bits a weight | MB | convert s | worst cosine | mean KL | perplexity | against "
+    "fp32 | top-1 |"
+)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("formats", nargs="*", default=FORMATS)
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--results", type=Path, help="keep rows here, and measure only what is not there")
+    parser.add_argument(
+        "--results", type=Path, help="keep rows here, and measure only what is not there"
+    )
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
-    kept = json.loads(arguments.results.read_text()) if arguments.results and arguments.results.exists() else {}
+    kept = (
+        json.loads(arguments.results.read_text())
+        if arguments.results and arguments.results.exists()
+        else {}
+    )
     with tempfile.TemporaryDirectory() as scratch:
         prompts = held_out(Path(scratch) / "prompts.json", arguments.tokens)
         rows = []
@@ -76,8 +111,12 @@ def options_of(name: str) -> ConvertOptions:
     if found := re.fullmatch(r"budget ([\d.]+) MB", name):
         return ConvertOptions(context=PASSAGE, budget_mb=float(found[1]))
     base, _, extra = name.partition(" ")
-    recipe = find_recipe(base, rank=int(extra.removeprefix("rank ")) if extra.startswith("rank") else None)
-    return ConvertOptions(context=PASSAGE, recipe=recipe, calibrate="builtin" if extra == "calibrated" else None)
+    recipe = find_recipe(
+        base, rank=int(extra.removeprefix("rank ")) if extra.startswith("rank") else None
+    )
+    return ConvertOptions(
+        context=PASSAGE, recipe=recipe, calibrate="builtin" if extra == "calibrated" else None
+    )
 
 
 def measure(name: str, out: Path, prompts: Path) -> dict:
@@ -85,8 +124,14 @@ def measure(name: str, out: Path, prompts: Path) -> dict:
     convert(demo_checkpoint(), out, options_of(name))
     seconds = time.perf_counter() - started
     manifest = read_manifest(out)
-    report = verify(out, checkpoint=demo_checkpoint(), prompts=prompts, runtime="reference", min_cosine=-1,
-                    min_logit_cosine=-1)
+    report = verify(
+        out,
+        checkpoint=demo_checkpoint(),
+        prompts=prompts,
+        runtime="reference",
+        min_cosine=-1,
+        min_logit_cosine=-1,
+    )
     assert report.as_stored is None or not report.as_stored.failures, report.as_stored
     model = next(row for row in report.models if row.function == "prefill")
     roles = manifest.compression.values()
@@ -105,26 +150,46 @@ def measure(name: str, out: Path, prompts: Path) -> dict:
 
 
 def line(row: dict) -> str:
-    return (f"| `{row['name']}` | {row['bits']:.2f} | {row['mb']:.2f} | {row['seconds']:.1f} | {row['cosine']:.4f} | "
-            f"{row['kl']:.2e} | {row['perplexity']:.2f} | {row['ratio']:+.2%} | {row['top1']:.1%} |")
+    return (
+        f"| `{row['name']}` | {row['bits']:.2f} | {row['mb']:.2f} | {row['seconds']:.1f} | "
+        f"{row['cosine']:.4f} | "
+        f"{row['kl']:.2e} | {row['perplexity']:.2f} | {row['ratio']:+.2%} | {row['top1']:.1%} |"
+    )
 
 
 def write(rows: list[dict], tokens: int) -> None:
     """The table between its markers in docs/compression.md, and the plot beside it."""
     page = DOCS / "compression.md"
-    conditions = (f"{tokens:,} tokens of held-out text (CPython {platform.python_version()}) in passages of {PASSAGE}; "
-                  f"reference runtime on {os.cpu_count()} cores. Conversion is by one process.")
+    conditions = (
+        f"{tokens:,} tokens of held-out text (CPython {platform.python_version()}) in passages of "
+        f"{PASSAGE}; "
+        f"reference runtime on {os.cpu_count()} cores. Conversion is by one process."
+    )
     table = "\n".join([HEAD, "|---|" + "---:|" * 8, *map(line, rows), "", conditions])
-    text = re.sub(r"(<!-- formats -->\n).*?(<!-- end -->)", lambda found: f"{found[1]}{table}\n{found[2]}",
-                  page.read_text(), flags=re.DOTALL)
+    text = re.sub(
+        r"(<!-- formats -->\n).*?(<!-- end -->)",
+        lambda found: f"{found[1]}{table}\n{found[2]}",
+        page.read_text(),
+        flags=re.DOTALL,
+    )
     page.write_text(text)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.scatter([row["mb"] for row in rows], [1 + row["ratio"] for row in rows], s=18)
     for row in rows:
-        axes.annotate(row["name"], (row["mb"], 1 + row["ratio"]), fontsize=6, xytext=(3, 3), textcoords="offset points")
-    axes.set(xlabel="MB of weights in the packages", ylabel="perplexity over that of fp32", yscale="log",
-             title="The built-in model: quality against size")
+        axes.annotate(
+            row["name"],
+            (row["mb"], 1 + row["ratio"]),
+            fontsize=6,
+            xytext=(3, 3),
+            textcoords="offset points",
+        )
+    axes.set(
+        xlabel="MB of weights in the packages",
+        ylabel="perplexity over that of fp32",
+        yscale="log",
+        title="The built-in model: quality against size",
+    )
     figure.savefig(DOCS / "compression.svg", metadata={"Date": None})
 
 

@@ -42,7 +42,7 @@ from ane_moe.loop.shards import load_shards
 from ane_moe.manifest import read_manifest
 
 COMMON: dict[str, Any] = {
-    "vocab_size": 256,          # bytes
+    "vocab_size": 256,  # bytes
     "hidden_size": 96,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
@@ -76,16 +76,16 @@ FORMATS = [
 ]  # fmt: skip
 HEAD = ("| model | format | bits of experts | bits a byte | change | mean KL | top-1 | rerouted "
         "| same | whole |")  # fmt: skip
-CONTEXT = 256           # tokens: of training, of a passage, of a prompt with its continuation
+CONTEXT = 256  # tokens: of training, of a passage, of a prompt with its continuation
 BATCH = 8
 PASSAGES = 48
 PROMPTS = 20
 PROMPT = 64
-LEAST_WEIGHT = 1e-3     # of an expert, to say that a token was rerouted
+LEAST_WEIGHT = 1e-3  # of an expert, to say that a token was rerouted
 OUTLIERS = [7, 40, 81]  # channels
-BALANCE_LOSS = 0.01     # times the balance loss of Hugging Face's Qwen3-MoE
-BALANCE_STEP = 2e-3     # by which ZAYA's biases go up or down, without a gradient
-Routing = list[tuple[Tensor, Tensor]]       # of each layer: weights and choices [tokens,k]
+BALANCE_LOSS = 0.01  # times the balance loss of Hugging Face's Qwen3-MoE
+BALANCE_STEP = 2e-3  # by which ZAYA's biases go up or down, without a gradient
+Routing = list[tuple[Tensor, Tensor]]  # of each layer: weights and choices [tokens,k]
 
 
 # -- training -------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def build(name: str, seed: int = 0) -> PreTrainedModel:
     )
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith("qk_norm.temp"):
-            nn.init.ones_(parameter)        # at HF's zero, attention begins as a mean
+            nn.init.ones_(parameter)  # at HF's zero, attention begins as a mean
     for gate in gates(model):
         if hasattr(gate, "balancing_biases"):
             gate.balancing_biases.zero_()
@@ -181,8 +181,10 @@ def train(name: str, stream: Tensor, steps: int, seed: int) -> tuple[PreTrainedM
                 shares(w, c, model.config.num_experts)[: model.config.num_experts].min().item()
                 for w, c in routing
             )
-            say(f"{name}  {step + 1}/{steps}  {np.mean(losses[-50:]):.3f} bits a byte  "
-                f"least share {least:.3f}  {time.monotonic() - started:.0f} s")
+            say(
+                f"{name}  {step + 1}/{steps}  {np.mean(losses[-50:]):.3f} bits a byte  "
+                f"least share {least:.3f}  {time.monotonic() - started:.0f} s"
+            )
     for hook in hooks:
         hook.remove()
     return model.eval(), float(np.mean(losses[-50:]))
@@ -286,7 +288,7 @@ def passages(files: list[str]) -> list[list[int]]:
     texts = [text.encode() for text in files]
     long = [text for text in texts if len(text) >= 8 * CONTEXT]
     places = [(text, place) for place in (1 / 2, 1 / 4, 3 / 4, 1 / 8) for text in long]
-    return [list(text[int(place * len(text)):][:CONTEXT]) for text, place in places[:PASSAGES]]
+    return [list(text[int(place * len(text)) :][:CONTEXT]) for text, place in places[:PASSAGES]]
 
 
 @torch.no_grad()
@@ -339,7 +341,7 @@ def bits_per_byte(logits: Tensor, text: Tensor) -> float:
 
 def same_length(ids: np.ndarray, continued: np.ndarray) -> np.ndarray:
     """For each prompt how many tokens of the continuation `ids` hold before another is said."""
-    said, wanted = continued[:, PROMPT - 1:-1], ids[:, PROMPT:]
+    said, wanted = continued[:, PROMPT - 1 : -1], ids[:, PROMPT:]
     wrong = np.pad(said != wanted, ((0, 0), (0, 1)), constant_values=True)
     return wrong.argmax(1)
 
@@ -353,8 +355,9 @@ def rerouted(expected: np.ndarray, got: np.ndarray) -> float:
     return float(other.any((1, 2)).mean())
 
 
-def compare(name: str, form: str, bits: float, fp32: Heard, found: Heard, text: Tensor,
-            continued: Tensor) -> Row:
+def compare(
+    name: str, form: str, bits: float, fp32: Heard, found: Heard, text: Tensor, continued: Tensor
+) -> Row:
     """A line of the table: a conversion beside the fp32 model."""
     expected, got = fp32.logits.log_softmax(-1), found.logits.log_softmax(-1)
     kl = F.kl_div(got, expected, log_target=True, reduction="none").sum(-1)
@@ -384,9 +387,12 @@ def measure(name: str, run: Run, text: Tensor) -> Iterator[Row]:
     for form in FORMATS:
         base, *extras = form.split(", ")
         model, _ = trained(name, run)
-        for extra in extras[::-1]:          # outliers come before what is rounded
-            model = (with_rounded_routers(model, base) if extra == "router too"
-                     else with_outliers(model, int(extra.removeprefix("outliers x"))))
+        for extra in extras[::-1]:  # outliers come before what is rounded
+            model = (
+                with_rounded_routers(model, base)
+                if extra == "router too"
+                else with_outliers(model, int(extra.removeprefix("outliers x")))
+            )
         checkpoint, out = save(model, run.work / "checkpoint"), run.work / "shards"
         options = ConvertOptions(context=CONTEXT, prefill=CONTEXT, recipe=find_recipe(base))
         convert(checkpoint, out, options)

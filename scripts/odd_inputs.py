@@ -41,7 +41,7 @@ POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'ab' * 32}\n
 PROMPT = "<|endoftext|>def f(x): return 2024 + x"
 PROGRAM = "Data/com.apple.CoreML/model.mlmodel"
 WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
-LONGEST_COMMAND = 300           # seconds
+LONGEST_COMMAND = 300  # seconds
 
 MIL_TEXT = """program(1.0)
 [buildInfo = dict<tensor<string, []>, tensor<string, []>>({})]
@@ -73,10 +73,11 @@ PACKAGE_COMMANDS = (
 class Said:
     code: int
     line: str
-    sound: bool                 # no traceback, a code that is documented, ids as Hugging Face's
+    sound: bool  # no traceback, a code that is documented, ids as Hugging Face's
 
 
 # ---- checkpoints: each takes the folder of a fresh copy of the demo model ----
+
 
 def sound(folder: Path) -> None:
     """The control: nothing is changed."""
@@ -87,6 +88,7 @@ def prefixed(prefix: str) -> Callable[[Path], None]:
         tensors = load_file(folder / "model.safetensors")
         renamed = {prefix + name.removeprefix("model."): value for name, value in tensors.items()}
         save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+
     return change
 
 
@@ -94,12 +96,14 @@ def configured(**fields: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
     return change
 
 
 def written(name: str, content: str | bytes) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
     return change
 
 
@@ -107,6 +111,7 @@ def without(*names: str) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         for name in names:
             (folder / name).unlink()
+
     return change
 
 
@@ -115,6 +120,7 @@ def with_tensors(*names: str) -> Callable[[Path], None]:
         tensors = load_file(folder / "model.safetensors")
         tensors |= {name: torch.zeros(8, 8, dtype=torch.float16) for name in names}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
     return change
 
 
@@ -166,13 +172,21 @@ def metaspace(folder: Path) -> None:
     """A Mixtral with its form of tokenizer, which transformers reads by the model's type."""
     make_model("mixtral", vocab_size=4096).half().save_pretrained(folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    tokenizer["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "split": False,
-                                  "prepend_scheme": "first"}
+    tokenizer["pre_tokenizer"] = {
+        "type": "Metaspace",
+        "replacement": "▁",
+        "split": False,
+        "prepend_scheme": "first",
+    }
     model = tokenizer["model"]
     model["vocab"] = {name.replace("Ġ", "▁"): id_ for name, id_ in model["vocab"].items()}
     model["merges"] = [[part.replace("Ġ", "▁") for part in pair] for pair in model["merges"]]
-    tokenizer["decoder"] = {"type": "Metaspace", "replacement": "▁", "split": False,
-                            "prepend_scheme": "first"}
+    tokenizer["decoder"] = {
+        "type": "Metaspace",
+        "replacement": "▁",
+        "split": False,
+        "prepend_scheme": "first",
+    }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     tokenizer_class("LlamaTokenizer")(folder)
 
@@ -213,6 +227,7 @@ CHECKPOINTS: dict[str, Callable[[Path], None]] = {
 
 # ---- packages: each takes the path to write ----
 
+
 class Two(torch.nn.Module):
     """tanh(b(a(x))), and with `scaled` an operation more between the two."""
 
@@ -238,8 +253,12 @@ def converted(module: torch.nn.Module, *x: torch.Tensor, **options: Any) -> Any:
 
 
 def two(scaled: bool = False, x: str = "x", y: str = "y") -> Any:
-    return converted(Two(scaled), torch.rand(1, 64), inputs=[ct.TensorType(x, shape=(1, 64))],
-                     outputs=[ct.TensorType(y)])
+    return converted(
+        Two(scaled),
+        torch.rand(1, 64),
+        inputs=[ct.TensorType(x, shape=(1, 64))],
+        outputs=[ct.TensorType(y)],
+    )
 
 
 def pipeline(path: Path) -> None:
@@ -248,11 +267,11 @@ def pipeline(path: Path) -> None:
 
 def image(path: Path, **options: Any) -> None:
     layers = (torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
-    kind = ct.ImageType("image", shape=(1, 3, 8, 8), scale=1 / 255,
-                        color_layout=ct.colorlayout.BGR)
+    kind = ct.ImageType("image", shape=(1, 3, 8, 8), scale=1 / 255, color_layout=ct.colorlayout.BGR)
     torch.manual_seed(0)
-    converted(torch.nn.Sequential(*layers), torch.rand(1, 3, 8, 8), inputs=[kind],
-              **options).save(str(path))
+    converted(torch.nn.Sequential(*layers), torch.rand(1, 3, 8, 8), inputs=[kind], **options).save(
+        str(path)
+    )
 
 
 def classifier(path: Path) -> None:
@@ -271,26 +290,37 @@ def squeeze(path: Path) -> None:
         row = mb.squeeze(x=mb.slice_by_index(x=x, begin=b, end=e), axes=[0])
         return mb.reshape(x=row, shape=[2, 1])
 
-    ct.convert(program, minimum_deployment_target=ct.target.iOS16, skip_model_load=True,
-               compute_precision=ct.precision.FLOAT32).save(str(path))
+    ct.convert(
+        program,
+        minimum_deployment_target=ct.target.iOS16,
+        skip_model_load=True,
+        compute_precision=ct.precision.FLOAT32,
+    ).save(str(path))
 
 
 def picked(path: Path) -> None:
     rows = [ct.TensorType("x", shape=(4, 3)), ct.TensorType("at", shape=(2,), dtype=np.int32)]
-    converted(Picked(), torch.rand(4, 3), torch.tensor([1, 0], dtype=torch.int32),
-              inputs=rows).save(str(path))
+    converted(
+        Picked(), torch.rand(4, 3), torch.tensor([1, 0], dtype=torch.int32), inputs=rows
+    ).save(str(path))
 
 
 def damaged(change: Callable[[Path], None]) -> Callable[[Path], None]:
     def write(path: Path) -> None:
         two().save(str(path))
         change(path)
+
     return write
 
 
 def neural_network(path: Path) -> None:
-    converted(Two(), torch.rand(1, 64), inputs=[ct.TensorType("x", shape=(1, 64))],
-              minimum_deployment_target=None, convert_to="neuralnetwork").save(str(path))
+    converted(
+        Two(),
+        torch.rand(1, 64),
+        inputs=[ct.TensorType("x", shape=(1, 64))],
+        minimum_deployment_target=None,
+        convert_to="neuralnetwork",
+    ).save(str(path))
 
 
 def compiled(path: Path) -> None:
@@ -315,15 +345,18 @@ PACKAGES: dict[str, Callable[[Path], None]] = {
     "compiled.mlmodelc": compiled,
 }
 
-PARTNERS = {"two.mlpackage": "two-scaled.mlpackage"}     # what `diff` compares with; else itself
+PARTNERS = {"two.mlpackage": "two-scaled.mlpackage"}  # what `diff` compares with; else itself
 
 # Arrays as people have them: floats for integers, wide integers for floats, pixels of 8 bits.
 ARRAYS: dict[str, dict[str, np.ndarray]] = {
     "two.mlpackage": {"x": np.ones((1, 64), np.int64)},
     "image.mlpackage": {"image": np.full((1, 3, 8, 8), 200, np.uint8)},
     "classifier.mlpackage": {"image": np.full((1, 3, 8, 8), 200, np.uint8)},
-    "squeeze.mlpackage": {"x": np.arange(12.0).reshape(4, 3), "b": np.array([1.0, 0.0]),
-                          "e": np.array([2.0, 2.0])},
+    "squeeze.mlpackage": {
+        "x": np.arange(12.0).reshape(4, 3),
+        "b": np.array([1.0, 0.0]),
+        "e": np.array([2.0, 2.0]),
+    },
     "int-input.mlpackage": {"x": np.arange(12.0).reshape(4, 3), "at": np.array([1.5, 0.0])},
 }
 
@@ -335,8 +368,10 @@ def main() -> int:
     options = parser.parse_args()
     unknown = set(options.names) - {*CHECKPOINTS, *PACKAGES}
     if unknown:
-        parser.error(f"no input is named {', '.join(unknown)}; there are "
-                     f"{', '.join([*CHECKPOINTS, *PACKAGES])}")
+        parser.error(
+            f"no input is named {', '.join(unknown)}; there are "
+            f"{', '.join([*CHECKPOINTS, *PACKAGES])}"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
@@ -352,8 +387,11 @@ def _table(folder: Path, names: list[str]) -> int:
         tables = pool.map(lambda name: _rows(folder, name), names)
         for name, rows in zip(names, tables, strict=True):
             for command, said in rows:
-                print(f"{' ' if said.sound else '!'} {name:22s} {command:32.32s} {said.code:2d}  "
-                      f"{said.line}", flush=True)
+                print(
+                    f"{' ' if said.sound else '!'} {name:22s} {command:32.32s} {said.code:2d}  "
+                    f"{said.line}",
+                    flush=True,
+                )
                 all_sound = all_sound and said.sound
     return 0 if all_sound else 1
 
@@ -380,20 +418,38 @@ def _rows(folder: Path, name: str) -> list[tuple[str, Said]]:
             continue
         if command.startswith("generate") and not (folder / f"{name}.out").exists():
             continue
-        words = command.format(x=name, y=PARTNERS.get(name, name), out=f"{name}.out", arrays=arrays,
-                               new=f"{name}.trace", text="text.txt", prompt="PROMPT").split()
-        shown = command.format(x="X", y="Y", out="OUT", arrays=" --input ...", new="NEW",
-                               text="TEXT", prompt="PROMPT")
+        words = command.format(
+            x=name,
+            y=PARTNERS.get(name, name),
+            out=f"{name}.out",
+            arrays=arrays,
+            new=f"{name}.trace",
+            text="text.txt",
+            prompt="PROMPT",
+        ).split()
+        shown = command.format(
+            x="X", y="Y", out="OUT", arrays=" --input ...", new="NEW", text="TEXT", prompt="PROMPT"
+        )
         said = _said(folder, [PROMPT if word == "PROMPT" else word for word in words])
         rows.append((shown, _compared(folder / name, said) if words[0] == "generate" else said))
     return rows
 
 
 def _said(folder: Path, words: list[str]) -> Said:
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300",
-                 "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    child = subprocess.run([sys.executable, "-m", "ane_moe", *words], cwd=folder, env=variables,
-                           capture_output=True, text=True, timeout=LONGEST_COMMAND)
+    variables = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "300",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    child = subprocess.run(
+        [sys.executable, "-m", "ane_moe", *words],
+        cwd=folder,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=LONGEST_COMMAND,
+    )
     said = child.stderr if child.returncode == 2 else child.stdout or child.stderr
     lines = [line.strip() for line in said.splitlines() if line.strip()] or ["(nothing)"]
     line = lines[-1] if child.returncode == 1 else lines[0]
@@ -411,8 +467,11 @@ def _compared(checkpoint: Path, said: Said) -> Said:
     except (OSError, ValueError) as error:
         return Said(0, f"ids {ours}; Hugging Face reads none: {error}"[:200], said.sound)
     theirs = tokenizer(PROMPT)["input_ids"]
-    return Said(0, f"ids {ours}; Hugging Face: {'the same' if ours == theirs else theirs}",
-                said.sound and ours == theirs)
+    return Said(
+        0,
+        f"ids {ours}; Hugging Face: {'the same' if ours == theirs else theirs}",
+        said.sound and ours == theirs,
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Hold the placement rules against what people published: print the table of docs/placement.md, or put it there.
+"""Hold the placement rules against what people published: print the table of docs/placement.md, or
+put it there.
 
     python scripts/placement_backtest.py [--write]
 

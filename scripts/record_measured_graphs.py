@@ -2,12 +2,12 @@
 
     python scripts/record_measured_graphs.py
 
-The plans are those of github.com/erwinzhang7/coreml-compute-placement (results, placement-m4-pro.json
-and -m5-max.json, compute units CPU_AND_NE, coremltools 9.0). This converts the same architectures
-at the same sizes (batch 16, fp16, macOS 15) with random weights, which decide nothing about
-placement, and keeps operations, shapes and literals. A graph is taken only if it has as many
-operations as were counted, and if every operation, read back from the file, gives the placement
-rules the facts that the package gives. Takes two minutes and 3 GB.
+The plans are those of github.com/erwinzhang7/coreml-compute-placement (results,
+placement-m4-pro.json and -m5-max.json, compute units CPU_AND_NE, coremltools 9.0). This converts
+the same architectures at the same sizes (batch 16, fp16, macOS 15) with random weights, which
+decide nothing about placement, and keeps operations, shapes and literals. A graph is taken only if
+it has as many operations as were counted, and if every operation, read back from the file, gives
+the placement rules the facts that the package gives. Takes two minutes and 3 GB.
 """
 
 import os
@@ -143,9 +143,7 @@ def main() -> int:
         os.replace(temporary, GRAPHS)
         for name, program in programs.items():
             if list(facts(program)) != list(facts(measured_graph(name))):
-                sys.exit(
-                    f"{name}: the rules would see other facts in the file than in the package"
-                )
+                sys.exit(f"{name}: the rules would see other facts in the file than in the package")
             print(f"{name}: {len(graphs[name]['operations'])} distinct operations")
     return 0
 

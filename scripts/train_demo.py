@@ -1,7 +1,8 @@
 """Train the built-in demo model: a tiny Qwen3-MoE language model of Python source code.
 
     python scripts/train_demo.py                   # corpus, tokenizer, training, measurement, card
-    python scripts/train_demo.py --evaluate-only   # measure the packaged weights again, rewrite the card
+    python scripts/train_demo.py --evaluate-only   # measure the packaged weights again, rewrite the
+    card
 
 The corpus is the standard library of the Python that runs this script, so that any machine has it.
 Every figure in the card is measured on the saved float16 weights, with the arithmetic in float32.
@@ -38,7 +39,14 @@ END_OF_TEXT = "<|endoftext|>"
 
 # Left out: test data, generated tables, and files that hold paths of the machine that built Python.
 EXCLUDED_FOLDERS = {
-    "__pycache__", "dist-packages", "encodings", "idle_test", "pydoc_data", "site-packages", "test", "tests",
+    "__pycache__",
+    "dist-packages",
+    "encodings",
+    "idle_test",
+    "pydoc_data",
+    "site-packages",
+    "test",
+    "tests",
 }
 EXCLUDED_PREFIXES = ("_sysconfigdata", "_sysconfig_vars")
 
@@ -67,7 +75,9 @@ class Settings:
     steps: int = 3400
     batch_tokens: int = 2048
     context: int = 256  # of most steps: attention is cheap, so more text is seen per second
-    long_context: int = 2048  # of the last steps, so that every position the model claims was trained
+    long_context: int = (
+        2048  # of the last steps, so that every position the model claims was trained
+    )
     long_fraction: float = 0.1
     learning_rate: float = 3e-3
     warmup_steps: int = 100
@@ -96,13 +106,16 @@ def source_files(root: Path) -> list[Path]:
     """List the Python files under `root` that are worth learning from, in a fixed order."""
     found = (path.relative_to(root) for path in root.rglob("*.py"))
     kept = (
-        path for path in found if not EXCLUDED_FOLDERS & set(path.parts) and not path.name.startswith(EXCLUDED_PREFIXES)
+        path
+        for path in found
+        if not EXCLUDED_FOLDERS & set(path.parts) and not path.name.startswith(EXCLUDED_PREFIXES)
     )
     return sorted(kept, key=lambda path: path.as_posix())
 
 
 def is_held_out(path: Path, percent: int) -> bool:
-    """Decide by a hash of the relative path: stable across machines, and one file is on one side only."""
+    """Decide by a hash of the relative path: stable across machines, and one file is on one side
+    only."""
     digest = hashlib.sha256(path.as_posix().encode()).digest()
     return int.from_bytes(digest[:4], "big") % 100 < percent
 
@@ -210,14 +223,19 @@ def balance_loss(router_logits: tuple[Tensor, ...], config: Qwen3MoeConfig) -> T
     HF applies it to all layers pooled, which leaves a single layer free to use two experts only.
     """
     experts, top_k = config.num_experts, config.num_experts_per_tok
-    losses = [torch.as_tensor(load_balancing_loss_func((logits,), experts, top_k)) for logits in router_logits]
+    losses = [
+        torch.as_tensor(load_balancing_loss_func((logits,), experts, top_k))
+        for logits in router_logits
+    ]
     return torch.stack(losses).mean()
 
 
 def train(model: Qwen3MoeForCausalLM, stream: Tensor, settings: Settings) -> None:
     """Train `model` in place on the token stream, reporting to stderr."""
     optimizer = build_optimizer(model, settings)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, settings)
+    )
     started = time.monotonic()
     model.train()
     for step, batch in enumerate(batches(stream, settings), start=1):
@@ -232,7 +250,8 @@ def train(model: Qwen3MoeForCausalLM, stream: Tensor, settings: Settings) -> Non
         if step % 50 == 0 or step == settings.steps:
             elapsed = time.monotonic() - started
             say(
-                f"step {step}/{settings.steps}  loss {prediction.item():.3f}  balance {balance.item():.3f}  "
+                f"step {step}/{settings.steps}  loss {prediction.item():.3f}  balance "
+                f"{balance.item():.3f}  "
                 f"{step * settings.batch_tokens / elapsed:.0f} tok/s  "
                 f"{elapsed * (settings.steps - step) / step:.0f} s left"
             )
@@ -242,7 +261,10 @@ def read_settings(checkpoint: Path) -> Settings:
     """Return the settings that a checkpoint was trained with, if its corpus is the one at hand."""
     record = json.loads((checkpoint / RECORD).read_text())
     if record["python"] != platform.python_version():
-        sys.exit(f"the corpus was Python {record['python']}'s library; run this with that version to measure again")
+        sys.exit(
+            f"the corpus was Python {record['python']}'s library; run this with that version to "
+            f"measure again"
+        )
     return Settings(**record["settings"])
 
 
@@ -261,7 +283,9 @@ def train_checkpoint(corpus: Corpus, settings: Settings, folder: Path) -> None:
 
 def evaluate_checkpoint(corpus: Corpus, settings: Settings, folder: Path) -> Record:
     """Measure the checkpoint as saved in `folder` and write its record and card there."""
-    model = Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
+    model = Qwen3MoeForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, experts_implementation="eager"
+    )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     train_ids = encode(tokenizer, corpus.train)
     record = Record(
@@ -291,9 +315,15 @@ def replace_folder(new: Path, old: Path) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=CHECKPOINT, help="checkpoint folder (default: the package's)")
-    parser.add_argument("--evaluate-only", action="store_true", help="measure OUT again and rewrite its card")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=CHECKPOINT, help="checkpoint folder (default: the package's)"
+    )
+    parser.add_argument(
+        "--evaluate-only", action="store_true", help="measure OUT again and rewrite its card"
+    )
     parser.add_argument("--threads", type=int, default=2, help="of the CPU; default: %(default)s")
     for name, default in asdict(Settings()).items():
         flag = "--" + name.replace("_", "-")

@@ -1,7 +1,8 @@
-"""Tiny random Hugging Face models of every family, saved as real checkpoints: what the tests convert.
+"""Tiny random Hugging Face models of every family, saved as real checkpoints: what the tests
+convert.
 
-Sizes are odd on purpose, and everything that a fresh model leaves neutral is randomised, so that no part can be wrong
-unseen: norm weights are not 1, biases not 0, routing is not uniform.
+Sizes are odd on purpose, and everything that a fresh model leaves neutral is randomised, so that no
+part can be wrong unseen: norm weights are not 1, biases not 0, routing is not uniform.
 """
 
 import json
@@ -20,11 +21,11 @@ DECIDED = {"lfm2_moe": 1}
 
 COMMON = {
     "vocab_size": 211,
-    "hidden_size": 72,                  # not a multiple of 32
+    "hidden_size": 72,  # not a multiple of 32
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 16,                     # 4 x 16 is not 72
+    "head_dim": 16,  # 4 x 16 is not 72
     "max_position_embeddings": 256,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -39,7 +40,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_experts": 12,
         "num_experts_per_tok": 3,
         "norm_topk_prob": True,
-        "mlp_only_layers": [1],         # a dense layer between two sparse ones
+        "mlp_only_layers": [1],  # a dense layer between two sparse ones
         "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
         "tie_word_embeddings": False,
@@ -52,7 +53,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "embedding_multiplier": 12.0,
         "residual_multiplier": 0.22,
-        "attention_multiplier": 0.1,    # not 16 ** -0.5
+        "attention_multiplier": 0.1,  # not 16 ** -0.5
         "logits_scaling": 6.0,
         "rms_norm_eps": 1e-5,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
@@ -69,7 +70,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "olmoe": {
         **COMMON,
-        "num_attention_heads": 6,       # its q norm spans d_model, so heads x head_dim has to equal it
+        "num_attention_heads": 6,  # its q norm spans d_model, so heads x head_dim has to equal it
         "num_key_value_heads": 3,
         "head_dim": 12,
         "intermediate_size": 32,
@@ -99,7 +100,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "zaya": {
         **COMMON,
         "moe_intermediate_size": 40,
-        "num_experts": 5,               # and one class that skips them
+        "num_experts": 5,  # and one class that skips them
         "num_experts_per_tok": 1,
         "router_hidden_size": 24,
         "rms_norm_eps": 1e-5,
@@ -108,8 +109,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "layer_types": ["hybrid", "hybrid_sliding", "hybrid"],
         "sliding_window": 17,
         "rope_parameters": {
-            "hybrid": {"rope_type": "default", "rope_theta": 5000000.0, "partial_rotary_factor": 0.5},
-            "hybrid_sliding": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+            "hybrid": {
+                "rope_type": "default",
+                "rope_theta": 5000000.0,
+                "partial_rotary_factor": 0.5,
+            },
+            "hybrid_sliding": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+            },
         },
         "tie_word_embeddings": True,
     },
@@ -134,7 +143,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe tied": ("qwen3_moe", {"tie_word_embeddings": True}),
     "qwen3_moe with biases": ("qwen3_moe", {"attention_bias": True}),
-    "qwen3_moe sparse every other layer": ("qwen3_moe", {"mlp_only_layers": [], "decoder_sparse_step": 2}),
+    "qwen3_moe sparse every other layer": (
+        "qwen3_moe",
+        {"mlp_only_layers": [], "decoder_sparse_step": 2},
+    ),
     "qwen3_moe not renormalised": ("qwen3_moe", {"norm_topk_prob": False}),
     "qwen3_moe with windows": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 17}),
     "qwen3_moe with yarn": (
@@ -152,10 +164,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe without clipping": ("olmoe", {"clip_qkv": None, "attention_bias": True}),
     "olmoe tied and renormalised": ("olmoe", {"tie_word_embeddings": True, "norm_topk_prob": True}),
     "granitemoe untied": ("granitemoe", {"tie_word_embeddings": False, "attention_bias": False}),
-    "qwen2_moe untied without biases": ("qwen2_moe", {"tie_word_embeddings": False, "qkv_bias": False}),
+    "qwen2_moe untied without biases": (
+        "qwen2_moe",
+        {"tie_word_embeddings": False, "qkv_bias": False},
+    ),
     "qwen2_moe with windows": (
         "qwen2_moe",
-        {"use_sliding_window": True, "sliding_window": 17, "max_window_layers": 2, "mlp_only_layers": [0]},
+        {
+            "use_sliding_window": True,
+            "sliding_window": 17,
+            "max_window_layers": 2,
+            "mlp_only_layers": [0],
+        },
     ),
 }
 
@@ -165,21 +185,27 @@ def make_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     torch.manual_seed(seed)
     fields = {**CONFIGS[family], **overrides}
     if "layer_types" in CONFIGS[family]:
-        fields["layer_types"] = fields["layer_types"][:fields["num_hidden_layers"]]
+        fields["layer_types"] = fields["layer_types"][: fields["num_hidden_layers"]]
     config = AutoConfig.for_model(family, **fields)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", experts_implementation="eager"
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight") or name.endswith(("_scale", ".temp")):
                 parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
-            elif "conv" in name and parameter.dim() == 3:      # else it hardly counts beside what goes past it
+            elif (
+                "conv" in name and parameter.dim() == 3
+            ):  # else it hardly counts beside what goes past it
                 parameter.normal_().div_(parameter[0].numel() ** 0.5)
-            elif "gate.router_mlp" in name and parameter.dim() == 2:        # and routing hardly decided
+            elif "gate.router_mlp" in name and parameter.dim() == 2:  # and routing hardly decided
                 parameter.normal_().mul_(3 * parameter.shape[1] ** -0.5)
             elif name.endswith("bias"):
                 parameter.copy_(0.1 * torch.randn_like(parameter))
             else:
-                parameter.mul_(4)       # the usual init, 0.02, leaves so narrow a model's routing near uniform
+                parameter.mul_(
+                    4
+                )  # the usual init, 0.02, leaves so narrow a model's routing near uniform
         for name, buffer in model.named_buffers():
             if name.endswith(("balancing_biases", "expert_bias")):
                 buffer.copy_(0.1 * torch.randn_like(buffer))
@@ -212,7 +238,9 @@ def with_old_config_names(folder: Path) -> Path:
     config = read_config(folder)
     rope = config.pop("rope_parameters")
     config["rope_theta"] = rope.pop("rope_theta")
-    config["rope_scaling"] = None if rope["rope_type"] == "default" else {"type": rope.pop("rope_type"), **rope}
+    config["rope_scaling"] = (
+        None if rope["rope_type"] == "default" else {"type": rope.pop("rope_type"), **rope}
+    )
     config["torch_dtype"] = config.pop("dtype")
     if config["model_type"].startswith("qwen"):
         config["num_experts"] = config.pop("num_local_experts", config.get("num_experts"))
@@ -231,5 +259,7 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 def edit_config(folder: Path, remove: tuple[str, ...] = (), **changes: Any) -> Path:
     """Change some fields of config.json and take others out."""
     config = read_config(folder)
-    write_config(folder, {key: value for key, value in (config | changes).items() if key not in remove})
+    write_config(
+        folder, {key: value for key, value in (config | changes).items() if key not in remove}
+    )
     return folder

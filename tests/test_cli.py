@@ -1,4 +1,5 @@
-"""The command line as a person meets it: exit codes, one clear line, JSON on stdout, talk on stderr."""
+"""The command line as a person meets it: exit codes, one clear line, JSON on stdout, talk on
+stderr."""
 
 import json
 import subprocess
@@ -26,7 +27,9 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def converted(checkpoint, tmp_path_factory):
     out = tmp_path_factory.mktemp("conversion") / "out"
-    result = ane_moe("convert", checkpoint, out, "--golden", "--prefill", 8, "--workers", 1, "--json")
+    result = ane_moe(
+        "convert", checkpoint, out, "--golden", "--prefill", 8, "--workers", 1, "--json"
+    )
     assert result.returncode == 0, result.stderr
     return out, result
 
@@ -34,7 +37,12 @@ def converted(checkpoint, tmp_path_factory):
 def test_help_names_every_command_and_loads_nothing_heavy():
     heavy = {"torch", "coremltools", "transformers", "numpy", "rich.progress"}
     program = f"import sys, ane_moe.cli; print(sorted({heavy!r} & sys.modules.keys()))"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True
+        ).stdout.strip()
+        == "[]"
+    )
     result = ane_moe("--help")
     assert result.returncode == 0
     assert all(command in result.stdout for command in COMMANDS)
@@ -70,7 +78,11 @@ def test_a_failed_gate_exits_with_1(converted):
 def test_generate_takes_ids_and_returns_new_ones(converted):
     result = ane_moe("generate", converted[0], "--prompt-ids", "3,4,5", "--max-tokens", 4, "--json")
     document = json.loads(result.stdout)
-    assert result.returncode == 0 and document["prompt_ids"] == [3, 4, 5] and 1 <= len(document["ids"]) <= 4
+    assert (
+        result.returncode == 0
+        and document["prompt_ids"] == [3, 4, 5]
+        and 1 <= len(document["ids"]) <= 4
+    )
 
 
 def test_inspect_shows_the_functions_of_a_shard(converted):
@@ -100,7 +112,9 @@ def test_the_plan_reads_no_weights(checkpoint, tmp_path):
         (["run", "{out}/attn/layer_00.mlpackage", "--function", "nonsense"], "nonsense"),
     ],
 )
-def test_bad_input_is_one_clear_line_and_exit_2(arguments, words, checkpoint, converted, tmp_path, monkeypatch):
+def test_bad_input_is_one_clear_line_and_exit_2(
+    arguments, words, checkpoint, converted, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     result = ane_moe(*(text.format(checkpoint=checkpoint, out=converted[0]) for text in arguments))
     lines = result.stderr.strip().splitlines()

@@ -51,7 +51,9 @@ def test_an_error_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None
 def test_what_a_killed_process_leaves_is_swept_and_nothing_else(tmp_path: Path) -> None:
     write_text(tmp_path / "kept", "x")
     script = KILLED.format(out=str(tmp_path))
-    ended = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(__file__).parents[1], check=False
+    )
     assert ended.returncode == -signal.SIGKILL and len(names(tmp_path)) == 4
     sweep(tmp_path)
     assert names(tmp_path) == ["kept"]

@@ -53,12 +53,11 @@ def room(module: str) -> str:
 
 
 IMPORTS = {name: imported(path) for name, path in MODULES.items()}
-NEEDS = {name: {m for m in map(owner, names) if m and m != name}
-         for name, names in IMPORTS.items()}
+NEEDS = {name: {m for m in map(owner, names) if m and m != name} for name, names in IMPORTS.items()}
 
 
 def test_no_circle_among_modules() -> None:
-    order = list(TopologicalSorter(NEEDS).static_order())       # CycleError names a circle
+    order = list(TopologicalSorter(NEEDS).static_order())  # CycleError names a circle
     assert len(order) == len(MODULES) > 200
 
 
@@ -74,9 +73,13 @@ def test_no_circle_among_rooms() -> None:
 def test_a_room_does_not_know_what_lies_against_the_flow(name: str) -> None:
     inside = [module for module in MODULES if room(module) == name]
     assert inside
-    reached = {(module, other) for module in inside for other in IMPORTS[module]
-               for forbidden in FORBIDDEN[name]
-               if f"{other}.".startswith((f"ane_moe.{forbidden}.", f"{forbidden}."))}
+    reached = {
+        (module, other)
+        for module in inside
+        for other in IMPORTS[module]
+        for forbidden in FORBIDDEN[name]
+        if f"{other}.".startswith((f"ane_moe.{forbidden}.", f"{forbidden}."))
+    }
     assert not reached
 
 

@@ -18,8 +18,10 @@ def test_the_pointer_of_the_specification_is_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"version", b"\x01\0\0\0\x02\0\0\0" * 8, POINTER.encode() + bytes(1024)],
-    ids=["empty", "cut short", "a weight file", "text of another size"])
+    "data",
+    [b"", b"version", b"\x01\0\0\0\x02\0\0\0" * 8, POINTER.encode() + bytes(1024)],
+    ids=["empty", "cut short", "a weight file", "text of another size"],
+)
 def test_other_files_are_not_pointers(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "weight.bin").write_bytes(data)
     assert not is_lfs_pointer(tmp_path / "weight.bin")

@@ -19,7 +19,7 @@ from ane_moe.families.config import Config
 from ane_moe.model.weight import EMBEDDING, parse_name
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "make_checkpoint.py"
-TOTAL_PARAMETERS = {            # billions, of the whole models, as their authors give them
+TOTAL_PARAMETERS = {  # billions, of the whole models, as their authors give them
     "qwen3-30b-a3b": 30.5,
     "qwen1.5-moe-a2.7b": 14.3,
     "olmoe-1b-7b": 6.9,
@@ -36,7 +36,7 @@ def script() -> ModuleType:
     assert found is not None
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)
-    sys.modules["make_checkpoint"] = module     # dataclasses look their own module up
+    sys.modules["make_checkpoint"] = module  # dataclasses look their own module up
     found.loader.exec_module(module)
     return module
 
@@ -50,26 +50,43 @@ def exit_code(script: ModuleType, *arguments: str) -> int:
 @pytest.fixture(scope="module")
 def granite(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("made") / "granite"
-    arguments = ("--like", "granite-3.1-1b-a400m", "--layers", "1", "--out", str(out), "--shard-mb", "60")
+    arguments = (
+        "--like",
+        "granite-3.1-1b-a400m",
+        "--layers",
+        "1",
+        "--out",
+        str(out),
+        "--shard-mb",
+        "60",
+    )
     assert exit_code(script, *arguments) == 0
     return out
 
 
 def test_transformers_runs_the_checkpoint_and_its_activations_stay_finite(granite: Path) -> None:
     assert len(list(granite.glob("*.safetensors"))) > 1
-    model, loading = AutoModelForCausalLM.from_pretrained(granite, dtype=torch.float32, output_loading_info=True)
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        granite, dtype=torch.float32, output_loading_info=True
+    )
     assert not any(loading.values())
     with torch.no_grad():
         out = model(torch.arange(20)[None], output_hidden_states=True, output_router_logits=True)
     assert out.logits.isfinite().all()
     assert max(float(hidden.abs().max()) for hidden in out.hidden_states) < 1000
-    assert float(torch.softmax(out.router_logits[0], -1).max(-1).values.mean()) > 2 / model.config.num_local_experts
+    assert (
+        float(torch.softmax(out.router_logits[0], -1).max(-1).values.mean())
+        > 2 / model.config.num_local_experts
+    )
 
 
 def test_its_tensors_and_rows_all_differ(granite: Path) -> None:
     checkpoint = open_checkpoint(granite)
     _, sources = describe(checkpoint)
-    experts = [checkpoint.read(sources[parse_name(f"layers.0.ffn.experts.{n}.up.weight")]) for n in range(32)]
+    experts = [
+        checkpoint.read(sources[parse_name(f"layers.0.ffn.experts.{n}.up.weight")])
+        for n in range(32)
+    ]
     assert len({expert.tobytes() for expert in experts}) == 32
     assert len(np.unique(checkpoint.read(sources[EMBEDDING]), axis=0)) == 49155
 
@@ -85,7 +102,9 @@ def test_presets_have_the_size_of_the_real_models(script: ModuleType, like: str)
     assert sum(parameter.numel() for parameter in model.parameters()) == total
 
 
-def test_wrong_options_are_usage_errors_that_leave_nothing(script: ModuleType, tmp_path: Path) -> None:
+def test_wrong_options_are_usage_errors_that_leave_nothing(
+    script: ModuleType, tmp_path: Path
+) -> None:
     out = str(tmp_path / "x")
     for arguments in (
         ("--like", "gpt-2", "--out", out),
@@ -99,7 +118,11 @@ def test_wrong_options_are_usage_errors_that_leave_nothing(script: ModuleType, t
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_the_same_seed_gives_the_same_bytes(script: ModuleType, dtype: str, tmp_path: Path) -> None:
-    config = script.PRESETS["olmoe-1b-7b"] | {"num_hidden_layers": 1, "hidden_size": 128, "vocab_size": 100}
+    config = script.PRESETS["olmoe-1b-7b"] | {
+        "num_hidden_layers": 1,
+        "hidden_size": 128,
+        "vocab_size": 100,
+    }
     files = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         (tmp_path / name).mkdir()

@@ -23,8 +23,10 @@ from transformers import AutoConfig
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 FAMILIES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "granitemoe")
-CORPUS = ["The year 2024 and 1234567 items. Don't go?? \n\n  indent x=10; def f(x): return x"
-          " naïve café 日本語 مرحبا"] * 20
+CORPUS = [
+    "The year 2024 and 1234567 items. Don't go?? \n\n  indent x=10; def f(x): return x"
+    " naïve café 日本語 مرحبا"
+] * 20
 SPECIAL = ["<unk>", "<s>", "</s>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # Groups of three digits, unlike Qwen's own class, and a white space rule unlike GPT-2's.
 WORDS = r"\p{L}+| ?\p{N}{1,3}|[^\s\p{L}\p{N}]+|\s+"
@@ -39,13 +41,22 @@ def byte_level() -> Tokenizer:
     """Byte-level BPE, as Qwen, OLMoE and Granite have it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(WORDS), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=SPECIAL,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     return tokenizer
 
 
@@ -55,15 +66,21 @@ def metaspace() -> Tokenizer:
     trained = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     single_bytes = [f"<0x{value:02X}>" for value in range(256)]
-    trained.train_from_iterator(CORPUS, trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL + single_bytes, show_progress=False))
+    trained.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=400, special_tokens=SPECIAL + single_bytes, show_progress=False
+        ),
+    )
     tokenizer = Tokenizer(trained.model)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)])
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     return tokenizer
 
 
@@ -72,9 +89,16 @@ def sentencepiece_model(kind: str) -> bytes:
     """A model file of sentencepiece's own trainer; `kind` is bpe or unigram."""
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_writer=out, model_type=kind, vocab_size=330,
-        hard_vocab_limit=False, byte_fallback=True, character_coverage=1.0, minloglevel=2,
-        user_defined_symbols=["<|im_start|>"])
+        sentence_iterator=iter(CORPUS),
+        model_writer=out,
+        model_type=kind,
+        vocab_size=330,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        character_coverage=1.0,
+        minloglevel=2,
+        user_defined_symbols=["<|im_start|>"],
+    )
     return out.getvalue()
 
 
@@ -94,12 +118,21 @@ def tiktoken_file() -> bytes:
 
 def tekken_file() -> bytes:
     """Mistral's JSON form of the same."""
-    pieces = [{"rank": rank, "token_bytes": base64.b64encode(piece).decode(), "token_str": None}
-              for rank, piece in enumerate(byte_pieces())]
-    special = [{"rank": rank, "token_str": token, "is_control": True}
-               for rank, token in enumerate(["<unk>", "<s>", "</s>", "[INST]", "[/INST]"])]
-    config = {"pattern": WORDS, "version": "v7", "num_vocab_tokens": len(pieces),
-              "default_vocab_size": len(pieces) + 10, "default_num_special_tokens": 10}
+    pieces = [
+        {"rank": rank, "token_bytes": base64.b64encode(piece).decode(), "token_str": None}
+        for rank, piece in enumerate(byte_pieces())
+    ]
+    special = [
+        {"rank": rank, "token_str": token, "is_control": True}
+        for rank, token in enumerate(["<unk>", "<s>", "</s>", "[INST]", "[/INST]"])
+    ]
+    config = {
+        "pattern": WORDS,
+        "version": "v7",
+        "num_vocab_tokens": len(pieces),
+        "default_vocab_size": len(pieces) + 10,
+        "default_num_special_tokens": 10,
+    }
     return json.dumps({"config": config, "vocab": pieces, "special_tokens": special}).encode()
 
 
@@ -108,8 +141,9 @@ FORMS: dict[str, Callable[[Path], object]] = {
     "metaspace tokenizer.json": lambda folder: metaspace().save(str(folder / "tokenizer.json")),
     "vocab.json and merges.txt": lambda folder: byte_level().model.save(str(folder)),
     "sentencepiece bpe": lambda folder: _put(folder, "tokenizer.model", sentencepiece_model("bpe")),
-    "sentencepiece unigram": lambda folder: _put(folder, "tokenizer.model",
-                                                 sentencepiece_model("unigram")),
+    "sentencepiece unigram": lambda folder: _put(
+        folder, "tokenizer.model", sentencepiece_model("unigram")
+    ),
     "tiktoken as tokenizer.model": lambda folder: _put(folder, "tokenizer.model", tiktoken_file()),
     "tiktoken.model": lambda folder: _put(folder, "tiktoken.model", tiktoken_file()),
     "tekken.json": lambda folder: _put(folder, "tekken.json", tekken_file()),
@@ -131,9 +165,16 @@ def tokenizer_checkpoint(
 
 def mixtral_settings(**changes: object) -> dict[str, object]:
     """tokenizer_config.json as Mixtral's repository has it, in what matters."""
-    return {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
-            "unk_token": "<unk>", "add_bos_token": True, "add_eos_token": False, "legacy": True,
-            "chat_template": INSTRUCT} | changes
+    return {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "legacy": True,
+        "chat_template": INSTRUCT,
+    } | changes
 
 
 def _put(folder: Path, name: str, content: bytes) -> None:

@@ -9,7 +9,8 @@ from ane_moe.forecast.chips import Range, chip_names, find_chip
 from ane_moe.forecast.cost_model import NOTE, Loop, Prediction, predict
 from ane_moe.forecast.workload import workload_of
 
-# coremltools' binding takes dictionaries of fp32 arrays and allocates the outputs of every call (runtime/coreml.py).
+# coremltools' binding takes dictionaries of fp32 arrays and allocates the outputs of every call
+# (runtime/coreml.py).
 LOOP: Loop = "naive"
 ON_ENGINE = ("cpu_and_ne", "all")
 
@@ -56,16 +57,34 @@ def set_beside(report: BenchReport, folder: Path) -> Beside | str:
         return f"predictions are for the Neural Engine, and the units were {units}"
     if chip not in chip_names():
         return f"the cost model has no figures for {chip}"
-    return Beside(chip, LOOP, tuple(_rows(report, predict(workload_of(folder), find_chip(chip), loop=LOOP))))
+    return Beside(
+        chip, LOOP, tuple(_rows(report, predict(workload_of(folder), find_chip(chip), loop=LOOP)))
+    )
 
 
 def _rows(report: BenchReport, prediction: Prediction) -> list[Row]:
-    """Decoding after every fill, prefill of whole calls, and loading once everything is compiled."""
-    rows = [Row(f"decode after {row.fill} tokens", "ms a token", row.latency.median_ms,
-                prediction.decode.per_token_ms) for row in report.decode]
+    """Decoding after every fill, prefill of whole calls, and loading once everything is
+    compiled."""
+    rows = [
+        Row(
+            f"decode after {row.fill} tokens",
+            "ms a token",
+            row.latency.median_ms,
+            prediction.decode.per_token_ms,
+        )
+        for row in report.decode
+    ]
     call = report.conditions.prefill_tokens or 1
-    rows += [Row(f"prefill of {row.tokens} tokens", "ms a token", row.latency.median_ms / row.tokens,
-                 prediction.prefill.per_token_ms) for row in report.prefill if row.tokens % call == 0]
+    rows += [
+        Row(
+            f"prefill of {row.tokens} tokens",
+            "ms a token",
+            row.latency.median_ms / row.tokens,
+            prediction.prefill.per_token_ms,
+        )
+        for row in report.prefill
+        if row.tokens % call == 0
+    ]
     if report.load and report.conditions.all_compiled:
         rows.append(Row("loading", "s", report.load.seconds, prediction.load_seconds))
     return rows

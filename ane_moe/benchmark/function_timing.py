@@ -14,8 +14,15 @@ from ane_moe.progress import Progress
 from ane_moe.runtime import open_package
 
 
-def time_functions(folder: Path, manifest: Manifest, runtime: str, warmup: int, runs: int, progress: Progress,
-                   **options: Any) -> Iterator[FunctionTiming]:
+def time_functions(
+    folder: Path,
+    manifest: Manifest,
+    runtime: str,
+    warmup: int,
+    runs: int,
+    progress: Progress,
+    **options: Any,
+) -> Iterator[FunctionTiming]:
     """One row for each function of the largest shard of each kind; of its experts, the first."""
     ropes = rope_tables(manifest)
     kinds = list(dict.fromkeys(shard.kind for shard in manifest.shards))
@@ -35,8 +42,17 @@ def _shown(shard: Shard) -> list[ShardFunction]:
     return [entry for entry in shard.functions if entry.experts == first or not entry.experts]
 
 
-def _time(folder: Path, shard: Shard, entry: ShardFunction, shards: int, runtime: str, ropes: Ropes, warmup: int,
-          runs: int, options: dict[str, Any]) -> FunctionTiming:
+def _time(
+    folder: Path,
+    shard: Shard,
+    entry: ShardFunction,
+    shards: int,
+    runtime: str,
+    ropes: Ropes,
+    warmup: int,
+    runs: int,
+    options: dict[str, Any],
+) -> FunctionTiming:
     started = perf_counter()
     function = open_package(folder / shard.path, runtime, **options).function(entry.name)
     loaded = perf_counter()
@@ -51,13 +67,23 @@ def _time(folder: Path, shard: Shard, entry: ShardFunction, shards: int, runtime
         began = perf_counter()
         function.predict(inputs, state)
         seconds.append(perf_counter() - began)
-    return FunctionTiming(shard.kind, shard.path, entry.name, entry.tokens, shards, shard.weight_bytes,
-                          loaded - started, 1000 * first, latency(seconds))
+    return FunctionTiming(
+        shard.kind,
+        shard.path,
+        entry.name,
+        entry.tokens,
+        shards,
+        shard.weight_bytes,
+        loaded - started,
+        1000 * first,
+        latency(seconds),
+    )
 
 
 def example_inputs(entry: ShardFunction, ropes: Ropes) -> dict[str, np.ndarray]:
-    """Seeded fp16 inputs of a function as at the start of a text: what other functions give are normal numbers, the
-    host's own slots stand at position 0, nothing is kept yet. They stay finite however often they are used."""
+    """Seeded fp16 inputs of a function as at the start of a text: what other functions give are
+    normal numbers, the host's own slots stand at position 0, nothing is kept yet. They stay finite
+    however often they are used."""
     rng = np.random.default_rng(0)
     slots = Slots(ropes)
     inputs = {port.name: slots.array(port) for port in entry.ports.inputs}

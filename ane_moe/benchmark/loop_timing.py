@@ -15,27 +15,46 @@ from ane_moe.manifest import Manifest
 from ane_moe.progress import Progress
 
 PREFILL_RUNS = 3
-LENGTHS = (1, 4, 16)        # of prompts, in calls of T tokens
-FILLS = (0.0, 0.25, 0.5)    # of the context, and the end of it
+LENGTHS = (1, 4, 16)  # of prompts, in calls of T tokens
+FILLS = (0.0, 0.25, 0.5)  # of the context, and the end of it
 
 
 def default_fills(manifest: Manifest, tokens: int, warmup: int) -> tuple[int, ...]:
-    """Context fills to decode at: empty, a quarter, half, and as full as leaves room for the tokens."""
+    """Context fills to decode at: empty, a quarter, half, and as full as leaves room for the
+    tokens."""
     end = manifest.context - tokens - warmup
-    return tuple(sorted({*(int(share * manifest.context) for share in FILLS if share * manifest.context <= end),
-                         max(end, 0)}))
+    return tuple(
+        sorted(
+            {
+                *(
+                    int(share * manifest.context)
+                    for share in FILLS
+                    if share * manifest.context <= end
+                ),
+                max(end, 0),
+            }
+        )
+    )
 
 
 def default_lengths(manifest: Manifest) -> tuple[int, ...]:
     """Prompt lengths: 1, 4 and 16 prefill calls, as far as they fit."""
     call = manifest.prefill or 1
-    return tuple(call * calls for calls in LENGTHS if call * calls <= manifest.context) or (manifest.context,)
+    return tuple(call * calls for calls in LENGTHS if call * calls <= manifest.context) or (
+        manifest.context,
+    )
 
 
-def time_decode(session: Session, ids: Sequence[int], fills: Sequence[int], tokens: int, warmup: int,
-                progress: Progress) -> Iterator[LoopTiming]:
-    """Greedy tokens one by one after `fill` tokens of the text `ids` (again and again); choosing the token is part of
-    the time. Raises UserError when a fill leaves no room for them."""
+def time_decode(
+    session: Session,
+    ids: Sequence[int],
+    fills: Sequence[int],
+    tokens: int,
+    warmup: int,
+    progress: Progress,
+) -> Iterator[LoopTiming]:
+    """Greedy tokens one by one after `fill` tokens of the text `ids` (again and again); choosing
+    the token is part of the time. Raises UserError when a fill leaves no room for them."""
     _require_room(session, [fill + tokens + warmup for fill in fills])
     session.reset()
     for number, fill in enumerate(sorted(fills)):
@@ -44,11 +63,13 @@ def time_decode(session: Session, ids: Sequence[int], fills: Sequence[int], toke
             session.reset()
         text = list(islice(cycle(ids), fill + 1))
         if fill > session.position:
-            session.prefill(text[session.position:fill])
+            session.prefill(text[session.position : fill])
         yield _time_tokens(session, fill, text[fill], tokens, warmup)
 
 
-def _time_tokens(session: Session, fill: int, identifier: int, tokens: int, warmup: int) -> LoopTiming:
+def _time_tokens(
+    session: Session, fill: int, identifier: int, tokens: int, warmup: int
+) -> LoopTiming:
     for _ in range(warmup):
         identifier = int(np.argmax(session.decode(identifier)))
     before = _snapshot(session)
@@ -60,10 +81,12 @@ def _time_tokens(session: Session, fill: int, identifier: int, tokens: int, warm
     return _row(session, fill, tokens, 1, sum(seconds), seconds, session.figures.decode, before)
 
 
-def time_prefill(session: Session, ids: Sequence[int], lengths: Sequence[int], runs: int,
-                 progress: Progress) -> Iterator[LoopTiming]:
-    """Prompts of the text `ids` (again and again) into an empty context, up to the last token's logits; one run before
-    those that count. Raises UserError when a length does not fit the context."""
+def time_prefill(
+    session: Session, ids: Sequence[int], lengths: Sequence[int], runs: int, progress: Progress
+) -> Iterator[LoopTiming]:
+    """Prompts of the text `ids` (again and again) into an empty context, up to the last token's
+    logits; one run before those that count. Raises UserError when a length does not fit the
+    context."""
     _require_room(session, lengths)
     for number, length in enumerate(lengths):
         progress(f"prefill of {length} tokens", number, len(lengths))
@@ -83,9 +106,11 @@ def time_prefill(session: Session, ids: Sequence[int], lengths: Sequence[int], r
 
 def _require_room(session: Session, needed: Sequence[int]) -> None:
     if wrong := [count for count in needed if not 0 < count <= session.manifest.context]:
-        raise UserError("the tokens to time do not fit into the context",
-                        f"{wrong[0]} tokens, warm-up included, for a context of {session.manifest.context}",
-                        "give smaller --fills, --lengths or --tokens, or convert with a larger --context")
+        raise UserError(
+            "the tokens to time do not fit into the context",
+            f"{wrong[0]} tokens, warm-up included, for a context of {session.manifest.context}",
+            "give smaller --fills, --lengths or --tokens, or convert with a larger --context",
+        )
 
 
 # Decode, prefill and cache figures so far: a session only ever adds to them.
@@ -103,13 +128,23 @@ def _copy(phase: PhaseFigures) -> PhaseFigures:
     return PhaseFigures(phase.tokens, phase.seconds, phase.shard_seconds, phase.load_seconds, kinds)
 
 
-def _row(session: Session, fill: int, tokens: int, runs: int, wall: float, seconds: list[float], after: PhaseFigures,
-         before: _Snapshot) -> LoopTiming:
+def _row(
+    session: Session,
+    fill: int,
+    tokens: int,
+    runs: int,
+    wall: float,
+    seconds: list[float],
+    after: PhaseFigures,
+    before: _Snapshot,
+) -> LoopTiming:
     """The row of what happened since `before`: `runs` times `tokens` in `wall` seconds."""
     earlier = before[0] if after is session.figures.decode else before[1]
     each = 1000 / (tokens * runs)
-    kinds = {name: each * (kind.seconds - (earlier.kinds[name].seconds if name in earlier.kinds else 0))
-             for name, kind in after.kinds.items()}
+    kinds = {
+        name: each * (kind.seconds - (earlier.kinds[name].seconds if name in earlier.kinds else 0))
+        for name, kind in after.kinds.items()
+    }
     inside = after.shard_seconds - earlier.shard_seconds
     waiting = after.load_seconds - earlier.load_seconds
     return LoopTiming(
@@ -128,7 +163,17 @@ def _row(session: Session, fill: int, tokens: int, runs: int, wall: float, secon
 def _cache(after: CacheFigures | None, before: CacheFigures | None) -> CacheTiming | None:
     if after is None or before is None:
         return None
-    hits, late, misses = after.hits - before.hits, after.late - before.late, after.misses - before.misses
+    hits, late, misses = (
+        after.hits - before.hits,
+        after.late - before.late,
+        after.misses - before.misses,
+    )
     calls = hits + late + misses
-    return CacheTiming(hits, late, misses, hits / calls if calls else 0.0, after.bytes_loaded - before.bytes_loaded,
-                       after.bytes_resident)
+    return CacheTiming(
+        hits,
+        late,
+        misses,
+        hits / calls if calls else 0.0,
+        after.bytes_loaded - before.bytes_loaded,
+        after.bytes_resident,
+    )

@@ -15,7 +15,13 @@ import psutil
 from ane_moe.benchmark.beside import Beside, set_beside
 from ane_moe.benchmark.energy import NotPermitted, measure_energy, require_powermetrics
 from ane_moe.benchmark.function_timing import time_functions
-from ane_moe.benchmark.loop_timing import PREFILL_RUNS, default_fills, default_lengths, time_decode, time_prefill
+from ane_moe.benchmark.loop_timing import (
+    PREFILL_RUNS,
+    default_fills,
+    default_lengths,
+    time_decode,
+    time_prefill,
+)
 from ane_moe.benchmark.output_check import AS_STORED, ORIGINAL, check_output, open_goldens
 from ane_moe.benchmark.result import BenchReport, LoadTiming, Memory, Side, Versus
 from ane_moe.benchmark.surroundings import surroundings, thermal_state
@@ -34,8 +40,9 @@ DEFAULT_UNITS = "cpu_and_ne"
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """How to measure. `runs` warm calls of each function after `warmup`; `tokens` decoded at each context fill of
-    `fills`; prompts of `lengths` tokens (None: chosen by the context). `units` None: cpu_and_ne on Core ML."""
+    """How to measure. `runs` warm calls of each function after `warmup`; `tokens` decoded at each
+    context fill of `fills`; prompts of `lengths` tokens (None: chosen by the context). `units`
+    None: cpu_and_ne on Core ML."""
 
     runs: int = 20
     warmup: int = 3
@@ -50,13 +57,20 @@ class BenchOptions:
     vs_mlx: Path | None = None
 
 
-def bench(out: Path, options: BenchOptions | None = None, *, runtime: str = "auto",
-          min_logit_cosine: float | None = None, progress: Progress | None = None,
-          **runtime_options: Any) -> BenchReport:
-    """Time the conversion in `out` on this machine, unless its output is wrong: then the report holds no speed.
+def bench(
+    out: Path,
+    options: BenchOptions | None = None,
+    *,
+    runtime: str = "auto",
+    min_logit_cosine: float | None = None,
+    progress: Progress | None = None,
+    **runtime_options: Any,
+) -> BenchReport:
+    """Time the conversion in `out` on this machine, unless its output is wrong: then the report
+    holds no speed.
 
-    `runtime_options` go to the runtime. Raises UserError when there is no whole conversion or no golden in it, and for
-    options that do not fit it or this machine.
+    `runtime_options` go to the runtime. Raises UserError when there is no whole conversion or no
+    golden in it, and for options that do not fit it or this machine.
     """
     options = options or BenchOptions()
     report_progress = progress or silent
@@ -72,7 +86,9 @@ def bench(out: Path, options: BenchOptions | None = None, *, runtime: str = "aut
     report_progress("loading", 0, 1)
     session, load = _load(out, runtime, options, text[0], runtime_options)
     checks = check_output(session, goldens, _limits(min_logit_cosine, manifest), report_progress)
-    report = BenchReport(all(check.passed for check in checks), str(out), runtime, conditions, checks)
+    report = BenchReport(
+        all(check.passed for check in checks), str(out), runtime, conditions, checks
+    )
     if not report.passed:
         return report
     fills = options.fills or default_fills(manifest, options.tokens, options.warmup)
@@ -80,9 +96,20 @@ def bench(out: Path, options: BenchOptions | None = None, *, runtime: str = "aut
     report = replace(
         report,
         load=load,
-        functions=tuple(time_functions(out, manifest, runtime, options.warmup, options.runs, report_progress,
-                                       **runtime_options)),
-        decode=tuple(time_decode(session, text, fills, options.tokens, options.warmup, report_progress)),
+        functions=tuple(
+            time_functions(
+                out,
+                manifest,
+                runtime,
+                options.warmup,
+                options.runs,
+                report_progress,
+                **runtime_options,
+            )
+        ),
+        decode=tuple(
+            time_decode(session, text, fills, options.tokens, options.warmup, report_progress)
+        ),
         prefill=tuple(time_prefill(session, text, lengths, PREFILL_RUNS, report_progress)),
     )
     if options.energy:
@@ -91,7 +118,11 @@ def bench(out: Path, options: BenchOptions | None = None, *, runtime: str = "aut
     if options.vs_mlx:
         report_progress("mlx-lm", 0, 1)
         report = replace(report, versus=_versus(session, options, text, max(lengths)))
-    report = replace(report, memory=_memory(session.shards), conditions=replace(conditions, thermal=thermal_state()))
+    report = replace(
+        report,
+        memory=_memory(session.shards),
+        conditions=replace(conditions, thermal=thermal_state()),
+    )
     beside = set_beside(report, out)
     if isinstance(beside, Beside):
         return replace(report, predicted=beside.as_json())
@@ -112,13 +143,19 @@ def _units(options: BenchOptions, runtime: str) -> str | None:
     if runtime == "coreml":
         return options.units or DEFAULT_UNITS
     if options.units is not None:
-        raise UserError("--units chooses among Core ML's compute units", f"the {runtime} runtime",
-                        "leave it out, or run on a Mac")
+        raise UserError(
+            "--units chooses among Core ML's compute units",
+            f"the {runtime} runtime",
+            "leave it out, or run on a Mac",
+        )
     return None
 
 
-def _compiled_before(out: Path, manifest: Manifest, runtime: str, options: dict[str, Any]) -> tuple[int, int] | None:
-    """How many packages, of all, need no compilation any more: what loading takes depends on little else."""
+def _compiled_before(
+    out: Path, manifest: Manifest, runtime: str, options: dict[str, Any]
+) -> tuple[int, int] | None:
+    """How many packages, of all, need no compilation any more: what loading takes depends on little
+    else."""
     if runtime != "coreml":
         return None
     from ane_moe.runtime.coreml.runtime import default_cache
@@ -128,26 +165,34 @@ def _compiled_before(out: Path, manifest: Manifest, runtime: str, options: dict[
     return found, len(manifest.shards)
 
 
-def _load(out: Path, runtime: str, options: BenchOptions, first: int,
-          runtime_options: dict[str, Any]) -> tuple[Session, LoadTiming]:
+def _load(
+    out: Path, runtime: str, options: BenchOptions, first: int, runtime_options: dict[str, Any]
+) -> tuple[Session, LoadTiming]:
     started = perf_counter()
-    shards = load_shards(out, runtime, expert_cache_bytes=options.expert_cache_bytes, **runtime_options)
+    shards = load_shards(
+        out, runtime, expert_cache_bytes=options.expert_cache_bytes, **runtime_options
+    )
     session = Session(shards, concurrency=options.concurrency, predictor=options.predictor)
     loaded = perf_counter()
     session.decode(first)
-    functions = sum(len(shard.functions) for shard in shards.manifest.shards if not shard.dispatched)
+    functions = sum(
+        len(shard.functions) for shard in shards.manifest.shards if not shard.dispatched
+    )
     return session, LoadTiming(loaded - started, perf_counter() - loaded, functions)
 
 
 def _limits(asked: float | None, manifest: Manifest) -> dict[str, float]:
-    """The cosine that logits have to reach, by golden: compression excuses nothing that the stored weights give."""
+    """The cosine that logits have to reach, by golden: compression excuses nothing that the stored
+    weights give."""
     usual = MIN_LOGIT_COSINE_COMPRESSED if manifest.compressed else MIN_LOGIT_COSINE
     return {ORIGINAL: usual if asked is None else asked, AS_STORED: MIN_LOGIT_COSINE}
 
 
 def _memory(shards: LoadedShards) -> Memory:
     manifest = shards.manifest
-    caches = sum(2 * math.prod(shape) for shard in manifest.shards for shape in shard.states.values())
+    caches = sum(
+        2 * math.prod(shape) for shard in manifest.shards for shape in shard.states.values()
+    )
     now = psutil.Process().memory_info().rss
     return Memory(
         process_bytes=now,
@@ -172,8 +217,11 @@ def _with_energy(report: BenchReport, session: Session, text: Sequence[int]) -> 
     try:
         return replace(report, energy=measure_energy(decode_token))
     except NotPermitted as refusal:
-        return replace(report, energy_skipped=f"{refusal} (powermetrics needs root: run `sudo -v` before, or allow it "
-                                              "in sudoers)")
+        return replace(
+            report,
+            energy_skipped=f"{refusal} (powermetrics needs root: run `sudo -v` before, or allow it "
+            "in sudoers)",
+        )
 
 
 def _versus(session: Session, options: BenchOptions, text: Sequence[int], length: int) -> Versus:
@@ -182,10 +230,21 @@ def _versus(session: Session, options: BenchOptions, text: Sequence[int], length
     manifest = session.manifest
     length = min(length, manifest.context - options.tokens - 1)
     if length < 1:
-        raise UserError("the context leaves no room for a prompt", f"{manifest.context} tokens", "give fewer --tokens")
-    prefill, = time_prefill(session, text, [length], PREFILL_RUNS, silent)
-    decode, = time_decode(session, text, [length], options.tokens, 1, silent)
+        raise UserError(
+            "the context leaves no room for a prompt",
+            f"{manifest.context} tokens",
+            "give fewer --tokens",
+        )
+    (prefill,) = time_prefill(session, text, [length], PREFILL_RUNS, silent)
+    (decode,) = time_decode(session, text, [length], options.tokens, 1, silent)
     prompt = [text[index % len(text)] for index in range(length)]
-    ours = Side("ane-moe", manifest.weights, 1000 * length / prefill.latency.median_ms, decode.tok_s,
-                options.tokens, peak_memory_bytes(), PREFILL_RUNS)
+    ours = Side(
+        "ane-moe",
+        manifest.weights,
+        1000 * length / prefill.latency.median_ms,
+        decode.tok_s,
+        options.tokens,
+        peak_memory_bytes(),
+        PREFILL_RUNS,
+    )
     return run_mlx(options.vs_mlx, manifest, ours, prompt)

@@ -17,60 +17,98 @@ from ane_moe.verification.metrics import relative_l2_limit
 from ane_moe.verification.model_metrics import PromptLogits, compare_logits
 from ane_moe.verification.parity import decode_tail
 
-# A difference of two logits carries both their errors, and four standard deviations are beyond chance.
+# A difference of two logits carries both their errors, and four standard deviations are beyond
+# chance.
 CLEAR = 4 * math.sqrt(2)
 AGAIN = "run `ane-moe convert CHECKPOINT OUT --golden` again: finished shards are reused"
-DECODE_TOKENS = 32      # checked through one-token calls where prefill covers every token
+DECODE_TOKENS = 32  # checked through one-token calls where prefill covers every token
 
 
 ORIGINAL, AS_STORED = "original", "as stored"
 
 
 def open_goldens(folder: Path, manifest: Manifest) -> dict[str, Golden]:
-    """The conversion's goldens: of the original model and, for compressed weights, of the same model with the weights
-    as stored. Raises UserError when there is none, or it is not one of the whole model."""
+    """The conversion's goldens: of the original model and, for compressed weights, of the same
+    model with the weights as stored. Raises UserError when there is none, or it is not one of the
+    whole model."""
     if manifest.golden is None:
-        raise UserError(f"{folder} holds no golden, and no speed is reported for unchecked output",
-                        "no golden.safetensors", AGAIN)
+        raise UserError(
+            f"{folder} holds no golden, and no speed is reported for unchecked output",
+            "no golden.safetensors",
+            AGAIN,
+        )
     goldens = {ORIGINAL: _whole(read_golden(folder / manifest.golden), manifest)}
     if manifest.golden_as_stored:
         goldens[AS_STORED] = _whole(read_golden(folder / manifest.golden_as_stored), manifest)
         if goldens[AS_STORED].prompts != goldens[ORIGINAL].prompts:
-            raise UserError("the goldens are not of the same prompts", manifest.golden_as_stored, AGAIN)
-    check_prompts([list(prompt) for prompt in goldens[ORIGINAL].prompts], manifest.vocab, manifest.context)
+            raise UserError(
+                "the goldens are not of the same prompts", manifest.golden_as_stored, AGAIN
+            )
+    check_prompts(
+        [list(prompt) for prompt in goldens[ORIGINAL].prompts], manifest.vocab, manifest.context
+    )
     return goldens
 
 
 def _whole(golden: Golden, manifest: Manifest) -> Golden:
-    if not golden.complete or golden.logits.shape[1] != manifest.vocab or golden.n_layers != manifest.n_layers:
-        raise UserError("the golden is not of this whole model", f"{len(golden.layers)} of {golden.n_layers} layers, "
-                        f"{golden.logits.shape[1]} for {manifest.vocab} vocabulary entries", AGAIN)
+    if (
+        not golden.complete
+        or golden.logits.shape[1] != manifest.vocab
+        or golden.n_layers != manifest.n_layers
+    ):
+        raise UserError(
+            "the golden is not of this whole model",
+            f"{len(golden.layers)} of {golden.n_layers} layers, "
+            f"{golden.logits.shape[1]} for {manifest.vocab} vocabulary entries",
+            AGAIN,
+        )
     return golden
 
 
-def check_output(session: Session, goldens: Mapping[str, Golden], min_logit_cosine: Mapping[str, float],
-                 progress: Progress) -> tuple[OutputCheck, ...]:
-    """Teacher-forced through the decode functions and, where there are any, the prefill functions, each against every
-    golden."""
+def check_output(
+    session: Session,
+    goldens: Mapping[str, Golden],
+    min_logit_cosine: Mapping[str, float],
+    progress: Progress,
+) -> tuple[OutputCheck, ...]:
+    """Teacher-forced through the decode functions and, where there are any, the prefill functions,
+    each against every golden."""
     functions = ("decode", *(("prefill",) if session.manifest.prefill else ()))
-    return tuple(check for function in functions
-                 for check in _check(session, function, goldens, min_logit_cosine, progress))
+    return tuple(
+        check
+        for function in functions
+        for check in _check(session, function, goldens, min_logit_cosine, progress)
+    )
 
 
-def _check(session: Session, function: str, goldens: Mapping[str, Golden], min_logit_cosine: Mapping[str, float],
-           progress: Progress) -> Iterator[OutputCheck]:
+def _check(
+    session: Session,
+    function: str,
+    goldens: Mapping[str, Golden],
+    min_logit_cosine: Mapping[str, float],
+    progress: Progress,
+) -> Iterator[OutputCheck]:
     original = goldens[ORIGINAL]
     runs = list(_run(session, original, function, progress))
     for name, golden in goldens.items():
-        prompts = [PromptLogits(number, cut, original.prompts[number][cut:], golden.logits[golden.spans[number]][cut:],
-                                logits) for number, (cut, logits) in enumerate(runs)]
+        prompts = [
+            PromptLogits(
+                number,
+                cut,
+                original.prompts[number][cut:],
+                golden.logits[golden.spans[number]][cut:],
+                logits,
+            )
+            for number, (cut, logits) in enumerate(runs)
+        ]
         limit = min_logit_cosine[name]
         wrong = sum(_wrong_tokens(one, limit) for one in prompts)
         yield OutputCheck(name, compare_logits(function, prompts, limit), wrong)
 
 
 def _wrong_tokens(one: PromptLogits, min_logit_cosine: float) -> int:
-    """Tokens whose greedy choice differs though the golden's logits `[N,V]` set them clearly apart."""
+    """Tokens whose greedy choice differs though the golden's logits `[N,V]` set them clearly
+    apart."""
     own, other = one.golden.argmax(1), one.shards.argmax(1)
     rows = np.arange(len(own))
     preferred = one.golden[rows, own] - one.golden[rows, other]
@@ -78,8 +116,11 @@ def _wrong_tokens(one: PromptLogits, min_logit_cosine: float) -> int:
     return int((preferred > CLEAR * relative_l2_limit(min_logit_cosine) * spread).sum())
 
 
-def _run(session: Session, golden: Golden, function: str, progress: Progress) -> Iterator[tuple[int, np.ndarray]]:
-    """For each prompt the position from which `function` ran, and its logits `[N,V]` from there on."""
+def _run(
+    session: Session, golden: Golden, function: str, progress: Progress
+) -> Iterator[tuple[int, np.ndarray]]:
+    """For each prompt the position from which `function` ran, and its logits `[N,V]` from there
+    on."""
     tail = decode_tail(session.manifest, golden, DECODE_TOKENS) if function == "decode" else None
     for number, ids in enumerate(golden.prompts):
         progress(f"checking output, {function}", number, len(golden.prompts))

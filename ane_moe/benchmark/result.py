@@ -1,4 +1,5 @@
-"""What bench returns: plain dataclasses, named as in the JSON document. Times are wall times of this machine."""
+"""What bench returns: plain dataclasses, named as in the JSON document. Times are wall times of
+this machine."""
 
 import statistics
 from collections.abc import Sequence
@@ -24,37 +25,42 @@ class Latency:
 class Conditions:
     """What every figure of a report was measured under. None: this machine does not tell."""
 
-    label: str                          # of the runtime: what its times are times of
+    label: str  # of the runtime: what its times are times of
     chip: str
     os: str
-    units: str | None                   # Core ML's compute units; None on the reference runtime
+    units: str | None  # Core ML's compute units; None on the reference runtime
     cores: int
-    load_average: float | None          # over the last minute, when the run began
+    load_average: float | None  # over the last minute, when the run began
     power_source: str | None
     low_power_mode: bool | None
-    thermal: str | None                 # what the system said when the run ended
+    thermal: str | None  # what the system said when the run ended
     versions: dict[str, str]
     weights: str
     routing: str
     context: int
-    prefill_tokens: int                 # T of the prefill functions, 0 when there are none
-    warmup: int                         # calls before those that count
-    compiled_before: tuple[int, int] | None     # packages Core ML had compiled before, of all; None on other runtimes
-    started: str                        # UTC
+    prefill_tokens: int  # T of the prefill functions, 0 when there are none
+    warmup: int  # calls before those that count
+    compiled_before: (
+        tuple[int, int] | None
+    )  # packages Core ML had compiled before, of all; None on other runtimes
+    started: str  # UTC
 
     @property
     def all_compiled(self) -> bool:
         """Whether loading needed no compilation."""
-        return self.compiled_before is not None and self.compiled_before[0] == self.compiled_before[1]
+        return (
+            self.compiled_before is not None and self.compiled_before[0] == self.compiled_before[1]
+        )
 
 
 @dataclass(frozen=True)
 class OutputCheck:
-    """The whole model through one kind of function against a golden, in this very run: "original" or, for compressed
-    weights, also "as stored" (the same model with the weights that the packages hold).
+    """The whole model through one kind of function against a golden, in this very run: "original"
+    or, for compressed weights, also "as stored" (the same model with the weights that the packages
+    hold).
 
-    `wrong_tokens` are greedy tokens other than the golden's where the golden's preference was larger than any error
-    that the cosine gate allows could turn.
+    `wrong_tokens` are greedy tokens other than the golden's where the golden's preference was
+    larger than any error that the cosine gate allows could turn.
     """
 
     golden: str
@@ -68,8 +74,8 @@ class OutputCheck:
 
 @dataclass(frozen=True)
 class FunctionTiming:
-    """One function, alone, on seeded inputs: the largest shard of its kind. `load_seconds` is of the function once
-    compiled; `shards` of the kind exist, and `tokens` is T."""
+    """One function, alone, on seeded inputs: the largest shard of its kind. `load_seconds` is of
+    the function once compiled; `shards` of the kind exist, and `tokens` is T."""
 
     kind: str
     path: str
@@ -96,11 +102,12 @@ class CacheTiming:
 
 @dataclass(frozen=True)
 class LoopTiming:
-    """The whole token loop. Decode: `tokens` one by one after `fill` tokens of context, `latency` of one token.
-    Prefill: `tokens` at once into an empty context, `latency` of all of them, up to the last one's logits.
+    """The whole token loop. Decode: `tokens` one by one after `fill` tokens of context, `latency`
+    of one token. Prefill: `tokens` at once into an empty context, `latency` of all of them, up to
+    the last one's logits.
 
-    `kinds_ms` is time inside calls per token by shard kind (added up also where calls overlap), `load_ms` waiting for
-    expert functions, `host_ms` everything else.
+    `kinds_ms` is time inside calls per token by shard kind (added up also where calls overlap),
+    `load_ms` waiting for expert functions, `host_ms` everything else.
     """
 
     fill: int
@@ -125,8 +132,8 @@ class LoadTiming:
 
 @dataclass(frozen=True)
 class Memory:
-    """`process_bytes` and `peak_bytes` are this process's resident memory. What Core ML and the Neural Engine hold
-    outside the process is not in them."""
+    """`process_bytes` and `peak_bytes` are this process's resident memory. What Core ML and the
+    Neural Engine hold outside the process is not in them."""
 
     process_bytes: int
     peak_bytes: int
@@ -152,7 +159,8 @@ class PowerReading:
 
 @dataclass(frozen=True)
 class Energy:
-    """Power of the machine idle and while decoding `tokens`; `limits` says what the figures are good for."""
+    """Power of the machine idle and while decoding `tokens`; `limits` says what the figures are
+    good for."""
 
     idle: PowerReading
     decoding: PowerReading
@@ -202,7 +210,7 @@ class BenchReport:
     energy: Energy | None = None
     energy_skipped: str | None = None
     versus: Versus | None = None
-    predicted: dict[str, Any] | None = None     # benchmark/beside.py
+    predicted: dict[str, Any] | None = None  # benchmark/beside.py
     predicted_skipped: str | None = None
 
     @property
@@ -211,7 +219,8 @@ class BenchReport:
         return self.runtime == "coreml"
 
     def as_json(self) -> dict[str, Any]:
-        """The document of `--json` and `--save`. `device_figures` false: no time in it is a device's."""
+        """The document of `--json` and `--save`. `device_figures` false: no time in it is a
+        device's."""
         document = json_numbers(asdict(self))
         for entry, check in zip(document["checks"], self.checks, strict=True):
             entry["passed"] = check.passed

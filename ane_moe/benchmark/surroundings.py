@@ -1,4 +1,5 @@
-"""What a run is measured under: chip, system, versions, power and heat, as far as the machine tells."""
+"""What a run is measured under: chip, system, versions, power and heat, as far as the machine
+tells."""
 
 import os
 import platform
@@ -14,15 +15,20 @@ from ane_moe.manifest import Manifest
 from ane_moe.placement.machine import this_machine
 
 PACKAGES = ("ane-moe", "coremltools", "numpy", "torch")
-BATTERY = ("pmset", "-g", "batt")           # "Now drawing from 'AC Power'"
-SETTINGS = ("pmset", "-g")                  # " lowpowermode         0"
-THERMAL = ("pmset", "-g", "therm")          # notes, or "CPU_Speed_Limit = 100"
+BATTERY = ("pmset", "-g", "batt")  # "Now drawing from 'AC Power'"
+SETTINGS = ("pmset", "-g")  # " lowpowermode         0"
+THERMAL = ("pmset", "-g", "therm")  # notes, or "CPU_Speed_Limit = 100"
 CPU_INFO = Path("/proc/cpuinfo")
 POWER_SUPPLIES = Path("/sys/class/power_supply")
 
 
-def surroundings(manifest: Manifest, runtime: str, units: str | None, warmup: int,
-                 compiled_before: tuple[int, int] | None) -> Conditions:
+def surroundings(
+    manifest: Manifest,
+    runtime: str,
+    units: str | None,
+    warmup: int,
+    compiled_before: tuple[int, int] | None,
+) -> Conditions:
     """The conditions of a run that begins now."""
     machine = this_machine()
     return Conditions(
@@ -35,7 +41,8 @@ def surroundings(manifest: Manifest, runtime: str, units: str | None, warmup: in
         power_source=power_source(),
         low_power_mode=low_power_mode(),
         thermal=thermal_state(),
-        versions={"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        versions={"python": platform.python_version()}
+        | {name: _version(name) for name in PACKAGES},
         weights=manifest.weights,
         routing=manifest.routing,
         context=manifest.context,
@@ -47,11 +54,14 @@ def surroundings(manifest: Manifest, runtime: str, units: str | None, warmup: in
 
 
 def power_source() -> str | None:
-    """"AC Power" or "Battery Power" (macOS's words); None where it cannot be read."""
+    """ "AC Power" or "Battery Power" (macOS's words); None where it cannot be read."""
     if found := re.search(r"drawing from '([^']+)'", _ask(BATTERY)):
         return found[1]
-    mains = [_read(supply / "online") for supply in sorted(POWER_SUPPLIES.glob("*")) if _read(supply / "type") ==
-             "Mains"]
+    mains = [
+        _read(supply / "online")
+        for supply in sorted(POWER_SUPPLIES.glob("*"))
+        if _read(supply / "type") == "Mains"
+    ]
     return ("AC Power" if "1" in mains else "Battery Power") if mains else None
 
 
@@ -89,6 +99,8 @@ def _read(path: Path) -> str:
 def _ask(command: tuple[str, ...]) -> str:
     """What a program prints; nothing where there is no such program."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return ""

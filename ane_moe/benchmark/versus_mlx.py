@@ -1,7 +1,8 @@
 """The same prompt through mlx-lm on the same Mac, in a process of its own.
 
-The child's side of it (`python -m ane_moe.benchmark.versus_mlx`) follows mlx_lm/benchmark.py: no end-of-text id ends
-a run early, one run warms up, and the rates are mlx-lm's own (`GenerationResponse`).
+The child's side of it (`python -m ane_moe.benchmark.versus_mlx`) follows mlx_lm/benchmark.py: no
+end-of-text id ends a run early, one run warms up, and the rates are mlx-lm's own
+(`GenerationResponse`).
 """
 
 import json
@@ -17,29 +18,48 @@ from ane_moe.errors import UserError
 from ane_moe.manifest import Manifest
 
 TIME_LIMIT_SECONDS = 1800
-MISSING = 3             # the child's exit code when there is no mlx-lm
-GIGA = 1_000_000_000    # mlx-lm reports peak memory in these
-REMARK = ("mlx-lm computes on the GPU, which usually wins on tok/s; the Neural Engine's case is energy and a free GPU. "
-          "Weight formats differ where the two lines say so.")
+MISSING = 3  # the child's exit code when there is no mlx-lm
+GIGA = 1_000_000_000  # mlx-lm reports peak memory in these
+REMARK = (
+    "mlx-lm computes on the GPU, which usually wins on tok/s; the Neural Engine's case is energy "
+    "and a free GPU. "
+    "Weight formats differ where the two lines say so."
+)
 SAME = {"hidden_size": "d_model", "vocab_size": "vocab", "num_hidden_layers": "n_layers"}
 
 
 def run_mlx(model: Path, manifest: Manifest, ours: Side, prompt: Sequence[int]) -> Versus:
-    """`ours` beside mlx-lm's rates for the model in the folder `model`: same prompt ids, same number of new tokens.
+    """`ours` beside mlx-lm's rates for the model in the folder `model`: same prompt ids, same
+    number of new tokens.
 
     Raises UserError when mlx-lm is not installed, fails, or the folder is of another model.
     """
     config = _config(model)
     _require_same(config, manifest, model)
-    request = {"model": str(model), "prompt": list(prompt), "new_tokens": ours.new_tokens, "runs": ours.runs}
+    request = {
+        "model": str(model),
+        "prompt": list(prompt),
+        "new_tokens": ours.new_tokens,
+        "runs": ours.runs,
+    }
     try:
-        child = subprocess.run([sys.executable, "-m", __name__], input=json.dumps(request), capture_output=True,
-                               text=True, timeout=TIME_LIMIT_SECONDS)
+        child = subprocess.run(
+            [sys.executable, "-m", __name__],
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            timeout=TIME_LIMIT_SECONDS,
+        )
     except subprocess.TimeoutExpired:
-        raise UserError("mlx-lm did not finish", f"no answer within {TIME_LIMIT_SECONDS} s") from None
+        raise UserError(
+            "mlx-lm did not finish", f"no answer within {TIME_LIMIT_SECONDS} s"
+        ) from None
     if child.returncode == MISSING:
-        raise UserError("--vs mlx needs mlx-lm", child.stderr.strip()[-200:],
-                        "run `pip install mlx-lm` on a Mac with Apple silicon, or leave out --vs")
+        raise UserError(
+            "--vs mlx needs mlx-lm",
+            child.stderr.strip()[-200:],
+            "run `pip install mlx-lm` on a Mac with Apple silicon, or leave out --vs",
+        )
     if child.returncode:
         raise UserError("mlx-lm failed", " ".join(child.stderr.split())[-300:])
     answers = json.loads(child.stdout.splitlines()[-1])
@@ -59,20 +79,28 @@ def _config(model: Path) -> dict[str, Any]:
     try:
         config = json.loads((model / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{model} is no model folder", str(error),
-                        "give --vs-model the folder of the checkpoint, or of its mlx conversion") from None
+        raise UserError(
+            f"{model} is no model folder",
+            str(error),
+            "give --vs-model the folder of the checkpoint, or of its mlx conversion",
+        ) from None
     if not isinstance(config, dict):
         raise UserError(f"{model / 'config.json'} is no model's", type(config).__name__)
     return config
 
 
 def _require_same(config: dict[str, Any], manifest: Manifest, model: Path) -> None:
-    other = {name: (config.get(name), getattr(manifest, field)) for name, field in SAME.items()
-             if config.get(name) != getattr(manifest, field)}
+    other = {
+        name: (config.get(name), getattr(manifest, field))
+        for name, field in SAME.items()
+        if config.get(name) != getattr(manifest, field)
+    }
     if other:
-        raise UserError(f"{model} is not the model that was converted",
-                        ", ".join(f"{name} {found} for {wanted}" for name, (found, wanted) in other.items()),
-                        "compare with the same model")
+        raise UserError(
+            f"{model} is not the model that was converted",
+            ", ".join(f"{name} {found} for {wanted}" for name, (found, wanted) in other.items()),
+            "compare with the same model",
+        )
 
 
 def _weights(config: dict[str, Any]) -> str:
@@ -98,7 +126,11 @@ def _serve() -> int:
 
 
 def _generate(mlx_lm: Any, model: Any, tokenizer: Any, request: dict[str, Any]) -> dict[str, float]:
-    last = list(mlx_lm.stream_generate(model, tokenizer, request["prompt"], max_tokens=request["new_tokens"]))[-1]
+    last = list(
+        mlx_lm.stream_generate(
+            model, tokenizer, request["prompt"], max_tokens=request["new_tokens"]
+        )
+    )[-1]
     names = ("prompt_tps", "generation_tps", "generation_tokens", "peak_memory")
     return {name: getattr(last, name) for name in names}
 

@@ -1,8 +1,8 @@
-"""ZAYA1 as Zyphra first stored it (ZAYA1-8B-legacy, ZAYA1-base): attention and experts are layers of their own, in
-turn, and experts are stored one by one. Read as transformers has it.
+"""ZAYA1 as Zyphra first stored it (ZAYA1-8B-legacy, ZAYA1-base): attention and experts are layers
+of their own, in turn, and experts are stored one by one. Read as transformers has it.
 
-Source: transformers' convert_zaya_weights_to_hf.py. A residual's vectors stand at the entry of the next layer there,
-and at the end of their own here.
+Source: transformers' convert_zaya_weights_to_hf.py. A residual's vectors stand at the entry of the
+next layer there, and at the end of their own here.
 """
 
 import re
@@ -43,7 +43,8 @@ def is_alternating(config: dict[str, Any], names: Collection[str]) -> bool:
 
 
 def native_name(name: str, layers: int) -> str:
-    """transformers' name of a tensor; `layers` are those of the file. Unknown names stay as they are."""
+    """transformers' name of a tensor; `layers` are those of the file. Unknown names stay as they
+    are."""
     if name.startswith("model.res_scale."):
         vector = name.removeprefix("model.res_scale.")
         return f"model.layers.{layers // 2 - 1}.post_mlp_residual_scale.{vector}"
@@ -59,7 +60,9 @@ def native_name(name: str, layers: int) -> str:
         return own + _renamed(rest, FFN)
     if rest.startswith("res_scale."):
         vector = rest.removeprefix("res_scale.")
-        entry = f"model.layers.{number // 2 - 1}.post_mlp_residual_scale." if number else "model.input_"
+        entry = (
+            f"model.layers.{number // 2 - 1}.post_mlp_residual_scale." if number else "model.input_"
+        )
         return entry + vector
     return own + _renamed(rest, ATTENTION)
 
@@ -70,7 +73,8 @@ def _renamed(rest: str, table: dict[str, str]) -> str:
 
 
 def native_config(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """transformers' config.json of the same model. Raises UserError for a number of layers that is odd."""
+    """transformers' config.json of the same model. Raises UserError for a number of layers that is
+    odd."""
     layers = config.get("num_hidden_layers")
     if not isinstance(layers, int) or layers % 2:
         raise UserError(f"{where}: layers that alternate are even in number", repr(layers))
@@ -78,7 +82,10 @@ def native_config(config: dict[str, Any], where: str) -> dict[str, Any]:
     widest = max(windows, default=0)
     # The file's window counts tokens before a token; transformers' has the token itself.
     window = config.get("sliding_window") or (widest + 1 if widest else None)
-    tables = {"hybrid": config.get("rope_theta"), "hybrid_sliding": config.get("swa_rotary_base", 10_000.0)}
+    tables = {
+        "hybrid": config.get("rope_theta"),
+        "hybrid_sliding": config.get("swa_rotary_base", 10_000.0),
+    }
     factor = config.get("partial_rotary_factor", 0.5)
     width = config.get("ffn_hidden_size", config.get("intermediate_size"))
     renamed = {
@@ -92,9 +99,13 @@ def native_config(config: dict[str, Any], where: str) -> dict[str, Any]:
         "moe_intermediate_size": width // 2 if isinstance(width, int) else width,
         "num_experts_per_tok": config.get("num_experts_per_tok", config.get("moe_router_topk")),
         "rms_norm_eps": config.get("rms_norm_eps", config.get("norm_epsilon")),
-        "router_hidden_size": config.get("router_hidden_size", _of_all(config.get("zaya_mlp_expansion"))),
+        "router_hidden_size": config.get(
+            "router_hidden_size", _of_all(config.get("zaya_mlp_expansion"))
+        ),
         "num_key_value_heads": config.get("num_query_groups", config.get("num_key_value_heads")),
-        "hidden_act": ACTIVATIONS.get(config.get("activation_func", ""), config.get("hidden_act", "")),
+        "hidden_act": ACTIVATIONS.get(
+            config.get("activation_func", ""), config.get("hidden_act", "")
+        ),
         "cca_time0": config.get("cca_time0", 2),
         "cca_time1": config.get("cca_time1", 2),
     }
@@ -103,7 +114,9 @@ def native_config(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _layer_types(config: dict[str, Any], windows: list[int], layers: int) -> list[str]:
-    kinds = config.get("layer_types") or ["sliding_attention" if window else "full_attention" for window in windows]
+    kinds = config.get("layer_types") or [
+        "sliding_attention" if window else "full_attention" for window in windows
+    ]
     kinds = kinds or ["full_attention"] * layers
     each = kinds[::2] if len(kinds) == layers else kinds
     return [KINDS.get(kind, kind) for kind in each]

@@ -33,14 +33,14 @@ from ane_moe.model.weight import EMBEDDING, HEAD, Weight, WeightName
 from ane_moe.wording import counted, listed
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-CHUNK_ELEMENTS = 1 << 18            # 1 MiB of fp32: conversion and finite check stay in the L2 cache
+CHUNK_ELEMENTS = 1 << 18  # 1 MiB of fp32: conversion and finite check stay in the L2 cache
 FP16_INF_BITS = 0x7C00
 # A `constexpr_*` operation (coremltools, iOS 18) gives the type of its scale or palette: fp16.
 OVERFLOW_ADVICE = (
     "no --compress format helps, since each expands to fp16 for the engine: check the tensor for "
     "damage, or divide it and multiply its counterpart (`up` and `down`) by the same power of two"
 )
-VOCABULARY = (EMBEDDING, HEAD)          # ours, with a row for each token
+VOCABULARY = (EMBEDDING, HEAD)  # ours, with a row for each token
 
 
 class Hasher(Protocol):
@@ -53,9 +53,9 @@ class Hasher(Protocol):
 class TensorSource:
     """Where one of our tensors lies in a checkpoint, and what turns the stored values into it.
 
-    Out of the stored tensor `key`, expected to have `stored_shape`: entry `index` of the first axis (one expert of a
-    fused tensor), then `rows` [first, last) of what is left, then the transpose, then times `scale`. `weight` is our
-    tensor's row: what it is for.
+    Out of the stored tensor `key`, expected to have `stored_shape`: entry `index` of the first axis
+    (one expert of a fused tensor), then `rows` [first, last) of what is left, then the transpose,
+    then times `scale`. `weight` is our tensor's row: what it is for.
     """
 
     name: WeightName
@@ -113,7 +113,7 @@ class Checkpoint:
 
     folder: Path
     config: dict[str, Any]
-    generation: dict[str, Any]      # generation_config.json, empty when there is none
+    generation: dict[str, Any]  # generation_config.json, empty when there is none
     tensors: dict[str, StoredTensor]
     notes: tuple[str, ...] = ()
     _raw: np.ndarray = field(init=False, repr=False)
@@ -130,7 +130,8 @@ class Checkpoint:
         return type(self), tuple(getattr(self, part.name) for part in fields(self) if part.init)
 
     def holding(self, keys: Collection[str]) -> "Checkpoint":
-        """The same checkpoint with the stored tensors `keys` only: small enough to send to a worker."""
+        """The same checkpoint with the stored tensors `keys` only: small enough to send to a
+        worker."""
         return replace(self, tensors={key: self.tensors[key] for key in keys})
 
     def require(
@@ -154,14 +155,21 @@ class Checkpoint:
         used = {source.key for source in sources.values()}
         return left_out(self.tensors.keys() - used, ignore, str(self.folder))
 
-    def read(self, source: TensorSource, out: np.ndarray | None = None, hasher: Hasher | None = None) -> np.ndarray:
-        """One of our tensors, fp16, C-contiguous, of shape `source.shape`; into `out` when given, which is faster.
+    def read(
+        self, source: TensorSource, out: np.ndarray | None = None, hasher: Hasher | None = None
+    ) -> np.ndarray:
+        """One of our tensors, fp16, C-contiguous, of shape `source.shape`; into `out` when given,
+        which is faster.
 
-        `hasher` is fed what `digest` would feed it. Raises UserError when a stored value is NaN or infinite, or
-        overflows fp16, or when the file has become shorter.
+        `hasher` is fed what `digest` would feed it. Raises UserError when a stored value is NaN or
+        infinite, or overflows fp16, or when the file has become shorter.
         """
-        if out is not None and (out.shape != source.shape or out.dtype != np.float16 or not out.flags.c_contiguous):
-            raise ValueError(f"out must be contiguous fp16 {source.shape}, not {out.dtype} {out.shape}")
+        if out is not None and (
+            out.shape != source.shape or out.dtype != np.float16 or not out.flags.c_contiguous
+        ):
+            raise ValueError(
+                f"out must be contiguous fp16 {source.shape}, not {out.dtype} {out.shape}"
+            )
         count = source.region[1]
         flat = np.empty(count, np.float16) if out is None or source.transpose else out.reshape(-1)
         if hasher is not None:
@@ -185,7 +193,8 @@ class Checkpoint:
         return out
 
     def digest(self, sources: Iterable[TensorSource]) -> str:
-        """sha256 (hex) over the stored bytes of `sources`, in order, each preceded by its name, place and transform."""
+        """sha256 (hex) over the stored bytes of `sources`, in order, each preceded by its name,
+        place and transform."""
         hasher = hashlib.sha256()
         for source in sources:
             self.feed(source, hasher)
@@ -198,16 +207,18 @@ class Checkpoint:
             hasher.update(raw.data)
 
     def _narrow(self, stored: torch.Tensor, source: TensorSource, narrow: np.ndarray) -> None:
-        # By way of fp32: torch has no vector path from bf16 to fp16 (2.8 GB/s against 9.4 GB/s, one core).
+        # By way of fp32: torch has no vector path from bf16 to fp16 (2.8 GB/s against 9.4 GB/s, one
+        # core).
         wide = self._wide[: len(stored)].copy_(stored)
         if source.scale != 1.0:
             wide.mul_(source.scale)
-        if source.weight and source.weight.centred:         # a short vector: all of it is in one piece
+        if source.weight and source.weight.centred:  # a short vector: all of it is in one piece
             wide.sub_(wide.max())
         torch.from_numpy(narrow).copy_(wide)
 
     def _chunks(self, source: TensorSource) -> Iterable[tuple[int, np.ndarray]]:
-        """(first element, stored bytes) of each piece of `source`; the bytes are valid until the next piece."""
+        """(first element, stored bytes) of each piece of `source`; the bytes are valid until the
+        next piece."""
         tensor = self.tensors[source.key]
         item = DTYPES[tensor.dtype].itemsize
         start, count = source.region
@@ -219,8 +230,17 @@ class Checkpoint:
                 yield first, raw
 
     def _frame(self, source: TensorSource) -> bytes:
-        facts = (str(source.name), source.key, self.tensors[source.key].dtype, source.stored_shape, source.index,
-                 source.rows, source.transpose, source.scale, bool(source.weight and source.weight.centred))
+        facts = (
+            str(source.name),
+            source.key,
+            self.tensors[source.key].dtype,
+            source.stored_shape,
+            source.index,
+            source.rows,
+            source.transpose,
+            source.scale,
+            bool(source.weight and source.weight.centred),
+        )
         return repr(facts).encode() + b"\n"
 
     def _require_one_vocabulary(self, sources: Mapping[WeightName, TensorSource]) -> None:
@@ -228,7 +248,7 @@ class Checkpoint:
         ends = [source for name, source in sources.items() if name in VOCABULARY]
         stored = {source.key: self.tensors[source.key] for source in ends}
         if any(stored[source.key].shape[1:] != source.stored_shape[1:] for source in ends):
-            return                                  # of another width: of another model
+            return  # of another width: of another model
         rows = {tensor.shape[0] for tensor in stored.values()}
         if rows == {source.stored_shape[0] for source in ends}:
             return
@@ -251,8 +271,9 @@ class Checkpoint:
             raise UserError(
                 f"{tensor.key} has the wrong shape",
                 f"{list(tensor.shape)} instead of {list(source.stored_shape)}",
-                f"{CONFIG} has no head_dim" if derived else
-                f"{CONFIG} and the weights are of different models",
+                f"{CONFIG} has no head_dim"
+                if derived
+                else f"{CONFIG} and the weights are of different models",
             )
 
     def _not_finite(self, source: TensorSource) -> UserError:
@@ -267,7 +288,9 @@ class Checkpoint:
             largest = max(largest, float(finite.max()) if len(finite) else 0.0)
         where = f"{self.tensors[source.key].key} ({source.name})"
         if broken:
-            return UserError(f"{where} holds {broken} NaN or infinite values", do="the checkpoint is damaged")
+            return UserError(
+                f"{where} holds {broken} NaN or infinite values", do="the checkpoint is damaged"
+            )
         return UserError(
             f"{where} overflows fp16 (max |w| = {largest:g})",
             f"{counted(overflowing, 'value')} above 65504",

@@ -15,8 +15,10 @@ CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 MODEL_FOLDER = "give a Hugging Face model folder"
-ADAPTER_ADVICE = ("merge it into its base model (peft's merge_and_unload, then save_pretrained), "
-                  "and give that folder")
+ADAPTER_ADVICE = (
+    "merge it into its base model (peft's merge_and_unload, then save_pretrained), "
+    "and give that folder"
+)
 # safetensors files of an adapter, and of Mistral's original layout
 NOT_THE_MODEL = ("adapter_model", "consolidated")
 # Files beside the weights that are large enough for Git LFS
@@ -37,15 +39,25 @@ class Foreign:
 
 
 FOREIGN = (
-    Foreign(("runtime_meta.json",), "a conversion of ane-moe, not a checkpoint",
-            "give the checkpoint, or run `ane-moe verify` or `generate` on this"),
+    Foreign(
+        ("runtime_meta.json",),
+        "a conversion of ane-moe, not a checkpoint",
+        "give the checkpoint, or run `ane-moe verify` or `generate` on this",
+    ),
     Foreign((ADAPTER,), "an adapter, not a model", ADAPTER_ADVICE),
-    Foreign(("*.gguf", "*.ggml"), "a GGUF model",
-            "take the safetensors model that it was made from"),
-    Foreign(("params.json",), "a model in Meta's or Mistral's original layout",
-            "take its Hugging Face form, with config.json and model*.safetensors"),
-    Foreign(("*.bin", "*.pt", "*.pth", "*.ckpt"), "a model of pickled weights, which are not read",
-            "load it with transformers where it is trusted, and save it with save_pretrained"),
+    Foreign(
+        ("*.gguf", "*.ggml"), "a GGUF model", "take the safetensors model that it was made from"
+    ),
+    Foreign(
+        ("params.json",),
+        "a model in Meta's or Mistral's original layout",
+        "take its Hugging Face form, with config.json and model*.safetensors",
+    ),
+    Foreign(
+        ("*.bin", "*.pt", "*.pth", "*.ckpt"),
+        "a model of pickled weights, which are not read",
+        "load it with transformers where it is trusted, and save it with save_pretrained",
+    ),
 )
 
 
@@ -70,8 +82,11 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     if names := set(weight_map(folder).values()):
         return [_inside(folder, name) for name in sorted(names)]
-    files = [path for path in sorted(folder.glob("*.safetensors"))
-             if not path.name.startswith(NOT_THE_MODEL)]
+    files = [
+        path
+        for path in sorted(folder.glob("*.safetensors"))
+        if not path.name.startswith(NOT_THE_MODEL)
+    ]
     if not files:
         raise _foreign(folder) or UserError(f"{folder} holds no safetensors files", "no weights")
     return files
@@ -96,8 +111,10 @@ def passed_over(folder: Path) -> str:
     beside = [name for name in named if (folder / name).is_file()]
     if not beside:
         return ""
-    return (f"{SINGLE} was read, as transformers does, and {INDEX} with its "
-            f"{counted(len(beside), 'file')} passed over: move {SINGLE} away if it is the older")
+    return (
+        f"{SINGLE} was read, as transformers does, and {INDEX} with its "
+        f"{counted(len(beside), 'file')} passed over: move {SINGLE} away if it is the older"
+    )
 
 
 def adapter_beside(folder: Path) -> str:
@@ -130,11 +147,15 @@ def _cache(folder: Path) -> UserError | None:
     if snapshots:
         newest = folder / "snapshots" / _main_revision(folder)
         given = newest if newest in snapshots else snapshots[-1]
-        return UserError(wrong, "a model's folder in the Hub's cache",
-                         f"give its snapshot: {given}")
+        return UserError(
+            wrong, "a model's folder in the Hub's cache", f"give its snapshot: {given}"
+        )
     if models := [path.name for path in folder.glob("models--*") if path.is_dir()]:
-        return UserError(wrong, f"the Hub's cache, with {listed(models)}",
-                         "give a snapshot in it: models--OWNER--NAME/snapshots/REVISION")
+        return UserError(
+            wrong,
+            f"the Hub's cache, with {listed(models)}",
+            "give a snapshot in it: models--OWNER--NAME/snapshots/REVISION",
+        )
     return None
 
 
@@ -158,8 +179,11 @@ def _bare(folder: Path) -> UserError:
     wrong = f"{folder} is not a checkpoint"
     weights = [path.name for path in folder.glob("*.safetensors")]
     if weights:
-        return UserError(wrong, f"{listed(weights)}, and no {CONFIG}",
-                         f"download the model's {CONFIG} and tokenizer too")
+        return UserError(
+            wrong,
+            f"{listed(weights)}, and no {CONFIG}",
+            f"download the model's {CONFIG} and tokenizer too",
+        )
     return UserError(wrong, f"no {CONFIG}", MODEL_FOLDER)
 
 
@@ -168,9 +192,13 @@ def _inside(folder: Path, name: str) -> Path:
     blob store."""
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in name:
-        raise UserError(f"{folder}'s index names a file outside the folder", repr(name),
-                        "do not trust this checkpoint")
+        raise UserError(
+            f"{folder}'s index names a file outside the folder",
+            repr(name),
+            "do not trust this checkpoint",
+        )
     if not (folder / name).is_file():
-        raise UserError(f"{folder} is incomplete", f"no {name}, which its index names",
-                        "download it again")
+        raise UserError(
+            f"{folder} is incomplete", f"no {name}, which its index names", "download it again"
+        )
     return folder / name

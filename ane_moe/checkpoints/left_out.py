@@ -14,8 +14,7 @@ KINDS = {
     "rotary buffers, which are computed": r"(^|\.)rotary_emb\.inv_freq$",
     "a vision tower": r"^(model\.)?(visual|vision_tower|vision_model|vision_encoder)\.",
     "an audio tower": r"^(model\.)?(audio_tower|audio_encoder|audio_model)\.",
-    "a projector of images or sound":
-        r"^(model\.)?"
+    "a projector of images or sound": r"^(model\.)?"
     r"((multi_?modal|mm|vision|audio)_projector|embed_(vision|audio))\.",
     "heads that predict further tokens": r"^(model\.)?mtp\.",
     "a value head of reinforcement learning": r"^v_head\.",
@@ -49,8 +48,11 @@ def left_out(
             f"'{_pattern(unknown)}' leaves them out",
         )
     if idle:
-        raise UserError(f"no tensor is left over that {BY_OPTION} {min(idle)!r} could mean",
-                        f"{listed(extra) or 'none'} left over", "leave the option out")
+        raise UserError(
+            f"no tensor is left over that {BY_OPTION} {min(idle)!r} could mean",
+            f"{listed(extra) or 'none'} left over",
+            "leave the option out",
+        )
     return {kind: tuple(names) for kind, names in kinds.items()}
 
 

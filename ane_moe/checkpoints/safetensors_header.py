@@ -1,8 +1,9 @@
 """Reads the header of a safetensors file, trusting nothing in it.
 
-Format: 8 bytes of little-endian header length, the header as JSON, then the tensors' bytes without gaps
-(https://github.com/huggingface/safetensors#format). Ours rather than the library's, because weights are read with
-`readinto` into one reused buffer: pages of a mapped file would count as this process's memory.
+Format: 8 bytes of little-endian header length, the header as JSON, then the tensors' bytes without
+gaps (https://github.com/huggingface/safetensors#format). Ours rather than the library's, because
+weights are read with `readinto` into one reused buffer: pages of a mapped file would count as this
+process's memory.
 """
 
 import json
@@ -14,12 +15,31 @@ from typing import Any
 from ane_moe.errors import UserError
 from ane_moe.lfs import FETCH, is_lfs_pointer
 
-MAX_HEADER_BYTES = 100_000_000      # the library's own limit
+MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 
 DTYPE_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "U16": 16,
+    "I16": 16,
+    "U32": 32,
+    "I32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "F16": 16,
+    "BF16": 16,
+    "F32": 32,
+    "F64": 64,
+    "C64": 64,
 }
 
 
@@ -39,8 +59,9 @@ class StoredTensor:
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Every tensor of one safetensors file.
 
-    Raises UserError when the file is truncated, is no safetensors file, or describes tensors that overlap, leave
-    gaps, reach past the end of the file or do not have the size their shape and dtype imply.
+    Raises UserError when the file is truncated, is no safetensors file, or describes tensors that
+    overlap, leave gaps, reach past the end of the file or do not have the size their shape and
+    dtype imply.
     """
     if is_lfs_pointer(path):
         raise UserError(f"{path} is not a safetensors file", "a pointer of Git LFS", FETCH)
@@ -79,12 +100,21 @@ def _stored_tensor(path: Path, key: str, entry: Any, data_start: int) -> StoredT
         whole_numbers = all(type(number) is int and number >= 0 for number in (*shape, first, last))
     except (KeyError, TypeError, ValueError):
         raise _damaged(path, f"tensor {key!r} described as {str(entry)[:100]}") from None
-    if not whole_numbers or len(shape) > 8 or first > last or math.prod(shape) * bits != (last - first) * 8:
-        raise _damaged(path, f"tensor {key!r} as {dtype}{list(shape)[:9]} in bytes {first} to {last}")
+    if (
+        not whole_numbers
+        or len(shape) > 8
+        or first > last
+        or math.prod(shape) * bits != (last - first) * 8
+    ):
+        raise _damaged(
+            path, f"tensor {key!r} as {dtype}{list(shape)[:9]} in bytes {first} to {last}"
+        )
     return StoredTensor(key, path, dtype, shape, data_start + first, last - first)
 
 
-def _require_cover(path: Path, tensors: dict[str, StoredTensor], data_start: int, file_bytes: int) -> None:
+def _require_cover(
+    path: Path, tensors: dict[str, StoredTensor], data_start: int, file_bytes: int
+) -> None:
     end = data_start
     for key, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].size)):
         if tensor.offset != end:
@@ -92,7 +122,9 @@ def _require_cover(path: Path, tensors: dict[str, StoredTensor], data_start: int
         end += tensor.size
     if end != file_bytes:
         state = "truncated" if file_bytes < end else "longer than its header says"
-        raise UserError(f"{path} is {state}", f"{file_bytes} bytes instead of {end}", "download it again")
+        raise UserError(
+            f"{path} is {state}", f"{file_bytes} bytes instead of {end}", "download it again"
+        )
 
 
 def _damaged(path: Path, found: str) -> UserError:

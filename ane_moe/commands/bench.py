@@ -11,40 +11,82 @@ from ane_moe.errors import UserError
 
 
 def bench(
-    out: Annotated[Path, typer.Argument(help="Folder of a conversion with a golden.", show_default=False)],
+    out: Annotated[
+        Path, typer.Argument(help="Folder of a conversion with a golden.", show_default=False)
+    ],
     runs: Annotated[int, typer.Option(help="Warm calls of each function that count.")] = 20,
     warmup: Annotated[int, typer.Option(help="Calls before them.")] = 3,
     tokens: Annotated[int, typer.Option(help="Tokens decoded at each context fill.")] = 32,
-    fills: Annotated[str | None, typer.Option(
-        help="Tokens in the context before decoding.", metavar="LIST",
-        show_default="none, a quarter, half, and full but for the tokens decoded")] = None,
-    lengths: Annotated[str | None, typer.Option(
-        help="Prompt lengths to prefill.", metavar="LIST", show_default="1, 4 and 16 prefill calls")] = None,
+    fills: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens in the context before decoding.",
+            metavar="LIST",
+            show_default="none, a quarter, half, and full but for the tokens decoded",
+        ),
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="Prompt lengths to prefill.",
+            metavar="LIST",
+            show_default="1, 4 and 16 prefill calls",
+        ),
+    ] = None,
     runtime: Annotated[str, typer.Option(help="reference, coreml or auto.")] = "auto",
-    units: Annotated[Literal["cpu_and_ne", "cpu_only", "all"] | None, typer.Option(
-        help="Core ML's compute units.", show_default="cpu_and_ne")] = None,
-    min_logit_cosine: Annotated[float | None, typer.Option(
-        help="Mean cosine the logits must reach, or no speed is reported.",
-        show_default="0.99 for fp16 weights, 0.9 compressed")] = None,
-    expert_cache_mb: Annotated[float | None, typer.Option(
-        help="Keep at most this many MB (10^6 bytes) of expert functions loaded.", show_default="all")] = None,
+    units: Annotated[
+        Literal["cpu_and_ne", "cpu_only", "all"] | None,
+        typer.Option(help="Core ML's compute units.", show_default="cpu_and_ne"),
+    ] = None,
+    min_logit_cosine: Annotated[
+        float | None,
+        typer.Option(
+            help="Mean cosine the logits must reach, or no speed is reported.",
+            show_default="0.99 for fp16 weights, 0.9 compressed",
+        ),
+    ] = None,
+    expert_cache_mb: Annotated[
+        float | None,
+        typer.Option(
+            help="Keep at most this many MB (10^6 bytes) of expert functions loaded.",
+            show_default="all",
+        ),
+    ] = None,
     concurrency: Annotated[int, typer.Option(help="Experts of a layer to run at once.")] = 1,
-    predictor: Annotated[str, typer.Option(help="Load experts ahead, guessed by: none, previous, router.")] = "none",
-    energy: Annotated[bool, typer.Option(
-        "--energy", help="macOS: energy per token, by powermetrics (needs root: run `sudo -v` before).")] = False,
-    vs: Annotated[Literal["mlx"] | None, typer.Option(
-        help="Run the same prompt through mlx-lm, if it is installed.")] = None,
-    vs_model: Annotated[Path | None, typer.Option(
-        help="For --vs: the checkpoint, or its mlx conversion.", metavar="FOLDER")] = None,
-    save: Annotated[Path | None, typer.Option(help="Write the report here, as JSON.", metavar="FILE")] = None,
-    against: Annotated[Path | None, typer.Option(help="Compare with a saved report.", metavar="FILE")] = None,
-    html: Annotated[Path | None, typer.Option(help="Also write the figures as a page (see `report`).")] = None,
+    predictor: Annotated[
+        str, typer.Option(help="Load experts ahead, guessed by: none, previous, router.")
+    ] = "none",
+    energy: Annotated[
+        bool,
+        typer.Option(
+            "--energy",
+            help="macOS: energy per token, by powermetrics (needs root: run `sudo -v` before).",
+        ),
+    ] = False,
+    vs: Annotated[
+        Literal["mlx"] | None,
+        typer.Option(help="Run the same prompt through mlx-lm, if it is installed."),
+    ] = None,
+    vs_model: Annotated[
+        Path | None,
+        typer.Option(help="For --vs: the checkpoint, or its mlx conversion.", metavar="FOLDER"),
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Write the report here, as JSON.", metavar="FILE")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Compare with a saved report.", metavar="FILE")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Also write the figures as a page (see `report`).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Time the shards in OUT: every kind of function, decoding, prefill.
 
-    The same run first checks the output against the golden; when it is wrong, no speed is reported and the exit code
-    is 1. Off macOS the reference runtime is timed, and labelled: that says nothing of a Neural Engine.
+    The same run first checks the output against the golden; when it is wrong, no speed is reported
+    and the exit code is 1. Off macOS the reference runtime is timed, and labelled: that says
+    nothing of a Neural Engine.
     """
     from rich.console import Console
 
@@ -55,20 +97,31 @@ def bench(
     from ane_moe.report.step_bar import step_bar
 
     if (vs is None) != (vs_model is None):
-        raise UserError("--vs and --vs-model belong together", f"{'--vs-model' if vs is None else '--vs'} alone",
-                        "give --vs mlx --vs-model FOLDER")
+        raise UserError(
+            "--vs and --vs-model belong together",
+            f"{'--vs-model' if vs is None else '--vs'} alone",
+            "give --vs mlx --vs-model FOLDER",
+        )
     earlier = read_saved(against) if against else None
     from ane_moe.number_lists import parse_counts
 
     options = BenchOptions(
-        runs=runs, warmup=warmup, tokens=tokens,
+        runs=runs,
+        warmup=warmup,
+        tokens=tokens,
         fills=None if fills is None else parse_counts(fills, "--fills", 0),
-        lengths=None if lengths is None else parse_counts(lengths, "--lengths", 1), units=units,
+        lengths=None if lengths is None else parse_counts(lengths, "--lengths", 1),
+        units=units,
         expert_cache_bytes=None if expert_cache_mb is None else int(expert_cache_mb * 1_000_000),
-        concurrency=concurrency, predictor=predictor, energy=energy, vs_mlx=vs_model,
+        concurrency=concurrency,
+        predictor=predictor,
+        energy=energy,
+        vs_mlx=vs_model,
     )
     with step_bar() as progress:
-        report = measure(out, options, runtime=runtime, min_logit_cosine=min_logit_cosine, progress=progress)
+        report = measure(
+            out, options, runtime=runtime, min_logit_cosine=min_logit_cosine, progress=progress
+        )
     comparison = compare(report, earlier, str(against)) if earlier and report.passed else None
     if save and report.passed:
         save_report(report, save)
@@ -79,7 +132,11 @@ def bench(
 
         write_named_by_user(html, render_html(replace(gather(out), bench=report.as_json())))
     if as_json:
-        typer.echo(json.dumps(report.as_json() | {"against": comparison and comparison.as_json()}, indent=2))
+        typer.echo(
+            json.dumps(
+                report.as_json() | {"against": comparison and comparison.as_json()}, indent=2
+            )
+        )
     else:
         Console().print(bench_report(report, comparison), soft_wrap=True)
     if not report.passed:

@@ -11,10 +11,18 @@ if TYPE_CHECKING:
 
 
 def cache(
-    clear: Annotated[bool, typer.Option("--clear", help="Remove every model no process has loaded.")] = False,
-    limit_gb: Annotated[float | None, typer.Option("--limit-gb", min=0.0, metavar="GB",
-                                                   help="Set the size limit and keep to it.")] = None,
-    folder: Annotated[Path | None, typer.Option(help="Another cache folder.", show_default=False)] = None,
+    clear: Annotated[
+        bool, typer.Option("--clear", help="Remove every model no process has loaded.")
+    ] = False,
+    limit_gb: Annotated[
+        float | None,
+        typer.Option(
+            "--limit-gb", min=0.0, metavar="GB", help="Set the size limit and keep to it."
+        ),
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Another cache folder.", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Show the cache of compiled models (macOS), clear it or limit its size."""
@@ -32,14 +40,26 @@ def cache(
 
 def _document(store: "ModelCache", removed: "list[Entry]") -> dict[str, Any]:
     entries = store.entries()
-    return {"folder": str(store.folder), "os_build": store.os_build, "limit_bytes": store.limit_bytes,
-            "size_bytes": sum(entry.size_bytes for entry in entries), "entries": [_fields(entry) for entry in entries],
-            "removed": [_fields(entry) for entry in removed]}
+    return {
+        "folder": str(store.folder),
+        "os_build": store.os_build,
+        "limit_bytes": store.limit_bytes,
+        "size_bytes": sum(entry.size_bytes for entry in entries),
+        "entries": [_fields(entry) for entry in entries],
+        "removed": [_fields(entry) for entry in removed],
+    }
 
 
 def _fields(entry: "Entry") -> dict[str, Any]:
-    return {"package": entry.name, "key": entry.key, "os_build": entry.os_build, "size_bytes": entry.size_bytes,
-            "last_used_unix_seconds": entry.last_used, "in_use": entry.in_use, "good": list(entry.good)}
+    return {
+        "package": entry.name,
+        "key": entry.key,
+        "os_build": entry.os_build,
+        "size_bytes": entry.size_bytes,
+        "last_used_unix_seconds": entry.last_used,
+        "in_use": entry.in_use,
+        "good": list(entry.good),
+    }
 
 
 def _print(store: "ModelCache", removed: "list[Entry]") -> None:
@@ -57,11 +77,22 @@ def _print(store: "ModelCache", removed: "list[Entry]") -> None:
         table = Table("package", "size", "last used", "state", box=None, pad_edge=False)
         for entry in entries:
             used = datetime.datetime.fromtimestamp(entry.last_used).strftime("%Y-%m-%d %H:%M")
-            state = "in use" if entry.in_use else f"good for {', '.join(entry.good)}" if entry.good else "untried"
+            state = (
+                "in use"
+                if entry.in_use
+                else f"good for {', '.join(entry.good)}"
+                if entry.good
+                else "untried"
+            )
             table.add_row(Text(ascii(entry.name)[1:-1]), _size([entry]), used, Text(state))
         console.print(table)
-    console.print(Text(f"{len(entries)} compiled models, {_size(entries)} of at most "
-                       f"{store.limit_bytes / 1e9:.1f} GB, in {store.folder}"), soft_wrap=True)
+    console.print(
+        Text(
+            f"{len(entries)} compiled models, {_size(entries)} of at most "
+            f"{store.limit_bytes / 1e9:.1f} GB, in {store.folder}"
+        ),
+        soft_wrap=True,
+    )
 
 
 def _size(entries: "list[Entry]") -> str:

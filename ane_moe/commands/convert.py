@@ -11,12 +11,14 @@ import typer
 
 from ane_moe.errors import UserError
 
-WORKERS = min(2, os.cpu_count() or 1)    # more of them wait for the disk
-INTERRUPTED = 130       # what a shell reports of a program that Ctrl-C ended
+WORKERS = min(2, os.cpu_count() or 1)  # more of them wait for the disk
+INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 
 
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="A Hugging Face model folder, or `demo`.", metavar="CHECKPOINT")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A Hugging Face model folder, or `demo`.", metavar="CHECKPOINT")
+    ],
     out: Annotated[Path, typer.Argument(help="The folder to write.", metavar="OUT")],
     routing: Annotated[
         Literal["masked", "soft", "sparse"],
@@ -27,60 +29,101 @@ def convert(
         ),
     ] = "masked",
     state: Annotated[
-        Literal["mlstate", "explicit"], typer.Option(help="KV cache as Core ML state, or as inputs and outputs.")
+        Literal["mlstate", "explicit"],
+        typer.Option(help="KV cache as Core ML state, or as inputs and outputs."),
     ] = "mlstate",
     layout: Annotated[
-        Literal["bc1s", "bct1"], typer.Option(help="Axis order of the streams: [1,C,1,T] or [1,C,T,1].")
+        Literal["bc1s", "bct1"],
+        typer.Option(help="Axis order of the streams: [1,C,1,T] or [1,C,T,1]."),
     ] = "bc1s",
-    context: Annotated[int | None, typer.Option(help="Tokens of the KV cache. [default: 2048, or the model's]")] = None,
-    prefill: Annotated[int, typer.Option(help="Tokens of a prefill call; 0: decode functions only.")] = 64,
-    max_shard_mb: Annotated[int, typer.Option(help="Split MoE layers into shards of at most this size.")] = 220,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of the KV cache. [default: 2048, or the model's]")
+    ] = None,
+    prefill: Annotated[
+        int, typer.Option(help="Tokens of a prefill call; 0: decode functions only.")
+    ] = 64,
+    max_shard_mb: Annotated[
+        int, typer.Option(help="Split MoE layers into shards of at most this size.")
+    ] = 220,
     expert_tokens: Annotated[
         str, typer.Option(help="sparse: token counts to make expert functions for.", metavar="LIST")
     ] = "1,16,64",
-    experts_per_function: Annotated[int, typer.Option(help="sparse: experts computed by one function.", min=1)] = 1,
+    experts_per_function: Annotated[
+        int, typer.Option(help="sparse: experts computed by one function.", min=1)
+    ] = 1,
     grouping: Annotated[
-        Path | None, typer.Option(help="sparse: the experts of each function, as `ane-moe group` wrote them.",
-                                  metavar="FILE.json"),
+        Path | None,
+        typer.Option(
+            help="sparse: the experts of each function, as `ane-moe group` wrote them.",
+            metavar="FILE.json",
+        ),
     ] = None,
     layers_per_shard: Annotated[
-        int, typer.Option(help="masked, dense: this many whole layers in one shard, if --max-shard-mb allows.", min=1)
+        int,
+        typer.Option(
+            help="masked, dense: this many whole layers in one shard, if --max-shard-mb allows.",
+            min=1,
+        ),
     ] = 1,
     compress: Annotated[
-        str, typer.Option(help="Weight format, preset (safe, small, tiny) or .toml recipe.", metavar="FORMAT")
+        str,
+        typer.Option(
+            help="Weight format, preset (safe, small, tiny) or .toml recipe.", metavar="FORMAT"
+        ),
     ] = "int8",
     lut_group: Annotated[
-        Literal["8", "16", "32", "tensor"] | None, typer.Option(help="Output channels that share a palette.")
+        Literal["8", "16", "32", "tensor"] | None,
+        typer.Option(help="Output channels that share a palette."),
     ] = None,
     lut_vector: Annotated[
         Literal["2", "4"] | None, typer.Option(help="Weights that a palette's entry stands for.")
     ] = None,
     recover_rank: Annotated[
-        int | None, typer.Option(help="Singular directions of each matrix to keep apart in fp16.", metavar="R")
+        int | None,
+        typer.Option(help="Singular directions of each matrix to keep apart in fp16.", metavar="R"),
     ] = None,
     calibrate: Annotated[
         str | None,
-        typer.Option(help="Text that shows which inputs matter: a file, or `builtin`.", metavar="FILE"),
+        typer.Option(
+            help="Text that shows which inputs matter: a file, or `builtin`.", metavar="FILE"
+        ),
     ] = None,
     budget_mb: Annotated[
-        float | None, typer.Option(help="Choose formats so that all weights take this many MB.", min=0.001)
+        float | None,
+        typer.Option(help="Choose formats so that all weights take this many MB.", min=0.001),
     ] = None,
     min_cosine: Annotated[
-        float | None, typer.Option(help="Choose the smallest formats that keep this cosine.", min=0.0, max=1.0)
+        float | None,
+        typer.Option(help="Choose the smallest formats that keep this cosine.", min=0.0, max=1.0),
     ] = None,
     ignore_tensors: Annotated[
         list[str] | None,
-        typer.Option(help="Leave out tensors that the model does not need; repeat for more.",
-                     metavar="PATTERN"),
+        typer.Option(
+            help="Leave out tensors that the model does not need; repeat for more.",
+            metavar="PATTERN",
+        ),
     ] = None,
-    layers: Annotated[str | None, typer.Option(help="Convert only these, such as 0-3 or 0,5.", metavar="LIST")] = None,
-    workers: Annotated[int, typer.Option(help="Processes that convert layers side by side.", min=1)] = WORKERS,
-    golden: Annotated[bool, typer.Option("--golden", help="Also capture the original model's outputs.")] = False,
+    layers: Annotated[
+        str | None, typer.Option(help="Convert only these, such as 0-3 or 0,5.", metavar="LIST")
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(help="Processes that convert layers side by side.", min=1)
+    ] = WORKERS,
+    golden: Annotated[
+        bool, typer.Option("--golden", help="Also capture the original model's outputs.")
+    ] = False,
     prompts: Annotated[
-        Path | None, typer.Option(help="Prompts for --golden: text parted by lines of ---, or .json texts or ids.")
+        Path | None,
+        typer.Option(
+            help="Prompts for --golden: text parted by lines of ---, or .json texts or ids."
+        ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another conversion in OUT.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read and write no weights.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace another conversion in OUT.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan; read and write no weights.")
+    ] = False,
     target: Annotated[
         str, typer.Option(help="The chip whose placement rules to warn of.", metavar="CHIP")
     ] = "m4-max",
@@ -118,9 +161,11 @@ def convert(
 
         groups = read_grouping(grouping)
         if experts_per_function not in (1, groups.experts_per_function):
-            raise UserError("--grouping and --experts-per-function disagree",
-                            f"{groups.experts_per_function} in {grouping}, {experts_per_function} given",
-                            "leave --experts-per-function out")
+            raise UserError(
+                "--grouping and --experts-per-function disagree",
+                f"{groups.experts_per_function} in {grouping}, {experts_per_function} given",
+                "leave --experts-per-function out",
+            )
     source = demo_checkpoint() if str(checkpoint) == "demo" else checkpoint
     options = ConvertOptions(
         routing=routing,
@@ -131,9 +176,13 @@ def convert(
         max_shard_mb=max_shard_mb,
         layers=None if layers is None else parse_layers(layers),
         expert_tokens=parse_counts(expert_tokens, "--expert-tokens", 1, MAX_EXPERT_TOKENS),
-        experts_per_function=experts_per_function if grouping is None else groups.experts_per_function,
+        experts_per_function=experts_per_function
+        if grouping is None
+        else groups.experts_per_function,
         layers_per_shard=layers_per_shard,
-        recipe=find_recipe(compress, group=lut_group, vector=int(lut_vector or 0) or None, rank=recover_rank),
+        recipe=find_recipe(
+            compress, group=lut_group, vector=int(lut_vector or 0) or None, rank=recover_rank
+        ),
         groups={} if grouping is None else groups.layers,
         calibrate=calibrate,
         budget_mb=budget_mb,
@@ -152,14 +201,23 @@ def convert(
     try:
         with ConvertBar(warnings) as bar:
             report = run(
-                source, out, options, workers=workers, golden=golden, prompts=prompts, overwrite=overwrite,
+                source,
+                out,
+                options,
+                workers=workers,
+                golden=golden,
+                prompts=prompts,
+                overwrite=overwrite,
                 progress=bar.update,
             )
     except KeyboardInterrupt:
-        typer.echo(f"ane-moe: interrupted; finished shards are kept in {out}: run the same command again", err=True)
+        typer.echo(
+            f"ane-moe: interrupted; finished shards are kept in {out}: run the same command again",
+            err=True,
+        )
         raise typer.Exit(INTERRUPTED) from None
     chosen = replace(options, recipe=recipe_of(report.manifest.weights, report.manifest.recipe))
-    final = concerns_of_options(chosen, place)      # a budget chose formats of its own
+    final = concerns_of_options(chosen, place)  # a budget chose formats of its own
     _print_all(warning(concern, place) for concern in final if concern not in concerns)
     document = report_document(report, final)
     typer.echo(json.dumps(document, indent=2)) if as_json else print_report(report)

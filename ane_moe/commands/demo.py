@@ -6,7 +6,9 @@ from typing import Annotated
 import typer
 
 
-def demo(folder: Annotated[Path, typer.Argument(help="A new or empty folder.", metavar="DIR")]) -> None:
+def demo(
+    folder: Annotated[Path, typer.Argument(help="A new or empty folder.", metavar="DIR")],
+) -> None:
     """Write the built-in trained model to DIR, as a Hugging Face checkpoint."""
     from ane_moe.demo import copy_demo
 

@@ -13,29 +13,56 @@ if TYPE_CHECKING:
 
     from ane_moe.runtime.reference.diff import Diff, Difference, Unmatched
 
-SHOWN = 10              # operations that only one side has, listed at most
+SHOWN = 10  # operations that only one side has, listed at most
 
 
 def diff(
     a: Annotated[Path, typer.Argument(help="An .mlpackage or .mlmodelc folder.", metavar="A")],
-    b: Annotated[Path | None, typer.Argument(
-        help="Another one; left out, A is compared with itself under the other runtime or precision.",
-        metavar="B", show_default=False)] = None,
-    given: Annotated[list[str] | None, typer.Option(
-        "--input", help="An input: its name and a .npy file. Repeatable.", metavar="NAME=FILE")] = None,
-    function: Annotated[str | None, typer.Option(help="The function of both.", show_default="the default one")] = None,
-    function_b: Annotated[str | None, typer.Option(help="The function of B.", show_default="as --function")] = None,
-    runtime: Annotated[str, typer.Option(help="Runtime of A: reference, coreml or auto.")] = "reference",
-    runtime_b: Annotated[str | None, typer.Option(help="Runtime of B.", show_default="as --runtime")] = None,
-    precision: Annotated[str, typer.Option(help="Precision of A in the reference runtime: fp32 or fp16.")] = "fp32",
-    precision_b: Annotated[str | None, typer.Option(help="Precision of B.", show_default="as --precision")] = None,
+    b: Annotated[
+        Path | None,
+        typer.Argument(
+            help=(
+                "Another one; left out, A is compared with itself under the other runtime or "
+                "precision."
+            ),
+            metavar="B",
+            show_default=False,
+        ),
+    ] = None,
+    given: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input", help="An input: its name and a .npy file. Repeatable.", metavar="NAME=FILE"
+        ),
+    ] = None,
+    function: Annotated[
+        str | None, typer.Option(help="The function of both.", show_default="the default one")
+    ] = None,
+    function_b: Annotated[
+        str | None, typer.Option(help="The function of B.", show_default="as --function")
+    ] = None,
+    runtime: Annotated[
+        str, typer.Option(help="Runtime of A: reference, coreml or auto.")
+    ] = "reference",
+    runtime_b: Annotated[
+        str | None, typer.Option(help="Runtime of B.", show_default="as --runtime")
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="Precision of A in the reference runtime: fp32 or fp16.")
+    ] = "fp32",
+    precision_b: Annotated[
+        str | None, typer.Option(help="Precision of B.", show_default="as --precision")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Draws the inputs that are not given.")] = 0,
-    tolerance: Annotated[float, typer.Option(help="Relative L2 beyond which two values have parted.")] = 1e-2,
+    tolerance: Annotated[
+        float, typer.Option(help="Relative L2 beyond which two values have parted.")
+    ] = 1e-2,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Run both on the same inputs and show the first op where they part, and by how much.
 
-    Ops are matched by name, then by order. Exits with 1 when something differs by more than the tolerance.
+    Ops are matched by name, then by order. Exits with 1 when something differs by more than the
+    tolerance.
     """
     from ane_moe.runtime import resolve_runtime
     from ane_moe.runtime.arrays import read_inputs
@@ -44,11 +71,17 @@ def diff(
 
     def side(path: Path, name: str | None, chosen: str, rounding: str) -> Side:
         resolved = resolve_runtime(chosen)
-        return Side(path, resolved, name, {"precision": rounding} if resolved == "reference" else {})
+        return Side(
+            path, resolved, name, {"precision": rounding} if resolved == "reference" else {}
+        )
 
-    result = compare(side(a, function, runtime, precision),
-                     side(b or a, function_b or function, runtime_b or runtime, precision_b or precision),
-                     read_inputs(given or []), seed, tolerance)
+    result = compare(
+        side(a, function, runtime, precision),
+        side(b or a, function_b or function, runtime_b or runtime, precision_b or precision),
+        read_inputs(given or []),
+        seed,
+        tolerance,
+    )
     if as_json:
         typer.echo(json.dumps(_document(result), indent=2))
     else:
@@ -60,6 +93,7 @@ def diff(
 
 def _document(result: "Diff") -> dict[str, Any]:
     """JSON has no infinity: a pair that cannot be compared has null differences."""
+
     def finite(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: finite(inner) for key, inner in value.items()}
@@ -68,13 +102,18 @@ def _document(result: "Diff") -> dict[str, Any]:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     place = result.parts_at
-    return {"same": result.same, "parts_at": finite(asdict(place)) if place else None,
-            **finite(asdict(result))}
+    return {
+        "same": result.same,
+        "parts_at": finite(asdict(place)) if place else None,
+        **finite(asdict(result)),
+    }
 
 
 def _lines(result: "Diff") -> "Iterator[str]":
-    yield (f"{result.compared} intermediates compared, {result.unmatched_a} only in A, "
-           f"{result.unmatched_b} only in B; tolerance {result.tolerance:g}")
+    yield (
+        f"{result.compared} intermediates compared, {result.unmatched_a} only in A, "
+        f"{result.unmatched_b} only in B; tolerance {result.tolerance:g}"
+    )
     place = result.parts_at
     if place is not None and place is not result.first:
         yield f"first apart: {_only(result.only[0])}"

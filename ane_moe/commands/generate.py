@@ -13,27 +13,49 @@ from ane_moe.errors import UserError
 def generate(
     out: Annotated[Path, typer.Argument(help="Folder of a conversion.", show_default=False)],
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="File with the text to continue, UTF-8.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="File with the text to continue, UTF-8.")
+    ] = None,
     prompt_ids: Annotated[str | None, typer.Option(help="Token ids to continue, as 1,2,3.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the checkpoint's chat template.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt into the checkpoint's chat template.")
+    ] = False,
     max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that add up to this.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the likeliest tokens that add up to this.")
+    ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes draws repeatable.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; may be given again.")
+    ] = None,
     runtime: Annotated[str, typer.Option(help="reference, coreml or auto.")] = "auto",
-    expert_cache_mb: Annotated[float | None, typer.Option(
-        help="Keep at most this many MB (10^6 bytes) of expert functions loaded.", show_default="all")] = None,
+    expert_cache_mb: Annotated[
+        float | None,
+        typer.Option(
+            help="Keep at most this many MB (10^6 bytes) of expert functions loaded.",
+            show_default="all",
+        ),
+    ] = None,
     concurrency: Annotated[int, typer.Option(help="Experts of a layer to run at once.")] = 1,
-    predictor: Annotated[str, typer.Option(
-        help="Load experts ahead, guessed by: none, previous (token), router (of the next layer).")] = "none",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout at the end.")] = False,
+    predictor: Annotated[
+        str,
+        typer.Option(
+            help=(
+                "Load experts ahead, guessed by: none, previous (token), router (of the next "
+                "layer)."
+            )
+        ),
+    ] = "none",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document on stdout at the end.")
+    ] = False,
 ) -> None:
     """Continue a prompt with the shards in OUT.
 
-    Text goes to stdout as it comes, a line of figures to stderr at the end. The prompt is read from stdin when none
-    is given. Without a tokenizer, ids go in (--prompt-ids) and come out. A last token of white space is taken back,
-    and the first new one must begin with it.
+    Text goes to stdout as it comes, a line of figures to stderr at the end. The prompt is read from
+    stdin when none is given. Without a tokenizer, ids go in (--prompt-ids) and come out. A last
+    token of white space is taken back, and the first new one must begin with it.
     """
     from ane_moe.loop.figures import figures_dict, figures_line
     from ane_moe.loop.generation import GenerateOptions
@@ -49,40 +71,67 @@ def generate(
     if text is None:
         ids = _parse_ids(prompt_ids or "")
     elif tokenizer is None:
-        raise UserError(f"{out} has no tokenizer", "the checkpoint had none", "give --prompt-ids 1,2,3")
+        raise UserError(
+            f"{out} has no tokenizer", "the checkpoint had none", "give --prompt-ids 1,2,3"
+        )
     else:
         ids = tokenizer.encode_chat(text) if chat else tokenizer.encode(text)
     session = Session(shards, concurrency=concurrency, predictor=predictor)
     options = GenerateOptions(max_tokens, temperature, top_p, seed, tuple(stop or ()))
-    begun = tokenizer.heal(ids, shards.manifest.vocab) if tokenizer and text is not None and not chat else None
-    generation = start(session, ids[:-1] if begun else ids, options, tokenizer.decode if tokenizer else None, begun)
+    begun = (
+        tokenizer.heal(ids, shards.manifest.vocab)
+        if tokenizer and text is not None and not chat
+        else None
+    )
+    generation = start(
+        session, ids[:-1] if begun else ids, options, tokenizer.decode if tokenizer else None, begun
+    )
     try:
         for piece in generation:
             if not as_json:
                 _show(piece.text if tokenizer else f"{piece.id} ")
     except KeyboardInterrupt:
-        pass                                # a wish to end: what came so far is the result
+        pass  # a wish to end: what came so far is the result
     result = generation.result()
     if as_json:
-        typer.echo(json.dumps({"prompt_ids": result.prompt_ids, "ids": result.ids, "text": result.text,
-                               "finish_reason": result.finish_reason, "figures": figures_dict(result.figures)}))
+        typer.echo(
+            json.dumps(
+                {
+                    "prompt_ids": result.prompt_ids,
+                    "ids": result.ids,
+                    "text": result.text,
+                    "finish_reason": result.finish_reason,
+                    "figures": figures_dict(result.figures),
+                }
+            )
+        )
     else:
         typer.echo()
         typer.echo(f"{figures_line(result.figures)}; ended by: {result.finish_reason}", err=True)
 
 
-def _prompt_text(prompt: str | None, prompt_file: Path | None, prompt_ids: str | None) -> str | None:
+def _prompt_text(
+    prompt: str | None, prompt_file: Path | None, prompt_ids: str | None
+) -> str | None:
     """The prompt from the one place that was named, stdin when none was; None when it is ids."""
     if sum(source is not None for source in (prompt, prompt_file, prompt_ids)) > 1:
-        raise UserError("the prompt is given more than once", "", "use one of --prompt, --prompt-file, --prompt-ids")
+        raise UserError(
+            "the prompt is given more than once",
+            "",
+            "use one of --prompt, --prompt-file, --prompt-ids",
+        )
     if prompt_ids is not None:
         return None
     if prompt is not None:
         return prompt
     if prompt_file is None and sys.stdin.isatty():
-        raise UserError("there is no prompt", "", "give --prompt, --prompt-file or --prompt-ids, or pipe it in")
+        raise UserError(
+            "there is no prompt", "", "give --prompt, --prompt-file or --prompt-ids, or pipe it in"
+        )
     try:
-        return (sys.stdin.buffer.read() if prompt_file is None else prompt_file.read_bytes()).decode()
+        return (
+            sys.stdin.buffer.read() if prompt_file is None else prompt_file.read_bytes()
+        ).decode()
     except OSError as error:
         raise UserError(f"{prompt_file} cannot be read", str(error.strerror)) from None
     except UnicodeDecodeError as error:
@@ -93,7 +142,9 @@ def _parse_ids(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise UserError("--prompt-ids is not a list of ids", repr(text), "write it as 1,2,3") from None
+        raise UserError(
+            "--prompt-ids is not a list of ids", repr(text), "write it as 1,2,3"
+        ) from None
 
 
 def _show(text: str) -> None:

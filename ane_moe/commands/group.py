@@ -11,19 +11,38 @@ from ane_moe.errors import UserError
 
 
 def group(
-    trace: Annotated[Path, typer.Argument(help="A routing trace.", metavar="TRACE.npz", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Write the grouping here.", metavar="FILE.json", show_default=False)],
-    experts_per_function: Annotated[str, typer.Option(
-        help="Experts that share a function, or `auto`: as many as the target is expected to run fastest.",
-        metavar="G|auto")] = "auto",
-    target: Annotated[str, typer.Option(help="For auto: chip to predict for, m1 ... m5-max.")] = "m4-max",
-    form: Annotated[str, typer.Option(
-        "--format", help="For auto: weight format of the conversion, such as fp16, int8 or lut4.")] = "int8",
+    trace: Annotated[
+        Path, typer.Argument(help="A routing trace.", metavar="TRACE.npz", show_default=False)
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Write the grouping here.", metavar="FILE.json", show_default=False)
+    ],
+    experts_per_function: Annotated[
+        str,
+        typer.Option(
+            help=(
+                "Experts that share a function, or `auto`: as many as the target is expected to "
+                "run fastest."
+            ),
+            metavar="G|auto",
+        ),
+    ] = "auto",
+    target: Annotated[
+        str, typer.Option(help="For auto: chip to predict for, m1 ... m5-max.")
+    ] = "m4-max",
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="For auto: weight format of the conversion, such as fp16, int8 or lut4.",
+        ),
+    ] = "int8",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Group experts that tokens choose together, so that a token calls few functions.
 
-    The groups are found on two thirds of the trace's tokens; what they gain over index order is counted on the rest.
+    The groups are found on two thirds of the trace's tokens; what they gain over index order is
+    counted on the rest.
     """
     from rich.console import Console
 
@@ -47,4 +66,6 @@ def group(
         document = {"file": str(out)} | report.as_json() | {"choice": choice and choice.as_json()}
         typer.echo(json.dumps(document, indent=2))
     else:
-        Console().print(*([size_table(choice)] if choice else []), grouping_table(report), soft_wrap=True)
+        Console().print(
+            *([size_table(choice)] if choice else []), grouping_table(report), soft_wrap=True
+        )

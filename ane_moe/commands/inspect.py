@@ -16,16 +16,24 @@ if TYPE_CHECKING:
     from ane_moe.mlprogram.summary import FunctionSummary, PipelineSummary, Summary
     from ane_moe.placement.result import PlacementReport
 
-VENDOR = "com.github.apple."            # of the metadata that coremltools writes
+VENDOR = "com.github.apple."  # of the metadata that coremltools writes
 
 
 def inspect(
-    package: Annotated[Path, typer.Argument(
-        help="An .mlpackage or .mlmodelc folder.", metavar="PACKAGE")],
+    package: Annotated[
+        Path, typer.Argument(help="An .mlpackage or .mlmodelc folder.", metavar="PACKAGE")
+    ],
     ops: Annotated[bool, typer.Option("--ops", help="Print the program too.")] = False,
-    placement: Annotated[bool, typer.Option(
-        "--placement", help="Predict where each operation would run; exits with 1 when a rule is broken.")] = False,
-    target: Annotated[str, typer.Option(help="Chip to predict for: m1 ... m5-max, iphone-a17 ...")] = "m4-max",
+    placement: Annotated[
+        bool,
+        typer.Option(
+            "--placement",
+            help="Predict where each operation would run; exits with 1 when a rule is broken.",
+        ),
+    ] = False,
+    target: Annotated[
+        str, typer.Option(help="Chip to predict for: m1 ... m5-max, iphone-a17 ...")
+    ] = "m4-max",
     system: Annotated[int, typer.Option("--os", help="System to predict for: 15, 26 or 27.")] = 26,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -72,8 +80,9 @@ def inspect(
         raise typer.Exit(1)
 
 
-def _predicted(programs: "Sequence[Program]", name: str, target: str,
-               system: int) -> "PlacementReport":
+def _predicted(
+    programs: "Sequence[Program]", name: str, target: str, system: int
+) -> "PlacementReport":
     from ane_moe.placement.predicted import predict
     from ane_moe.placement.targets import find_target
 
@@ -82,12 +91,20 @@ def _predicted(programs: "Sequence[Program]", name: str, target: str,
 
 def _pipeline_parts(summary: "PipelineSummary") -> "list[RenderableType]":
     notes = ["" if stage.summary else ", not executed here" for stage in summary.stages]
-    kinds = [(f"stage {stage.index}", stage.kind + note)
-             for stage, note in zip(summary.stages, notes, strict=True)]
-    facts = [("package", str(summary.path)), ("pipeline of", f"{len(kinds)} models"), *kinds,
-             *((name.removeprefix(VENDOR), value) for name, value in summary.metadata.items())]
-    features = [*(("input", feature) for feature in summary.inputs),
-                *(("output", feature) for feature in summary.outputs)]
+    kinds = [
+        (f"stage {stage.index}", stage.kind + note)
+        for stage, note in zip(summary.stages, notes, strict=True)
+    ]
+    facts = [
+        ("package", str(summary.path)),
+        ("pipeline of", f"{len(kinds)} models"),
+        *kinds,
+        *((name.removeprefix(VENDOR), value) for name, value in summary.metadata.items()),
+    ]
+    features = [
+        *(("input", feature) for feature in summary.inputs),
+        *(("output", feature) for feature in summary.outputs),
+    ]
     parts = [_table("", ("", ""), facts), _feature_table("the pipeline", features)]
     for stage in summary.stages:
         if stage.summary:
@@ -102,19 +119,32 @@ def _parts(summary: "Summary") -> "list[RenderableType]":
         ("package", str(summary.path)),
         ("needs", f"{summary.system} (specification version {summary.specification_version})"),
         ("default function", summary.default_function),
-        ("weights", f"{summary.weight_bytes:,} bytes " + ("declared" if summary.absent else "stored")),
+        (
+            "weights",
+            f"{summary.weight_bytes:,} bytes " + ("declared" if summary.absent else "stored"),
+        ),
         *(("missing", problem) for problem in summary.absent),
         *((name.removeprefix(VENDOR), value) for name, value in summary.metadata.items()),
     ]
     formats = [
-        (total.format, f"{total.weights:,}", f"{total.elements:,}", f"{total.stored_bytes:,}",
-         f"{8 * total.stored_bytes / total.elements:.2f}" if total.elements else "")
+        (
+            total.format,
+            f"{total.weights:,}",
+            f"{total.elements:,}",
+            f"{total.stored_bytes:,}",
+            f"{8 * total.stored_bytes / total.elements:.2f}" if total.elements else "",
+        )
         for total in summary.formats
     ]
     return [
         _table("", ("", ""), [(name, printable(value)) for name, value in facts]),
         *(part for function in summary.functions for part in _function_parts(function)),
-        _table("weights by format", ("format", "weights", "elements", "stored bytes", "bits per element"), formats, 1),
+        _table(
+            "weights by format",
+            ("format", "weights", "elements", "stored bytes", "bits per element"),
+            formats,
+            1,
+        ),
     ]
 
 
@@ -163,7 +193,10 @@ def _range(lower: int, upper: int) -> str:
 
 
 def _table(
-    title: str, columns: tuple[str, ...], rows: "Sequence[tuple[str, ...]]", first_number: int | None = None
+    title: str,
+    columns: tuple[str, ...],
+    rows: "Sequence[tuple[str, ...]]",
+    first_number: int | None = None,
 ) -> "RenderableType":
     """A table of plain text; columns from `first_number` on are aligned right."""
     from rich.console import Group

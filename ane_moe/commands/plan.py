@@ -8,21 +8,33 @@ import typer
 
 def plan(
     checkpoint: Annotated[
-        str, typer.Argument(help="A model folder, a config.json, or a Hugging Face Hub id.", metavar="CHECKPOINT")
+        str,
+        typer.Argument(
+            help="A model folder, a config.json, or a Hugging Face Hub id.", metavar="CHECKPOINT"
+        ),
     ],
-    target: Annotated[str, typer.Option(help="The chip to predict for.", metavar="CHIP")] = "m4-max",
+    target: Annotated[
+        str, typer.Option(help="The chip to predict for.", metavar="CHIP")
+    ] = "m4-max",
     system: Annotated[
         int, typer.Option("--os", help="System to predict placement for: 15, 26 or 27.")
     ] = 26,
     compress: Annotated[
         str, typer.Option(help="Recipes or weight formats to compare.", metavar="LIST")
     ] = "fp16,int8,small,tiny",
-    context: Annotated[int | None, typer.Option(help="Tokens of the KV cache. [default: 2048, or the model's]")] = None,
-    prefill: Annotated[int, typer.Option(help="Tokens of a prefill call; 0: decode functions only.", min=0)] = 64,
-    max_shard_mb: Annotated[int, typer.Option(help="Split MoE layers into shards of at most this size.", min=1)] = 220,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of the KV cache. [default: 2048, or the model's]")
+    ] = None,
+    prefill: Annotated[
+        int, typer.Option(help="Tokens of a prefill call; 0: decode functions only.", min=0)
+    ] = 64,
+    max_shard_mb: Annotated[
+        int, typer.Option(help="Split MoE layers into shards of at most this size.", min=1)
+    ] = 220,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Predict size, calls, speed and placement of every way to convert a model, if convert takes it.
+    """Predict size, calls, speed and placement of every way to convert a model, if convert takes
+    it.
 
     Reads no weights.
     """
@@ -31,7 +43,12 @@ def plan(
 
     recipes = tuple(name.strip() for name in compress.split(",") if name.strip())
     found = outlook(
-        checkpoint, target=target, os=system, recipes=recipes, context=context, prefill=prefill,
+        checkpoint,
+        target=target,
+        os=system,
+        recipes=recipes,
+        context=context,
+        prefill=prefill,
         max_shard_mb=max_shard_mb,
     )
     typer.echo(json.dumps(found.as_json(), indent=2)) if as_json else print_outlook(found)

@@ -9,17 +9,30 @@ import typer
 
 def report(
     out: Annotated[Path, typer.Argument(help="Folder of a conversion.", show_default=False)],
-    html: Annotated[Path | None, typer.Option(help="The page to write. [default: OUT/report.html]")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Also write the content as Markdown.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="The page to write. [default: OUT/report.html]")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Also write the content as Markdown.")
+    ] = None,
     bench: Annotated[Path | None, typer.Option(help="Figures saved by `bench --save`.")] = None,
-    trace: Annotated[Path | None, typer.Option(help="A routing trace, in place of the golden's few tokens.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="A routing trace, in place of the golden's few tokens.")
+    ] = None,
     verify: Annotated[bool, typer.Option(help="Verify first, where there is a golden.")] = True,
-    target: Annotated[str, typer.Option(help="Chip to predict placement and speed for.")] = "m4-max",
-    system: Annotated[int, typer.Option("--os", help="System to predict placement for: 15, 26 or 27.")] = 26,
+    target: Annotated[
+        str, typer.Option(help="Chip to predict placement and speed for.")
+    ] = "m4-max",
+    system: Annotated[
+        int, typer.Option("--os", help="System to predict placement for: 15, 26 or 27.")
+    ] = 26,
     runtime: Annotated[str, typer.Option(help="reference, coreml or auto.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print paths and verdict as one JSON document.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print paths and verdict as one JSON document.")
+    ] = False,
 ) -> None:
-    """Write an HTML page: verdict, parity, placement, routing, speed, weights, conditions. No network, no scripts.
+    """Write an HTML page: verdict, parity, placement, routing, speed, weights, conditions. No
+    network, no scripts.
 
     Prints what verifying found. Exits with 1 when a gate failed; the page is written all the same.
     """
@@ -40,8 +53,12 @@ def report(
         if verify and read_manifest(out).golden is not None:
             result = run(out, runtime=runtime, progress=progress)
         sound = result is None or not result.integrity
-        placement = check_placement(out, chip, runtime=runtime, progress=progress) if sound else None
-        data = gather(out, verify=result, placement=placement, bench=bench, trace=trace, target=target)
+        placement = (
+            check_placement(out, chip, runtime=runtime, progress=progress) if sound else None
+        )
+        data = gather(
+            out, verify=result, placement=placement, bench=bench, trace=trace, target=target
+        )
     from ane_moe.report.html import render_html
     from ane_moe.report.markdown import render_markdown
 

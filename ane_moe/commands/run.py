@@ -14,19 +14,39 @@ if TYPE_CHECKING:
 
 
 def run(
-    package: Annotated[Path, typer.Argument(
-        help="An .mlpackage or .mlmodelc folder.", metavar="PACKAGE")],
-    given: Annotated[list[str] | None, typer.Option(
-        "--input", help="An input: its name and a .npy file. Repeatable.", metavar="NAME=FILE")] = None,
-    function: Annotated[str | None, typer.Option(help="The function to run.", show_default="the default one")] = None,
-    output: Annotated[Path | None, typer.Option(
-        help="Folder for the outputs, one .npy each; labels in labels.json.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Draw the inputs that are not given from this seed.")] = None,
+    package: Annotated[
+        Path, typer.Argument(help="An .mlpackage or .mlmodelc folder.", metavar="PACKAGE")
+    ],
+    given: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input", help="An input: its name and a .npy file. Repeatable.", metavar="NAME=FILE"
+        ),
+    ] = None,
+    function: Annotated[
+        str | None, typer.Option(help="The function to run.", show_default="the default one")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the outputs, one .npy each; labels in labels.json."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Draw the inputs that are not given from this seed.")
+    ] = None,
     runtime: Annotated[str, typer.Option(help="reference, coreml or auto.")] = "auto",
-    precision: Annotated[str, typer.Option(
-        help="Of the reference runtime: fp32 rounds once per op, fp16 inside reductions too.")] = "fp32",
-    trace: Annotated[bool, typer.Option(
-        "--trace", help="Keep every intermediate (trace.npz in --output) and report its numbers.")] = False,
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="Of the reference runtime: fp32 rounds once per op, fp16 inside reductions too."
+        ),
+    ] = "fp32",
+    trace: Annotated[
+        bool,
+        typer.Option(
+            "--trace",
+            help="Keep every intermediate (trace.npz in --output) and report its numbers.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Run one function once, its state fresh, and show or save what it gives."""
@@ -53,7 +73,9 @@ def run(
     loaded: Any = load_package(package, function, chosen, **options)
     inputs = read_inputs(given or [])
     if seed is not None:
-        inputs = random_inputs([one for one in loaded.inputs if one.name not in inputs], seed) | inputs
+        inputs = (
+            random_inputs([one for one in loaded.inputs if one.name not in inputs], seed) | inputs
+        )
     state = loaded.make_state() if loaded.states else None
     traced: tuple[Traced, ...] = ()
     if trace:
@@ -87,8 +109,15 @@ def _document(results: "dict[str, np.ndarray]", traced: "tuple[Traced, ...]") ->
     from ane_moe.runtime.reference.tracing import describe
 
     def row(value: "Traced") -> dict[str, Any]:
-        return {"op": value.op, "name": value.name, "dtype": str(value.value.dtype),
-                "shape": list(value.value.shape), "largest": value.largest, "nan": value.nan, "inf": value.inf}
+        return {
+            "op": value.op,
+            "name": value.name,
+            "dtype": str(value.value.dtype),
+            "shape": list(value.value.shape),
+            "largest": value.largest,
+            "nan": value.nan,
+            "inf": value.inf,
+        }
 
     outputs = [row(describe("output", name, value)) for name, value in results.items()]
     return {"outputs": outputs} | ({"trace": [row(value) for value in traced]} if traced else {})
@@ -112,7 +141,17 @@ def _trace_table(values: "tuple[Traced, ...]") -> "Table":
     for column in ("largest", "NaN", "Inf"):
         table.add_column(column, justify="right")
     for value in values:
-        cells = (value.op, value.name, str(value.value.dtype), " x ".join(map(str, value.value.shape)) or "scalar",
-                 f"{value.largest:.4g}", str(value.nan or ""), str(value.inf or ""))
-        table.add_row(*(Text(printable(cell)) for cell in cells), style="bold red" if value.nan or value.inf else None)
+        cells = (
+            value.op,
+            value.name,
+            str(value.value.dtype),
+            " x ".join(map(str, value.value.shape)) or "scalar",
+            f"{value.largest:.4g}",
+            str(value.nan or ""),
+            str(value.inf or ""),
+        )
+        table.add_row(
+            *(Text(printable(cell)) for cell in cells),
+            style="bold red" if value.nan or value.inf else None,
+        )
     return table

@@ -8,23 +8,43 @@ import typer
 
 
 def trace(
-    source: Annotated[Path, typer.Argument(
-        help="A conversion, a Hugging Face model folder, or `demo`.", metavar="OUT|CHECKPOINT", show_default=False)],
-    text: Annotated[Path, typer.Option(
-        help="Text to run: UTF-8, parted by lines of ---, or .json texts or ids.", metavar="FILE",
-        show_default=False)],
-    out: Annotated[Path, typer.Option(help="Write the trace here.", metavar="FILE.npz", show_default=False)],
-    window: Annotated[int | None, typer.Option(
-        help="Tokens of a passage; each begins with an empty context.", show_default="512 or the context",
-        min=1)] = None,
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A conversion, a Hugging Face model folder, or `demo`.",
+            metavar="OUT|CHECKPOINT",
+            show_default=False,
+        ),
+    ],
+    text: Annotated[
+        Path,
+        typer.Option(
+            help="Text to run: UTF-8, parted by lines of ---, or .json texts or ids.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Write the trace here.", metavar="FILE.npz", show_default=False)
+    ],
+    window: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of a passage; each begins with an empty context.",
+            show_default="512 or the context",
+            min=1,
+        ),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens in all.", min=1)] = 8192,
-    runtime: Annotated[str, typer.Option(help="For a conversion: reference, coreml or auto.")] = "auto",
+    runtime: Annotated[
+        str, typer.Option(help="For a conversion: reference, coreml or auto.")
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Record the experts and weights every token chooses, layer by layer.
 
-    A conversion runs its shards, a checkpoint Hugging Face's own model in fp32. The file is an .npz with a documented
-    schema (docs/routing.md); `ane-moe group` reads it.
+    A conversion runs its shards, a checkpoint Hugging Face's own model in fp32. The file is an .npz
+    with a documented schema (docs/routing.md); `ane-moe group` reads it.
     """
     from rich.console import Console
 
@@ -37,7 +57,9 @@ def trace(
 
     folder = demo_checkpoint() if str(source) == "demo" else source
     with step_bar() as progress:
-        found = record(folder, text, window=window, max_tokens=max_tokens, runtime=runtime, progress=progress)
+        found = record(
+            folder, text, window=window, max_tokens=max_tokens, runtime=runtime, progress=progress
+        )
         write_trace(found, out)
         progress("playing caches through", 0, 1)
         summary = summarise(found)

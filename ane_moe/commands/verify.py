@@ -9,29 +9,70 @@ import typer
 
 def verify(
     out: Annotated[Path, typer.Argument(help="Folder of a conversion.", show_default=False)],
-    checkpoint: Annotated[Path | None, typer.Option(
-        help="Capture the golden from this checkpoint now, instead of reading the one in OUT.")] = None,
-    prompts: Annotated[Path | None, typer.Option(
-        help="Prompts for --checkpoint: text parted by lines of ---, or a .json list of texts or token ids.")] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Capture the golden from this checkpoint now, instead of reading the one in OUT."
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help=(
+                "Prompts for --checkpoint: text parted by lines of ---, or a .json list of texts "
+                "or token ids."
+            )
+        ),
+    ] = None,
     runtime: Annotated[str, typer.Option(help="reference, coreml or auto.")] = "auto",
-    min_cosine: Annotated[float | None, typer.Option(
-        min=0, max=1, help="Cosine every function must reach.",
-        show_default="0.999 for fp16 weights, 0.97 compressed")] = None,
-    min_logit_cosine: Annotated[float | None, typer.Option(
-        help="Mean cosine the whole model's logits must reach.",
-        show_default="0.99 for fp16 weights, 0.9 compressed")] = None,
-    decode_tokens: Annotated[int, typer.Option(
-        min=0, help="Tokens for one-token calls where prefill covers all of them; 0 for no limit.")] = 32,
-    compute_plan: Annotated[bool, typer.Option(
-        "--compute-plan", help="Also: the engine each operation runs on. Measured on macOS, else predicted.")] = False,
-    target: Annotated[str, typer.Option(
-        help="Chip to predict placement for: m1 ... m5-max, iphone-a17 ...")] = "m4-max",
-    system: Annotated[int, typer.Option("--os", help="System to predict placement for: 15, 26 or 27.")] = 26,
-    allow: Annotated[list[str] | None, typer.Option(
-        help="An operation type that may be off the engine; repeat for more.", metavar="OP")] = None,
-    require_measured: Annotated[bool, typer.Option(
-        "--require-measured", help="Fail when placement can only be predicted.")] = False,
-    html: Annotated[Path | None, typer.Option(help="Also write the results as a page (see `report`).")] = None,
+    min_cosine: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Cosine every function must reach.",
+            show_default="0.999 for fp16 weights, 0.97 compressed",
+        ),
+    ] = None,
+    min_logit_cosine: Annotated[
+        float | None,
+        typer.Option(
+            help="Mean cosine the whole model's logits must reach.",
+            show_default="0.99 for fp16 weights, 0.9 compressed",
+        ),
+    ] = None,
+    decode_tokens: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Tokens for one-token calls where prefill covers all of them; 0 for no limit.",
+        ),
+    ] = 32,
+    compute_plan: Annotated[
+        bool,
+        typer.Option(
+            "--compute-plan",
+            help="Also: the engine each operation runs on. Measured on macOS, else predicted.",
+        ),
+    ] = False,
+    target: Annotated[
+        str, typer.Option(help="Chip to predict placement for: m1 ... m5-max, iphone-a17 ...")
+    ] = "m4-max",
+    system: Annotated[
+        int, typer.Option("--os", help="System to predict placement for: 15, 26 or 27.")
+    ] = 26,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An operation type that may be off the engine; repeat for more.", metavar="OP"
+        ),
+    ] = None,
+    require_measured: Annotated[
+        bool, typer.Option("--require-measured", help="Fail when placement can only be predicted.")
+    ] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Also write the results as a page (see `report`).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Check the shards in OUT against the original model.
@@ -56,11 +97,25 @@ def verify(
     report = placement = None
     with step_bar() as progress:
         if not placement_only:
-            report = run(out, checkpoint=checkpoint, prompts=prompts, runtime=runtime, min_cosine=min_cosine,
-                         min_logit_cosine=min_logit_cosine, decode_tokens=decode_tokens or None, progress=progress)
+            report = run(
+                out,
+                checkpoint=checkpoint,
+                prompts=prompts,
+                runtime=runtime,
+                min_cosine=min_cosine,
+                min_logit_cosine=min_logit_cosine,
+                decode_tokens=decode_tokens or None,
+                progress=progress,
+            )
         if compute_plan and not (report and report.integrity):
-            placement = check_placement(out, chip, runtime=runtime, allow=tuple(allow or ()),
-                                        require_measured=require_measured, progress=progress)
+            placement = check_placement(
+                out,
+                chip,
+                runtime=runtime,
+                allow=tuple(allow or ()),
+                require_measured=require_measured,
+                progress=progress,
+            )
     if placement_only:
         typer.echo("no golden in OUT and no --checkpoint: only placement is checked", err=True)
     passed = all(part.passed for part in (report, placement) if part is not None)
@@ -69,13 +124,18 @@ def verify(
         document |= {"placement": placement.as_json()} if placement else {}
         typer.echo(json.dumps(document | {"passed": passed}, indent=2))
     else:
-        parts = [verify_report(report) if report else None, placement_report(placement) if placement else None]
+        parts = [
+            verify_report(report) if report else None,
+            placement_report(placement) if placement else None,
+        ]
         Console().print(*filter(None, parts), sep="\n", soft_wrap=True)  # a path stays on one line
     if html:
         from ane_moe.files import write_named_by_user
         from ane_moe.report.html import render_html
         from ane_moe.report.report_data import gather
 
-        write_named_by_user(html, render_html(gather(out, verify=report, placement=placement, target=target)))
+        write_named_by_user(
+            html, render_html(gather(out, verify=report, placement=placement, target=target))
+        )
     if not passed:
         raise typer.Exit(1)

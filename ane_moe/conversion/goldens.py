@@ -39,7 +39,7 @@ def finished(out: Path) -> Manifest | None:
     """The manifest of an earlier run that was finished in `out`."""
     try:
         return read_manifest(out) if (out / FILE_NAME).is_file() else None
-    except UserError:           # of another version, or damaged: whoever claims `out` says so
+    except UserError:  # of another version, or damaged: whoever claims `out` says so
         return None
 
 

@@ -9,7 +9,8 @@ from ane_moe.opened import Model, open_model
 
 @dataclass(frozen=True)
 class Job(Model):
-    """A model on its way into the folder `out`, by a plan. `calibration` is a file, where there is one."""
+    """A model on its way into the folder `out`, by a plan. `calibration` is a file, where there is
+    one."""
 
     plan: ConversionPlan
     out: Path

@@ -1,4 +1,5 @@
-"""The folder a conversion writes: taken for one conversion at a time, and swept of what an earlier one left."""
+"""The folder a conversion writes: taken for one conversion at a time, and swept of what an earlier
+one left."""
 
 import json
 import shutil
@@ -17,7 +18,8 @@ MARKER = ".converting.json"  # present while a conversion is unfinished: which o
 
 
 def claim(job: Job, overwrite: bool) -> None:
-    """Take the output folder: a new or empty one, or one that an earlier run of the same conversion began."""
+    """Take the output folder: a new or empty one, or one that an earlier run of the same conversion
+    began."""
     what, out = identity(job), job.out
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is not a folder", do="name another output folder")
@@ -25,9 +27,14 @@ def claim(job: Job, overwrite: bool) -> None:
     if out.is_dir() and any(out.iterdir()):
         found = _identity_on_disk(out)
         if found is None and not marker.exists():
-            raise UserError(f"{out} holds something else", f"no {FILE_NAME} in it", "name another output folder")
+            raise UserError(
+                f"{out} holds something else", f"no {FILE_NAME} in it", "name another output folder"
+            )
         if found != what and not overwrite:
-            raise UserError(f"{out} holds another conversion", do="name another folder, or replace it with --overwrite")
+            raise UserError(
+                f"{out} holds another conversion",
+                do="name another folder, or replace it with --overwrite",
+            )
         sweep(out)
     out.mkdir(parents=True, exist_ok=True)
     write_text(marker, json.dumps(what, sort_keys=True) + "\n")
@@ -44,8 +51,8 @@ def identity(job: Job) -> dict[str, str]:
 
 
 def _identity_on_disk(out: Path) -> dict[str, str] | None:
-    """What the folder holds, or would hold when finished; None when it is no conversion. One of another version, or one
-    that is damaged, is another conversion."""
+    """What the folder holds, or would hold when finished; None when it is no conversion. One of
+    another version, or one that is damaged, is another conversion."""
     unfinished, finished = out / MARKER, out / FILE_NAME
     try:
         if unfinished.exists():
@@ -59,7 +66,10 @@ def require_disk(out: Path, conversion: ConversionPlan) -> None:
     present = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     needed, free = conversion.disk_bytes - present, shutil.disk_usage(out).free
     if needed > free:
-        raise UserError(f"the disk is too full for {out}", f"{free / MB:.0f} MB free, {needed / MB:.0f} MB needed")
+        raise UserError(
+            f"the disk is too full for {out}",
+            f"{free / MB:.0f} MB free, {needed / MB:.0f} MB needed",
+        )
 
 
 def remove_strangers(out: Path, manifest: Manifest) -> None:

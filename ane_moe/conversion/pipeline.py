@@ -54,7 +54,8 @@ BUILTIN_TEXT = "builtin"
 
 @dataclass(frozen=True)
 class Progress:
-    """One step done. Bytes are of finished files; `peak_memory_bytes` is of this process and its workers, summed."""
+    """One step done. Bytes are of finished files; `peak_memory_bytes` is of this process and its
+    workers, summed."""
 
     label: str
     written_bytes: int
@@ -78,7 +79,8 @@ class ConvertReport:
 
 
 def plan(checkpoint: Path, options: ConvertOptions) -> ConversionPlan:
-    """Check the checkpoint and say what `convert` would write, without reading weights. Raises UserError."""
+    """Check the checkpoint and say what `convert` would write, without reading weights. Raises
+    UserError."""
     model = open_model(checkpoint, options.ignore_tensors)
     planned = plan_of(model, options)
     read_tokenizer(model.checkpoint.folder)
@@ -96,7 +98,8 @@ def convert(
     overwrite: bool = False,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> ConvertReport:
-    """Convert `checkpoint` into the shard folder `out`; an interrupted conversion goes on where it stopped.
+    """Convert `checkpoint` into the shard folder `out`; an interrupted conversion goes on where it
+    stopped.
 
     `golden` also captures golden.safetensors from Hugging Face's own model, on the `prompts` of a
     file or the built-in set, unless an earlier run did so of the same weights and prompts and there
@@ -166,13 +169,17 @@ class _Meter:
 
 def _require_text(options: ConvertOptions) -> None:
     if options.calibrate not in (None, BUILTIN_TEXT) and not Path(str(options.calibrate)).is_file():
-        raise UserError(f"{options.calibrate} is not a file", do=f"give a text to calibrate with, or `{BUILTIN_TEXT}`")
+        raise UserError(
+            f"{options.calibrate} is not a file",
+            do=f"give a text to calibrate with, or `{BUILTIN_TEXT}`",
+        )
     if options.budget_mb is not None and options.min_cosine is not None:
         raise UserError("--budget-mb and --min-cosine exclude each other", do="give one of them")
 
 
 def _calibrated(job: Job, workers: int, meter: _Meter) -> Job:
-    """The job with its calibration, and with the formats that a budget or a least cosine chooses, where asked for."""
+    """The job with its calibration, and with the formats that a budget or a least cosine chooses,
+    where asked for."""
     job = replace(job, calibration=_calibration(job, meter))
     if job.plan.options.budget_mb is None and job.plan.options.min_cosine is None:
         return job
@@ -182,9 +189,9 @@ def _calibrated(job: Job, workers: int, meter: _Meter) -> Job:
 
 def _stamp(job: Job, workers: int, meter: _Meter) -> tuple[list[Done], Done]:
     """Every shard, written or found finished, and the embedding table."""
-    with ThreadPoolExecutor(workers) as threads:        # hashing frees the interpreter's lock
+    with ThreadPoolExecutor(workers) as threads:  # hashing frees the interpreter's lock
         done = _finished(threads, job, meter)
-    idle = len(done) == len(job.plan.shards)            # processes take seconds to import
+    idle = len(done) == len(job.plan.shards)  # processes take seconds to import
     with open_pool(1 if idle else workers, stamping.__name__) as pool:
         embedding = _start_embedding(pool, job)
         done += _stamp_rest(pool, job, {shard.path for shard in done}, meter)
@@ -202,6 +209,7 @@ def _calibration(job: Job, meter: _Meter) -> Path | None:
 
     text = None if asked == BUILTIN_TEXT else Path(asked)
     if not path.is_file() or not is_calibration_of(path, calibration_digest(job.checkpoint, text)):
+
         def progress(what: str, done: int, total: int) -> None:
             meter.add(f"calibration: {what} {done}/{total}", 0, os.getpid(), 0)
 
@@ -213,8 +221,10 @@ def _with_formats(pool: Pool, job: Job, meter: _Meter) -> Job:
     """The job with a format for each matrix, within the budget or the least cosine asked for."""
     plan, options, measured = job.plan, job.plan.options, []
     assert job.calibration is not None
-    calls = [(job.checkpoint.holding({source.key for source in matrices}), job.calibration, matrices)
-             for matrices in plan.matrices.values()]
+    calls = [
+        (job.checkpoint.holding({source.key for source in matrices}), job.calibration, matrices)
+        for matrices in plan.matrices.values()
+    ]
     for sensitivities in run(pool, measure_sensitivity, calls):
         measured += sensitivities
         meter.add(f"sensitivity: {len(measured)} matrices", 0, os.getpid(), 0)
@@ -248,12 +258,15 @@ def _start_embedding(pool: Pool, job: Job) -> Future[Done]:
 
 def _finished(pool: Pool, job: Job, meter: _Meter) -> list[Done]:
     """The shards an earlier run left complete, and of exactly these weights, options and tools."""
-    present = [(shard_job(job, shard),) for shard in job.plan.shards if (job.out / shard.path).exists()]
+    present = [
+        (shard_job(job, shard),) for shard in job.plan.shards if (job.out / shard.path).exists()
+    ]
     return [meter.shard(done) for done in run(pool, reuse_shard, present) if done is not None]
 
 
 def _stamp_rest(pool: Pool, job: Job, finished: set[str], meter: _Meter) -> list[Done]:
-    """Trace one template per distinct block among the unfinished shards; write each shard as soon as it has its own."""
+    """Trace one template per distinct block among the unfinished shards; write each shard as soon
+    as it has its own."""
     rest = [shard for shard in job.plan.shards if shard.path not in finished]
     keys = dict.fromkeys(key for shard in rest for key in shard.graphs.values())
     templates: dict[TemplateKey, Template] = {}
@@ -280,7 +293,9 @@ def _prompt_ids(job: Job, prompts: Path | None) -> list[list[int]]:
     return ids
 
 
-def _manifest(job: Job, done: list[Done], files: dict[str, str], tokenizer: TokenizerFiles) -> Manifest:
+def _manifest(
+    job: Job, done: list[Done], files: dict[str, str], tokenizer: TokenizerFiles
+) -> Manifest:
     """The manifest but for what lies beside the shards."""
     spec, plan, options = job.spec, job.plan, job.plan.options
     keys = {shard.path: shard.content_key for shard in done}
@@ -321,16 +336,21 @@ def _manifest(job: Job, done: list[Done], files: dict[str, str], tokenizer: Toke
 def _complete(manifest: Manifest, job: Job) -> Manifest:
     """Add the goldens that are there, and the hashes of what lies beside the shards."""
     out = job.out
-    golden, as_stored = (name if (out / name).exists() else None for name in (GOLDEN, GOLDEN_AS_STORED))
+    golden, as_stored = (
+        name if (out / name).exists() else None for name in (GOLDEN, GOLDEN_AS_STORED)
+    )
     named = (golden, as_stored, CALIBRATION, manifest.tokenizer_record)
     beside = [name for name in named if name and (out / name).exists()]
     loose = (*manifest.tokenizer, *job.plan.routers.values(), *beside)
     files = manifest.files | {name: sha256(out / name) for name in loose}
-    return replace(manifest, golden=golden, golden_as_stored=as_stored, files=dict(sorted(files.items())))
+    return replace(
+        manifest, golden=golden, golden_as_stored=as_stored, files=dict(sorted(files.items()))
+    )
 
 
 def _compression(plan: ConversionPlan) -> dict[str, dict[str, Any]]:
-    """Formats, weights, bytes and bits by role, for what is not fp16; directions kept apart count as bytes."""
+    """Formats, weights, bytes and bits by role, for what is not fp16; directions kept apart count
+    as bytes."""
     roles: dict[str, dict[str, Any]] = {}
     for shard in plan.shards:
         for name, source in shard.sources.items():

@@ -1,4 +1,5 @@
-"""What a conversion will write: one ShardPlan per package, decided from the ModelSpec and the options alone."""
+"""What a conversion will write: one ShardPlan per package, decided from the ModelSpec and the
+options alone."""
 
 import math
 from collections import Counter
@@ -26,11 +27,11 @@ from ane_moe.parts.stack import StackConfig, can_share
 from ane_moe.parts.template_key import TemplateKey, function_name, weight_name
 
 MB = 1_000_000
-CACHE_STEP = 32                 # a state's last axis must be a multiple of it (coremltools issue 2631)
-MAX_WEIGHT_BYTES = 1 << 31      # Core ML refuses larger weight files (coremltools PR 2593)
-BLOB_OVERHEAD = 128             # bytes a stored array takes in the file beside its own: metadata and alignment
-MAX_PARTS = 3                   # arrays of an encoded weight: indices or data, palettes or mask, scales
-MAX_HEAD_ROWS = 16_384          # widest axis of the M1 to M3 engines (ane-guide, appendix A)
+CACHE_STEP = 32  # a state's last axis must be a multiple of it (coremltools issue 2631)
+MAX_WEIGHT_BYTES = 1 << 31  # Core ML refuses larger weight files (coremltools PR 2593)
+BLOB_OVERHEAD = 128  # bytes a stored array takes in the file beside its own: metadata and alignment
+MAX_PARTS = 3  # arrays of an encoded weight: indices or data, palettes or mask, scales
+MAX_HEAD_ROWS = 16_384  # widest axis of the M1 to M3 engines (ane-guide, appendix A)
 MIN_HEAD_PARTS = 2
 DEFAULT_CONTEXT = 2048
 ROUTERS = "router"
@@ -39,14 +40,16 @@ MAX_EXPERT_TOKENS = 1 << 14
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """How to convert. `context` None: 2048 or the model's own if that is less. `prefill` 0: no prefill functions.
-    `layers` None: all. `max_shard_mb` limits MoE shards; it is in MB of 10^6 bytes. For sparse routing there is a
-    function for each group of `experts_per_function` experts and each token count in `expert_tokens`. Up to
-    `layers_per_shard` whole layers share a shard where they fit into one of `max_shard_mb`. `recipe` says how the
-    matrices are stored; `calibrate` is a text file or "builtin", whose passage through the model says which of their
-    inputs matter; `budget_mb` (of 10^6 bytes, for all of OUT's weights) or `min_cosine` let it choose formats.
-    `groups` gives the experts of each function by layer, where they are not neighbours.
-    `ignore_tensors` are patterns (as in a shell) of stored tensors that may be left out."""
+    """How to convert. `context` None: 2048 or the model's own if that is less. `prefill` 0: no
+    prefill functions. `layers` None: all. `max_shard_mb` limits MoE shards; it is in MB of 10^6
+    bytes. For sparse routing there is a function for each group of `experts_per_function` experts
+    and each token count in `expert_tokens`. Up to `layers_per_shard` whole layers share a shard
+    where they fit into one of `max_shard_mb`. `recipe` says how the matrices are stored;
+    `calibrate` is a text file or "builtin", whose passage through the model says which of their
+    inputs matter; `budget_mb` (of 10^6 bytes, for all of OUT's weights) or `min_cosine` let it
+    choose formats. `groups` gives the experts of each function by layer, where they are not
+    neighbours. `ignore_tensors` are patterns (as in a shell) of stored tensors that may be left
+    out."""
 
     routing: Literal["masked", "soft", "sparse"] = "masked"
     state: Literal["mlstate", "explicit"] = "mlstate"
@@ -90,7 +93,8 @@ class OneHot:
 
 @dataclass(frozen=True)
 class Recovery:
-    """One of the two thin matrices kept apart from `source`: its `rank` strongest directions, on the way in or out."""
+    """One of the two thin matrices kept apart from `source`: its `rank` strongest directions, on
+    the way in or out."""
 
     source: TensorSource
     rank: int
@@ -107,9 +111,10 @@ Source = TensorSource | OneHot | Recovery
 
 @dataclass(frozen=True, kw_only=True)
 class ShardPlan(Shard):
-    """A package as the manifest will name it, and how to make it: its graphs by prefix (see `package.stamp`), where
-    each of its weights comes from and what it takes in the weight file (`payloads`, bytes without metadata), and why it
-    was cut as it is. `choices` are of the weights that are not stored as plain fp16."""
+    """A package as the manifest will name it, and how to make it: its graphs by prefix (see
+    `package.stamp`), where each of its weights comes from and what it takes in the weight file
+    (`payloads`, bytes without metadata), and why it was cut as it is. `choices` are of the weights
+    that are not stored as plain fp16."""
 
     graphs: Mapping[str, TemplateKey]
     sources: Mapping[str, Source]
@@ -189,8 +194,8 @@ class ConversionPlan:
 
     @property
     def routers(self) -> dict[int, str]:
-        """Paths of the router tables that guesses of the host read, by layer: where a matrix alone says which experts
-        score highest."""
+        """Paths of the router tables that guesses of the host read, by layer: where a matrix alone
+        says which experts score highest."""
         if self.options.routing != "sparse":
             return {}
         ffns = {n: self.spec.layers[n].ffn for n in self.layers}
@@ -199,21 +204,28 @@ class ConversionPlan:
 
 
 def sources_of(spec: ModelSpec) -> dict[WeightName, TensorSource]:
-    """Sources for the plan of a model whose weights are not at hand: names and shapes, of nowhere."""
-    return {name: TensorSource(name, str(name), row.shape, weight=row) for name, row in spec.weights()}
+    """Sources for the plan of a model whose weights are not at hand: names and shapes, of
+    nowhere."""
+    return {
+        name: TensorSource(name, str(name), row.shape, weight=row) for name, row in spec.weights()
+    }
 
 
-def make_plan(spec: ModelSpec, sources: Mapping[WeightName, TensorSource], options: ConvertOptions) -> ConversionPlan:
+def make_plan(
+    spec: ModelSpec, sources: Mapping[WeightName, TensorSource], options: ConvertOptions
+) -> ConversionPlan:
     """Cut the model into shards.
 
-    Raises UserError for a context or a layer the model does not have, for senseless expert functions, and for a shard
-    that cannot be cut below 2 GiB.
+    Raises UserError for a context or a layer the model does not have, for senseless expert
+    functions, and for a shard that cannot be cut below 2 GiB.
     """
     _require_expert_functions(options)
     context = _context(spec, options)
     layers = tuple(range(len(spec.layers))) if options.layers is None else options.layers
     if outside := [n for n in layers if not 0 <= n < len(spec.layers)]:
-        raise UserError(f"the model has no layer {outside[0]}", do=f"its layers are 0-{len(spec.layers) - 1}")
+        raise UserError(
+            f"the model has no layer {outside[0]}", do=f"its layers are 0-{len(spec.layers) - 1}"
+        )
     width = math.ceil(context / CACHE_STEP) * CACHE_STEP
     planner = _Planner(spec, sources, options, width)
     shards = [shard for group in planner.groups(layers) for shard in planner.layers(group)]
@@ -221,27 +233,42 @@ def make_plan(spec: ModelSpec, sources: Mapping[WeightName, TensorSource], optio
         shards += planner.head()
     for shard in shards:
         if shard.file_bytes > MAX_WEIGHT_BYTES:
-            raise UserError(f"{shard.path} would hold {shard.weight_bytes / MB:.0f} MB",
-                            "Core ML's limit is 2 GiB a package")
+            raise UserError(
+                f"{shard.path} would hold {shard.weight_bytes / MB:.0f} MB",
+                "Core ML's limit is 2 GiB a package",
+            )
     return ConversionPlan(spec, options, context, width, layers, tuple(shards))
 
 
 def _context(spec: ModelSpec, options: ConvertOptions) -> int:
     context = min(DEFAULT_CONTEXT, spec.context) if options.context is None else options.context
     if not 1 <= context <= spec.context:
-        raise UserError(f"a context of {context} tokens is not possible", f"the model's own is {spec.context}")
+        raise UserError(
+            f"a context of {context} tokens is not possible", f"the model's own is {spec.context}"
+        )
     return context
 
 
 def _require_expert_functions(options: ConvertOptions) -> None:
     tokens = options.expert_tokens
-    if list(tokens) != sorted(set(tokens)) or not tokens or not 1 <= tokens[0] <= tokens[-1] <= MAX_EXPERT_TOKENS:
-        raise UserError("the token counts of expert functions are not possible", ",".join(map(str, tokens)) or "none",
-                        f"give rising numbers from 1 to {MAX_EXPERT_TOKENS}")
+    if (
+        list(tokens) != sorted(set(tokens))
+        or not tokens
+        or not 1 <= tokens[0] <= tokens[-1] <= MAX_EXPERT_TOKENS
+    ):
+        raise UserError(
+            "the token counts of expert functions are not possible",
+            ",".join(map(str, tokens)) or "none",
+            f"give rising numbers from 1 to {MAX_EXPERT_TOKENS}",
+        )
     if options.experts_per_function < 1:
         raise UserError("an expert function needs an expert", str(options.experts_per_function))
     if options.groups and options.routing != "sparse":
-        raise UserError("a grouping is of expert functions", f"{options.routing} routing", "give --routing sparse")
+        raise UserError(
+            "a grouping is of expert functions",
+            f"{options.routing} routing",
+            "give --routing sparse",
+        )
     if options.layers_per_shard < 1:
         raise UserError("a shard needs a layer", str(options.layers_per_shard))
 
@@ -266,7 +293,8 @@ class _Planner:
     slots: int
 
     def groups(self, layers: Sequence[int]) -> list[tuple[int, ...]]:
-        """Layers that share a shard: neighbours with one window and one RoPE, as many as asked for and as fit."""
+        """Layers that share a shard: neighbours with one window and one RoPE, as many as asked for
+        and as fit."""
         groups: list[tuple[int, ...]] = []
         for layer in layers:
             longer = (*groups[-1], layer) if groups else (layer,)
@@ -278,11 +306,18 @@ class _Planner:
 
     def layers(self, group: tuple[int, ...]) -> list[ShardPlan]:
         """The shards of one layer, or the one of several."""
-        return [self.stack(group)] if len(group) > 1 else [self.attention(group[0]), *self.ffn(group[0])]
+        return (
+            [self.stack(group)]
+            if len(group) > 1
+            else [self.attention(group[0]), *self.ffn(group[0])]
+        )
 
     def stack(self, group: Sequence[int]) -> ShardPlan:
         config = self._stack(group)
-        reason = f"{len(group)} layers, limits {self.options.layers_per_shard} and {self.options.max_shard_mb} MB"
+        reason = (
+            f"{len(group)} layers, limits {self.options.layers_per_shard} and "
+            f"{self.options.max_shard_mb} MB"
+        )
         path = f"stack/layer_{group[0]:02d}_to_{group[-1]:02d}.mlpackage"
         ffns = (self.spec.layers[n].ffn for n in group)
         experts = max(ffn.router.experts if isinstance(ffn, MoeSpec) else 0 for ffn in ffns)
@@ -293,7 +328,9 @@ class _Planner:
         layers = [self.spec.layers[n] for n in group]
         if len(group) > self.options.layers_per_shard or group[-1] != group[-2] + 1:
             return False
-        if self.options.routing == "sparse" and any(isinstance(layer.ffn, MoeSpec) for layer in layers):
+        if self.options.routing == "sparse" and any(
+            isinstance(layer.ffn, MoeSpec) for layer in layers
+        ):
             return False  # the host dispatches the experts between attention and the next layer
         if not can_share(self._stack(group).layers):
             return False
@@ -310,7 +347,10 @@ class _Planner:
         return DenseConfig(self.spec.d_model, self.spec.norm, spec.ffn, ranks, spec.affine)
 
     def _mlp_ranks(self, layer: int, prefix: str = "", expert: int | None = None) -> MlpRanks:
-        names = (WeightName(layer, "ffn", expert, f"{prefix}{matrix}.weight") for matrix in ("gate", "up", "down"))
+        names = (
+            WeightName(layer, "ffn", expert, f"{prefix}{matrix}.weight")
+            for matrix in ("gate", "up", "down")
+        )
         gate, up, down = map(self._rank, names)
         return gate, up, down
 
@@ -324,7 +364,10 @@ class _Planner:
         spec = self.spec.layers[layer]
         mixer, d_model = spec.mixer, self.spec.d_model
         projections = (row.path.removesuffix(".weight") for row in mixer.rows(d_model) if row.role)
-        ranks = {path: self._rank(WeightName(layer, "attn", None, f"{path}.weight")) for path in projections}
+        ranks = {
+            path: self._rank(WeightName(layer, "attn", None, f"{path}.weight"))
+            for path in projections
+        }
         return mixer_config(mixer)(
             d_model,
             self.spec.norm,
@@ -365,7 +408,8 @@ class _Planner:
         return shards
 
     def experts(self, layer: int, moe: MoeSpec) -> list[ShardPlan]:
-        """Packages of a layer's expert functions: as few as the size limit of a weight file allows."""
+        """Packages of a layer's expert functions: as few as the size limit of a weight file
+        allows."""
         groups = self._expert_groups(layer, moe.router.experts)
         functions = tuple((f"t{tokens}", tokens) for tokens in self.options.expert_tokens)
         shared: dict[str, _Copy] = {}
@@ -399,12 +443,18 @@ class _Planner:
         """Experts of each function, in the order of their first ones."""
         size, given = self.options.experts_per_function, self.options.groups
         if not given:
-            return [tuple(range(first, min(first + size, total))) for first in range(0, total, size)]
+            return [
+                tuple(range(first, min(first + size, total))) for first in range(0, total, size)
+            ]
         groups = sorted(given.get(layer, ()))
-        if sorted(expert for group in groups for expert in group) != list(range(total)) \
-                or any(group != tuple(sorted(group)) or not 0 < len(group) <= size for group in groups):
-            raise UserError(f"the grouping does not fit layer {layer}", f"{len(groups)} groups for {total} experts",
-                            "make it from a trace of this model")
+        if sorted(expert for group in groups for expert in group) != list(range(total)) or any(
+            group != tuple(sorted(group)) or not 0 < len(group) <= size for group in groups
+        ):
+            raise UserError(
+                f"the grouping does not fit layer {layer}",
+                f"{len(groups)} groups for {total} experts",
+                "make it from a trace of this model",
+            )
         return groups
 
     def _group(self, layer: int, moe: MoeSpec, size: int) -> ExpertGroupConfig:
@@ -417,8 +467,16 @@ class _Planner:
         shards, first = [], 0
         for part, rows in enumerate(sizes):
             copy = _Copy(HeadConfig(self.spec.d_model, self.spec.norm, rows, self._rank(HEAD)))
-            path, reason = f"lm_head/part_{part}.mlpackage", f"at most {MAX_HEAD_ROWS} output rows a slice"
-            facts = {"part": part, "parts": len(sizes), "rows": (first, first + rows), "reason": reason}
+            path, reason = (
+                f"lm_head/part_{part}.mlpackage",
+                f"at most {MAX_HEAD_ROWS} output rows a slice",
+            )
+            facts = {
+                "part": part,
+                "parts": len(sizes),
+                "rows": (first, first + rows),
+                "reason": reason,
+            }
             shards.append(self._shard(path, "lm_head", None, copy, scope=HEAD.part, **facts))
             first += rows
         return shards
@@ -427,10 +485,13 @@ class _Planner:
         soft, ranks = self.options.routing == "soft", self._mlp_ranks(layer, expert=0)
         shared = (0, 0, 0) if moe.shared is None else self._mlp_ranks(layer, "shared.")
         affine = self.spec.layers[layer].affine
-        return MoeConfig(self.spec.d_model, self.spec.norm, moe, experts, first, soft, ranks, shared, affine)
+        return MoeConfig(
+            self.spec.d_model, self.spec.norm, moe, experts, first, soft, ranks, shared, affine
+        )
 
     def _split(self, layer: int, moe: MoeSpec) -> tuple[list[int], str]:
-        """Experts per part, and why: the fewest parts within the limit, equal ones where that costs few more."""
+        """Experts per part, and why: the fewest parts within the limit, equal ones where that costs
+        few more."""
         limit, experts = self.options.max_shard_mb * MB, moe.router.experts
         copy = _Copy(self._moe(layer, moe, experts, True), tuple(range(experts)))
         whole = self._shard("", "moe", layer, copy, scope="ffn")
@@ -441,14 +502,18 @@ class _Planner:
             expert = whole.place(copy.experts).name(parameter).expert
             if expert is not None:
                 each[expert] += size
-        row = 2 * moe.router.classes                                    # of the one-hot matrix that picks the gates
+        row = 2 * moe.router.classes  # of the one-hot matrix that picks the gates
         fitting = (limit - (whole.weight_bytes - sum(each))) // (max(each) + row)
-        reason = f"{whole.weight_bytes / MB:.0f} MB in one piece, limit {self.options.max_shard_mb} MB"
+        reason = (
+            f"{whole.weight_bytes / MB:.0f} MB in one piece, limit {self.options.max_shard_mb} MB"
+        )
         if fitting < 1:
             return [1] * experts, f"{reason}; one expert alone is above it"
         return even_parts(experts, math.ceil(experts / fitting)), reason
 
-    def _shard(self, path: str, kind: str, layer: int | None, copy: _Copy, **facts: Any) -> ShardPlan:
+    def _shard(
+        self, path: str, kind: str, layer: int | None, copy: _Copy, **facts: Any
+    ) -> ShardPlan:
         return self._package(path, kind, layer, {"": copy}, _functions(self.options), **facts)
 
     def _package(
@@ -466,7 +531,9 @@ class _Planner:
     ) -> ShardPlan:
         """`rows` of the vocabulary are those of a slice of the head."""
         layout = self.options.layout
-        graphs = {prefix: TemplateKey(copy.block, functions, layout) for prefix, copy in copies.items()}
+        graphs = {
+            prefix: TemplateKey(copy.block, functions, layout) for prefix, copy in copies.items()
+        }
         alone = () if layer is None else (layer,)
         sources: dict[str, Source] = {}
         choices: dict[str, Choice] = {}
@@ -493,18 +560,33 @@ class _Planner:
                 if chosen[name] != Choice():
                     choices[unique] = chosen[name]
         return ShardPlan(
-            path, kind, layer, tuple(entries), scope, layers=layers, weight_bytes=sum(payloads.values()),
-            graphs=graphs, sources=sources, payloads=payloads, choices=choices, **facts,
+            path,
+            kind,
+            layer,
+            tuple(entries),
+            scope,
+            layers=layers,
+            weight_bytes=sum(payloads.values()),
+            graphs=graphs,
+            sources=sources,
+            payloads=payloads,
+            choices=choices,
+            **facts,
         )
 
-    def _sources(self, copy: _Copy, place: Place, vocab_rows: tuple[int, int] | None) -> dict[str, Source]:
-        """Where the parameters of a block come from, in its own order. A slice of the head has its `vocab_rows`."""
+    def _sources(
+        self, copy: _Copy, place: Place, vocab_rows: tuple[int, int] | None
+    ) -> dict[str, Source]:
+        """Where the parameters of a block come from, in its own order. A slice of the head has its
+        `vocab_rows`."""
         sources: dict[str, Source] = {}
         for row in copy.block.rows():
             match row:
                 case Weight(path):
                     whole = self.sources[place.name(path)]
-                    sources[path] = whole.part(*vocab_rows) if vocab_rows and whole.name == HEAD else whole
+                    sources[path] = (
+                        whole.part(*vocab_rows) if vocab_rows and whole.name == HEAD else whole
+                    )
                 case Selection(path, (count, total)):
                     sources[path] = OneHot(count, total, copy.experts[0])
                 case Directions(path, of, rank, side):
@@ -544,7 +626,8 @@ def _work(
     choices: Mapping[str, Choice],
     sizes: Mapping[str, int],
 ) -> dict[str, Any]:
-    """What the manifest says of a call of one block: its experts, and the weights it works through."""
+    """What the manifest says of a call of one block: its experts, and the weights it works
+    through."""
     elements: Counter[str] = Counter()
     for name, source in sources.items():
         elements[choices[name].format] += math.prod(source.shape)
@@ -558,7 +641,8 @@ def _work(
 
 
 def even_parts(total: int, least: int) -> list[int]:
-    """Sizes of at least `least` parts: equal ones if a divisor is near (one graph serves all), else nearly equal."""
+    """Sizes of at least `least` parts: equal ones if a divisor is near (one graph serves all), else
+    nearly equal."""
     for parts in range(least, 2 * least + 1):
         if total % parts == 0:
             return [total // parts] * parts

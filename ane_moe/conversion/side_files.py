@@ -11,7 +11,7 @@ from ane_moe.formats.recipe import find_format
 from ane_moe.model.weight import WeightName
 
 EMBED_CHUNK_BYTES = 32_000_000
-LARGEST = 60_000        # below fp16's end; which experts score highest does not change with the scale
+LARGEST = 60_000  # below fp16's end; which experts score highest does not change with the scale
 
 
 def write_embedding(
@@ -38,9 +38,13 @@ def write_embedding(
 
 
 def write_routers(
-    checkpoint: Checkpoint, sources: Mapping[WeightName, TensorSource], paths: Mapping[int, str], out: Path
+    checkpoint: Checkpoint,
+    sources: Mapping[WeightName, TensorSource],
+    paths: Mapping[int, str],
+    out: Path,
 ) -> None:
-    """Write each layer's router, fp16 `[E,d]` with the norm's weight folded in, to its path below `out`."""
+    """Write each layer's router, fp16 `[E,d]` with the norm's weight folded in, to its path below
+    `out`."""
     for layer, path in paths.items():
         names = (WeightName(layer, "ffn", None, f"{name}.weight") for name in ("router", "norm"))
         router, norm = (checkpoint.read(sources[name]).astype(np.float32) for name in names)

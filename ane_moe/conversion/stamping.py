@@ -23,7 +23,7 @@ from ane_moe.model.port import Shape
 from ane_moe.parts.template_key import TemplateKey
 
 TOOLS = ("ane-moe", "coremltools", "torch")
-ENCODING = 2        # counts up when a weight format comes to give other bytes
+ENCODING = 2  # counts up when a weight format comes to give other bytes
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ def trace_template(key: TemplateKey) -> tuple[TemplateKey, Template]:
 
 @dataclass(frozen=True)
 class ShardJob:
-    """One shard's part of a job, complete in itself: `checkpoint` holds no tensors but the shard's."""
+    """One shard's part of a job, complete in itself: `checkpoint` holds no tensors but the
+    shard's."""
 
     checkpoint: Checkpoint
     out: Path
@@ -76,15 +77,21 @@ def stamp_shard(job: ShardJob, templates: dict[str, Template]) -> Done:
 
 def _report(job: ShardJob, content_key: str, reused: bool) -> Done:
     shard = job.shard
-    files = {f"{shard.path}/{name}": digest for name, digest in file_hashes(job.out / shard.path).items()}
-    return Done(shard.path, content_key, shard.weight_bytes, reused, files, peak_memory_bytes(), os.getpid())
+    files = {
+        f"{shard.path}/{name}": digest for name, digest in file_hashes(job.out / shard.path).items()
+    }
+    return Done(
+        shard.path, content_key, shard.weight_bytes, reused, files, peak_memory_bytes(), os.getpid()
+    )
 
 
 def _key(job: ShardJob) -> ContentKey:
     shard, calibration = job.shard, job.calibration
     seen = sha256(calibration) if calibration and shard.choices else None
     choices = sorted((name, choice.format, choice.rank) for name, choice in shard.choices.items())
-    return ContentKey(shard.graphs, choices, seen, ENCODING, {name: version(name) for name in TOOLS})
+    return ContentKey(
+        shard.graphs, choices, seen, ENCODING, {name: version(name) for name in TOOLS}
+    )
 
 
 def _expected_key(job: ShardJob) -> str:
@@ -99,21 +106,30 @@ def _expected_key(job: ShardJob) -> str:
 
 
 def _values(job: ShardJob, key: ContentKey) -> Iterator[tuple[str, Weight]]:
-    """Each weight of the shard, valid until the next one of its shape: fresh memory costs more than the reading."""
+    """Each weight of the shard, valid until the next one of its shape: fresh memory costs more than
+    the reading."""
     shard, moments = job.shard, Moments(job.calibration) if job.calibration else None
     buffers: dict[Shape, np.ndarray] = {}
-    ranks = {other.source: other.rank for other in shard.sources.values() if isinstance(other, Recovery)}
-    apart: dict[TensorSource, LowRank] = {}             # directions of a weight come after it
+    ranks = {
+        other.source: other.rank for other in shard.sources.values() if isinstance(other, Recovery)
+    }
+    apart: dict[TensorSource, LowRank] = {}  # directions of a weight come after it
     for name, source in shard.sources.items():
         if not isinstance(source, TensorSource):
             key.update(repr(source).encode())
         if isinstance(source, OneHot):
             yield name, np.eye(source.rows, source.columns, source.first, dtype=np.float16)
         elif isinstance(source, Recovery):
-            yield name, apart[source.source].into if source.side == "in" else apart.pop(source.source).out
+            yield (
+                name,
+                apart[source.source].into if source.side == "in" else apart.pop(source.source).out,
+            )
         else:
             buffer = buffers.setdefault(source.shape, np.empty(source.shape, np.float16))
-            weight, choice = job.checkpoint.read(source, out=buffer, hasher=key), shard.choices.get(name, Choice())
+            weight, choice = (
+                job.checkpoint.read(source, out=buffer, hasher=key),
+                shard.choices.get(name, Choice()),
+            )
             form, m = find_format(choice.format), None
             if moments and choice != Choice():
                 m = moments.find(source.reads, source.shape[1])

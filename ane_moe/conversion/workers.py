@@ -20,7 +20,7 @@ import psutil
 T = TypeVar("T")
 U = TypeVar("U")
 
-Pool = Executor | None      # None: everything in this process
+Pool = Executor | None  # None: everything in this process
 
 
 def prepare(workers: int, preload: str) -> None:
@@ -31,8 +31,8 @@ def prepare(workers: int, preload: str) -> None:
 
 
 def open_pool(workers: int, preload: str) -> AbstractContextManager[Pool]:
-    """Worker processes. Off macOS they are forked from a server that has imported the module `preload` once; macOS
-    frameworks do not survive a fork."""
+    """Worker processes. Off macOS they are forked from a server that has imported the module
+    `preload` once; macOS frameworks do not survive a fork."""
     if workers == 1:
         return nullcontext()
     prepare(workers, preload)
@@ -41,7 +41,8 @@ def open_pool(workers: int, preload: str) -> AbstractContextManager[Pool]:
 
 
 def _begin_worker() -> None:
-    """One thread: the workers are the parallelism, and waiting OpenMP threads would spin on each other's cores."""
+    """One thread: the workers are the parallelism, and waiting OpenMP threads would spin on each
+    other's cores."""
     import torch
 
     torch.set_num_threads(1)
@@ -49,7 +50,8 @@ def _begin_worker() -> None:
 
 
 def _end_with(parent: Any) -> None:
-    """A killed parent tells nobody: its workers would wait for calls for ever, or write into what a new run writes."""
+    """A killed parent tells nobody: its workers would wait for calls for ever, or write into what a
+    new run writes."""
     parent.join()
     os._exit(1)
 
@@ -76,9 +78,15 @@ def run(pool: Pool, function: Callable[..., T], calls: Sequence[tuple[Any, ...]]
         raise
 
 
-def run_then(pool: Pool, function: Callable[..., T], calls: Sequence[tuple[Any, ...]], following: Callable[..., U],
-             then: Callable[[T], Iterable[tuple[Any, ...]]]) -> Iterator[U]:
-    """The results of the calls of `following` that `then` makes of each result of `function`, as they come."""
+def run_then(
+    pool: Pool,
+    function: Callable[..., T],
+    calls: Sequence[tuple[Any, ...]],
+    following: Callable[..., U],
+    then: Callable[[T], Iterable[tuple[Any, ...]]],
+) -> Iterator[U]:
+    """The results of the calls of `following` that `then` makes of each result of `function`, as
+    they come."""
     if pool is None:
         for call in calls:
             yield from (following(*arguments) for arguments in then(function(*call)))
@@ -89,7 +97,9 @@ def run_then(pool: Pool, function: Callable[..., T], calls: Sequence[tuple[Any, 
         while pending:
             done, pending = wait(pending, return_when=FIRST_COMPLETED)
             for future in done & first:
-                pending |= {pool.submit(following, *arguments) for arguments in then(future.result())}
+                pending |= {
+                    pool.submit(following, *arguments) for arguments in then(future.result())
+                }
             yield from (future.result() for future in done - first)
     except BaseException:
         pool.shutdown(wait=True, cancel_futures=True)

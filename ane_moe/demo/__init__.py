@@ -26,7 +26,8 @@ def copy_demo(dest: Path) -> Path:
                 do="name another folder",
             )
         dest.mkdir(parents=True, exist_ok=True)
-        # The copies are made inside `dest`, so that the final renames stay on one disk and need no space.
+        # The copies are made inside `dest`, so that the final renames stay on one disk and need no
+        # space.
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=dest) as partial:
             sources = sorted(demo_checkpoint().iterdir())
             for source in sources:
@@ -34,5 +35,7 @@ def copy_demo(dest: Path) -> Path:
             for source in sources:
                 os.replace(Path(partial) / source.name, dest / source.name)
     except OSError as error:
-        raise UserError("cannot write the demo model", found=str(error), do="name another folder") from error
+        raise UserError(
+            "cannot write the demo model", found=str(error), do="name another folder"
+        ) from error
     return dest

@@ -1,4 +1,5 @@
-"""The families: one file per Hugging Face `model_type`, which says what the architecture is and where its tensors lie.
+"""The families: one file per Hugging Face `model_type`, which says what the architecture is and
+where its tensors lie.
 
 The folder is the registry: every module but the shared `PARTS` is a family.
 """
@@ -28,8 +29,8 @@ PLAIN_WEIGHTS = (
 
 
 class Family(Protocol):
-    """What a family's module offers: `KEYS` says what our tensors (`ModelSpec.weights`) are called in a checkpoint,
-    `TAPS` where Hugging Face's model has what goldens keep."""
+    """What a family's module offers: `KEYS` says what our tensors (`ModelSpec.weights`) are called
+    in a checkpoint, `TAPS` where Hugging Face's model has what goldens keep."""
 
     KEYS: KeyTable
     TAPS: Taps
@@ -46,7 +47,9 @@ def supported() -> list[str]:
 def load_family(model_type: str) -> Family:
     """The family of one `model_type`; UserError, naming the supported ones, when there is none."""
     if model_type not in supported():
-        raise UserError(f"model_type {model_type!r} is not supported", do=f"supported: {', '.join(supported())}")
+        raise UserError(
+            f"model_type {model_type!r} is not supported", do=f"supported: {', '.join(supported())}"
+        )
     return cast(Family, import_module(f"{__name__}.{model_type}"))
 
 
@@ -77,7 +80,11 @@ def describe(
     """
     folder = checkpoint.folder
     # `generate` takes its stop tokens from generation_config.json where there is one.
-    ids = {key: value for key, value in checkpoint.generation.items() if key in ("bos_token_id", "eos_token_id")}
+    ids = {
+        key: value
+        for key, value in checkpoint.generation.items()
+        if key in ("bos_token_id", "eos_token_id")
+    }
     spec = describe_config(checkpoint.config | ids, str(folder / CONFIG))
     for name in SIDE_FILES:
         if (folder / name).is_file():

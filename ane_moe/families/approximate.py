@@ -27,12 +27,16 @@ ATTENTION = {"full_attention", "sliding_attention", "attention", "hybrid", "hybr
 CONVOLUTION = {"conv", "short_conv"}
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 CHOSEN = (
-    "num_experts_per_tok", "moe_k", "top_k_experts", "moe_topk", "num_experts_per_token",
+    "num_experts_per_tok",
+    "moe_k",
+    "top_k_experts",
+    "moe_topk",
+    "num_experts_per_token",
 )
 LEADING_DENSE = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 SHARED_COUNT = ("n_shared_experts", "moe_num_shared_experts", "num_shared_experts")
 SHARED_WIDTH = ("shared_expert_intermediate_size", "shared_intermediate_size")
-HEAD_DIM = 16       # at most, of attention that stands for something else: fits any size well
+HEAD_DIM = 16  # at most, of attention that stands for something else: fits any size well
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,10 @@ class _Reader:
 
     def notes(self) -> tuple[str, ...]:
         """What the figures take for something else."""
-        notes = [f"layers of type {name} are counted as attention"
-                 for name in sorted(set(self.types) - ATTENTION - CONVOLUTION)]
+        notes = [
+            f"layers of type {name} are counted as attention"
+            for name in sorted(set(self.types) - ATTENTION - CONVOLUTION)
+        ]
         if set(self.types) & CONVOLUTION:
             notes.append("short convolutions are counted as attention of the same size")
         if self.config.has("kv_lora_rank"):
@@ -114,7 +120,7 @@ class _Reader:
         """The attention, or what counts as it; `beside` are weights that are counted with it."""
         d = self.d_model
         if number < len(self.types) and self.types[number] in CONVOLUTION:
-            return self._of_size(4 * d * d + beside, 2)     # into three times d, and out of d
+            return self._of_size(4 * d * d + beside, 2)  # into three times d, and out of d
         heads = self.config.integer("num_attention_heads")
         if self.config.has("kv_lora_rank"):
             return self._latent(heads, beside)
@@ -165,7 +171,7 @@ class _Reader:
     def _shared(self) -> int:
         """Inner width of what every token passes beside its experts, 0 for nothing."""
         if self.config.values.get("enable_moe_block") is True:
-            return self.config.integer("intermediate_size")     # Gemma: a branch beside the experts
+            return self.config.integer("intermediate_size")  # Gemma: a branch beside the experts
         given = [name for name in SHARED_WIDTH if self.config.values.get(name)]
         if given:
             return self.config.integer(given[0])

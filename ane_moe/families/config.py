@@ -1,4 +1,5 @@
-"""Reads fields of a checkpoint's config.json. A field the file lacks is an error: class defaults are never trusted."""
+"""Reads fields of a checkpoint's config.json. A field the file lacks is an error: class defaults
+are never trusted."""
 
 import math
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from typing import Any
 
 from ane_moe.errors import UserError
 
-MAX_LAYERS = 256                # bounds on counts that become that many objects, before any tensor is looked at
+MAX_LAYERS = 256  # bounds on counts that become that many objects, before any tensor is looked at
 MAX_EXPERTS = 1024
 MAX_SIZE = 1 << 26
 
@@ -68,7 +69,8 @@ class Config:
         return self.values[name]
 
     def only(self, name: str, *allowed: Any) -> None:
-        """Refuse every value of `name` but those `allowed`, which stand for the maths that is implemented."""
+        """Refuse every value of `name` but those `allowed`, which stand for the maths that is
+        implemented."""
         if self.values.get(name) not in allowed:
             shown = ", ".join("null" if value is None else str(value) for value in allowed)
             raise self.wrong(name, shown)
@@ -91,7 +93,10 @@ class Config:
             if not accept(value):
                 raise self.wrong(name, wanted)
         if len(set(given.values())) > 1:
-            raise UserError(f"{self.where} contradicts itself", ", ".join(f"{n} = {v}" for n, v in given.items()))
+            raise UserError(
+                f"{self.where} contradicts itself",
+                ", ".join(f"{n} = {v}" for n, v in given.items()),
+            )
         return next(iter(given.values()))
 
 

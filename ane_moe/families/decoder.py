@@ -5,14 +5,23 @@ from typing import Any
 
 from ane_moe.families.config import MAX_EXPERTS, MAX_LAYERS, Config
 from ane_moe.families.rope import rope_config, rope_spec
-from ane_moe.model.spec import GqaSpec, HeadSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec, RouterSpec
+from ane_moe.model.spec import (
+    GqaSpec,
+    HeadSpec,
+    LayerSpec,
+    MlpSpec,
+    ModelSpec,
+    NormSpec,
+    RouterSpec,
+)
 
 EPS = ("rms_norm_eps", "norm_eps")
-ROPE = "main"       # these families have one rotary table
+ROPE = "main"  # these families have one rotary table
 
 
 def gqa(config: Config, **facts: Any) -> GqaSpec:
-    """Attention from the usual fields; `facts` are the GqaSpec fields in which the family differs."""
+    """Attention from the usual fields; `facts` are the GqaSpec fields in which the family
+    differs."""
     d_model, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     kv_heads = config.integer("num_key_value_heads")
     if heads % kv_heads:
@@ -34,7 +43,8 @@ def mlp(config: Config, width: str) -> MlpSpec:
 
 
 def router(config: Config, renorm: bool, **facts: Any) -> RouterSpec:
-    """The router from the usual fields; `facts` are the RouterSpec fields in which the family differs."""
+    """The router from the usual fields; `facts` are the RouterSpec fields in which the family
+    differs."""
     experts = config.integer("num_experts", "num_local_experts", at_most=MAX_EXPERTS)
     k = config.integer("num_experts_per_tok")
     if k > experts:
@@ -48,28 +58,36 @@ def n_layers(config: Config) -> int:
 
 
 def full_attention(config: Config) -> None:
-    """Refuse a configuration that asks for sliding windows, which the family's own code would ignore."""
+    """Refuse a configuration that asks for sliding windows, which the family's own code would
+    ignore."""
     config.only("sliding_window", None)
     if set(config.strings("layer_types")) - {"full_attention"}:
         raise config.wrong("layer_types", "full_attention only")
 
 
-def decoder(config: Config, layers: Iterable[LayerSpec], logit_scale: float = 1.0, **facts: Any) -> ModelSpec:
-    """The whole model around `layers`; `facts` are the ModelSpec fields in which the family differs."""
+def decoder(
+    config: Config, layers: Iterable[LayerSpec], logit_scale: float = 1.0, **facts: Any
+) -> ModelSpec:
+    """The whole model around `layers`; `facts` are the ModelSpec fields in which the family
+    differs."""
     return ModelSpec(
         family=config.values["model_type"],
         d_model=config.integer("hidden_size"),
         vocab=config.integer("vocab_size"),
         context=config.integer("max_position_embeddings"),
         layers=tuple(layers),
-        head=HeadSpec(tied=config.flag("tie_word_embeddings", "tie_embedding"), logit_scale=logit_scale),
+        head=HeadSpec(
+            tied=config.flag("tie_word_embeddings", "tie_embedding"), logit_scale=logit_scale
+        ),
         bos_id=next(iter(config.token_ids("bos_token_id")), None),
         eos_ids=config.token_ids("eos_token_id"),
         **{"norm": NormSpec(eps=config.number(*EPS))} | facts,
     )
 
 
-def llama(config: Config, layers: Iterable[LayerSpec], logit_scale: float = 1.0, **facts: Any) -> ModelSpec:
+def llama(
+    config: Config, layers: Iterable[LayerSpec], logit_scale: float = 1.0, **facts: Any
+) -> ModelSpec:
     """A decoder with one rotary table for all of each head."""
     rope, layers = rope_config(config), tuple(layers)
     rope.only("partial_rotary_factor", None, 1)

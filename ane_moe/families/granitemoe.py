@@ -1,4 +1,5 @@
-"""Granite MoE (granite-3.1-1b-a400m, 3b-a800m): four multipliers, softmax over the chosen logits, fused experts."""
+"""Granite MoE (granite-3.1-1b-a400m, 3b-a800m): four multipliers, softmax over the chosen logits,
+fused experts."""
 
 from ane_moe.families.config import Config
 from ane_moe.families.decoder import full_attention, gqa, llama, mlp, n_layers, router
@@ -13,8 +14,12 @@ KEYS: KeyTable = {
         "model.layers.{layer}.block_sparse_moe.router.weight",
     ),
     **expert_keys(
-        fused_experts("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
-        fused_experts("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"),
+        fused_experts(
+            "block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"
+        ),
+        fused_experts(
+            "block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"
+        ),
     ),
 }
 TAPS = Taps()

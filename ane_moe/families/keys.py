@@ -1,7 +1,8 @@
 """Finds our tensors in a checkpoint by a family's key table.
 
-A key table maps our names to the checkpoint's, with `{layer}` and `{expert}` for the numbers. An entry lists
-alternatives, of which the first that the checkpoint has is taken: the same model is found in more than one form.
+A key table maps our names to the checkpoint's, with `{layer}` and `{expert}` for the numbers. An
+entry lists alternatives, of which the first that the checkpoint has is taken: the same model is
+found in more than one form.
 """
 
 import re
@@ -43,28 +44,29 @@ KeyTable = Mapping[str, tuple[Entry, ...]]
 LAYER = "model.layers.{layer}"
 # Names that tell what made them, and what to do about it.
 ORIGINS = {
-    r"\.lora_|\.base_layer\.|\.original_module\.":
-        "an adapter is beside its weights: merge it (peft's merge_and_unload), "
-        "and save the model",
+    r"\.lora_|\.base_layer\.|\.original_module\.": "an adapter is beside its weights: "
+    "merge it (peft's merge_and_unload), and save the model",
     r"\.switch_mlp\.": "these are mlx-lm's names: take the Hugging Face model it was made from",
-    r"^tok_embeddings\.|^layers\.\d+\.attention\.w[qkvo]\.":
-        "these are names of Meta's or Mistral's own layout: "
-        "take the model's Hugging Face form",
+    r"^tok_embeddings\.|^layers\.\d+\.attention\.w[qkvo]\.": "these are names of Meta's or "
+    "Mistral's own layout: take the model's Hugging Face form",
     r"^blk\.\d+\.|^token_embd\.": "these are GGUF's names: take the model's Hugging Face form",
 }
 
 
-def find_tensors(spec: ModelSpec, names: Collection[str], table: KeyTable) -> dict[WeightName, TensorSource]:
+def find_tensors(
+    spec: ModelSpec, names: Collection[str], table: KeyTable
+) -> dict[WeightName, TensorSource]:
     """A source for every tensor that `spec` needs, out of the checkpoint's keys `names`.
 
-    A tied head takes whichever of the two tensors is stored, each its own when both are: transformers does not tie
-    stored tensors that differ (`tie_weights`). Raises UserError naming the keys that are missing.
+    A tied head takes whichever of the two tensors is stored, each its own when both are:
+    transformers does not tie stored tensors that differ (`tie_weights`). Raises UserError naming
+    the keys that are missing.
     """
     if spec.head.tied:
         embed, head = table[str(EMBEDDING)], table[str(HEAD)]
         table = {**table, str(EMBEDDING): embed + head, str(HEAD): head + embed}
     sources: dict[WeightName, TensorSource] = {}
-    missing: dict[WeightName, str] = {}             # the checkpoint's name by ours
+    missing: dict[WeightName, str] = {}  # the checkpoint's name by ours
     for name, weight in spec.weights():
         alternatives = [_source(spec, name, weight, entry) for entry in table[name.template]]
         stored = next((source for source in alternatives if source.key in names), None)
@@ -86,11 +88,15 @@ def _missing(
     origin = telling[0] if telling else ""
     prefixes = sorted(decoder_prefixes(names))
     if not origin and list(missing) == [HEAD]:
-        origin = ("if the head shares the embedding's weights, set tie_word_embeddings to true in "
-                  "config.json; else the model has no head, as one that embeds texts")
+        origin = (
+            "if the head shares the embedding's weights, set tie_word_embeddings to true in "
+            "config.json; else the model has no head, as one that embeds texts"
+        )
     if not origin and len(prefixes) > 1:
-        origin = (f"it holds more than one decoder, under {', '.join(map(repr, prefixes))}: save "
-                  "the one you want alone")
+        origin = (
+            f"it holds more than one decoder, under {', '.join(map(repr, prefixes))}: save "
+            "the one you want alone"
+        )
     return UserError(
         f"the checkpoint lacks {counted(len(missing), 'tensor')} that its config.json implies: "
         f"{listed(missing.values())}",
@@ -146,9 +152,12 @@ def mlp_keys(ours: str, theirs: str) -> KeyTable:
 
 
 def expert_keys(*forms: dict[str, Entry]) -> KeyTable:
-    """The experts, in the `forms` in which they may be stored: each says where gate, up and down are."""
+    """The experts, in the `forms` in which they may be stored: each says where gate, up and down
+    are."""
     return {
-        f"layers.{{layer}}.ffn.experts.{{expert}}.{name}.weight": tuple(form[name] for form in forms)
+        f"layers.{{layer}}.ffn.experts.{{expert}}.{name}.weight": tuple(
+            form[name] for form in forms
+        )
         for name in ("gate", "up", "down")
     }
 

@@ -16,7 +16,9 @@ KEYS: KeyTable = {
     **expert_keys(
         each_expert("block_sparse_moe.experts", gate="w1", up="w3", down="w2"),
         each_expert("mlp.experts", gate="w1", up="w3", down="w2"),
-        fused_experts("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"),
+        fused_experts(
+            "block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"
+        ),
         fused_experts("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
     ),
 }

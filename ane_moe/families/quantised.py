@@ -53,13 +53,13 @@ def _described(facts: Mapping[str, Any], is_mlx: bool = False) -> str:
     if method is None:
         # mlx-lm writes its fields under both names, and gives no method.
         method = "mlx" if is_mlx or {"group_size", "bits"} <= facts.keys() else "unknown"
-    four = bool(facts.get("load_in_4bit"))          # bitsandbytes has flags in place of a number
+    four = bool(facts.get("load_in_4bit"))  # bitsandbytes has flags in place of a number
     flagged = 4 if four else 8 if facts.get("load_in_8bit") else None
     bits = next(filter(_whole, (facts.get("bits"), facts.get("w_bit"), flagged)), None)
     group = next(filter(_whole, (facts.get("group_size"), facts.get("q_group_size"))), None)
     fields = ("quant_algo", "format", "mode", *(["bnb_4bit_quant_type"] if four else []))
     forms = [facts[field][:40] for field in fields if isinstance(facts.get(field), str)]
-    usual = ("affine", method)                          # say nothing that is not said already
+    usual = ("affine", method)  # say nothing that is not said already
     name = f"{str(method)[:40]} {bits} bit" if bits else str(method)[:40]
     further = [form for form in forms if form not in usual] + ([f"group {group}"] if group else [])
     return ", ".join([name, *further])

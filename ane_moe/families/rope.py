@@ -1,4 +1,5 @@
-"""Rotary tables from a config: frequencies and attention factor, as transformers' ROPE_INIT_FUNCTIONS compute them."""
+"""Rotary tables from a config: frequencies and attention factor, as transformers'
+ROPE_INIT_FUNCTIONS compute them."""
 
 import math
 from collections.abc import Callable
@@ -9,14 +10,15 @@ import numpy as np
 from ane_moe.families.config import Config
 from ane_moe.model.spec import RopeSpec
 
-BETA_FAST, BETA_SLOW = 32.0, 1.0        # YaRN's own constants, for files that do not give others
+BETA_FAST, BETA_SLOW = 32.0, 1.0  # YaRN's own constants, for files that do not give others
 
 
 def rope_config(config: Config) -> Config:
     """The rotary fields in one place and under their new names.
 
-    Files of transformers 5 have `rope_parameters`; older ones `rope_theta` at the top and `rope_scaling`, in which
-    the type was first called `type`. Precedence is that of transformers' `RotaryEmbeddingConfigMixin`.
+    Files of transformers 5 have `rope_parameters`; older ones `rope_theta` at the top and
+    `rope_scaling`, in which the type was first called `type`. Precedence is that of transformers'
+    `RotaryEmbeddingConfigMixin`.
     """
     name = "rope_scaling" if config.values.get("rope_scaling") else "rope_parameters"
     given = config.values.get(name) or {}
@@ -26,8 +28,12 @@ def rope_config(config: Config) -> Config:
     def top(*fields: str) -> dict[str, Any]:
         return {field: config.values[field] for field in fields if config.has(field)}
 
-    fields = top("rope_theta", "partial_rotary_factor") | given | top("original_max_position_embeddings")
-    return Config(fields | {"rope_type": given.get("rope_type", given.get("type", "default"))}, config.where)
+    fields = (
+        top("rope_theta", "partial_rotary_factor") | given | top("original_max_position_embeddings")
+    )
+    return Config(
+        fields | {"rope_type": given.get("rope_type", given.get("type", "default"))}, config.where
+    )
 
 
 def rope_spec(rope: Config, rotated: int) -> RopeSpec:
@@ -52,7 +58,8 @@ def _linear(rope: Config, frequencies: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _llama3(rope: Config, frequencies: np.ndarray) -> tuple[np.ndarray, float]:
-    """Slow rotations (per original context, below `low`) are interpolated, fast ones kept, those between blended."""
+    """Slow rotations (per original context, below `low`) are interpolated, fast ones kept, those
+    between blended."""
     low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
     turns = rope.integer("original_max_position_embeddings") * frequencies / (2 * math.pi)
     kept = np.clip((turns - low) / (high - low), 0, 1)
@@ -60,7 +67,8 @@ def _llama3(rope: Config, frequencies: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _yarn(rope: Config, frequencies: np.ndarray) -> tuple[np.ndarray, float]:
-    """https://arxiv.org/abs/2309.00071: a ramp over the channels between `beta_fast` and `beta_slow` rotations."""
+    """https://arxiv.org/abs/2309.00071: a ramp over the channels between `beta_fast` and
+    `beta_slow` rotations."""
     context, factor = rope.integer("original_max_position_embeddings"), rope.number("factor")
     theta = rope.number("rope_theta")
 

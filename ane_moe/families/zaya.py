@@ -1,9 +1,16 @@
-"""ZAYA1 (ZAYA1-8B): compressed convolutional attention, a router that carries its state from layer to layer, one
-expert or none for each token, affine residuals."""
+"""ZAYA1 (ZAYA1-8B): compressed convolutional attention, a router that carries its state from layer
+to layer, one expert or none for each token, affine residuals."""
 
 from ane_moe.families.config import Config
 from ane_moe.families.decoder import decoder, mlp, n_layers
-from ane_moe.families.keys import LAYER, SKELETON, KeyTable, expert_keys, fused_experts, stacked_pairs
+from ane_moe.families.keys import (
+    LAYER,
+    SKELETON,
+    KeyTable,
+    expert_keys,
+    fused_experts,
+    stacked_pairs,
+)
 from ane_moe.families.rope import rope_config, rope_spec
 from ane_moe.families.taps import Taps
 from ane_moe.model.cca import CcaSpec
@@ -16,8 +23,11 @@ GATE = f"{LAYER}.mlp.gate"
 
 def _residual_keys(ours: str, theirs: str) -> KeyTable:
     names = {"added": "hidden_states", "stream": "residual"}
-    return {f"layers.{{layer}}.{ours}.residual.{name}_{kind}": (f"{LAYER}.{theirs}.{their}_{kind}",)
-            for name, their in names.items() for kind in ("bias", "scale")}
+    return {
+        f"layers.{{layer}}.{ours}.residual.{name}_{kind}": (f"{LAYER}.{theirs}.{their}_{kind}",)
+        for name, their in names.items()
+        for kind in ("bias", "scale")
+    }
 
 
 KEYS: KeyTable = {
@@ -29,31 +39,49 @@ KEYS: KeyTable = {
     "layers.{layer}.attn.v_current.weight": (f"{PROJECTION}.v_proj_current.weight",),
     "layers.{layer}.attn.v_delayed.weight": (f"{PROJECTION}.v_proj_delayed.weight",),
     "layers.{layer}.attn.temperature.weight": (f"{LAYER}.self_attn.qk_norm.temp",),
-    **{f"layers.{{layer}}.attn.{ours}.{kind}": (f"{PROJECTION}.{theirs}.{kind}",)
-       for ours, theirs in {"by_channel": "conv_qk_depthwise", "by_head": "conv_qk_grouped"}.items()
-       for kind in ("weight", "bias")},
+    **{
+        f"layers.{{layer}}.attn.{ours}.{kind}": (f"{PROJECTION}.{theirs}.{kind}",)
+        for ours, theirs in {
+            "by_channel": "conv_qk_depthwise",
+            "by_head": "conv_qk_grouped",
+        }.items()
+        for kind in ("weight", "bias")
+    },
     **_residual_keys("attn", "post_attention_residual_scale"),
     "layers.{layer}.ffn.router.choice_bias": (f"{GATE}.balancing_biases",),
     "layers.{layer}.ffn.router.carry_scale": (f"{GATE}.router_states_scale",),
-    **{f"layers.{{layer}}.ffn.router.down.{kind}": (f"{GATE}.down_proj.{kind}",) for kind in ("weight", "bias")},
+    **{
+        f"layers.{{layer}}.ffn.router.down.{kind}": (f"{GATE}.down_proj.{kind}",)
+        for kind in ("weight", "bias")
+    },
     "layers.{layer}.ffn.router.norm.weight": (f"{GATE}.router_mlp.norm.weight",),
-    **{f"layers.{{layer}}.ffn.router.{name}.{kind}": (f"{GATE}.router_mlp.{name}.{kind}",)
-       for name in ("fc1", "fc2") for kind in ("weight", "bias")},
+    **{
+        f"layers.{{layer}}.ffn.router.{name}.{kind}": (f"{GATE}.router_mlp.{name}.{kind}",)
+        for name in ("fc1", "fc2")
+        for kind in ("weight", "bias")
+    },
     "layers.{layer}.ffn.router.out.weight": (f"{GATE}.router_mlp.out_proj.weight",),
     **expert_keys(
         fused_experts("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
-        stacked_pairs("mlp.experts"),       # as alternating_zaya.py names them
+        stacked_pairs("mlp.experts"),  # as alternating_zaya.py names them
     ),
     **_residual_keys("ffn", "post_mlp_residual_scale"),
 }
-TAPS = Taps(carry="router", skip=True, entry=True, choice_bias="balancing_biases",
-            residuals=("post_attention_residual_scale", "post_mlp_residual_scale"))
+TAPS = Taps(
+    carry="router",
+    skip=True,
+    entry=True,
+    choice_bias="balancing_biases",
+    residuals=("post_attention_residual_scale", "post_mlp_residual_scale"),
+)
 
 
 def spec(config: Config) -> ModelSpec:
     config.only("num_experts_per_tok", 1)
     for bias in ("attention_bias", "lm_head_bias"):
-        config.only(bias, None, False)      # a file without the field has no such tensors, as its keys prove
+        config.only(
+            bias, None, False
+        )  # a file without the field has no such tensors, as its keys prove
     count = n_layers(config)
     kinds = config.strings("layer_types") or ("hybrid",) * count
     if len(kinds) != count:

@@ -16,9 +16,9 @@ MEASUREMENTS = Path(__file__).with_name("measurements.toml")
 
 @dataclass(frozen=True)
 class Outcome:
-    """One published timing beside its prediction, in ms a token. `fitted`: a figure of the model was read off it, so
-    its agreement proves nothing. `series`: rows of one experiment of which others are fitted, or whose
-    source set an end of a range."""
+    """One published timing beside its prediction, in ms a token. `fitted`: a figure of the model
+    was read off it, so its agreement proves nothing. `series`: rows of one experiment of which
+    others are fitted, or whose source set an end of a range."""
 
     name: str
     chip: str
@@ -46,7 +46,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Summary:
-    """Of the outcomes it is made of: their number, the median of |error|, and the share inside their range."""
+    """Of the outcomes it is made of: their number, the median of |error|, and the share inside
+    their range."""
 
     rows: int
     median_error: float
@@ -66,11 +67,23 @@ def summary(rows: list[Outcome]) -> Summary:
 def _outcome(row: dict[str, Any]) -> Outcome:
     chip, steps = find_chip(row["chip"]), row.get("steps", 1)
     calls = tuple(_calls(entry) for entry in row["calls"])
-    loop, loaded, host = row.get("loop", "tight"), row.get("loaded_gb", 0) * 1e9, row.get("host", True)
+    loop, loaded, host = (
+        row.get("loop", "tight"),
+        row.get("loaded_gb", 0) * 1e9,
+        row.get("host", True),
+    )
     predicted = breakdown(calls, chip, loop=loop, steps=steps, loaded_bytes=loaded, host=host)
     measured = row["ms"] if "ms" in row else [1e3 / value for value in reversed(row["tok_s"])]
-    return Outcome(row["name"], row["chip"], row["source"], row.get("assumed", ""), row.get("fitted", False),
-                   row.get("series", ""), (measured[0], measured[1]), predicted.per_token_ms)
+    return Outcome(
+        row["name"],
+        row["chip"],
+        row["source"],
+        row.get("assumed", ""),
+        row.get("fitted", False),
+        row.get("series", ""),
+        (measured[0], measured[1]),
+        predicted.per_token_ms,
+    )
 
 
 def _calls(entry: dict[str, Any]) -> Calls:

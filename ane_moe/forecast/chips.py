@@ -1,4 +1,5 @@
-"""What the cost model takes each chip to do (`chips.toml`): ranges with their sources, by the names of the targets."""
+"""What the cost model takes each chip to do (`chips.toml`): ranges with their sources, by the names
+of the targets."""
 
 import functools
 import tomllib
@@ -54,8 +55,8 @@ class Chip:
         return self.values[name].range
 
     def weights_per_second(self, rate: str) -> Range | None:
-        """How fast weights of the rate class `rate` (fp16, int8, lut) are worked off, in 1e9 a second; None where only
-        the memory limits them."""
+        """How fast weights of the rate class `rate` (fp16, int8, lut) are worked off, in 1e9 a
+        second; None where only the memory limits them."""
         value = self.values.get(f"{rate}_gweights_s")
         return None if value is None else value.range
 
@@ -64,7 +65,9 @@ def find_chip(name: str = DEFAULT_CHIP) -> Chip:
     """The chip called `name`. Raises UserError for one that the table does not have."""
     if name not in chip_names():
         raise UserError("no such chip", name, f"choose one of: {', '.join(chip_names())}")
-    return Chip(name, {key: _value(entry) for key, entry in (_tables()["common"] | _merged(name)).items()})
+    return Chip(
+        name, {key: _value(entry) for key, entry in (_tables()["common"] | _merged(name)).items()}
+    )
 
 
 def chip_names() -> tuple[str, ...]:
@@ -79,7 +82,9 @@ def _merged(name: str) -> dict[str, Any]:
 
 
 def _value(entry: dict[str, Any]) -> Value:
-    return Value(Range(entry["low"], entry["expected"], entry["high"]), entry["confidence"], entry["source"])
+    return Value(
+        Range(entry["low"], entry["expected"], entry["high"]), entry["confidence"], entry["source"]
+    )
 
 
 @functools.cache

@@ -87,9 +87,7 @@ def distinct(concerns: Iterable[Concern]) -> tuple[Concern, ...]:
     return tuple(first.values())
 
 
-def _met(
-    function: FunctionFacts, book: RuleBook, recipe: Recipe
-) -> Iterator[tuple[Finding, str]]:
+def _met(function: FunctionFacts, book: RuleBook, recipe: Recipe) -> Iterator[tuple[Finding, str]]:
     """The findings that keep a function off the engine, or may, and what they are of where that is
     not the function itself."""
     formats = {stored_form(name): name for name in recipe.formats}
@@ -112,12 +110,10 @@ def _of_function(planned: PlannedFunction, rule: Rule) -> Concern:
     shard, function = planned.shard, planned.function
     if facts_named(rule) & OF_PACKAGE:
         return replace(_concern(shard.kind, rule), function_bytes=shard.weight_bytes)
-    always = shard.kind == "experts" and not function.experts   # beside those that are chosen
+    always = shard.kind == "experts" and not function.experts  # beside those that are chosen
     concern = _concern("shared" if always else shard.kind, rule)
     return replace(concern, function_bytes=function.weight_bytes, tokens=(function.tokens,))
 
 
 def _concern(kind: str, rule: Rule) -> Concern:
-    return Concern(
-        kind, rule.id, rule.verdict, rule.reason, rule.remedy, rule.against, rule.source
-    )
+    return Concern(kind, rule.id, rule.verdict, rule.reason, rule.remedy, rule.against, rule.source)

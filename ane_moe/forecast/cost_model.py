@@ -1,9 +1,10 @@
 """How long a workload takes on a chip, as ranges. A prediction: nothing here runs anything.
 
-A call takes as long as the slowest of streaming its weights from memory, working them off, and computing; beside that,
-what a call costs, the passes over the KV states, and the host. Each part is worked out for the fast end, the expected
-value and the slow end of the chip's figures. The parts that share the memory system are added end by end; those of
-calls, host and loads are independent of them, so their deviations are added in quadrature.
+A call takes as long as the slowest of streaming its weights from memory, working them off, and
+computing; beside that, what a call costs, the passes over the KV states, and the host. Each part is
+worked out for the fast end, the expected value and the slow end of the chip's figures. The parts
+that share the memory system are added end by end; those of calls, host and loads are independent of
+them, so their deviations are added in quadrature.
 """
 
 import math
@@ -14,7 +15,12 @@ from ane_moe.forecast.chips import SCENARIOS, Chip, Range, Scenario
 from ane_moe.forecast.workload import Calls, ExpertTraffic, Workload, times
 
 PARTS = ("weights", "compute", "calls", "kv", "head", "host", "loads")
-TOGETHER = ("weights", "compute", "kv", "head")  # these share the memory system: fast or slow together
+TOGETHER = (
+    "weights",
+    "compute",
+    "kv",
+    "head",
+)  # these share the memory system: fast or slow together
 PACKED = ("moe", "stack")  # many experts side by side in one call
 EXPERT_CALLS = ("experts", "shared")  # calls the host dispatches one by one
 NOTE = "predicted, not measured; it holds if Core ML places the shards on the Neural Engine"
@@ -23,8 +29,9 @@ Loop = Literal["tight", "naive"]
 
 @dataclass(frozen=True)
 class Breakdown:
-    """One token's time, in ms, and its parts. Of a call that computes longer than it streams, the excess is `compute`;
-    `head` is the head's streaming and computing (its calls are in `calls`); `loads` are experts not in memory."""
+    """One token's time, in ms, and its parts. Of a call that computes longer than it streams, the
+    excess is `compute`; `head` is the head's streaming and computing (its calls are in `calls`);
+    `loads` are experts not in memory."""
 
     per_token_ms: Range
     tok_s: Range
@@ -33,8 +40,8 @@ class Breakdown:
 
 @dataclass(frozen=True)
 class Prediction:
-    """`memory_bytes` with everything loaded; `load_seconds` warm, `first_load_seconds` with Core ML's compilation.
-    `bound`: the part of decoding that rules."""
+    """`memory_bytes` with everything loaded; `load_seconds` warm, `first_load_seconds` with Core
+    ML's compilation. `bound`: the part of decoding that rules."""
 
     chip: str
     loop: Loop
@@ -56,8 +63,9 @@ def predict(
 ) -> Prediction:
     """Time, load and memory of `workload` on `chip`.
 
-    `traffic` replaces the guess at expert calls by counts from a routing trace. `loop`: how calls are made
-    (chips.toml). How much of the context is in use does not matter: a static graph goes over the whole cache.
+    `traffic` replaces the guess at expert calls by counts from a routing trace. `loop`: how calls
+    are made (chips.toml). How much of the context is in use does not matter: a static graph goes
+    over the whole cache.
     """
     decode = workload.decode if traffic is None else _with_traffic(workload.decode, traffic)
     loaded = 0.0 if traffic is None else traffic.bytes_loaded_per_token
@@ -84,19 +92,23 @@ def breakdown(
     loaded_bytes: float = 0,
     host: bool = True,
 ) -> Breakdown:
-    """The time of one step through `calls`, for each of its `steps` tokens. `host` False: without the token loop."""
+    """The time of one step through `calls`, for each of its `steps` tokens. `host` False: without
+    the token loop."""
     ends = {scenario: _parts(calls, chip, loop, loaded_bytes, scenario) for scenario in SCENARIOS}
     if not host:
         ends = {scenario: parts | {"host": 0.0} for scenario, parts in ends.items()}
     whole = _combined(ends, steps)
-    parts = {part: _ordered(*(ends[scenario][part] / steps for scenario in SCENARIOS)) for part in PARTS}
+    parts = {
+        part: _ordered(*(ends[scenario][part] / steps for scenario in SCENARIOS)) for part in PARTS
+    }
     return Breakdown(whole, Range(1e3 / whole.high, 1e3 / whole.expected, 1e3 / whole.low), parts)
 
 
 def memory(workload: Workload) -> Range:
-    """Bytes with everything loaded. Functions of one package share weights on disk; that each wires a copy on the
-    engine is reported (coremltools 2351, anemll-forge), so the low end has one copy and the others one for each
-    function. Expert functions count once: theirs are seldom all loaded."""
+    """Bytes with everything loaded. Functions of one package share weights on disk; that each wires
+    a copy on the engine is reported (coremltools 2351, anemll-forge), so the low end has one copy
+    and the others one for each function. Expert functions count once: theirs are seldom all
+    loaded."""
     rest = workload.embed_bytes + workload.cache_bytes + workload.expert_bytes
     once = workload.package_bytes - workload.expert_bytes
     each = workload.functions * once + rest
@@ -116,7 +128,9 @@ def _parts(
         parts["head" if call.kind == "lm_head" else "weights"] += count * stream
         parts["head" if call.kind == "lm_head" else "compute"] += count * excess
         parts["calls"] += count * call_ms
-        parts["kv"] += count * chip.range("kv_passes").of_cost(scenario) * call.cache_bytes / bandwidth
+        parts["kv"] += (
+            count * chip.range("kv_passes").of_cost(scenario) * call.cache_bytes / bandwidth
+        )
         if call.kind in EXPERT_CALLS:
             parts["host"] += count * chip.range("expert_host_ms").of_cost(scenario)
     parts["host"] += chip.range("host_ms").of_cost(scenario)
@@ -132,13 +146,24 @@ def _call_ms(call: Calls, chip: Chip, scenario: Scenario) -> tuple[float, float]
     if call.tokens == 1:
         return stream, 0.0  # a row of a matrix is never bound by computing (ane-guide, chapter 11)
     share = chip.range("expert_compute_share").of_rate(scenario) if call.kind in PACKED else 1.0
-    compute = 2 * call.weights * call.tokens / (chip.range("compute_tflops").of_rate(scenario) * share * 1e9)
+    compute = (
+        2
+        * call.weights
+        * call.tokens
+        / (chip.range("compute_tflops").of_rate(scenario) * share * 1e9)
+    )
     return stream, max(0.0, compute - stream)
 
 
 def _combined(ends: dict[Scenario, dict[str, float]], steps: int) -> Range:
-    together = Range(*(sum(ends[scenario][part] for part in TOGETHER) / steps for scenario in SCENARIOS))
-    apart = (Range(*(ends[scenario][part] / steps for scenario in SCENARIOS)) for part in PARTS if part not in TOGETHER)
+    together = Range(
+        *(sum(ends[scenario][part] for part in TOGETHER) / steps for scenario in SCENARIOS)
+    )
+    apart = (
+        Range(*(ends[scenario][part] / steps for scenario in SCENARIOS))
+        for part in PARTS
+        if part not in TOGETHER
+    )
     groups = [together, *apart]
     expected = sum(group.expected for group in groups)
     low = math.sqrt(sum((group.expected - group.low) ** 2 for group in groups))
@@ -147,8 +172,8 @@ def _combined(ends: dict[Scenario, dict[str, float]], steps: int) -> Range:
 
 
 def _ordered(fast: float, expected: float, slow: float) -> Range:
-    """A part's range: where streaming slows down, less of the computing exceeds it, so the ends of an excess can change
-    places."""
+    """A part's range: where streaming slows down, less of the computing exceeds it, so the ends of
+    an excess can change places."""
     return Range(min(fast, expected, slow), expected, max(fast, expected, slow))
 
 

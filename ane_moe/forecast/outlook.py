@@ -1,4 +1,5 @@
-"""What converting a model would give, before any work: sizes, calls, predicted speed and placement."""
+"""What converting a model would give, before any work: sizes, calls, predicted speed and
+placement."""
 
 import math
 import re
@@ -30,13 +31,14 @@ CONFIG = "config.json"
 ROUTINGS: tuple[Literal["masked", "sparse"], ...] = ("masked", "sparse")
 DEFAULT_RECIPE = "int8"
 RECIPES = ("fp16", "int8", "small", "tiny")
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")      # convert looks for, or refuses
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")  # convert looks for, or refuses
 REFUSED = "None: convert refuses this checkpoint, as the first line says."
 APPROXIMATE = (
-    "approximate: sizes come from the fields that families share, and are wrong where its layers hold "
+    "approximate: sizes come from the fields that families share, and are wrong where its layers "
+    "hold "
     "other parts"
 )
-CLOSE = 1.1         # expected speeds nearer than this factor do not decide
+CLOSE = 1.1  # expected speeds nearer than this factor do not decide
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ class Outlook:
     """Every way that was asked about, and which to take. All speeds are predicted.
 
     `refusal`: why `convert` would not take the checkpoint, in its own words, or nothing. What it
-    refuses is forecast all the same, approximately, where its config.json allows: `choices` are empty
-    where it does not.
+    refuses is forecast all the same, approximately, where its config.json allows: `choices` are
+    empty where it does not.
     """
 
     model_type: str
@@ -108,16 +110,26 @@ def outlook(
     prefill: int = 64,
     max_shard_mb: int = 220,
 ) -> Outlook:
-    """What `convert` would make of a checkpoint folder, a config.json, or a model of the Hugging Face Hub by its id.
+    """What `convert` would make of a checkpoint folder, a config.json, or a model of the Hugging
+    Face Hub by its id.
 
-    The configuration is read, and where a folder has weights, their names and shapes. Raises UserError
-    when there is no configuration, for an unknown chip, system or format, and for a context that the
-    model does not have.
+    The configuration is read, and where a folder has weights, their names and shapes. Raises
+    UserError when there is no configuration, for an unknown chip, system or format, and for a
+    context that the model does not have.
     """
     values, where = read_config(checkpoint)
     folder = Path(checkpoint) if _holds_weights(Path(checkpoint)) else None
-    return outlook_of(values, where, folder, target=target, os=os, recipes=recipes, context=context,
-                      prefill=prefill, max_shard_mb=max_shard_mb)
+    return outlook_of(
+        values,
+        where,
+        folder,
+        target=target,
+        os=os,
+        recipes=recipes,
+        context=context,
+        prefill=prefill,
+        max_shard_mb=max_shard_mb,
+    )
 
 
 def outlook_of(
@@ -141,14 +153,28 @@ def outlook_of(
     for routing in ROUTINGS:
         for name in recipes:
             recipe = find_recipe(name)
-            options = ConvertOptions(routing=routing, context=context, prefill=prefill,
-                                     max_shard_mb=max_shard_mb, recipe=recipe)
+            options = ConvertOptions(
+                routing=routing,
+                context=context,
+                prefill=prefill,
+                max_shard_mb=max_shard_mb,
+                recipe=recipe,
+            )
             kinds = plan_kinds(spec, options)
             tokens = kinds.plan.context
             choices.append(_choice(kinds, place))
     advice = REFUSED if model.refusal else recommendation(choices)
-    return Outlook(model.name, model.refusal, target, os, tokens, weights_in_shards(spec),
-                   model.notes, tuple(choices), advice)
+    return Outlook(
+        model.name,
+        model.refusal,
+        target,
+        os,
+        tokens,
+        weights_in_shards(spec),
+        model.notes,
+        tuple(choices),
+        advice,
+    )
 
 
 @dataclass(frozen=True)
@@ -195,36 +221,66 @@ def _holds_weights(folder: Path) -> bool:
 
 
 def recommendation(choices: Iterable[Choice]) -> str:
-    """The way to take, in one sentence with the reason: the fastest that no rule takes off the engine; of those as good
-    as equal, `convert`'s default format, else the one with the most bytes, since fewer cost quality."""
+    """The way to take, in one sentence with the reason: the fastest that no rule takes off the
+    engine; of those as good as equal, `convert`'s default format, else the one with the most bytes,
+    since fewer cost quality."""
     listed = list(choices)
     staying = [choice for choice in listed if choice.stays]
     if not staying:
-        return "None: the placement rules take part of every one off the engine; the concerns say which."
+        return (
+            "None: the placement rules take part of every one off the engine; the concerns say "
+            "which."
+        )
     fastest = max(_speed(choice).expected for choice in staying)
     close = [choice for choice in staying if _speed(choice).expected * CLOSE >= fastest]
-    best = max(close, key=lambda choice: (choice.recipe == DEFAULT_RECIPE, choice.workload.package_bytes))
+    best = max(
+        close, key=lambda choice: (choice.recipe == DEFAULT_RECIPE, choice.workload.package_bytes)
+    )
     unsure = dict.fromkeys(c.rule for c in best.concerns if c.verdict == "uncertain")
     speed = _speed(best)
-    preferred = "convert's default format" if best.recipe == DEFAULT_RECIPE else "the least compression of these"
-    reason = "the fastest expected" if len(close) == 1 else f"within 10 % of the fastest expected, and {preferred}"
+    preferred = (
+        "convert's default format"
+        if best.recipe == DEFAULT_RECIPE
+        else "the least compression of these"
+    )
+    reason = (
+        "the fastest expected"
+        if len(close) == 1
+        else f"within 10 % of the fastest expected, and {preferred}"
+    )
     refused = [f"{choice.routing} {choice.recipe}" for choice in listed if not choice.stays]
-    others = f"; left out, since functions would leave the engine: {', '.join(refused)}" if refused else ""
+    others = (
+        f"; left out, since functions would leave the engine: {', '.join(refused)}"
+        if refused
+        else ""
+    )
     undecided = f"placement is undecided ({', '.join(unsure)}), so verify it on a Mac first"
     doubt = f"; {undecided}{_alternative(best, staying)}" if unsure else ""
-    predicted = f"predicted {speed.low:.1f} to {speed.high:.1f} tok/s (expected {speed.expected:.1f})"
+    predicted = (
+        f"predicted {speed.low:.1f} to {speed.high:.1f} tok/s (expected {speed.expected:.1f})"
+    )
     bound = f"bound by {best.prediction.bound}"
-    return f"Take --routing {best.routing} --compress {best.recipe}: {reason}, {predicted}, {bound}{others}{doubt}."
+    return (
+        f"Take --routing {best.routing} --compress {best.recipe}: {reason}, {predicted}, "
+        f"{bound}{others}{doubt}."
+    )
 
 
 def _alternative(best: Choice, staying: Iterable[Choice]) -> str:
-    """The same weights by the other routing, where only the placement of single experts is what is in doubt."""
+    """The same weights by the other routing, where only the placement of single experts is what is
+    in doubt."""
     experts_unsure = any(concern.kind == "experts" for concern in best.concerns)
-    same = [choice for choice in staying if choice.recipe == best.recipe and choice.routing != best.routing]
+    same = [
+        choice
+        for choice in staying
+        if choice.recipe == best.recipe and choice.routing != best.routing
+    ]
     if not (experts_unsure and same):
         return ""
     speed = _speed(same[0])
-    predicted = f"predicted {speed.low:.1f} to {speed.high:.1f} tok/s (expected {speed.expected:.1f})"
+    predicted = (
+        f"predicted {speed.low:.1f} to {speed.high:.1f} tok/s (expected {speed.expected:.1f})"
+    )
     return f"; if its experts stay on the CPU, {same[0].routing} is {predicted}"
 
 
@@ -234,7 +290,10 @@ def read_config(checkpoint: str | Path) -> tuple[dict[str, Any], str]:
     file = path / CONFIG if path.is_dir() else path
     if not file.is_file():
         if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(checkpoint)):
-            raise UserError(f"{checkpoint} has no config.json", do="give a model folder, its config.json, or a Hub id")
+            raise UserError(
+                f"{checkpoint} has no config.json",
+                do="give a model folder, its config.json, or a Hub id",
+            )
         file = _from_hub(str(checkpoint))
     return read_json(file), str(file)
 
@@ -246,20 +305,29 @@ def _from_hub(name: str) -> Path:
     if isinstance(cached := hub.try_to_load_from_cache(name, CONFIG), str):
         return Path(cached)
     try:
-        hub.get_hf_file_metadata(hub.hf_hub_url(name, CONFIG))      # asks once; a download tries for half a minute
+        hub.get_hf_file_metadata(
+            hub.hf_hub_url(name, CONFIG)
+        )  # asks once; a download tries for half a minute
         return Path(hub.hf_hub_download(name, CONFIG))
-    except Exception as error:      # of many libraries: no network, no such model, no permission
-        raise UserError(f"{CONFIG} of {name} cannot be fetched from the Hugging Face Hub",
-                        str(error).strip().split("\n")[0][:200] or type(error).__name__,
-                        "give a local folder or config.json") from None
+    except Exception as error:  # of many libraries: no network, no such model, no permission
+        raise UserError(
+            f"{CONFIG} of {name} cannot be fetched from the Hugging Face Hub",
+            str(error).strip().split("\n")[0][:200] or type(error).__name__,
+            "give a local folder or config.json",
+        ) from None
 
 
 def _choice(kinds: KindsPlan, target: Target) -> Choice:
     plan, options = kinds.plan, kinds.plan.options
     workload = workload_of_plan(plan, kinds.repeats)
-    return Choice(options.routing, options.recipe.name, workload,
-                  predict(workload, find_chip(target.name)), concerns_of_plan(plan, target),
-                  _conversion_seconds(kinds))
+    return Choice(
+        options.routing,
+        options.recipe.name,
+        workload,
+        predict(workload, find_chip(target.name)),
+        concerns_of_plan(plan, target),
+        _conversion_seconds(kinds),
+    )
 
 
 def _conversion_seconds(kinds: KindsPlan) -> Range | None:
@@ -270,9 +338,11 @@ def _conversion_seconds(kinds: KindsPlan) -> Range | None:
     sizes.pop("fp16", None)
     if any(_base(name) not in times["encode"] for name in sizes):
         return None
-    seconds = [whole / times["write"][end] + sum(size / times["encode"][_base(name)][end] / 2
-                                                for name, size in sizes.items())
-               for end in ("high", "expected", "low")]
+    seconds = [
+        whole / times["write"][end]
+        + sum(size / times["encode"][_base(name)][end] / 2 for name, size in sizes.items())
+        for end in ("high", "expected", "low")
+    ]
     return Range(*seconds)
 
 
@@ -307,7 +377,9 @@ def _choice_json(choice: Choice) -> dict[str, Any]:
         "packages": work.packages,
         "calls_per_token": asdict(work.calls_per_token),
         "weight_bytes_per_token": asdict(work.weight_bytes_per_token),
-        "conversion_seconds_estimated": asdict(choice.conversion_seconds) if choice.conversion_seconds else None,
+        "conversion_seconds_estimated": asdict(choice.conversion_seconds)
+        if choice.conversion_seconds
+        else None,
         "concerns": [asdict(concern) for concern in choice.concerns],
         "prediction": choice.prediction.as_json(),
     }

@@ -1,5 +1,5 @@
-"""What a model's packages hold, as far as time and memory depend on it: the same facts from a finished conversion as
-from a plan."""
+"""What a model's packages hold, as far as time and memory depend on it: the same facts from a
+finished conversion as from a plan."""
 
 import math
 from collections import Counter, defaultdict
@@ -11,8 +11,9 @@ from ane_moe.manifest import Shard
 
 @dataclass(frozen=True)
 class ExpertSet:
-    """A layer's experts as functions that the host calls: `k` of `experts`, `group` of them in a function, which exists
-    for each token count in `tokens`. `shared_share` of the bytes is an expert that is always called."""
+    """A layer's experts as functions that the host calls: `k` of `experts`, `group` of them in a
+    function, which exists for each token count in `tokens`. `shared_share` of the bytes is an
+    expert that is always called."""
 
     experts: int
     k: int
@@ -28,8 +29,9 @@ class ExpertSet:
 
 @dataclass(frozen=True)
 class Piece:
-    """One package, or the `packages` of one layer's expert functions: `stored_bytes` of `weights` elements, worked
-    off at the chip's `rate` for them. The KV states take `cache_bytes`, the whole width."""
+    """One package, or the `packages` of one layer's expert functions: `stored_bytes` of `weights`
+    elements, worked off at the chip's `rate` for them. The KV states take `cache_bytes`, the whole
+    width."""
 
     kind: str
     stored_bytes: int
@@ -77,4 +79,6 @@ def _expert_piece(packages: list[Shard], k: int) -> Piece:
     tokens = tuple(sorted({function.tokens for shard in packages for function in shard.functions}))
     chosen = ExpertSet(experts, k, math.ceil(experts / len(routed)), tokens, shared / elements)
     stored = sum(shard.weight_bytes for shard in packages)
-    return Piece("experts", stored, elements, routed[0].rate, packages=len(packages), experts=chosen)
+    return Piece(
+        "experts", stored, elements, routed[0].rate, packages=len(packages), experts=chosen
+    )

@@ -31,14 +31,16 @@ INWARD = ("q", "k", "v", "gate", "up", "rows")  # projections that read the inpu
 # How many operations come with a weight, by the last name of its path: the convolution, and what
 # the part does that no other weight stands for. A test counts them in packages.
 OPERATIONS: dict[str, float] = {
-    "norm": 12, "q_norm": 12, "k_norm": 12,
-    "o": 36,            # with the core of attention, rotation and residual
-    "router": 15,       # with the mask of the chosen
-    "down": 5,          # with activation and residual
+    "norm": 12,
+    "q_norm": 12,
+    "k_norm": 12,
+    "o": 36,  # with the core of attention, rotation and residual
+    "router": 15,  # with the mask of the chosen
+    "down": 5,  # with activation and residual
     "experts.down": 7,  # with the gate that is cut out for it, too
     "shared_gate": 3,
     "recover_out": 2,
-    "state": 7.5,       # reads and writes, and the shapes they need
+    "state": 7.5,  # reads and writes, and the shapes they need
 }
 
 
@@ -75,13 +77,15 @@ def facts_of_options(options: ConvertOptions) -> FunctionFacts:
     """What options decide whatever the model: formats, states, layout. Sizes are not known."""
     states = STATES_OF_A_LAYER * options.layers_per_shard if options.state == "mlstate" else 0
     cache = Port("", (1, 1, 1, CACHE_STEP), STATE)
-    ops = [_op("conv", 1, _product() | {"weight_format": stored_form(name)}, name)
-           for name in options.recipe.formats]
+    ops = [
+        _op("conv", 1, _product() | {"weight_format": stored_form(name)}, name)
+        for name in options.recipe.formats
+    ]
     if states:
         ops += _state_ops(states)
     features = [_feature("state", cache)] * states
     for tokens in {1, options.prefill or 1}:
-        stream = Port("", (1, 2, 1, tokens), STREAM)     # of any channels above one
+        stream = Port("", (1, 2, 1, tokens), STREAM)  # of any channels above one
         stream = stream.turned() if options.layout == "bct1" else stream
         features.append(_feature("input", stream))
     unknown = {"weight_bytes": None, "flops": None}
@@ -166,10 +170,17 @@ class _Graph:
         for like, count in counts.items():
             (rows, columns), form = like
             axes = {"n": 1, "c": max(rows, columns), "h": 1, "w": self.tokens}
-            facts = _product() | axes | {
-                "channels_in": columns, "channels_out": rows, "elements": columns * self.tokens,
-                "reduction": columns, "weight_format": form,
-            }
+            facts = (
+                _product()
+                | axes
+                | {
+                    "channels_in": columns,
+                    "channels_out": rows,
+                    "elements": columns * self.tokens,
+                    "reduction": columns,
+                    "weight_format": form,
+                }
+            )
             flops = 2 * rows * columns * self.tokens * count
             op = _op("conv", count, facts, f"{rows} x {columns} {form}", flops)
             op.parts = _parts(op.name, sizes[like])
@@ -189,8 +200,9 @@ class _Graph:
         yield _op("matmul", 2 * len(self.shard.states), facts, "attention", flops)
 
     def _parallel_projections(self) -> int:
-        readers = Counter(weight.place for weight in self.weights
-                          if weight.reads_input and len(weight.shape) == 2)
+        readers = Counter(
+            weight.place for weight in self.weights if weight.reads_input and len(weight.shape) == 2
+        )
         return max(readers.values(), default=0)
 
 
@@ -206,15 +218,24 @@ def _shared() -> dict[str, Any]:
 
 def _arithmetic() -> dict[str, Any]:
     return _shared() | {
-        "nested": False, "rank": 4, "input_rank": 4, "dtypes": frozenset({"fp16"}), "fan_in": 1,
-        "infinite_constant": False, "weight_format": "", "feeds": frozenset(),
+        "nested": False,
+        "rank": 4,
+        "input_rank": 4,
+        "dtypes": frozenset({"fp16"}),
+        "fan_in": 1,
+        "infinite_constant": False,
+        "weight_format": "",
+        "feeds": frozenset(),
         "constants": frozenset(),
     }
 
 
 def _product() -> dict[str, Any]:
     return _arithmetic() | {
-        "constants": frozenset({"weight"}), "groups": 1, "kernel_h": 1, "kernel_w": 1,
+        "constants": frozenset({"weight"}),
+        "groups": 1,
+        "kernel_h": 1,
+        "kernel_w": 1,
     }
 
 

@@ -1,4 +1,5 @@
-"""What a token costs, counted in calls, bytes and weights; seconds are the cost model's business."""
+"""What a token costs, counted in calls, bytes and weights; seconds are the cost model's
+business."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -16,9 +17,9 @@ from ane_moe.model.spec import MoeSpec
 
 @dataclass(frozen=True)
 class Calls:
-    """Calls of one kind in a step of the model: `count` of them, each with `tokens` tokens, reading `stored_bytes` of
-    `weights` elements at the chip's `rate`. `cache_bytes`: the KV states that one call goes over, whole, whatever part
-    of them is in use (a static graph has no shorter way)."""
+    """Calls of one kind in a step of the model: `count` of them, each with `tokens` tokens, reading
+    `stored_bytes` of `weights` elements at the chip's `rate`. `cache_bytes`: the KV states that one
+    call goes over, whole, whatever part of them is in use (a static graph has no shorter way)."""
 
     kind: str
     count: Range
@@ -33,8 +34,9 @@ class Calls:
 class Workload:
     """One step of decoding and one of prefill, and what all packages take.
 
-    `package_bytes` are the weights in packages, without the embedding, which the host reads; `functions` counts those
-    that a runtime loads of one package with all its weights (each wires a copy of its own).
+    `package_bytes` are the weights in packages, without the embedding, which the host reads;
+    `functions` counts those that a runtime loads of one package with all its weights (each wires a
+    copy of its own).
     """
 
     routing: str
@@ -66,8 +68,8 @@ class Workload:
 
 
 class ExpertTraffic(Protocol):
-    """Counts of a routing trace, of one decoded token over all layers: routed expert functions called, and bytes of
-    those that were not loaded yet."""
+    """Counts of a routing trace, of one decoded token over all layers: routed expert functions
+    called, and bytes of those that were not loaded yet."""
 
     @property
     def functions_per_token(self) -> float: ...
@@ -81,26 +83,33 @@ def workload_of(conversion: Path | Manifest) -> Workload:
     manifest = read_manifest(conversion) if isinstance(conversion, Path) else conversion
     embed = find_format(manifest.embed_format).stored_bytes(manifest.vocab, manifest.d_model)
     k = {int(layer): facts["k"] for layer, facts in manifest.moe.items()}
-    return assemble(pieces_of(manifest.shards, k), manifest.routing, manifest.weights, manifest.prefill, embed)
+    return assemble(
+        pieces_of(manifest.shards, k), manifest.routing, manifest.weights, manifest.prefill, embed
+    )
 
 
 def workload_of_plan(plan: ConversionPlan, repeats: Mapping[int, int] | None = None) -> Workload:
-    """The workload of a conversion that has not been made. A layer of the plan stands for as many as
-    `repeats` says, or for itself."""
+    """The workload of a conversion that has not been made. A layer of the plan stands for as many
+    as `repeats` says, or for itself."""
     options, layers = plan.options, enumerate(plan.spec.layers)
     k = {number: layer.ffn.router.k for number, layer in layers if isinstance(layer.ffn, MoeSpec)}
     pieces = pieces_of(plan.shards, k, repeats)
     return assemble(pieces, options.routing, options.recipe.name, options.prefill, plan.embed_bytes)
 
 
-def assemble(pieces: Iterable[Piece], routing: str, format: str, prefill: int, embed_bytes: int) -> Workload:
-    """Count the calls that a model of these packages makes. `prefill` 0: prompts are decoded token by token."""
+def assemble(
+    pieces: Iterable[Piece], routing: str, format: str, prefill: int, embed_bytes: int
+) -> Workload:
+    """Count the calls that a model of these packages makes. `prefill` 0: prompts are decoded token
+    by token."""
     merged = merge(pieces)
     return Workload(
         routing=routing,
         format=format,
         decode=tuple(call for piece, count in merged for call in _calls(piece, count, 1)),
-        prefill=tuple(call for piece, count in merged for call in _calls(piece, count, prefill or 1)),
+        prefill=tuple(
+            call for piece, count in merged for call in _calls(piece, count, prefill or 1)
+        ),
         prefill_tokens=prefill or 1,
         packages=sum(count * piece.packages for piece, count in merged),
         package_bytes=sum(count * piece.stored_bytes for piece, count in merged),
@@ -114,22 +123,36 @@ def assemble(pieces: Iterable[Piece], routing: str, format: str, prefill: int, e
 def _calls(piece: Piece, count: int, tokens: int) -> list[Calls]:
     once = Range(count, count, count)
     if piece.experts is None:
-        return [Calls(piece.kind, once, piece.stored_bytes, piece.weights, piece.rate, tokens, piece.cache_bytes)]
+        return [
+            Calls(
+                piece.kind,
+                once,
+                piece.stored_bytes,
+                piece.weights,
+                piece.rate,
+                tokens,
+                piece.cache_bytes,
+            )
+        ]
     chosen, share = piece.experts, piece.experts.shared_share
     groups, hit = math.ceil(chosen.experts / chosen.group), distinct_groups(chosen, tokens)
     each = (1 - share) / groups
-    size = _padded(math.ceil(tokens * distinct_groups(chosen, 1).expected / hit.expected), chosen.tokens)
+    size = _padded(
+        math.ceil(tokens * distinct_groups(chosen, 1).expected / hit.expected), chosen.tokens
+    )
     stored, weights = round(piece.stored_bytes * each), round(piece.weights * each)
     calls = [Calls("experts", times(hit, count), stored, weights, piece.rate, size)]
     if share:
         stored, weights = round(piece.stored_bytes * share), round(piece.weights * share)
-        calls.append(Calls("shared", once, stored, weights, piece.rate, _padded(tokens, chosen.tokens)))
+        calls.append(
+            Calls("shared", once, stored, weights, piece.rate, _padded(tokens, chosen.tokens))
+        )
     return calls
 
 
 def distinct_groups(chosen: ExpertSet, tokens: int) -> Range:
-    """Functions of one layer that `tokens` tokens call between them: at the least those of one token, as expected if
-    every choice is as likely as any other, at the most all different ones."""
+    """Functions of one layer that `tokens` tokens call between them: at the least those of one
+    token, as expected if every choice is as likely as any other, at the most all different ones."""
     groups = math.ceil(chosen.experts / chosen.group)
     others = chosen.experts - min(chosen.group, chosen.experts)
     missed = math.comb(others, chosen.k) / math.comb(chosen.experts, chosen.k)
@@ -141,7 +164,9 @@ def distinct_groups(chosen: ExpertSet, tokens: int) -> Range:
 def add(ranges: Iterable[Range]) -> Range:
     """The sum, end by end."""
     listed = list(ranges)
-    return Range(sum(r.low for r in listed), sum(r.expected for r in listed), sum(r.high for r in listed))
+    return Range(
+        sum(r.low for r in listed), sum(r.expected for r in listed), sum(r.high for r in listed)
+    )
 
 
 def times(value: Range, factor: float) -> Range:

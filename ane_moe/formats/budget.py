@@ -1,10 +1,11 @@
 """Formats chosen matrix by matrix, by what each costs in bytes and in error.
 
-The error of a matrix in a format is that of its outputs on the calibration text: the relative squared error under the
-inputs' mean squares, measured on a sample of its rows, times the share of the last hidden state's energy that comes
-through it (`Moments.share`). That inputs are uncorrelated, and that later layers neither damp nor amplify, is assumed;
-what the whole model loses is measured by `verify`, not here. An expert that calibration never met costs nothing and
-takes the fewest bytes.
+The error of a matrix in a format is that of its outputs on the calibration text: the relative
+squared error under the inputs' mean squares, measured on a sample of its rows, times the share of
+the last hidden state's energy that comes through it (`Moments.share`). That inputs are
+uncorrelated, and that later layers neither damp nor amplify, is assumed; what the whole model loses
+is measured by `verify`, not here. An expert that calibration never met costs nothing and takes the
+fewest bytes.
 """
 
 import heapq
@@ -23,7 +24,7 @@ from ane_moe.formats.recipe import find_format
 from ane_moe.model.weight import WeightName
 
 CANDIDATES = ("fp16", "int8", "lut6", "lut4", "lut3", "lut2")
-SAMPLED_ROWS = 64           # four palettes of 16 rows
+SAMPLED_ROWS = 64  # four palettes of 16 rows
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,17 @@ def _measured(weight: np.ndarray, source: TensorSource, moments: Moments) -> Sen
         encoded = find_format(name).encode(weight, met)
         stored = weight if encoded is None else expand(encoded)
         error, cosine = _output_error(weight.astype(np.float32), stored.astype(np.float32), m)
-        options.append(Option(name, find_format(name).stored_bytes(*source.shape), share * error, cosine))
+        options.append(
+            Option(name, find_format(name).stored_bytes(*source.shape), share * error, cosine)
+        )
     return Sensitivity(source.name, tuple(options))
 
 
-def _output_error(weight: np.ndarray, stored: np.ndarray, moments: np.ndarray) -> tuple[float, float]:
-    """Relative squared error and cosine of the outputs for uncorrelated inputs of these mean squares."""
+def _output_error(
+    weight: np.ndarray, stored: np.ndarray, moments: np.ndarray
+) -> tuple[float, float]:
+    """Relative squared error and cosine of the outputs for uncorrelated inputs of these mean
+    squares."""
     energy = float((weight**2 @ moments).sum(dtype=np.float64))
     if not energy:
         return 0.0, 1.0
@@ -88,9 +94,10 @@ def _output_error(weight: np.ndarray, stored: np.ndarray, moments: np.ndarray) -
 def fit_budget(sensitivities: Sequence[Sensitivity], budget_bytes: int) -> dict[WeightName, str]:
     """Formats by tensor of the least summed error within `budget_bytes` for all of them together.
 
-    Each matrix keeps to the lower convex hull of its options, and steps are taken in the order of error per byte saved:
-    the Lagrangian optimum up to one step (Shoham and Gersho, 1988). Raises UserError when even the smallest formats
-    take more.
+    Each matrix keeps to the lower convex hull of its options, and steps are taken in the order of
+    error per byte saved:
+    the Lagrangian optimum up to one step (Shoham and Gersho, 1988). Raises UserError when even the
+    smallest formats take more.
     """
     hulls = {entry.tensor: _hull(entry.options) for entry in sensitivities}
     place = dict.fromkeys(hulls, 0)
@@ -105,8 +112,12 @@ def fit_budget(sensitivities: Sequence[Sensitivity], budget_bytes: int) -> dict[
         if at + 2 < len(hull):
             heapq.heappush(heap, (_slope(hull, at + 1), tensor))
     if total > budget_bytes:
-        raise UserError("--budget-mb is too small for this model", f"its matrices take at least {total / 1e6:.1f} MB, "
-                        f"{budget_bytes / 1e6:.1f} MB are left for them", "give more")
+        raise UserError(
+            "--budget-mb is too small for this model",
+            f"its matrices take at least {total / 1e6:.1f} MB, "
+            f"{budget_bytes / 1e6:.1f} MB are left for them",
+            "give more",
+        )
     return {tensor: hull[place[tensor]].format for tensor, hull in hulls.items()}
 
 

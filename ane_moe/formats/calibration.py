@@ -1,10 +1,12 @@
-"""What calibration text showed: what enters every matrix, how often each expert was chosen, how much each block adds.
+"""What calibration text showed: what enters every matrix, how often each expert was chosen, how
+much each block adds.
 
 calibration.safetensors, N tokens:
 
     inputs.<activation>         fp32 (columns,)     mean squares of what enters a matrix
     counts.layer_<L>            int64 (experts,)    tokens that chose each expert
-    energy.layer_<L>            fp32 (2,)           mean squared lengths of what attention and feed-forward add
+    energy.layer_<L>            fp32 (2,)           mean squared lengths of what attention and
+    feed-forward add
     energy.final                fp32 (1,)           and of the hidden state before the head
 
 An activation is called as the tensors that read it are, with the name of `Weight.reads` for a path:
@@ -30,8 +32,8 @@ METADATA = "ane_moe_calibration_2"
 
 @dataclass(frozen=True)
 class Calibration:
-    """`moments` by activation, `counts` and `energies` by layer, over `tokens` tokens; `of` tells what it was made
-    from."""
+    """`moments` by activation, `counts` and `energies` by layer, over `tokens` tokens; `of` tells
+    what it was made from."""
 
     moments: Mapping[WeightName, np.ndarray]
     counts: Mapping[int, np.ndarray]
@@ -42,16 +44,27 @@ class Calibration:
 
     def write(self, path: Path) -> None:
         """Write it atomically."""
-        tensors = {f"inputs.{name}": moments.astype(np.float32) for name, moments in self.moments.items()}
-        tensors |= {f"counts.layer_{layer}": counts.astype(np.int64) for layer, counts in self.counts.items()}
-        tensors |= {f"energy.layer_{layer}": pair.astype(np.float32) for layer, pair in self.energies.items()}
+        tensors = {
+            f"inputs.{name}": moments.astype(np.float32) for name, moments in self.moments.items()
+        }
+        tensors |= {
+            f"counts.layer_{layer}": counts.astype(np.int64)
+            for layer, counts in self.counts.items()
+        }
+        tensors |= {
+            f"energy.layer_{layer}": pair.astype(np.float32)
+            for layer, pair in self.energies.items()
+        }
         tensors["energy.final"] = np.array([self.final_energy], np.float32)
         with replaced(path) as temporary:
-            save_file(tensors, temporary, {METADATA: json.dumps({"tokens": self.tokens, "of": self.of})})
+            save_file(
+                tensors, temporary, {METADATA: json.dumps({"tokens": self.tokens, "of": self.of})}
+            )
 
 
 def is_calibration_of(path: Path, digest: str) -> bool:
-    """Whether the calibration file was made from what `digest` tells; False for one that cannot be read."""
+    """Whether the calibration file was made from what `digest` tells; False for one that cannot be
+    read."""
     try:
         return Moments(path).of == digest
     except UserError:
@@ -59,16 +72,21 @@ def is_calibration_of(path: Path, digest: str) -> bool:
 
 
 class Moments:
-    """Reads the moments of single matrices from a calibration file. Raises UserError when it is damaged."""
+    """Reads the moments of single matrices from a calibration file. Raises UserError when it is
+    damaged."""
 
     def __init__(self, path: Path):
         try:
-            self._file = safe_open(path, framework="numpy")     # its header names every matrix: parsed once
+            self._file = safe_open(
+                path, framework="numpy"
+            )  # its header names every matrix: parsed once
             self._names = set(self._file.keys())
             about = json.loads((self._file.metadata() or {})[METADATA])
             self.tokens, self.of = int(about["tokens"]), str(about["of"])
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-            raise UserError(f"{path} cannot be read", str(error), "delete it and convert again") from None
+            raise UserError(
+                f"{path} cannot be read", str(error), "delete it and convert again"
+            ) from None
         self._path = path
 
     def find(self, activation: WeightName, columns: int) -> np.ndarray | None:
@@ -78,13 +96,17 @@ class Moments:
             return None
         moments: np.ndarray = self._file.get_tensor(name)
         if moments.shape != (columns,) or not np.isfinite(moments).all() or moments.min() < 0:
-            raise UserError(f"{self._path} does not fit {activation}", f"{moments.shape} for {columns} columns",
-                            "delete it and convert again")
+            raise UserError(
+                f"{self._path} does not fit {activation}",
+                f"{moments.shape} for {columns} columns",
+                "delete it and convert again",
+            )
         return moments if moments.any() else None
 
     def share(self, tensor: WeightName) -> float:
-        """Share of the energy of the last hidden state that comes through a matrix: how much of a relative error of
-        its outputs arrives at the head, if later layers neither damp nor amplify it. 1 for the head itself."""
+        """Share of the energy of the last hidden state that comes through a matrix: how much of a
+        relative error of its outputs arrives at the head, if later layers neither damp nor amplify
+        it. 1 for the head itself."""
         if tensor.layer is None:
             return 1.0
         block = ("attn", "ffn").index(tensor.part)

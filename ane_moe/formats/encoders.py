@@ -1,6 +1,7 @@
 """The weight formats: each encodes a matrix `(rows, columns)`, rows being output channels.
 
-What coremltools emits for the same formats and iOS 18 is what is emitted here, so that one reader serves both.
+What coremltools emits for the same formats and iOS 18 is what is emitted here, so that one reader
+serves both.
 """
 
 import re
@@ -15,21 +16,27 @@ from ane_moe.errors import UserError
 from ane_moe.formats.encoded import Encoded, Expansion, Stored
 from ane_moe.formats.palettes import assign, assign_vectors, fit_palettes, fit_vectors
 
-CHUNK = 1 << 19                                 # elements of a matrix treated at a time
-APPLE_LEVELS = (-1.5, -0.5, 0.5, 1.5)           # of Apple's on-device model (its 2025 foundation model report)
-LARGEST_FIXED_SCALE = 43648.0                   # 1.5 times the next larger fp16 number is infinite
+CHUNK = 1 << 19  # elements of a matrix treated at a time
+APPLE_LEVELS = (
+    -1.5,
+    -0.5,
+    0.5,
+    1.5,
+)  # of Apple's on-device model (its 2025 foundation model report)
+LARGEST_FIXED_SCALE = 43648.0  # 1.5 times the next larger fp16 number is infinite
 SCALE_ROUNDS = 8
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
-LEAST_SCALE = 2.0**-24                          # the smallest fp16 number
-TYPICAL_SIDE = 4096                             # of the square matrix that stands for all
-DEFAULT_GROUP = 16                              # coremltools' guide: 8 or 16 output channels a palette
+LEAST_SCALE = 2.0**-24  # the smallest fp16 number
+TYPICAL_SIDE = 4096  # of the square matrix that stands for all
+DEFAULT_GROUP = 16  # coremltools' guide: 8 or 16 output channels a palette
 
 
 @dataclass(frozen=True)
 class Format:
     """Base of all formats: fp16, stored as it is.
 
-    `rate` names the speed at which a chip works through weights of the format (benchmark/chips.toml).
+    `rate` names the speed at which a chip works through weights of the format
+    (benchmark/chips.toml).
     """
 
     rate: ClassVar[str] = "fp16"
@@ -38,8 +45,8 @@ class Format:
     def encode(self, weight: np.ndarray, moments: np.ndarray | None = None) -> Encoded | None:
         """Encode fp16 `(rows, columns)`; None stands for plain fp16.
 
-        `moments` fp32 `(columns,)` are mean squares of the inputs, by which errors are weighted. Raises ValueError
-        for NaN and Inf.
+        `moments` fp32 `(columns,)` are mean squares of the inputs, by which errors are weighted.
+        Raises ValueError for NaN and Inf.
         """
         return None
 
@@ -49,7 +56,8 @@ class Format:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of a weight, scales and palettes included, in a square matrix that stands for all."""
+        """Bits of a weight, scales and palettes included, in a square matrix that stands for
+        all."""
         return 8 * self.stored_bytes(TYPICAL_SIDE, TYPICAL_SIDE) / TYPICAL_SIDE**2
 
 
@@ -68,12 +76,25 @@ class Linear(Format):
         clips = (1.0,) if self.bits == 8 else CLIPS
         for first, last in _row_chunks(rows, columns):
             w = torch.from_numpy(weight[first:last]).float().reshape(last - first, blocks, -1)
-            m = None if moments is None else torch.from_numpy(moments).float().reshape(1, blocks, -1)
+            m = (
+                None
+                if moments is None
+                else torch.from_numpy(moments).float().reshape(1, blocks, -1)
+            )
             q, s = _integers(w, m, 2 ** (self.bits - 1) - 1, clips)
             data[first:last] = q.reshape(last - first, columns).numpy()
             scale[first:last] = s.half().reshape(last - first, blocks).numpy()
-        inputs = {"data": Stored(_conv(data), f"int{self.bits}"), "scale": Stored(_conv(scale), "fp16")}
-        return Encoded((Expansion("constexpr_blockwise_shift_scale", inputs, (("fp16", (rows, columns, 1, 1)),)),))
+        inputs = {
+            "data": Stored(_conv(data), f"int{self.bits}"),
+            "scale": Stored(_conv(scale), "fp16"),
+        }
+        return Encoded(
+            (
+                Expansion(
+                    "constexpr_blockwise_shift_scale", inputs, (("fp16", (rows, columns, 1, 1)),)
+                ),
+            )
+        )
 
     def stored_bytes(self, rows: int, columns: int) -> int:
         return _packed(rows * columns, self.bits) + 2 * rows * (columns // self._size(columns))
@@ -84,7 +105,8 @@ class Linear(Format):
 
 @dataclass(frozen=True)
 class Palette(Format):
-    """K-means palettes: one for each `group` of rows (0: one for all), of single weights or of vectors down the rows.
+    """K-means palettes: one for each `group` of rows (0: one for all), of single weights or of
+    vectors down the rows.
 
     `scaled` divides each row by its largest magnitude first, and gives it that as a scale.
     """
@@ -107,7 +129,7 @@ class Palette(Format):
         palettes = fit_palettes(grouped, 1 << self.bits, weights)
         indices = assign(grouped, palettes).reshape(rows, columns)
         if scale is not None:
-            palettes = np.repeat(palettes, rows // groups, axis=0)      # each row's, times its scale
+            palettes = np.repeat(palettes, rows // groups, axis=0)  # each row's, times its scale
             scale = _least_squares(weight, indices, palettes, scale, moments)
         return _palettized(indices, palettes, scale, f"uint{self.bits}")
 
@@ -115,7 +137,11 @@ class Palette(Format):
         vector = _divisor(self._size(rows), self.vector)
         palettes = rows if self.scaled else rows // self._size(rows)
         scales = 2 * rows if self.scaled else 0
-        return _packed(rows * columns // vector, self.bits) + 2 * palettes * vector * (1 << self.bits) + scales
+        return (
+            _packed(rows * columns // vector, self.bits)
+            + 2 * palettes * vector * (1 << self.bits)
+            + scales
+        )
 
     def _size(self, rows: int) -> int:
         """Rows that share a palette: the largest divisor of all rows within the group size."""
@@ -129,10 +155,14 @@ class Palette(Format):
         weights = None if moments is None else np.tile(moments, (groups, rows // length // groups))
         palettes = fit_vectors(grouped, 1 << self.bits, weights)
         indices = assign_vectors(grouped, palettes).reshape(rows // length, columns)
-        inputs = {"indices": Stored(_conv(indices), f"uint{self.bits}"),
-                  "lut": Stored(palettes.reshape(groups, 1, 1, 1, -1, length), "fp16")}
+        inputs = {
+            "indices": Stored(_conv(indices), f"uint{self.bits}"),
+            "lut": Stored(palettes.reshape(groups, 1, 1, 1, -1, length), "fp16"),
+        }
         axis = {"vector_axis": 0} if length > 1 else {}
-        return Encoded((Expansion("constexpr_lut_to_dense", inputs, (("fp16", (rows, columns, 1, 1)),), axis),))
+        return Encoded(
+            (Expansion("constexpr_lut_to_dense", inputs, (("fp16", (rows, columns, 1, 1)),), axis),)
+        )
 
 
 @dataclass(frozen=True)
@@ -150,23 +180,31 @@ class FixedPalette(Format):
         for first in range(0, len(scale), step):
             part = slice(first * size, min(first + step, len(scale)) * size)
             w = torch.from_numpy(weight[part]).float().reshape(-1, size * columns)
-            m = torch.ones(size * columns) if moments is None else torch.from_numpy(np.tile(moments, size)).float()
+            m = (
+                torch.ones(size * columns)
+                if moments is None
+                else torch.from_numpy(np.tile(moments, size)).float()
+            )
             s = _two_level_scale(w, m)
-            scale[first:first + step] = s.numpy()
-            outer = (w.abs().numpy() >= s.float()[:, None].numpy()).view(np.uint8)      # 0.5 or 1.5
+            scale[first : first + step] = s.numpy()
+            outer = (w.abs().numpy() >= s.float()[:, None].numpy()).view(np.uint8)  # 0.5 or 1.5
             negative = (w.numpy() < 0).view(np.uint8)
-            indices[part] = ((outer | 2) ^ (3 * negative)).reshape(-1, columns)         # 3, 2 mirrored are 0, 1
+            indices[part] = ((outer | 2) ^ (3 * negative)).reshape(
+                -1, columns
+            )  # 3, 2 mirrored are 0, 1
         levels = np.tile(np.array(APPLE_LEVELS, np.float16), (len(scale), 1))
         return _palettized(indices, levels, scale[:, None], "uint2")
 
     def stored_bytes(self, rows: int, columns: int) -> int:
-        return _packed(rows * columns, 2) + (2 + 2 * len(APPLE_LEVELS)) * (rows // _divisor(rows, self.group))
+        return _packed(rows * columns, 2) + (2 + 2 * len(APPLE_LEVELS)) * (
+            rows // _divisor(rows, self.group)
+        )
 
 
 @dataclass(frozen=True)
 class Sparse(Format):
-    """The smallest `percent` of all weights set to zero and left out (0: those that are zero already), the others
-    stored as fp16, int8 or palettes.
+    """The smallest `percent` of all weights set to zero and left out (0: those that are zero
+    already), the others stored as fp16, int8 or palettes.
 
     Published speed is 1.55 to 1.64 times fp16's on an M1 (ane-guide, chapter 7): their
     bytes at fp16's rate say as much.
@@ -178,7 +216,10 @@ class Sparse(Format):
     def encode(self, weight: np.ndarray, moments: np.ndarray | None = None) -> Encoded:
         rows, columns = _require_finite(weight)
         kept = _kept(weight, self.percent)
-        mask, dense = Stored(_conv(kept.astype(np.uint8)), "uint1"), (("fp16", (rows, columns, 1, 1)),)
+        mask, dense = (
+            Stored(_conv(kept.astype(np.uint8)), "uint1"),
+            (("fp16", (rows, columns, 1, 1)),),
+        )
         if isinstance(self.rest, Linear):
             (linear,) = self.rest.encode(weight, moments).expansions
             data, scale = linear.inputs["data"], linear.inputs["scale"]
@@ -192,15 +233,21 @@ class Sparse(Format):
             mass = kept.astype(np.float32) * (1 if moments is None else moments)
             palettes = fit_palettes(grouped, 1 << self.rest.bits, mass.reshape(groups, -1))
             indices = assign(grouped, palettes).reshape(rows, columns)[kept]
-            inputs = {"indices_mask": mask, "indices_nonzero_data": Stored(indices, f"uint{self.rest.bits}"),
-                      "lut": Stored(palettes.reshape(groups, 1, 1, 1, -1, 1), "fp16")}
+            inputs = {
+                "indices_mask": mask,
+                "indices_nonzero_data": Stored(indices, f"uint{self.rest.bits}"),
+                "lut": Stored(palettes.reshape(groups, 1, 1, 1, -1, 1), "fp16"),
+            }
             return _joined("constexpr_lut_to_sparse", inputs, dense)
         inputs = {"nonzero_data": Stored(weight[kept], "fp16"), "mask": mask}
         return Encoded((Expansion("constexpr_sparse_to_dense", inputs, dense),))
 
     def stored_bytes(self, rows: int, columns: int) -> int:
         kept = rows * columns - rows * columns * self.percent // 100
-        whole, plain = self.rest.stored_bytes(rows, columns), _packed(rows * columns, _bits(self.rest))
+        whole, plain = (
+            self.rest.stored_bytes(rows, columns),
+            _packed(rows * columns, _bits(self.rest)),
+        )
         return _packed(rows * columns, 1) + _packed(kept, _bits(self.rest)) + whole - plain
 
 
@@ -212,26 +259,39 @@ FORMATS: dict[str, Format] = {
     **{f"lut{bits}": Palette(f"lut{bits}", bits=bits) for bits in (8, 6, 4, 3, 2)},
     **{f"int{bits}-block32": Linear(f"int{bits}-block32", bits, 32) for bits in (8, 4)},
 }
-OPTIONS = re.compile(r"(?:-g(?P<group>8|16|32)|-(?P<tensor>tensor))?(?:-v(?P<vector>2|4))?(?P<scaled>\+scale)?")
+OPTIONS = re.compile(
+    r"(?:-g(?P<group>8|16|32)|-(?P<tensor>tensor))?(?:-v(?P<vector>2|4))?(?P<scaled>\+scale)?"
+)
 
 
 def parse_format(text: str) -> Format:
-    """The format of a name such as `int8`, `lut4`, `lut4-g32`, `lut6-tensor`, `lut8-v4`, `lut4+scale`, `apple2-g16`,
-    `sparse50+lut4` or `int4-block32`. Raises UserError for others."""
+    """The format of a name such as `int8`, `lut4`, `lut4-g32`, `lut6-tensor`, `lut8-v4`,
+    `lut4+scale`, `apple2-g16`, `sparse50+lut4` or `int4-block32`. Raises UserError for others."""
     name = text.strip()
     if found := re.fullmatch(r"sparse(\d{1,2})(?:\+(.+))?", name):
         rest = parse_format(found[2] or "fp16")
         extended = isinstance(rest, Palette) and (rest.vector > 1 or rest.scaled)
         blocks = isinstance(rest, Linear) and rest.block > 0
         if isinstance(rest, Sparse | FixedPalette) or extended or blocks:
-            raise UserError(f"{rest.name} cannot be joined with sparsity", do="join fp16, int8, int4-channel or lut2-8")
+            raise UserError(
+                f"{rest.name} cannot be joined with sparsity",
+                do="join fp16, int8, int4-channel or lut2-8",
+            )
         return Sparse(name, percent=int(found[1]), rest=rest)
     base = re.match(r"int\d(-channel|-block32)|apple2|[a-z]+\d+", name)
     form = FORMATS.get(base[0]) if base else None
-    options = OPTIONS.fullmatch(name[len(base[0]):]) if base else None
-    if form is None or options is None or (not isinstance(form, Palette | FixedPalette) and name != form.name):
-        raise UserError("there is no such weight format", repr(text), f"formats: {', '.join(FORMATS)}, sparse50, "
-                        "sparse50+int8; palettes take -g8, -g32, -tensor, -v2, -v4 and +scale")
+    options = OPTIONS.fullmatch(name[len(base[0]) :]) if base else None
+    if (
+        form is None
+        or options is None
+        or (not isinstance(form, Palette | FixedPalette) and name != form.name)
+    ):
+        raise UserError(
+            "there is no such weight format",
+            repr(text),
+            f"formats: {', '.join(FORMATS)}, sparse50, "
+            "sparse50+int8; palettes take -g8, -g32, -tensor, -v2, -v4 and +scale",
+        )
     return _with_options(form, name, options)
 
 
@@ -241,27 +301,49 @@ def _with_options(form: Format, name: str, options: re.Match[str]) -> Format:
     if isinstance(form, FixedPalette) and not (options["tensor"] or options["vector"] or scaled):
         return replace(form, name=name, group=form.group if group is None else group)
     if isinstance(form, Palette) and not (scaled and vector > 1):
-        usual = form.group if vector == 1 else 0            # a palette of vectors is large: one for the whole matrix
-        return replace(form, name=name, group=usual if group is None else group, vector=vector, scaled=scaled)
+        usual = (
+            form.group if vector == 1 else 0
+        )  # a palette of vectors is large: one for the whole matrix
+        return replace(
+            form, name=name, group=usual if group is None else group, vector=vector, scaled=scaled
+        )
     if isinstance(form, Palette | FixedPalette):
-        raise UserError("these options of a palette do not go together", repr(name), "leave one out")
+        raise UserError(
+            "these options of a palette do not go together", repr(name), "leave one out"
+        )
     return form
 
 
-def _palettized(indices: np.ndarray, palettes: np.ndarray, scale: np.ndarray | None, type_: str) -> Encoded:
-    """Palettes `(G, E)`; with scales `(G, 1)` they are scaled before the look-up, as coremltools writes it."""
+def _palettized(
+    indices: np.ndarray, palettes: np.ndarray, scale: np.ndarray | None, type_: str
+) -> Encoded:
+    """Palettes `(G, E)`; with scales `(G, 1)` they are scaled before the look-up, as coremltools
+    writes it."""
     rows, columns = indices.shape
-    lut, dense = Stored(palettes.reshape(len(palettes), 1, 1, 1, -1, 1), "fp16"), (("fp16", (rows, columns, 1, 1)),)
+    lut, dense = (
+        Stored(palettes.reshape(len(palettes), 1, 1, 1, -1, 1), "fp16"),
+        (("fp16", (rows, columns, 1, 1)),),
+    )
     stored = Stored(_conv(indices), type_)
     if scale is None:
-        return Encoded((Expansion("constexpr_lut_to_dense", {"indices": stored, "lut": lut}, dense),))
-    inputs = {"data": lut, "scale": Stored(scale.astype(np.float16).reshape(-1, 1, 1, 1, 1, 1), "fp16")}
+        return Encoded(
+            (Expansion("constexpr_lut_to_dense", {"indices": stored, "lut": lut}, dense),)
+        )
+    inputs = {
+        "data": lut,
+        "scale": Stored(scale.astype(np.float16).reshape(-1, 1, 1, 1, 1, 1), "fp16"),
+    }
     scaled = Expansion("constexpr_blockwise_shift_scale", inputs, (("fp16", lut.values.shape),))
-    return Encoded((scaled, Expansion("constexpr_lut_to_dense", {"indices": stored, "lut": (0, 0)}, dense)))
+    return Encoded(
+        (scaled, Expansion("constexpr_lut_to_dense", {"indices": stored, "lut": (0, 0)}, dense))
+    )
 
 
-def _joined(type_: str, inputs: dict[str, Stored | tuple[int, int]],
-            dense: tuple[tuple[str, tuple[int, ...]], ...]) -> Encoded:
+def _joined(
+    type_: str,
+    inputs: dict[str, Stored | tuple[int, int]],
+    dense: tuple[tuple[str, tuple[int, ...]], ...],
+) -> Encoded:
     """A sparse form that another operation expands to fp16, then the zeros between."""
     mask = next(value for name, value in inputs.items() if name.endswith("mask"))
     nonzero = next(value for name, value in inputs.items() if "nonzero" in name)
@@ -271,8 +353,9 @@ def _joined(type_: str, inputs: dict[str, Stored | tuple[int, int]],
     return Encoded((Expansion(type_, inputs, outputs), last))
 
 
-def _integers(w: torch.Tensor, m: torch.Tensor | None, top: int,
-              clips: tuple[float, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+def _integers(
+    w: torch.Tensor, m: torch.Tensor | None, top: int, clips: tuple[float, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Integers int8 and scales of `(R, B, n)`, the clip of least error for each block."""
     largest = w.abs().amax(2, keepdim=True)
     best_q, best_s, least = None, None, None
@@ -292,7 +375,9 @@ def _integers(w: torch.Tensor, m: torch.Tensor | None, top: int,
     return best_q.to(torch.int8), best_s if m is None else _refined(w, m, best_q, best_s, top)
 
 
-def _refined(w: torch.Tensor, m: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, top: int) -> torch.Tensor:
+def _refined(
+    w: torch.Tensor, m: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, top: int
+) -> torch.Tensor:
     """The scale of least squares for these integers; where there is none, the one given."""
     squares = (m * q * q).sum(2, keepdim=True)
     fitted = (m * w * q).sum(2, keepdim=True) / squares.clamp(min=1e-30)
@@ -300,22 +385,31 @@ def _refined(w: torch.Tensor, m: torch.Tensor, q: torch.Tensor, scale: torch.Ten
 
 
 def _fp16_scale(scale: torch.Tensor, top: int) -> torch.Tensor:
-    """The scale as fp16 holds it: not 0, rounded up where it is subnormal and coarse (a lower one would cut off the
-    largest weights), and not so large that `top` times it overflows."""
+    """The scale as fp16 holds it: not 0, rounded up where it is subnormal and coarse (a lower one
+    would cut off the largest weights), and not so large that `top` times it overflows."""
     stored = scale.clamp(min=LEAST_SCALE).half().float()
     stored = torch.where(stored < scale * (1 - 2**-10), stored + LEAST_SCALE, stored)
-    return torch.where(stored * top >= 65520, torch.nextafter(stored.half(), torch.zeros(()).half()).float(), stored)
+    return torch.where(
+        stored * top >= 65520,
+        torch.nextafter(stored.half(), torch.zeros(()).half()).float(),
+        stored,
+    )
 
 
 def _two_level_scale(w: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
-    """fp16 scales `(R,)` of `(R, n)`: least squares for the levels chosen, in turns (Lloyd for a fixed shape)."""
+    """fp16 scales `(R,)` of `(R, n)`: least squares for the levels chosen, in turns (Lloyd for a
+    fixed shape)."""
     magnitude = w.abs()
     weighted, total, mass = m * magnitude, magnitude @ m, m.sum()
     scale, outer = magnitude.mean(1).clamp(min=LEAST_SCALE), torch.empty_like(magnitude)
     for _ in range(SCALE_ROUNDS):
-        torch.ge(magnitude, scale[:, None], out=outer)          # the level is 0.5 + outer, its square 0.25 + 2 outer
+        torch.ge(
+            magnitude, scale[:, None], out=outer
+        )  # the level is 0.5 + outer, its square 0.25 + 2 outer
         above = (weighted * outer).sum(1)
-        scale = ((total / 2 + above) / (mass / 4 + 2 * (outer @ m)).clamp(min=1e-30)).clamp(min=LEAST_SCALE)
+        scale = ((total / 2 + above) / (mass / 4 + 2 * (outer @ m)).clamp(min=1e-30)).clamp(
+            min=LEAST_SCALE
+        )
     return scale.clamp(max=LARGEST_FIXED_SCALE).half()
 
 
@@ -328,34 +422,47 @@ def _row_scale(weight: np.ndarray) -> np.ndarray:
 def _divided(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
     out = np.empty_like(weight)
     for first, last in _row_chunks(*weight.shape):
-        out[first:last] = weight[first:last].astype(np.float32) / scale[first:last].astype(np.float32)
+        out[first:last] = weight[first:last].astype(np.float32) / scale[first:last].astype(
+            np.float32
+        )
     return out
 
 
-def _least_squares(weight: np.ndarray, indices: np.ndarray, palettes: np.ndarray, scale: np.ndarray,
-                   moments: np.ndarray | None) -> np.ndarray:
-    """Scales fp16 `(rows, 1)` of least error for the levels chosen; where that is none, the ones given."""
+def _least_squares(
+    weight: np.ndarray,
+    indices: np.ndarray,
+    palettes: np.ndarray,
+    scale: np.ndarray,
+    moments: np.ndarray | None,
+) -> np.ndarray:
+    """Scales fp16 `(rows, 1)` of least error for the levels chosen; where that is none, the ones
+    given."""
     fitted = np.empty(scale.shape, np.float32)
     for first, last in _row_chunks(*weight.shape):
-        levels = np.take_along_axis(palettes[first:last], indices[first:last].astype(np.int64), 1).astype(np.float32)
+        levels = np.take_along_axis(
+            palettes[first:last], indices[first:last].astype(np.int64), 1
+        ).astype(np.float32)
         weighted = levels if moments is None else levels * moments
         squares = (weighted * levels).sum(1, keepdims=True)
         products = (weighted * weight[first:last]).sum(1, keepdims=True)
-        fitted[first:last] = np.divide(products, squares, out=scale[first:last].astype(np.float32), where=squares > 0)
+        fitted[first:last] = np.divide(
+            products, squares, out=scale[first:last].astype(np.float32), where=squares > 0
+        )
     sound = (fitted > LEAST_SCALE) & (fitted <= 65504)
     return np.where(sound, fitted, scale).astype(np.float16)
 
 
 def _kept(weight: np.ndarray, percent: int) -> np.ndarray:
-    """bool `(rows, columns)`: all but the zeros, and but the smallest until `percent` of all are left out."""
+    """bool `(rows, columns)`: all but the zeros, and but the smallest until `percent` of all are
+    left out."""
     magnitudes = (weight.view(np.uint16) & 0x7FFF).reshape(-1)
     out = magnitudes.size * percent // 100
     if out <= int((magnitudes == 0).sum()):
         return (magnitudes != 0).reshape(weight.shape)
     limit = np.partition(magnitudes, out - 1)[out - 1]
     kept = magnitudes > limit
-    level = np.flatnonzero(magnitudes == limit)         # equal magnitudes: the first ones go
-    kept[level[out - int((magnitudes < limit).sum()):]] = True
+    level = np.flatnonzero(magnitudes == limit)  # equal magnitudes: the first ones go
+    kept[level[out - int((magnitudes < limit).sum()) :]] = True
     return kept.reshape(weight.shape)
 
 

@@ -14,8 +14,8 @@ layers = "0-1"
 roles = { experts = "int8" }
 ```
 
-`embedding` is the table that the host reads: fp16 unless it is named, as int8; `default` is not for it. Routers, norms,
-gates of shared experts and biases stay fp16.
+`embedding` is the table that the host reads: fp16 unless it is named, as int8; `default` is not for
+it. Routers, norms, gates of shared experts and biases stay fp16.
 """
 
 import re
@@ -34,11 +34,22 @@ from ane_moe.number_lists import parse_layers
 PRESETS = Path(__file__).parent / "recipes"
 MAX_FILE_BYTES = 1 << 20
 MAX_RANK = 1024
-EMBEDDING_FORMATS = ("fp16", "int8")        # of which the host makes single rows
-# A role is named by group and matrix; the rows of a part say which of them a tensor has (`Weight.role`).
-MATRICES = {"attention": "qkvo", "experts": ("gate", "up", "down"), "shared": ("gate", "up", "down"),
-            "dense": ("gate", "up", "down"), "head": (), "embedding": ()}
-NAMES = {"default", *MATRICES, *(f"{group}.{matrix}" for group, names in MATRICES.items() for matrix in names)}
+EMBEDDING_FORMATS = ("fp16", "int8")  # of which the host makes single rows
+# A role is named by group and matrix; the rows of a part say which of them a tensor has
+# (`Weight.role`).
+MATRICES = {
+    "attention": "qkvo",
+    "experts": ("gate", "up", "down"),
+    "shared": ("gate", "up", "down"),
+    "dense": ("gate", "up", "down"),
+    "head": (),
+    "embedding": (),
+}
+NAMES = {
+    "default",
+    *MATRICES,
+    *(f"{group}.{matrix}" for group, names in MATRICES.items() for matrix in names),
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,8 @@ class LayerRoles:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Choices by role, and by layer and role; formats of single tensors (`overrides`, by our tensor name)."""
+    """Choices by role, and by layer and role; formats of single tensors (`overrides`, by our tensor
+    name)."""
 
     name: str
     roles: Mapping[str, Choice]
@@ -77,15 +89,22 @@ class Recipe:
         """What the tensors of a role get, in one layer: the most specific entry."""
         tables = [entry.roles for entry in reversed(self.layers) if layer in entry.layers]
         names = (role,) if role == "embedding" else (role, role.split(".")[0], "default")
-        entries = (table[name] for table in (*tables, self.roles) for name in names if name in table)
+        entries = (
+            table[name] for table in (*tables, self.roles) for name in names if name in table
+        )
         return next(entries, Choice())
 
     def as_json(self) -> dict[str, Any]:
         """The recipe as it is kept in runtime_meta.json."""
         return {
             "roles": {name: vars(choice) for name, choice in self.roles.items()},
-            "layers": [{"layers": list(entry.layers), "roles": {n: vars(c) for n, c in entry.roles.items()}}
-                       for entry in self.layers],
+            "layers": [
+                {
+                    "layers": list(entry.layers),
+                    "roles": {n: vars(c) for n, c in entry.roles.items()},
+                }
+                for entry in self.layers
+            ],
             "overrides": dict(self.overrides),
         }
 
@@ -108,14 +127,19 @@ def find_format(name: str) -> Format:
 
 
 def recipe_of(name: str, data: Mapping[str, Any]) -> Recipe:
-    """The recipe that runtime_meta.json keeps (`Recipe.as_json`). Raises UserError when it is none."""
+    """The recipe that runtime_meta.json keeps (`Recipe.as_json`). Raises UserError when it is
+    none."""
     try:
         roles = {role: Choice(**choice) for role, choice in data["roles"].items()}
-        layers = tuple(LayerRoles(tuple(entry["layers"]), {r: Choice(**c) for r, c in entry["roles"].items()})
-                       for entry in data["layers"])
+        layers = tuple(
+            LayerRoles(tuple(entry["layers"]), {r: Choice(**c) for r, c in entry["roles"].items()})
+            for entry in data["layers"]
+        )
         return Recipe(name, roles, layers, dict(data["overrides"]))
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError("the recipe in runtime_meta.json cannot be read", repr(error), "convert again") from None
+        raise UserError(
+            "the recipe in runtime_meta.json cannot be read", repr(error), "convert again"
+        ) from None
 
 
 def presets() -> tuple[str, ...]:
@@ -123,11 +147,13 @@ def presets() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in PRESETS.glob("*.toml")))
 
 
-def find_recipe(text: str, *, group: str | None = None, vector: int | None = None, rank: int | None = None) -> Recipe:
+def find_recipe(
+    text: str, *, group: str | None = None, vector: int | None = None, rank: int | None = None
+) -> Recipe:
     """The recipe of a preset's name, a format's name, or the path of a TOML file.
 
-    `group` and `vector` are for palettes whose names do not say; `rank` replaces that of every compressed matrix.
-    Raises UserError.
+    `group` and `vector` are for palettes whose names do not say; `rank` replaces that of every
+    compressed matrix. Raises UserError.
     """
     if rank is not None and not 0 <= rank <= MAX_RANK:
         raise UserError("--recover-rank is not possible", str(rank), f"give 0 to {MAX_RANK}")
@@ -146,12 +172,23 @@ def _completed(recipe: Recipe, group: str | None, vector: int | None, rank: int 
         if found := re.fullmatch(r"(lut\d)(\+scale)?", name):
             size = {None: "", "tensor": "-tensor"}.get(group, f"-g{group}")
             name = found[1] + size + (f"-v{vector}" if vector else "") + (found[2] or "")
-        return Choice(parse_format(name).name, choice.rank if rank is None or name == "fp16" else rank)
+        return Choice(
+            parse_format(name).name, choice.rank if rank is None or name == "fp16" else rank
+        )
 
-    roles = {name: complete(choice) if name != "embedding" else choice for name, choice in recipe.roles.items()}
-    layers = tuple(LayerRoles(e.layers, {n: complete(c) for n, c in e.roles.items()}) for e in recipe.layers)
-    plain = recipe.name == recipe.roles.get("default", Choice()).format     # a format's name, not a recipe's
-    return Recipe(roles["default"].format if plain else recipe.name, roles, layers, recipe.overrides)
+    roles = {
+        name: complete(choice) if name != "embedding" else choice
+        for name, choice in recipe.roles.items()
+    }
+    layers = tuple(
+        LayerRoles(e.layers, {n: complete(c) for n, c in e.roles.items()}) for e in recipe.layers
+    )
+    plain = (
+        recipe.name == recipe.roles.get("default", Choice()).format
+    )  # a format's name, not a recipe's
+    return Recipe(
+        roles["default"].format if plain else recipe.name, roles, layers, recipe.overrides
+    )
 
 
 def _read(path: Path, name: str) -> Recipe:
@@ -164,40 +201,70 @@ def _read(path: Path, name: str) -> Recipe:
     except ValueError as error:
         raise UserError(f"the recipe {path} is not TOML", str(error)) from None
     if unknown := set(data) - {"about", "roles", "layers"}:
-        raise UserError(f"the recipe {path} has unknown entries", ", ".join(sorted(unknown)), "use roles and layers")
+        raise UserError(
+            f"the recipe {path} has unknown entries",
+            ", ".join(sorted(unknown)),
+            "use roles and layers",
+        )
     entries = data.get("layers", [])
     if not isinstance(entries, list):
-        raise UserError(f"the recipe {path}: layers is not a list of tables", "", "write [[layers]]")
-    return Recipe(name, _roles(data.get("roles"), path), tuple(_layer_roles(entry, path) for entry in entries))
+        raise UserError(
+            f"the recipe {path}: layers is not a list of tables", "", "write [[layers]]"
+        )
+    return Recipe(
+        name, _roles(data.get("roles"), path), tuple(_layer_roles(entry, path) for entry in entries)
+    )
 
 
 def _layer_roles(entry: Any, path: Path) -> LayerRoles:
-    if not isinstance(entry, dict) or set(entry) != {"layers", "roles"} or not isinstance(entry["layers"], str):
-        raise UserError(f"the recipe {path}: a [[layers]] table needs layers and roles", repr(entry))
+    if (
+        not isinstance(entry, dict)
+        or set(entry) != {"layers", "roles"}
+        or not isinstance(entry["layers"], str)
+    ):
+        raise UserError(
+            f"the recipe {path}: a [[layers]] table needs layers and roles", repr(entry)
+        )
     return LayerRoles(parse_layers(entry["layers"]), _roles(entry["roles"], path))
 
 
 def _roles(table: Any, path: Path) -> dict[str, Choice]:
     if not isinstance(table, dict) or not table:
-        raise UserError(f"the recipe {path} has no table of roles", do='write [roles] and, say, default = "int8"')
+        raise UserError(
+            f"the recipe {path} has no table of roles",
+            do='write [roles] and, say, default = "int8"',
+        )
     if unknown := set(table) - NAMES:
-        raise UserError(f"the recipe {path} names unknown roles", ", ".join(sorted(unknown)),
-                        f"roles are {', '.join(sorted(NAMES))}")
+        raise UserError(
+            f"the recipe {path} names unknown roles",
+            ", ".join(sorted(unknown)),
+            f"roles are {', '.join(sorted(NAMES))}",
+        )
     roles = {name: _choice(value, path) for name, value in table.items()}
     embedding = roles.get("embedding", Choice())
     if embedding.format not in EMBEDDING_FORMATS or embedding.rank:
-        raise UserError(f"the recipe {path}: the embedding is stored as {' or '.join(EMBEDDING_FORMATS)}",
-                        f"{embedding.format}, rank {embedding.rank}")
+        raise UserError(
+            f"the recipe {path}: the embedding is stored as {' or '.join(EMBEDDING_FORMATS)}",
+            f"{embedding.format}, rank {embedding.rank}",
+        )
     return roles
 
 
 def _choice(value: Any, path: Path) -> Choice:
     fields = {"format": value} if isinstance(value, str) else value
-    if not isinstance(fields, dict) or not set(fields) <= {"format", "rank"} or "format" not in fields:
-        raise UserError(f"the recipe {path}: a role is a format, or a table of format and rank", repr(value))
+    if (
+        not isinstance(fields, dict)
+        or not set(fields) <= {"format", "rank"}
+        or "format" not in fields
+    ):
+        raise UserError(
+            f"the recipe {path}: a role is a format, or a table of format and rank", repr(value)
+        )
     form, rank = fields["format"], fields.get("rank", 0)
     if not isinstance(form, str) or type(rank) is not int or not 0 <= rank <= MAX_RANK:
-        raise UserError(f"the recipe {path}: format is a name and rank 0 to {MAX_RANK}", repr(value))
+        raise UserError(
+            f"the recipe {path}: format is a name and rank 0 to {MAX_RANK}", repr(value)
+        )
     return Choice(parse_format(form).name, rank)
 
 

@@ -12,8 +12,10 @@ from ane_moe.errors import UserError
 from ane_moe.manifest import Manifest
 from ane_moe.model.port import Port, Shape, slot_arguments, slot_root
 
-HIDDEN = np.float16(-1e4)       # additive mask of a slot that may not be seen; exp of it is 0 in fp16 and fp32
-MAX_ELEMENTS = 1 << 33          # of one slot: a manifest is not trusted
+HIDDEN = np.float16(
+    -1e4
+)  # additive mask of a slot that may not be seen; exp of it is 0 in fp16 and fp32
+MAX_ELEMENTS = 1 << 33  # of one slot: a manifest is not trusted
 
 # Tables of a rotary embedding by their slot: rows of cosines and of sines, fp16 `[context, r/2]`.
 Ropes = Mapping[str, np.ndarray]
@@ -36,7 +38,9 @@ def rope_tables(manifest: Manifest) -> dict[str, np.ndarray]:
     """Every rotary table of a conversion, for every position."""
     tables = {}
     for name, table in manifest.ropes.items():
-        angles = np.arange(manifest.context, dtype=np.float64)[:, None] * np.asarray(table["inv_freq"], np.float64)
+        angles = np.arange(manifest.context, dtype=np.float64)[:, None] * np.asarray(
+            table["inv_freq"], np.float64
+        )
         factor = float(table["attention_factor"])
         tables[f"rope.{name}.cos"] = (factor * np.cos(angles)).astype(np.float16)
         tables[f"rope.{name}.sin"] = (factor * np.sin(angles)).astype(np.float16)
@@ -44,25 +48,30 @@ def rope_tables(manifest: Manifest) -> dict[str, np.ndarray]:
 
 
 def by_channel(array: np.ndarray) -> np.ndarray:
-    """View `[1,C,1,T]` (bc1s) or `[1,C,T,1]` (bct1) as `[C,T]`; both hold the same bytes in the same order."""
+    """View `[1,C,1,T]` (bc1s) or `[1,C,T,1]` (bct1) as `[C,T]`; both hold the same bytes in the
+    same order."""
     return array.reshape(array.shape[1], -1)
 
 
-# -- rules of the host: how it fills a slot before a call ---------------------------------------------------------
+# -- rules of the host: how it fills a slot before a call
+# ---------------------------------------------------------
+
 
 def _mask(array: np.ndarray, slot: str, at: Placement) -> None:
-    """`(1, 1, T, S)`: open to each token itself and what precedes it inside the window; padding sees cache slot 0."""
+    """`(1, 1, T, S)`: open to each token itself and what precedes it inside the window; padding
+    sees cache slot 0."""
     (window,) = slot_arguments(slot)
     mask = array[0, 0]
     mask.fill(HIDDEN)
-    mask[at.count:, 0] = 0
+    mask[at.count :, 0] = 0
     for token in range(at.count):
         end = at.position + token + 1
-        mask[token, 0 if window == "all" else max(0, end - int(window)):end] = 0
+        mask[token, 0 if window == "all" else max(0, end - int(window)) : end] = 0
 
 
 def _write(array: np.ndarray, slot: str, at: Placement) -> None:
-    """`(1, 1, T, S)`: one row per token with its 1 at the token's own cache slot; none for padding."""
+    """`(1, 1, T, S)`: one row per token with its 1 at the token's own cache slot; none for
+    padding."""
     array.fill(0)
     for token in range(at.count):
         array[0, 0, token, at.position + token] = 1
@@ -71,16 +80,17 @@ def _write(array: np.ndarray, slot: str, at: Placement) -> None:
 def _keep(array: np.ndarray, slot: str, at: Placement) -> None:
     """`(1, 1, 1, S)`: 0 at the cache slots that are written."""
     array.fill(1)
-    array[..., at.position:at.end] = 0
+    array[..., at.position : at.end] = 0
 
 
 def _rope(array: np.ndarray, slot: str, at: Placement) -> None:
     """`(1, 1, r/2, T)`."""
-    array[0, 0, :, :at.count] = at.ropes[slot][at.position:at.end].T
+    array[0, 0, :, : at.count] = at.ropes[slot][at.position : at.end].T
 
 
 def _shift(array: np.ndarray, slot: str, at: Placement) -> None:
-    """`(1, 1, n + T, n)`: picks the last n columns of a state and the call's tokens, padding left out."""
+    """`(1, 1, n + T, n)`: picks the last n columns of a state and the call's tokens, padding left
+    out."""
     (last,) = slot_arguments(slot)
     array.fill(0)
     for column in range(int(last)):
@@ -100,19 +110,23 @@ class Slots:
     """The slots of calls of one width: an array for each, which keeps its place in memory."""
 
     def __init__(self, ropes: Ropes) -> None:
-        self.count = 0                              # real tokens of the call
+        self.count = 0  # real tokens of the call
         self._ropes = ropes
         self._arrays: dict[str, np.ndarray] = {}
 
     def array(self, port: Port) -> np.ndarray:
-        """The array of a port's slot, zeros at first. Raises UserError when others have it in another shape."""
+        """The array of a port's slot, zeros at first. Raises UserError when others have it in
+        another shape."""
         array = self._arrays.get(port.slot)
         if array is None:
             _require_sound(port, self._ropes)
             array = self._arrays[port.slot] = np.zeros(port.shape, np.float16)
         if array.shape != port.shape:
-            raise UserError(f"two functions have the slot {port.slot} in two shapes",
-                            f"{array.shape} and {port.shape}", "convert again")
+            raise UserError(
+                f"two functions have the slot {port.slot} in two shapes",
+                f"{array.shape} and {port.shape}",
+                "convert again",
+            )
         return array
 
     def columns(self, slot: str) -> np.ndarray:
@@ -130,7 +144,9 @@ class Slots:
 
 def _require_sound(port: Port, ropes: Ropes) -> None:
     if port.root == "rope" and port.slot not in ropes:
-        raise UserError(f"a function reads the unknown rotary table {port.slot}", do="convert again")
+        raise UserError(
+            f"a function reads the unknown rotary table {port.slot}", do="convert again"
+        )
     if np.prod(port.shape, dtype=np.float64) > MAX_ELEMENTS:
         raise UserError(f"the slot {port.slot} is too large", str(port.shape), "convert again")
 

@@ -1,4 +1,5 @@
-"""Loaded expert functions, kept up to a byte limit, least recently used out first; shared by all sessions."""
+"""Loaded expert functions, kept up to a byte limit, least recently used out first; shared by all
+sessions."""
 
 import threading
 from collections import OrderedDict
@@ -23,29 +24,34 @@ class FunctionKey:
 @dataclass
 class _Entry:
     size: int
-    ahead: bool                                 # loaded ahead and not called yet
-    function: LoadedFunction | None = None      # None while it is loading
+    ahead: bool  # loaded ahead and not called yet
+    function: LoadedFunction | None = None  # None while it is loading
     users: int = 0
 
 
 class ExpertCache:
-    """`load` makes a function ready to run, `size` gives the bytes its weights take; both may raise UserError.
+    """`load` makes a function ready to run, `size` gives the bytes its weights take; both may raise
+    UserError.
 
-    A limit of None keeps everything. A function in use is never dropped, so a caller that holds one function at a
-    time needs room for one; whoever finds no room waits until another thread lets go.
+    A limit of None keeps everything. A function in use is never dropped, so a caller that holds one
+    function at a time needs room for one; whoever finds no room waits until another thread lets go.
     """
 
-    def __init__(self, load: Callable[[FunctionKey], LoadedFunction], size: Callable[[FunctionKey], int],
-                 limit_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        load: Callable[[FunctionKey], LoadedFunction],
+        size: Callable[[FunctionKey], int],
+        limit_bytes: int | None = None,
+    ) -> None:
         self.figures = CacheFigures()
         self.limit_bytes = limit_bytes
         self._load = load
         self._size = size
         lock = threading.Lock()
-        self._changed = threading.Condition(lock)                   # an entry is ready, free or gone
-        self._asked = threading.Condition(lock)                     # there is something to load ahead
+        self._changed = threading.Condition(lock)  # an entry is ready, free or gone
+        self._asked = threading.Condition(lock)  # there is something to load ahead
         self._entries: OrderedDict[FunctionKey, _Entry] = OrderedDict()
-        self._protected: frozenset[FunctionKey] = frozenset()       # not to be dropped for loads ahead
+        self._protected: frozenset[FunctionKey] = frozenset()  # not to be dropped for loads ahead
         self._ahead: list[FunctionKey] = []
         self._worker: threading.Thread | None = None
 
@@ -53,7 +59,8 @@ class ExpertCache:
     def hold(self, key: FunctionKey, clock: CallClock | None = None) -> Iterator[LoadedFunction]:
         """The function, loaded, and safe from being dropped while the context lasts.
 
-        `clock` is told how long that took. Raises UserError when it cannot be loaded or is larger than the limit.
+        `clock` is told how long that took. Raises UserError when it cannot be loaded or is larger
+        than the limit.
         """
         entry = self._ready(key) or self._wait_for(key, clock)
         try:
@@ -65,7 +72,8 @@ class ExpertCache:
                 self._changed.notify_all()
 
     def load_ahead(self, keys: Sequence[FunctionKey], needed: Collection[FunctionKey] = ()) -> None:
-        """Load `keys` in the background, first things first, dropping neither them nor those in `needed` for it.
+        """Load `keys` in the background, first things first, dropping neither them nor those in
+        `needed` for it.
 
         Replaces what an earlier call asked for and has not been begun.
         """
@@ -73,20 +81,25 @@ class ExpertCache:
             self._protected = frozenset(keys).union(needed)
             self._ahead = [key for key in keys if key not in self._entries]
             if self._ahead and self._worker is None:
-                self._worker = threading.Thread(target=self._work, name="expert-loader", daemon=True)
+                self._worker = threading.Thread(
+                    target=self._work, name="expert-loader", daemon=True
+                )
                 self._worker.start()
             if self._ahead:
                 self._asked.notify()
             self._changed.notify_all()
 
     def resident_bytes(self, key: FunctionKey) -> int:
-        """What `key` takes of the limit once loaded. Raises UserError when there is no such function."""
+        """What `key` takes of the limit once loaded. Raises UserError when there is no such
+        function."""
         return self._size(key)
 
     def settle(self) -> None:
         """Wait until nothing is being loaded ahead."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._ahead and all(e.function for e in self._entries.values()))
+            self._changed.wait_for(
+                lambda: not self._ahead and all(e.function for e in self._entries.values())
+            )
 
     def _ready(self, key: FunctionKey) -> _Entry | None:
         with self._changed:
@@ -112,9 +125,12 @@ class ExpertCache:
         """The entry of `key`, loaded here unless another thread is at it."""
         size = self._size(key)
         if self.limit_bytes is not None and size > self.limit_bytes:
-            raise UserError("the expert cache is smaller than one expert function",
-                            f"{self.limit_bytes / 1e6:.2f} MB for {key.name} of {key.path}, {size / 1e6:.2f} MB",
-                            "raise --expert-cache-mb")
+            raise UserError(
+                "the expert cache is smaller than one expert function",
+                f"{self.limit_bytes / 1e6:.2f} MB for {key.name} of {key.path}, {size / 1e6:.2f} "
+                f"MB",
+                "raise --expert-cache-mb",
+            )
         with self._changed:
             counted = False
             while True:
@@ -163,7 +179,8 @@ class ExpertCache:
             self._changed.notify_all()
 
     def _make_room(self, size: int, protected: frozenset[FunctionKey]) -> bool:
-        """Drop least recently used functions until `size` more bytes fit; drop none when that is impossible."""
+        """Drop least recently used functions until `size` more bytes fit; drop none when that is
+        impossible."""
         if self.limit_bytes is None:
             return True
         excess = self.figures.bytes_resident + size - self.limit_bytes
@@ -199,10 +216,15 @@ class ExpertCache:
             size = None
         with self._changed:
             entry = None
-            wanted = key in self._ahead                     # else another request has replaced this one meanwhile
+            wanted = key in self._ahead  # else another request has replaced this one meanwhile
             if wanted:
                 self._ahead.remove(key)
-            if wanted and size is not None and key not in self._entries and self._make_room(size, self._protected):
+            if (
+                wanted
+                and size is not None
+                and key not in self._entries
+                and self._make_room(size, self._protected)
+            ):
                 entry = self._enter(key, size, ahead=True)
             self._changed.notify_all()
         if entry is not None:

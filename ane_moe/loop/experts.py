@@ -1,9 +1,11 @@
-"""Dispatch of experts by the host: the functions that gates choose, on the tokens that chose them, and no others.
+"""Dispatch of experts by the host: the functions that gates choose, on the tokens that chose them,
+and no others.
 
-T = tokens in the call, d = d_model, E = experts of the layer, G = experts of one function (a group), B = a bucket: a
-token count functions exist for. The manifest says which experts each function computes: none, where every token passes
-through it (the shared expert). Each maps `ffn_input [1,d,1,B]` and `gate [1,1,1,B]` (`gates [1,G,1,B]` where G is
-above 1; nothing for shared) to `y [1,d,1,B]`.
+T = tokens in the call, d = d_model, E = experts of the layer, G = experts of one function (a
+group), B = a bucket: a token count functions exist for. The manifest says which experts each
+function computes: none, where every token passes through it (the shared expert). Each maps
+`ffn_input [1,d,1,B]` and `gate [1,1,1,B]` (`gates [1,G,1,B]` where G is above 1; nothing for
+shared) to `y [1,d,1,B]`.
 """
 
 from bisect import bisect_left
@@ -31,7 +33,8 @@ KIND = "experts"
 
 @dataclass(frozen=True)
 class Group:
-    """Experts of one function, in order (none: the shared one), and the function for each bucket."""
+    """Experts of one function, in order (none: the shared one), and the function for each
+    bucket."""
 
     experts: tuple[int, ...]
     path: str
@@ -41,17 +44,19 @@ class Group:
         return FunctionKey(self.path, self.functions[tokens].name)
 
     def pieces(self, tokens: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
-        """Cut token indices so that each piece fits a bucket, the smallest that holds it; none is left out."""
+        """Cut token indices so that each piece fits a bucket, the smallest that holds it; none is
+        left out."""
         buckets = sorted(self.functions)
         for first in range(0, len(tokens), buckets[-1]):
-            piece = tokens[first:first + buckets[-1]]
+            piece = tokens[first : first + buckets[-1]]
             yield piece, buckets[bisect_left(buckets, len(piece))]
 
 
 @dataclass(frozen=True)
 class ExpertLayer:
-    """The expert functions of one layer: groups in the order of their experts. `experts` is how many the layer has
-    (None: as many as gates); rows of the gates after theirs are of choices that compute nothing."""
+    """The expert functions of one layer: groups in the order of their experts. `experts` is how
+    many the layer has (None: as many as gates); rows of the gates after theirs are of choices that
+    compute nothing."""
 
     layer: int
     groups: tuple[Group, ...]
@@ -65,26 +70,37 @@ class ExpertLayer:
 
     @cached_property
     def _holder(self) -> dict[int, int]:
-        return {expert: index for index, group in enumerate(self.groups) for expert in group.experts}
+        return {
+            expert: index for index, group in enumerate(self.groups) for expert in group.experts
+        }
 
     def groups_of(self, experts: Iterable[int]) -> list[Group]:
-        """Groups that hold `experts`, each once, in order. Raises UserError for an expert that none holds."""
+        """Groups that hold `experts`, each once, in order. Raises UserError for an expert that none
+        holds."""
         try:
-            return [self.groups[index] for index in sorted({self._holder[expert] for expert in experts})]
+            return [
+                self.groups[index] for index in sorted({self._holder[expert] for expert in experts})
+            ]
         except KeyError as error:
-            raise UserError(f"layer {self.layer}: the gates choose an expert that no package holds",
-                            f"expert {error}", "run `ane-moe verify`, or convert again") from None
+            raise UserError(
+                f"layer {self.layer}: the gates choose an expert that no package holds",
+                f"expert {error}",
+                "run `ane-moe verify`, or convert again",
+            ) from None
 
 
 def expert_layers(manifest: Manifest) -> dict[int, ExpertLayer]:
-    """Every layer whose experts are dispatched. Raises UserError for a package whose functions do not fit together."""
+    """Every layer whose experts are dispatched. Raises UserError for a package whose functions do
+    not fit together."""
     layers = {}
     for layer in manifest.layers:
         own = (shard for shard in manifest.shards if shard.dispatched and shard.layer == layer)
         groups = [group for shard in own for group in _groups(shard)]
         if groups:
             _require_once(groups, layer)
-            routed = sorted((group for group in groups if group.experts), key=lambda group: group.experts[0])
+            routed = sorted(
+                (group for group in groups if group.experts), key=lambda group: group.experts[0]
+            )
             shared = next((group for group in groups if not group.experts), None)
             experts = manifest.moe.get(str(layer), {}).get("experts")
             layers[layer] = ExpertLayer(layer, tuple(routed), shared, experts)
@@ -93,8 +109,10 @@ def expert_layers(manifest: Manifest) -> dict[int, ExpertLayer]:
 
 def _groups(shard: Shard) -> list[Group]:
     """The groups of one package, and their functions by token count."""
-    groups = [Group(experts, shard.path, {function.tokens: function for function in functions})
-              for experts, functions in shard.copies.items()]
+    groups = [
+        Group(experts, shard.path, {function.tokens: function for function in functions})
+        for experts, functions in shard.copies.items()
+    ]
     if len({frozenset(group.functions) for group in groups}) != 1:
         found = "some experts have other token counts than others"
         raise UserError(f"{shard.path} lacks an expert function", found, "convert again")
@@ -107,7 +125,9 @@ def _require_once(groups: Sequence[Group], layer: int) -> None:
     sorted_groups = all(group.experts == tuple(sorted(group.experts)) for group in groups)
     if not experts or len(set(experts)) != len(experts) or not sorted_groups:
         found = f"functions for {[group.experts for group in groups]}"
-        raise UserError(f"layer {layer}: experts and functions do not fit together", found, "convert again")
+        raise UserError(
+            f"layer {layer}: experts and functions do not fit together", found, "convert again"
+        )
 
 
 class Scratch:
@@ -116,22 +136,28 @@ class Scratch:
     def __init__(self) -> None:
         self._made: dict[tuple[Shape, ...], list[np.ndarray]] = {}
 
-    def features(self, function: ShardFunction, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The inputs of `function`: `values [C,n]` by the root of the slot, and zeros up to its T tokens."""
+    def features(
+        self, function: ShardFunction, values: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """The inputs of `function`: `values [C,n]` by the root of the slot, and zeros up to its T
+        tokens."""
         ports = function.ports.inputs
         key = tuple(port.shape for port in ports)
         arrays = self._made.setdefault(key, [np.zeros(shape, np.float16) for shape in key])
         for port, array in zip(ports, arrays, strict=True):
             columns, value = by_channel(array), values[port.root]
-            columns[:, :value.shape[1]] = value
-            columns[:, value.shape[1]:] = 0
+            columns[:, : value.shape[1]] = value
+            columns[:, value.shape[1] :] = 0
         return {port.name: array for port, array in zip(ports, arrays, strict=True)}
 
 
 class ExpertDispatch:
-    """Runs chosen experts, `concurrency` at a time; sums in fp32 in the order of experts, so the result is the same."""
+    """Runs chosen experts, `concurrency` at a time; sums in fp32 in the order of experts, so the
+    result is the same."""
 
-    def __init__(self, layers: dict[int, ExpertLayer], cache: ExpertCache, concurrency: int = 1) -> None:
+    def __init__(
+        self, layers: dict[int, ExpertLayer], cache: ExpertCache, concurrency: int = 1
+    ) -> None:
         if concurrency < 1:
             raise UserError("concurrency must be at least 1", str(concurrency))
         self.layers = layers
@@ -143,17 +169,27 @@ class ExpertDispatch:
 
     def chosen(self, layer: int, gates: np.ndarray) -> list[int]:
         """Experts of a layer with a gate other than zero in `gates [E,T]`, in order."""
-        return np.flatnonzero((gates[:self.layers[layer].experts] != 0).any(axis=1)).tolist()
+        return np.flatnonzero((gates[: self.layers[layer].experts] != 0).any(axis=1)).tolist()
 
-    def add(self, layer: int, experts: Sequence[int], ffn_input: np.ndarray, gates: np.ndarray, total: np.ndarray,
-            clock: CallClock) -> None:
-        """Add to `total [d,T]` (fp32) what `experts` and the shared one give for `ffn_input [d,T]` under `gates [E,T]`.
+    def add(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        ffn_input: np.ndarray,
+        gates: np.ndarray,
+        total: np.ndarray,
+        clock: CallClock,
+    ) -> None:
+        """Add to `total [d,T]` (fp32) what `experts` and the shared one give for `ffn_input [d,T]`
+        under `gates [E,T]`.
 
         Raises UserError when an expert has no function or its function cannot be loaded.
         """
         table = self.layers[layer]
-        tasks = [(group, np.flatnonzero((gates[list(group.experts)] != 0).any(axis=0)))
-                 for group in table.groups_of(experts)]
+        tasks = [
+            (group, np.flatnonzero((gates[list(group.experts)] != 0).any(axis=0)))
+            for group in table.groups_of(experts)
+        ]
         if table.shared:
             tasks.append((table.shared, np.arange(ffn_input.shape[1])))
 
@@ -164,21 +200,35 @@ class ExpertDispatch:
             for tokens, y in results:
                 total[:, tokens] += y
 
-    def load_ahead(self, layer: int, experts: Sequence[int], current: tuple[int, Sequence[int]]) -> None:
-        """Load the functions for one token of `experts` in `layer` in the background, at no cost of those in use now:
+    def load_ahead(
+        self, layer: int, experts: Sequence[int], current: tuple[int, Sequence[int]]
+    ) -> None:
+        """Load the functions for one token of `experts` in `layer` in the background, at no cost of
+        those in use now:
         `current` is the running layer and its experts."""
         running, used = current
-        self.cache.load_ahead([group.key(min(group.functions)) for group in self.layers[layer].groups_of(experts)],
-                              [group.key(min(group.functions)) for group in self.layers[running].groups_of(used)])
+        self.cache.load_ahead(
+            [group.key(min(group.functions)) for group in self.layers[layer].groups_of(experts)],
+            [group.key(min(group.functions)) for group in self.layers[running].groups_of(used)],
+        )
 
-    def _run(self, group: Group, tokens: np.ndarray, ffn_input: np.ndarray, gates: np.ndarray,
-             clock: CallClock) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _run(
+        self,
+        group: Group,
+        tokens: np.ndarray,
+        ffn_input: np.ndarray,
+        gates: np.ndarray,
+        clock: CallClock,
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Pieces of `tokens` with their `y [d,piece]`."""
         scratch = self._scratch.get()
         try:
             results = []
             for piece, bucket in group.pieces(tokens):
-                given = {FFN_INPUT: ffn_input[:, piece], GATES: gates[list(group.experts)][:, piece]}
+                given = {
+                    FFN_INPUT: ffn_input[:, piece],
+                    GATES: gates[list(group.experts)][:, piece],
+                }
                 features = scratch.features(group.functions[bucket], given)
                 with self.cache.hold(group.key(bucket), clock) as function:
                     started = clock.start()
@@ -186,21 +236,30 @@ class ExpertDispatch:
                         outputs = function.predict(features)
                     finally:
                         clock.stop(KIND, started)
-                results.append((piece, by_channel(outputs["y"])[:, :len(piece)]))
+                results.append((piece, by_channel(outputs["y"])[:, : len(piece)]))
             return results
         finally:
             self._scratch.put(scratch)
 
 
-def open_cache(folder: Path, layers: dict[int, ExpertLayer], runtime: str,
-               limit_bytes: int | None, **options: Any) -> ExpertCache:
-    """A cache over the packages in `folder`, each opened once. A function counts with the memory its weights take.
+def open_cache(
+    folder: Path,
+    layers: dict[int, ExpertLayer],
+    runtime: str,
+    limit_bytes: int | None,
+    **options: Any,
+) -> ExpertCache:
+    """A cache over the packages in `folder`, each opened once. A function counts with the memory
+    its weights take.
 
-    Loading reads the weights. It raises UserError when a package is damaged, or lacks a function or has it with other
-    inputs than the manifest implies, and when the limit is below the size of one function.
+    Loading reads the weights. It raises UserError when a package is damaged, or lacks a function or
+    has it with other inputs than the manifest implies, and when the limit is below the size of one
+    function.
     """
     groups = [group for layer in layers.values() for group in layer.all_groups]
-    entries = {group.key(tokens): entry for group in groups for tokens, entry in group.functions.items()}
+    entries = {
+        group.key(tokens): entry for group in groups for tokens, entry in group.functions.items()
+    }
 
     @cache
     def package(path: str) -> Package:
@@ -214,18 +273,26 @@ def open_cache(folder: Path, layers: dict[int, ExpertLayer], runtime: str,
     @cache
     def size(key: FunctionKey) -> int:
         if key.name not in package(key.path).functions:
-            raise UserError(f"{folder / key.path} lacks an expert function", key.name, "convert again")
+            raise UserError(
+                f"{folder / key.path} lacks an expert function", key.name, "convert again"
+            )
         return package(key.path).resident_bytes(key.name)
 
     return ExpertCache(load, size, limit_bytes)
 
 
 def check_function(function: LoadedFunction, entry: ShardFunction, what: str) -> None:
-    """Raise UserError unless `function` declares exactly the inputs that the manifest says, by name and shape."""
+    """Raise UserError unless `function` declares exactly the inputs that the manifest says, by name
+    and shape."""
     declared = {feature.name: feature.type.shape for feature in function.inputs}
     expected = shapes_of(entry.ports.inputs)
     if declared != expected:
         names = sorted(set(declared) | set(expected))
-        differences = ", ".join(f"{name} {declared.get(name, 'absent')} where {expected.get(name, 'none')} was expected"
-                                for name in names if declared.get(name) != expected.get(name))
-        raise UserError(f"{what} has other inputs than the manifest implies", differences, "convert again")
+        differences = ", ".join(
+            f"{name} {declared.get(name, 'absent')} where {expected.get(name, 'none')} was expected"
+            for name in names
+            if declared.get(name) != expected.get(name)
+        )
+        raise UserError(
+            f"{what} has other inputs than the manifest implies", differences, "convert again"
+        )

@@ -1,4 +1,5 @@
-"""Where the time of a session goes: the shards' own time, waiting for experts to load, and the host's share."""
+"""Where the time of a session goes: the shards' own time, waiting for experts to load, and the
+host's share."""
 
 import threading
 from dataclasses import asdict, dataclass, field
@@ -7,7 +8,8 @@ from time import perf_counter
 
 @dataclass
 class KindFigures:
-    """Calls of one shard kind and the seconds spent inside them (added up, also where they overlapped)."""
+    """Calls of one shard kind and the seconds spent inside them (added up, also where they
+    overlapped)."""
 
     calls: int = 0
     seconds: float = 0.0
@@ -15,8 +17,9 @@ class KindFigures:
 
 @dataclass
 class PhaseFigures:
-    """One phase (prefill or decode). `seconds` is wall time; `shard_seconds` the part with a shard call running,
-    `load_seconds` the part spent waiting for expert functions to load, the rest is the host's own."""
+    """One phase (prefill or decode). `seconds` is wall time; `shard_seconds` the part with a shard
+    call running, `load_seconds` the part spent waiting for expert functions to load, the rest is
+    the host's own."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -47,17 +50,27 @@ class PhaseFigures:
     def as_dict(self) -> dict[str, object]:
         """Plain values for JSON, units in the names."""
         return {
-            "tokens": self.tokens, "calls": self.calls, "tok_s": self.tok_s, "calls_per_token": self.calls_per_token,
-            "seconds": self.seconds, "shard_seconds": self.shard_seconds, "load_seconds": self.load_seconds,
-            "host_seconds": self.host_seconds, "host_ms_per_call": self.host_ms_per_call,
-            "kinds": {name: {"calls": kind.calls, "seconds": kind.seconds} for name, kind in self.kinds.items()},
+            "tokens": self.tokens,
+            "calls": self.calls,
+            "tok_s": self.tok_s,
+            "calls_per_token": self.calls_per_token,
+            "seconds": self.seconds,
+            "shard_seconds": self.shard_seconds,
+            "load_seconds": self.load_seconds,
+            "host_seconds": self.host_seconds,
+            "host_ms_per_call": self.host_ms_per_call,
+            "kinds": {
+                name: {"calls": kind.calls, "seconds": kind.seconds}
+                for name, kind in self.kinds.items()
+            },
         }
 
 
 @dataclass
 class CacheFigures:
-    """The cache of expert functions. A call finds its function loaded (hit), being loaded ahead (late) or not at all
-    (miss). `bytes_unused` were loaded ahead and dropped, or still wait, without one call."""
+    """The cache of expert functions. A call finds its function loaded (hit), being loaded ahead
+    (late) or not at all (miss). `bytes_unused` were loaded ahead and dropped, or still wait,
+    without one call."""
 
     hits: int = 0
     late: int = 0
@@ -77,7 +90,8 @@ class CacheFigures:
 
 @dataclass
 class PrefetchFigures:
-    """How good a predictor was in decode: of `needed` experts `right` had been named, among `predicted` ones."""
+    """How good a predictor was in decode: of `needed` experts `right` had been named, among
+    `predicted` ones."""
 
     predictor: str
     needed: int = 0
@@ -91,8 +105,8 @@ class PrefetchFigures:
 
 @dataclass
 class Figures:
-    """What a session has done since it was made. `runtime` says which runtime the times are for; `cache` is shared by
-    all sessions over the same shards."""
+    """What a session has done since it was made. `runtime` says which runtime the times are for;
+    `cache` is shared by all sessions over the same shards."""
 
     runtime: str
     prefill: PhaseFigures = field(default_factory=PhaseFigures)
@@ -104,8 +118,8 @@ class Figures:
 class CallClock:
     """Divides wall time among shard calls and waits for loads, also when several threads run them.
 
-    Time with at least one call running is shard time, however many overlap; else time with at least one wait is load
-    time.
+    Time with at least one call running is shard time, however many overlap; else time with at least
+    one wait is load time.
     """
 
     def __init__(self, phase: PhaseFigures) -> None:
@@ -167,24 +181,40 @@ def figures_dict(figures: Figures) -> dict[str, object]:
     calls = prefill.calls + decode.calls
     host = prefill.host_seconds + decode.host_seconds
     return {
-        "runtime": figures.runtime, "conditions": conditions(figures.runtime),
-        "prefill_tok_s": prefill.tok_s, "decode_tok_s": decode.tok_s, "calls_per_token": decode.calls_per_token,
+        "runtime": figures.runtime,
+        "conditions": conditions(figures.runtime),
+        "prefill_tok_s": prefill.tok_s,
+        "decode_tok_s": decode.tok_s,
+        "calls_per_token": decode.calls_per_token,
         "host_ms_per_call": 1000 * host / calls if calls else 0.0,
-        "prefill": prefill.as_dict(), "decode": decode.as_dict(),
-        "cache": asdict(figures.cache) | {"hit_rate": figures.cache.hit_rate} if figures.cache else None,
-        "prefetch": asdict(figures.prefetch) | {"hit_rate": figures.prefetch.hit_rate} if figures.prefetch else None,
+        "prefill": prefill.as_dict(),
+        "decode": decode.as_dict(),
+        "cache": asdict(figures.cache) | {"hit_rate": figures.cache.hit_rate}
+        if figures.cache
+        else None,
+        "prefetch": asdict(figures.prefetch) | {"hit_rate": figures.prefetch.hit_rate}
+        if figures.prefetch
+        else None,
     }
 
 
 def figures_line(figures: Figures) -> str:
     """One line for people, naming the runtime it is for."""
     prefill, decode = figures.prefill, figures.decode
-    parts = [f"prefill {prefill.tokens} tokens at {prefill.tok_s:.1f} tok/s, "
-             f"host {prefill.host_ms_per_call:.3f} ms per call"]
+    parts = [
+        f"prefill {prefill.tokens} tokens at {prefill.tok_s:.1f} tok/s, "
+        f"host {prefill.host_ms_per_call:.3f} ms per call"
+    ]
     if decode.tokens:
-        parts.append(f"decode {decode.tokens} tokens at {decode.tok_s:.1f} tok/s, {decode.calls_per_token:.1f} calls "
-                     f"per token, host {decode.host_ms_per_call:.3f} ms per call")
+        parts.append(
+            f"decode {decode.tokens} tokens at {decode.tok_s:.1f} tok/s, "
+            f"{decode.calls_per_token:.1f} calls "
+            f"per token, host {decode.host_ms_per_call:.3f} ms per call"
+        )
     if figures.cache:
-        parts.append(f"expert cache {100 * figures.cache.hit_rate:.0f}% hits, "
-                     f"{figures.cache.bytes_loaded / 1e6:.1f} MB loaded, {figures.cache.wait_seconds:.2f} s waited")
+        parts.append(
+            f"expert cache {100 * figures.cache.hit_rate:.0f}% hits, "
+            f"{figures.cache.bytes_loaded / 1e6:.1f} MB loaded, {figures.cache.wait_seconds:.2f} "
+            f"s waited"
+        )
     return f"{'; '.join(parts)} [{conditions(figures.runtime)}]"

@@ -15,7 +15,8 @@ from ane_moe.loop.tokenizer import Begun, Decode, TextStream
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """`temperature` 0 is greedy; `stop` strings end the text before themselves and need a tokenizer."""
+    """`temperature` 0 is greedy; `stop` strings end the text before themselves and need a
+    tokenizer."""
 
     max_tokens: int = 128
     temperature: float = 0.0
@@ -26,7 +27,8 @@ class GenerateOptions:
 
 @dataclass(frozen=True)
 class Piece:
-    """A new id and the text that became certain with it (the last piece of all may carry text alone)."""
+    """A new id and the text that became certain with it (the last piece of all may carry text
+    alone)."""
 
     id: int | None
     text: str
@@ -36,7 +38,8 @@ class Piece:
 class GenerateResult:
     """`ids` are the new tokens, an end-of-text id included; `text` is theirs without it.
 
-    finish_reason: eos, stop (a stop string), length (max_tokens), context (it is full), interrupted.
+    finish_reason: eos, stop (a stop string), length (max_tokens), context (it is full),
+    interrupted.
     """
 
     prompt_ids: list[int]
@@ -49,14 +52,22 @@ class GenerateResult:
 class Generation:
     """Iterate for pieces as they come; `result()` gives everything so far at any time."""
 
-    def __init__(self, session: Session, prompt_ids: Sequence[int], options: GenerateOptions,
-                 decode: Decode | None = None, begun: Begun | None = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        prompt_ids: Sequence[int],
+        options: GenerateOptions,
+        decode: Decode | None = None,
+        begun: Begun | None = None,
+    ) -> None:
         if options.max_tokens < 1:
             raise UserError("max-tokens must be at least 1", str(options.max_tokens))
         if "" in options.stop:
             raise UserError("a stop string is empty", "''", "leave it out")
         if options.stop and decode is None:
-            raise UserError("stop strings need a tokenizer", "a conversion without one", "leave out --stop")
+            raise UserError(
+                "stop strings need a tokenizer", "a conversion without one", "leave out --stop"
+            )
         self._session = session
         self._prompt_ids = list(prompt_ids)
         self._options = options
@@ -72,8 +83,13 @@ class Generation:
         return self._pieces
 
     def result(self) -> GenerateResult:
-        return GenerateResult(self._prompt_ids, list(self._ids), self._text, self._finish_reason,
-                              self._session.figures)
+        return GenerateResult(
+            self._prompt_ids,
+            list(self._ids),
+            self._text,
+            self._finish_reason,
+            self._session.figures,
+        )
 
     def _run(self) -> Iterator[Piece]:
         session, figures = self._session, self._session.figures
@@ -100,8 +116,12 @@ class Generation:
 
     def _reason(self, ended: bool) -> str:
         """Why to end now; empty to go on."""
-        checks = {"eos": ended, "stop": self._stream is not None and self._stream.stopped,
-                  "length": len(self._ids) >= self._options.max_tokens, "context": self._session.room == 0}
+        checks = {
+            "eos": ended,
+            "stop": self._stream is not None and self._stream.stopped,
+            "length": len(self._ids) >= self._options.max_tokens,
+            "context": self._session.room == 0,
+        }
         return next((reason for reason, holds in checks.items() if holds), "")
 
     def _grow(self, identifier: int) -> str:
@@ -117,12 +137,17 @@ class Generation:
         return piece
 
 
-def generate(session: Session, prompt_ids: Sequence[int], options: GenerateOptions | None = None,
-             decode: Decode | None = None, begun: Begun | None = None) -> Generation:
-    """Continue `prompt_ids`; `decode` turns ids into text (without it the text stays empty). The first new token
-    completes the one that was `begun`.
+def generate(
+    session: Session,
+    prompt_ids: Sequence[int],
+    options: GenerateOptions | None = None,
+    decode: Decode | None = None,
+    begun: Begun | None = None,
+) -> Generation:
+    """Continue `prompt_ids`; `decode` turns ids into text (without it the text stays empty). The
+    first new token completes the one that was `begun`.
 
-    Raises UserError at once for senseless options, and from the iteration for a prompt that is empty, has ids
-    outside the vocabulary or does not fit into the context.
+    Raises UserError at once for senseless options, and from the iteration for a prompt that is
+    empty, has ids outside the vocabulary or does not fit into the context.
     """
     return Generation(session, prompt_ids, options or GenerateOptions(), decode, begun)

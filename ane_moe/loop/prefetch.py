@@ -16,11 +16,12 @@ from ane_moe.manifest import Manifest
 
 
 class Predictor(Protocol):
-    """Guesses experts during decode. `predict` is asked before a layer runs, `observe` told what it then used."""
+    """Guesses experts during decode. `predict` is asked before a layer runs, `observe` told what it
+    then used."""
 
     def predict(self, layer: int, hidden: np.ndarray | None) -> Sequence[int]:
-        """Experts `layer` may need, likeliest first. `hidden` is the residual stream `[d]` as it left the attention of
-        the layer before; None when `layer` is the first of the next token."""
+        """Experts `layer` may need, likeliest first. `hidden` is the residual stream `[d]` as it
+        left the attention of the layer before; None when `layer` is the first of the next token."""
 
     def observe(self, layer: int, experts: Sequence[int]) -> None: ...
 
@@ -39,12 +40,14 @@ class PreviousToken:
 
 
 class NextRouter:
-    """The layer's own router applied early, to the hidden state one block too soon (the residual stream moves slowly:
-    Eliseev and Mazur 2023, arXiv 2312.17238). Falls back on the previous token where there is no hidden state."""
+    """The layer's own router applied early, to the hidden state one block too soon (the residual
+    stream moves slowly:
+    Eliseev and Mazur 2023, arXiv 2312.17238). Falls back on the previous token where there is no
+    hidden state."""
 
     def __init__(self, routers: dict[int, tuple[np.ndarray, int]]) -> None:
-        """`routers`: layer -> (fp32 weights `[E,d]` with the norm's weight folded in, k). The norm's scale does not
-        change which k score highest."""
+        """`routers`: layer -> (fp32 weights `[E,d]` with the norm's weight folded in, k). The
+        norm's scale does not change which k score highest."""
         self._routers = routers
         self._previous = PreviousToken()
 
@@ -59,9 +62,11 @@ class NextRouter:
 
 
 def read_routers(folder: Path, manifest: Manifest) -> dict[int, tuple[np.ndarray, int]]:
-    """Routers the conversion left for the host: fp16 `[E,d]` files named by `manifest.moe[layer]["router"]`.
+    """Routers the conversion left for the host: fp16 `[E,d]` files named by
+    `manifest.moe[layer]["router"]`.
 
-    Raises UserError when there are none, or one is not listed among the conversion's files or of another size.
+    Raises UserError when there are none, or one is not listed among the conversion's files or of
+    another size.
     """
     routers = {}
     for layer, facts in manifest.moe.items():
@@ -70,10 +75,21 @@ def read_routers(folder: Path, manifest: Manifest) -> dict[int, tuple[np.ndarray
         path, shape = folder / facts["router"], (facts["experts"], manifest.d_model)
         listed = facts["router"] in manifest.files and path.is_file()
         if not listed or path.stat().st_size != 2 * shape[0] * shape[1]:
-            raise UserError(f"the router table of layer {layer} is not sound", str(facts["router"]), "convert again")
-        routers[int(layer)] = (np.fromfile(path, "<f2").reshape(shape).astype(np.float32), int(facts["k"]))
+            raise UserError(
+                f"the router table of layer {layer} is not sound",
+                str(facts["router"]),
+                "convert again",
+            )
+        routers[int(layer)] = (
+            np.fromfile(path, "<f2").reshape(shape).astype(np.float32),
+            int(facts["k"]),
+        )
     if not routers:
-        raise UserError("this conversion holds no router tables", "", "convert again, or choose another predictor")
+        raise UserError(
+            "this conversion holds no router tables",
+            "",
+            "convert again, or choose another predictor",
+        )
     return routers
 
 
@@ -86,9 +102,12 @@ PREDICTORS: dict[str, Callable[[Path, Manifest], Predictor | None]] = {
 
 
 class Prefetch:
-    """Asks a predictor and loads what it names ahead, during decode: prefill uses nearly every expert anyway."""
+    """Asks a predictor and loads what it names ahead, during decode: prefill uses nearly every
+    expert anyway."""
 
-    def __init__(self, predictor: Predictor, dispatch: ExpertDispatch, figures: PrefetchFigures) -> None:
+    def __init__(
+        self, predictor: Predictor, dispatch: ExpertDispatch, figures: PrefetchFigures
+    ) -> None:
         self._predictor = predictor
         self._dispatch = dispatch
         self._figures = figures
@@ -98,7 +117,8 @@ class Prefetch:
         self._predicted: dict[int, frozenset[int]] = {}
 
     def layer_starts(self, layer: int, used: Sequence[int], hidden: np.ndarray) -> None:
-        """The gates of `layer` chose `used`; `hidden` is the residual stream `[d]` its experts will add to."""
+        """The gates of `layer` chose `used`; `hidden` is the residual stream `[d]` its experts will
+        add to."""
         if layer in self._predicted:
             predicted = self._predicted.pop(layer)
             self._figures.needed += len(used)

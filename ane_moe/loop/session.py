@@ -42,14 +42,18 @@ class _Lane:
 
 
 class Session:
-    """One conversation with the shards: its own caches and position over weights that sessions share.
+    """One conversation with the shards: its own caches and position over weights that sessions
+    share.
 
-    Logits are fp32 and, but for `prefill_logits`, one read-only array that the next call overwrites: copy to keep.
+    Logits are fp32 and, but for `prefill_logits`, one read-only array that the next call
+    overwrites: copy to keep.
     """
 
-    def __init__(self, shards: LoadedShards, *, concurrency: int = 1, predictor: str = "none") -> None:
-        """For dispatched experts: `concurrency` of one layer run at once (the results do not depend on it), and
-        `predictor` (a key of prefetch.PREDICTORS) chooses those loaded ahead."""
+    def __init__(
+        self, shards: LoadedShards, *, concurrency: int = 1, predictor: str = "none"
+    ) -> None:
+        """For dispatched experts: `concurrency` of one layer run at once (the results do not depend
+        on it), and `predictor` (a key of prefetch.PREDICTORS) chooses those loaded ahead."""
         self.shards = shards
         self.manifest = shards.manifest
         self.position = 0
@@ -78,7 +82,8 @@ class Session:
     def prefill(self, ids: Sequence[int]) -> np.ndarray:
         """Take in `ids` in chunks and return the last token's logits, fp32 `[V]`.
 
-        Raises UserError when `ids` is empty, has ids outside the vocabulary, or does not fit into the context.
+        Raises UserError when `ids` is empty, has ids outside the vocabulary, or does not fit into
+        the context.
         """
         self._require(ids)
         started = perf_counter()
@@ -90,7 +95,8 @@ class Session:
         return self._done(clock, len(ids), started)
 
     def decode(self, identifier: int) -> np.ndarray:
-        """Take in one token and return its logits, fp32 `[V]`. Raises UserError as `prefill` does."""
+        """Take in one token and return its logits, fp32 `[V]`. Raises UserError as `prefill`
+        does."""
         self._require([identifier])
         started = perf_counter()
         clock = self._decode_clock
@@ -101,7 +107,8 @@ class Session:
     def prefill_logits(self, ids: Sequence[int], by: str = "prefill") -> np.ndarray:
         """Take in `ids` and return the logits of every token, a new fp32 array `[len(ids), V]`.
 
-        by: "prefill" for the prefill functions, "decode" for one decode call per token. Raises as `prefill` does.
+        by: "prefill" for the prefill functions, "decode" for one decode call per token. Raises as
+        `prefill` does.
         """
         self._require(ids)
         logits = np.empty((len(ids), self.manifest.vocab), np.float32)
@@ -115,20 +122,25 @@ class Session:
         for chunk in _chunks(ids, self._prefill.tokens):
             self._forward(self._prefill, chunk, clock)
             for rows, scores in self._prefill.logits(clock):
-                logits[first:first + len(chunk), rows] = scores[:, :len(chunk)].T
+                logits[first : first + len(chunk), rows] = scores[:, : len(chunk)].T
             first += len(chunk)
         self._done(clock, len(ids), started)
         return logits
 
     def slot(self, slot: str) -> np.ndarray:
-        """What the last prefill call put into a slot, for its real tokens: `[C,n]`, read only until the next call."""
+        """What the last prefill call put into a slot, for its real tokens: `[C,n]`, read only until
+        the next call."""
         slots = self._prefill.slots
-        return slots.columns(slot)[:, :slots.count]
+        return slots.columns(slot)[:, : slots.count]
 
-    def _lane(self, name: str, dispatch: ExpertDispatch | None, prefetch: Prefetch | None = None) -> _Lane:
+    def _lane(
+        self, name: str, dispatch: ExpertDispatch | None, prefetch: Prefetch | None = None
+    ) -> _Lane:
         slots = Slots(self.shards.ropes)
         wiring = Wiring(self._states, dispatch, prefetch.layer_starts if prefetch else None)
-        return _Lane(wiring.lane(self.shards.body, name, slots), wiring.lane(self.shards.head, name, slots))
+        return _Lane(
+            wiring.lane(self.shards.body, name, slots), wiring.lane(self.shards.head, name, slots)
+        )
 
     def _dispatch(self, concurrency: int) -> ExpertDispatch | None:
         shards = self.shards
@@ -145,12 +157,13 @@ class Session:
         return Prefetch(predictor, dispatch, self.figures.prefetch)
 
     def _forward(self, lane: _Lane, ids: Sequence[int], clock: CallClock) -> None:
-        """Run every layer on at most T tokens, leaving the last hidden states in the lane's stream."""
+        """Run every layer on at most T tokens, leaving the last hidden states in the lane's
+        stream."""
         lane.slots.place(self.position, len(ids))
         stream = lane.slots.columns(STREAM)
         for token, identifier in enumerate(ids):
             stream[:, token] = self.shards.embed[identifier]
-        stream[:, len(ids):] = 0
+        stream[:, len(ids) :] = 0
         lane.body.run(clock)
         self.position += len(ids)
 
@@ -164,15 +177,24 @@ class Session:
 
     def _require(self, ids: Sequence[int]) -> None:
         if len(ids) == 0:
-            raise UserError("there are no tokens to take in", "an empty prompt", "give at least one token")
-        wrong = next((identifier for identifier in ids if not 0 <= identifier < self.manifest.vocab), None)
+            raise UserError(
+                "there are no tokens to take in", "an empty prompt", "give at least one token"
+            )
+        wrong = next(
+            (identifier for identifier in ids if not 0 <= identifier < self.manifest.vocab), None
+        )
         if wrong is not None:
-            raise UserError("a token id is outside the vocabulary", str(wrong),
-                            f"ids go from 0 to {self.manifest.vocab - 1}")
+            raise UserError(
+                "a token id is outside the vocabulary",
+                str(wrong),
+                f"ids go from 0 to {self.manifest.vocab - 1}",
+            )
         if len(ids) > self.room:
-            raise UserError("the tokens do not fit into the context",
-                            f"{len(ids)} tokens at position {self.position} of {self.manifest.context}",
-                            "shorten the prompt, or convert with a larger --context")
+            raise UserError(
+                "the tokens do not fit into the context",
+                f"{len(ids)} tokens at position {self.position} of {self.manifest.context}",
+                "shorten the prompt, or convert with a larger --context",
+            )
 
     def _done(self, clock: CallClock, tokens: int, started: float) -> np.ndarray:
         clock.phase.tokens += tokens
@@ -181,4 +203,4 @@ class Session:
 
 
 def _chunks(ids: Sequence[int], size: int) -> list[Sequence[int]]:
-    return [ids[first:first + size] for first in range(0, len(ids), size)]
+    return [ids[first : first + size] for first in range(0, len(ids), size)]

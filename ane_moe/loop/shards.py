@@ -15,9 +15,16 @@ from ane_moe.manifest import Manifest, Shard, read_manifest
 from ane_moe.runtime import open_package, resolve_runtime
 from ane_moe.runtime.interface import LoadedFunction
 
-# Upper limits of what a manifest may ask the host to allocate; an order of magnitude above any model supported.
-MAX_SIZES = {"d_model": 1 << 17, "vocab": 1 << 22, "context": 1 << 21, "cache_width": 1 << 21, "prefill": 1 << 14}
-HALVES = ("attn", "ffn")        # of a layer: scopes of shards
+# Upper limits of what a manifest may ask the host to allocate; an order of magnitude above any
+# model supported.
+MAX_SIZES = {
+    "d_model": 1 << 17,
+    "vocab": 1 << 22,
+    "context": 1 << 21,
+    "cache_width": 1 << 21,
+    "prefill": 1 << 14,
+}
+HALVES = ("attn", "ffn")  # of a layer: scopes of shards
 
 
 @dataclass(frozen=True)
@@ -34,8 +41,9 @@ Step = LoadedShard | ExpertLayer
 
 @dataclass(frozen=True)
 class LoadedShards:
-    """Everything sessions share; nothing here changes once loaded. `steps` are in the order of calls; `embed` gives
-    fp16 `[vocab, d]`; `ropes` are the rows of every rotary table by slot; `runtime` is the one that was chosen."""
+    """Everything sessions share; nothing here changes once loaded. `steps` are in the order of
+    calls; `embed` gives fp16 `[vocab, d]`; `ropes` are the rows of every rotary table by slot;
+    `runtime` is the one that was chosen."""
 
     folder: Path
     manifest: Manifest
@@ -43,7 +51,7 @@ class LoadedShards:
     steps: tuple[Step, ...]
     embed: EmbeddingTable
     ropes: dict[str, np.ndarray]
-    cache: ExpertCache | None = None                # of expert functions, where there are any
+    cache: ExpertCache | None = None  # of expert functions, where there are any
 
     @property
     def loaded(self) -> list[LoadedShard]:
@@ -53,7 +61,9 @@ class LoadedShards:
     @property
     def body(self) -> list[Step]:
         """The steps of the layers."""
-        return [step for step in self.steps if isinstance(step, ExpertLayer) or step.shard.rows is None]
+        return [
+            step for step in self.steps if isinstance(step, ExpertLayer) or step.shard.rows is None
+        ]
 
     @property
     def head(self) -> list[LoadedShard]:
@@ -66,20 +76,25 @@ class LoadedShards:
         return {step.layer: step for step in self.steps if isinstance(step, ExpertLayer)}
 
 
-def load_shards(folder: Path, runtime: str = "auto", *, expert_cache_bytes: int | None = None,
-                **options: Any) -> LoadedShards:
+def load_shards(
+    folder: Path, runtime: str = "auto", *, expert_cache_bytes: int | None = None, **options: Any
+) -> LoadedShards:
     """Load every shard of the conversion in `folder`; `options` go to the runtime.
 
-    Expert functions are loaded when first called, and kept within `expert_cache_bytes` (None: all of them).
+    Expert functions are loaded when first called, and kept within `expert_cache_bytes` (None: all
+    of them).
 
-    Raises UserError when the folder is no finished conversion, lacks a shard, or a function's inputs are not what
-    the manifest implies.
+    Raises UserError when the folder is no finished conversion, lacks a shard, or a function's
+    inputs are not what the manifest implies.
     """
     manifest = read_manifest(folder)
     check_manifest(manifest, folder)
     if not is_whole(manifest):
-        raise UserError(f"{folder} holds a part of the model only", f"{len(manifest.layers)} of {manifest.n_layers} "
-                        "layers", "convert without --layers")
+        raise UserError(
+            f"{folder} holds a part of the model only",
+            f"{len(manifest.layers)} of {manifest.n_layers} layers",
+            "convert without --layers",
+        )
     runtime = resolve_runtime(runtime)
 
     def load(shard: Shard) -> LoadedShard:
@@ -90,10 +105,19 @@ def load_shards(folder: Path, runtime: str = "auto", *, expert_cache_bytes: int 
         return loaded
 
     experts = expert_layers(manifest)
-    steps = [experts[step] if isinstance(step, int) else load(step) for step in call_order(manifest)]
+    steps = [
+        experts[step] if isinstance(step, int) else load(step) for step in call_order(manifest)
+    ]
     cache = open_cache(folder, experts, runtime, expert_cache_bytes, **options) if experts else None
-    return LoadedShards(folder, manifest, runtime, tuple(steps), open_embeddings(folder, manifest),
-                        rope_tables(manifest), cache)
+    return LoadedShards(
+        folder,
+        manifest,
+        runtime,
+        tuple(steps),
+        open_embeddings(folder, manifest),
+        rope_tables(manifest),
+        cache,
+    )
 
 
 def call_order(manifest: Manifest) -> list[Shard | int]:
@@ -108,19 +132,26 @@ def call_order(manifest: Manifest) -> list[Shard | int]:
 
 
 def is_whole(manifest: Manifest) -> bool:
-    """Whether all layers of the model were converted: only then there is a head, and text to get."""
+    """Whether all layers of the model were converted: only then there is a head, and text to
+    get."""
     return len(manifest.layers) == manifest.n_layers
 
 
 def check_manifest(manifest: Manifest, folder: Path) -> None:
-    """Raise UserError when sizes are out of range, a layer has no shard, or a whole model's head has gaps."""
+    """Raise UserError when sizes are out of range, a layer has no shard, or a whole model's head
+    has gaps."""
     for name, limit in MAX_SIZES.items():
         size = getattr(manifest, name)
         if not isinstance(size, int) or not (0 if name == "prefill" else 1) <= size <= limit:
-            raise UserError(f"{folder}: {name} is out of range", repr(size), f"at most {limit} is supported")
+            raise UserError(
+                f"{folder}: {name} is out of range", repr(size), f"at most {limit} is supported"
+            )
     if manifest.context > manifest.cache_width:
-        raise UserError(f"{folder}: the context does not fit into the cache",
-                        f"context {manifest.context}, cache {manifest.cache_width}", "convert again")
+        raise UserError(
+            f"{folder}: the context does not fit into the cache",
+            f"context {manifest.context}, cache {manifest.cache_width}",
+            "convert again",
+        )
     for layer in manifest.layers:
         _check_layer(manifest, layer, folder)
     if is_whole(manifest):
@@ -133,7 +164,9 @@ def _check_layer(manifest: Manifest, layer: int, folder: Path) -> None:
         return
     own = [shard for shard in manifest.shards if shard.layer == layer]
     for scope in HALVES:
-        _require_parts([shard for shard in own if shard.scope == scope], f"{folder}: layer {layer} ({scope})")
+        _require_parts(
+            [shard for shard in own if shard.scope == scope], f"{folder}: layer {layer} ({scope})"
+        )
 
 
 def _check_head(head: list[Shard], vocab: int, folder: Path) -> None:
@@ -141,19 +174,30 @@ def _check_head(head: list[Shard], vocab: int, folder: Path) -> None:
     ends = [0, *(shard.rows[1] if shard.rows else -1 for shard in head)]
     starts = [*(shard.rows[0] if shard.rows else -1 for shard in head), vocab]
     if ends != starts:
-        raise UserError(f"{folder}: the head's parts do not cover the vocabulary", f"rows {[s.rows for s in head]}",
-                        f"0 to {vocab} is needed; convert all of it")
+        raise UserError(
+            f"{folder}: the head's parts do not cover the vocabulary",
+            f"rows {[s.rows for s in head]}",
+            f"0 to {vocab} is needed; convert all of it",
+        )
 
 
 def check_shard(loaded: LoadedShard, folder: Path) -> None:
     """Raise UserError unless every function declares exactly the inputs that the manifest says."""
     for entry in loaded.shard.functions:
-        check_function(loaded.functions[entry.name], entry, f"{folder / loaded.shard.path}: function {entry.name}")
+        check_function(
+            loaded.functions[entry.name],
+            entry,
+            f"{folder / loaded.shard.path}: function {entry.name}",
+        )
 
 
 def _require_parts(shards: list[Shard], what: str) -> None:
     """Shards must be parts 0..parts-1 of one whole."""
     shards = sorted(shards, key=lambda shard: shard.part)
     if not shards or [shard.part for shard in shards] != list(range(shards[0].parts)):
-        found = f"parts {[shard.part for shard in shards]} of {shards[0].parts}" if shards else "no shard"
+        found = (
+            f"parts {[shard.part for shard in shards]} of {shards[0].parts}"
+            if shards
+            else "no shard"
+        )
         raise UserError(f"{what} is incomplete", found, "convert again")

@@ -26,8 +26,8 @@ class States:
 
     def __init__(self, shards: Iterable[LoadedShard]) -> None:
         self._shards = [loaded for loaded in shards if loaded.shard.states]
-        self.held: dict[str, Any] = {}              # Core ML's, by package
-        self.passed: dict[str, np.ndarray] = {}     # inputs and outputs of the functions, by slot
+        self.held: dict[str, Any] = {}  # Core ML's, by package
+        self.passed: dict[str, np.ndarray] = {}  # inputs and outputs of the functions, by slot
         self.clear()
 
     def clear(self) -> None:
@@ -48,8 +48,8 @@ class Share:
     the `last`: all of them read the slot as it was, and fp32 is rounded once.
     """
 
-    columns: np.ndarray                             # the slot, [C,T]
-    total: np.ndarray                               # of all shares, fp32
+    columns: np.ndarray  # the slot, [C,T]
+    total: np.ndarray  # of all shares, fp32
     first: bool
     last: bool
     onto: bool
@@ -77,11 +77,16 @@ class Call:
 
     def run(self, clock: CallClock) -> dict[str, np.ndarray]:
         """Predict, and put the outputs where they go; they are returned by name as well."""
-        passed = {port.name: self.states.passed[port.slot] for port in self.entry.ports.inputs
-                  if port.root == STATE}
+        passed = {
+            port.name: self.states.passed[port.slot]
+            for port in self.entry.ports.inputs
+            if port.root == STATE
+        }
         started = clock.start()
         try:
-            outputs = self.function.predict(self.features | passed, self.states.held.get(self.shard.path))
+            outputs = self.function.predict(
+                self.features | passed, self.states.held.get(self.shard.path)
+            )
         finally:
             clock.stop(self.shard.kind, started)
         for port, share in self.outputs:
@@ -102,11 +107,11 @@ class Dispatched:
     layer: int
     dispatch: ExpertDispatch
     slots: Slots
-    notice: Callable[[int, list[int], np.ndarray], None] | None     # of what was chosen
+    notice: Callable[[int, list[int], np.ndarray], None] | None  # of what was chosen
 
     def run(self, clock: CallClock) -> dict[str, np.ndarray]:
         """Add what the chosen experts give to the stream."""
-        count = self.slots.count                    # padding chooses nobody
+        count = self.slots.count  # padding chooses nobody
         stream = self.slots.columns(STREAM)[:, :count]
         ffn_input = self.slots.columns(FFN_INPUT)[:, :count]
         gates = self.slots.columns(f"gates.{self.layer}")[:, :count]
@@ -130,7 +135,12 @@ class Lane:
     @cached_property
     def scores(self) -> list[str]:
         """The slots of scores that it fills."""
-        outputs = (port for call in self.calls if isinstance(call, Call) for port in call.entry.ports.outputs)
+        outputs = (
+            port
+            for call in self.calls
+            if isinstance(call, Call)
+            for port in call.entry.ports.outputs
+        )
         return [port.slot for port in outputs if port.root == LOGITS]
 
     def run(self, clock: CallClock) -> list[dict[str, np.ndarray]]:
@@ -161,9 +171,17 @@ class Wiring:
                 calls.append(self._call(step, entry, slots, place, group))
         return Lane(next(entry.tokens for entry in entries if entry), slots, tuple(calls))
 
-    def _call(self, loaded: LoadedShard, entry: ShardFunction, slots: Slots, place: int,
-              group: "_Group | None") -> Call:
-        features = {port.name: slots.array(port) for port in entry.ports.inputs if port.root != STATE}
+    def _call(
+        self,
+        loaded: LoadedShard,
+        entry: ShardFunction,
+        slots: Slots,
+        place: int,
+        group: "_Group | None",
+    ) -> Call:
+        features = {
+            port.name: slots.array(port) for port in entry.ports.inputs if port.root != STATE
+        }
         for port in entry.ports.outputs:
             if port.root != STATE:
                 slots.array(port)
@@ -171,7 +189,9 @@ class Wiring:
             outputs = tuple(group.outputs(place, entry, slots))
         else:
             outputs = tuple((port, None) for port in entry.ports.outputs)
-        return Call(loaded.shard, entry, loaded.functions[entry.name], features, outputs, slots, self.states)
+        return Call(
+            loaded.shard, entry, loaded.functions[entry.name], features, outputs, slots, self.states
+        )
 
 
 @dataclass(frozen=True)
@@ -180,14 +200,16 @@ class _Group:
 
     slot: str
     places: list[int]
-    onto: bool                                      # they add to what was there
+    onto: bool  # they add to what was there
     written: list[set[str]]
     totals: dict[str, np.ndarray] = field(default_factory=dict)
 
-    def outputs(self, place: int, entry: ShardFunction, slots: Slots) -> Iterator[tuple[Port, Share | None]]:
-        """What the call at `place` puts: of what several of them set, the last one's counts, since the others still
-        read it as it was."""
-        after = set().union(*self.written[self.places.index(place) + 1:])
+    def outputs(
+        self, place: int, entry: ShardFunction, slots: Slots
+    ) -> Iterator[tuple[Port, Share | None]]:
+        """What the call at `place` puts: of what several of them set, the last one's counts, since
+        the others still read it as it was."""
+        after = set().union(*self.written[self.places.index(place) + 1 :])
         for port in entry.ports.outputs:
             if port.slot == self.slot:
                 columns = by_channel(slots.array(port))
@@ -199,7 +221,8 @@ class _Group:
 
 
 def _entry(step: Step, name: str) -> ShardFunction | None:
-    """The function of a shard that is called `name`; None for experts, which have functions enough."""
+    """The function of a shard that is called `name`; None for experts, which have functions
+    enough."""
     if isinstance(step, ExpertLayer):
         return None
     return next(entry for entry in step.shard.functions if entry.name == name)
@@ -208,7 +231,9 @@ def _entry(step: Step, name: str) -> ShardFunction | None:
 def _groups(entries: Sequence[ShardFunction | None]) -> list[_Group]:
     """Neighbours of which one sets a slot and the next ones add to it, or which all add to it."""
     groups: list[_Group] = []
-    for slot in dict.fromkeys(port.slot for entry in entries if entry for port in entry.ports.outputs):
+    for slot in dict.fromkeys(
+        port.slot for entry in entries if entry for port in entry.ports.outputs
+    ):
         open_group: _Group | None = None
         for place, entry in enumerate(entries):
             outputs = {port.slot: port.how for port in entry.ports.outputs} if entry else {}

@@ -1,4 +1,5 @@
-"""Writes the weight blob file ("MIL blob v2", see runtime/blob.py), byte for byte as coremltools' own writer does.
+"""Writes the weight blob file ("MIL blob v2", see runtime/blob.py), byte for byte as coremltools'
+own writer does.
 
 That one copies every array, and takes sub-byte types an element at a time.
 """
@@ -17,7 +18,8 @@ CODES = {name: code for code, name in BLOB_DTYPES.items()}
 
 
 class BlobWriter:
-    """A blob file being written; complete when it is closed without an error. Raises OSError when the disk is full."""
+    """A blob file being written; complete when it is closed without an error. Raises OSError when
+    the disk is full."""
 
     def __init__(self, path: Path):
         self._file = FileIO(path, "w")
@@ -27,15 +29,20 @@ class BlobWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         with self._file:
             if error is None:
                 self._file.seek(0)
                 self._write(HEADER.pack(self._count, VERSION))
 
     def add(self, values: np.ndarray, type_: str) -> int:
-        """Append one array of the given storage type (sub-byte integers unpacked); the offset of its metadata."""
+        """Append one array of the given storage type (sub-byte integers unpacked); the offset of
+        its metadata."""
         storage = STORAGE[type_]
         data = encode(storage, values)
         place, size = self._end, stored_size(storage, values.size)
@@ -51,4 +58,4 @@ class BlobWriter:
     def _write(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
         while view:
-            view = view[self._file.write(view):]
+            view = view[self._file.write(view) :]

@@ -16,18 +16,31 @@ from ane_moe.mlprogram.mil_text import parse_program
 from ane_moe.mlprogram.proto import FeatureTypes_pb2, Model_pb2
 from ane_moe.mlprogram.values import DTYPE_NAMES
 
-MAX_METADATA_BYTES = 16 << 20           # real ones have some 5 kB, and a row per function
-MAX_STAGES = 64                         # of a pipeline
+MAX_METADATA_BYTES = 16 << 20  # real ones have some 5 kB, and a row per function
+MAX_STAGES = 64  # of a pipeline
 PIPELINE = "MLModelType_pipeline"
 
 _ARRAY_CODES = {name: code for code, name in ARRAY_DTYPES.items()}
-_ARRAY_TYPES = {"Float16": "fp16", "Float32": "fp32", "Double": "fp64", "Int32": "int32",
-                "Int8": "int8"}
+_ARRAY_TYPES = {
+    "Float16": "fp16",
+    "Float32": "fp32",
+    "Double": "fp64",
+    "Int32": "int32",
+    "Int8": "int8",
+}
 _COLOURS = FeatureTypes_pb2.ImageFeatureType.ColorSpace
-_OTHER_KINDS = {"String": "stringType", "Int64": "int64Type", "Double": "doubleType",
-                "Dictionary": "dictionaryType", "Sequence": "sequenceType"}
-_KINDS = {field.name for field in Model_pb2.Model.DESCRIPTOR.oneofs_by_name["Type"].fields
-          if field.message_type is not None}
+_OTHER_KINDS = {
+    "String": "stringType",
+    "Int64": "int64Type",
+    "Double": "doubleType",
+    "Dictionary": "dictionaryType",
+    "Sequence": "sequenceType",
+}
+_KINDS = {
+    field.name
+    for field in Model_pb2.Model.DESCRIPTOR.oneofs_by_name["Type"].fields
+    if field.message_type is not None
+}
 _SPECIFICATIONS = {"CoreML5": 6, "CoreML6": 7, "CoreML7": 8, "CoreML8": 9, "CoreML9": 10}
 
 _DAMAGED = "the compiled model is damaged, or of a form that is not known here"
@@ -74,8 +87,7 @@ def _read_metadata(container: Container) -> dict | None:
     try:
         metadata = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise UserError("metadata.json is not valid JSON", type(error).__name__,
-                        _DAMAGED) from None
+        raise UserError("metadata.json is not valid JSON", type(error).__name__, _DAMAGED) from None
     if not isinstance(metadata, list) or len(metadata) != 1 or not isinstance(metadata[0], dict):
         raise _unsound("metadata.json", metadata)
     return metadata[0]
@@ -115,8 +127,11 @@ def _describe_model(model: Any, metadata: dict) -> None:
 
 
 def _describe(described: Any, schema: dict) -> None:
-    for name, features in (("inputSchema", described.input), ("outputSchema", described.output),
-                           ("stateSchema", described.state)):
+    for name, features in (
+        ("inputSchema", described.input),
+        ("outputSchema", described.output),
+        ("stateSchema", described.state),
+    ):
         for feature in _dicts(schema, name):
             _feature(features.add(), feature)
 
@@ -134,8 +149,9 @@ def _feature(proto: Any, feature: dict) -> None:
     elif word in _OTHER_KINDS:
         getattr(proto.type, _OTHER_KINDS[word]).SetInParent()
     else:
-        raise UserError("metadata.json describes a feature of an unknown type", quoted(word),
-                        _DAMAGED)
+        raise UserError(
+            "metadata.json describes a feature of an unknown type", quoted(word), _DAMAGED
+        )
 
 
 def _array(array: Any, feature: dict) -> None:
@@ -170,6 +186,7 @@ def _image(image: Any, feature: dict) -> None:
 
 
 # ---- without metadata.json
+
 
 def _describe_signatures(model: Any) -> None:
     """Each function's inputs and outputs as the program declares them; images are arrays then."""
@@ -208,6 +225,7 @@ def _signature(proto: Any, name: str, types: dict[str, Any]) -> None:
 
 
 # ---- untrusted JSON
+
 
 def _get(holder: dict, key: str, kind: type, default: Any) -> Any:
     value = holder.get(key, default)
@@ -250,5 +268,4 @@ def _numbers(value: object) -> list[int]:
 
 
 def _unsound(what: str, found: object) -> UserError:
-    return UserError(f"metadata.json does not hold what it should: {what}", quoted(found),
-                     _DAMAGED)
+    return UserError(f"metadata.json does not hold what it should: {what}", quoted(found), _DAMAGED)

@@ -1,6 +1,7 @@
 """The folder that is an .mlpackage (Manifest.json and the files it may name) or an .mlmodelc.
 
-A package is untrusted: every path it names is resolved, must stay inside it and must be a regular file.
+A package is untrusted: every path it names is resolved, must stay inside it and must be a regular
+file.
 """
 
 import json
@@ -11,8 +12,8 @@ from pathlib import Path, PurePosixPath
 from ane_moe.errors import UserError
 from ane_moe.lfs import FETCH, is_lfs_pointer
 
-MAX_MANIFEST_BYTES = 1 << 20        # real ones have under 1 kB
-MAX_MODEL_BYTES = 64 << 20          # programs without their weights: 10,000 operations take about 5 MB
+MAX_MANIFEST_BYTES = 1 << 20  # real ones have under 1 kB
+MAX_MODEL_BYTES = 64 << 20  # programs without their weights: 10,000 operations take about 5 MB
 MODEL_PATH = "@model_path/"
 COMPILED = ".mlmodelc"
 
@@ -51,9 +52,14 @@ class Container:
         return Container(self.root, _inside(self.root, folder, "model.mil"))
 
     def weight_file(self, name: str) -> Path:
-        """The file that a constant names as "@model_path/weights/weight.bin", beside the program file."""
+        """The file that a constant names as "@model_path/weights/weight.bin", beside the program
+        file."""
         if not name.startswith(MODEL_PATH):
-            raise UserError("weight file is not named relative to the program", quoted(name), f"expected {MODEL_PATH}")
+            raise UserError(
+                "weight file is not named relative to the program",
+                quoted(name),
+                f"expected {MODEL_PATH}",
+            )
         path = _inside(self.root, self.model.parent, name.removeprefix(MODEL_PATH))
         require_content(path)
         return path
@@ -62,20 +68,34 @@ class Container:
 def open_container(path: Path) -> Container:
     """Open an .mlpackage or .mlmodelc folder. Raises UserError for anything that is neither."""
     if path.is_file():
-        raise UserError("expected an .mlpackage folder", f"file {path}", "re-convert .mlmodel files as ML Programs")
+        raise UserError(
+            "expected an .mlpackage folder",
+            f"file {path}",
+            "re-convert .mlmodel files as ML Programs",
+        )
     if not path.is_dir():
         raise UserError("no such package", str(path), "check the path")
     root = path.resolve()
     if root.suffix == COMPILED:
         return _open_compiled(root)
-    if not os.path.exists(root / "Manifest.json"):      # unlike Path.exists, False where it may not look
-        raise UserError("not an .mlpackage: it has no Manifest.json", str(path), "point at the package itself")
+    if not os.path.exists(
+        root / "Manifest.json"
+    ):  # unlike Path.exists, False where it may not look
+        raise UserError(
+            "not an .mlpackage: it has no Manifest.json", str(path), "point at the package itself"
+        )
     manifest = _manifest(_inside(root, root, "Manifest.json"))
     entries, identifier = manifest.get("itemInfoEntries"), manifest.get("rootModelIdentifier")
-    item = entries.get(identifier) if isinstance(entries, dict) and isinstance(identifier, str) else None
+    item = (
+        entries.get(identifier)
+        if isinstance(entries, dict) and isinstance(identifier, str)
+        else None
+    )
     relative = item.get("path") if isinstance(item, dict) else None
     if not isinstance(relative, str):
-        raise UserError("Manifest.json names no root model", quoted(identifier), "the package is damaged")
+        raise UserError(
+            "Manifest.json names no root model", quoted(identifier), "the package is damaged"
+        )
     return Container(root, _inside(root, root / "Data", relative))
 
 
@@ -84,8 +104,11 @@ def _open_compiled(root: Path) -> Container:
     names = [name for name in ("model.mil", "metadata.json") if os.path.lexists(root / name)]
     staged = os.path.lexists(root / "model0")
     if not names or (names[0] != "model.mil" and not staged):
-        raise UserError("the compiled model holds no ML Program (no model.mil)", str(root.name),
-                        "only compiled ML Programs can be read: re-convert others")
+        raise UserError(
+            "the compiled model holds no ML Program (no model.mil)",
+            str(root.name),
+            "only compiled ML Programs can be read: re-convert others",
+        )
     return Container(root, _inside(root, root, names[0]))
 
 
@@ -105,31 +128,50 @@ def _manifest(path: Path) -> dict:
     try:
         manifest = json.loads(_read_limited(path, MAX_MANIFEST_BYTES))
     except (ValueError, RecursionError) as error:
-        raise UserError("Manifest.json is not valid JSON", type(error).__name__, "the package is damaged") from None
+        raise UserError(
+            "Manifest.json is not valid JSON", type(error).__name__, "the package is damaged"
+        ) from None
     if not isinstance(manifest, dict):
-        raise UserError("Manifest.json is not an object", type(manifest).__name__, "the package is damaged")
+        raise UserError(
+            "Manifest.json is not an object", type(manifest).__name__, "the package is damaged"
+        )
     version = manifest.get("fileFormatVersion")
     if not isinstance(version, str) or version.split(".")[0] != "1":
-        raise UserError("unknown package format version", quoted(version), "only 1.x packages are known")
+        raise UserError(
+            "unknown package format version", quoted(version), "only 1.x packages are known"
+        )
     return manifest
 
 
 def _inside(root: Path, folder: Path, relative: str) -> Path:
-    """Resolve `relative` below `folder`; it must be a regular file within `root`, links included."""
+    """Resolve `relative` below `folder`; it must be a regular file within `root`, links
+    included."""
     pure = PurePosixPath(relative)
     if pure.is_absolute() or ".." in pure.parts or "\\" in relative or not pure.parts:
-        raise UserError("package names a path outside itself", quoted(relative), "do not use this package")
+        raise UserError(
+            "package names a path outside itself", quoted(relative), "do not use this package"
+        )
     try:
         path = (folder / pure).resolve()
         outside, regular = not path.is_relative_to(root), path.is_file()
-    except (OSError, ValueError, RuntimeError):     # too long, a NUL or a lone surrogate, a loop of links
-        raise UserError("package names an unusable path", quoted(relative), "the package is damaged") from None
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ):  # too long, a NUL or a lone surrogate, a loop of links
+        raise UserError(
+            "package names an unusable path", quoted(relative), "the package is damaged"
+        ) from None
     if outside:
-        raise UserError("package holds a link that leads outside it", quoted(relative),
-                        "copy it with its links resolved (cp -RL) if you trust it")
+        raise UserError(
+            "package holds a link that leads outside it",
+            quoted(relative),
+            "copy it with its links resolved (cp -RL) if you trust it",
+        )
     if not regular:
-        raise AbsentFile("package lacks a file it names", quoted(relative),
-                         "download or convert it again")
+        raise AbsentFile(
+            "package lacks a file it names", quoted(relative), "download or convert it again"
+        )
     return path
 
 
@@ -141,4 +183,6 @@ def _read_limited(path: Path, limit: int) -> bytes:
             raise UserError(f"{path.name} is too large", f"{size} bytes", f"the limit is {limit}")
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {path.name}", str(error.strerror), "check the permissions") from None
+        raise UserError(
+            f"cannot read {path.name}", str(error.strerror), "check the permissions"
+        ) from None

@@ -18,19 +18,27 @@ from ane_moe.mlprogram.proto import MIL_pb2
 from ane_moe.mlprogram.storage import STORAGE, Storage, encode
 from ane_moe.mlprogram.values import DTYPE_NAMES, MAX_RANK
 
-MAX_TOKENS = 4_000_000          # about 100,000 operations; no more messages than the reader parses
-MAX_TYPE_DEPTH = 8              # of list<dict<string, list<...>>>; real ones have 4
-OPSETS = {"ios15": "CoreML5", "ios16": "CoreML6", "ios17": "CoreML7", "ios18": "CoreML8",
-          "ios26": "CoreML9"}
+MAX_TOKENS = 4_000_000  # about 100,000 operations; no more messages than the reader parses
+MAX_TYPE_DEPTH = 8  # of list<dict<string, list<...>>>; real ones have 4
+OPSETS = {
+    "ios15": "CoreML5",
+    "ios16": "CoreML6",
+    "ios17": "CoreML7",
+    "ios18": "CoreML8",
+    "ios26": "CoreML9",
+}
 
 _CODES = {name: code for code, name in DTYPE_NAMES.items()}
 _ESCAPES = {"\\": "\\", '"': '"', "'": "'", "n": "\n", "t": "\t", "r": "\r", "0": "\0"}
-_TOKEN = re.compile(r"""\s*(?:
+_TOKEN = re.compile(
+    r"""\s*(?:
     (?P<text>"[^"\\]*(?:\\.[^"\\]*)*")
   | (?P<word>[A-Za-z_][\w.]*)
   | (?P<number>[-+]?(?:0[xX][\da-fA-F.]+(?:[pP][-+]?\d+)?|[\d.]+(?:[eE][-+]?\d+)?|inf\b|nan\b))
   | (?P<mark>->|[()\[\]{}<>=,;?])
-  | (?P<end>\Z))""", re.VERBOSE | re.ASCII | re.DOTALL)
+  | (?P<end>\Z))""",
+    re.VERBOSE | re.ASCII | re.DOTALL,
+)
 
 _DAMAGED = "the compiled model is damaged, or of a form that is not known here"
 
@@ -86,19 +94,22 @@ class _Tokens:
 
     def error(self, expected: str) -> UserError:
         line = self._text.count("\n", 0, self._start) + 1
-        return UserError("model.mil cannot be read",
-                         f"{quoted(self.token or 'the end')} in line {line}, expected {expected}",
-                         _DAMAGED)
+        return UserError(
+            "model.mil cannot be read",
+            f"{quoted(self.token or 'the end')} in line {line}, expected {expected}",
+            _DAMAGED,
+        )
 
     def _advance(self) -> None:
         self._count += 1
         if self._count > MAX_TOKENS:
-            raise UserError("the program has too many parts", f"{MAX_TOKENS} or more",
-                            "cut it into shards")
+            raise UserError(
+                "the program has too many parts", f"{MAX_TOKENS} or more", "cut it into shards"
+            )
         match = _TOKEN.match(self._text, self._end)
         if match is None:
             self._start = self._end
-            self.token = self._text[self._end:self._end + 20].strip()
+            self.token = self._text[self._end : self._end + 20].strip()
             raise self.error("a token")
         self.kind = match.lastgroup or ""
         self.token = match.group(self.kind)
@@ -114,8 +125,9 @@ def _function(tokens: _Tokens, program: Any) -> None:
     tag = tokens.take("word")
     tokens.expect(">")
     if tag not in OPSETS:
-        raise UserError("model.mil uses an unknown opset", quoted(tag),
-                        f"known: {', '.join(OPSETS)}")
+        raise UserError(
+            "model.mil uses an unknown opset", quoted(tag), f"known: {', '.join(OPSETS)}"
+        )
     function = program.functions[name]
     function.opset = OPSETS[tag]
     tokens.expect("(")
@@ -132,7 +144,7 @@ def _function(tokens: _Tokens, program: Any) -> None:
 
 
 def _operation(tokens: _Tokens, op: Any) -> None:
-    if not tokens.opens("("):                   # otherwise it has no outputs, as write_state
+    if not tokens.opens("("):  # otherwise it has no outputs, as write_state
         _named(tokens, op.outputs.add())
         while tokens.accept(","):
             _named(tokens, op.outputs.add())
@@ -143,8 +155,11 @@ def _operation(tokens: _Tokens, op: Any) -> None:
     if tokens.accept("["):
         _separated(tokens, "]", lambda: _attribute(tokens, op))
     if tokens.token in ("{", "("):
-        raise UserError(f"{quoted(op.type)} has blocks, which a compiled model is not read with",
-                        "model.mil", "use the .mlpackage it was compiled from")
+        raise UserError(
+            f"{quoted(op.type)} has blocks, which a compiled model is not read with",
+            "model.mil",
+            "use the .mlpackage it was compiled from",
+        )
     tokens.expect(";")
 
 
@@ -200,6 +215,7 @@ def _skip_attributes(tokens: _Tokens) -> None:
 
 
 # ---- types
+
 
 def _type(tokens: _Tokens, kind: Any, depth: int) -> None:
     if not depth:
@@ -260,6 +276,7 @@ def _size(tokens: _Tokens, dimension: Any) -> None:
 
 # ---- values
 
+
 def _typed(tokens: _Tokens, value: Any) -> None:
     """`type(literal)` or `type(BLOBFILE(path = ..., offset = ...))`."""
     _type(tokens, value.type, MAX_TYPE_DEPTH)
@@ -275,11 +292,13 @@ def _blob(tokens: _Tokens, blob: Any) -> None:
     place: dict[str, Any] = {}
     tokens.expect("(")
     _separated(tokens, ")", lambda: _place(tokens, place))
-    path, offset = (place.get(key, MIL_pb2.Value()).immediateValue.tensor
-                    for key in ("path", "offset"))
+    path, offset = (
+        place.get(key, MIL_pb2.Value()).immediateValue.tensor for key in ("path", "offset")
+    )
     if len(path.strings.values) != 1 or len(offset.bytes.values) != 8:
-        raise UserError("model.mil names no place in a weight file", quoted(sorted(place)),
-                        _DAMAGED)
+        raise UserError(
+            "model.mil names no place in a weight file", quoted(sorted(place)), _DAMAGED
+        )
     blob.fileName = path.strings.values[0]
     blob.offset = int.from_bytes(offset.bytes.values, "little")
 
@@ -302,12 +321,18 @@ def _literal(tokens: _Tokens, value: Any) -> None:
         _tensor_literal(tokens, value.type.tensorType, immediate.tensor)
     elif kind == "listType":
         tokens.expect("[")
-        _separated(tokens, "]", lambda: _item(tokens, immediate.list.values.add(),
-                                              value.type.listType.type))
+        _separated(
+            tokens,
+            "]",
+            lambda: _item(tokens, immediate.list.values.add(), value.type.listType.type),
+        )
     elif kind == "dictionaryType":
         tokens.expect("{")
-        _separated(tokens, "}", lambda: _pair(tokens, immediate.dictionary.values.add(),
-                                              value.type.dictionaryType))
+        _separated(
+            tokens,
+            "}",
+            lambda: _pair(tokens, immediate.dictionary.values.add(), value.type.dictionaryType),
+        )
     else:
         raise tokens.error("a literal of a tensor, list or dict")
 
@@ -348,8 +373,11 @@ def _elements(tokens: _Tokens, shape: list[int], items: list[str]) -> None:
     tokens.expect("[")
     _separated(tokens, "]", lambda: _elements(tokens, shape[1:], items))
     if len(items) - start != math.prod(shape):
-        raise UserError("model.mil holds a literal of another shape than it declares",
-                        f"{len(items) - start} elements for {quoted(shape)}", _DAMAGED)
+        raise UserError(
+            "model.mil holds a literal of another shape than it declares",
+            f"{len(items) - start} elements for {quoted(shape)}",
+            _DAMAGED,
+        )
 
 
 def _stored(storage: Storage, items: list[str]) -> bytes:
@@ -363,8 +391,11 @@ def _stored(storage: Storage, items: list[str]) -> bytes:
         stored = np.dtype(np.int8) if storage.signed and storage.bits < 8 else storage.stored
         values = np.array([_integer(item, storage) for item in items], stored)
     else:
-        raise UserError("model.mil holds literals of a type whose text is not known", storage.name,
-                        "use the .mlpackage it was compiled from")
+        raise UserError(
+            "model.mil holds literals of a type whose text is not known",
+            storage.name,
+            "use the .mlpackage it was compiled from",
+        )
     return encode(storage, values).tobytes()
 
 
@@ -388,8 +419,11 @@ def _integer(text: str, storage: Storage) -> int:
     except ValueError:
         raise UserError("model.mil holds a number that is none", quoted(text), _DAMAGED) from None
     if not least <= value < least + (1 << storage.bits):
-        raise UserError("model.mil holds a number that its type cannot", quoted(text),
-                        f"declared {storage.name}")
+        raise UserError(
+            "model.mil holds a number that its type cannot",
+            quoted(text),
+            f"declared {storage.name}",
+        )
     return value
 
 

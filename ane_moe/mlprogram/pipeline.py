@@ -16,7 +16,7 @@ PROGRAM = "mlProgram"
 # Kinds of stages that are met beside ML Programs, and what can be done.
 _REMEDIES = {
     "nonMaximumSuppression": "export the detector without it (Ultralytics: nms=False) and do it "
-                             "in your own code",
+    "in your own code",
     "neuralNetwork": "convert that stage with convert_to='mlprogram'",
 }
 
@@ -46,9 +46,11 @@ class OpenPipeline:
         for stage in self.stages:
             if stage.program is None:
                 kinds = ", ".join(other.kind for other in self.stages)
-                raise UserError(f"stage {stage.index} of the pipeline is not executed",
-                                f"{stage.kind} (the stages are {kinds})",
-                                _REMEDIES.get(stage.kind, "only ML Programs are executed"))
+                raise UserError(
+                    f"stage {stage.index} of the pipeline is not executed",
+                    f"{stage.kind} (the stages are {kinds})",
+                    _REMEDIES.get(stage.kind, "only ML Programs are executed"),
+                )
         return tuple(stage.program for stage in self.stages if stage.program)
 
 
@@ -69,9 +71,14 @@ def open_model(path: Path, *, require_weights: bool = True) -> OpenProgram | Ope
         folder = container.stage(index) if container.compiled and is_program else container
         stages.append(_stage(index, stage, path, ValueReader(folder, require_weights)))
     description = model.description
-    return OpenPipeline(path, tuple(stages), tuple(map(described_feature, description.input)),
-                        tuple(map(described_feature, description.output)),
-                        model.specificationVersion, read_metadata(description.metadata))
+    return OpenPipeline(
+        path,
+        tuple(stages),
+        tuple(map(described_feature, description.input)),
+        tuple(map(described_feature, description.output)),
+        model.specificationVersion,
+        read_metadata(description.metadata),
+    )
 
 
 def _stage(index: int, model: Any, path: Path, values: ValueReader) -> Stage:

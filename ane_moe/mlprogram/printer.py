@@ -1,20 +1,30 @@
-"""A program as text, for reading: one line per operation, small literals in place, large ones named."""
+"""A program as text, for reading: one line per operation, small literals in place, large ones
+named."""
 
 from collections.abc import Iterator
 
 import numpy as np
 
-from ane_moe.mlprogram.program import Argument, Block, Constant, Function, Operation, Output, Program
+from ane_moe.mlprogram.program import (
+    Argument,
+    Block,
+    Constant,
+    Function,
+    Operation,
+    Output,
+    Program,
+)
 from ane_moe.mlprogram.values import describe
 
-SHOWN_ELEMENTS = 8                  # literals up to this size are written out where they are used
+SHOWN_ELEMENTS = 8  # literals up to this size are written out where they are used
 SHOWN_CHARACTERS = 80
 
 _INDENT = "  "
 
 
 def program_text(program: Program) -> Iterator[str]:
-    """Lines of text: each function with its operations in order. Raises UserError for a literal that does not load."""
+    """Lines of text: each function with its operations in order. Raises UserError for a literal
+    that does not load."""
     for function in program.functions.values():
         yield from function_text(function)
 
@@ -27,7 +37,8 @@ def function_text(function: Function) -> Iterator[str]:
 
 
 def printable(text: str) -> str:
-    """Untrusted text with control characters escaped: a name must not be able to drive the terminal."""
+    """Untrusted text with control characters escaped: a name must not be able to drive the
+    terminal."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
@@ -39,14 +50,18 @@ def _block_body(block: Block, outer: dict[str, str], indent: str) -> Iterator[st
             literals[op.outputs[0].name] = _literal(value)
         else:
             yield from _operation(op, literals, indent)
-    yield f"{indent}return {', '.join(literals.get(name, printable(name)) for name in block.outputs)}"
+    yield (
+        f"{indent}return {', '.join(literals.get(name, printable(name)) for name in block.outputs)}"
+    )
 
 
 def _operation(op: Operation, literals: dict[str, str], indent: str) -> Iterator[str]:
     inputs = [f"{printable(key)}={_arguments(value, literals)}" for key, value in op.inputs.items()]
     attributes = [f"{printable(key)}={_literal(value)}" for key, value in op.attributes.items()]
     target = f"{_values(op.outputs)} = " if op.outputs else ""
-    yield f"{indent}{target}{printable(op.type)}({', '.join(inputs + attributes)})" + (" {" if op.blocks else "")
+    yield f"{indent}{target}{printable(op.type)}({', '.join(inputs + attributes)})" + (
+        " {" if op.blocks else ""
+    )
     for index, block in enumerate(op.blocks):
         if index:
             yield f"{indent}}} {{"
@@ -63,7 +78,8 @@ def _values(values: tuple[Output, ...]) -> str:
 
 def _arguments(arguments: tuple[Argument, ...], literals: dict[str, str]) -> str:
     shown = [
-        _literal(item) if isinstance(item, Constant) else literals.get(item, printable(item)) for item in arguments
+        _literal(item) if isinstance(item, Constant) else literals.get(item, printable(item))
+        for item in arguments
     ]
     return shown[0] if len(shown) == 1 else f"({', '.join(shown)})"
 

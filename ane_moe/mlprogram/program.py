@@ -1,6 +1,8 @@
-"""An ML Program as plain data: what the reader returns and the executor, printer and placement rules walk.
+"""An ML Program as plain data: what the reader returns and the executor, printer and placement
+rules walk.
 
-Independent of protobuf and of the converter: names are resolved by string, constants are kept as stored until used.
+Independent of protobuf and of the converter: names are resolved by string, constants are kept as
+stored until used.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +14,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class TensorType:
-    """dtype: fp16 fp32 fp64 bf16 fp8e4m3fn fp8e5m2 int4..int64 uint1..uint64 bool string; a size of None is unknown."""
+    """dtype: fp16 fp32 fp64 bf16 fp8e4m3fn fp8e5m2 int4..int64 uint1..uint64 bool string; a size of
+    None is unknown."""
 
     dtype: str
     shape: tuple[int | None, ...]
@@ -70,7 +73,8 @@ def sizes(shape: Sequence[int | None]) -> str:
 
 
 def _ends(declared: Sequence[int | None], shape: Sequence[int], longest: int) -> set[int]:
-    """How many dimensions of `shape` can be accounted for; an unknown size takes up to `longest`."""
+    """How many dimensions of `shape` can be accounted for; an unknown size takes up to
+    `longest`."""
     ends = {0}
     for size in declared:
         if size is None:
@@ -83,20 +87,21 @@ def _ends(declared: Sequence[int | None], shape: Sequence[int], longest: int) ->
 
 @dataclass(frozen=True)
 class Constant:
-    """A literal. `load()` returns the array (scalars: rank 0), a str, or a tuple, reading the blob file only then.
+    """A literal. `load()` returns the array (scalars: rank 0), a str, or a tuple, reading the blob
+    file only then.
 
-    Arrays may be read-only views of the file. Sub-byte integers are unpacked to one element per int8/uint8, bf16
-    becomes fp32, fp8 becomes fp16. `blob` is (file, data offset, size in bytes) for values stored outside the protobuf,
-    else None.
+    Arrays may be read-only views of the file. Sub-byte integers are unpacked to one element per
+    int8/uint8, bf16 becomes fp32, fp8 becomes fp16. `blob` is (file, data offset, size in bytes)
+    for values stored outside the protobuf, else None.
     """
 
     type: ValueType
     load: Callable[[], np.ndarray | str | tuple]
     blob: tuple[Path, int, int] | None = None
-    nbytes: int = 0                     # as stored
+    nbytes: int = 0  # as stored
 
 
-Argument = str | Constant               # the name of a value in scope, or an inline constant
+Argument = str | Constant  # the name of a value in scope, or an inline constant
 
 
 @dataclass(frozen=True)
@@ -114,14 +119,17 @@ class Block:
 
 @dataclass(frozen=True)
 class Operation:
-    """`inputs` maps an input name to its arguments (more than one for variadic inputs such as concat's `values`)."""
+    """`inputs` maps an input name to its arguments (more than one for variadic inputs such as
+    concat's `values`)."""
 
     type: str
     name: str
     inputs: dict[str, tuple[Argument, ...]]
     outputs: tuple[Output, ...]
     blocks: tuple[Block, ...] = ()
-    attributes: dict[str, Constant] = field(default_factory=dict)   # `val` of const, all of iOS 16 constexpr_*
+    attributes: dict[str, Constant] = field(
+        default_factory=dict
+    )  # `val` of const, all of iOS 16 constexpr_*
 
 
 @dataclass(frozen=True)
@@ -141,11 +149,13 @@ class Feature:
     name: str
     type: TensorType
     optional: bool = False
-    shapes: tuple[tuple[int, ...], ...] = ()                        # enumerated shapes, first is the default
-    ranges: tuple[tuple[int, int], ...] | None = None               # (lower, upper) per axis; upper -1: unbounded
-    kind: str = "array"                                             # array, state, image, dictionary, string ...
-    layout: str = ""                        # of an image: RGB, BGR, grayscale or grayscale fp16
-    default: int | float | None = None      # of each element, where an optional input is not given
+    shapes: tuple[tuple[int, ...], ...] = ()  # enumerated shapes, first is the default
+    ranges: tuple[tuple[int, int], ...] | None = (
+        None  # (lower, upper) per axis; upper -1: unbounded
+    )
+    kind: str = "array"  # array, state, image, dictionary, string ...
+    layout: str = ""  # of an image: RGB, BGR, grayscale or grayscale fp16
+    default: int | float | None = None  # of each element, where an optional input is not given
 
 
 @dataclass(frozen=True)
@@ -162,5 +172,5 @@ class Program:
     interfaces: dict[str, Interface]
     default_function: str
     specification_version: int
-    metadata: dict[str, str]            # author, license, user-defined keys (com.github.apple.coremltools...)
-    absent: tuple[str, ...] = ()        # what is wrong with each weight file that is not there
+    metadata: dict[str, str]  # author, license, user-defined keys (com.github.apple.coremltools...)
+    absent: tuple[str, ...] = ()  # what is wrong with each weight file that is not there

@@ -1,8 +1,9 @@
 """The Core ML protobuf classes, without the rest of coremltools.
 
-`import coremltools.proto` runs the whole converter's import (seconds, and warnings about missing macOS libraries).
-The generated modules need only protobuf and each other, so they are imported from the same files under a package name
-of our own. protobuf registers each file once, so these are the very classes coremltools itself uses.
+`import coremltools.proto` runs the whole converter's import (seconds, and warnings about missing
+macOS libraries). The generated modules need only protobuf and each other, so they are imported from
+the same files under a package name of our own. protobuf registers each file once, so these are the
+very classes coremltools itself uses.
 """
 
 import importlib

@@ -7,7 +7,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Storage:
-    """`stored` is the little-endian numpy type of one stored element (uint8 for packed sub-byte types)."""
+    """`stored` is the little-endian numpy type of one stored element (uint8 for packed sub-byte
+    types)."""
 
     name: str
     bits: int
@@ -44,15 +45,16 @@ STORAGE = {
 
 
 def stored_size(storage: Storage, count: int) -> int:
-    """Bytes that `count` elements take when stored; sub-byte elements are packed and the last byte padded."""
+    """Bytes that `count` elements take when stored; sub-byte elements are packed and the last byte
+    padded."""
     return (count * storage.bits + 7) // 8
 
 
 def decode(storage: Storage, raw: np.ndarray, count: int) -> np.ndarray:
     """Turn stored bytes (uint8 `[stored_size]`) into `count` elements.
 
-    Whole-byte types are views of `raw`. Sub-byte integers become int8/uint8, bf16 becomes fp32, fp8 becomes fp16 (each
-    of them exactly).
+    Whole-byte types are views of `raw`. Sub-byte integers become int8/uint8, bf16 becomes fp32, fp8
+    becomes fp16 (each of them exactly).
     """
     if storage.bits < 8:
         return _unpack(storage, raw, count)
@@ -67,7 +69,8 @@ def decode(storage: Storage, raw: np.ndarray, count: int) -> np.ndarray:
 
 
 def encode(storage: Storage, values: np.ndarray) -> np.ndarray:
-    """The bytes (uint8) that store `values`: their own where an element takes whole bytes, packed integers else."""
+    """The bytes (uint8) that store `values`: their own where an element takes whole bytes, packed
+    integers else."""
     flat = np.ascontiguousarray(values).reshape(-1)
     if storage.bits >= 8:
         if flat.dtype != storage.stored:
@@ -81,23 +84,33 @@ def _pack(storage: Storage, values: np.ndarray) -> np.ndarray:
     group_bytes = 3 if 8 % storage.bits else 1
     per_group = group_bytes * 8 // storage.bits
     groups = -(-values.size // per_group)
-    padded = values if values.size == groups * per_group else np.pad(values, (0, groups * per_group - values.size))
+    padded = (
+        values
+        if values.size == groups * per_group
+        else np.pad(values, (0, groups * per_group - values.size))
+    )
     slots = padded.reshape(groups, per_group) & np.uint8((1 << storage.bits) - 1)
     word: np.ndarray = slots[:, 0].astype(np.uint8 if group_bytes == 1 else np.uint32)
     for slot in range(1, per_group):
         word = word | (slots[:, slot].astype(word.dtype) << word.dtype.type(slot * storage.bits))
     if group_bytes == 1:
-        return word[:stored_size(storage, values.size)]
+        return word[: stored_size(storage, values.size)]
     return np.ascontiguousarray(word.view(np.uint8).reshape(groups, 4)[:, :3]).reshape(-1)[
-        :stored_size(storage, values.size)]
+        : stored_size(storage, values.size)
+    ]
 
 
 def _unpack(storage: Storage, raw: np.ndarray, count: int) -> np.ndarray:
-    """Elements lie from the least significant bit up, across byte borders for 3 and 6 bits (MILBlob SubByteTypes)."""
+    """Elements lie from the least significant bit up, across byte borders for 3 and 6 bits (MILBlob
+    SubByteTypes)."""
     group_bytes = 3 if 8 % storage.bits else 1
     per_group = group_bytes * 8 // storage.bits
     groups = -(-count // per_group)
-    padded = raw if raw.size == groups * group_bytes else np.pad(raw, (0, groups * group_bytes - raw.size))
+    padded = (
+        raw
+        if raw.size == groups * group_bytes
+        else np.pad(raw, (0, groups * group_bytes - raw.size))
+    )
     word = padded if group_bytes == 1 else padded[0::group_bytes].astype("<u4")
     for byte in range(1, group_bytes):
         word |= padded[byte::group_bytes].astype("<u4") << (8 * byte)
@@ -112,10 +125,13 @@ def _unpack(storage: Storage, raw: np.ndarray, count: int) -> np.ndarray:
 
 
 def _e4m3fn_table() -> np.ndarray:
-    """All 256 values: sign, 4 exponent bits (bias 7), 3 mantissa bits; no infinities, NaN at all ones."""
+    """All 256 values: sign, 4 exponent bits (bias 7), 3 mantissa bits; no infinities, NaN at all
+    ones."""
     code = np.arange(256)
     exponent, mantissa = (code >> 3) & 15, code & 7
-    magnitude = np.where(exponent == 0, mantissa * 2.0**-9, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
+    magnitude = np.where(
+        exponent == 0, mantissa * 2.0**-9, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0)
+    )
     magnitude[(code & 127) == 127] = np.nan
     return np.where(code < 128, magnitude, -magnitude).astype("<f2")
 

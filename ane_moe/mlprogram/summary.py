@@ -10,7 +10,13 @@ from ane_moe.mlprogram.program import Feature, Function, Interface, Program
 from ane_moe.mlprogram.reader import read_program
 from ane_moe.mlprogram.weights import Weight, operations_of, unique_bytes, weights_of
 
-SYSTEMS = {6: "iOS 15", 7: "iOS 16", 8: "iOS 17", 9: "iOS 18", 10: "iOS 26"}      # by specification version
+SYSTEMS = {
+    6: "iOS 15",
+    7: "iOS 16",
+    8: "iOS 17",
+    9: "iOS 18",
+    10: "iOS 26",
+}  # by specification version
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,8 @@ class FunctionSummary:
 
 @dataclass(frozen=True)
 class FormatTotal:
-    """All weights of one storage format in a package; weights that functions share are counted once."""
+    """All weights of one storage format in a package; weights that functions share are counted
+    once."""
 
     format: str
     weights: int
@@ -82,15 +89,23 @@ def summarize_pipeline(pipeline: OpenPipeline) -> PipelineSummary:
         program = stage.program.read() if stage.program else None
         summary = summarize(program) if program else None
         stages.append(StageSummary(stage.index, stage.kind, program, summary))
-    return PipelineSummary(pipeline.path, pipeline.specification_version, pipeline.inputs,
-                           pipeline.outputs, tuple(stages), pipeline.metadata)
+    return PipelineSummary(
+        pipeline.path,
+        pipeline.specification_version,
+        pipeline.inputs,
+        pipeline.outputs,
+        tuple(stages),
+        pipeline.metadata,
+    )
 
 
 def pipeline_document(summary: PipelineSummary) -> dict:
     """The summary as plain values for JSON; a stage that is no ML Program has its kind alone."""
-    stages = [{"index": stage.index, "kind": stage.kind}
-              | ({"program": summary_document(stage.summary)} if stage.summary else {})
-              for stage in summary.stages]
+    stages = [
+        {"index": stage.index, "kind": stage.kind}
+        | ({"program": summary_document(stage.summary)} if stage.summary else {})
+        for stage in summary.stages
+    ]
     document = asdict(replace(summary, stages=()))
     return document | {"path": str(summary.path), "stages": stages}
 
@@ -104,7 +119,8 @@ def summarize(package: Path | Program) -> Summary:
     if not isinstance(program, Program):
         program = read_program(program, require_weights=False)
     functions = tuple(
-        _function(function, program.interfaces[name]) for name, function in program.functions.items()
+        _function(function, program.interfaces[name])
+        for name, function in program.functions.items()
     )
     weights = [weight for function in functions for weight in function.weights]
     return Summary(
@@ -135,7 +151,9 @@ def _function(function: Function, interface: Interface) -> FunctionSummary:
     weights = weights_of(function)
     counts = Counter(op.type for op in operations_of(function.block))
     ordered = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
-    return FunctionSummary(function.name, function.opset, interface, ordered, weights, unique_bytes(weights))
+    return FunctionSummary(
+        function.name, function.opset, interface, ordered, weights, unique_bytes(weights)
+    )
 
 
 def _totals(weights: Iterable[Weight]) -> tuple[FormatTotal, ...]:
@@ -143,7 +161,9 @@ def _totals(weights: Iterable[Weight]) -> tuple[FormatTotal, ...]:
     for weight in weights:
         by_format.setdefault(weight.format, {})[weight.parts] = weight
     totals = [
-        FormatTotal(name, len(group), sum(w.elements for w in group.values()), unique_bytes(group.values()))
+        FormatTotal(
+            name, len(group), sum(w.elements for w in group.values()), unique_bytes(group.values())
+        )
         for name, group in by_format.items()
     ]
     return tuple(sorted(totals, key=lambda total: (-total.stored_bytes, total.format)))

@@ -1,4 +1,5 @@
-"""Types and literals of a serialized program -> `program` dataclasses; literals are checked now and loaded later."""
+"""Types and literals of a serialized program -> `program` dataclasses; literals are checked now and
+loaded later."""
 
 import math
 from collections.abc import Callable
@@ -24,37 +25,65 @@ from ane_moe.mlprogram.program import (
 from ane_moe.mlprogram.proto import MIL_pb2
 from ane_moe.mlprogram.storage import STORAGE, Storage, decode, stored_size
 
-MAX_ELEMENTS = 1 << 32              # of one tensor: twice a 256k-token embedding of width 8192
-MAX_RANK = 16                       # Core ML itself stops at 5 for most ops
+MAX_ELEMENTS = 1 << 32  # of one tensor: twice a 256k-token embedding of width 8192
+MAX_RANK = 16  # Core ML itself stops at 5 for most ops
 
 _DAMAGED = "the package is damaged, or its converter is faulty"
 
 DTYPE_NAMES = {
-    MIL_pb2.BOOL: "bool", MIL_pb2.STRING: "string", MIL_pb2.FLOAT8E4M3FN: "fp8e4m3fn", MIL_pb2.FLOAT8E5M2: "fp8e5m2",
-    MIL_pb2.FLOAT16: "fp16", MIL_pb2.FLOAT32: "fp32", MIL_pb2.FLOAT64: "fp64", MIL_pb2.BFLOAT16: "bf16",
-    MIL_pb2.INT4: "int4", MIL_pb2.INT8: "int8", MIL_pb2.INT16: "int16", MIL_pb2.INT32: "int32", MIL_pb2.INT64: "int64",
-    MIL_pb2.UINT1: "uint1", MIL_pb2.UINT2: "uint2", MIL_pb2.UINT3: "uint3", MIL_pb2.UINT4: "uint4",
-    MIL_pb2.UINT6: "uint6", MIL_pb2.UINT8: "uint8", MIL_pb2.UINT16: "uint16", MIL_pb2.UINT32: "uint32",
+    MIL_pb2.BOOL: "bool",
+    MIL_pb2.STRING: "string",
+    MIL_pb2.FLOAT8E4M3FN: "fp8e4m3fn",
+    MIL_pb2.FLOAT8E5M2: "fp8e5m2",
+    MIL_pb2.FLOAT16: "fp16",
+    MIL_pb2.FLOAT32: "fp32",
+    MIL_pb2.FLOAT64: "fp64",
+    MIL_pb2.BFLOAT16: "bf16",
+    MIL_pb2.INT4: "int4",
+    MIL_pb2.INT8: "int8",
+    MIL_pb2.INT16: "int16",
+    MIL_pb2.INT32: "int32",
+    MIL_pb2.INT64: "int64",
+    MIL_pb2.UINT1: "uint1",
+    MIL_pb2.UINT2: "uint2",
+    MIL_pb2.UINT3: "uint3",
+    MIL_pb2.UINT4: "uint4",
+    MIL_pb2.UINT6: "uint6",
+    MIL_pb2.UINT8: "uint8",
+    MIL_pb2.UINT16: "uint16",
+    MIL_pb2.UINT32: "uint32",
     MIL_pb2.UINT64: "uint64",
 }
 
-# Which repeated field of a TensorValue holds a type, after coremltools' _tensor_field_by_type; the rest use `bytes`.
+# Which repeated field of a TensorValue holds a type, after coremltools' _tensor_field_by_type; the
+# rest use `bytes`.
 _FIELDS = {
-    "bool": "bools", "string": "strings", "fp32": "floats", "fp64": "doubles", "int16": "ints", "uint16": "ints",
-    "int32": "ints", "uint32": "ints", "int64": "longInts", "uint64": "longInts",
+    "bool": "bools",
+    "string": "strings",
+    "fp32": "floats",
+    "fp64": "doubles",
+    "int16": "ints",
+    "uint16": "ints",
+    "int32": "ints",
+    "uint32": "ints",
+    "int64": "longInts",
+    "uint64": "longInts",
 }
 _ELEMENTS = {"bools": "?", "ints": "<i4", "longInts": "<i8", "floats": "<f4", "doubles": "<f8"}
 
 
 def read_type(proto: Any) -> ValueType:
-    """Translate a MIL ValueType. Raises UserError for unknown element types and impossible shapes."""
+    """Translate a MIL ValueType. Raises UserError for unknown element types and impossible
+    shapes."""
     kind = proto.WhichOneof("type")
     if kind == "tensorType":
         return _tensor_type(proto.tensorType)
     if kind == "stateType":
         wrapped = read_type(proto.stateType.wrappedType)
         if not isinstance(wrapped, TensorType):
-            raise UserError("program declares a state that is not a tensor", describe(wrapped), _DAMAGED)
+            raise UserError(
+                "program declares a state that is not a tensor", describe(wrapped), _DAMAGED
+            )
         return StateType(wrapped)
     if kind == "listType":
         return ListType(read_type(proto.listType.type), _dimension(proto.listType.length))
@@ -83,15 +112,26 @@ def describe(kind: ValueType) -> str:
 
 def _tensor_type(proto: Any) -> ValueType:
     if proto.dataType not in DTYPE_NAMES:
-        raise UserError("program uses an unknown element type", f"code {proto.dataType}", "a newer ane-moe may know it")
+        raise UserError(
+            "program uses an unknown element type",
+            f"code {proto.dataType}",
+            "a newer ane-moe may know it",
+        )
     if proto.rank == -1:
         return VariadicType(DTYPE_NAMES[proto.dataType], (None,))
     if proto.rank != len(proto.dimensions) or proto.rank > MAX_RANK:
-        raise UserError("program declares an impossible tensor rank",
-                        f"rank {proto.rank} with {len(proto.dimensions)} dimensions", _DAMAGED)
+        raise UserError(
+            "program declares an impossible tensor rank",
+            f"rank {proto.rank} with {len(proto.dimensions)} dimensions",
+            _DAMAGED,
+        )
     shape = tuple(_dimension(dimension) for dimension in proto.dimensions)
     if math.prod(size for size in shape if size) > MAX_ELEMENTS:
-        raise UserError("program declares a tensor that is too large", quoted(shape), f"limit: {MAX_ELEMENTS} elements")
+        raise UserError(
+            "program declares a tensor that is too large",
+            quoted(shape),
+            f"limit: {MAX_ELEMENTS} elements",
+        )
     variadic = any(dimension.unknown.variadic for dimension in proto.dimensions)
     return (VariadicType if variadic else TensorType)(DTYPE_NAMES[proto.dataType], shape)
 
@@ -99,7 +139,9 @@ def _tensor_type(proto: Any) -> ValueType:
 def _dimension(proto: Any) -> int | None:
     kind = proto.WhichOneof("dimension")
     if kind is None:
-        raise UserError("program declares a dimension without a size", "an empty dimension", _DAMAGED)
+        raise UserError(
+            "program declares a dimension without a size", "an empty dimension", _DAMAGED
+        )
     return proto.constant.size if kind == "constant" else None
 
 
@@ -172,11 +214,21 @@ class ValueReader:
         if _source(kind) != source:
             raise _mismatch(where, f"a {source} value", kind)
         if source == "dictionary":
-            pairs = [(self.read(item.key, where), self.read(item.value, where)) for item in proto.dictionary.values]
-            return Constant(kind, lambda: tuple((key.load(), value.load()) for key, value in pairs),
-                            nbytes=sum(key.nbytes + value.nbytes for key, value in pairs))
+            pairs = [
+                (self.read(item.key, where), self.read(item.value, where))
+                for item in proto.dictionary.values
+            ]
+            return Constant(
+                kind,
+                lambda: tuple((key.load(), value.load()) for key, value in pairs),
+                nbytes=sum(key.nbytes + value.nbytes for key, value in pairs),
+            )
         items = [self.read(item, where) for item in getattr(proto, source).values]
-        return Constant(kind, lambda: tuple(item.load() for item in items), nbytes=sum(item.nbytes for item in items))
+        return Constant(
+            kind,
+            lambda: tuple(item.load() for item in items),
+            nbytes=sum(item.nbytes for item in items),
+        )
 
 
 def _source(kind: ValueType) -> str:
@@ -192,27 +244,42 @@ def _immediate_tensor(proto: Any, kind: TensorType, where: str) -> Constant:
     source = proto.WhichOneof("value") or "nothing"
     if source == "nothing" and count:
         raise _mismatch(where, "no value", kind)
-    if source not in (_FIELDS.get(kind.dtype, "bytes"), "bytes", "nothing") or (source == "bytes" and storage is None):
+    if source not in (_FIELDS.get(kind.dtype, "bytes"), "bytes", "nothing") or (
+        source == "bytes" and storage is None
+    ):
         raise _mismatch(where, f"a value in `{source}`", kind)
     stored: Any = () if source == "nothing" else getattr(proto, source).values
     expected = stored_size(storage, count) if source == "bytes" and storage else count
     if len(stored) != expected:
-        raise _mismatch(where, f"{len(stored)} {'bytes' if source == 'bytes' else 'elements'}", kind)
+        raise _mismatch(
+            where, f"{len(stored)} {'bytes' if source == 'bytes' else 'elements'}", kind
+        )
     if storage is None:
-        return Constant(kind, lambda: stored[0] if shape == () else tuple(stored), nbytes=sum(map(len, stored)))
-    return Constant(kind, _loader(storage, source, stored, shape, where), nbytes=stored_size(storage, count))
+        return Constant(
+            kind, lambda: stored[0] if shape == () else tuple(stored), nbytes=sum(map(len, stored))
+        )
+    return Constant(
+        kind, _loader(storage, source, stored, shape, where), nbytes=stored_size(storage, count)
+    )
 
 
-def _loader(storage: Storage, source: str, stored: Any, shape: tuple[int, ...], where: str) -> Callable[[], np.ndarray]:
+def _loader(
+    storage: Storage, source: str, stored: Any, shape: tuple[int, ...], where: str
+) -> Callable[[], np.ndarray]:
     def load() -> np.ndarray:
         if source in ("bytes", "nothing"):
-            return decode(storage, np.frombuffer(bytes(stored), np.uint8), math.prod(shape)).reshape(shape)
+            return decode(
+                storage, np.frombuffer(bytes(stored), np.uint8), math.prod(shape)
+            ).reshape(shape)
         values = np.fromiter(stored, _ELEMENTS[source], len(stored)).reshape(shape)
         if storage.stored.kind in "iu" and values.size:
             limits = np.iinfo(storage.stored)
             if values.min() < limits.min or values.max() > limits.max:
-                raise UserError(f"{where} holds numbers that its type cannot", f"{values.min()} to {values.max()}",
-                                f"declared {storage.name}")
+                raise UserError(
+                    f"{where} holds numbers that its type cannot",
+                    f"{values.min()} to {values.max()}",
+                    f"declared {storage.name}",
+                )
         return values.astype(storage.stored, copy=False)
 
     return load

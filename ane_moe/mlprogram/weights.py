@@ -1,22 +1,34 @@
-"""How the weights of a function are stored: found from its const and constexpr_* operations, without loading any."""
+"""How the weights of a function are stored: found from its const and constexpr_* operations,
+without loading any."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from ane_moe.errors import UserError
-from ane_moe.mlprogram.program import Argument, Block, Constant, Function, Operation, TensorType, ValueType
+from ane_moe.mlprogram.program import (
+    Argument,
+    Block,
+    Constant,
+    Function,
+    Operation,
+    TensorType,
+    ValueType,
+)
 
-MAX_STEPS = 8                       # of constexpr operations upon each other; joint formats take 3
-MAX_PARAMETERS = 16                 # of one constexpr operation; they have at most 6
+MAX_STEPS = 8  # of constexpr operations upon each other; joint formats take 3
+MAX_PARAMETERS = 16  # of one constexpr operation; they have at most 6
 
-BlobKey = tuple[str, int]           # file and data offset: constants with the same key are stored once
-Part = tuple[BlobKey | None, int]   # where a piece is stored (None: inline in the program) and its bytes
+BlobKey = tuple[str, int]  # file and data offset: constants with the same key are stored once
+Part = tuple[
+    BlobKey | None, int
+]  # where a piece is stored (None: inline in the program) and its bytes
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight as its user sees it. `format` is e.g. "fp16", "lut4 g16", "int8 per channel", "sparse 50% lut4"."""
+    """One weight as its user sees it. `format` is e.g. "fp16", "lut4 g16", "int8 per channel",
+    "sparse 50% lut4"."""
 
     name: str
     format: str
@@ -28,7 +40,8 @@ class Weight:
 
 @dataclass(frozen=True)
 class _Parameter:
-    """A parameter of a constexpr operation: a literal, or the result of another constexpr operation."""
+    """A parameter of a constexpr operation: a literal, or the result of another constexpr
+    operation."""
 
     type: ValueType
     format: str
@@ -41,13 +54,14 @@ class _Parameter:
 
 
 def weights_of(function: Function) -> tuple[Weight, ...]:
-    """All constants of a function that lie in the weight file or are the result of constexpr operations.
+    """All constants of a function that lie in the weight file or are the result of constexpr
+    operations.
 
     Raises UserError for constexpr operations stacked in a way that no weight format has.
     """
     made: dict[str, _Parameter] = {}
     makers: dict[str, int] = {}
-    weights: dict[int, list[Weight]] = {}               # by operation, in program order
+    weights: dict[int, list[Weight]] = {}  # by operation, in program order
     for index, op in enumerate(operations_of(function.block)):
         if (op.type != "const" and not op.type.startswith("constexpr_")) or not op.outputs:
             weights[index] = list(_direct_weights(op))
@@ -55,7 +69,7 @@ def weights_of(function: Function) -> tuple[Weight, ...]:
         arguments = _arguments(op)
         for value in arguments.values():
             if isinstance(value, str) and value in makers:
-                weights.pop(makers[value], None)        # a step towards another weight
+                weights.pop(makers[value], None)  # a step towards another weight
         expanded = _expand(op, arguments, made)
         made |= expanded
         makers |= dict.fromkeys(expanded, index)
@@ -103,11 +117,15 @@ def _arguments(op: Operation) -> dict[str, Argument]:
     """Parameters of a constexpr operation: attributes up to iOS 17, inputs from iOS 18 on."""
     arguments = {**op.attributes, **{key: values[0] for key, values in op.inputs.items() if values}}
     if len(arguments) > MAX_PARAMETERS:
-        raise UserError(f"{op.type} has too many parameters", str(len(arguments)), "the package is damaged")
+        raise UserError(
+            f"{op.type} has too many parameters", str(len(arguments)), "the package is damaged"
+        )
     return arguments
 
 
-def _expand(op: Operation, arguments: dict[str, Argument], made: dict[str, _Parameter]) -> dict[str, _Parameter]:
+def _expand(
+    op: Operation, arguments: dict[str, Argument], made: dict[str, _Parameter]
+) -> dict[str, _Parameter]:
     """What each output of a const or constexpr operation is stored as."""
     parameters = {}
     for key, value in arguments.items():
@@ -117,7 +135,9 @@ def _expand(op: Operation, arguments: dict[str, Argument], made: dict[str, _Para
             parameters[key] = made[value]
     steps = 1 + max((item.steps for item in parameters.values()), default=0)
     if steps > MAX_STEPS:
-        raise UserError("constexpr operations are stacked too deep", f"{steps} steps", "the package is damaged")
+        raise UserError(
+            "constexpr operations are stacked too deep", f"{steps} steps", "the package is damaged"
+        )
     # The mask of a joint format is a parameter of each of its steps: it is stored once.
     parts = tuple(dict.fromkeys(part for item in parameters.values() for part in item.parts))
     describe = _FORMATS.get(op.type)
@@ -139,7 +159,8 @@ _ABSENT = _Parameter(TensorType("?", ()), "?", ())
 
 
 def _granularity(data: tuple[int, ...], parameter: tuple[int, ...], word: str) -> str:
-    """Over which axes a parameter (scale, palette) varies: "per tensor", "per channel", or `word` and sizes."""
+    """Over which axes a parameter (scale, palette) varies: "per tensor", "per channel", or `word`
+    and sizes."""
     groups = [whole // part for whole, part in zip(data, parameter, strict=False) if part > 1]
     if not groups:
         return "per tensor"
@@ -152,7 +173,8 @@ def _const(parameters: dict[str, _Parameter], shape: tuple[int, ...]) -> str:
 
 
 def _lut(parameters: dict[str, _Parameter], shape: tuple[int, ...]) -> str:
-    """Palettes are `[entries]` up to iOS 17 and `[groups per axis ..., entries, vector]` from iOS 18 on."""
+    """Palettes are `[entries]` up to iOS 17 and `[groups per axis ..., entries, vector]` from iOS
+    18 on."""
     lut = parameters.get("lut", _ABSENT)
     entries, vector = lut.shape[-2:] if len(lut.shape) > 1 else (*lut.shape, 1, 1)[:2]
     words = [f"lut{max(entries - 1, 1).bit_length()}"]
@@ -165,17 +187,26 @@ def _lut(parameters: dict[str, _Parameter], shape: tuple[int, ...]) -> str:
 
 def _affine(parameters: dict[str, _Parameter], shape: tuple[int, ...]) -> str:
     several = math.prod(parameters.get("scale", _ABSENT).shape) > 1
-    return f"{parameters.get('quantized_data', _ABSENT).format} {'per channel' if several else 'per tensor'}"
+    return (
+        f"{parameters.get('quantized_data', _ABSENT).format} "
+        f"{'per channel' if several else 'per tensor'}"
+    )
 
 
 def _blockwise(parameters: dict[str, _Parameter], shape: tuple[int, ...]) -> str:
     data = parameters.get("data", _ABSENT)
-    return f"{data.format} {_granularity(data.shape, parameters.get('scale', _ABSENT).shape, 'block ')}"
+    return (
+        f"{data.format} "
+        f"{_granularity(data.shape, parameters.get('scale', _ABSENT).shape, 'block ')}"
+    )
 
 
 def _sparse_blockwise(parameters: dict[str, _Parameter], shape: tuple[int, ...]) -> str:
     scale, mask = parameters.get("scale", _ABSENT), parameters.get("data_mask", _ABSENT)
-    return f"{parameters.get('nonzero_data', _ABSENT).format} {_granularity(mask.shape, scale.shape, 'block ')}"
+    return (
+        f"{parameters.get('nonzero_data', _ABSENT).format} "
+        f"{_granularity(mask.shape, scale.shape, 'block ')}"
+    )
 
 
 def _sparse(parameters: dict[str, _Parameter], shape: tuple[int, ...]) -> str:

@@ -1,7 +1,8 @@
 """Counting the messages of a serialized protobuf before parsing it.
 
-Parsing turns a message of 2 bytes into an object of 66 (measured with upb, protobuf 7), so a file of moderate size made
-of empty messages would fill the memory. Bulk data is one field however long, and is skipped in one step.
+Parsing turns a message of 2 bytes into an object of 66 (measured with upb, protobuf 7), so a file
+of moderate size made of empty messages would fill the memory. Bulk data is one field however long,
+and is skipped in one step.
 """
 
 from functools import cache
@@ -51,7 +52,11 @@ def count_messages(data: bytes, message: Any, limit: int) -> int:
 @cache
 def _fields(descriptor: Any) -> dict[int, Any]:
     """Field number -> descriptor, of the fields that hold messages."""
-    return {field.number: field.message_type for field in descriptor.fields if field.message_type is not None}
+    return {
+        field.number: field.message_type
+        for field in descriptor.fields
+        if field.message_type is not None
+    }
 
 
 def _varint(data: bytes, position: int) -> tuple[int, int]:
@@ -69,5 +74,8 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
 
 
 def _broken(position: int) -> UserError:
-    return UserError("the program file cannot be parsed", f"no protobuf field at byte {position}",
-                     "the package is damaged or was cut short")
+    return UserError(
+        "the program file cannot be parsed",
+        f"no protobuf field at byte {position}",
+        "the package is damaged or was cut short",
+    )

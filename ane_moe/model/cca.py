@@ -12,9 +12,10 @@ from ane_moe.model.weight import Weight
 @dataclass(frozen=True)
 class CcaSpec:
     """Grouped-query attention whose queries and keys pass two causal convolutions over tokens: one
-    by channel, of `taps[0]` tokens, then one by head, of `taps[1]`. The means of queries and keys go
-    past them; both are scaled to the length sqrt(head_dim), keys times a temperature by head. The
-    first half of the value channels is of the token itself, the second half of the one before it.
+    by channel, of `taps[0]` tokens, then one by head, of `taps[1]`. The means of queries and keys
+    go past them; both are scaled to the length sqrt(head_dim), keys times a temperature by head.
+    The first half of the value channels is of the token itself, the second half of the one before
+    it.
     """
 
     heads: int
@@ -23,7 +24,7 @@ class CcaSpec:
     scale: float
     rope: str | None
     taps: tuple[int, int] = (2, 2)
-    window: int | None = None           # tokens a query sees, itself included; None: all before it
+    window: int | None = None  # tokens a query sees, itself included; None: all before it
 
     @property
     def channels(self) -> int:

@@ -10,7 +10,8 @@ in slots alone: whoever runs a model fills a function's input slots, calls it, a
     state.3.k_cache         what layer 3 keeps from call to call
     mask.all  mask.17       additive mask of what a token may see: all before it, or 17 with itself
     rope.main.cos           rows of a rotary table
-    write  keep             one-hot rows for the cache slots of the call's tokens; the untouched slots
+    write  keep             one-hot rows for the cache slots of the call's tokens; the untouched
+    slots
     shift.2                 one-hot columns that keep the last 2 real tokens of a state and a call
 
 The last four are made by the host, by rules of `loop/buffers.py`; functions fill the others.
@@ -24,7 +25,7 @@ Shape = tuple[int, ...]
 
 STREAM = "stream"
 FFN_INPUT = "ffn_input"
-GATES, LOGITS, STATE = "gates", "logits", "state"       # roots
+GATES, LOGITS, STATE = "gates", "logits", "state"  # roots
 # Roots of the slots whose arrays have channels on axis 1 and tokens on the last: `--layout` turns
 # those, and nothing else.
 BY_CHANNEL = ("stream", "ffn_input", "gates", "carry", "logits")
@@ -81,6 +82,7 @@ class Ports:
 
     def at(self, layers: Sequence[int], rows: tuple[int, int] | None, layout: str) -> "Ports":
         """As a function of a conversion has them; see `Port.at` and `Port.turned`."""
+
         def bound(ports: tuple[Port, ...]) -> tuple[Port, ...]:
             placed = (port.at(layers, rows) for port in ports)
             return tuple(port.turned() if layout == "bct1" else port for port in placed)

@@ -1,8 +1,8 @@
 """ModelSpec: an architecture as data, without weights.
 
-Everything downstream (blocks, plan, convert) reads these frozen dataclasses and nothing else of a model's
-configuration. Sizes are in elements; `None` means the model does not have the part. Each part lists the tensors it
-needs (`rows`), in the order in which its module has them.
+Everything downstream (blocks, plan, convert) reads these frozen dataclasses and nothing else of a
+model's configuration. Sizes are in elements; `None` means the model does not have the part. Each
+part lists the tensors it needs (`rows`), in the order in which its module has them.
 """
 
 from collections.abc import Iterator
@@ -22,10 +22,12 @@ class NormSpec:
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """A rotary table as data: angles are `position * inv_freq`, cos and sin are multiplied by `attention_factor`.
+    """A rotary table as data: angles are `position * inv_freq`, cos and sin are multiplied by
+    `attention_factor`.
 
-    The graph form is always half-split; a family whose checkpoint pairs neighbouring channels permutes its query
-    and key rows instead (exact). `len(inv_freq) * 2` channels of each head are rotated, the rest pass through.
+    The graph form is always half-split; a family whose checkpoint pairs neighbouring channels
+    permutes its query and key rows instead (exact). `len(inv_freq) * 2` channels of each head are
+    rotated, the rest pass through.
     """
 
     inv_freq: tuple[float, ...]
@@ -40,13 +42,15 @@ class GqaSpec:
     kv_heads: int
     head_dim: int
     scale: float
-    rope: str | None                                    # name of a table in ModelSpec.ropes
+    rope: str | None  # name of a table in ModelSpec.ropes
     qkv_bias: bool = False
     o_bias: bool = False
-    qk_norm: Literal["none", "head", "full"] = "none"   # per head, or over the whole projected vector
+    qk_norm: Literal["none", "head", "full"] = (
+        "none"  # per head, or over the whole projected vector
+    )
     qk_norm_eps: float = 1e-6
-    clip_qkv: float | None = None                       # clamps q, k and v after the norm, before RoPE
-    window: int | None = None                           # tokens a query sees, itself included; None: all before it
+    clip_qkv: float | None = None  # clamps q, k and v after the norm, before RoPE
+    window: int | None = None  # tokens a query sees, itself included; None: all before it
 
     def rows(self, d_model: int) -> Iterator[Weight]:
         """The tensors of a layer's attention, its norm first."""
@@ -56,7 +60,9 @@ class GqaSpec:
             yield Weight(f"{name}.weight", (width, d_model), f"attention.{name}", reads="x")
             if self.qkv_bias:
                 yield Weight(f"{name}.bias", (width,))
-        yield Weight("o.weight", (d_model, query), "attention.o", reads="attended", fold="residual_scale")
+        yield Weight(
+            "o.weight", (d_model, query), "attention.o", reads="attended", fold="residual_scale"
+        )
         if self.o_bias:
             yield Weight("o.bias", (d_model,), fold="residual_scale")
         if self.qk_norm != "none":
@@ -66,8 +72,8 @@ class GqaSpec:
 
 
 class MixerSpec(Protocol):
-    """What mixes tokens in a layer: attention, or what stands in its place. The part that computes it
-    is found by the type of its spec."""
+    """What mixes tokens in a layer: attention, or what stands in its place. The part that computes
+    it is found by the type of its spec."""
 
     @property
     def rope(self) -> str | None:
@@ -85,9 +91,10 @@ class MixerSpec(Protocol):
 class RouterSpec:
     """How tokens choose experts: `k` of `experts`, the lowest index winning ties.
 
-    Experts are weighted by their scores, a softmax over all or a sigmoid of each, gathered at the k chosen and
-    multiplied by `scale`; with `renorm` divided by their sum plus `renorm_eps` before. Softmax over only the k chosen
-    logits is the same function as `renorm=True`. `bias` is added to the scores for the choice alone.
+    Experts are weighted by their scores, a softmax over all or a sigmoid of each, gathered at the k
+    chosen and multiplied by `scale`; with `renorm` divided by their sum plus `renorm_eps` before.
+    Softmax over only the k chosen logits is the same function as `renorm=True`. `bias` is added to
+    the scores for the choice alone.
     """
 
     experts: int
@@ -135,7 +142,9 @@ class MlpSpec:
         yield Weight("gate.weight", (self.width, d_model), f"{role}.gate", reads="x")
         yield Weight("up.weight", (self.width, d_model), f"{role}.up", reads="x")
         down = f"{role}.down"
-        yield Weight("down.weight", (d_model, self.width), down, reads="hidden", fold="residual_scale")
+        yield Weight(
+            "down.weight", (d_model, self.width), down, reads="hidden", fold="residual_scale"
+        )
 
 
 @dataclass(frozen=True)
@@ -179,8 +188,9 @@ def entry_rows(d_model: int) -> Iterator[Weight]:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """`affine`: what the mixer and the feed-forward block add, and the stream itself, are each shifted and scaled by
-    channel where they meet. `entry`: so is the embedding on its way into this layer."""
+    """`affine`: what the mixer and the feed-forward block add, and the stream itself, are each
+    shifted and scaled by channel where they meet. `entry`: so is the embedding on its way into this
+    layer."""
 
     mixer: MixerSpec
     ffn: FfnSpec
@@ -234,12 +244,13 @@ class HeadSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One model. Every layer is `x += residual_scale * mixer(norm(x)); x += residual_scale * ffn(norm(x))`."""
+    """One model. Every layer is `x += residual_scale * mixer(norm(x)); x += residual_scale *
+    ffn(norm(x))`."""
 
     family: str
     d_model: int
     vocab: int
-    context: int                        # the model's own limit, in tokens
+    context: int  # the model's own limit, in tokens
     norm: NormSpec
     layers: tuple[LayerSpec, ...]
     head: HeadSpec

@@ -1,11 +1,12 @@
 """What a model's own tensors are called, and what each of them is for.
 
-A checkpoint's keys are a family's business; downstream of the families only the names of this file exist. A part of
-the model lists its tensors as rows (`Weight`), each with a path inside the part; `WeightName` says where in the model
-a part stands. As text:
+A checkpoint's keys are a family's business; downstream of the families only the names of this file
+exist. A part of the model lists its tensors as rows (`Weight`), each with a path inside the part;
+`WeightName` says where in the model a part stands. As text:
 
     embed.weight                head.norm.weight                    layers.N.attn.q.weight
-    head.rows.weight            layers.N.ffn.router.weight          layers.N.ffn.experts.E.gate.weight
+    head.rows.weight            layers.N.ffn.router.weight
+    layers.N.ffn.experts.E.gate.weight
 
 This is the only file in which such a name is put together or taken apart.
 """
@@ -19,7 +20,8 @@ from typing import Literal
 Shape = tuple[int, ...]
 
 NAME = re.compile(r"(?:layers\.(\d+)\.)?(?!layers\.)([a-z]+)\.(?:experts\.(\d+)\.)?(.+)")
-# A parameter of a block: inside a stack the layer goes before it, where a block has several parts the part.
+# A parameter of a block: inside a stack the layer goes before it, where a block has several parts
+# the part.
 PARAMETER = re.compile(r"(?:layers\.(\d+)\.)?(?:(attn|ffn)\.)?(?:experts\.(\d+)\.)?(.+)")
 
 
@@ -27,10 +29,11 @@ PARAMETER = re.compile(r"(?:layers\.(\d+)\.)?(?:(attn|ffn)\.)?(?:experts\.(\d+)\
 class Weight:
     """One tensor of a part: a matrix `(rows, columns)`, or a vector.
 
-    `role` is what a recipe calls it (None: it stays fp16, whatever the recipe); `reads` names the activation that
-    enters it, whose mean squares weigh its errors; `fold` is the multiplier of the model (a field of ModelSpec) that
-    goes into it, so that no graph needs an operation for it. `centred`: only differences of its elements count, and the
-    largest becomes 0, which leaves fp16 more digits.
+    `role` is what a recipe calls it (None: it stays fp16, whatever the recipe); `reads` names the
+    activation that enters it, whose mean squares weigh its errors; `fold` is the multiplier of the
+    model (a field of ModelSpec) that goes into it, so that no graph needs an operation for it.
+    `centred`: only differences of its elements count, and the largest becomes 0, which leaves fp16
+    more digits.
     """
 
     path: str
@@ -41,15 +44,16 @@ class Weight:
     centred: bool = False
 
     def under(self, prefix: str) -> "Weight":
-        """The row of a part that stands inside another one. What it reads is told apart by `prefix` too, unless that is
-        the whole's own input `x`."""
+        """The row of a part that stands inside another one. What it reads is told apart by `prefix`
+        too, unless that is the whole's own input `x`."""
         reads = self.reads if self.reads in ("", "x") else f"{prefix}.{self.reads}"
         return replace(self, path=f"{prefix}.{self.path}", reads=reads)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """One-hot rows that pick the gates of the experts a part of a split layer holds: made, not read."""
+    """One-hot rows that pick the gates of the experts a part of a split layer holds: made, not
+    read."""
 
     path: str
     shape: tuple[int, int]
@@ -60,8 +64,8 @@ class Selection:
 
 @dataclass(frozen=True)
 class Directions:
-    """One of the two thin matrices kept apart from the matrix at the path `of`: its `rank` strongest directions, on the
-    way in or out."""
+    """One of the two thin matrices kept apart from the matrix at the path `of`: its `rank`
+    strongest directions, on the way in or out."""
 
     path: str
     of: str
@@ -76,8 +80,8 @@ Row = Weight | Selection | Directions
 
 
 def with_directions(rows: Iterable[Weight], ranks: Mapping[str, int]) -> Iterator[Row]:
-    """The rows of a part, and after those of each projection the directions kept apart from its matrix, where `ranks`
-    (by the projection's path) asks for any."""
+    """The rows of a part, and after those of each projection the directions kept apart from its
+    matrix, where `ranks` (by the projection's path) asks for any."""
     for stem, own in groupby(rows, lambda row: row.path.rpartition(".")[0]):
         yield from own
         if rank := ranks.get(stem, 0):
@@ -87,7 +91,8 @@ def with_directions(rows: Iterable[Weight], ranks: Mapping[str, int]) -> Iterato
 
 @dataclass(frozen=True, order=True)
 class WeightName:
-    """Where a tensor stands: the part of a layer (or of the model), one of its experts, and the path inside it."""
+    """Where a tensor stands: the part of a layer (or of the model), one of its experts, and the
+    path inside it."""
 
     layer: int | None
     part: str
@@ -126,8 +131,8 @@ def parse_name(text: str) -> WeightName:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the block of a graph stands in the model: its layers (none: outside of them), the part that it is where its
-    parameters do not say, and the experts it holds, in order."""
+    """Where the block of a graph stands in the model: its layers (none: outside of them), the part
+    that it is where its parameters do not say, and the experts it holds, in order."""
 
     layers: tuple[int, ...] = ()
     part: str = ""
@@ -139,7 +144,9 @@ class Place:
         assert parsed is not None
         index, part, expert, path = parsed.groups()
         layer = self.layers[int(index or 0)] if self.layers else None
-        return WeightName(layer, part or self.part, None if expert is None else self.experts[int(expert)], path)
+        return WeightName(
+            layer, part or self.part, None if expert is None else self.experts[int(expert)], path
+        )
 
 
 def _number(text: str | None) -> int | None:

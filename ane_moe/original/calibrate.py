@@ -1,7 +1,8 @@
 """Calibration by Hugging Face's own model, one layer in memory at a time.
 
-What enters attention, the feed-forward blocks and the head is heard from the running model. What enters an expert's
-`down` is computed here from the expert's own weights, for the tokens that chose it.
+What enters attention, the feed-forward blocks and the head is heard from the running model. What
+enters an expert's `down` is computed here from the expert's own weights, for the tokens that chose
+it.
 """
 
 import hashlib
@@ -25,25 +26,28 @@ from ane_moe.original.tap import Tap
 from ane_moe.progress import Progress, silent
 from ane_moe.quiet_transformers import quiet_transformers
 
-PASSAGE = 512           # tokens of the text that run together
+PASSAGE = 512  # tokens of the text that run together
 MAX_TOKENS = 16_384
 
 
 def calibration_digest(checkpoint: Checkpoint, text: Path | None) -> str:
-    """Tells two calibrations apart: the model's configuration, its weights' sizes, and the text. Raises UserError when
-    the text cannot be read."""
+    """Tells two calibrations apart: the model's configuration, its weights' sizes, and the text.
+    Raises UserError when the text cannot be read."""
     shapes = sorted((key, tensor.shape) for key, tensor in checkpoint.tensors.items())
     facts = json.dumps([checkpoint.config, shapes], sort_keys=True)
     sha = hashlib.sha256(facts.encode())
     try:
         sha.update(text.read_bytes() if text else b"builtin")
     except OSError as error:
-        raise UserError(f"{text} cannot be read", str(error.strerror), "give a text file, or `builtin`") from None
+        raise UserError(
+            f"{text} cannot be read", str(error.strerror), "give a text file, or `builtin`"
+        ) from None
     return sha.hexdigest()
 
 
 def calibrate(model: Model, text: Path | None, progress: Progress | None = None) -> Calibration:
-    """Run the model over a text file (None: the built-in prompts) and collect what enters its matrices.
+    """Run the model over a text file (None: the built-in prompts) and collect what enters its
+    matrices.
 
     The text is parted as for prompts and cut into passages of 512 tokens, 16,384 in all. Raises
     UserError for a bad checkpoint, and for a text that gives no tokens.
@@ -53,10 +57,14 @@ def calibrate(model: Model, text: Path | None, progress: Progress | None = None)
         passages = _passages(model.checkpoint.folder, text, model.spec)
         check_prompts(passages, model.spec.vocab, model.spec.context)
         collector = _Collector(model, stream)
-        carried, _ = walk_layers(stream, len(stream.layers), passages, collector.visit, progress or silent)
+        carried, _ = walk_layers(
+            stream, len(stream.layers), passages, collector.visit, progress or silent
+        )
         final_energy = collector.head(carried)
     tokens, of = sum(map(len, passages)), calibration_digest(model.checkpoint, text)
-    return Calibration(collector.moments, collector.counts, collector.energies, final_energy, tokens, of)
+    return Calibration(
+        collector.moments, collector.counts, collector.energies, final_energy, tokens, of
+    )
 
 
 def _passages(checkpoint: Path, text: Path | None, spec: ModelSpec) -> list[list[int]]:
@@ -79,7 +87,9 @@ class _Collector:
             heard = self._heard[number] = {}
             for row in layer.mixer.rows(model.spec.d_model):
                 name = WeightName(number, "attn", None, row.path)
-                if row.reads and name.beside(row.reads) not in heard:      # one of those that read it says it
+                if (
+                    row.reads and name.beside(row.reads) not in heard
+                ):  # one of those that read it says it
                     inputs = heard[name.beside(row.reads)] = []
                     module = modules[model.sources[name].key.removesuffix(".weight")]
                     module.register_forward_pre_hook(_Ear(inputs))
@@ -90,14 +100,24 @@ class _Collector:
         for name, inputs in self._heard.pop(index).items():
             self.moments[name] = _mean_squares(torch.cat(inputs))
         goldens = [tap.golden() for tap in taps]
-        added = [np.concatenate([getattr(golden, name) for golden in goldens]) for name in ("attn_delta", "ffn_delta")]
-        self.energies[index] = np.array([(delta.astype(np.float64) ** 2).sum(1).mean() for delta in added])
+        added = [
+            np.concatenate([getattr(golden, name) for golden in goldens])
+            for name in ("attn_delta", "ffn_delta")
+        ]
+        self.energies[index] = np.array(
+            [(delta.astype(np.float64) ** 2).sum(1).mean() for delta in added]
+        )
         middle = torch.from_numpy(np.concatenate([golden.middle for golden in goldens]))
-        x, ffn = taps[0].parts.ffn_norm(middle[None])[0], self._model.spec.layers[index].ffn     # (N, d)
+        x, ffn = (
+            taps[0].parts.ffn_norm(middle[None])[0],
+            self._model.spec.layers[index].ffn,
+        )  # (N, d)
         if isinstance(ffn, MlpSpec):
             self._mlp(WeightName(index, "ffn", None, ""), "mlp.", x)
             return
-        chosen = np.concatenate([golden.router_indices for golden in goldens if golden.router_indices is not None])
+        chosen = np.concatenate(
+            [golden.router_indices for golden in goldens if golden.router_indices is not None]
+        )
         self.counts[index] = np.bincount(chosen.reshape(-1), minlength=ffn.router.classes)
         for expert in range(ffn.router.experts):
             if self.counts[index][expert]:
@@ -119,7 +139,9 @@ class _Collector:
         return cast(torch.Tensor, norm(x))
 
     def _mlp(self, part: WeightName, prefix: str, x: torch.Tensor) -> None:
-        gate, up = (self._weight(part.beside(f"{prefix}{matrix}.weight")) for matrix in ("gate", "up"))
+        gate, up = (
+            self._weight(part.beside(f"{prefix}{matrix}.weight")) for matrix in ("gate", "up")
+        )
         self.moments[part.beside("x")] = _mean_squares(x)
         hidden = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
         self.moments[part.beside(f"{prefix}hidden")] = _mean_squares(hidden)

@@ -37,10 +37,17 @@ VOCABULARIES = (
     "tiktoken.model",
     "*.tiktoken",
 )
-ALL_FILES = (*VOCABULARIES, CONFIG, RECORD, "merges.txt", "added_tokens.json",
-             "special_tokens_map.json", "chat_template.jinja")
+ALL_FILES = (
+    *VOCABULARIES,
+    CONFIG,
+    RECORD,
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
-FAST = "PreTrainedTokenizerFast"        # reads tokenizer.json as it is, in every transformers
+FAST = "PreTrainedTokenizerFast"  # reads tokenizer.json as it is, in every transformers
 # Of the machine and the checkpoint's folder; auto_map names code, which is not kept.
 NOT_KEPT = ("auto_map", "is_local", "local_files_only", "name_or_path")
 
@@ -58,9 +65,13 @@ def read_tokenizer(checkpoint: Path) -> Tokenizer | None:
 
     try:
         with quiet_transformers():
-            loaded = AutoTokenizer.from_pretrained(checkpoint, config=_marked_config(checkpoint),
-                                                   trust_remote_code=False, local_files_only=True)
-    except Exception as error:          # the tokenizer classes raise what they like
+            loaded = AutoTokenizer.from_pretrained(
+                checkpoint,
+                config=_marked_config(checkpoint),
+                trust_remote_code=False,
+                local_files_only=True,
+            )
+    except Exception as error:  # the tokenizer classes raise what they like
         reason, remedy = _why_unreadable(checkpoint, found, error)
         raise _unusable(checkpoint, found, reason, remedy) from error
     added = {*loaded.get_added_vocab(), *loaded.all_special_tokens}
@@ -111,7 +122,7 @@ def write_tokenizer(tokenizer: Tokenizer | None, out: Path) -> TokenizerFiles:
         try:
             with quiet_transformers():
                 wrong = differences(record, Tokenizer(read_saved(folder, class_name)))
-        except Exception as error:      # the tokenizer classes raise what they like
+        except Exception as error:  # the tokenizer classes raise what they like
             raise _not_kept(tokenizer, f"{type(error).__name__}: {error}") from error
         if wrong:
             raise _not_kept(tokenizer, f"other ids for {wrong[0].text!r}")
@@ -140,19 +151,23 @@ def _save(loaded: Any, folder: Path) -> str:
 
 
 def _unusable(checkpoint: Path, files: tuple[str, ...], reason: str, remedy: str) -> UserError:
-    return UserError(f"{checkpoint}: its tokenizer cannot be read", reason,
-                     f"{remedy}; to convert without one, move {', '.join(files)} elsewhere")
+    return UserError(
+        f"{checkpoint}: its tokenizer cannot be read",
+        reason,
+        f"{remedy}; to convert without one, move {', '.join(files)} elsewhere",
+    )
 
 
 def _not_kept(tokenizer: Tokenizer, found: str) -> UserError:
     name = type(tokenizer.loaded).__name__
-    return UserError(f"the checkpoint's tokenizer ({name}) cannot be kept as it is", found,
-                     "save it as tokenizer.json; to convert without one, move its files elsewhere")
+    return UserError(
+        f"the checkpoint's tokenizer ({name}) cannot be kept as it is",
+        found,
+        "save it as tokenizer.json; to convert without one, move its files elsewhere",
+    )
 
 
-def _why_unreadable(
-    checkpoint: Path, files: tuple[str, ...], error: Exception
-) -> tuple[str, str]:
+def _why_unreadable(checkpoint: Path, files: tuple[str, ...], error: Exception) -> tuple[str, str]:
     """What is wrong, and what to do about it."""
     for name in files:
         package = _package_for(checkpoint / name)
@@ -163,8 +178,10 @@ def _why_unreadable(
         return "it is code of its own (auto_map), which is never run", "save it as tokenizer.json"
     reason = next(iter(str(error).splitlines()), "").rstrip(":")
     found = f"transformers takes none for this model from {', '.join(files)}"
-    return (f"{found} ({type(error).__name__}: {reason})",
-            "download it again, or save it as tokenizer.json")
+    return (
+        f"{found} ({type(error).__name__}: {reason})",
+        "download it again, or save it as tokenizer.json",
+    )
 
 
 def _package_for(path: Path) -> str | None:

@@ -17,8 +17,8 @@ PROBES = 4
 
 @torch.no_grad()
 def with_experts(parts: TappedLayer, golden: LayerGolden) -> LayerGolden:
-    """The golden of a loaded decoder layer with what its experts take and give one by one added; unchanged where the
-    layer has none."""
+    """The golden of a loaded decoder layer with what its experts take and give one by one added;
+    unchanged where the layer has none."""
     experts, block, scale = parts.experts, parts.block, parts.added_scale
     if experts is None or block is None or golden.router_indices is None:
         return golden
@@ -33,14 +33,22 @@ def with_experts(parts: TappedLayer, golden: LayerGolden) -> LayerGolden:
     tokens = _shown(golden.router_indices, cast(int, experts.num_experts))
     each = torch.arange(len(tokens)).repeat_interleave(tokens.shape[1])[:, None]
     outputs = scale * experts(flat[tokens.reshape(-1)], each, torch.ones(len(each), 1))
-    return replace(golden, ffn_input=flat.numpy(), expert_tokens=tokens,
-                   expert_outputs=outputs.reshape(*tokens.shape, -1).numpy(),
-                   shared_output=shared.numpy() if bool(shared.any()) else None)
+    return replace(
+        golden,
+        ffn_input=flat.numpy(),
+        expert_tokens=tokens,
+        expert_outputs=outputs.reshape(*tokens.shape, -1).numpy(),
+        shared_output=shared.numpy() if bool(shared.any()) else None,
+    )
 
 
 def _shown(chosen: np.ndarray, experts: int) -> np.ndarray:
-    """Tokens for each expert, int32 `[E,P]`: of those that chose it in `chosen [N,k]` the first, else any."""
+    """Tokens for each expert, int32 `[E,P]`: of those that chose it in `chosen [N,k]` the first,
+    else any."""
     count = min(PROBES, len(chosen))
     others = np.linspace(0, len(chosen) - 1, count).astype(int)
-    rows = [np.concatenate([np.flatnonzero((chosen == expert).any(1)), others])[:count] for expert in range(experts)]
+    rows = [
+        np.concatenate([np.flatnonzero((chosen == expert).any(1)), others])[:count]
+        for expert in range(experts)
+    ]
     return np.stack(rows).astype(np.int32)

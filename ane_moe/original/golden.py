@@ -1,6 +1,7 @@
 """golden.safetensors: what the original model computes on a prompt set, for every layer.
 
-Tokens of all prompts are laid end to end. N = tokens, d = d_model, E = experts, k = experts per token, V = vocabulary.
+Tokens of all prompts are laid end to end. N = tokens, d = d_model, E = experts, k = experts per
+token, V = vocabulary.
 """
 
 import json
@@ -19,29 +20,34 @@ from ane_moe.files import replaced
 
 FILE_NAME = "golden.safetensors"
 FORMAT = 1
-OF_THE_LAYER = ("attn_stream", "ffn_stream")        # not of its tokens
-METADATA = "ane_moe_golden"       # one key: safetensors writes several in an order that changes from run to run
+OF_THE_LAYER = ("attn_stream", "ffn_stream")  # not of its tokens
+METADATA = (
+    "ane_moe_golden"  # one key: safetensors writes several in an order that changes from run to run
+)
 
 _AGAIN = "convert again with --golden, or give --checkpoint"
 
 
 @dataclass(frozen=True)
 class LayerGolden:
-    """One layer, fp32: hidden state `x` in, and what the attention and feed-forward blocks each add to it, `[N,d]`.
+    """One layer, fp32: hidden state `x` in, and what the attention and feed-forward blocks each add
+    to it, `[N,d]`.
 
-    For a MoE layer also the full router probabilities `[N,E]` and the experts chosen, int32 `[N,k]`. Where asked for,
-    also what experts compute alone: their input (the normed hidden state) and what the shared expert adds, `[N,d]`, and
-    for the tokens int32 `[E,P]` each expert was shown, its outputs `[E,P,d]` at a gate of 1.
+    For a MoE layer also the full router probabilities `[N,E]` and the experts chosen, int32
+    `[N,k]`. Where asked for, also what experts compute alone: their input (the normed hidden state)
+    and what the shared expert adds, `[N,d]`, and for the tokens int32 `[E,P]` each expert was
+    shown, its outputs `[E,P,d]` at a gate of 1.
 
-    `router_scores` are what experts are chosen by, where that is not the probabilities. `experts_delta` is what experts
-    and shared expert add, where the layer also changes the stream that they add to. `entering` is what the embedding
-    gave, where the model changes that before the first layer. All `[N,E]` or `[N,d]`.
+    `router_scores` are what experts are chosen by, where that is not the probabilities.
+    `experts_delta` is what experts and shared expert add, where the layer also changes the stream
+    that they add to. `entering` is what the embedding gave, where the model changes that before the
+    first layer. All `[N,E]` or `[N,d]`.
 
-    `attn_stream` and `ffn_stream`, `[2,d]`: bias and scale of the stream where the blocks' outputs meet it, if it has
-    them.
+    `attn_stream` and `ffn_stream`, `[2,d]`: bias and scale of the stream where the blocks' outputs
+    meet it, if it has them.
 
-    `carried_in` and `carried_out` are what the layer takes over from the one before it and hands on beside the hidden
-    state, `[N,C]` by the name of the slot (`carry.NAME`).
+    `carried_in` and `carried_out` are what the layer takes over from the one before it and hands on
+    beside the hidden state, `[N,C]` by the name of the slot (`carry.NAME`).
     """
 
     x: np.ndarray
@@ -74,7 +80,8 @@ class LayerGolden:
 
 @dataclass(frozen=True)
 class Golden:
-    """`layers` maps indices to LayerGolden; `logits` (fp32 `[N,V]`) are the head's on the last captured layer's output.
+    """`layers` maps indices to LayerGolden; `logits` (fp32 `[N,V]`) are the head's on the last
+    captured layer's output.
 
     They are the model's logits when every layer was captured.
     """
@@ -92,35 +99,54 @@ class Golden:
     def spans(self) -> list[slice]:
         """Rows of each prompt."""
         ends = np.cumsum([len(prompt) for prompt in self.prompts]).tolist()
-        return [slice(end - len(prompt), end) for prompt, end in zip(self.prompts, ends, strict=True)]
+        return [
+            slice(end - len(prompt), end) for prompt, end in zip(self.prompts, ends, strict=True)
+        ]
 
 
 def write_golden(golden: Golden, out: Path) -> None:
     """Write a golden atomically, as safetensors."""
-    tensors = {"logits": golden.logits, "prompt_ids": np.concatenate(golden.prompts).astype(np.int32),
-               "prompt_offsets": np.cumsum([0, *map(len, golden.prompts)])}
+    tensors = {
+        "logits": golden.logits,
+        "prompt_ids": np.concatenate(golden.prompts).astype(np.int32),
+        "prompt_offsets": np.cumsum([0, *map(len, golden.prompts)]),
+    }
     for index, layer in golden.layers.items():
         tensors |= {_key(index, name): value for name, value in arrays_of(layer).items()}
-    about = json.dumps({"format": FORMAT, "n_layers": golden.n_layers, "layers": sorted(golden.layers)})
+    about = json.dumps(
+        {"format": FORMAT, "n_layers": golden.n_layers, "layers": sorted(golden.layers)}
+    )
     arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     with replaced(out) as temporary:
         save_file(arrays, temporary, metadata={METADATA: about})
 
 
 def read_golden(path: Path) -> Golden:
-    """Open a golden; layers are read when asked for. Raises UserError when it is missing, damaged or incomplete."""
+    """Open a golden; layers are read when asked for. Raises UserError when it is missing, damaged
+    or incomplete."""
     try:
         with safe_open(path, framework="numpy") as file:
             about = json.loads((file.metadata() or {}).get(METADATA, "{}"))
             if about.get("format") != FORMAT:
-                raise UserError(f"{path} is not a golden of this version", f"format {about.get('format')}", _AGAIN)
+                raise UserError(
+                    f"{path} is not a golden of this version",
+                    f"format {about.get('format')}",
+                    _AGAIN,
+                )
             offsets = file.get_tensor("prompt_offsets").tolist()
             ids = file.get_tensor("prompt_ids").tolist()
             prompts = tuple(tuple(ids[a:b]) for a, b in pairwise(offsets))
             _require_shapes(file, about["layers"], sum(map(len, prompts)))
-            golden = Golden(prompts, _StoredLayers(path, about["layers"]), file.get_tensor("logits"), about["n_layers"])
+            golden = Golden(
+                prompts,
+                _StoredLayers(path, about["layers"]),
+                file.get_tensor("logits"),
+                about["n_layers"],
+            )
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read", f"{type(error).__name__}: {error}", _AGAIN) from None
+        raise UserError(
+            f"{path} cannot be read", f"{type(error).__name__}: {error}", _AGAIN
+        ) from None
     return golden
 
 
@@ -135,8 +161,11 @@ class _StoredLayers(Mapping[int, LayerGolden]):
         if index not in self._indices:
             raise KeyError(index)
         with safe_open(self._path, framework="numpy") as file:
-            held = {key.removeprefix(_key(index, "")) for key in file.keys()  # noqa: SIM118
-                    if key.startswith(_key(index, ""))}
+            held = {
+                key.removeprefix(_key(index, ""))
+                for key in file.keys()  # noqa: SIM118
+                if key.startswith(_key(index, ""))
+            }
             arrays = {name: file.get_tensor(_key(index, name)) for name in held}
         return layer_of(arrays)
 
@@ -148,7 +177,10 @@ class _StoredLayers(Mapping[int, LayerGolden]):
 
 
 def _require_shapes(file: Any, indices: list[int], tokens: int) -> None:
-    names = ["logits", *(_key(index, name) for index in indices for name in ("x", "attn_delta", "ffn_delta"))]
+    names = [
+        "logits",
+        *(_key(index, name) for index in indices for name in ("x", "attn_delta", "ffn_delta")),
+    ]
     for name in names:
         if file.get_slice(name).get_shape()[:1] != [tokens]:
             raise ValueError(f"{name} has {file.get_slice(name).get_shape()} for {tokens} tokens")

@@ -1,9 +1,10 @@
 """Hugging Face's own model, one layer in memory at a time.
 
-The model is built on the meta device; each part (embedding, one decoder layer, head) is filled through transformers'
-own key mapping and tensor conversion, used for every prompt, and emptied again. The model's own `forward` drives it:
-parts that are not loaded are replaced by stand-ins that hand on what the real part returned in its turn, so masks,
-positions and multipliers are all computed by Hugging Face's code.
+The model is built on the meta device; each part (embedding, one decoder layer, head) is filled
+through transformers' own key mapping and tensor conversion, used for every prompt, and emptied
+again. The model's own `forward` drives it:
+parts that are not loaded are replaced by stand-ins that hand on what the real part returned in its
+turn, so masks, positions and multipliers are all computed by Hugging Face's code.
 """
 
 import re
@@ -35,15 +36,19 @@ from ane_moe.families.quantised import quantisation
 # Experts one by one, each with gate and up together: a form that transformers itself does not read.
 SINGLE_PAIR = re.compile(r"\.experts\.\d+\.gate_up_proj$")
 SINGLE_PAIRS = [
-    WeightConverter(f"experts.*.{matrix}$", f"experts.{matrix}", operations=[MergeModulelist(dim=0)])
+    WeightConverter(
+        f"experts.*.{matrix}$", f"experts.{matrix}", operations=[MergeModulelist(dim=0)]
+    )
     for matrix in ("gate_up_proj", "down_proj")
 ]
 
 
 class StreamedModel:
-    """A causal language model in fp32, eager attention and eager experts, whose weights come and go by part.
+    """A causal language model in fp32, eager attention and eager experts, whose weights come and go
+    by part.
 
-    Raises UserError for a folder that is not a checkpoint, a quantised one, and missing or misshapen tensors.
+    Raises UserError for a folder that is not a checkpoint, a quantised one, and missing or
+    misshapen tensors.
     """
 
     def __init__(self, checkpoint: Checkpoint):
@@ -51,7 +56,10 @@ class StreamedModel:
         self.config = _config(checkpoint)
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(
-                self.config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager",
+                self.config,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                experts_implementation="eager",
                 trust_remote_code=False,
             ).eval()
         self.layers: nn.ModuleList = self.model.base_model.layers
@@ -75,7 +83,9 @@ class StreamedModel:
             for target in self._parts[part]:
                 module, _, name = target.rpartition(".")
                 owner = self.model.get_submodule(module)
-                setattr(owner, name, nn.Parameter(getattr(owner, name).to("meta"), requires_grad=False))
+                setattr(
+                    owner, name, nn.Parameter(getattr(owner, name).to("meta"), requires_grad=False)
+                )
 
     @contextmanager
     def stand_ins(self, outputs: dict[nn.Module, Any]) -> Iterator[None]:
@@ -92,7 +102,7 @@ class StreamedModel:
         converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
         prefix, known = self.model.base_model_prefix, self.model.state_dict()
         sources: dict[str, list[str]] = {}
-        taken = set()                               # keys in the files
+        taken = set()  # keys in the files
         for key, tensor in self._stored.items():
             target, _ = rename_source_key(key, renamings, converters, prefix, known)
             if target not in known and key in known:
@@ -105,8 +115,10 @@ class StreamedModel:
     def _split_targets(self) -> dict[str, list[str]]:
         """Every tensor of the model by the part it belongs to; tied tensors belong to both ends."""
         names = {id(module): name for name, module in self.model.named_modules()}
-        ends = {"embed": names[id(self.model.get_input_embeddings())] + ".",
-                "head": names[id(self.model.get_output_embeddings())] + "."}
+        ends = {
+            "embed": names[id(self.model.get_input_embeddings())] + ".",
+            "head": names[id(self.model.get_output_embeddings())] + ".",
+        }
         layers = names[id(self.layers)] + "."
         parts: dict[str, list[str]] = {part: [] for part in ("rest", *ends)}
         for target in self.model.state_dict():
@@ -122,7 +134,8 @@ class StreamedModel:
         return parts
 
     def _load(self, part: str) -> None:
-        """Fill one part, tensor by tensor, so that no more than one converted tensor is held twice."""
+        """Fill one part, tensor by tensor, so that no more than one converted tensor is held
+        twice."""
         missing = set()
         for target in self._parts[part]:
             if target in self._sources:
@@ -133,42 +146,65 @@ class StreamedModel:
         if any(target in tied or target in tied.values() for target in self._parts[part]):
             self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
         if missing:
-            raise UserError(f"{self.checkpoint} lacks tensors of the model", ", ".join(sorted(missing)[:3]),
-                            "download the checkpoint again")
+            raise UserError(
+                f"{self.checkpoint} lacks tensors of the model",
+                ", ".join(sorted(missing)[:3]),
+                "download the checkpoint again",
+            )
 
     def _load_target(self, target: str) -> None:
         try:
             with ExitStack() as stack:
                 stored = {key: self._stored[key] for key in self._sources[target]}
                 files = sorted({tensor.path for tensor in stored.values()})
-                opened = {file: stack.enter_context(safe_open(file, "pt", backend="pread"))
-                          for file in files}
-                slices = {key: opened[tensor.path].get_slice(tensor.key)
-                          for key, tensor in stored.items()}
+                opened = {
+                    file: stack.enter_context(safe_open(file, "pt", backend="pread"))
+                    for file in files
+                }
+                slices = {
+                    key: opened[tensor.path].get_slice(tensor.key) for key, tensor in stored.items()
+                }
                 info, _ = convert_and_load_state_dict_in_model(
-                    self.model, slices, LoadStateDictConfig(dtype=torch.float32, weight_mapping=self._mapping))
+                    self.model,
+                    slices,
+                    LoadStateDictConfig(dtype=torch.float32, weight_mapping=self._mapping),
+                )
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{self.checkpoint}: {target} cannot be read", str(error),
-                            "download the checkpoint again") from None
-        wrong = [f"{name} is {tuple(found)}, the model needs {tuple(needed)}"
-                 for name, found, needed in info.mismatched_keys]
-        wrong += [f"{name}: {text.splitlines()[-1]}" for name, text in info.conversion_errors.items()]
+            raise UserError(
+                f"{self.checkpoint}: {target} cannot be read",
+                str(error),
+                "download the checkpoint again",
+            ) from None
+        wrong = [
+            f"{name} is {tuple(found)}, the model needs {tuple(needed)}"
+            for name, found, needed in info.mismatched_keys
+        ]
+        wrong += [
+            f"{name}: {text.splitlines()[-1]}" for name, text in info.conversion_errors.items()
+        ]
         if wrong:
-            raise UserError(f"{self.checkpoint} has tensors that do not fit the model", wrong[0],
-                            "check config.json against the weights")
+            raise UserError(
+                f"{self.checkpoint} has tensors that do not fit the model",
+                wrong[0],
+                "check config.json against the weights",
+            )
 
 
 def _config(checkpoint: Checkpoint) -> Any:
     if form := quantisation(checkpoint.config):
-        raise UserError(f"{checkpoint.folder} is quantised ({form})",
-                        do="take the fp16, bf16 or fp32 checkpoint")
+        raise UserError(
+            f"{checkpoint.folder} is quantised ({form})",
+            do="take the fp16, bf16 or fp32 checkpoint",
+        )
     try:
-        values = deepcopy(checkpoint.config)        # transformers rewrites what it is given
+        values = deepcopy(checkpoint.config)  # transformers rewrites what it is given
         return CONFIG_MAPPING[values["model_type"]].from_dict(values)
-    except Exception as error:      # the configuration classes raise what they like
-        raise UserError(f"{checkpoint.folder} is not a checkpoint that transformers can read",
-                        f"{type(error).__name__}: {error}",
-                        "give a folder with config.json and *.safetensors") from None
+    except Exception as error:  # the configuration classes raise what they like
+        raise UserError(
+            f"{checkpoint.folder} is not a checkpoint that transformers can read",
+            f"{type(error).__name__}: {error}",
+            "give a folder with config.json and *.safetensors",
+        ) from None
 
 
 def _by_either_name(checkpoint: Checkpoint) -> dict[str, StoredTensor]:

@@ -39,44 +39,64 @@ class TappedLayer:
     def block(self) -> nn.Module | None:
         """The feed-forward block that holds the experts."""
         experts = self.experts
-        return next((module for module in self.layer.modules() if getattr(module, "experts", None) is experts), None)
+        return next(
+            (
+                module
+                for module in self.layer.modules()
+                if getattr(module, "experts", None) is experts
+            ),
+            None,
+        )
 
     @property
     def choice_bias(self) -> torch.Tensor | None:
         """What is added to scores for the choice alone, `[E]`."""
         name = self.taps.choice_bias
         holders = (self.router, self.block)
-        return next((getattr(holder, name) for holder in holders if name and hasattr(holder, name)), None)
+        return next(
+            (getattr(holder, name) for holder in holders if name and hasattr(holder, name)), None
+        )
 
     @property
     def added_scale(self) -> torch.Tensor | float:
-        """What multiplies the output of the feed-forward block on its way into the stream: by channel `[d]`, or one
-        number."""
+        """What multiplies the output of the feed-forward block on its way into the stream: by
+        channel `[d]`, or one number."""
         if self.taps.residuals:
             return self.layer.get_parameter(f"{self.taps.residuals[1]}.{self.taps.added_scale}")
         return float(getattr(self.layer, "residual_multiplier", 1.0))
 
     @property
     def streams(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """What shifts and multiplies the stream where mixer and feed-forward block add to it, `[2,d]` each."""
+        """What shifts and multiplies the stream where mixer and feed-forward block add to it,
+        `[2,d]` each."""
         if self.taps.residuals is None:
             return None
         names = (self.taps.stream_bias, self.taps.stream_scale)
-        mixer, ffn = (np.stack([self.layer.get_parameter(f"{path}.{name}").detach().numpy().copy() for name in names])
-                      for path in self.taps.residuals)
+        mixer, ffn = (
+            np.stack(
+                [
+                    self.layer.get_parameter(f"{path}.{name}").detach().numpy().copy()
+                    for name in names
+                ]
+            )
+            for path in self.taps.residuals
+        )
         return mixer, ffn
 
     def _of_class(self, ending: str) -> nn.Module | None:
-        return next((module for module in self.layer.modules() if type(module).__name__.endswith(ending)), None)
+        return next(
+            (module for module in self.layer.modules() if type(module).__name__.endswith(ending)),
+            None,
+        )
 
 
 class Tap:
-    """One run of a decoder layer: its input, the hidden state between its blocks, its router, its output, and what it
-    is handed and hands on beside them."""
+    """One run of a decoder layer: its input, the hidden state between its blocks, its router, its
+    output, and what it is handed and hands on beside them."""
 
     def __init__(self, layer: nn.Module, taps: Taps):
         self.parts = TappedLayer(layer, taps)
-        self.entering: Any = None           # what the embedding gave, where the model changes that first
+        self.entering: Any = None  # what the embedding gave, where the model changes that first
         self.x: Any = None
         self.carried_in: Any = None
         self.middle: Any = None
@@ -88,19 +108,33 @@ class Tap:
         parts = self.parts
         self._handles = [
             parts.layer.register_forward_pre_hook(self._hear_input),
-            parts.ffn_norm.register_forward_pre_hook(lambda _, args: setattr(self, "middle", args[0][0])),
-            parts.layer.register_forward_hook(lambda _, args, output: setattr(self, "output", output)),
+            parts.ffn_norm.register_forward_pre_hook(
+                lambda _, args: setattr(self, "middle", args[0][0])
+            ),
+            parts.layer.register_forward_hook(
+                lambda _, args, output: setattr(self, "output", output)
+            ),
         ]
         if parts.router is not None:
-            self._handles.append(parts.router.register_forward_hook(
-                lambda _, args, output: setattr(self, "router", output)))
+            self._handles.append(
+                parts.router.register_forward_hook(
+                    lambda _, args, output: setattr(self, "router", output)
+                )
+            )
         if parts.experts is not None and parts.block is not None:
-            self._handles.append(parts.block.register_forward_hook(
-                lambda _, args, output: setattr(self, "added", first_of(output)[0])))
+            self._handles.append(
+                parts.block.register_forward_hook(
+                    lambda _, args, output: setattr(self, "added", first_of(output)[0])
+                )
+            )
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for handle in self._handles:
             handle.remove()
 

@@ -10,7 +10,7 @@ from ane_moe.loop.tokenizer import Tokenizer
 FILE_NAME = "tokenizer_record.json"
 MAX_BYTES = 1 << 20
 CHAT = "What is 12 x 34?\n  日本 and 😀"
-SPECIAL_TOKENS = 8                      # so many of them are written inside texts
+SPECIAL_TOKENS = 8  # so many of them are written inside texts
 TEXTS = (
     "The year 2024, and what came of it: don't, won't, it's O'Neill's.",
     " one leading space",
@@ -70,8 +70,11 @@ def read_record(path: Path) -> TokenizerRecord:
         texts = tuple(map(_entry, document["texts"]))
         return TokenizerRecord(texts, None if chat is None else _entry(chat))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is not a record of a tokenizer",
-                        f"{type(error).__name__}: {error}", "convert again") from None
+        raise UserError(
+            f"{path} is not a record of a tokenizer",
+            f"{type(error).__name__}: {error}",
+            "convert again",
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def differences(record: TokenizerRecord, tokenizer: Tokenizer) -> tuple[Differen
 def _chat(tokenizer: Tokenizer, message: str) -> Entry | None:
     try:
         return Entry(message, tuple(tokenizer.encode_chat(message, dated=False)))
-    except UserError:                   # what is wrong with it, --chat says where it is asked for
+    except UserError:  # what is wrong with it, --chat says where it is asked for
         return None
 
 

@@ -52,7 +52,9 @@ class Attention(Mixer):
         attended = attend(q, keys, values, inputs["mask"], self.config.mixer.scale)
         return self.o(attended), {"k_cache": keys, "v_cache": values}
 
-    def _heads(self, h: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(
+        self, h: Tensor, cos: Tensor | None, sin: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Project, normalise, clip and rotate: `(1, H, D, T)`, `(1, K, D, T)`, `(1, K, D, T)`."""
         m = self.config.mixer
         q, k, v = self.q(h), self.k(h), self.v(h)

@@ -15,8 +15,8 @@ from ane_moe.parts.residual import vector
 from ane_moe.parts.rope import rotate
 from ane_moe.parts.token_convolution import TokenConvolution
 
-LEAST = 2**-14          # the smallest normal fp16 number
-SQUARE = 2**-11         # less than the mean square of any vector of up to 1024 whose largest is 1
+LEAST = 2**-14  # the smallest normal fp16 number
+SQUARE = 2**-11  # less than the mean square of any vector of up to 1024 whose largest is 1
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,11 @@ class CcaConfig(MixerConfig):
     def host(self, tokens: int) -> tuple[Port, ...]:
         m = self.mixer
         caches = cache_ports(m.rope, self.rotary, m.window, self.slots, tokens)
-        return (*caches, shift_port("qk_shift", m.history, tokens), shift_port("v_shift", 1, tokens))
+        return (
+            *caches,
+            shift_port("qk_shift", m.history, tokens),
+            shift_port("v_shift", 1, tokens),
+        )
 
 
 class Temperature(nn.Module):
@@ -77,7 +81,10 @@ class Cca(Mixer):
         if "cos" in inputs:
             rotary, head_dim = self.config.rotary, self.config.mixer.head_dim
             q, k = (rotate(t, inputs["cos"], inputs["sin"], rotary, head_dim) for t in (q, k))
-        keys, values = updated("k_cache", k, inputs, explicit), updated("v_cache", v, inputs, explicit)
+        keys, values = (
+            updated("k_cache", k, inputs, explicit),
+            updated("v_cache", v, inputs, explicit),
+        )
         added = self.o(attend(q, keys, values, inputs["mask"], self.config.mixer.scale))
         kept = {
             "k_cache": keys,
@@ -87,18 +94,24 @@ class Cca(Mixer):
         }
         return added, kept
 
-    def _queries_and_keys(self, h: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """`(1, H, D, T)`, `(1, K, D, T)`, and what the convolutions saw, `(1, (H + K) D, 1, n + T)`."""
+    def _queries_and_keys(
+        self, h: Tensor, inputs: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`(1, H, D, T)`, `(1, K, D, T)`, and what the convolutions saw, `(1, (H + K) D, 1, n +
+        T)`."""
         m = self.config.mixer
         q, k = self.q(h), self.k(h)
         seen = joined("qk_recent", torch.cat([q, k], dim=1), m.history, inputs)
         mixed = self.by_head(self.by_channel(seen))
-        # Each query head is averaged with its key head, and each key head with the mean of its group.
+        # Each query head is averaged with its key head, and each key head with the mean of its
+        # group.
         each = q.reshape(m.kv_heads, m.heads // m.kv_heads, m.head_dim, -1)  # (K, G, D, T)
         query_mean = (each + k.reshape(m.kv_heads, 1, m.head_dim, -1)) * 0.5
         key_mean = query_mean.mean(1, keepdim=True)
         width = m.heads * m.head_dim
-        q = (mixed[:, :width] + query_mean.reshape(1, width, 1, -1)).reshape(1, m.heads, m.head_dim, -1)
+        q = (mixed[:, :width] + query_mean.reshape(1, width, 1, -1)).reshape(
+            1, m.heads, m.head_dim, -1
+        )
         k = mixed[:, width:] + key_mean.reshape(1, m.kv_heads * m.head_dim, 1, -1)
         k = k.reshape(1, m.kv_heads, m.head_dim, -1)
         return _of_length_root(q), self.temperature(_of_length_root(k)), seen
@@ -109,7 +122,7 @@ class Cca(Mixer):
         current = self.v_current(h)
         seen = joined("v_recent", self.v_delayed(h), 1, inputs)
         # A slice at the beginning: its end depends on the token count, its offset is 0.
-        before = seen[:, :, :, : -1]
+        before = seen[:, :, :, :-1]
         return torch.cat([current, before], dim=1).reshape(1, m.kv_heads, m.head_dim, -1), seen
 
 

@@ -1,4 +1,5 @@
-"""Experts one by one or in groups, each a function of its own that the host calls for the tokens that chose it."""
+"""Experts one by one or in groups, each a function of its own that the host calls for the tokens
+that chose it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,7 +61,8 @@ def added_scale_row(d_model: int) -> Weight:
 
 
 def tree_sum(terms: list[Tensor]) -> Tensor:
-    """Pairwise sums: rounding grows with the depth, and wide fan-ins compile slowly (ane-guide, chapter 19)."""
+    """Pairwise sums: rounding grows with the depth, and wide fan-ins compile slowly (ane-guide,
+    chapter 19)."""
     while len(terms) > 1:
         pairs = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)]
         terms = pairs + terms[len(pairs) * 2 :]
@@ -68,14 +70,17 @@ def tree_sum(terms: list[Tensor]) -> Tensor:
 
 
 class ExpertGroup(Block):
-    """`y = sum_e gate_e * expert_e(ffn_input)` over the experts of a group; neither norm nor residual."""
+    """`y = sum_e gate_e * expert_e(ffn_input)` over the experts of a group; neither norm nor
+    residual."""
 
     config: ExpertGroupConfig
 
     def __init__(self, config: ExpertGroupConfig):
         super().__init__()
         self.config = config
-        self.experts = nn.ModuleList(GatedMlp(config.d_model, config.expert, config.ranks) for _ in range(config.size))
+        self.experts = nn.ModuleList(
+            GatedMlp(config.d_model, config.expert, config.ranks) for _ in range(config.size)
+        )
         self.residual = residual(config.d_model, config.affine, alone=True)
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
@@ -121,4 +126,8 @@ class SharedExpert(Block):
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         x = inputs["ffn_input"]
-        return {"y": self.shared(x, torch.sigmoid(self.shared_gate(x)) if self.config.shared.gated else None)}
+        return {
+            "y": self.shared(
+                x, torch.sigmoid(self.shared_gate(x)) if self.config.shared.gated else None
+            )
+        }

@@ -12,10 +12,17 @@ def cache_states(kv_heads: int, head_dim: int, slots: int) -> tuple[Port, ...]:
     return tuple(Port(name, shape, f"state.{{0}}.{name}") for name in ("k_cache", "v_cache"))
 
 
-def cache_ports(rope: str | None, rotary: int, window: int | None, slots: int, tokens: int) -> tuple[Port, ...]:
-    """What attention over a cache asks of the host: rotary rows, what may be seen, where to write."""
+def cache_ports(
+    rope: str | None, rotary: int, window: int | None, slots: int, tokens: int
+) -> tuple[Port, ...]:
+    """What attention over a cache asks of the host: rotary rows, what may be seen, where to
+    write."""
     row = (1, 1, tokens, slots)
-    rows = (Port(name, (1, 1, rotary, tokens), f"rope.{rope}.{name}") for name in ("cos", "sin") if rotary)
+    rows = (
+        Port(name, (1, 1, rotary, tokens), f"rope.{rope}.{name}")
+        for name in ("cos", "sin")
+        if rotary
+    )
     return (
         *rows,
         Port("mask", row, f"mask.{window or 'all'}"),
@@ -25,10 +32,11 @@ def cache_ports(rope: str | None, rotary: int, window: int | None, slots: int, t
 
 
 def updated(name: str, new: Tensor, inputs: dict[str, Tensor], explicit: bool) -> Tensor:
-    """The cache `(1, K, D, S)` with this call's tokens `(1, K, D, T)` at the slots that `write` names.
+    """The cache `(1, K, D, S)` with this call's tokens `(1, K, D, T)` at the slots that `write`
+    names.
 
-    `write` holds one one-hot row per token and `keep` the untouched slots, so that the cache is rewritten by products
-    and sums: slices at run-time offsets leave the engine.
+    `write` holds one one-hot row per token and `keep` the untouched slots, so that the cache is
+    rewritten by products and sums: slices at run-time offsets leave the engine.
     """
     cache, write, keep = inputs[name], inputs["write"], inputs["keep"]
     if explicit:
@@ -39,8 +47,9 @@ def updated(name: str, new: Tensor, inputs: dict[str, Tensor], explicit: bool) -
 def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Queries `(1, H, D, T)` over caches `(1, K, D, S)`: `(1, H D, 1, T)`.
 
-    A group's query heads are folded into the token axis, which keeps every product at rank 4 without repeating keys
-    and values. Decomposed: the fused operation returns inf and NaN on the engine since OS 26 (executorch issue 15833).
+    A group's query heads are folded into the token axis, which keeps every product at rank 4
+    without repeating keys and values. Decomposed: the fused operation returns inf and NaN on the
+    engine since OS 26 (executorch issue 15833).
     """
     heads, head_dim = q.shape[1], q.shape[2]
     kv_heads, slots = keys.shape[1], keys.shape[3]

@@ -15,9 +15,9 @@ from ane_moe.parts.residual import Entry, residual
 
 @dataclass(frozen=True)
 class MixerConfig:
-    """`rotary` is the number of rotated channel pairs r (0: no RoPE); `slots` the cache width S; `explicit` makes what
-    is kept plain inputs and outputs instead of Core ML state. `ranks` are the directions kept apart from projections,
-    by path. `affine` and `entry` are LayerSpec's."""
+    """`rotary` is the number of rotated channel pairs r (0: no RoPE); `slots` the cache width S;
+    `explicit` makes what is kept plain inputs and outputs instead of Core ML state. `ranks` are the
+    directions kept apart from projections, by path. `affine` and `entry` are LayerSpec's."""
 
     d_model: int
     norm: NormSpec
@@ -74,7 +74,8 @@ class Mixer(Block):
         raise NotImplementedError
 
     def mix(self, h: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the mixer adds for the normed stream `h`, both `(1, d, 1, T)`, and what it keeps now, by name."""
+        """What the mixer adds for the normed stream `h`, both `(1, d, 1, T)`, and what it keeps
+        now, by name."""
         raise NotImplementedError
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
@@ -89,7 +90,8 @@ class Mixer(Block):
 
 
 def with_states(ports: Ports, states: tuple[Port, ...], explicit: bool) -> Ports:
-    """`ports` with the `states` of a part: Core ML's own, or inputs and outputs beside the others."""
+    """`ports` with the `states` of a part: Core ML's own, or inputs and outputs beside the
+    others."""
     if not explicit:
         return replace(ports, states=states)
     written = (replace(state, name=f"{state.name}_out") for state in states)

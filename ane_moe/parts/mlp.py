@@ -14,7 +14,7 @@ from ane_moe.parts.norm import RmsNorm
 from ane_moe.parts.projection import Projection
 from ane_moe.parts.residual import residual
 
-MlpRanks = tuple[int, int, int]     # directions kept apart from gate, up and down
+MlpRanks = tuple[int, int, int]  # directions kept apart from gate, up and down
 
 
 def mlp_rows(mlp: MlpSpec, d_model: int, role: str, ranks: MlpRanks) -> Iterator[Row]:
@@ -24,11 +24,13 @@ def mlp_rows(mlp: MlpSpec, d_model: int, role: str, ranks: MlpRanks) -> Iterator
 
 
 class GatedMlp(nn.Module):
-    """`down(scale * silu(gate(x)) * up(x))`: `(1, d, 1, T) -> (1, d, 1, T)`, scale `(1, 1, 1, T)` or none.
+    """`down(scale * silu(gate(x)) * up(x))`: `(1, d, 1, T) -> (1, d, 1, T)`, scale `(1, 1, 1, T)`
+    or none.
 
-    silu is written out: the engine's own `silu` is off by about 1e-3 near zero, and Apple's model-authoring rules ask
-    for `gate * sigmoid(gate)`; in just that order coremltools fuses the two back into `silu`, so `up` comes between.
-    The scale (an expert's gate) acts before `down`, on fewer channels and smaller values.
+    silu is written out: the engine's own `silu` is off by about 1e-3 near zero, and Apple's
+    model-authoring rules ask for `gate * sigmoid(gate)`; in just that order coremltools fuses the
+    two back into `silu`, so `up` comes between. The scale (an expert's gate) acts before `down`, on
+    fewer channels and smaller values.
     """
 
     def __init__(self, d_model: int, spec: MlpSpec, ranks: MlpRanks = (0, 0, 0)):

@@ -20,8 +20,9 @@ from ane_moe.parts.router import make_router, router_ports, router_rows
 
 @dataclass(frozen=True)
 class MoeConfig:
-    """`experts` is how many of the layer's experts this part computes; `first` marks the part that carries the
-    residual and the shared expert. Parts of equal size share one graph: which experts they hold is a weight."""
+    """`experts` is how many of the layer's experts this part computes; `first` marks the part that
+    carries the residual and the shared expert. Parts of equal size share one graph: which experts
+    they hold is a weight."""
 
     d_model: int
     norm: NormSpec
@@ -58,7 +59,8 @@ class MoeConfig:
 
 
 class Moe(Block):
-    """`y = x + sum_e gate_e * expert_e(norm(x))` with every expert computed and the unchosen weighted by zero."""
+    """`y = x + sum_e gate_e * expert_e(norm(x))` with every expert computed and the unchosen
+    weighted by zero."""
 
     config: MoeConfig
 
@@ -68,9 +70,13 @@ class Moe(Block):
         d, moe = config.d_model, config.moe
         self.norm = RmsNorm(d, config.norm.eps)
         self.router = make_router(d, moe.router, config.soft)
-        self.experts = nn.ModuleList(GatedMlp(d, moe.expert, config.ranks) for _ in range(config.experts))
+        self.experts = nn.ModuleList(
+            GatedMlp(d, moe.expert, config.ranks) for _ in range(config.experts)
+        )
         if config.split:
-            self.select = Projection(moe.router.classes, config.experts)  # one-hot rows: this part's gates
+            self.select = Projection(
+                moe.router.classes, config.experts
+            )  # one-hot rows: this part's gates
         if moe.shared is not None and config.first:
             self.shared = GatedMlp(d, moe.shared.mlp, config.shared_ranks)
             if moe.shared.gated:
@@ -86,7 +92,8 @@ class Moe(Block):
         outputs = {"gates": gates, **handed_on}
         if not self.config.first:
             return {"y": self.residual.alone(tree_sum(parts)), **outputs}
-        # The stream comes last: it is larger than what is added to it, and fp16 rounds at the larger term's scale.
+        # The stream comes last: it is larger than what is added to it, and fp16 rounds at the
+        # larger term's scale.
         return {"y": self.residual(x, tree_sum([*self._shared(h), *parts])), **outputs}
 
     def _shared(self, h: Tensor) -> list[Tensor]:

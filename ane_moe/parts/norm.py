@@ -7,10 +7,11 @@ from torch import Tensor, nn
 class RmsNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * weight` over one axis, for any finite fp16 `x`.
 
-    Squares of fp16 overflow beyond 255, and an eps of 1e-6 is a subnormal. So both are divided by the token's own
-    largest magnitude first, which leaves the quotient as it is: with m = max(|x|, sqrt(eps)),
-    `(x/m) / sqrt(mean((x/m)^2) + (sqrt(eps)/m)^2)`. Every square is at most 1, and eps keeps its exact weight
-    wherever it matters. A constant pre-scale would have to choose which end of the range to lose.
+    Squares of fp16 overflow beyond 255, and an eps of 1e-6 is a subnormal. So both are divided by
+    the token's own largest magnitude first, which leaves the quotient as it is: with m = max(|x|,
+    sqrt(eps)), `(x/m) / sqrt(mean((x/m)^2) + (sqrt(eps)/m)^2)`. Every square is at most 1, and eps
+    keeps its exact weight wherever it matters. A constant pre-scale would have to choose which end
+    of the range to lose.
     """
 
     def __init__(self, channels: int, eps: float, axis: int = 1):
@@ -24,7 +25,8 @@ class RmsNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         largest = x.abs().amax(self.axis, keepdim=True).clamp(min=self.root_eps)
         y = x / largest
-        # A quotient of two tensors: `scalar / tensor` converts to `inverse`, which adds an epsilon of 1e-4.
+        # A quotient of two tensors: `scalar / tensor` converts to `inverse`, which adds an epsilon
+        # of 1e-4.
         root = torch.full((1, 1, 1, 1), self.root_eps, dtype=x.dtype) / largest
         power = (y * y).mean(self.axis, keepdim=True) + root * root
         return y * torch.rsqrt(power) * self.weight

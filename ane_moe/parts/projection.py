@@ -6,11 +6,12 @@ from torch.nn import functional as F
 
 
 class Projection(nn.Module):
-    """`(1, in, 1, T) -> (1, out, 1, T)`. Channels may be 65,536 on every engine; a `linear` sums over no more than
-    16,384 before H16 (larql pull request 312). The bias is an addition of its own: Core ML's `conv` takes only
-    constant biases, and weights are bound after conversion.
+    """`(1, in, 1, T) -> (1, out, 1, T)`. Channels may be 65,536 on every engine; a `linear` sums
+    over no more than 16,384 before H16 (larql pull request 312). The bias is an addition of its
+    own: Core ML's `conv` takes only constant biases, and weights are bound after conversion.
 
-    A `rank` above 0 adds `recover_out(recover_in(x))`: directions kept apart from a weight that is compressed.
+    A `rank` above 0 adds `recover_out(recover_in(x))`: directions kept apart from a weight that is
+    compressed.
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False, rank: int = 0):

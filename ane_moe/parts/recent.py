@@ -1,7 +1,7 @@
 """What a part keeps of the last n tokens: a state that a causal convolution begins with.
 
-A state's last axis has to be a multiple of 32 (coremltools issue 2631), so it is that wide, with its
-n columns first: slices at other offsets of the last axis saturate on the M1 and M2 engines.
+A state's last axis has to be a multiple of 32 (coremltools issue 2631), so it is that wide, with
+its n columns first: slices at other offsets of the last axis saturate on the M1 and M2 engines.
 """
 
 import torch
@@ -18,7 +18,8 @@ def recent_port(name: str, channels: int) -> Port:
 
 
 def shift_port(name: str, count: int, tokens: int) -> Port:
-    """What picks the last `count` real tokens out of those kept and those of a call, `(1, 1, n + T, 32)`."""
+    """What picks the last `count` real tokens out of those kept and those of a call, `(1, 1, n + T,
+    32)`."""
     return Port(name, (1, 1, count + tokens, WIDTH), f"shift.{count}")
 
 
@@ -27,7 +28,9 @@ def joined(state: str, new: Tensor, count: int, inputs: dict[str, Tensor]) -> Te
     return torch.cat([inputs[state][:, :, :, :count], new], dim=3)
 
 
-def advanced(state: str, seen: Tensor, shift: str, inputs: dict[str, Tensor], explicit: bool) -> Tensor:
+def advanced(
+    state: str, seen: Tensor, shift: str, inputs: dict[str, Tensor], explicit: bool
+) -> Tensor:
     """The state after the call, out of what `joined` gave."""
     last = seen @ inputs[shift]
     return last if explicit else inputs[state].mul_(0).add_(last)

@@ -24,15 +24,21 @@ LEAST = 2**-14
 
 
 def top_k_mask(logits: Tensor, k: int, experts: int) -> Tensor:
-    """1 at the k largest of axis 1, 0 elsewhere; the lowest index wins ties. `(1, E, 1, T) -> (1, E, 1, T)`.
+    """1 at the k largest of axis 1, 0 elsewhere; the lowest index wins ties. `(1, E, 1, T) -> (1,
+    E, 1, T)`.
 
-    An expert is chosen when fewer than k others come before it, so all pairs are compared at once: 10 operations,
-    where k rounds of maximum and mask with the same rule for ties take 13 each (an operation costs about 6 us on the
-    engine, ane-guide chapter 9). `topk`, `gather` and comparisons leave the engine, so "is positive" is arithmetic:
+    An expert is chosen when fewer than k others come before it, so all pairs are compared at once:
+    10 operations, where k rounds of maximum and mask with the same rule for ties take 13 each (an
+    operation costs about 6 us on the engine, ane-guide chapter 9). `topk`, `gather` and comparisons
+    leave the engine, so "is positive" is arithmetic:
     clipping at LEAST leaves just LEAST or 0, and every constant is a normal fp16 number.
     """
-    earlier = torch.ones(experts, experts).tril(-1) * LEAST  # an equal logit of lower index comes before
-    ahead = (logits.reshape(1, 1, experts, -1) - logits).clamp(-1, 1) * 2**10  # (1, E, E, T): the other less this one
+    earlier = (
+        torch.ones(experts, experts).tril(-1) * LEAST
+    )  # an equal logit of lower index comes before
+    ahead = (logits.reshape(1, 1, experts, -1) - logits).clamp(
+        -1, 1
+    ) * 2**10  # (1, E, E, T): the other less this one
     wins = (ahead + earlier.to(logits.dtype).reshape(1, experts, experts, 1)).clamp(0, LEAST)
     return (k - wins.sum(2, keepdim=True) * 2**14).clamp(0, 1)
 
@@ -73,7 +79,8 @@ class Router(Projection):
 
 
 class EdaRouter(nn.Module):
-    """Gates `(1, E + 1, 1, T)` of a small network over a state that goes from layer to layer, `(1, W, 1, T)`."""
+    """Gates `(1, E + 1, 1, T)` of a small network over a state that goes from layer to layer, `(1,
+    W, 1, T)`."""
 
     def __init__(self, d_model: int, spec: EdaRouterSpec, soft: bool = False):
         super().__init__()
@@ -107,7 +114,8 @@ def make_router(d_model: int, spec: AnyRouterSpec, soft: bool = False) -> Router
 
 
 def router_rows(spec: AnyRouterSpec, d_model: int, soft: bool = False) -> Iterator[Weight]:
-    """The router's parameters, in its own order: where nobody is chosen, nothing biases the choice."""
+    """The router's parameters, in its own order: where nobody is chosen, nothing biases the
+    choice."""
     return (row for row in spec.rows(d_model) if not (soft and row.path == "choice_bias"))
 
 

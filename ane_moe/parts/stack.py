@@ -17,14 +17,18 @@ StackedConfig = tuple[MixerConfig, DenseConfig | MoeConfig]
 
 
 def can_share(layers: Sequence[StackedConfig]) -> bool:
-    """Whether layers can be one graph: what they ask of the host by one name has to be one thing."""
+    """Whether layers can be one graph: what they ask of the host by one name has to be one
+    thing."""
     asked: dict[str, Port] = {}
-    return all(asked.setdefault(port.name, port) == port for mixer, _ in layers for port in mixer.host(1))
+    return all(
+        asked.setdefault(port.name, port) == port for mixer, _ in layers for port in mixer.host(1)
+    )
 
 
 @dataclass(frozen=True)
 class StackConfig:
-    """(mixer, feed-forward) of each layer. The layers share what they ask of the host (`can_share`)."""
+    """(mixer, feed-forward) of each layer. The layers share what they ask of the host
+    (`can_share`)."""
 
     layers: tuple[StackedConfig, ...]
 
@@ -35,18 +39,32 @@ class StackConfig:
             yield from (row.under(f"layers.{index}.ffn") for row in ffn.rows())
 
     def ports(self, tokens: int) -> Ports:
-        """What is asked of the host once; states and gates of each layer with its place in the name."""
+        """What is asked of the host once; states and gates of each layer with its place in the
+        name."""
         first = self.layers[0][0]
         stream, *_ = first.ports(tokens).inputs
         asked = {port.name: port for mixer, _ in self.layers for port in mixer.host(tokens)}
         each = [ffn.ports(tokens) for _, ffn in self.layers]
-        states = [_numbered(port, place) for place, (mixer, _) in enumerate(self.layers) for port in mixer.states]
-        gates = [_numbered(port, place) for place, ports in enumerate(each)
-                 for port in ports.outputs if port.root == "gates"]
-        # What routers hand on comes in at the first layer that takes it, and goes out at the last that gives it.
+        states = [
+            _numbered(port, place)
+            for place, (mixer, _) in enumerate(self.layers)
+            for port in mixer.states
+        ]
+        gates = [
+            _numbered(port, place)
+            for place, ports in enumerate(each)
+            for port in ports.outputs
+            if port.root == "gates"
+        ]
+        # What routers hand on comes in at the first layer that takes it, and goes out at the last
+        # that gives it.
         taken = [port for port in each[0].inputs if port.root == "carry"]
-        given = {port.slot: port for ports in each for port in ports.outputs if port.root == "carry"}
-        ports = Ports((stream, *asked.values(), *taken), (replace(stream, name="y"), *gates, *given.values()))
+        given = {
+            port.slot: port for ports in each for port in ports.outputs if port.root == "carry"
+        }
+        ports = Ports(
+            (stream, *asked.values(), *taken), (replace(stream, name="y"), *gates, *given.values())
+        )
         return with_states(ports, tuple(states), first.explicit)
 
 
@@ -66,7 +84,8 @@ class StackedLayer(nn.Module):
 
 
 class Stack(Block):
-    """`y` after all layers. `gates_0`, `gates_1`, ... are the exact gates of those layers that have experts."""
+    """`y` after all layers. `gates_0`, `gates_1`, ... are the exact gates of those layers that have
+    experts."""
 
     config: StackConfig
 

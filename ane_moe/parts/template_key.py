@@ -28,7 +28,8 @@ BLOCKS: dict[type, type[Block]] = {
 
 @dataclass(frozen=True)
 class TemplateKey:
-    """What makes a graph distinct: the block, its functions as (name, tokens), and the axis order of its streams."""
+    """What makes a graph distinct: the block, its functions as (name, tokens), and the axis order
+    of its streams."""
 
     block: PartConfig
     functions: tuple[tuple[str, int], ...]
@@ -36,7 +37,8 @@ class TemplateKey:
 
 
 def function_name(prefix: str, name: str) -> str:
-    """What a package that holds a graph more than once calls the function `name` of the copy `prefix`."""
+    """What a package that holds a graph more than once calls the function `name` of the copy
+    `prefix`."""
     return f"{prefix}_{name}" if prefix else name
 
 

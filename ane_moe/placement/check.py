@@ -14,14 +14,22 @@ from ane_moe.placement.targets import Target
 from ane_moe.runtime import resolve_runtime
 
 
-def check_placement(out: Path, target: Target, *, runtime: str = "auto", allow: tuple[str, ...] = (),
-                    require_measured: bool = False, progress: Callable[[str, int, int], None] | None = None,
-                    **options: Any) -> PlacementReport:
+def check_placement(
+    out: Path,
+    target: Target,
+    *,
+    runtime: str = "auto",
+    allow: tuple[str, ...] = (),
+    require_measured: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+    **options: Any,
+) -> PlacementReport:
     """Where every function of the conversion in `out` runs. `options` go to `compute_plan.measure`.
 
-    With the coreml runtime it is measured, held against a prediction for this machine (`target` where the rules do not
-    know it), and `placement-feedback.json` is left in `out`. Otherwise it is predicted for `target`. Raises UserError
-    when there is no conversion, or a package of it cannot be read.
+    With the coreml runtime it is measured, held against a prediction for this machine (`target`
+    where the rules do not know it), and `placement-feedback.json` is left in `out`. Otherwise it is
+    predicted for `target`. Raises UserError when there is no conversion, or a package of it cannot
+    be read.
     """
     packages = [(out / shard.path, shard.path) for shard in read_manifest(out).shards]
     if resolve_runtime(runtime) != "coreml":
@@ -30,6 +38,8 @@ def check_placement(out: Path, target: Target, *, runtime: str = "auto", allow: 
 
     measured = measure(packages, allow=allow, progress=progress, **options)
     predicted = predict(packages, matching_target(this_machine(), target))
-    measured = replace(measured, comparison=compare(predicted, measured), require_measured=require_measured)
+    measured = replace(
+        measured, comparison=compare(predicted, measured), require_measured=require_measured
+    )
     write_feedback(feedback(predicted, measured), out)
     return measured

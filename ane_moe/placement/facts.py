@@ -1,7 +1,9 @@
-"""What the rules may ask of a program: facts of its functions, features, operations and stretches of operations.
+"""What the rules may ask of a program: facts of its functions, features, operations and stretches
+of operations.
 
-Read from the program alone: no weight is loaded, only literals of at most SMALL_BYTES. A fact that is not known is None
-(or absent), and comparisons with it are false. Parameters given as literals are facts too, as `arg_<name>`.
+Read from the program alone: no weight is loaded, only literals of at most SMALL_BYTES. A fact that
+is not known is None (or absent), and comparisons with it are false. Parameters given as literals
+are facts too, as `arg_<name>`.
 """
 
 import math
@@ -30,30 +32,75 @@ from ane_moe.mlprogram.weights import Part, Weight, unique_bytes, weights_of
 SMALL_BYTES = 4096
 UNBOUNDED = 1 << 31
 OPSETS = {"CoreML5": 15, "CoreML6": 16, "CoreML7": 17, "CoreML8": 18, "CoreML9": 26}
-# Which axes of the engine's N, D, C, H, W a tensor lies on, by rank. A vector lies on W: "[1,240000]" was rejected as
-# N1D1C1H1W240000 (mobius, mel_encoder_ane_behavior.md). Where rank 3 lies is not known: its axes get the widest limit.
+# Which axes of the engine's N, D, C, H, W a tensor lies on, by rank. A vector lies on W:
+# "[1,240000]" was rejected as N1D1C1H1W240000 (mobius, mel_encoder_ane_behavior.md). Where rank 3
+# lies is not known: its axes get the widest limit.
 AXES = {1: "w", 2: "cw", 3: "ccc", 4: "nchw", 5: "ndchw"}
 CONVERTER = "com.github.apple.coremltools.version"
 
-FUNCTION_FACTS = frozenset({
-    "weight_bytes", "weight_file_bytes", "flops", "ops", "states", "package_functions", "enumerated", "widest_range",
-    "parallel_projections", "converter", "opset",
-})
+FUNCTION_FACTS = frozenset(
+    {
+        "weight_bytes",
+        "weight_file_bytes",
+        "flops",
+        "ops",
+        "states",
+        "package_functions",
+        "enumerated",
+        "widest_range",
+        "parallel_projections",
+        "converter",
+        "opset",
+    }
+)
 FEATURE_FACTS = frozenset({"role", "name", "dtype", "rank", "last_axis", "n", "d", "c", "h", "w"})
-OP_FACTS = frozenset({
-    "op", "nested", "rank", "input_rank", "dtypes", "elements", "n", "d", "c", "h", "w", "constants",
-    "infinite_constant", "weight_format", "reduction", "channels_in", "channels_out", "kernel_h", "kernel_w", "groups",
-    "axis_size", "fan_in", "feeds", "opset", "converter", "function_ops", "enumerated",
-})
+OP_FACTS = frozenset(
+    {
+        "op",
+        "nested",
+        "rank",
+        "input_rank",
+        "dtypes",
+        "elements",
+        "n",
+        "d",
+        "c",
+        "h",
+        "w",
+        "constants",
+        "infinite_constant",
+        "weight_format",
+        "reduction",
+        "channels_in",
+        "channels_out",
+        "kernel_h",
+        "kernel_w",
+        "groups",
+        "axis_size",
+        "fan_in",
+        "feeds",
+        "opset",
+        "converter",
+        "function_ops",
+        "enumerated",
+    }
+)
 SEGMENT_FACTS = frozenset({"weight_bytes", "flops", "reduction", "ops"})
-FACTS = {"function": FUNCTION_FACTS, "feature": FEATURE_FACTS, "op": OP_FACTS, "segment": SEGMENT_FACTS}
+FACTS = {
+    "function": FUNCTION_FACTS,
+    "feature": FEATURE_FACTS,
+    "op": OP_FACTS,
+    "segment": SEGMENT_FACTS,
+}
 
 
 @dataclass
 class OpFacts:
-    """One real operation: its facts, what it costs, and which operations (by index) it takes its inputs from.
+    """One real operation: its facts, what it costs, and which operations (by index) it takes its
+    inputs from.
 
-    It may stand for `count` operations of the same facts; then its flops and parts are those of all.
+    It may stand for `count` operations of the same facts; then its flops and parts are those of
+    all.
     """
 
     operation: Operation
@@ -72,7 +119,8 @@ class OpFacts:
 
 @dataclass
 class FunctionFacts:
-    """A function's own facts, those of its inputs, outputs and states, and of every real operation in order."""
+    """A function's own facts, those of its inputs, outputs and states, and of every real operation
+    in order."""
 
     name: str
     facts: dict[str, Any]
@@ -86,11 +134,16 @@ def is_real(kind: str) -> bool:
 
 
 def function_facts(program: Program, name: str) -> FunctionFacts:
-    """Everything the rules may ask of one function. Raises UserError for literals that do not load."""
+    """Everything the rules may ask of one function. Raises UserError for literals that do not
+    load."""
     function, interface = program.functions[name], program.interfaces[name]
     weights = weights_of(function)
     ops = _Walk(function, weights).ops
-    roles = (("input", interface.inputs), ("output", interface.outputs), ("state", interface.states))
+    roles = (
+        ("input", interface.inputs),
+        ("output", interface.outputs),
+        ("state", interface.states),
+    )
     ranges = [_span(feature) for feature in interface.inputs]
     shared = {
         "converter": program.metadata.get(CONVERTER, ""),
@@ -109,18 +162,23 @@ def function_facts(program: Program, name: str) -> FunctionFacts:
     }
     for op in ops:
         op.facts |= shared | {"function_ops": len(ops)}
-    features = [feature_facts(role, item.name, item.type) for role, group in roles for item in group]
+    features = [
+        feature_facts(role, item.name, item.type) for role, group in roles for item in group
+    ]
     return FunctionFacts(name, facts, features, ops)
 
 
 class _Walk:
-    """Goes through a function's operations, nested blocks included, and collects the facts of each."""
+    """Goes through a function's operations, nested blocks included, and collects the facts of
+    each."""
 
     def __init__(self, function: Function, weights: Iterable[Weight]):
         self.ops: list[OpFacts] = []
         self._weights = {weight.name: weight for weight in weights}
         self._types: dict[str, ValueType] = {item.name: item.type for item in function.inputs}
-        self._constants: dict[str, Constant | None] = {}    # None: the result of a constexpr operation
+        self._constants: dict[
+            str, Constant | None
+        ] = {}  # None: the result of a constexpr operation
         self._makers: dict[str, int] = {}
         self._feeds: dict[int, set[str]] = {}
         self._block(function.block, nested=False)
@@ -142,40 +200,69 @@ class _Walk:
     def _operation(self, operation: Operation, nested: bool) -> None:
         index = len(self.ops)
         values = [value for group in operation.inputs.values() for value in group]
-        running = [value for value in values if isinstance(value, str) and value not in self._constants]
+        running = [
+            value for value in values if isinstance(value, str) and value not in self._constants
+        ]
         sources = sorted({self._makers[value] for value in running if value in self._makers})
         for source in sources:
             self._feeds.setdefault(source, set()).add(operation.type)
         weights = [found for found in self._stored(operation) if found is not None]
-        tensors = [kind for kind in map(_tensor, [self._types[value] for value in running]) if kind is not None]
-        results = [kind for kind in (_tensor(item.type) for item in operation.outputs) if kind is not None]
-        facts = _shapes([*tensors, *results]) | self._literals(operation) | {
-            "op": operation.type,
-            "nested": nested,
-            "input_rank": len(tensors[0].shape) if tensors else None,
-            "dtypes": frozenset(kind.dtype for kind in [*tensors, *results]),
-            "elements": max((_elements(kind) for kind in tensors), default=0),
-            "fan_in": max((len(group) for group in operation.inputs.values()), default=0),
-            "weight_format": "; ".join(sorted({weight.format for weight in weights})),
-        }
+        tensors = [
+            kind
+            for kind in map(_tensor, [self._types[value] for value in running])
+            if kind is not None
+        ]
+        results = [
+            kind for kind in (_tensor(item.type) for item in operation.outputs) if kind is not None
+        ]
+        facts = (
+            _shapes([*tensors, *results])
+            | self._literals(operation)
+            | {
+                "op": operation.type,
+                "nested": nested,
+                "input_rank": len(tensors[0].shape) if tensors else None,
+                "dtypes": frozenset(kind.dtype for kind in [*tensors, *results]),
+                "elements": max((_elements(kind) for kind in tensors), default=0),
+                "fan_in": max((len(group) for group in operation.inputs.values()), default=0),
+                "weight_format": "; ".join(sorted({weight.format for weight in weights})),
+            }
+        )
         facts |= self._product(operation, results)
         axis = facts.get("arg_axis")
-        if isinstance(axis, int) and tensors and -len(tensors[0].shape) <= axis < len(tensors[0].shape):
+        if (
+            isinstance(axis, int)
+            and tensors
+            and -len(tensors[0].shape) <= axis < len(tensors[0].shape)
+        ):
             facts["axis_size"] = tensors[0].shape[axis]
         parts = tuple(part for weight in weights for part in weight.parts)
-        self.ops.append(OpFacts(operation, facts, facts.pop("flops", 0), facts.get("reduction") or 0, parts,
-                                tuple(sources)))
+        self.ops.append(
+            OpFacts(
+                operation,
+                facts,
+                facts.pop("flops", 0),
+                facts.get("reduction") or 0,
+                parts,
+                tuple(sources),
+            )
+        )
         self._makers |= dict.fromkeys((item.name for item in operation.outputs), index)
-        if operation.type == "write_state":             # what reads the state from here on depends on it
-            self._makers |= {value: index for value in operation.inputs["input"] if isinstance(value, str)}
+        if operation.type == "write_state":  # what reads the state from here on depends on it
+            self._makers |= {
+                value: index for value in operation.inputs["input"] if isinstance(value, str)
+            }
 
     def _stored(self, operation: Operation) -> Iterator[Weight | None]:
         for key, group in operation.inputs.items():
             for value in group:
-                yield self._weights.get(value if isinstance(value, str) else f"{operation.name}.{key}")
+                yield self._weights.get(
+                    value if isinstance(value, str) else f"{operation.name}.{key}"
+                )
 
     def _literals(self, operation: Operation) -> dict[str, Any]:
-        """Small literal parameters by name, which parameters are constant, and whether one holds an infinity."""
+        """Small literal parameters by name, which parameters are constant, and whether one holds an
+        infinity."""
         facts: dict[str, Any] = {"infinite_constant": False}
         constant = set()
         for key, group in operation.inputs.items():
@@ -185,8 +272,11 @@ class _Walk:
             if len(found) == 1 and (literal := found[0][1]) is not None and _is_small(literal):
                 value = literal.load()
                 facts[f"arg_{key}"] = _plain(value)
-                facts["infinite_constant"] |= isinstance(value, np.ndarray) and value.dtype.kind == "f" and bool(
-                    np.isinf(value).any())
+                facts["infinite_constant"] |= (
+                    isinstance(value, np.ndarray)
+                    and value.dtype.kind == "f"
+                    and bool(np.isinf(value).any())
+                )
         return facts | {"constants": frozenset(constant)}
 
     def _constant(self, value: Argument) -> tuple[bool, Constant | None]:
@@ -201,7 +291,8 @@ class _Walk:
         return None
 
     def _product(self, operation: Operation, results: list[TensorType]) -> dict[str, Any]:
-        """Sizes of the operations that multiply and add: length of the sums, and flops over all results."""
+        """Sizes of the operations that multiply and add: length of the sums, and flops over all
+        results."""
         facts: dict[str, Any] = {}
         weight, x = self._shape(operation, "weight"), self._shape(operation, "x")
         if operation.type in ("conv", "conv_transpose") and weight and x and len(weight) >= 3:
@@ -209,8 +300,11 @@ class _Walk:
         elif operation.type == "linear" and weight:
             facts = {"reduction": weight[-1]}
         elif operation.type == "matmul" and x:
-            turned = _flag(self._constant(operation.inputs["transpose_x"][0])[1]) if (
-                "transpose_x" in operation.inputs) else False
+            turned = (
+                _flag(self._constant(operation.inputs["transpose_x"][0])[1])
+                if ("transpose_x" in operation.inputs)
+                else False
+            )
             facts = {"reduction": x[-2] if turned and len(x) > 1 else x[-1]}
         elif operation.type == "scaled_dot_product_attention":
             return _attention(self._shape(operation, "query"), self._shape(operation, "key"))
@@ -218,21 +312,34 @@ class _Walk:
         return facts | ({"flops": 2 * depth * sum(map(_elements, results))} if depth else {})
 
 
-def _convolution(kind: str, weight: tuple[int | None, ...], x: tuple[int | None, ...]) -> dict[str, Any]:
+def _convolution(
+    kind: str, weight: tuple[int | None, ...], x: tuple[int | None, ...]
+) -> dict[str, Any]:
     out, per_group, *kernel = (size or 1 for size in weight)
     channels = x[1] if len(x) > 1 else None
     reduction = per_group * math.prod(kernel)
     groups = max(1, (channels or per_group) // (out if kind == "conv_transpose" else per_group))
-    return {"channels_in": channels, "channels_out": out, "groups": groups, "reduction": reduction,
-            "kernel_w": kernel[-1], "kernel_h": kernel[-2] if len(kernel) > 1 else 1}
+    return {
+        "channels_in": channels,
+        "channels_out": out,
+        "groups": groups,
+        "reduction": reduction,
+        "kernel_w": kernel[-1],
+        "kernel_h": kernel[-2] if len(kernel) > 1 else 1,
+    }
 
 
-def _attention(query: tuple[int | None, ...] | None, key: tuple[int | None, ...] | None) -> dict[str, Any]:
+def _attention(
+    query: tuple[int | None, ...] | None, key: tuple[int | None, ...] | None
+) -> dict[str, Any]:
     """Two products: over the channels of a head, and over the keys."""
     if not query or not key:
         return {}
     head, keys = query[-1] or 1, key[-2] or 1
-    return {"reduction": max(head, keys), "flops": 4 * math.prod(size or 1 for size in query) * keys}
+    return {
+        "reduction": max(head, keys),
+        "flops": 4 * math.prod(size or 1 for size in query) * keys,
+    }
 
 
 def _shapes(tensors: list[TensorType]) -> dict[str, Any]:
@@ -254,25 +361,34 @@ def _span(feature: Feature) -> int:
     """How many sizes the most flexible axis of an input may have."""
     if not feature.ranges:
         return 1
-    return max((UNBOUNDED if high < 0 else high - low + 1 for low, high in feature.ranges), default=1)
+    return max(
+        (UNBOUNDED if high < 0 else high - low + 1 for low, high in feature.ranges), default=1
+    )
 
 
 def _file_bytes(weights: Iterable[Weight]) -> int:
-    """Size of the largest weight file in use (what is stored up to its last constant where there is no file)."""
+    """Size of the largest weight file in use (what is stored up to its last constant where there is
+    no file)."""
     ends: dict[str, int] = {}
     for weight in weights:
         for key, nbytes in weight.parts:
             if key is not None:
                 ends[key[0]] = max(ends.get(key[0], 0), key[1] + nbytes)
-    sizes = [Path(path).stat().st_size if Path(path).is_file() else end for path, end in ends.items()]
+    sizes = [
+        Path(path).stat().st_size if Path(path).is_file() else end for path, end in ends.items()
+    ]
     return max(sizes, default=0)
 
 
 def _parallel_projections(ops: list[OpFacts]) -> int:
-    """How many convolutions or linear layers with weights read the same value: two per expert where all are packed."""
+    """How many convolutions or linear layers with weights read the same value: two per expert where
+    all are packed."""
     readers = Counter(
-        value for op in ops if op.operation.type in ("conv", "linear") and "weight" in op.facts["constants"]
-        for value in op.operation.inputs.get("x", ()) if isinstance(value, str)
+        value
+        for op in ops
+        if op.operation.type in ("conv", "linear") and "weight" in op.facts["constants"]
+        for value in op.operation.inputs.get("x", ())
+        if isinstance(value, str)
     )
     return max(readers.values(), default=0)
 

@@ -1,4 +1,5 @@
-"""Predictions held against a measurement, and the small file a person can send so that the rules get better."""
+"""Predictions held against a measurement, and the small file a person can send so that the rules
+get better."""
 
 import json
 from importlib.metadata import version
@@ -14,7 +15,8 @@ COLUMNS = ("right", "wrong", "undecided_ane", "undecided_off")
 
 
 def compare(predicted: PlacementReport, measured: PlacementReport) -> dict[str, dict[str, int]]:
-    """By rule: operations where its verdict was right and wrong, and where it was undecided, what came of it."""
+    """By rule: operations where its verdict was right and wrong, and where it was undecided, what
+    came of it."""
     counts: dict[str, dict[str, int]] = {}
     for guess, fact in _pairs(predicted, measured):
         found = {op.op: op.verdict for op in fact.ops}
@@ -26,7 +28,8 @@ def compare(predicted: PlacementReport, measured: PlacementReport) -> dict[str, 
 
 
 def feedback(predicted: PlacementReport, measured: PlacementReport) -> dict[str, Any]:
-    """Sizes, devices and rules, no names or paths of files; `comparison` of `measured` has to be there."""
+    """Sizes, devices and rules, no names or paths of files; `comparison` of `measured` has to be
+    there."""
     return {
         "format": FORMAT,
         "chip": measured.target,
@@ -44,10 +47,15 @@ def write_feedback(document: dict[str, Any], folder: Path) -> Path:
     return path
 
 
-def _pairs(predicted: PlacementReport, measured: PlacementReport) -> list[tuple[FunctionPlacement, FunctionPlacement]]:
+def _pairs(
+    predicted: PlacementReport, measured: PlacementReport
+) -> list[tuple[FunctionPlacement, FunctionPlacement]]:
     guesses = {(row.path, row.function): row for row in predicted.functions}
-    return [(guesses[row.path, row.function], row) for row in measured.functions
-            if row.ops and (row.path, row.function) in guesses]
+    return [
+        (guesses[row.path, row.function], row)
+        for row in measured.functions
+        if row.ops and (row.path, row.function) in guesses
+    ]
 
 
 def _column(op: OpPlacement, device: str | None) -> str | None:
@@ -60,11 +68,18 @@ def _column(op: OpPlacement, device: str | None) -> str | None:
 
 
 def _function(guess: FunctionPlacement, fact: FunctionPlacement) -> dict[str, Any]:
-    """`legal`: no rule but the cost decision had a say, so that the function tells about the thresholds."""
+    """`legal`: no rule but the cost decision had a say, so that the function tells about the
+    thresholds."""
     rules = {rule for op in guess.ops for rule in op.rules if op.verdict != "ane"}
     return {
-        "weight_bytes": guess.weight_bytes, "flops": guess.flops, "reduction": guess.reduction, "ops": len(guess.ops),
-        "legal": all(rule.startswith("cost-") for rule in rules), "predicted": guess.verdict,
-        "ops_ane": fact.count("ane"), "ops_cpu": fact.count("cpu"), "ops_gpu": fact.count("gpu"),
+        "weight_bytes": guess.weight_bytes,
+        "flops": guess.flops,
+        "reduction": guess.reduction,
+        "ops": len(guess.ops),
+        "legal": all(rule.startswith("cost-") for rule in rules),
+        "predicted": guess.verdict,
+        "ops_ane": fact.count("ane"),
+        "ops_cpu": fact.count("cpu"),
+        "ops_gpu": fact.count("gpu"),
         "cost_share_ane": fact.cost_share_ane,
     }

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 from ane_moe.placement.targets import SYSTEMS, Target, find_target, target_names
 
-BRAND = ("sysctl", "-n", "machdep.cpu.brand_string")        # "Apple M4 Max"
-VERSION = ("sw_vers", "-productVersion")                    # "15.5"
+BRAND = ("sysctl", "-n", "machdep.cpu.brand_string")  # "Apple M4 Max"
+VERSION = ("sw_vers", "-productVersion")  # "15.5"
 
 
 @dataclass(frozen=True)
 class Machine:
-    """`chip` is a target's name where the rules know it, else what the system calls it, or "unknown"."""
+    """`chip` is a target's name where the rules know it, else what the system calls it, or
+    "unknown"."""
 
     chip: str
     os: str
@@ -24,7 +25,8 @@ def this_machine() -> Machine:
 
 
 def matching_target(machine: Machine, otherwise: Target) -> Target:
-    """The target that the rules know for this machine; each of chip and system that they do not is `otherwise`'s."""
+    """The target that the rules know for this machine; each of chip and system that they do not is
+    `otherwise`'s."""
     chip = machine.chip if machine.chip in target_names() else otherwise.name
     major = machine.os.partition(".")[0]
     known = [system for system in SYSTEMS if major.isdigit() and system <= int(major)]

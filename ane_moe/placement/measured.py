@@ -1,4 +1,5 @@
-"""Measured placement (macOS): Core ML's compute plan of every function, and how far CPU and engine differ."""
+"""Measured placement (macOS): Core ML's compute plan of every function, and how far CPU and engine
+differ."""
 
 import hashlib
 import json
@@ -32,50 +33,85 @@ from ane_moe.runtime.interface import LoadedFunction
 COMMAND = (sys.executable, "-m", "ane_moe.placement.measured_child")
 UNITS = "cpu_and_ne"
 MIN_COST_SHARE = 0.99
-GATED = "conv"                  # every one of these has to be on the engine
+GATED = "conv"  # every one of these has to be on the engine
 SEED = 0
 Progress = Callable[[str, int, int], None]
 
 # What Core ML's messages and ends mean: finding, fragments of the message, usual causes.
 FAILURES = (
-    ("engine-compiler-failed", ("error code: -14", "ANECCompile", "ANECCOMPILE"),
-     "usual causes: a state whose last axis is no multiple of 32, a cache written at a computed place, more than 2 GiB "
-     "of weights, more than 3 GB loaded in one process, or a model compiled before the last system update"),
-    ("weights-too-large", ("exceeds the maximum", "Weight file size"), "cut the package into shards below 2 GiB"),
+    (
+        "engine-compiler-failed",
+        ("error code: -14", "ANECCompile", "ANECCOMPILE"),
+        "usual causes: a state whose last axis is no multiple of 32, a cache written at a "
+        "computed place, more than 2 GiB "
+        "of weights, more than 3 GB loaded in one process, or a model compiled before the last "
+        "system update",
+    ),
+    (
+        "weights-too-large",
+        ("exceeds the maximum", "Weight file size"),
+        "cut the package into shards below 2 GiB",
+    ),
     ("out-of-memory", ("SIGKILL",), "macOS ends what takes too much memory: use smaller shards"),
-    ("crash", ("SIG", "exit code"), "a crash inside Core ML: known for palettized weights under macOS 26, per-block "
-     "weights, and models the engine cannot hold; look at what the prediction says of this function"),
-    ("no-answer", ("no answer within",), "the engine's compiler may still be at work: use smaller shards, or give it "
-     "more time"),
+    (
+        "crash",
+        ("SIG", "exit code"),
+        "a crash inside Core ML: known for palettized weights under macOS 26, per-block "
+        "weights, and models the engine cannot hold; look at what the prediction says of this "
+        "function",
+    ),
+    (
+        "no-answer",
+        ("no answer within",),
+        "the engine's compiler may still be at work: use smaller shards, or give it more time",
+    ),
 )
-OTHER_FAILURE = ("plan-failed", "see the message; `ane-moe inspect --placement` tells which rules the package breaks")
+OTHER_FAILURE = (
+    "plan-failed",
+    "see the message; `ane-moe inspect --placement` tells which rules the package breaks",
+)
 
 
-def measure(packages: Iterable[tuple[Path, str]], *, allow: tuple[str, ...] = (), cache: ModelCache | None = None,
-            min_cost_share: float = MIN_COST_SHARE, time_limit_seconds: float = TIME_LIMIT_SECONDS,
-            numerics: bool = True, progress: Progress | None = None) -> PlacementReport:
+def measure(
+    packages: Iterable[tuple[Path, str]],
+    *,
+    allow: tuple[str, ...] = (),
+    cache: ModelCache | None = None,
+    min_cost_share: float = MIN_COST_SHARE,
+    time_limit_seconds: float = TIME_LIMIT_SECONDS,
+    numerics: bool = True,
+    progress: Progress | None = None,
+) -> PlacementReport:
     """Measure every function of every package, given as (path, name to report it under).
 
-    The gate: every convolution, and `min_cost_share` of the estimated cost, on the engine; operation types in `allow`
-    count for neither. A plan that cannot be had is a finding. Raises UserError when Core ML is not there.
+    The gate: every convolution, and `min_cost_share` of the estimated cost, on the engine;
+    operation types in `allow` count for neither. A plan that cannot be had is a finding. Raises
+    UserError when Core ML is not there.
     """
     require_core_ml()
     machine = this_machine()
     auditor = _Auditor(cache or default_cache(), time_limit_seconds, numerics)
-    work = [(path, name, function) for path, name in packages for function in read_program(path).functions]
+    work = [
+        (path, name, function)
+        for path, name in packages
+        for function in read_program(path).functions
+    ]
     rows = []
     try:
         for number, (path, name, function) in enumerate(work):
             if progress:
                 progress(f"compute plan of {name} {function}", number, len(work))
-            rows.append(_placement(name, function, auditor.record(path, function), allow, min_cost_share))
+            rows.append(
+                _placement(name, function, auditor.record(path, function), allow, min_cost_share)
+            )
     finally:
         auditor.stop()
     return PlacementReport(MEASURED, machine.chip, machine.os, tuple(rows))
 
 
 class _Auditor:
-    """Keeps one child for all plans until one of them ends it, and what was found by the package's content."""
+    """Keeps one child for all plans until one of them ends it, and what was found by the package's
+    content."""
 
     def __init__(self, cache: ModelCache, time_limit_seconds: float, numerics: bool):
         self.cache, self.limit, self.numerics = cache, time_limit_seconds, numerics
@@ -84,7 +120,8 @@ class _Auditor:
         self.folder.mkdir(exist_ok=True)
 
     def record(self, package: Path, function: str) -> dict[str, Any]:
-        """`ops`, and `numerics` where asked for; or `error`, or `numerics_error`. Only what has neither is kept."""
+        """`ops`, and `numerics` where asked for; or `error`, or `numerics_error`. Only what has
+        neither is kept."""
         facts = f"{self.cache.key(package)}\n{function}\n{UNITS}\n{self.numerics}"
         kept = self.folder / f"{hashlib.sha256(facts.encode()).hexdigest()[:40]}.json"
         if kept.is_file():
@@ -107,8 +144,12 @@ class _Auditor:
         self.child = None
 
     def _ask(self, package: Path, function: str) -> dict[str, Any]:
-        request = {"package": str(package.resolve()), "function": function, "units": UNITS,
-                   "folder": str(self.cache.folder / "work")}
+        request = {
+            "package": str(package.resolve()),
+            "function": function,
+            "units": UNITS,
+            "folder": str(self.cache.folder / "work"),
+        }
         self.child = self.child or TrialProcess(COMMAND)
         try:
             answer = self.child.ask(request, self.limit)
@@ -122,18 +163,28 @@ class _Auditor:
         return answer
 
 
-def compare_units(package: Path, function: str, cache: ModelCache,
-                  time_limit_seconds: float = TIME_LIMIT_SECONDS) -> dict[str, dict[str, float]]:
+def compare_units(
+    package: Path, function: str, cache: ModelCache, time_limit_seconds: float = TIME_LIMIT_SECONDS
+) -> dict[str, dict[str, float]]:
     """The same inputs on CPU alone and on CPU and engine, by output: relative L2 and maximum error.
 
-    Inputs are standard normal (seed 0), integers zero, states zero at the start. Raises UserError when Core ML fails,
-    in a child process first.
+    Inputs are standard normal (seed 0), integers zero, states zero at the start. Raises UserError
+    when Core ML fails, in a child process first.
     """
-    both = [load_function(package, function, units=units, cache=cache, time_limit_seconds=time_limit_seconds)
-            for units in ("cpu_only", UNITS)]
+    both = [
+        load_function(
+            package, function, units=units, cache=cache, time_limit_seconds=time_limit_seconds
+        )
+        for units in ("cpu_only", UNITS)
+    ]
     inputs = _inputs(both[0])
-    alone, engine = (loaded.predict(inputs, loaded.make_state() if loaded.states else None) for loaded in both)
-    return {name: _difference(alone[name].astype(np.float64), engine[name].astype(np.float64)) for name in alone}
+    alone, engine = (
+        loaded.predict(inputs, loaded.make_state() if loaded.states else None) for loaded in both
+    )
+    return {
+        name: _difference(alone[name].astype(np.float64), engine[name].astype(np.float64))
+        for name in alone
+    }
 
 
 def _inputs(function: LoadedFunction) -> dict[str, np.ndarray]:
@@ -142,26 +193,35 @@ def _inputs(function: LoadedFunction) -> dict[str, np.ndarray]:
     for feature in function.inputs:
         shape, dtype = [size or 1 for size in feature.type.shape], PASSED_AS[feature.type.dtype]
         is_float = np.dtype(dtype).kind == "f"
-        arrays[feature.name] = (random.standard_normal(shape) if is_float else np.zeros(shape)).astype(dtype)
+        arrays[feature.name] = (
+            random.standard_normal(shape) if is_float else np.zeros(shape)
+        ).astype(dtype)
     return arrays
 
 
 def _difference(expected: np.ndarray, got: np.ndarray) -> dict[str, float]:
     error = np.abs(got - expected)
     norm = float(np.linalg.norm(expected))
-    return {"relative_l2": float(np.linalg.norm(error)) / norm if norm else float(np.linalg.norm(error)),
-            "max_abs_error": float(error.max(initial=0.0))}
+    return {
+        "relative_l2": float(np.linalg.norm(error)) / norm
+        if norm
+        else float(np.linalg.norm(error)),
+        "max_abs_error": float(error.max(initial=0.0)),
+    }
 
 
-def _placement(path: str, function: str, record: dict[str, Any], allow: tuple[str, ...],
-               min_cost_share: float) -> FunctionPlacement:
+def _placement(
+    path: str, function: str, record: dict[str, Any], allow: tuple[str, ...], min_cost_share: float
+) -> FunctionPlacement:
     if "error" in record:
         return FunctionPlacement(path, function, (), (_failure(record["error"], "plan"),), allow)
     real = [op for op in record["ops"] if is_real(op["type"])]
     if not any(op["device"] for op in real):
         return FunctionPlacement(path, function, (), (_EMPTY,), allow)
-    ops = tuple(OpPlacement(op["name"] or op["type"], op["type"], op["device"] or "uncertain", op["cost"])
-                for op in real)
+    ops = tuple(
+        OpPlacement(op["name"] or op["type"], op["type"], op["device"] or "uncertain", op["cost"])
+        for op in real
+    )
     findings = [_off_engine(op) for op in real if op["device"] != "ane"]
     if "numerics_error" in record:
         findings.append(_failure(record["numerics_error"], "first prediction"))
@@ -169,8 +229,16 @@ def _placement(path: str, function: str, record: dict[str, Any], allow: tuple[st
     counted = replace(row, ops=tuple(op for op in ops if op.op_type not in allow))
     share = counted.cost_share_ane
     if share is not None and share < min_cost_share:
-        findings.append(_finding("cost-share", "cpu", f"{share:.2%} of the estimated cost is on the engine, "
-                                 f"{min_cost_share:.0%} is asked for", "see the operations off the engine", True))
+        findings.append(
+            _finding(
+                "cost-share",
+                "cpu",
+                f"{share:.2%} of the estimated cost is on the engine, "
+                f"{min_cost_share:.0%} is asked for",
+                "see the operations off the engine",
+                True,
+            )
+        )
     return replace(row, findings=worst_first(findings))
 
 
@@ -178,27 +246,49 @@ def _off_engine(op: dict[str, Any]) -> Finding:
     if op["device"] is None:
         words, verdict = "the plan names no device for it", "uncertain"
     else:
-        could = "could run on the engine, and was not worth it" if "ane" in op["supported"] else (
-            "cannot run on the engine")
+        could = (
+            "could run on the engine, and was not worth it"
+            if "ane" in op["supported"]
+            else ("cannot run on the engine")
+        )
         words, verdict = f"planned for the {op['device'].upper()}: it {could}", op["device"]
-    finding = _finding("off-engine", verdict, words, "`ane-moe inspect --placement` tells which rule it breaks, if any",
-                       op["type"] == GATED)
+    finding = _finding(
+        "off-engine",
+        verdict,
+        words,
+        "`ane-moe inspect --placement` tells which rule it breaks, if any",
+        op["type"] == GATED,
+    )
     return replace(finding, op=op["name"] or op["type"], op_type=op["type"])
 
 
 def _failure(message: str, step: str) -> Finding:
-    found = next(((name, causes) for name, fragments, causes in FAILURES
-                  if any(fragment in message for fragment in fragments)), OTHER_FAILURE)
+    found = next(
+        (
+            (name, causes)
+            for name, fragments, causes in FAILURES
+            if any(fragment in message for fragment in fragments)
+        ),
+        OTHER_FAILURE,
+    )
     return _finding(found[0], "cpu", f"{step}: {message}", found[1], True)
 
 
 def _finding(rule: str, verdict: str, reason: str, remedy: str, binding: bool) -> Finding:
-    return Finding(None, None, verdict, rule, reason, remedy, "MLComputePlan", "measured", binding=binding)
+    return Finding(
+        None, None, verdict, rule, reason, remedy, "MLComputePlan", "measured", binding=binding
+    )
 
 
-_EMPTY = _finding("empty-plan", "cpu", "the plan names no device for any operation",
-                  "usual causes: the package is not an ML Program, the function is not in it, or loading it failed "
-                  "without an error; try it alone on a Mac with the latest system", True)
+_EMPTY = _finding(
+    "empty-plan",
+    "cpu",
+    "the plan names no device for any operation",
+    "usual causes: the package is not an ML Program, the function is not in it, or loading it "
+    "failed "
+    "without an error; try it alone on a Mac with the latest system",
+    True,
+)
 
 
 def _ending(code: int, words: str) -> str:

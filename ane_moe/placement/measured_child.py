@@ -1,7 +1,9 @@
-"""The compute plan of one function, in a process that may crash or hang: what `compute_plan` asks for.
+"""The compute plan of one function, in a process that may crash or hang: what `compute_plan` asks
+for.
 
-Core ML's plan, as coremltools offers it, covers a package's default function only (coremltools 9, compute_plan.py has
-no function argument). So each function gets a copy of the package, its weights hard-linked, in which it is the default.
+Core ML's plan, as coremltools offers it, covers a package's default function only (coremltools 9,
+compute_plan.py has no function argument). So each function gets a copy of the package, its weights
+hard-linked, in which it is the default.
 """
 
 import os
@@ -16,14 +18,18 @@ from ane_moe.mlprogram.container import open_container
 from ane_moe.mlprogram.proto import Model_pb2
 from ane_moe.runtime.coreml.trial import serve
 
-DEVICES = {"MLNeuralEngineComputeDevice": "ane", "MLGPUComputeDevice": "gpu", "MLCPUComputeDevice": "cpu"}
+DEVICES = {
+    "MLNeuralEngineComputeDevice": "ane",
+    "MLGPUComputeDevice": "gpu",
+    "MLCPUComputeDevice": "cpu",
+}
 
 
 def copy_with_default(package: Path, function: str, destination: Path) -> Path:
     """A copy of `package` in the folder `destination` whose default function is `function`.
 
-    Every file but the program is a hard link; where the file system allows none, a copy. Raises UserError for what is
-    not a package.
+    Every file but the program is a hard link; where the file system allows none, a copy. Raises
+    UserError for what is not a package.
     """
     container = open_container(package)
     copy = destination / package.name
@@ -45,18 +51,23 @@ def copy_with_default(package: Path, function: str, destination: Path) -> Path:
 def _link(path: Path, target: Path) -> None:
     try:
         os.link(path, target)
-    except OSError:                     # another volume, or a file system without hard links
+    except OSError:  # another volume, or a file system without hard links
         shutil.copyfile(path, target)
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
-    """`request`: package, function, units (a key of coreml.UNITS), a folder for what is made on the way."""
+    """`request`: package, function, units (a key of coreml.UNITS), a folder for what is made on the
+    way."""
     try:
         with tempfile.TemporaryDirectory(dir=request["folder"]) as scratch:
-            return {"ops": _plan(Path(request["package"]), request["function"], request["units"], Path(scratch))}
+            return {
+                "ops": _plan(
+                    Path(request["package"]), request["function"], request["units"], Path(scratch)
+                )
+            }
     except UserError as error:
         return {"error": str(error)}
-    except RuntimeError as error:       # how native errors arrive
+    except RuntimeError as error:  # how native errors arrive
         return {"error": " ".join(str(error).split())}
 
 
@@ -71,7 +82,9 @@ def _plan(package: Path, function: str, units: str, scratch: Path) -> list[dict[
     program = plan.model_structure.program
     if program is None or function not in program.functions:
         return []
-    return [_operation(plan, operation) for operation in _operations(program.functions[function].block)]
+    return [
+        _operation(plan, operation) for operation in _operations(program.functions[function].block)
+    ]
 
 
 def _operations(block: Any) -> Iterator[Any]:
@@ -89,7 +102,9 @@ def _operation(plan: Any, operation: Any) -> dict[str, Any]:
         "name": operation.outputs[0].name if operation.outputs else None,
         "type": operation.operator_name.rpartition(".")[2],
         "device": None if usage is None else _device(usage.preferred_compute_device),
-        "supported": [] if usage is None else [_device(device) for device in usage.supported_compute_devices],
+        "supported": []
+        if usage is None
+        else [_device(device) for device in usage.supported_compute_devices],
         "cost": None if cost is None else cost.weight,
     }
 

@@ -1,7 +1,8 @@
-"""The conditions of rules: comparisons over named facts, written as a small subset of Python's expressions.
+"""The conditions of rules: comparisons over named facts, written as a small subset of Python's
+expressions.
 
-`and`, `or`, `not`, comparisons, `in`, `+ - * %`, numbers, strings, tuples, names, and `name[-1]`. A comparison with a
-fact that is unknown (None) is false.
+`and`, `or`, `not`, comparisons, `in`, `+ - * %`, numbers, strings, tuples, names, and `name[-1]`. A
+comparison with a fact that is unknown (None) is false.
 """
 
 import ast
@@ -13,11 +14,20 @@ Facts = Mapping[str, Any]
 Term = Callable[[Facts], Any]
 
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
-    ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Eq: operator.eq,
-    ast.NotEq: operator.ne, ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.In: lambda a, b: a in b,
+    ast.NotIn: lambda a, b: a not in b,
 }
 _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Mod: operator.mod,
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Mod: operator.mod,
 }
 
 
@@ -64,7 +74,9 @@ def _literal(node: ast.expr) -> Term:
     try:
         value = ast.literal_eval(node)
     except ValueError:
-        raise ValueError(f"conditions have no {type(node).__name__}: {ast.unparse(node)!r}") from None
+        raise ValueError(
+            f"conditions have no {type(node).__name__}: {ast.unparse(node)!r}"
+        ) from None
     return lambda facts: value
 
 

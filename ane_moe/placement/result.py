@@ -1,4 +1,5 @@
-"""What a placement check returns, predicted or measured: plain dataclasses, named as in the JSON document."""
+"""What a placement check returns, predicted or measured: plain dataclasses, named as in the JSON
+document."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -12,8 +13,8 @@ SEVERITY = {"cpu": 0, "gpu": 1, "uncertain": 2, "ane": 3}
 class Finding:
     """Something that keeps, or may keep, an operation off the engine.
 
-    `op` is None where it concerns the whole function; `against` quotes evidence of the contrary. `binding` findings
-    break the gate.
+    `op` is None where it concerns the whole function; `against` quotes evidence of the contrary.
+    `binding` findings break the gate.
     """
 
     op: str | None
@@ -32,7 +33,8 @@ class Finding:
 class OpPlacement:
     """One real operation, in program order, by the name of its output.
 
-    `cost` is Core ML's own estimate (share of the function), if measured; `rules` are those that decided, if predicted.
+    `cost` is Core ML's own estimate (share of the function), if measured; `rules` are those that
+    decided, if predicted.
     """
 
     op: str
@@ -46,8 +48,8 @@ class OpPlacement:
 class FunctionPlacement:
     """One function of one package.
 
-    `verdict`: ane or cpu where all operations are there, gpu likewise, mixed, or uncertain. Sizes are those the cost
-    decision looked at.
+    `verdict`: ane or cpu where all operations are there, gpu likewise, mixed, or uncertain. Sizes
+    are those the cost decision looked at.
     """
 
     path: str
@@ -73,23 +75,29 @@ class FunctionPlacement:
 
     @property
     def cost_share_ane(self) -> float | None:
-        """Share of the estimated cost on the engine; None where no cost was reported (always so when predicted)."""
+        """Share of the estimated cost on the engine; None where no cost was reported (always so
+        when predicted)."""
         costs = [(op.cost, op.verdict) for op in self.ops if op.cost is not None]
         total = sum(cost for cost, _ in costs)
         return sum(cost for cost, verdict in costs if verdict == "ane") / total if total else None
 
     @property
     def broken(self) -> tuple[Finding, ...]:
-        """The findings that fail the gate: binding, and not on an operation that was allowed off the engine."""
-        return tuple(item for item in self.findings if item.binding and item.op_type not in self.allowed)
+        """The findings that fail the gate: binding, and not on an operation that was allowed off
+        the engine."""
+        return tuple(
+            item for item in self.findings if item.binding and item.op_type not in self.allowed
+        )
 
 
 @dataclass(frozen=True)
 class PlacementReport:
-    """`source` is predicted or measured, never a mix. A predicted report passes as "no rule broken", no more.
+    """`source` is predicted or measured, never a mix. A predicted report passes as "no rule
+    broken", no more.
 
-    `comparison` is there where a prediction for the same functions was held against the measurement: by rule, how many
-    operations it had right and wrong, and where it was undecided, how many turned out to be on and off the engine.
+    `comparison` is there where a prediction for the same functions was held against the
+    measurement: by rule, how many operations it had right and wrong, and where it was undecided,
+    how many turned out to be on and off the engine.
     """
 
     source: str
@@ -108,24 +116,39 @@ class PlacementReport:
     def as_json(self) -> dict[str, Any]:
         """The `placement` object of a JSON document."""
         document: dict[str, Any] = {
-            "source": self.source, "target": self.target, "os": self.os,
+            "source": self.source,
+            "target": self.target,
+            "os": self.os,
             "functions": [_function_json(function) for function in self.functions],
-            "require_measured": self.require_measured, "passed": self.passed,
+            "require_measured": self.require_measured,
+            "passed": self.passed,
         }
-        return document | ({"predictions_by_rule": self.comparison} if self.source == MEASURED else {})
+        return document | (
+            {"predictions_by_rule": self.comparison} if self.source == MEASURED else {}
+        )
 
 
 def _function_json(function: FunctionPlacement) -> dict[str, Any]:
-    counts = {f"ops_{verdict}": function.count(verdict) for verdict in ("ane", "cpu", "gpu", "uncertain")}
+    counts = {
+        f"ops_{verdict}": function.count(verdict) for verdict in ("ane", "cpu", "gpu", "uncertain")
+    }
     numerics = {"numerics": function.numerics} if function.numerics else {}
     return {
-        "path": function.path, "function": function.function, "verdict": function.verdict,
-        "ops_total": len(function.ops), **counts, "cost_share_ane": function.cost_share_ane,
-        "weight_bytes": function.weight_bytes, "flops": function.flops, "reduction": function.reduction,
-        "findings": [asdict(finding) for finding in function.findings], **numerics,
+        "path": function.path,
+        "function": function.function,
+        "verdict": function.verdict,
+        "ops_total": len(function.ops),
+        **counts,
+        "cost_share_ane": function.cost_share_ane,
+        "weight_bytes": function.weight_bytes,
+        "flops": function.flops,
+        "reduction": function.reduction,
+        "findings": [asdict(finding) for finding in function.findings],
+        **numerics,
     }
 
 
 def worst_first(findings: list[Finding]) -> tuple[Finding, ...]:
-    """What breaks the gate, then what is off the engine, then what may be; otherwise in program order."""
+    """What breaks the gate, then what is off the engine, then what may be; otherwise in program
+    order."""
     return tuple(sorted(findings, key=lambda item: (not item.binding, SEVERITY[item.verdict])))

@@ -1,7 +1,7 @@
 """The rules of placement, as data (`rules.toml`), and the engine that tells which of them hold.
 
-The engine knows no rule by name: a rule applies where its operation types, chips and systems match and its condition
-holds for the facts.
+The engine knows no rule by name: a rule applies where its operation types, chips and systems match
+and its condition holds for the facts.
 """
 
 import functools
@@ -17,18 +17,20 @@ from ane_moe.placement.targets import Target
 RULES = Path(__file__).with_name("rules.toml")
 VERDICTS = ("ane", "cpu", "uncertain")
 SCOPES = ("op", "feature", "function", "segment")
-# From what Apple documents, through what several or one measured with numbers, to what we derive and what people say.
+# From what Apple documents, through what several or one measured with numbers, to what we derive
+# and what people say.
 CONFIDENCES = ("apple", "measured", "reported", "derived", "folklore")
-BINDING = ("apple", "measured")     # a `cpu` verdict of these breaks a gate
+BINDING = ("apple", "measured")  # a `cpu` verdict of these breaks a gate
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One row. `scope` says whose facts the condition reads: an operation's, those of a function's input, output or
-    state (feature), a function's, or those of a stretch of operations without a break (segment).
+    """One row. `scope` says whose facts the condition reads: an operation's, those of a function's
+    input, output or state (feature), a function's, or those of a stretch of operations without a
+    break (segment).
 
-    `against` is evidence of the contrary: it is quoted, and the verdict becomes `uncertain`. `claim` is what the rule
-    would say without it.
+    `against` is evidence of the contrary: it is quoted, and the verdict becomes `uncertain`.
+    `claim` is what the rule would say without it.
     """
 
     id: str
@@ -55,15 +57,23 @@ class Rule:
 
 
 class RuleBook:
-    """The rules that hold for one target. `thresholds` are facts of every scope, beside the target's limits."""
+    """The rules that hold for one target. `thresholds` are facts of every scope, beside the
+    target's limits."""
 
     def __init__(self, rules: tuple[Rule, ...], thresholds: Mapping[str, float], target: Target):
         self.target = target
         self.rules = {rule.id: rule for rule in rules}
-        self.constants: dict[str, Any] = {**thresholds, **{f"cap_{name}": size for name, size in target.limits.items()}}
-        self._by_scope: dict[str, list[tuple[Rule, Callable[[Facts], bool]]]] = {scope: [] for scope in SCOPES}
+        self.constants: dict[str, Any] = {
+            **thresholds,
+            **{f"cap_{name}": size for name, size in target.limits.items()},
+        }
+        self._by_scope: dict[str, list[tuple[Rule, Callable[[Facts], bool]]]] = {
+            scope: [] for scope in SCOPES
+        }
         for rule in rules:
-            if _covers(rule.chips, target.number, target.device) and _covers(rule.os, target.os, ""):
+            if _covers(rule.chips, target.number, target.device) and _covers(
+                rule.os, target.os, ""
+            ):
                 condition = compile_condition(rule.when) if rule.when else lambda facts: True
                 self._by_scope[rule.scope].append((rule, condition))
         self._by_op: dict[str, list[tuple[Rule, Callable[[Facts], bool]]]] = {}
@@ -76,7 +86,9 @@ class RuleBook:
 
     def _for_op(self, kind: str) -> list[tuple[Rule, Callable[[Facts], bool]]]:
         if kind not in self._by_op:
-            self._by_op[kind] = [entry for entry in self._by_scope["op"] if {kind, "*"} & set(entry[0].ops)]
+            self._by_op[kind] = [
+                entry for entry in self._by_scope["op"] if {kind, "*"} & set(entry[0].ops)
+            ]
         return self._by_op[kind]
 
 
@@ -97,10 +109,19 @@ def load_rules(path: Path = RULES) -> tuple[tuple[Rule, ...], dict[str, float]]:
 
 
 def _rule(entry: dict[str, Any]) -> Rule:
-    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    fields: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()
+    }
     rule = Rule(claim=fields.pop("verdict"), **fields)
-    wrong = [name for name, value, known in (("verdict", rule.claim, VERDICTS), ("scope", rule.scope, SCOPES),
-                                             ("confidence", rule.confidence, CONFIDENCES)) if value not in known]
+    wrong = [
+        name
+        for name, value, known in (
+            ("verdict", rule.claim, VERDICTS),
+            ("scope", rule.scope, SCOPES),
+            ("confidence", rule.confidence, CONFIDENCES),
+        )
+        if value not in known
+    ]
     if wrong or not rule.reason or not rule.source or (rule.verdict == "cpu" and not rule.remedy):
         raise ValueError(f"rule {rule.id}: {wrong or 'reason, source or remedy is missing'}")
     if rule.when:

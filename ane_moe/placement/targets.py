@@ -10,12 +10,13 @@ from ane_moe.errors import UserError
 TARGETS = Path(__file__).with_name("targets.toml")
 DEFAULT_TARGET = "m4-max"
 DEFAULT_OS = 26
-SYSTEMS = (15, 26, 27)              # macOS numbers; 15 stands for iOS 18 too
+SYSTEMS = (15, 26, 27)  # macOS numbers; 15 stands for iOS 18 too
 
 
 @dataclass(frozen=True)
 class Target:
-    """A chip and a system. `limits` are the generation's and the device's, in elements and bytes."""
+    """A chip and a system. `limits` are the generation's and the device's, in elements and
+    bytes."""
 
     name: str
     generation: str
@@ -35,7 +36,14 @@ def find_target(name: str = DEFAULT_TARGET, os: int = DEFAULT_OS) -> Target:
     chip = tables["targets"][name]
     limits = dict(tables["generations"][chip["generation"]])
     number = limits.pop("number")
-    return Target(name, chip["generation"], number, chip["device"], os, limits | tables["devices"][chip["device"]])
+    return Target(
+        name,
+        chip["generation"],
+        number,
+        chip["device"],
+        os,
+        limits | tables["devices"][chip["device"]],
+    )
 
 
 def target_names() -> tuple[str, ...]:

@@ -17,15 +17,16 @@ from ane_moe.forecast.concerns import Concern
 from ane_moe.placement.targets import Target
 from ane_moe.wording import counted, listed
 
-# Resident memory of a converting process beside its largest weight: torch, coremltools and one traced graph.
-# Measured by scripts/bench_convert.py, Linux x86-64, coremltools 9.0, torch 2.13.0.
+# Resident memory of a converting process beside its largest weight: torch, coremltools and one
+# traced graph. Measured by scripts/bench_convert.py, Linux x86-64, coremltools 9.0, torch 2.13.0.
 BASE_MEMORY_MB = 700
 
 
 class ConvertBar:
     """A progress bar on stderr: shard, MB written, peak memory, time left.
 
-    `warnings` are printed above it with the first step, when what was asked for has proved possible.
+    `warnings` are printed above it with the first step, when what was asked for has proved
+    possible.
     """
 
     def __init__(self, warnings: Iterable[str] = ()):
@@ -44,13 +45,17 @@ class ConvertBar:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
 
     def update(self, step: Step) -> None:
         """Show one step."""
         while self._warnings:
-            self._bar.console.print(self._warnings.pop(0), markup=False, highlight=False, soft_wrap=True)
+            self._bar.console.print(
+                self._warnings.pop(0), markup=False, highlight=False, soft_wrap=True
+            )
         self._bar.update(
             self._task,
             description=step.label,
@@ -99,18 +104,26 @@ def memory_bytes_estimated(plan: ConversionPlan) -> int:
 
 
 def print_plan(plan: ConversionPlan) -> None:
-    """The plan as a table on stdout: shards of a kind that differ only in their layer share a row."""
+    """The plan as a table on stdout: shards of a kind that differ only in their layer share a
+    row."""
     functions = ", ".join(f"{name} (T={tokens})" for name, tokens in plan.functions)
     table = Table("shards", "count", "MB each", "MB", "why", box=None)
     for (path, size, reason), count in _rows(plan.shards).items():
         table.add_row(path, str(count), f"{size / MB:,.1f}", f"{count * size / MB:,.0f}", reason)
-    table.add_row("embed.bin", "1", f"{plan.embed_bytes / MB:,.1f}", f"{plan.embed_bytes / MB:,.0f}", "")
+    table.add_row(
+        "embed.bin", "1", f"{plan.embed_bytes / MB:,.1f}", f"{plan.embed_bytes / MB:,.0f}", ""
+    )
     console = Console()
-    console.print(f"{plan.spec.family}, {len(plan.layers)} of {len(plan.spec.layers)} layers, "
-                  f"context {plan.context}, functions {functions}")
+    console.print(
+        f"{plan.spec.family}, {len(plan.layers)} of {len(plan.spec.layers)} layers, "
+        f"context {plan.context}, functions {functions}"
+    )
     console.print(table)
-    console.print(f"disk {plan.disk_bytes / MB:,.0f} MB; memory about {memory_bytes_estimated(plan) / MB:,.0f} MB "
-                  "a worker (estimated)")
+    console.print(
+        f"disk {plan.disk_bytes / MB:,.0f} MB; memory about "
+        f"{memory_bytes_estimated(plan) / MB:,.0f} MB "
+        "a worker (estimated)"
+    )
     _print_source(console, plan.source.notes, plan.source.left_out)
 
 
@@ -134,9 +147,11 @@ def print_report(report: ConvertReport) -> None:
     """The result in two lines, and the next command."""
     size = sum(shard.weight_bytes for shard in report.manifest.shards) / MB
     console = Console()
-    console.print(f"{len(report.manifest.shards)} shards, {size:,.0f} MB of weights in {report.folder}: "
-                  f"{len(report.written)} written, {len(report.reused)} reused; "
-                  f"peak memory {report.peak_memory_bytes / MB:,.0f} MB")
+    console.print(
+        f"{len(report.manifest.shards)} shards, {size:,.0f} MB of weights in {report.folder}: "
+        f"{len(report.written)} written, {len(report.reused)} reused; "
+        f"peak memory {report.peak_memory_bytes / MB:,.0f} MB"
+    )
     if report.golden_kept:
         console.print("goldens kept: an earlier run captured them of the same weights and prompts")
     _print_source(console, report.notes, report.manifest.left_out)
@@ -150,16 +165,23 @@ def warning(concern: Concern, target: Target) -> str:
     return f"ane-moe: warning: {concern.state}: {where}: {concern.sentence}"
 
 
-def _print_source(console: Console, notes: Sequence[str],
-                  left_out: Mapping[str, Sequence[str]]) -> None:
+def _print_source(
+    console: Console, notes: Sequence[str], left_out: Mapping[str, Sequence[str]]
+) -> None:
     """What there is to say of how the checkpoint was read, a line each."""
     for note in notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     for why, names in left_out.items():
-        console.print(f"left out: {counted(len(names), 'tensor')} of the checkpoint, {why}: "
-                      f"{listed(names)}", markup=False, soft_wrap=True)
+        console.print(
+            f"left out: {counted(len(names), 'tensor')} of the checkpoint, {why}: {listed(names)}",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _rows(shards: tuple[ShardPlan, ...]) -> Counter[tuple[str, int, str]]:
-    names = (shard.path if shard.layer is None else shard.path.replace(f"{shard.layer:02d}", "NN") for shard in shards)
+    names = (
+        shard.path if shard.layer is None else shard.path.replace(f"{shard.layer:02d}", "NN")
+        for shard in shards
+    )
     return Counter((name, s.weight_bytes, s.reason) for name, s in zip(names, shards, strict=True))

@@ -13,7 +13,7 @@ from ane_moe.report.report_data import ReportData
 from ane_moe.report.verify_table import tokenizer_line
 from ane_moe.verification.result import ShardResult
 
-STRIP = 60                  # cells of a placement strip
+STRIP = 60  # cells of a placement strip
 SHOWN_FINDINGS = 8
 SHOWN_FAILURES = 20
 ALIKE = re.compile(r"\d+")
@@ -21,8 +21,13 @@ ALIKE = re.compile(r"\d+")
 
 def render_html(data: ReportData) -> str:
     """The page. Everything that comes from a manifest or a file is escaped."""
-    environment = Environment(loader=PackageLoader("ane_moe.report", "."), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("ane_moe.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     manifest = data.manifest
     return environment.get_template("page.html").render(
         data=data,
@@ -37,7 +42,9 @@ def render_html(data: ReportData) -> str:
         findings=_findings(data),
         svg=_plots(data),
         settings=_settings(data),
-        on_cpu=sum(function.verdict == "cpu" for function in data.placement.functions) if data.placement else 0,
+        on_cpu=sum(function.verdict == "cpu" for function in data.placement.functions)
+        if data.placement
+        else 0,
     )
 
 
@@ -51,7 +58,9 @@ def _shards(data: ReportData) -> list[dict[str, Any]]:
     """Shards by kind: how many, functions, MB."""
     rows: dict[str, dict[str, Any]] = {}
     for shard in data.manifest.shards:
-        row = rows.setdefault(shard.kind, {"kind": shard.kind, "shards": 0, "functions": 0, "mb": 0.0, "largest": 0.0})
+        row = rows.setdefault(
+            shard.kind, {"kind": shard.kind, "shards": 0, "functions": 0, "mb": 0.0, "largest": 0.0}
+        )
         row["shards"] += 1
         row["functions"] += len(shard.functions)
         row["mb"] += shard.weight_bytes / 1e6
@@ -73,8 +82,15 @@ def _parity(data: ReportData) -> list[dict[str, Any]]:
             groups.setdefault(result.kind, []).append(result)
         for kind, group in groups.items():
             worst = min(group, key=lambda row: row.cosine if row.cosine is not None else -2)
-            rows.append({"against": against, "kind": kind, "worst": worst, "of": len(group),
-                         "passed": sum(row.passed for row in group)})
+            rows.append(
+                {
+                    "against": against,
+                    "kind": kind,
+                    "worst": worst,
+                    "of": len(group),
+                    "passed": sum(row.passed for row in group),
+                }
+            )
     return rows
 
 
@@ -82,20 +98,29 @@ def _failures(data: ReportData) -> list[str]:
     if data.verify is None:
         return []
     lines = [f"{problem.path}: {problem.what}" for problem in data.verify.integrity]
-    lines += [f"{row.path} {row.function}: {row.reason}" for row in data.verify.shards if not row.passed]
+    lines += [
+        f"{row.path} {row.function}: {row.reason}" for row in data.verify.shards if not row.passed
+    ]
     if data.verify.tokenizer and data.verify.tokenizer.reason:
         lines.append(f"tokenizer: {data.verify.tokenizer.reason}")
     stored = data.verify.as_stored.shards if data.verify.as_stored else ()
-    return lines + [f"{row.path} {row.function}, against the weights as stored: {row.reason}"
-                    for row in stored if not row.passed]
+    return lines + [
+        f"{row.path} {row.function}, against the weights as stored: {row.reason}"
+        for row in stored
+        if not row.passed
+    ]
 
 
 def _placement(data: ReportData) -> list[dict[str, Any]]:
-    """A line for all functions that differ in numbers of layers and parts only, with the strip of the first."""
+    """A line for all functions that differ in numbers of layers and parts only, with the strip of
+    the first."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for function in data.placement.functions if data.placement else ():
-        key = (ALIKE.sub("N", function.path), ALIKE.sub("N", function.function),
-               tuple(op.verdict for op in function.ops))
+        key = (
+            ALIKE.sub("N", function.path),
+            ALIKE.sub("N", function.function),
+            tuple(op.verdict for op in function.ops),
+        )
         row = rows.setdefault(key, {"function": function, "alike": 0, "cells": _cells(function)})
         row["alike"] += 1
     return list(rows.values())
@@ -123,7 +148,9 @@ def _findings(data: ReportData) -> list[dict[str, Any]]:
 
 def _plots(data: ReportData) -> dict[str, Markup]:
     found: dict[str, str] = {}
-    if data.verify and any(row.layer is not None and row.cosine is not None for row in data.verify.shards):
+    if data.verify and any(
+        row.layer is not None and row.cosine is not None for row in data.verify.shards
+    ):
         found["parity"] = plots.parity_plot(data.verify.shards, "against the original model")
     if data.routing:
         found["routing"] = plots.routing_plot(data.routing)
@@ -133,17 +160,32 @@ def _plots(data: ReportData) -> dict[str, Markup]:
         found["prediction"] = plots.prediction_plot(data.predicted["decode"]["parts"])
     if data.manifest.compression:
         found["bytes"] = plots.bytes_plot(data.manifest.compression)
-    return {name: Markup(svg) for name, svg in found.items()}     # matplotlib escapes the text it draws
+    return {
+        name: Markup(svg) for name, svg in found.items()
+    }  # matplotlib escapes the text it draws
 
 
 def _settings(data: ReportData) -> dict[str, str]:
     manifest = data.manifest
-    facts = {"family": manifest.family, "routing": manifest.routing, "weights": manifest.weights,
-             "state": manifest.state, "layout": manifest.layout, "context": str(manifest.context),
-             "tokens of a prefill call": str(manifest.prefill)}
+    facts = {
+        "family": manifest.family,
+        "routing": manifest.routing,
+        "weights": manifest.weights,
+        "state": manifest.state,
+        "layout": manifest.layout,
+        "context": str(manifest.context),
+        "tokens of a prefill call": str(manifest.prefill),
+    }
     if data.verify:
-        facts |= {"verified on": f"{data.verify.runtime} runtime", "golden": f"{data.verify.golden_tokens} tokens"}
+        facts |= {
+            "verified on": f"{data.verify.runtime} runtime",
+            "golden": f"{data.verify.golden_tokens} tokens",
+        }
         facts["tokenizer"] = tokenizer_line(data.verify)
     if data.placement:
-        facts["placement"] = f"{data.placement.source} for {data.placement.target}, OS {data.placement.os}"
-    return facts | {f"version of {name}": number for name, number in sorted(manifest.versions.items())}
+        facts["placement"] = (
+            f"{data.placement.source} for {data.placement.target}, OS {data.placement.os}"
+        )
+    return facts | {
+        f"version of {name}": number for name, number in sorted(manifest.versions.items())
+    }

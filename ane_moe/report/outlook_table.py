@@ -16,7 +16,7 @@ UNBOUNDED = 10_000
 BYTES = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
 SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 SOFT = "soft routing costs what masked costs, and is another function than the model's."
-LEAST = 0.1         # of a unit that a column's smallest figure may be
+LEAST = 0.1  # of a unit that a column's smallest figure may be
 
 
 def print_outlook(found: Outlook) -> None:

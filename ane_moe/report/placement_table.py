@@ -1,4 +1,5 @@
-"""A PlacementReport for the terminal: a strip of the operations by engine per function, then what keeps them off it."""
+"""A PlacementReport for the terminal: a strip of the operations by engine per function, then what
+keeps them off it."""
 
 from collections.abc import Iterable, Iterator
 from itertools import groupby
@@ -17,17 +18,25 @@ from ane_moe.placement.result import (
     PlacementReport,
 )
 
-STRIP_WIDTH = 14                    # the whole table fits into 80 columns
+STRIP_WIDTH = 14  # the whole table fits into 80 columns
 SHOWN_FINDINGS = 12
-SHOWN_FUNCTIONS = 40                # beyond, functions alike in everything but the layer share a line
+SHOWN_FUNCTIONS = 40  # beyond, functions alike in everything but the layer share a line
 SHOWN_NAMES = 3
-MARKS = {"ane": ("█", "green"), "cpu": ("▁", "red"), "gpu": ("▄", "yellow"), "uncertain": ("░", "bright_black")}
-TITLES = {"predicted": "Placement, PREDICTED by rules for {target}, OS {os} (nothing was measured)",
-          "measured": "Placement, MEASURED by Core ML on {target}, OS {os} (its plan, not a trace)"}
+MARKS = {
+    "ane": ("█", "green"),
+    "cpu": ("▁", "red"),
+    "gpu": ("▄", "yellow"),
+    "uncertain": ("░", "bright_black"),
+}
+TITLES = {
+    "predicted": "Placement, PREDICTED by rules for {target}, OS {os} (nothing was measured)",
+    "measured": "Placement, MEASURED by Core ML on {target}, OS {os} (its plan, not a trace)",
+}
 
 
 def placement_report(report: PlacementReport) -> RenderableType:
-    """Functions, findings (worst first, one line per rule), numerics and comparison where measured, the verdict."""
+    """Functions, findings (worst first, one line per rule), numerics and comparison where measured,
+    the verdict."""
     title = TITLES[report.source].format(target=report.target, os=report.os)
     parts: list[RenderableType] = [Text(title, style="bold"), _functions(report), _legend()]
     parts += list(_findings(report))
@@ -42,14 +51,27 @@ def _functions(report: PlacementReport) -> Table:
         table.add_column(name, no_wrap=True, min_width=8)
     table.add_column("operations", no_wrap=True, min_width=STRIP_WIDTH, max_width=STRIP_WIDTH)
     for name in ("engine", "CPU", "GPU", "open", "cost"):
-        table.add_column(name, justify="right", no_wrap=True, min_width=max(len(name), 6 if name == "cost" else 0))
+        table.add_column(
+            name,
+            justify="right",
+            no_wrap=True,
+            min_width=max(len(name), 6 if name == "cost" else 0),
+        )
     table.add_column("verdict", no_wrap=True, min_width=max(map(len, MARKS)))
     for row, alike in _lines(report.functions):
         share = row.cost_share_ane
         counts = [str(row.count(verdict)) for verdict in ("ane", "cpu", "gpu", "uncertain")]
-        path = printable(row.path.removesuffix(".mlpackage")) + (f" and {alike} alike" if alike else "")
-        table.add_row(path, printable(row.function), _strip(row.ops), *counts,
-                      "-" if share is None else f"{share:.1%}", row.verdict)
+        path = printable(row.path.removesuffix(".mlpackage")) + (
+            f" and {alike} alike" if alike else ""
+        )
+        table.add_row(
+            path,
+            printable(row.function),
+            _strip(row.ops),
+            *counts,
+            "-" if share is None else f"{share:.1%}",
+            row.verdict,
+        )
     return table
 
 
@@ -68,14 +90,23 @@ def _lines(functions: tuple[FunctionPlacement, ...]) -> list[tuple[FunctionPlace
 def _strip(ops: tuple[OpPlacement, ...]) -> Text:
     """At most STRIP_WIDTH cells; a cell shows the worst engine among its operations."""
     width = min(STRIP_WIDTH, len(ops))
-    cells = [ops[len(ops) * cell // width: len(ops) * (cell + 1) // width] for cell in range(width)]
+    cells = [
+        ops[len(ops) * cell // width : len(ops) * (cell + 1) // width] for cell in range(width)
+    ]
     worst = [min((op.verdict for op in cell), key=SEVERITY.__getitem__) for cell in cells]
-    return Text.assemble(*((MARKS[verdict][0] * len(list(run)), MARKS[verdict][1]) for verdict, run in groupby(worst)))
+    return Text.assemble(
+        *(
+            (MARKS[verdict][0] * len(list(run)), MARKS[verdict][1])
+            for verdict, run in groupby(worst)
+        )
+    )
 
 
 def _legend() -> Text:
     words = {"ane": "Neural Engine", "cpu": "CPU", "gpu": "GPU", "uncertain": "open"}
-    return Text.assemble(*((f"{MARKS[key][0]} {word}   ", MARKS[key][1]) for key, word in words.items()))
+    return Text.assemble(
+        *((f"{MARKS[key][0]} {word}   ", MARKS[key][1]) for key, word in words.items())
+    )
 
 
 def _findings(report: PlacementReport) -> Iterator[Text]:
@@ -87,7 +118,9 @@ def _findings(report: PlacementReport) -> Iterator[Text]:
     for group in ordered[:SHOWN_FINDINGS]:
         yield _finding(group)
     if len(ordered) > SHOWN_FINDINGS:
-        yield Text(f"and {len(ordered) - SHOWN_FINDINGS} more kinds of findings (--json lists them all)")
+        yield Text(
+            f"and {len(ordered) - SHOWN_FINDINGS} more kinds of findings (--json lists them all)"
+        )
 
 
 def _severity(group: list[tuple[FunctionPlacement, Finding]]) -> tuple[bool, int, int]:
@@ -99,11 +132,20 @@ def _finding(group: list[tuple[FunctionPlacement, Finding]]) -> Text:
     _, first = group[0]
     functions = {(function.path, function.function) for function, _ in group}
     names = list(dict.fromkeys(finding.op for _, finding in group if finding.op))
-    shown = ", ".join(map(printable, names[:SHOWN_NAMES])) + (", ..." if len(names) > SHOWN_NAMES else "")
-    kinds = ", ".join(sorted({printable(finding.op_type or "whole function") for _, finding in group}))
-    where = f"{kinds} x {len(group)} in {len(functions)} function{'s' if len(functions) > 1 else ''}"
-    text = Text.assemble((f"{first.verdict}  ", MARKS[first.verdict][1]), (f"{first.rule}", "bold"),
-                         f"  {where}{': ' + shown if shown else ''}\n     {printable(first.reason)}")
+    shown = ", ".join(map(printable, names[:SHOWN_NAMES])) + (
+        ", ..." if len(names) > SHOWN_NAMES else ""
+    )
+    kinds = ", ".join(
+        sorted({printable(finding.op_type or "whole function") for _, finding in group})
+    )
+    where = (
+        f"{kinds} x {len(group)} in {len(functions)} function{'s' if len(functions) > 1 else ''}"
+    )
+    text = Text.assemble(
+        (f"{first.verdict}  ", MARKS[first.verdict][1]),
+        (f"{first.rule}", "bold"),
+        f"  {where}{': ' + shown if shown else ''}\n     {printable(first.reason)}",
+    )
     if first.against:
         text.append(f"\n     against it: {first.against}")
     text.append(f"\n     source: {first.source} ({first.confidence})")
@@ -116,22 +158,40 @@ def _numerics(functions: Iterable[FunctionPlacement]) -> Iterator[Table]:
     rows = [(row, name, figures) for row in functions for name, figures in row.numerics.items()]
     if not rows:
         return
-    table = Table(title="The same package on CPU only and on CPU and engine, random inputs", title_justify="left",
-                  box=None, pad_edge=False)
+    table = Table(
+        title="The same package on CPU only and on CPU and engine, random inputs",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
     for column in ("package", "function", "output", "relative L2", "max error"):
         table.add_column(column)
     for row, name, figures in rows:
-        table.add_row(printable(row.path).removesuffix(".mlpackage"), printable(row.function), printable(name),
-                      f"{figures['relative_l2']:.2e}", f"{figures['max_abs_error']:.2e}")
+        table.add_row(
+            printable(row.path).removesuffix(".mlpackage"),
+            printable(row.function),
+            printable(name),
+            f"{figures['relative_l2']:.2e}",
+            f"{figures['max_abs_error']:.2e}",
+        )
     yield table
 
 
 def _comparison(report: PlacementReport) -> Iterator[Table]:
     if not report.comparison:
         return
-    table = Table(title="Predictions against this measurement, operations by rule", title_justify="left", box=None,
-                  pad_edge=False)
-    columns = {"right": "right", "wrong": "wrong", "undecided_ane": "undecided: on", "undecided_off": "off"}
+    table = Table(
+        title="Predictions against this measurement, operations by rule",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    columns = {
+        "right": "right",
+        "wrong": "wrong",
+        "undecided_ane": "undecided: on",
+        "undecided_off": "off",
+    }
     table.add_column("rule")
     for title in columns.values():
         table.add_column(title, justify="right")
@@ -144,11 +204,22 @@ def _verdict(report: PlacementReport) -> Text:
     broken = sum(len(function.broken) for function in report.functions)
     if report.source == MEASURED:
         words = "every gate passed" if report.passed else f"{broken} findings against the gates"
-        return Text(f"{'passed' if report.passed else 'FAILED'}  measured: {words}",
-                    style="green" if report.passed else "bold red")
+        return Text(
+            f"{'passed' if report.passed else 'FAILED'}  measured: {words}",
+            style="green" if report.passed else "bold red",
+        )
     if broken:
-        return Text(f"FAILED  predicted: {broken} findings from documented or measured rules", style="bold red")
+        return Text(
+            f"FAILED  predicted: {broken} findings from documented or measured rules",
+            style="bold red",
+        )
     if not report.passed:
-        return Text("FAILED  no rule is broken, but a measurement is required and there is none: run this on a Mac",
-                    style="bold red")
-    return Text("no rule broken  (a prediction: whether it runs on the engine shows on a Mac only)", style="green")
+        return Text(
+            "FAILED  no rule is broken, but a measurement is required and there is none: run "
+            "this on a Mac",
+            style="bold red",
+        )
+    return Text(
+        "no rule broken  (a prediction: whether it runs on the engine shows on a Mac only)",
+        style="green",
+    )

@@ -1,4 +1,5 @@
-"""Plots as SVG text that takes its text colour from the page, so that it can be read on light and dark alike."""
+"""Plots as SVG text that takes its text colour from the page, so that it can be read on light and
+dark alike."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -13,9 +14,9 @@ from matplotlib.ticker import MaxNLocator
 from ane_moe.report.report_data import ExpertUse
 from ane_moe.verification.result import ShardResult
 
-INK = "#010203"             # stands for the page's own colour, and is replaced by it
+INK = "#010203"  # stands for the page's own colour, and is replaced by it
 BLUE, ORANGE, GREEN, GREY = "#3d7dd8", "#d9822b", "#3c9a5f", "#8a8f98"
-WIDE = 7.2                  # inches
+WIDE = 7.2  # inches
 
 
 def parity_plot(rows: Sequence[ShardResult], title: str) -> str:
@@ -23,9 +24,15 @@ def parity_plot(rows: Sequence[ShardResult], title: str) -> str:
     figure, axes = _figure(2.6)
     kinds = list(dict.fromkeys(row.kind for row in rows if row.layer is not None))
     for kind, colour in zip(kinds, (BLUE, ORANGE, GREEN, GREY, BLUE), strict=False):
-        mine = [row for row in rows if row.kind == kind and row.layer is not None and row.cosine is not None]
+        mine = [
+            row
+            for row in rows
+            if row.kind == kind and row.layer is not None and row.cosine is not None
+        ]
         errors = [max(1 - (row.cosine or 0.0), 1e-8) for row in mine]
-        axes.scatter([row.layer or 0 for row in mine], errors, s=22, color=colour, label=kind, alpha=0.8)
+        axes.scatter(
+            [row.layer or 0 for row in mine], errors, s=22, color=colour, label=kind, alpha=0.8
+        )
     limits = [1 - row.min_cosine for row in rows]
     axes.axhline(max(limits), color="#c0392b", linestyle="--", linewidth=1, label="gate")
     axes.set(yscale="log", xlabel="layer", ylabel="1 - cosine (lower is better)", title=title)
@@ -56,14 +63,20 @@ def latency_plot(rows: Sequence[Mapping[str, Any]]) -> str:
     kinds = list(dict.fromkeys(kind for row in rows for kind in row["kinds_ms"]))
     figure, axes = _figure(0.9 + 0.4 * len(rows))
     left = np.zeros(len(rows))
-    for kind, colour in zip([*kinds, "host"], (BLUE, ORANGE, GREEN, GREY, "#9b59b6", "#16a085"), strict=False):
-        values = np.array([row["host_ms"] if kind == "host" else row["kinds_ms"].get(kind, 0.0) for row in rows])
+    for kind, colour in zip(
+        [*kinds, "host"], (BLUE, ORANGE, GREEN, GREY, "#9b59b6", "#16a085"), strict=False
+    ):
+        values = np.array(
+            [row["host_ms"] if kind == "host" else row["kinds_ms"].get(kind, 0.0) for row in rows]
+        )
         axes.barh(range(len(rows)), values, left=left, color=colour, label=kind, height=0.6)
         left += values
     axes.set_yticks(range(len(rows)), [f"{row['fill']} tokens" for row in rows])
     axes.invert_yaxis()
     axes.set(xlabel="ms a token", ylabel="context")
-    axes.legend(frameon=False, ncols=5, labelcolor=INK, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1))
+    axes.legend(
+        frameon=False, ncols=5, labelcolor=INK, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1)
+    )
     return _svg(figure, "latency")
 
 
@@ -74,8 +87,17 @@ def prediction_plot(parts: Mapping[str, Mapping[str, float]]) -> str:
     expected = np.array([parts[name]["expected"] for name in names])
     below = expected - [parts[name]["low"] for name in names]
     above = np.array([parts[name]["high"] for name in names]) - expected
-    axes.barh(range(len(names)), expected, xerr=np.abs([below, above]), height=0.55, color="none", edgecolor=BLUE,
-              hatch="///", ecolor=INK, capsize=3)
+    axes.barh(
+        range(len(names)),
+        expected,
+        xerr=np.abs([below, above]),
+        height=0.55,
+        color="none",
+        edgecolor=BLUE,
+        hatch="///",
+        ecolor=INK,
+        capsize=3,
+    )
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set(xlabel="ms a token, predicted: low, expected, high")
@@ -111,8 +133,15 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 def _svg(figure: Figure, name: str) -> str:
     """The figure as an element of an HTML page: no header, no fixed size, ids of its own."""
     stream = io.StringIO()
-    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "svg.id": f"plot-{name}"}
+    settings = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "font.family": "sans-serif",
+        "svg.id": f"plot-{name}",
+    }
     with matplotlib.rc_context(settings):
-        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(
+            stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+        )
     text = stream.getvalue()
-    return text[text.index("<svg"):].replace(INK, "currentColor")
+    return text[text.index("<svg") :].replace(INK, "currentColor")

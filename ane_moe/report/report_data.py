@@ -1,4 +1,5 @@
-"""Everything the report page shows, gathered from a conversion and from what was found out about it."""
+"""Everything the report page shows, gathered from a conversion and from what was found out about
+it."""
 
 import json
 import math
@@ -35,8 +36,8 @@ class ExpertUse:
 class ReportData:
     """Parts that are not there are None (or empty), and the page leaves them out.
 
-    `bench` is a document that `bench --save` wrote; `predicted` one of the cost model (`Prediction.as_json`).
-    `routing_of` says what text the experts' use was counted on.
+    `bench` is a document that `bench --save` wrote; `predicted` one of the cost model
+    (`Prediction.as_json`). `routing_of` says what text the experts' use was counted on.
     """
 
     folder: str
@@ -55,23 +56,37 @@ class ReportData:
         return all(tried) if tried else None
 
 
-def gather(out: Path, *, verify: VerifyReport | None = None, placement: PlacementReport | None = None,
-           bench: Path | None = None, trace: Path | None = None, target: str = "m4-max") -> ReportData:
+def gather(
+    out: Path,
+    *,
+    verify: VerifyReport | None = None,
+    placement: PlacementReport | None = None,
+    bench: Path | None = None,
+    trace: Path | None = None,
+    target: str = "m4-max",
+) -> ReportData:
     """Read what lies beside the shards in `out` and join it with results that the caller has.
 
-    Raises UserError for a folder that is no conversion, and for a bench file or a trace that cannot be read.
+    Raises UserError for a folder that is no conversion, and for a bench file or a trace that cannot
+    be read.
     """
     manifest = read_manifest(out)
     routing, source = _expert_use(out, manifest, trace)
-    predicted = predict(workload_of(out), find_chip(target)).as_json() if target in chip_names() else None
+    predicted = (
+        predict(workload_of(out), find_chip(target)).as_json() if target in chip_names() else None
+    )
     figures = _bench(bench) if bench else None
     return ReportData(str(out), manifest, verify, placement, figures, predicted, routing, source)
 
 
-def _expert_use(out: Path, manifest: Manifest, trace: Path | None) -> tuple[tuple[ExpertUse, ...], str]:
+def _expert_use(
+    out: Path, manifest: Manifest, trace: Path | None
+) -> tuple[tuple[ExpertUse, ...], str]:
     if trace is not None:
         summary = summarise(read_trace(trace))
-        return tuple(ExpertUse(one.layer, one.usage, one.entropy) for one in summary.layers), f"{summary.tokens} tokens"
+        return tuple(
+            ExpertUse(one.layer, one.usage, one.entropy) for one in summary.layers
+        ), f"{summary.tokens} tokens"
     if manifest.golden is None:
         return (), ""
     golden = read_golden(out / manifest.golden)
@@ -92,16 +107,25 @@ def _bench(path: Path) -> dict[str, Any]:
     """A bench document. What the page reads of it is checked; the rest is shown to nobody."""
     try:
         if path.stat().st_size > MAX_BENCH_BYTES:
-            raise UserError(f"{path} is too large for a saved bench", f"{path.stat().st_size} bytes")
+            raise UserError(
+                f"{path} is too large for a saved bench", f"{path.stat().st_size} bytes"
+            )
         document = json.loads(path.read_text(encoding="utf-8"))
         for row in document["decode"]:
-            _require_numbers(row["latency"]["median_ms"], row["tok_s"], row["host_ms"], *row["kinds_ms"].values())
-        _require_text(*(document["conditions"][name] for name in ("label", "chip", "os", "started")))
+            _require_numbers(
+                row["latency"]["median_ms"], row["tok_s"], row["host_ms"], *row["kinds_ms"].values()
+            )
+        _require_text(
+            *(document["conditions"][name] for name in ("label", "chip", "os", "started"))
+        )
         if not isinstance(document["device_figures"], bool):
             raise ValueError("device_figures is not true or false")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a saved bench", f"{type(error).__name__}: {error}",
-                        "make one with `ane-moe bench OUT --save FILE`") from None
+        raise UserError(
+            f"{path} is not a saved bench",
+            f"{type(error).__name__}: {error}",
+            "make one with `ane-moe bench OUT --save FILE`",
+        ) from None
     return dict(document)
 
 

@@ -9,7 +9,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ane_moe.verification.result import FunctionModelResult, RoutingResult, ShardResult, VerifyReport
+from ane_moe.verification.result import (
+    FunctionModelResult,
+    RoutingResult,
+    ShardResult,
+    VerifyReport,
+)
 
 SHOWN_FAILURES = 20
 SHOWN_LAYERS = 8
@@ -21,14 +26,21 @@ CAUSES = {
 
 
 def verify_report(report: VerifyReport) -> RenderableType:
-    """Problems with files, or the tables of functions, routing and the whole model; the verdict last."""
+    """Problems with files, or the tables of functions, routing and the whole model; the verdict
+    last."""
     parts: list[RenderableType] = []
     if report.compression:
         parts.append(_compression(report.compression))
     if report.as_stored:
-        parts.append(_functions(report.as_stored.shards, "Functions against the weights as stored: conversion alone"))
+        parts.append(
+            _functions(
+                report.as_stored.shards, "Functions against the weights as stored: conversion alone"
+            )
+        )
     if report.shards:
-        parts.append(_functions(report.shards, "Functions, teacher-forced: the worst shard of each kind"))
+        parts.append(
+            _functions(report.shards, "Functions, teacher-forced: the worst shard of each kind")
+        )
     if report.routing:
         parts.append(_routing(report.routing, report.routing_mode))
     if report.models:
@@ -42,26 +54,49 @@ def verify_report(report: VerifyReport) -> RenderableType:
 
 
 def _compression(roles: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = _table("Weights by role; the error is of the weights, relative L2", "role", "format", "MB", "bits", "error",
-                   "without directions apart")
+    table = _table(
+        "Weights by role; the error is of the weights, relative L2",
+        "role",
+        "format",
+        "MB",
+        "bits",
+        "error",
+        "without directions apart",
+    )
     for role, facts in sorted(roles.items()):
         size, bits = f"{facts['bytes'] / 1e6:.1f}", f"{facts['bits_per_weight']:.2f}"
-        table.add_row(role, ", ".join(facts["formats"]), size, bits,
-                      _small(facts.get("relative_error")), _small(facts.get("relative_error_without_directions")))
+        table.add_row(
+            role,
+            ", ".join(facts["formats"]),
+            size,
+            bits,
+            _small(facts.get("relative_error")),
+            _small(facts.get("relative_error_without_directions")),
+        )
     return table
 
 
 def _functions(rows: tuple[ShardResult, ...], title: str) -> Table:
-    table = _table(title, "kind", "function", "passed", "cosine", "margin", "rel. L2", "margin", "max error")
+    table = _table(
+        title, "kind", "function", "passed", "cosine", "margin", "rel. L2", "margin", "max error"
+    )
     groups: dict[tuple[str, str], list[ShardResult]] = {}
     for row in rows:
         groups.setdefault((row.kind, re.sub(r"_\d+_", "_NNN_", row.function)), []).append(row)
     for (kind, function), group in groups.items():
         worst = min(group, key=_tightness)
         passed = sum(row.passed for row in group)
-        table.add_row(kind, function, f"{passed}/{len(group)}", _figure(worst.cosine), _signed(worst.margin),
-                      _small(worst.relative_l2), _signed(worst.relative_l2_margin), _small(worst.max_abs_error),
-                      style=None if passed == len(group) else "red")
+        table.add_row(
+            kind,
+            function,
+            f"{passed}/{len(group)}",
+            _figure(worst.cosine),
+            _signed(worst.margin),
+            _small(worst.relative_l2),
+            _signed(worst.relative_l2_margin),
+            _small(worst.max_abs_error),
+            style=None if passed == len(group) else "red",
+        )
     return table
 
 
@@ -69,35 +104,69 @@ def _tightness(row: ShardResult) -> float:
     """Least of the two margins, each as a share of what its gate allows."""
     if row.margin is None or row.relative_l2_margin is None:
         return float("-inf")
-    return min(row.margin / max(1 - row.min_cosine, 1e-9), row.relative_l2_margin / max(row.max_relative_l2, 1e-9))
+    return min(
+        row.margin / max(1 - row.min_cosine, 1e-9),
+        row.relative_l2_margin / max(row.max_relative_l2, 1e-9),
+    )
 
 
 def _routing(rows: tuple[RoutingResult, ...], mode: str) -> Table:
-    table = _table(f"Routing ({mode}), tokens with the model's experts and probability outside its top k: the "
-                   f"{min(SHOWN_LAYERS, len(rows))} worst of {len(rows)} layers",
-                   "layer", "same experts", "near-tie flips", "model's outside", "shard's outside")
+    table = _table(
+        f"Routing ({mode}), tokens with the model's experts and probability outside its top k: the "
+        f"{min(SHOWN_LAYERS, len(rows))} worst of {len(rows)} layers",
+        "layer",
+        "same experts",
+        "near-tie flips",
+        "model's outside",
+        "shard's outside",
+    )
     worst = sorted(rows, key=lambda row: row.set_agreement)[:SHOWN_LAYERS]
     for row in sorted(worst, key=lambda row: row.layer):
-        table.add_row(str(row.layer), f"{row.set_agreement:.2%}", str(row.near_tie_flips),
-                      f"{row.mass_outside_top_k:.2%}", f"{row.gate_mass_outside_top_k:.2%}")
+        table.add_row(
+            str(row.layer),
+            f"{row.set_agreement:.2%}",
+            str(row.near_tie_flips),
+            f"{row.mass_outside_top_k:.2%}",
+            f"{row.gate_mass_outside_top_k:.2%}",
+        )
     return table
 
 
 def _models(rows: tuple[FunctionModelResult, ...]) -> Table:
-    table = _table("Whole model, teacher-forced (KL in nats, perplexity golden / shards)", "function", "tokens",
-                   "top-1", "mean KL", "golden", "shards", "logit cosine", "margin")
+    table = _table(
+        "Whole model, teacher-forced (KL in nats, perplexity golden / shards)",
+        "function",
+        "tokens",
+        "top-1",
+        "mean KL",
+        "golden",
+        "shards",
+        "logit cosine",
+        "margin",
+    )
     for row in rows:
-        table.add_row(row.function, str(row.tokens), f"{row.top1_agreement:.2%}", _small(row.mean_kl),
-                      _plain(row.perplexity_golden), _plain(row.perplexity_shards), _figure(row.logit_cosine),
-                      _signed(row.logit_cosine - row.min_logit_cosine), style=None if row.passed else "red")
+        table.add_row(
+            row.function,
+            str(row.tokens),
+            f"{row.top1_agreement:.2%}",
+            _small(row.mean_kl),
+            _plain(row.perplexity_golden),
+            _plain(row.perplexity_shards),
+            _figure(row.logit_cosine),
+            _signed(row.logit_cosine - row.min_logit_cosine),
+            style=None if row.passed else "red",
+        )
     return table
 
 
 def _divergences(rows: tuple[FunctionModelResult, ...]) -> Iterable[Text]:
     for row in rows:
         if first := row.first_differing_greedy_token:
-            yield Text(f"first other greedy token, {row.function}: prompt {first.prompt}, position {first.position}; "
-                       f"the golden prefers its own by {first.golden_margin:.2g} logits")
+            yield Text(
+                f"first other greedy token, {row.function}: prompt {first.prompt}, position "
+                f"{first.position}; "
+                f"the golden prefers its own by {first.golden_margin:.2g} logits"
+            )
 
 
 def tokenizer_line(report: VerifyReport) -> str:
@@ -111,13 +180,25 @@ def tokenizer_line(report: VerifyReport) -> str:
 def _failures(report: VerifyReport) -> Iterable[Text]:
     lines = [f"{problem.path}: {problem.what}" for problem in report.integrity]
     if report.as_stored:
-        lines += [f"{row.path} {row.function}, against the weights as stored: {row.reason}"
-                  for row in report.as_stored.shards if not row.passed]
-        lines += [f"whole model, {row.function}, against the weights as stored: logit cosine {row.logit_cosine:.6f} is "
-                  f"below {row.min_logit_cosine}" for row in report.as_stored.models if not row.passed]
+        lines += [
+            f"{row.path} {row.function}, against the weights as stored: {row.reason}"
+            for row in report.as_stored.shards
+            if not row.passed
+        ]
+        lines += [
+            f"whole model, {row.function}, against the weights as stored: logit cosine "
+            f"{row.logit_cosine:.6f} is "
+            f"below {row.min_logit_cosine}"
+            for row in report.as_stored.models
+            if not row.passed
+        ]
     lines += [f"{row.path} {row.function}: {row.reason}" for row in report.shards if not row.passed]
-    lines += [f"whole model, {row.function}: logit cosine {row.logit_cosine:.6f} is below {row.min_logit_cosine}"
-              for row in report.models if not row.passed]
+    lines += [
+        f"whole model, {row.function}: logit cosine {row.logit_cosine:.6f} is below "
+        f"{row.min_logit_cosine}"
+        for row in report.models
+        if not row.passed
+    ]
     if report.tokenizer and report.tokenizer.reason:
         lines.append(f"tokenizer: {report.tokenizer.reason}")
     for line in lines[:SHOWN_FAILURES]:
@@ -127,10 +208,17 @@ def _failures(report: VerifyReport) -> Iterable[Text]:
 
 
 def _verdict(report: VerifyReport) -> Text:
-    conditions = f"{report.folder}: {report.weights} weights, {report.routing_mode} routing, {report.runtime} runtime"
+    conditions = (
+        f"{report.folder}: {report.weights} weights, {report.routing_mode} routing, "
+        f"{report.runtime} runtime"
+    )
     if report.passed:
         return Text(f"passed  {conditions}, {report.golden_tokens} tokens", style="green")
-    what = "files are damaged, nothing was run" if report.integrity else f"{report.failures} gates failed"
+    what = (
+        "files are damaged, nothing was run"
+        if report.integrity
+        else f"{report.failures} gates failed"
+    )
     what += CAUSES.get(report.cause or "", "")
     return Text(f"FAILED  {conditions}: {what}", style="bold red")
 

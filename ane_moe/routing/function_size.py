@@ -1,6 +1,8 @@
-"""How many experts to put into a function: few calls cost few call overheads, large functions stream weights in vain.
+"""How many experts to put into a function: few calls cost few call overheads, large functions
+stream weights in vain.
 
-For each size the experts are grouped anew, and the cost model gives the time of a token's expert calls.
+For each size the experts are grouped anew, and the cost model gives the time of a token's expert
+calls.
 """
 
 from collections.abc import Sequence
@@ -20,8 +22,8 @@ SIZES = (1, 2, 4, 8, 16)
 
 @dataclass(frozen=True)
 class SizeCost:
-    """Expert calls of one decoded token, over all layers, on the tokens left out of the fit, and the time predicted for
-    them and the host: grouped, and by index."""
+    """Expert calls of one decoded token, over all layers, on the tokens left out of the fit, and
+    the time predicted for them and the host: grouped, and by index."""
 
     experts_per_function: int
     functions_per_token: float
@@ -32,7 +34,8 @@ class SizeCost:
 
 @dataclass(frozen=True)
 class SizeChoice:
-    """The size with the least expected time, its grouping, and the costs of all sizes that were tried."""
+    """The size with the least expected time, its grouping, and the costs of all sizes that were
+    tried."""
 
     chip: str
     format: str
@@ -42,19 +45,30 @@ class SizeChoice:
 
     def as_json(self) -> dict[str, Any]:
         """What `--json` prints, beside the grouping's own report."""
-        return {"kind": "predicted", "chip": self.chip, "format": self.format, "note": self.note,
-                "sizes": [asdict(cost) for cost in self.costs]}
+        return {
+            "kind": "predicted",
+            "chip": self.chip,
+            "format": self.format,
+            "note": self.note,
+            "sizes": [asdict(cost) for cost in self.costs],
+        }
 
 
-def choose_size(trace: RoutingTrace, chip: Chip, form: str, sizes: Sequence[int] = SIZES) -> SizeChoice:
-    """Group the experts by each of `sizes` (as far as there are so many) and keep the size that `chip` is expected to
-    run fastest with weights in the format `form`.
+def choose_size(
+    trace: RoutingTrace, chip: Chip, form: str, sizes: Sequence[int] = SIZES
+) -> SizeChoice:
+    """Group the experts by each of `sizes` (as far as there are so many) and keep the size that
+    `chip` is expected to run fastest with weights in the format `form`.
 
-    Raises UserError when the trace does not say how many weights an expert has, and for an unknown format.
+    Raises UserError when the trace does not say how many weights an expert has, and for an unknown
+    format.
     """
     if any(not layer.expert_weights for layer in trace.layers.values()):
-        raise UserError("the trace does not say how many weights an expert has", "0",
-                        "trace the checkpoint, or shards of masked or sparse routing")
+        raise UserError(
+            "the trace does not say how many weights an expert has",
+            "0",
+            "trace the checkpoint, or shards of masked or sparse routing",
+        )
     least = min(layer.experts for layer in trace.layers.values())
     reports = {size: group_experts(trace, size) for size in sizes if size <= least}
     costs = tuple(_cost(trace, report, chip, form) for report in reports.values())
@@ -66,12 +80,20 @@ def _cost(trace: RoutingTrace, report: GroupingReport, chip: Chip, form: str) ->
     size, gains = report.grouping.experts_per_function, report.gains
     grouped = {layer: gain.grouped for layer, gain in gains.items()}
     by_index = {layer: gain.index_order for layer, gain in gains.items()}
-    return SizeCost(size, sum(grouped.values()), sum(by_index.values()), _time(trace, grouped, size, chip, form),
-                    _time(trace, by_index, size, chip, form))
+    return SizeCost(
+        size,
+        sum(grouped.values()),
+        sum(by_index.values()),
+        _time(trace, grouped, size, chip, form),
+        _time(trace, by_index, size, chip, form),
+    )
 
 
-def _time(trace: RoutingTrace, functions: dict[int, float], size: int, chip: Chip, form: str) -> Range:
-    """Milliseconds of a token's expert calls and of the host; the other shards are the same for every size."""
+def _time(
+    trace: RoutingTrace, functions: dict[int, float], size: int, chip: Chip, form: str
+) -> Range:
+    """Milliseconds of a token's expert calls and of the host; the other shards are the same for
+    every size."""
     calls, stored = [], find_format(form)
     for layer, count in functions.items():
         weights = size * trace.layers[layer].expert_weights

@@ -22,17 +22,25 @@ from ane_moe.progress import Progress, silent
 from ane_moe.quiet_transformers import quiet_transformers
 from ane_moe.routing.routing_trace import LayerRouting, RoutingTrace, by_weight
 
-WINDOW = 512            # tokens of a passage, unless the context is shorter
+WINDOW = 512  # tokens of a passage, unless the context is shorter
 MAX_TOKENS = 8192
 
 
-def record(source: Path, text: Path, *, window: int | None = None, max_tokens: int = MAX_TOKENS,
-           runtime: str = "auto", progress: Progress | None = None, **options: Any) -> RoutingTrace:
-    """Run the conversion or the checkpoint in `source` over `text`, cut into passages of `window` tokens (None: 512, or
-    the context), `max_tokens` in all. `options` go to the runtime.
+def record(
+    source: Path,
+    text: Path,
+    *,
+    window: int | None = None,
+    max_tokens: int = MAX_TOKENS,
+    runtime: str = "auto",
+    progress: Progress | None = None,
+    **options: Any,
+) -> RoutingTrace:
+    """Run the conversion or the checkpoint in `source` over `text`, cut into passages of `window`
+    tokens (None: 512, or the context), `max_tokens` in all. `options` go to the runtime.
 
-    `text` is as for `read_prompts`: UTF-8, parted by lines of ---, or JSON. Raises UserError for a folder that is
-    neither, text that gives no tokens, and a model without experts.
+    `text` is as for `read_prompts`: UTF-8, parted by lines of ---, or JSON. Raises UserError for a
+    folder that is neither, text that gives no tokens, and a model without experts.
     """
     if max_tokens < 1 or (window is not None and window < 1):
         raise UserError("a trace needs tokens", f"a window of {window}, {max_tokens} in all")
@@ -50,18 +58,33 @@ def _passages(prompts: list[list[int]], window: int, max_tokens: int) -> list[li
     return passages
 
 
-def _trace(family: str, source: str, passages: list[list[int]], layers: dict[int, LayerRouting]) -> RoutingTrace:
+def _trace(
+    family: str, source: str, passages: list[list[int]], layers: dict[int, LayerRouting]
+) -> RoutingTrace:
     if not layers:
-        raise UserError("there is no routing to trace", "a model without experts", "trace a mixture of experts")
+        raise UserError(
+            "there is no routing to trace", "a model without experts", "trace a mixture of experts"
+        )
     starts = np.cumsum([0, *map(len, passages[:-1])]).astype(np.int64)
     return RoutingTrace(family, source, np.concatenate(passages).astype(np.int32), starts, layers)
 
 
-# -- shards -------------------------------------------------------------------------------------------------------
+# -- shards
+# --------------------------------------------------------------------------------------------------
 
-def _record_shards(folder: Path, prompts: list[list[int]], window: int | None, max_tokens: int, runtime: str,
-                   progress: Progress, options: dict[str, Any]) -> RoutingTrace:
-    shards = load_shards(folder, runtime, expert_cache_bytes=psutil.virtual_memory().available // 4, **options)
+
+def _record_shards(
+    folder: Path,
+    prompts: list[list[int]],
+    window: int | None,
+    max_tokens: int,
+    runtime: str,
+    progress: Progress,
+    options: dict[str, Any],
+) -> RoutingTrace:
+    shards = load_shards(
+        folder, runtime, expert_cache_bytes=psutil.virtual_memory().available // 4, **options
+    )
     manifest, session = shards.manifest, Session(shards)
     passages = _passages(prompts, min(window or WINDOW, manifest.context), max_tokens)
     heard: dict[int, list[np.ndarray]] = {int(layer): [] for layer in manifest.moe}
@@ -75,12 +98,18 @@ def _record_shards(folder: Path, prompts: list[list[int]], window: int | None, m
     layers = {}
     for layer, chunks in heard.items():
         facts = manifest.moe[str(layer)]
-        gates = np.concatenate(chunks)[:, :int(facts["experts"])]       # and no class that computes nothing
+        gates = np.concatenate(chunks)[
+            :, : int(facts["experts"])
+        ]  # and no class that computes nothing
         routing = _from_gates(gates, int(facts["k"]))
         size, count = expert_size(manifest, layer)
         layers[layer] = replace(routing, expert_bytes=size, expert_weights=count)
-    return _trace(manifest.family, f"{manifest.routing} shards, {manifest.weights} weights, {shards.runtime} runtime",
-                  passages, layers)
+    return _trace(
+        manifest.family,
+        f"{manifest.routing} shards, {manifest.weights} weights, {shards.runtime} runtime",
+        passages,
+        layers,
+    )
 
 
 def _from_gates(gates: np.ndarray, k: int) -> LayerRouting:
@@ -90,8 +119,9 @@ def _from_gates(gates: np.ndarray, k: int) -> LayerRouting:
 
 
 def expert_size(manifest: Manifest, layer: int) -> tuple[int, int]:
-    """Bytes and number of an expert's weights, by its share of the layer's expert files: routers and shared experts,
-    small beside them, are counted in. 0 where a stack holds them together with attention."""
+    """Bytes and number of an expert's weights, by its share of the layer's expert files: routers
+    and shared experts, small beside them, are counted in. 0 where a stack holds them together with
+    attention."""
     shards = manifest.shards_of("experts", layer) or manifest.shards_of("moe", layer)
     copies = [functions[0] for shard in shards for functions in shard.copies.values()]
     experts = int(manifest.moe[str(layer)]["experts"])
@@ -101,13 +131,20 @@ def expert_size(manifest: Manifest, layer: int) -> tuple[int, int]:
 
 def _chunks(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     for first in range(0, len(ids), size):
-        yield ids[first:first + size]
+        yield ids[first : first + size]
 
 
-# -- Hugging Face -------------------------------------------------------------------------------------------------
+# -- Hugging Face
+# -------------------------------------------------------------------------------------------------
 
-def _record_checkpoint(checkpoint: Path, prompts: list[list[int]], window: int | None, max_tokens: int,
-                       progress: Progress) -> RoutingTrace:
+
+def _record_checkpoint(
+    checkpoint: Path,
+    prompts: list[list[int]],
+    window: int | None,
+    max_tokens: int,
+    progress: Progress,
+) -> RoutingTrace:
     from ane_moe.original.capture import walk_layers
     from ane_moe.original.prompts import check_prompts
     from ane_moe.original.stream import StreamedModel
@@ -122,7 +159,9 @@ def _record_checkpoint(checkpoint: Path, prompts: list[list[int]], window: int |
 
         def visit(index: int, layer: Any, taps: list[Tap]) -> None:
             if taps[0].router is not None:
-                weights, chosen = (np.concatenate([tap.router[part].numpy() for tap in taps]) for part in (1, 2))
+                weights, chosen = (
+                    np.concatenate([tap.router[part].numpy() for tap in taps]) for part in (1, 2)
+                )
                 experts = taps[0].parts.experts
                 assert experts is not None
                 number = int(experts.num_experts)  # type: ignore[arg-type]

@@ -1,4 +1,5 @@
-"""A routing trace: which experts every token chose, with which weights, layer by layer. docs/routing.md has the schema.
+"""A routing trace: which experts every token chose, with which weights, layer by layer.
+docs/routing.md has the schema.
 
 N = tokens, k = experts per token, E = experts of the layer, P = passages the tokens come from.
 """
@@ -21,9 +22,9 @@ _AGAIN = "make one with `ane-moe trace`"
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """`chosen` int16 `[N,k]`, by falling weight; `weights` fp32 `[N,k]`, 0 where fewer than k were chosen (an fp16 gate
-    that vanished). `experts` is E; `expert_bytes` what one expert's weights take as stored and `expert_weights` how
-    many they are, 0 when unknown."""
+    """`chosen` int16 `[N,k]`, by falling weight; `weights` fp32 `[N,k]`, 0 where fewer than k were
+    chosen (an fp16 gate that vanished). `experts` is E; `expert_bytes` what one expert's weights
+    take as stored and `expert_weights` how many they are, 0 when unknown."""
 
     experts: int
     chosen: np.ndarray
@@ -40,7 +41,8 @@ class LayerRouting:
 
 @dataclass(frozen=True)
 class RoutingTrace:
-    """`tokens` int32 `[N]`, `starts` int64 `[P]` the first token of each passage; `source` says what was run."""
+    """`tokens` int32 `[N]`, `starts` int64 `[P]` the first token of each passage; `source` says
+    what was run."""
 
     family: str
     source: str
@@ -56,9 +58,13 @@ class RoutingTrace:
 
     def tokens_of(self, part: slice) -> "RoutingTrace":
         """The trace of some of the tokens, as one passage."""
-        layers = {index: replace(one, chosen=one.chosen[part], weights=one.weights[part])
-                  for index, one in self.layers.items()}
-        return RoutingTrace(self.family, self.source, self.tokens[part], np.zeros(1, np.int64), layers)
+        layers = {
+            index: replace(one, chosen=one.chosen[part], weights=one.weights[part])
+            for index, one in self.layers.items()
+        }
+        return RoutingTrace(
+            self.family, self.source, self.tokens[part], np.zeros(1, np.int64), layers
+        )
 
 
 def by_weight(chosen: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -80,43 +86,68 @@ def write_trace(trace: RoutingTrace, path: Path) -> None:
         "layers": np.array(indices, np.int32),
         "experts": np.array([trace.layers[index].experts for index in indices], np.int32),
         "expert_bytes": np.array([trace.layers[index].expert_bytes for index in indices], np.int64),
-        "expert_weights": np.array([trace.layers[index].expert_weights for index in indices], np.int64),
+        "expert_weights": np.array(
+            [trace.layers[index].expert_weights for index in indices], np.int64
+        ),
     }
     for index in indices:
-        arrays |= {f"layer_{index:03d}.chosen": trace.layers[index].chosen,
-                   f"layer_{index:03d}.weights": trace.layers[index].weights}
+        arrays |= {
+            f"layer_{index:03d}.chosen": trace.layers[index].chosen,
+            f"layer_{index:03d}.weights": trace.layers[index].weights,
+        }
     with named_by_user(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
 def read_trace(path: Path) -> RoutingTrace:
-    """Read and check a trace. Raises UserError when it is none, damaged, or larger than 4 GiB unpacked."""
+    """Read and check a trace. Raises UserError when it is none, damaged, or larger than 4 GiB
+    unpacked."""
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
         if size > MAX_BYTES:
-            raise UserError(f"{path} is too large", f"{size / 1e9:.1f} GB unpacked", "trace fewer tokens")
+            raise UserError(
+                f"{path} is too large", f"{size / 1e9:.1f} GB unpacked", "trace fewer tokens"
+            )
         with np.load(path, allow_pickle=False) as arrays:
             return _parsed(arrays)
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as a routing trace", f"{type(error).__name__}: {error}",
-                        _AGAIN) from None
+        raise UserError(
+            f"{path} cannot be read as a routing trace", f"{type(error).__name__}: {error}", _AGAIN
+        ) from None
 
 
 def _parsed(arrays: Any) -> RoutingTrace:
     if int(arrays["format"]) != FORMAT:
         raise ValueError(f"format {arrays['format']}, this version reads {FORMAT}")
     tokens, starts = arrays["tokens"], arrays["starts"]
-    if tokens.ndim != 1 or starts.ndim != 1 or not len(starts) or starts[0] != 0 or (np.diff(starts) <= 0).any() \
-            or starts[-1] >= len(tokens):
+    if (
+        tokens.ndim != 1
+        or starts.ndim != 1
+        or not len(starts)
+        or starts[0] != 0
+        or (np.diff(starts) <= 0).any()
+        or starts[-1] >= len(tokens)
+    ):
         raise ValueError("passages and tokens do not fit together")
     layers = {}
-    facts = (arrays[name].tolist() for name in ("layers", "experts", "expert_bytes", "expert_weights"))
+    facts = (
+        arrays[name].tolist() for name in ("layers", "experts", "expert_bytes", "expert_weights")
+    )
     for index, experts, size, count in zip(*facts, strict=True):
         chosen, weights = arrays[f"layer_{index:03d}.chosen"], arrays[f"layer_{index:03d}.weights"]
-        if chosen.dtype != np.int16 or weights.dtype != np.float32 or chosen.shape != weights.shape \
-                or chosen.ndim != 2 or len(chosen) != len(tokens) or min(size, count) < 0:
-            raise ValueError(f"layer {index} has {chosen.dtype} {chosen.shape} and {weights.dtype} {weights.shape}")
+        if (
+            chosen.dtype != np.int16
+            or weights.dtype != np.float32
+            or chosen.shape != weights.shape
+            or chosen.ndim != 2
+            or len(chosen) != len(tokens)
+            or min(size, count) < 0
+        ):
+            raise ValueError(
+                f"layer {index} has {chosen.dtype} {chosen.shape} and {weights.dtype} "
+                f"{weights.shape}"
+            )
         if chosen.size and not 0 <= chosen.min() <= chosen.max() < experts:
             raise ValueError(f"layer {index} names an expert it does not have")
         if not np.isfinite(weights).all():

@@ -9,14 +9,15 @@ import numpy as np
 from ane_moe.routing.routing_trace import RoutingTrace
 from ane_moe.routing.traffic import ExpertTraffic, expert_traffic
 
-CACHE_SHARES = (0.25, 0.5, 0.75, 1.0)       # of all experts' bytes
+CACHE_SHARES = (0.25, 0.5, 0.75, 1.0)  # of all experts' bytes
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """`usage` is each expert's share of the choices, summing to 1; `entropy` its entropy over that of even use, 0 to 1.
-    `repeated` is the share of a token's experts that the token before it in the passage chose too; None without one.
-    `top_weight` is the mean share of the largest weight."""
+    """`usage` is each expert's share of the choices, summing to 1; `entropy` its entropy over that
+    of even use, 0 to 1. `repeated` is the share of a token's experts that the token before it in
+    the passage chose too; None without one. `top_weight` is the mean share of the largest
+    weight."""
 
     layer: int
     experts: int
@@ -48,12 +49,21 @@ class TraceSummary:
 
 
 def summarise(trace: RoutingTrace) -> TraceSummary:
-    """Usage of experts, and the traffic of a cache that holds a quarter, half, three quarters and all of them."""
+    """Usage of experts, and the traffic of a cache that holds a quarter, half, three quarters and
+    all of them."""
     total = sum(one.experts * one.expert_bytes for one in trace.layers.values())
     known = all(one.expert_bytes for one in trace.layers.values())
     traffic = [expert_traffic(trace, int(share * total)) for share in CACHE_SHARES] if known else []
     layers = tuple(_layer(trace, layer) for layer in trace.layers)
-    return TraceSummary(trace.family, trace.source, len(trace.tokens), len(trace.starts), total, layers, tuple(traffic))
+    return TraceSummary(
+        trace.family,
+        trace.source,
+        len(trace.tokens),
+        len(trace.starts),
+        total,
+        layers,
+        tuple(traffic),
+    )
 
 
 def relative_entropy(usage: np.ndarray) -> float:
@@ -74,5 +84,12 @@ def _layer(trace: RoutingTrace, layer: int) -> LayerStatistics:
     repeated = float(again / max(mask[rows].sum(), 1)) if len(rows) else None
     sums = routing.weights.sum(1)
     top = float((routing.weights.max(1) / np.where(sums > 0, sums, 1)).mean())
-    return LayerStatistics(layer, routing.experts, routing.chosen.shape[1], tuple(usage.tolist()),
-                           relative_entropy(usage), repeated, top)
+    return LayerStatistics(
+        layer,
+        routing.experts,
+        routing.chosen.shape[1],
+        tuple(usage.tolist()),
+        relative_entropy(usage),
+        repeated,
+        top,
+    )

@@ -1,4 +1,5 @@
-"""What the cache of expert functions would do with a trace: its own rules, played through without a model.
+"""What the cache of expert functions would do with a trace: its own rules, played through without a
+model.
 
 E = experts, k = experts per token.
 """
@@ -12,13 +13,14 @@ import numpy as np
 from ane_moe.errors import UserError
 from ane_moe.routing.routing_trace import RoutingTrace
 
-Groups = Sequence[Sequence[int]]        # experts of each function of a layer
+Groups = Sequence[Sequence[int]]  # experts of each function of a layer
 
 
 @dataclass(frozen=True)
 class ExpertTraffic:
-    """Decoding `tokens` tokens one by one through a cache of `cache_bytes` (None: no limit). Figures per token are
-    means. `hit_rate` is that of all tokens, an empty cache's first misses included.
+    """Decoding `tokens` tokens one by one through a cache of `cache_bytes` (None: no limit).
+    Figures per token are means. `hit_rate` is that of all tokens, an empty cache's first misses
+    included.
     """
 
     tokens: int
@@ -27,7 +29,7 @@ class ExpertTraffic:
     hits: int
     misses: int
     bytes_loaded_per_token: float
-    bytes_read_per_token: float         # weights of all functions called, loaded before or not
+    bytes_read_per_token: float  # weights of all functions called, loaded before or not
 
     @property
     def hit_rate(self) -> float:
@@ -35,17 +37,29 @@ class ExpertTraffic:
         return self.hits / calls if calls else 0.0
 
 
-def expert_traffic(trace: RoutingTrace, cache_bytes: int | None, groups: Mapping[int, Groups] | None = None,
-                   function_bytes: Mapping[int, int] | None = None) -> ExpertTraffic:
-    """Play the trace through a cache that drops the least recently used function first, as `ExpertCache` does.
+def expert_traffic(
+    trace: RoutingTrace,
+    cache_bytes: int | None,
+    groups: Mapping[int, Groups] | None = None,
+    function_bytes: Mapping[int, int] | None = None,
+) -> ExpertTraffic:
+    """Play the trace through a cache that drops the least recently used function first, as
+    `ExpertCache` does.
 
-    `groups` gives each layer's functions (None: one expert each), `function_bytes` what a function takes (None: the
-    experts' own bytes). Raises UserError when a function is larger than the cache, or its size is unknown.
+    `groups` gives each layer's functions (None: one expert each), `function_bytes` what a function
+    takes (None: the experts' own bytes). Raises UserError when a function is larger than the cache,
+    or its size is unknown.
     """
     sizes = {layer: _function_bytes(trace, layer, groups, function_bytes) for layer in trace.layers}
-    if cache_bytes is not None and (largest := max(max(size) for size in sizes.values())) > cache_bytes:
-        raise UserError("the expert cache is smaller than one expert function",
-                        f"{cache_bytes / 1e6:.2f} MB for {largest / 1e6:.2f} MB", "take a larger cache")
+    if (
+        cache_bytes is not None
+        and (largest := max(max(size) for size in sizes.values())) > cache_bytes
+    ):
+        raise UserError(
+            "the expert cache is smaller than one expert function",
+            f"{cache_bytes / 1e6:.2f} MB for {largest / 1e6:.2f} MB",
+            "take a larger cache",
+        )
     called = {layer: functions_called(trace, layer, groups) for layer in trace.layers}
     cache = _Cache(cache_bytes)
     read = 0
@@ -55,12 +69,22 @@ def expert_traffic(trace: RoutingTrace, cache_bytes: int | None, groups: Mapping
                 cache.call((layer, function), sizes[layer][function])
                 read += sizes[layer][function]
     count = len(trace.tokens)
-    return ExpertTraffic(count, cache_bytes, (cache.hits + cache.misses) / count, cache.hits, cache.misses,
-                         cache.loaded / count, read / count)
+    return ExpertTraffic(
+        count,
+        cache_bytes,
+        (cache.hits + cache.misses) / count,
+        cache.hits,
+        cache.misses,
+        cache.loaded / count,
+        read / count,
+    )
 
 
-def functions_called(trace: RoutingTrace, layer: int, groups: Mapping[int, Groups] | None = None) -> np.ndarray:
-    """Which functions of the layer each token calls, bool `[N,functions]`, in the order of their first experts."""
+def functions_called(
+    trace: RoutingTrace, layer: int, groups: Mapping[int, Groups] | None = None
+) -> np.ndarray:
+    """Which functions of the layer each token calls, bool `[N,functions]`, in the order of their
+    first experts."""
     mask = trace.layers[layer].mask()
     if groups is None:
         return mask
@@ -68,13 +92,20 @@ def functions_called(trace: RoutingTrace, layer: int, groups: Mapping[int, Group
     return np.stack([mask[:, group].any(1) for group in ordered], axis=1)
 
 
-def _function_bytes(trace: RoutingTrace, layer: int, groups: Mapping[int, Groups] | None,
-                    given: Mapping[int, int] | None) -> list[int]:
+def _function_bytes(
+    trace: RoutingTrace,
+    layer: int,
+    groups: Mapping[int, Groups] | None,
+    given: Mapping[int, int] | None,
+) -> list[int]:
     one = trace.layers[layer]
     each = one.expert_bytes if given is None else given[layer]
     if not each:
-        raise UserError(f"the trace does not say what an expert of layer {layer} takes", "0 bytes",
-                        "trace a checkpoint, or shards of masked or sparse routing")
+        raise UserError(
+            f"the trace does not say what an expert of layer {layer} takes",
+            "0 bytes",
+            "trace a checkpoint, or shards of masked or sparse routing",
+        )
     if groups is None:
         return [each] * one.experts
     ordered = sorted((sorted(group) for group in groups[layer]), key=lambda group: group[0])

@@ -8,14 +8,20 @@ from typing import Any
 from ane_moe.errors import UserError
 from ane_moe.runtime.interface import LoadedFunction, Package
 
-RUNTIMES = {"reference": "ane_moe.runtime.reference.runtime", "coreml": "ane_moe.runtime.coreml.runtime"}
+RUNTIMES = {
+    "reference": "ane_moe.runtime.reference.runtime",
+    "coreml": "ane_moe.runtime.coreml.runtime",
+}
 
 
 def resolve_runtime(name: str) -> str:
-    """`auto` as the runtime it stands for here: coreml on macOS, reference elsewhere. Raises UserError if unknown."""
+    """`auto` as the runtime it stands for here: coreml on macOS, reference elsewhere. Raises
+    UserError if unknown."""
     resolved = ("coreml" if sys.platform == "darwin" else "reference") if name == "auto" else name
     if resolved not in RUNTIMES:
-        raise UserError("Unknown runtime", found=name, do=f"choose one of: auto, {', '.join(RUNTIMES)}")
+        raise UserError(
+            "Unknown runtime", found=name, do=f"choose one of: auto, {', '.join(RUNTIMES)}"
+        )
     return resolved
 
 
@@ -30,11 +36,12 @@ def open_package(path: str | Path, runtime: str = "auto", **options: Any) -> Pac
     return package
 
 
-def load_package(path: str | Path, function: str | None = None, runtime: str = "auto",
-                 **options: Any) -> LoadedFunction:
+def load_package(
+    path: str | Path, function: str | None = None, runtime: str = "auto", **options: Any
+) -> LoadedFunction:
     """Load one function of an `.mlpackage` (the default function when none is named).
 
-    `options` are those of `open_package`. Raises UserError for a package that cannot be read, an unknown function, or
-    an op the runtime lacks.
+    `options` are those of `open_package`. Raises UserError for a package that cannot be read, an
+    unknown function, or an op the runtime lacks.
     """
     return open_package(path, runtime, **options).function(function)

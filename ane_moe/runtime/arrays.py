@@ -18,7 +18,8 @@ from ane_moe.runtime.numpy_dtypes import NUMPY
 
 
 def read_inputs(assignments: Iterable[str]) -> dict[str, np.ndarray]:
-    """`name=file.npy` pairs as arrays. Raises UserError for a pair that is none and a file that is no plain array."""
+    """`name=file.npy` pairs as arrays. Raises UserError for a pair that is none and a file that is
+    no plain array."""
     inputs = {}
     for assignment in assignments:
         name, _, path = assignment.partition("=")
@@ -50,8 +51,9 @@ def random_inputs(features: Iterable[Feature], seed: int) -> dict[str, np.ndarra
 def _drawn(feature: Feature, rng: np.random.Generator) -> np.ndarray:
     dtype = NUMPY.get(feature.type.dtype)
     if dtype is None:
-        raise UserError(f"input '{feature.name}' cannot be made up", feature.type.dtype,
-                        "give it with --input")
+        raise UserError(
+            f"input '{feature.name}' cannot be made up", feature.type.dtype, "give it with --input"
+        )
     shape = tuple(1 if size is None else size for size in feature.type.shape)
     if feature.kind == "image" and feature.layout != UNBOUNDED:
         low, high = PIXELS
@@ -62,7 +64,8 @@ def _drawn(feature: Feature, rng: np.random.Generator) -> np.ndarray:
 
 
 def save_arrays(folder: Path, arrays: Mapping[str, np.ndarray]) -> list[Path]:
-    """Write each array as `<name>.npy` into `folder`, made if absent; characters unfit for a file name become `_`."""
+    """Write each array as `<name>.npy` into `folder`, made if absent; characters unfit for a file
+    name become `_`."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{_file_name(name)}.npy" for name in arrays]
     if len(set(paths)) != len(paths):
@@ -106,7 +109,9 @@ def _save(file: IO[bytes], array: np.ndarray) -> None:
 
 
 def _archive(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:      # np.savez reserves some names
+    with zipfile.ZipFile(
+        file, "w", zipfile.ZIP_DEFLATED
+    ) as archive:  # np.savez reserves some names
         for name, array in arrays.items():
             with archive.open(f"{_file_name(name)}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)

@@ -13,14 +13,15 @@ from ane_moe.errors import UserError
 from ane_moe.mlprogram.program import Feature
 from ane_moe.runtime.numpy_dtypes import FLOATS, NUMPY
 
-PIXELS = (0, 255)               # of every colour layout but grayscale fp16, which is not bounded
+PIXELS = (0, 255)  # of every colour layout but grayscale fp16, which is not bounded
 UNBOUNDED = "grayscale fp16"
 
-_CHANNELS = {"RGB": [0, 1, 2], "BGR": [2, 1, 0]}      # of a picture in the order red, green, blue
+_CHANNELS = {"RGB": [0, 1, 2], "BGR": [2, 1, 0]}  # of a picture in the order red, green, blue
 
 
-def check_inputs(features: Iterable[Feature], given: Mapping[str, np.ndarray],
-                 where: str) -> dict[str, np.ndarray]:
+def check_inputs(
+    features: Iterable[Feature], given: Mapping[str, np.ndarray], where: str
+) -> dict[str, np.ndarray]:
     """The inputs that are given, by name: of the declared numpy type, or floats of any width.
 
     `where` names the function. Raises UserError for an unknown input, a missing one, and one that
@@ -33,12 +34,17 @@ def check_inputs(features: Iterable[Feature], given: Mapping[str, np.ndarray],
     needed = [name for name, feature in known.items() if feature.default is None]
     missing = [name for name in needed if name not in given]
     if missing:
-        raise UserError(f"{where} needs input '{missing[0]}'",
-                        f"inputs: {', '.join(given) or 'none'}",
-                        f"it takes {type_text(known[missing[0]])}; "
-                        "`ane-moe run --seed 0` draws what is not given")
-    return {name: check_input(feature, given[name], f"input '{name}' of {where}")
-            for name, feature in known.items() if name in given}
+        raise UserError(
+            f"{where} needs input '{missing[0]}'",
+            f"inputs: {', '.join(given) or 'none'}",
+            f"it takes {type_text(known[missing[0]])}; "
+            "`ane-moe run --seed 0` draws what is not given",
+        )
+    return {
+        name: check_input(feature, given[name], f"input '{name}' of {where}")
+        for name, feature in known.items()
+        if name in given
+    }
 
 
 def check_input(feature: Feature, given: np.ndarray, where: str) -> np.ndarray:
@@ -47,8 +53,11 @@ def check_input(feature: Feature, given: np.ndarray, where: str) -> np.ndarray:
     if feature.kind == "image":
         array = _pixels(feature, array, where)
     if not shape_fits(feature, array.shape):
-        raise UserError(f"{where} has the wrong shape", str(list(array.shape)),
-                        f"it takes {shape_text(feature)}")
+        raise UserError(
+            f"{where} has the wrong shape",
+            str(list(array.shape)),
+            f"it takes {shape_text(feature)}",
+        )
     return _converted(array, feature.type.dtype, where)
 
 
@@ -61,7 +70,8 @@ def shape_fits(feature: Feature, shape: tuple[int, ...]) -> bool:
         ranges = tuple((0, -1) if size is None else (size, size) for size in feature.type.shape)
     return len(shape) == len(ranges) and all(
         low <= size and (high < 0 or size <= high)
-        for size, (low, high) in zip(shape, ranges, strict=True))
+        for size, (low, high) in zip(shape, ranges, strict=True)
+    )
 
 
 def shape_text(feature: Feature) -> str:
@@ -70,8 +80,10 @@ def shape_text(feature: Feature) -> str:
         return " or ".join(str(list(shape)) for shape in feature.shapes)
     if feature.ranges is None:
         return _listed("?" if size is None else str(size) for size in feature.type.shape)
-    return _listed(str(low) if low == high else f"{low}..{'' if high < 0 else high}"
-                   for low, high in feature.ranges)
+    return _listed(
+        str(low) if low == high else f"{low}..{'' if high < 0 else high}"
+        for low, high in feature.ranges
+    )
 
 
 def type_text(feature: Feature) -> str:
@@ -107,9 +119,11 @@ def _pixels(feature: Feature, array: np.ndarray, where: str) -> np.ndarray:
     if array.dtype.kind not in "fiu" or not array.size or feature.layout == UNBOUNDED:
         return array
     if not (low <= array.min() and array.max() <= high):
-        raise UserError(f"{where} is an image", f"values from {array.min():g} to {array.max():g}",
-                        f"it takes pixels of {low} to {high}; "
-                        "a scale or bias is part of the program")
+        raise UserError(
+            f"{where} is an image",
+            f"values from {array.min():g} to {array.max():g}",
+            f"it takes pixels of {low} to {high}; a scale or bias is part of the program",
+        )
     return array
 
 
@@ -119,17 +133,20 @@ def _converted(array: np.ndarray, wanted: str, where: str) -> np.ndarray:
     if array.dtype == dtype or (array.dtype.kind == "f" and wanted in FLOATS):
         return array
     if array.dtype.kind not in "fiu" or wanted == "bool":
-        raise UserError(f"{where} has the wrong element type", str(array.dtype),
-                        _cast(wanted, dtype))
+        raise UserError(
+            f"{where} has the wrong element type", str(array.dtype), _cast(wanted, dtype)
+        )
     with np.errstate(all="ignore"):
         cast = array.astype(dtype)
         kept = (cast.astype(array.dtype) == array) & _within(array, dtype)
     if kept.all():
         return cast
     lost = array[~kept].flat[0]
-    raise UserError(f"{where} has the wrong element type",
-                    f"{array.dtype}, with {lost} among its values",
-                    f"{_cast(wanted, dtype)} if that is meant")
+    raise UserError(
+        f"{where} has the wrong element type",
+        f"{array.dtype}, with {lost} among its values",
+        f"{_cast(wanted, dtype)} if that is meant",
+    )
 
 
 def _within(array: np.ndarray, dtype: np.dtype) -> np.ndarray | bool:

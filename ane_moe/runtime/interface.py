@@ -13,14 +13,15 @@ class Package(Protocol):
     functions: tuple[str, ...]
 
     def function(self, name: str | None = None, *, eager: bool = False) -> "LoadedFunction":
-        """Load one function, the default one when none is named; with `eager` its weights are read now rather than in
-        the first call.
+        """Load one function, the default one when none is named; with `eager` its weights are read
+        now rather than in the first call.
 
         Raises UserError for an unknown function, an unsound one, or an op the runtime lacks.
         """
 
     def resident_bytes(self, name: str) -> int:
-        """Memory that a function's weights take once loaded, in bytes. Raises UserError as `function` does."""
+        """Memory that a function's weights take once loaded, in bytes. Raises UserError as
+        `function` does."""
 
 
 class LoadedFunction(Protocol):

@@ -27,9 +27,12 @@ class GoldenSlots:
             return first.middle
         return first.x if first.entering is None else first.entering
 
-    def expected(self, shard: Shard, slot: str, given: np.ndarray | None) -> tuple[np.ndarray, np.ndarray] | None:
-        """What the slot holds afterwards, `[N,C]`, as what is there without the shard and the shard's own contribution;
-        None for slots that say nothing by themselves. `given` is what the shard was handed in the slot, if anything.
+    def expected(
+        self, shard: Shard, slot: str, given: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """What the slot holds afterwards, `[N,C]`, as what is there without the shard and the
+        shard's own contribution; None for slots that say nothing by themselves. `given` is what the
+        shard was handed in the slot, if anything.
         """
         root = slot_root(slot)
         if slot == STREAM:
@@ -51,7 +54,7 @@ class GoldenSlots:
             delta, residuals = first.ffn_delta, [first.ffn_stream]
         elif shard.scope:
             delta, residuals = first.attn_delta, [first.attn_stream]
-            if first.entering is not None:      # the stream is what has been made of that
+            if first.entering is not None:  # the stream is what has been made of that
                 before = given = first.x
             if _leaves_experts_to_the_host(shard) and first.experts_delta is not None:
                 delta = first.y - first.experts_delta - before

@@ -1,4 +1,5 @@
-"""Files before numbers: is everything the manifest names there, unchanged, readable and finite, and nothing else?"""
+"""Files before numbers: is everything the manifest names there, unchanged, readable and finite, and
+nothing else?"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from ane_moe.progress import Progress
 from ane_moe.verification.result import Problem
 
 FLOATS = {"fp16", "fp32", "fp64", "bf16"}
-CHUNK = 1 << 22     # elements looked at, or bytes hashed, at a time
+CHUNK = 1 << 22  # elements looked at, or bytes hashed, at a time
 
 
 def check_integrity(folder: Path, manifest: Manifest, progress: Progress) -> tuple[Problem, ...]:
@@ -49,7 +50,8 @@ def _incomplete(folder: Path, manifest: Manifest) -> Iterator[Problem]:
 
 
 def _unlisted(folder: Path, manifest: Manifest) -> Iterator[Problem]:
-    """Files inside the shard folders that the manifest does not know; files of others beside them are not ours."""
+    """Files inside the shard folders that the manifest does not know; files of others beside them
+    are not ours."""
     for top in sorted({shard.path.split("/")[0] for shard in manifest.shards}):
         for path in sorted((folder / top).rglob("*")):
             relative = path.relative_to(folder).as_posix()
@@ -62,7 +64,9 @@ def _changed(folder: Path, relative: str, digest: str) -> Iterator[Problem]:
     if not path.is_file():
         yield Problem(relative, "missing")
     elif sha256(path) != digest:
-        yield Problem(relative, "changed since the conversion: its sha256 differs from runtime_meta.json")
+        yield Problem(
+            relative, "changed since the conversion: its sha256 differs from runtime_meta.json"
+        )
 
 
 def _unsound(folder: Path, relative: str) -> Iterator[Problem]:
@@ -81,7 +85,11 @@ def _not_finite(program: Program) -> Iterator[str]:
     seen = set()
     for function in program.functions.values():
         for name, constant in _constants(function.block):
-            if constant.blob is None or constant.blob in seen or getattr(constant.type, "dtype", "") not in FLOATS:
+            if (
+                constant.blob is None
+                or constant.blob in seen
+                or getattr(constant.type, "dtype", "") not in FLOATS
+            ):
                 continue
             seen.add(constant.blob)
             values = constant.load()
@@ -94,14 +102,20 @@ def _constants(block: Block) -> Iterator[tuple[str, Constant]]:
         for value in operation.attributes.values():
             yield operation.name, value
         for name, arguments in operation.inputs.items():
-            yield from ((f"{operation.name}.{name}", value) for value in arguments if isinstance(value, Constant))
+            yield from (
+                (f"{operation.name}.{name}", value)
+                for value in arguments
+                if isinstance(value, Constant)
+            )
         for inner in operation.blocks:
             yield from _constants(inner)
 
 
 def _finite(values: np.ndarray) -> bool:
     flat = values.reshape(-1)
-    return all(bool(np.isfinite(flat[first:first + CHUNK]).all()) for first in range(0, flat.size, CHUNK))
+    return all(
+        bool(np.isfinite(flat[first : first + CHUNK]).all()) for first in range(0, flat.size, CHUNK)
+    )
 
 
 def _bad_table(folder: Path, manifest: Manifest) -> Iterator[Problem]:

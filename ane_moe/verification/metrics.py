@@ -1,10 +1,11 @@
 """Distances between what a shard adds to its input and what the original model adds.
 
-A shard returns y = fp16(x + delta), so `y - x` carries the rounding of y: half a unit in the last place of |x|,
-whatever the size of delta. Inputs are therefore the golden's rounded to fp16 (exact in the shard), differences are
-taken in fp32, and the same rounding applied to the golden's own delta gives the score a perfect shard would get. Only
-the loss beyond that counts against the gate: measured and attainable cosine lose the same amount to rounding on
-average, as the rounding is independent of the shard's own error. All arrays are `[N,C]`: N tokens of C channels.
+A shard returns y = fp16(x + delta), so `y - x` carries the rounding of y: half a unit in the last
+place of |x|, whatever the size of delta. Inputs are therefore the golden's rounded to fp16 (exact
+in the shard), differences are taken in fp32, and the same rounding applied to the golden's own
+delta gives the score a perfect shard would get. Only the loss beyond that counts against the gate:
+measured and attainable cosine lose the same amount to rounding on average, as the rounding is
+independent of the shard's own error. All arrays are `[N,C]`: N tokens of C channels.
 """
 
 import math
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-TINY = 1e-30        # keeps the relative error of an all-zero golden finite
+TINY = 1e-30  # keeps the relative error of an all-zero golden finite
 
 
 @dataclass(frozen=True)
@@ -25,25 +26,30 @@ class Distance:
     max_abs_error: float
 
     def margin(self, min_cosine: float) -> float:
-        """How far the cosine lies above `min_cosine`, the loss that rounding alone costs given back."""
+        """How far the cosine lies above `min_cosine`, the loss that rounding alone costs given
+        back."""
         return self.cosine + (1 - self.attainable_cosine) - min_cosine
 
     def relative_l2_margin(self, max_relative_l2: float) -> float:
-        """How far the relative L2 error lies below its limit, rounding's own share (as energy) taken out."""
+        """How far the relative L2 error lies below its limit, rounding's own share (as energy)
+        taken out."""
         beyond = self.relative_l2**2 - self.attainable_relative_l2**2
         return max_relative_l2 - max(0.0, beyond) ** 0.5
 
 
 def relative_l2_limit(min_cosine: float) -> float:
-    """The relative L2 error of a delta of the right length along the golden whose cosine is just `min_cosine`.
+    """The relative L2 error of a delta of the right length along the golden whose cosine is just
+    `min_cosine`.
 
-    The cosine is blind to a wrong factor (a residual multiplier, say); the same gate on the error is not.
+    The cosine is blind to a wrong factor (a residual multiplier, say); the same gate on the error
+    is not.
     """
     return math.sqrt(1 / min_cosine**2 - 1) if min_cosine > 0 else math.inf
 
 
 def delta_distance(base: np.ndarray, y: np.ndarray, delta: np.ndarray) -> Distance:
-    """Compare `y - base` with the golden's `delta`; `base` is the fp16 input for shards with the residual inside.
+    """Compare `y - base` with the golden's `delta`; `base` is the fp16 input for shards with the
+    residual inside.
 
     Pass zeros as `base` for outputs without a residual (logits, embedding rows).
     """

@@ -1,4 +1,5 @@
-"""The whole model, token by token: the shards' logits against the golden's. N = tokens, V = vocabulary."""
+"""The whole model, token by token: the shards' logits against the golden's. N = tokens, V =
+vocabulary."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from ane_moe.verification.result import Divergence, FunctionModelResult
 
 @dataclass(frozen=True)
 class PromptLogits:
-    """One prompt, or its end: its index, the position of the first token, the ids and both logits `[N,V]` for them."""
+    """One prompt, or its end: its index, the position of the first token, the ids and both logits
+    `[N,V]` for them."""
 
     prompt: int
     first: int
@@ -20,8 +22,11 @@ class PromptLogits:
     shards: np.ndarray
 
 
-def compare_logits(function: str, prompts: Iterable[PromptLogits], min_logit_cosine: float) -> FunctionModelResult:
-    """Pool all positions of all prompts. Perplexities are None when no prompt has a second token to predict."""
+def compare_logits(
+    function: str, prompts: Iterable[PromptLogits], min_logit_cosine: float
+) -> FunctionModelResult:
+    """Pool all positions of all prompts. Perplexities are None when no prompt has a second token to
+    predict."""
     same: list[np.ndarray] = []
     kl: list[np.ndarray] = []
     cosines: list[np.ndarray] = []

@@ -31,8 +31,8 @@ class Parity:
     """Runs the shards of `folder` on `golden` and yields a row per function.
 
     Where prefill functions see every token, one-token calls (decode) see about
-    `decode_tokens` of them (None: all): spread over the golden where nothing is kept from call to call, else the end of
-    each prompt, after its beginning went through prefill.
+    `decode_tokens` of them (None: all): spread over the golden where nothing is kept from call to
+    call, else the end of each prompt, after its beginning went through prefill.
     """
 
     folder: Path
@@ -41,7 +41,7 @@ class Parity:
     min_cosine: float
     decode_tokens: int | None
     ropes: Ropes
-    experts: ExpertParity | None = None         # where the host dispatches them
+    experts: ExpertParity | None = None  # where the host dispatches them
 
     def embed(self) -> ShardResult:
         """The embedding table against the input of layer 0."""
@@ -49,11 +49,13 @@ class Parity:
         rows = table[np.concatenate(self.golden.prompts)]
         first = self.golden.layers[0]
         x = first.x if first.entering is None else first.entering
-        return judge(self.manifest.embed, "embed", None, "lookup", np.zeros_like(x), rows, x, self.min_cosine)
+        return judge(
+            self.manifest.embed, "embed", None, "lookup", np.zeros_like(x), rows, x, self.min_cosine
+        )
 
     def stage(self, loaded: Sequence[LoadedShard]) -> Iterator[ShardResult | RoutingResult]:
-        """Rows of shards that work together: each function by the slots it writes, then the routing of their layers,
-        and what the dispatched experts add where the shards choose them."""
+        """Rows of shards that work together: each function by the slots it writes, then the routing
+        of their layers, and what the dispatched experts add where the shards choose them."""
         run, shards = StageRun(loaded, self.ropes), tuple(one.shard for one in loaded)
         routings: dict[int, list[Routed]] = {}
         for function in shards[0].functions:
@@ -64,15 +66,26 @@ class Parity:
                 routings.setdefault(layer, []).append(routing)
                 if self.experts and FFN_INPUT in outcome.values:
                     ffn_input, flipped = outcome.values[FFN_INPUT], near_tie_flips(*routing)
-                    yield from self.experts.dispatched(layer, function.name, rows, ffn_input, routing[0], flipped)
+                    yield from self.experts.dispatched(
+                        layer, function.name, rows, ffn_input, routing[0], flipped
+                    )
         for layer, parts in routings.items():
-            yield compare_routing(layer, *(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+            yield compare_routing(
+                layer, *(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+            )
 
-    def _judged(self, shards: tuple[Shard, ...], function: ShardFunction, rows: np.ndarray, given: Values,
-                outcome: Outcome, routed: Mapping[int, Routed]) -> Iterator[ShardResult]:
+    def _judged(
+        self,
+        shards: tuple[Shard, ...],
+        function: ShardFunction,
+        rows: np.ndarray,
+        given: Values,
+        outcome: Outcome,
+        routed: Mapping[int, Routed],
+    ) -> Iterator[ShardResult]:
         """A row for each shard and each slot it writes, if the golden knows the slot."""
         flipped = np.zeros(len(rows), bool)
-        if any(shard.experts for shard in shards):      # what they add depends on who was chosen
+        if any(shard.experts for shard in shards):  # what they add depends on who was chosen
             for routing in routed.values():
                 flipped |= near_tie_flips(*routing)
         for shard, finite in zip(shards, outcome.finite, strict=True):
@@ -82,12 +95,24 @@ class Parity:
                     continue
                 base, added = (part[rows] for part in expected)
                 name = f"{function.name} {slot}" if slot_root(slot) == "carry" else function.name
-                row = judge(shard.path, shard.kind, shard.layer, name, base, value, added,
-                            self.min_cosine, flipped)
+                row = judge(
+                    shard.path,
+                    shard.kind,
+                    shard.layer,
+                    name,
+                    base,
+                    value,
+                    added,
+                    self.min_cosine,
+                    flipped,
+                )
                 yield row if finite else replace(row, passed=False, reason=NOT_FINITE)
 
-    def _outcome(self, run: StageRun, shard: Shard, function: ShardFunction) -> tuple[np.ndarray, Values, Outcome]:
-        """The golden's rows that a function saw, what it is given for each of the golden's, and what it wrote."""
+    def _outcome(
+        self, run: StageRun, shard: Shard, function: ShardFunction
+    ) -> tuple[np.ndarray, Values, Outcome]:
+        """The golden's rows that a function saw, what it is given for each of the golden's, and
+        what it wrote."""
         slots = GoldenSlots(self.golden)
         values = {slot: _fp16(slots.before(shard, slot)) for slot in run.reads}
         if not shard.states:
@@ -98,8 +123,14 @@ class Parity:
         for span, cut in zip(self.golden.spans, self._cuts(function), strict=True):
             run.start()
             if cut > span.start:
-                run.run("prefill", {slot: value[span.start:cut] for slot, value in values.items()})
-            outcomes.append(run.run(function.name, {slot: value[cut:span.stop] for slot, value in values.items()}))
+                run.run(
+                    "prefill", {slot: value[span.start : cut] for slot, value in values.items()}
+                )
+            outcomes.append(
+                run.run(
+                    function.name, {slot: value[cut : span.stop] for slot, value in values.items()}
+                )
+            )
             pieces.append(np.arange(cut, span.stop))
         return np.concatenate(pieces), values, _joined(outcomes)
 
@@ -111,8 +142,15 @@ class Parity:
                 layer = int(slot_arguments(slot)[0])
                 golden = self.golden.layers[layer]
                 assert golden.router_probs is not None and golden.router_indices is not None
-                scores = golden.router_probs if golden.router_scores is None else golden.router_scores
-                routed[layer] = (gates, golden.router_probs[rows], golden.router_indices[rows], scores[rows])
+                scores = (
+                    golden.router_probs if golden.router_scores is None else golden.router_scores
+                )
+                routed[layer] = (
+                    gates,
+                    golden.router_probs[rows],
+                    golden.router_indices[rows],
+                    scores[rows],
+                )
         return routed
 
     def _tokens(self, function: ShardFunction) -> np.ndarray:
@@ -120,14 +158,19 @@ class Parity:
         count = sum(map(len, self.golden.prompts))
         if function.name == "prefill" or not self.manifest.prefill or self.decode_tokens is None:
             return np.arange(count)
-        return np.unique(np.linspace(0, count - 1, min(count, self.decode_tokens)).round().astype(int))
+        return np.unique(
+            np.linspace(0, count - 1, min(count, self.decode_tokens)).round().astype(int)
+        )
 
     def _cuts(self, function: ShardFunction) -> list[int]:
         """Golden row of each prompt at which a function takes over from prefill."""
         if function.name == "prefill":
             return [span.start for span in self.golden.spans]
         tail = decode_tail(self.manifest, self.golden, self.decode_tokens)
-        return [span.start if tail is None else max(span.start, span.stop - tail) for span in self.golden.spans]
+        return [
+            span.start if tail is None else max(span.start, span.stop - tail)
+            for span in self.golden.spans
+        ]
 
 
 def decode_tail(manifest: Manifest, golden: Golden, decode_tokens: int | None) -> int | None:
@@ -139,12 +182,16 @@ def decode_tail(manifest: Manifest, golden: Golden, decode_tokens: int | None) -
 
 def _joined(outcomes: list[Outcome]) -> Outcome:
     """The outcomes of one function on several prompts, end to end."""
-    values = {slot: np.concatenate([outcome.values[slot] for outcome in outcomes]) for slot in outcomes[0].values}
+    values = {
+        slot: np.concatenate([outcome.values[slot] for outcome in outcomes])
+        for slot in outcomes[0].values
+    }
     finite = np.all([outcome.finite for outcome in outcomes], axis=0)
     return Outcome(values, tuple(finite.tolist()))
 
 
 def _fp16(x: np.ndarray) -> np.ndarray:
-    """What the session would hand the shard; values beyond fp16 become Inf and fail by name, not silently."""
+    """What the session would hand the shard; values beyond fp16 become Inf and fail by name, not
+    silently."""
     with np.errstate(over="ignore"):
         return x.astype(np.float16)

@@ -11,11 +11,12 @@ from ane_moe.original.tokenizer_record import Difference
 class ShardResult:
     """One function of one shard against the golden, over `tokens` tokens.
 
-    All figures but `max_abs_error` are of the delta (of the logits for `lm_head`, of the rows for `embed`).
-    The attainable figures are a perfect shard's: its fp16 output rounds `x + delta`, which costs a small delta on a
-    large x dearly. The margins are what is left to the limits once that is allowed for; below 0 the row fails. For a
-    part of a split layer the figures are those of the sum of its parts. `near_tie_flips` tokens were left out of a MoE
-    shard's figures: routed otherwise where the golden was all but undecided. `reason` says why a row failed.
+    All figures but `max_abs_error` are of the delta (of the logits for `lm_head`, of the rows for
+    `embed`). The attainable figures are a perfect shard's: its fp16 output rounds `x + delta`,
+    which costs a small delta on a large x dearly. The margins are what is left to the limits once
+    that is allowed for; below 0 the row fails. For a part of a split layer the figures are those of
+    the sum of its parts. `near_tie_flips` tokens were left out of a MoE shard's figures: routed
+    otherwise where the golden was all but undecided. `reason` says why a row failed.
     """
 
     path: str
@@ -40,11 +41,13 @@ class ShardResult:
 
 @dataclass(frozen=True)
 class RoutingResult:
-    """One MoE layer: the share of tokens whose experts are exactly the golden's, and probability outside the top k.
+    """One MoE layer: the share of tokens whose experts are exactly the golden's, and probability
+    outside the top k.
 
-    `mass_outside_top_k` is the model's own: what the router gives to experts it does not choose (what soft routing
-    adds wrongly). `gate_mass_outside_top_k` is the share of the shard's gates on experts the model did not choose.
-    `near_tie_flips` of the tokens that disagree do so where the model's choice hung on less than fp16 resolves.
+    `mass_outside_top_k` is the model's own: what the router gives to experts it does not choose
+    (what soft routing adds wrongly). `gate_mass_outside_top_k` is the share of the shard's gates on
+    experts the model did not choose. `near_tie_flips` of the tokens that disagree do so where the
+    model's choice hung on less than fp16 resolves.
     """
 
     layer: int
@@ -57,7 +60,8 @@ class RoutingResult:
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first token the shards would choose otherwise, and by how much (in logits) the golden preferred its own."""
+    """The first token the shards would choose otherwise, and by how much (in logits) the golden
+    preferred its own."""
 
     prompt: int
     position: int
@@ -68,7 +72,8 @@ class Divergence:
 
 @dataclass(frozen=True)
 class FunctionModelResult:
-    """The whole model through one kind of function, teacher-forced; KL in nats, golden against shards."""
+    """The whole model through one kind of function, teacher-forced; KL in nats, golden against
+    shards."""
 
     function: str
     tokens: int
@@ -127,9 +132,10 @@ class VerifyReport:
     """`models` is empty, and `model_skipped` says why, when the whole model could not be run;
     `tokenizer` is None, and `tokenizer_skipped` says why, when there are no ids to compare with.
 
-    The results are against the original model. For compressed weights `as_stored` is against the same model with the
-    weights that the packages hold: what fails there was converted wrongly, what fails only here is lost to
-    compression. `compression` has bits and errors by role (see `Manifest.compression`).
+    The results are against the original model. For compressed weights `as_stored` is against the
+    same model with the weights that the packages hold: what fails there was converted wrongly, what
+    fails only here is lost to compression. `compression` has bits and errors by role (see
+    `Manifest.compression`).
     """
 
     passed: bool
@@ -175,12 +181,17 @@ class VerifyReport:
         return "conversion" if self.as_stored.failures else "compression"
 
     def as_json(self) -> dict[str, Any]:
-        """The document of `--json`: `model` is the path that covers most tokens, `model_by_function` has all."""
+        """The document of `--json`: `model` is the path that covers most tokens,
+        `model_by_function` has all."""
         document = json_numbers(asdict(self))
         by_function = {entry.pop("function"): entry for entry in document.pop("models")}
         widest = max(by_function.values(), key=lambda entry: entry["tokens"], default=None)
-        return document | {"model": widest, "model_by_function": by_function, "failures": self.failures,
-                           "cause": self.cause}
+        return document | {
+            "model": widest,
+            "model_by_function": by_function,
+            "failures": self.failures,
+            "cause": self.cause,
+        }
 
 
 def json_numbers(value: Any) -> Any:

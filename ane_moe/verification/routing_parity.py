@@ -4,15 +4,20 @@ import numpy as np
 
 from ane_moe.verification.result import RoutingResult
 
-# Logits apart by less than this may change places: fp16 rounds logits of 16 to 32 by up to 0.008, and the router's
-# input by as much again, for each of the two.
+# Logits apart by less than this may change places: fp16 rounds logits of 16 to 32 by up to 0.008,
+# and the router's input by as much again, for each of the two.
 NEAR_TIE = 0.03
 
 
-def compare_routing(layer: int, gates: np.ndarray, probs: np.ndarray, indices: np.ndarray,
-                    scores: np.ndarray | None = None) -> RoutingResult:
-    """A shard's `gates [N,E]` against the golden's full probabilities `[N,E]` and choices `[N,k]` for the same tokens.
-    `scores [N,E]` are what they were chosen by, if not the probabilities.
+def compare_routing(
+    layer: int,
+    gates: np.ndarray,
+    probs: np.ndarray,
+    indices: np.ndarray,
+    scores: np.ndarray | None = None,
+) -> RoutingResult:
+    """A shard's `gates [N,E]` against the golden's full probabilities `[N,E]` and choices `[N,k]`
+    for the same tokens. `scores [N,E]` are what they were chosen by, if not the probabilities.
 
     An expert is chosen by the shard when its gate is not zero.
     """
@@ -30,13 +35,15 @@ def compare_routing(layer: int, gates: np.ndarray, probs: np.ndarray, indices: n
     )
 
 
-def near_tie_flips(gates: np.ndarray, probs: np.ndarray, indices: np.ndarray,
-                   scores: np.ndarray | None = None) -> np.ndarray:
-    """Tokens, bool `[N]`, for which the shard chose other experts where the golden itself was all but undecided.
+def near_tie_flips(
+    gates: np.ndarray, probs: np.ndarray, indices: np.ndarray, scores: np.ndarray | None = None
+) -> np.ndarray:
+    """Tokens, bool `[N]`, for which the shard chose other experts where the golden itself was all
+    but undecided.
 
-    Undecided: the scores of the golden's last expert in and first expert out are less apart than a change of NEAR_TIE
-    in their logits would move them (a probability moves by no more than its own share). Such a flip says nothing of
-    the experts' own numerics.
+    Undecided: the scores of the golden's last expert in and first expert out are less apart than a
+    change of NEAR_TIE in their logits would move them (a probability moves by no more than its own
+    share). Such a flip says nothing of the experts' own numerics.
     """
     chosen = _chosen(probs, indices)
     ranked = probs if scores is None else scores

@@ -16,16 +16,20 @@ from ane_moe.loop.wiring import States, Wiring
 from ane_moe.manifest import Manifest, Shard
 from ane_moe.model.port import LOGITS, slot_root
 
-Values = Mapping[str, np.ndarray]       # by slot, [N,C]
+Values = Mapping[str, np.ndarray]  # by slot, [N,C]
 
 
 def stages(manifest: Manifest) -> list[tuple[Shard, ...] | int]:
-    """What is verified at once, in the order of calls: the parts of a cut shard, whose outputs are added; for layers
-    with dispatched experts their number."""
+    """What is verified at once, in the order of calls: the parts of a cut shard, whose outputs are
+    added; for layers with dispatched experts their number."""
     found: list[tuple[Shard, ...] | int] = []
     for step in call_order(manifest):
         before = found[-1] if found else None
-        if isinstance(step, Shard) and isinstance(before, tuple) and _is_next_part(before[-1], step):
+        if (
+            isinstance(step, Shard)
+            and isinstance(before, tuple)
+            and _is_next_part(before[-1], step)
+        ):
             found[-1] = (*before, step)
         else:
             found.append((step,) if isinstance(step, Shard) else step)
@@ -45,10 +49,13 @@ class Outcome:
 
 
 class StageRun:
-    """The functions of a stage on one sequence of tokens; they share what they keep, as in generation. Experts among
-    the steps are called for the tokens that choose them, by `dispatch`."""
+    """The functions of a stage on one sequence of tokens; they share what they keep, as in
+    generation. Experts among the steps are called for the tokens that choose them, by
+    `dispatch`."""
 
-    def __init__(self, steps: Sequence[Step], ropes: Ropes, dispatch: ExpertDispatch | None = None) -> None:
+    def __init__(
+        self, steps: Sequence[Step], ropes: Ropes, dispatch: ExpertDispatch | None = None
+    ) -> None:
         loaded = [step for step in steps if isinstance(step, LoadedShard)]
         self._states = States(loaded)
         wiring = Wiring(self._states, dispatch)
@@ -77,11 +84,13 @@ class StageRun:
             lane.slots.place(self._position, size)
             for slot in self.reads:
                 columns = lane.slots.columns(slot)
-                columns[:, :size] = values[slot][first:first + size].T
+                columns[:, :size] = values[slot][first : first + size].T
                 columns[:, size:] = 0
             outputs = lane.run(CallClock(PhaseFigures()))
             finite &= [all(np.isfinite(value).all() for value in each.values()) for each in outputs]
             for slot, chunks in written.items():
                 chunks.append(lane.slots.columns(slot)[:, :size].T.copy())
             self._position += size
-        return Outcome({slot: np.concatenate(chunks) for slot, chunks in written.items()}, tuple(finite))
+        return Outcome(
+            {slot: np.concatenate(chunks) for slot, chunks in written.items()}, tuple(finite)
+        )

@@ -39,6 +39,8 @@ def _result(
         return TokenizerResult(texts, against, False, reason=str(error))
     if not wrong:
         return TokenizerResult(texts, against, True)
-    reason = (f"other ids than the checkpoint's for {len(wrong)} of {texts} texts, "
-              f"the first is {wrong[0].text!r}")
+    reason = (
+        f"other ids than the checkpoint's for {len(wrong)} of {texts} texts, "
+        f"the first is {wrong[0].text!r}"
+    )
     return TokenizerResult(texts, against, False, wrong, reason)

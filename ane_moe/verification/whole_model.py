@@ -1,8 +1,8 @@
 """The whole model end to end against the golden's logits, one stage of shards after the other.
 
-The tokens of a golden are known. So each stage is opened once, all tokens of all prompts go through it call by call as
-the token loop would call it, and the streams go on to the next: the logits are the token loop's, to the bit, and no
-more than one stage is held.
+The tokens of a golden are known. So each stage is opened once, all tokens of all prompts go through
+it call by call as the token loop would call it, and the streams go on to the next: the logits are
+the token loop's, to the bit, and no more than one stage is held.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,17 +21,18 @@ from ane_moe.verification.model_metrics import PromptLogits, compare_logits
 from ane_moe.verification.result import FunctionModelResult
 from ane_moe.verification.stage import StageRun, Values
 
-CARRIED = ("stream", "carry")       # slots that go from stage to stage
+CARRIED = ("stream", "carry")  # slots that go from stage to stage
 
 
 @dataclass
 class _Prompt:
-    """One prompt on its way: from row `cut` on it goes through the function of the pass, before it through prefill."""
+    """One prompt on its way: from row `cut` on it goes through the function of the pass, before it
+    through prefill."""
 
     ids: tuple[int, ...]
     cut: int
-    values: dict[str, np.ndarray]               # [N,C] by slot
-    logits: np.ndarray                          # [N - cut, V]
+    values: dict[str, np.ndarray]  # [N,C] by slot
+    logits: np.ndarray  # [N - cut, V]
 
 
 @dataclass
@@ -54,15 +55,17 @@ class ModelPass:
     def _move(self, run: StageRun, prompt: _Prompt) -> None:
         pieces: list[Values] = []
         if prompt.cut:
-            head = {slot: prompt.values[slot][:prompt.cut] for slot in run.reads}
+            head = {slot: prompt.values[slot][: prompt.cut] for slot in run.reads}
             pieces.append(run.run("prefill", head).values)
-        tail = {slot: prompt.values[slot][prompt.cut:] for slot in run.reads}
+        tail = {slot: prompt.values[slot][prompt.cut :] for slot in run.reads}
         pieces.append(run.run(self.function, tail).values)
         written = (slot for slot in pieces[0] if slot_root(slot) in CARRIED)
-        prompt.values |= {slot: np.concatenate([piece[slot] for piece in pieces]) for slot in written}
+        prompt.values |= {
+            slot: np.concatenate([piece[slot] for piece in pieces]) for slot in written
+        }
 
     def _score(self, run: StageRun, prompt: _Prompt) -> None:
-        given = {slot: prompt.values[slot][prompt.cut:] for slot in run.reads}
+        given = {slot: prompt.values[slot][prompt.cut :] for slot in run.reads}
         for slot, scores in run.run(self.function, given).values.items():
             if slot_root(slot) == LOGITS:
                 prompt.logits[:, slice(*slot_rows(slot))] = scores
@@ -74,7 +77,9 @@ class ModelPass:
     def _logits(self, golden: Golden) -> Iterator[PromptLogits]:
         for number, (prompt, span) in enumerate(zip(self.prompts, golden.spans, strict=True)):
             cut = prompt.cut
-            yield PromptLogits(number, cut, prompt.ids[cut:], golden.logits[span][cut:], prompt.logits)
+            yield PromptLogits(
+                number, cut, prompt.ids[cut:], golden.logits[span][cut:], prompt.logits
+            )
 
 
 def model_passes(
@@ -83,13 +88,16 @@ def model_passes(
     embed: EmbeddingTable,
     tail: int | None,
 ) -> list[ModelPass]:
-    """Decode over the last `tail` tokens of each prompt (None: all), after prefill; and prefill over all of them, where
-    there is any."""
+    """Decode over the last `tail` tokens of each prompt (None: all), after prefill; and prefill
+    over all of them, where there is any."""
     cuts = {"decode": [0 if tail is None else max(0, len(ids) - tail) for ids in prompts]}
     if manifest.prefill:
         cuts["prefill"] = [0] * len(prompts)
     return [
-        ModelPass(function, [_prompt(manifest, ids, cut, embed) for ids, cut in zip(prompts, own, strict=True)])
+        ModelPass(
+            function,
+            [_prompt(manifest, ids, cut, embed) for ids, cut in zip(prompts, own, strict=True)],
+        )
         for function, own in cuts.items()
     ]
 

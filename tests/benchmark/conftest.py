@@ -11,13 +11,17 @@ from tests.verification.tiny import tiny_checkpoint, tiny_conversion
 
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint("qwen3_moe", tmp_path_factory.mktemp("bench") / "checkpoint", max_position_embeddings=128)
+    return tiny_checkpoint(
+        "qwen3_moe", tmp_path_factory.mktemp("bench") / "checkpoint", max_position_embeddings=128
+    )
 
 
 @pytest.fixture(scope="session")
 def small(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One masked layer, decode and prefill, with a golden. Read only."""
-    return tiny_conversion(small_checkpoint, tmp_path_factory.mktemp("bench") / "out", prefill=16, golden=True)
+    return tiny_conversion(
+        small_checkpoint, tmp_path_factory.mktemp("bench") / "out", prefill=16, golden=True
+    )
 
 
 @pytest.fixture

@@ -48,47 +48,77 @@ def document(small):
     return json.loads(result.stdout)
 
 
-# -- figures ------------------------------------------------------------------------------------------------------
+# -- figures
+# --------------------------------------------------------------------------------------------------
+
 
 def test_no_figure_of_the_reference_runtime_can_be_taken_for_a_devices(small, document):
     assert document["device_figures"] is False and document["runtime"] == "reference"
     assert "not a Neural Engine speed" in document["conditions"]["label"]
     text = run(small, *QUICK).stdout
-    titles = [line for line in text.splitlines() if line.startswith(("Functions", "Decode", "Prefill"))]
+    titles = [
+        line for line in text.splitlines() if line.startswith(("Functions", "Decode", "Prefill"))
+    ]
     assert len(titles) == 3 and all("NOT A DEVICE" in title for title in titles)
 
 
 def test_every_kind_of_function_is_timed_with_its_load_and_first_call(small, document):
     manifest = read_manifest(small)
-    wanted = {(shard.kind, function.name, function.tokens) for shard in manifest.shards for function in shard.functions}
-    assert {(row["kind"], row["function"], row["tokens"]) for row in document["functions"]} == wanted
+    wanted = {
+        (shard.kind, function.name, function.tokens)
+        for shard in manifest.shards
+        for function in shard.functions
+    }
+    assert {
+        (row["kind"], row["function"], row["tokens"]) for row in document["functions"]
+    } == wanted
     for row in document["functions"]:
         assert row["load_seconds"] > 0 and row["first_call_ms"] > 0
-        assert 0 < row["latency"]["min_ms"] <= row["latency"]["median_ms"] <= row["latency"]["p95_ms"]
+        assert (
+            0 < row["latency"]["min_ms"] <= row["latency"]["median_ms"] <= row["latency"]["p95_ms"]
+        )
         assert row["latency"]["runs"] == 2
 
 
-def test_the_parts_of_a_token_add_up_to_the_whole_and_calls_are_those_of_the_manifest(small, document):
+def test_the_parts_of_a_token_add_up_to_the_whole_and_calls_are_those_of_the_manifest(
+    small, document
+):
     shards = len(read_manifest(small).shards)
     assert [row["fill"] for row in document["decode"]] == [0, 40]
     for row in document["decode"] + document["prefill"]:
         parts = sum(row["kinds_ms"].values()) + row["load_ms"] + row["host_ms"]
         assert parts == pytest.approx(1000 / row["tok_s"], rel=1e-6)
     assert all(row["calls_per_token"] == shards for row in document["decode"])
-    short, long = document["prefill"]           # calls of 16 tokens; only the last one is followed by the head's two
+    short, long = document[
+        "prefill"
+    ]  # calls of 16 tokens; only the last one is followed by the head's two
     assert short["calls_per_token"] == pytest.approx((shards - 2 + 2) / 16)
     assert long["calls_per_token"] == pytest.approx((3 * (shards - 2) + 2) / 40)
 
 
 def test_conditions_say_what_was_measured_where(small, document):
     conditions = document["conditions"]
-    assert {"chip", "os", "versions", "power_source", "thermal", "warmup", "prefill_tokens"} <= conditions.keys()
-    assert (conditions["prefill_tokens"], conditions["warmup"], conditions["units"]) == (16, 1, None)
+    assert {
+        "chip",
+        "os",
+        "versions",
+        "power_source",
+        "thermal",
+        "warmup",
+        "prefill_tokens",
+    } <= conditions.keys()
+    assert (conditions["prefill_tokens"], conditions["warmup"], conditions["units"]) == (
+        16,
+        1,
+        None,
+    )
     assert conditions["versions"].keys() >= {"python", "coremltools", "torch", "ane-moe"}
     manifest = read_manifest(small)
     memory = document["memory"]
     assert memory["weight_bytes"] == sum(shard.weight_bytes for shard in manifest.shards)
-    assert memory["kv_cache_bytes"] == 2 * 2 * 16 * manifest.cache_width        # K and V, fp16, one head of 16
+    assert (
+        memory["kv_cache_bytes"] == 2 * 2 * 16 * manifest.cache_width
+    )  # K and V, fp16, one head of 16
     assert memory["peak_bytes"] >= memory["process_bytes"] > 0
 
 
@@ -105,10 +135,12 @@ def test_expert_calls_and_cache_figures_are_of_the_row_alone():
     session = Session(make_shards(decoder, make_manifest((None, None), routing="sparse")))
     rows = list(time_decode(session, [1, 2, 3], [0, 5], 4, 2, silent))
     for row in rows:
-        assert row.calls_per_token == 2 + 2 * 2 + len(session.shards.head)      # attention, k experts a layer, head
+        assert row.calls_per_token == 2 + 2 * 2 + len(
+            session.shards.head
+        )  # attention, k experts a layer, head
         assert row.cache.hits + row.cache.late + row.cache.misses == 4 * 2 * 2
     assert sum(row.cache.bytes_loaded for row in rows) < session.figures.cache.bytes_loaded + 1
-    few, = time_prefill(session, [1, 2, 3], [9], 2, silent)
+    (few,) = time_prefill(session, [1, 2, 3], [9], 2, silent)
     assert few.cache.hits <= 2 * 2 * EXPERTS * 2 and few.tokens == 9
 
 
@@ -127,7 +159,9 @@ def test_a_fill_that_leaves_no_room_is_refused(small):
     assert isinstance(result.exception, UserError) and "context" in str(result.exception)
 
 
-# -- no speed for wrong output ------------------------------------------------------------------------------------
+# -- no speed for wrong output
+# ------------------------------------------------------------------------------------
+
 
 def edit_golden(folder, edit, name="golden.safetensors"):
     path = folder / name
@@ -147,7 +181,12 @@ def test_wrong_output_has_no_speed_and_exits_with_1(small_copy, tmp_path):
     result = run(small_copy, *QUICK, "--json", "--save", saved)
     found = json.loads(result.stdout)
     assert result.exit_code == 1 and not found["passed"] and not saved.exists()
-    assert not found["functions"] and not found["decode"] and not found["prefill"] and found["load"] is None
+    assert (
+        not found["functions"]
+        and not found["decode"]
+        and not found["prefill"]
+        and found["load"] is None
+    )
     assert not any(word in run(small_copy, *QUICK).stdout for word in ("tok/s", "median"))
 
 
@@ -168,12 +207,16 @@ def test_compression_excuses_no_wrong_shard(small_checkpoint, tmp_path):
     report = bench(out, options)
     assert report.passed
     assert [(check.golden, check.model.function) for check in report.checks] == [
-        ("original", "decode"), ("as stored", "decode"), ("original", "prefill"), ("as stored", "prefill")]
+        ("original", "decode"),
+        ("as stored", "decode"),
+        ("original", "prefill"),
+        ("as stored", "prefill"),
+    ]
     found = {check.golden: check.model for check in report.checks}
     assert found["as stored"].logit_cosine > found["original"].logit_cosine
     assert (found["original"].min_logit_cosine, found["as stored"].min_logit_cosine) == (0.9, 0.99)
 
-    def disturb(tensors):           # an error that the gate for compressed weights would let through
+    def disturb(tensors):  # an error that the gate for compressed weights would let through
         noise = np.random.default_rng(0).standard_normal(tensors["logits"].shape).astype(np.float32)
         tensors["logits"] += 0.25 * noise * tensors["logits"].std()
 
@@ -181,8 +224,11 @@ def test_compression_excuses_no_wrong_shard(small_checkpoint, tmp_path):
     report = bench(out, options)
     assert not report.passed and report.load is None
     assert [check.passed for check in report.checks] == [True, False, True, False]
-    edit_golden(out, lambda tensors: tensors.update(prompt_ids=tensors["prompt_ids"][::-1].copy()),
-                "golden_as_stored.safetensors")
+    edit_golden(
+        out,
+        lambda tensors: tensors.update(prompt_ids=tensors["prompt_ids"][::-1].copy()),
+        "golden_as_stored.safetensors",
+    )
     with pytest.raises(UserError, match="same prompts"):
         bench(out, options)
 
@@ -192,7 +238,7 @@ def test_a_token_is_clearly_wrong_just_beyond_what_the_gate_allows():
     golden = np.tile(np.random.default_rng(0).standard_normal(1000).astype(np.float32), (2, 1))
     own = golden[0].argmax()
     other = int(np.argsort(golden[0])[-2])
-    golden[1, own] = golden[1, other] + 3 * limit        # row 0: a near tie, row 1: far apart
+    golden[1, own] = golden[1, other] + 3 * limit  # row 0: a near tie, row 1: far apart
     shards = golden.copy()
     shards[:, other] += 10
     one = PromptLogits(0, 0, (1, 2), golden, shards)
@@ -207,7 +253,9 @@ def test_without_a_golden_it_says_how_to_get_one(small_copy):
         bench(small_copy)
 
 
-# -- Core ML ------------------------------------------------------------------------------------------------------
+# -- Core ML
+# --------------------------------------------------------------------------------------------------
+
 
 def test_core_ml_gets_the_units_and_its_figures_are_a_devices(small, tmp_path, standin):
     cache = ModelCache(tmp_path / "cache")
@@ -221,9 +269,17 @@ def test_core_ml_gets_the_units_and_its_figures_are_a_devices(small, tmp_path, s
     assert again.conditions.compiled_before == (count, count)
 
 
-@pytest.mark.parametrize(("brand", "units", "why"), [
-    ("Apple M4 Max", "cpu_and_ne", None), ("Apple M99", "cpu_and_ne", "m99"), ("Apple M4 Max", "cpu_only", "units")])
-def test_the_prediction_stands_beside_what_was_measured(small, tmp_path, standin, brand, units, why):
+@pytest.mark.parametrize(
+    ("brand", "units", "why"),
+    [
+        ("Apple M4 Max", "cpu_and_ne", None),
+        ("Apple M99", "cpu_and_ne", "m99"),
+        ("Apple M4 Max", "cpu_only", "units"),
+    ],
+)
+def test_the_prediction_stands_beside_what_was_measured(
+    small, tmp_path, standin, brand, units, why
+):
     tool = standin.folder / "bin" / "sysctl"
     tool.write_text(f"#!/bin/sh\necho '{brand}'\n")
     tool.chmod(0o755)
@@ -235,8 +291,8 @@ def test_the_prediction_stands_beside_what_was_measured(small, tmp_path, standin
         return
     warm = bench(small, options, runtime="coreml", cache=cache, trial=False)
     expected = predict(workload_of(small), find_chip("m4-max"), loop="naive")
-    whats = ["decode after 0 tokens", "prefill of 16 tokens"]               # 20 tokens are no whole calls of 16
-    assert [row["what"] for row in cold.predicted["rows"]] == whats         # loading included compilation
+    whats = ["decode after 0 tokens", "prefill of 16 tokens"]  # 20 tokens are no whole calls of 16
+    assert [row["what"] for row in cold.predicted["rows"]] == whats  # loading included compilation
     assert [row["what"] for row in warm.predicted["rows"]] == [*whats, "loading"]
     decode, prefill, loading = warm.predicted["rows"]
     assert decode["predicted"] == vars(expected.decode.per_token_ms)
@@ -257,7 +313,9 @@ def test_units_mean_nothing_to_the_reference_runtime(small):
         bench(small, BenchOptions(units="all"), runtime="reference")
 
 
-# -- saved and compared -------------------------------------------------------------------------------------------
+# -- saved and compared
+# -------------------------------------------------------------------------------------------
+
 
 def test_a_run_against_itself_doubled_shows_the_ratio(small, document, tmp_path):
     saved = tmp_path / "saved.json"
@@ -285,20 +343,37 @@ def test_save_writes_what_json_prints_and_reads_back(small, tmp_path):
     assert run(small, *QUICK, "--against", saved).exit_code == 0
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("no json", "cannot be read"), ("[]", "no saved bench report"), ('{"format": 1}', "no saved bench report"),
-    ('{"format": 1, "passed": false, "functions": []}', "wrong"),
-    ('{"format": 1, "passed": true, "functions": [], "runtime": "coreml"}', "different runtimes"),
-    ('{"format": 1, "passed": true, "functions": [], "runtime": "reference"}', "not a whole"),
-])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("no json", "cannot be read"),
+        ("[]", "no saved bench report"),
+        ('{"format": 1}', "no saved bench report"),
+        ('{"format": 1, "passed": false, "functions": []}', "wrong"),
+        (
+            '{"format": 1, "passed": true, "functions": [], "runtime": "coreml"}',
+            "different runtimes",
+        ),
+        ('{"format": 1, "passed": true, "functions": [], "runtime": "reference"}', "not a whole"),
+    ],
+)
 def test_a_file_that_is_no_saved_report_is_named(small, tmp_path, text, words):
     (tmp_path / "saved.json").write_text(text)
     result = run(small, *QUICK, "--against", tmp_path / "saved.json")
     assert isinstance(result.exception, UserError) and words in str(result.exception)
 
 
-@pytest.mark.parametrize("arguments", [("--fills", "a"), ("--lengths", "0"), ("--runs", "0"), ("--vs", "mlx"),
-                                       ("--warmup", "-1"), ("--energy",)])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--fills", "a"),
+        ("--lengths", "0"),
+        ("--runs", "0"),
+        ("--vs", "mlx"),
+        ("--warmup", "-1"),
+        ("--energy",),
+    ],
+)
 def test_senseless_options_are_refused_at_once(small, arguments):
     if arguments == ("--energy",) and shutil.which("powermetrics"):
         pytest.skip("this machine has powermetrics")

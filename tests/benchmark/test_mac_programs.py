@@ -23,25 +23,40 @@ OURS = Side("ane-moe", "fp16", 100.0, 10.0, 4, 1000, 3)
 
 def sample(cpu, gpu, ane, milliseconds=500, **more):
     """One of powermetrics' property lists: energies in mJ, fields as asitop reads them."""
-    return {"elapsed_ns": milliseconds * 1_000_000, "thermal_pressure": "Nominal",
-            "processor": {"cpu_energy": cpu, "gpu_energy": gpu, "ane_energy": ane}} | more
+    return {
+        "elapsed_ns": milliseconds * 1_000_000,
+        "thermal_pressure": "Nominal",
+        "processor": {"cpu_energy": cpu, "gpu_energy": gpu, "ane_energy": ane},
+    } | more
 
 
 def written(samples):
     return b"\0".join(plistlib.dumps(one) for one in samples) + b"\0"
 
 
-# -- energy -------------------------------------------------------------------------------------------------------
+# -- energy
+# --------------------------------------------------------------------------------------------------
+
 
 def test_mean_power_is_energy_over_time_without_the_first_sample():
-    found = mean_power(written([sample(9e6, 9e6, 9e6), sample(500, 50, 1000), sample(250, 50, 500, 250)]))
+    found = mean_power(
+        written([sample(9e6, 9e6, 9e6), sample(500, 50, 1000), sample(250, 50, 500, 250)])
+    )
     assert (found.cpu_mw, found.gpu_mw, found.ane_mw) == pytest.approx((1000, 400 / 3, 2000))
     assert (found.seconds, found.thermal_pressure) == (0.75, "Nominal")
 
 
-@pytest.mark.parametrize("samples", [b"", b"\0", b"<plist", written([{"elapsed_ns": 5}]),
-                                     written([sample(1, 1, 1, elapsed_ns=0)]),
-                                     written([sample(1, 1, 1, processor={"package_joules": 1})])])
+@pytest.mark.parametrize(
+    "samples",
+    [
+        b"",
+        b"\0",
+        b"<plist",
+        written([{"elapsed_ns": 5}]),
+        written([sample(1, 1, 1, elapsed_ns=0)]),
+        written([sample(1, 1, 1, processor={"package_joules": 1})]),
+    ],
+)
 def test_samples_without_power_are_named(samples):
     with pytest.raises(NotPermitted, match="no power"):
         mean_power(samples)
@@ -51,8 +66,11 @@ def fake_powermetrics(program, tmp_path):
     (tmp_path / "idle").write_bytes(written([sample(50, 0, 0)] * 3))
     (tmp_path / "busy").write_bytes(written([sample(100, 0, 150)] * 3))
     program("sudo", 'test "$1" = -n || exit 9; shift; exec "$@"')
-    program("powermetrics", f"""while [ "$1" != -o ]; do test "$1" = -n && count=$2; shift; done
-        if [ "$count" = 20 ]; then sleep 0.3; cp {tmp_path}/busy "$2"; else cp {tmp_path}/idle "$2"; fi""")
+    program(
+        "powermetrics",
+        f"""while [ "$1" != -o ]; do test "$1" = -n && count=$2; shift; done
+        if [ "$count" = 20 ]; then sleep 0.3; cp {tmp_path}/busy "$2"; else cp {tmp_path}/idle "$2"; fi""",
+    )
 
 
 def test_energy_per_token_is_power_times_time_and_idle_is_taken_off(program, tmp_path):
@@ -70,8 +88,16 @@ def test_energy_per_token_is_power_times_time_and_idle_is_taken_off(program, tmp
 def test_without_the_right_to_run_it_the_report_says_so_and_has_the_rest(program, small):
     program("sudo", "echo 'sudo: a password is required' >&2; exit 1")
     program("powermetrics", "exit 1")
-    report = bench(small, BenchOptions(runs=1, tokens=1, fills=(0,), lengths=(1,), energy=True), runtime="reference")
-    assert report.energy is None and "a password is required" in report.energy_skipped and report.decode
+    report = bench(
+        small,
+        BenchOptions(runs=1, tokens=1, fills=(0,), lengths=(1,), energy=True),
+        runtime="reference",
+    )
+    assert (
+        report.energy is None
+        and "a password is required" in report.energy_skipped
+        and report.decode
+    )
 
 
 def test_an_error_while_decoding_ends_the_meter(program, tmp_path):
@@ -85,16 +111,23 @@ def test_no_powermetrics_is_a_users_error(program):
         require_powermetrics()
 
 
-# -- power and heat -----------------------------------------------------------------------------------------------
+# -- power and heat
+# -----------------------------------------------------------------------------------------------
+
 
 def test_power_source_low_power_mode_and_heat_are_read_from_pmset(program):
-    program("pmset", r"""case "$*" in
+    program(
+        "pmset",
+        r"""case "$*" in
         "-g batt") echo "Now drawing from 'Battery Power'"; echo " -InternalBattery-0 (id=1)	87%; discharging" ;;
         "-g") printf 'System-wide power settings:\n lowpowermode         1\n sleep 1\n' ;;
         "-g therm") printf 'Note: No thermal warning level has been recorded\nCPU_Speed_Limit 	= 80\n' ;;
-        esac""")
+        esac""",
+    )
     assert power_source() == "Battery Power" and low_power_mode() is True
-    assert thermal_state() == "Note: No thermal warning level has been recorded; CPU_Speed_Limit = 80"
+    assert (
+        thermal_state() == "Note: No thermal warning level has been recorded; CPU_Speed_Limit = 80"
+    )
 
 
 def test_without_pmset_nothing_is_made_up(program, monkeypatch, tmp_path):
@@ -109,7 +142,8 @@ def test_without_pmset_nothing_is_made_up(program, monkeypatch, tmp_path):
     assert power_source() == "Battery Power"
 
 
-# -- mlx-lm -------------------------------------------------------------------------------------------------------
+# -- mlx-lm
+# --------------------------------------------------------------------------------------------------
 
 MLX = """
 from types import SimpleNamespace
@@ -133,14 +167,18 @@ def mlx(tmp_path, monkeypatch):
     folder = tmp_path / "site" / "mlx_lm"
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text(MLX)
-    (folder / "tokenizer_utils.py").write_text(textwrap.dedent("""
+    (folder / "tokenizer_utils.py").write_text(
+        textwrap.dedent("""
         def load_tokenizer(path, eos_token_ids):
             return "tokens", eos_token_ids
-    """))
+    """)
+    )
     monkeypatch.setenv("PYTHONPATH", f"{folder.parent}:{':'.join(sys.path)}")
 
 
-def test_mlx_runs_the_same_prompt_and_its_medians_leave_the_warm_up_out(mlx, small, small_checkpoint):
+def test_mlx_runs_the_same_prompt_and_its_medians_leave_the_warm_up_out(
+    mlx, small, small_checkpoint
+):
     found = run_mlx(small_checkpoint, read_manifest(small), OURS, [5, 6, 7])
     theirs = found.theirs
     assert (theirs.name, theirs.prefill_tok_s, theirs.decode_tok_s) == ("mlx-lm 0.28.2", 200, 20)
@@ -148,22 +186,32 @@ def test_mlx_runs_the_same_prompt_and_its_medians_leave_the_warm_up_out(mlx, sma
     assert (found.ours, found.prompt_tokens) == (OURS, 3) and "GPU" in found.remark
 
 
-def test_bench_shows_energy_and_the_other_program_beside_its_own_figures(mlx, program, tmp_path, small,
-                                                                         small_checkpoint):
+def test_bench_shows_energy_and_the_other_program_beside_its_own_figures(
+    mlx, program, tmp_path, small, small_checkpoint
+):
     fake_powermetrics(program, tmp_path)
-    options = BenchOptions(runs=1, warmup=0, tokens=4, fills=(0,), lengths=(16,), energy=True, vs_mlx=small_checkpoint)
+    options = BenchOptions(
+        runs=1, warmup=0, tokens=4, fills=(0,), lengths=(16,), energy=True, vs_mlx=small_checkpoint
+    )
     report = bench(small, options, runtime="reference")
     versus, document = report.versus, report.as_json()
     assert (versus.prompt_tokens, versus.ours.new_tokens, versus.theirs.new_tokens) == (16, 4, 4)
     assert versus.ours.prefill_tok_s > 0 and versus.ours.decode_tok_s > 0
-    assert document["versus"]["theirs"]["name"] == "mlx-lm 0.28.2" and document["energy"]["tokens"] > 0
+    assert (
+        document["versus"]["theirs"]["name"] == "mlx-lm 0.28.2" and document["energy"]["tokens"] > 0
+    )
     text = StringIO()
     Console(file=text, width=160).print(bench_report(report))
-    assert all(words in text.getvalue() for words in ("mlx-lm 0.28.2", "mJ per token", "estimates by powermetrics"))
+    assert all(
+        words in text.getvalue()
+        for words in ("mlx-lm 0.28.2", "mJ per token", "estimates by powermetrics")
+    )
 
 
 def test_a_failing_mlx_is_named(mlx, tmp_path, small, small_checkpoint):
-    (tmp_path / "site" / "mlx_lm" / "tokenizer_utils.py").write_text("raise RuntimeError('no Metal device')")
+    (tmp_path / "site" / "mlx_lm" / "tokenizer_utils.py").write_text(
+        "raise RuntimeError('no Metal device')"
+    )
     with pytest.raises(UserError, match="no Metal device"):
         run_mlx(small_checkpoint, read_manifest(small), OURS, [5, 6, 7])
 

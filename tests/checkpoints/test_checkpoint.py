@@ -1,4 +1,5 @@
-"""Reading checkpoints, against the safetensors library; and what is said of files that are not sound."""
+"""Reading checkpoints, against the safetensors library; and what is said of files that are not
+sound."""
 
 import hashlib
 import json
@@ -52,7 +53,11 @@ def test_every_part_of_a_tensor_reads_as_torch_slices_it(
     shape = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple))
     seed = data.draw(st.integers(0, 99))
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    index = data.draw(st.integers(0, shape[0] - 1)) if len(shape) > 1 and data.draw(st.booleans()) else None
+    index = (
+        data.draw(st.integers(0, shape[0] - 1))
+        if len(shape) > 1 and data.draw(st.booleans())
+        else None
+    )
     expected = tensor if index is None else tensor[index]
     rows = None
     if data.draw(st.booleans()):
@@ -74,13 +79,20 @@ def test_every_part_of_a_tensor_reads_as_torch_slices_it(
     assert np.array_equal(got, out)
     if not transpose:
         middle = len(got) // 2
-        parts = [checkpoint.read(source.part(0, middle)), checkpoint.read(source.part(middle, len(got)))]
+        parts = [
+            checkpoint.read(source.part(0, middle)),
+            checkpoint.read(source.part(middle, len(got))),
+        ]
         assert np.array_equal(np.concatenate(parts), got)
 
 
 def test_an_output_array_of_another_form_is_a_programming_error(tmp_path: Path) -> None:
     checkpoint = opened(tmp_path, {"w": torch.ones(4, 6)})
-    for out in (np.empty((6, 4), np.float16), np.empty((4, 6), np.float32), np.empty((4, 12), np.float16)[:, ::2]):
+    for out in (
+        np.empty((6, 4), np.float16),
+        np.empty((4, 6), np.float32),
+        np.empty((4, 12), np.float16)[:, ::2],
+    ):
         with pytest.raises(ValueError, match="contiguous fp16"):
             checkpoint.read(source_of(torch.ones(4, 6)), out=out)
     with pytest.raises(ValueError, match="transposed"):
@@ -90,7 +102,9 @@ def test_an_output_array_of_another_form_is_a_programming_error(tmp_path: Path) 
 def test_one_expert_of_a_huge_fused_tensor_is_read_alone(tmp_path: Path) -> None:
     """A sparse file of a terabyte: reading more than the expert asked for would never end."""
     shape = (1 << 20, 1024, 512)
-    header = json.dumps({"w": {"dtype": "BF16", "shape": shape, "data_offsets": [0, math.prod(shape) * 2]}}).encode()
+    header = json.dumps(
+        {"w": {"dtype": "BF16", "shape": shape, "data_offsets": [0, math.prod(shape) * 2]}}
+    ).encode()
     expert = torch.randn(1024, 512).bfloat16()
     (tmp_path / "config.json").write_text("{}")
     try:
@@ -111,7 +125,9 @@ def test_one_expert_of_a_huge_fused_tensor_is_read_alone(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_values_that_are_not_finite_are_counted_and_named(dtype: torch.dtype, value: float, tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_counted_and_named(
+    dtype: torch.dtype, value: float, tmp_path: Path
+) -> None:
     tensor = torch.zeros(30, 10)
     tensor[[3, 12, 29], [4, 4, 9]] = value
     checkpoint = opened(tmp_path, {"w": tensor.to(dtype)})
@@ -121,10 +137,14 @@ def test_values_that_are_not_finite_are_counted_and_named(dtype: torch.dtype, va
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_values_beyond_fp16_are_counted_with_the_largest(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_values_beyond_fp16_are_counted_with_the_largest(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
     tensor = torch.zeros(300)
     tensor[[7, 250]] = torch.tensor([70144.0, -81920.0])
-    with pytest.raises(UserError, match=r"w \(ours\.weight\) overflows fp16 \(max \|w\| = 81920\).*2 values"):
+    with pytest.raises(
+        UserError, match=r"w \(ours\.weight\) overflows fp16 \(max \|w\| = 81920\).*2 values"
+    ):
         opened(tmp_path, {"w": tensor.to(dtype)}).read(source_of(tensor))
 
 
@@ -156,20 +176,27 @@ def test_exactly_the_values_that_fp16_cannot_hold_are_refused(
 def test_a_digest_is_the_same_whether_taken_while_reading_or_alone(tmp_path: Path) -> None:
     tensors = {"w": torch.randn(40, 7), "v": torch.randn(300).bfloat16()}
     checkpoint = opened(tmp_path, tensors)
-    sources = [TensorSource("a", "w", (40, 7), rows=(3, 31)), TensorSource("b", "v", (300,), scale=0.5)]
+    sources = [
+        TensorSource("a", "w", (40, 7), rows=(3, 31)),
+        TensorSource("b", "v", (300,), scale=0.5),
+    ]
     hasher = hashlib.sha256()
     for source in sources:
         checkpoint.read(source, hasher=hasher)
     assert checkpoint.digest(sources) == hasher.hexdigest()
 
 
-def test_a_digest_changes_with_every_byte_read_and_every_transform_and_with_nothing_else(tmp_path: Path) -> None:
+def test_a_digest_changes_with_every_byte_read_and_every_transform_and_with_nothing_else(
+    tmp_path: Path,
+) -> None:
     tensor = torch.randn(12, 5)
     source = source_of(tensor, rows=(2, 9))
 
     def digest(source: TensorSource, tensor: torch.Tensor, folder: str) -> str:
         (tmp_path / folder).mkdir(exist_ok=True)
-        return opened(tmp_path / folder, {"w": tensor, "other": torch.ones(len(folder))}).digest([source])
+        return opened(tmp_path / folder, {"w": tensor, "other": torch.ones(len(folder))}).digest(
+            [source]
+        )
 
     plain = digest(source, tensor, "a")
     assert digest(source, tensor, "somewhere-else") == plain
@@ -177,7 +204,10 @@ def test_a_digest_changes_with_every_byte_read_and_every_transform_and_with_noth
     beside[9, 0] += 1
     inside[8, 4] += 1
     assert digest(source, beside, "a") == plain
-    changed = [digest(source, inside, "a"), digest(source, tensor.view(torch.int32).view(torch.float32) * 2, "a")]
+    changed = [
+        digest(source, inside, "a"),
+        digest(source, tensor.view(torch.int32).view(torch.float32) * 2, "a"),
+    ]
     for change in ({"scale": 2.0}, {"transpose": True}, {"rows": (1, 8)}, {"name": "other"}):
         changed.append(digest(replace(source, **change), tensor, "a"))
     assert len({plain, *changed}) == len(changed) + 1
@@ -188,8 +218,12 @@ def test_a_digest_changes_with_every_byte_read_and_every_transform_and_with_noth
 
 def test_the_header_reader_agrees_with_the_library(tmp_path: Path) -> None:
     tensors = {
-        "a": torch.randn(3, 4), "b": torch.ones((), dtype=torch.int64), "c": torch.zeros(0, 5).half(),
-        "d": torch.ones(7, dtype=torch.bool), "e": torch.ones(5).to(torch.float8_e4m3fn), "f": torch.ones(3).double(),
+        "a": torch.randn(3, 4),
+        "b": torch.ones((), dtype=torch.int64),
+        "c": torch.zeros(0, 5).half(),
+        "d": torch.ones(7, dtype=torch.bool),
+        "e": torch.ones(5).to(torch.float8_e4m3fn),
+        "f": torch.ones(3).double(),
     }
     save_file(tensors, tmp_path / "x.safetensors", {"format": "pt"})
     header = read_header(tmp_path / "x.safetensors")
@@ -230,7 +264,10 @@ def test_a_changed_header_is_refused_or_still_describes_the_file(
         header = read_header(path)
     except UserError:
         return
-    assert all(stored.offset >= 0 and (stored.offset + stored.size) <= len(content) for stored in header.values())
+    assert all(
+        stored.offset >= 0 and (stored.offset + stored.size) <= len(content)
+        for stored in header.values()
+    )
 
 
 @pytest.mark.parametrize(
@@ -261,10 +298,17 @@ def test_impossible_tensors_are_refused(entry: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "offsets", [((0, 8), (4, 12)), ((0, 8), (12, 20)), ((4, 12), (12, 20)), ((0, 8), (0, 8))]
 )
-def test_overlaps_and_gaps_are_refused(offsets: tuple[tuple[int, int], ...], tmp_path: Path) -> None:
-    tensors = {f"t{n}": {"dtype": "F32", "shape": [2], "data_offsets": pair} for n, pair in enumerate(offsets)}
+def test_overlaps_and_gaps_are_refused(
+    offsets: tuple[tuple[int, int], ...], tmp_path: Path
+) -> None:
+    tensors = {
+        f"t{n}": {"dtype": "F32", "shape": [2], "data_offsets": pair}
+        for n, pair in enumerate(offsets)
+    }
     text = json.dumps(tensors).encode()
-    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(max(map(max, offsets))))
+    (tmp_path / "x.safetensors").write_bytes(
+        struct.pack("<Q", len(text)) + text + bytes(max(map(max, offsets)))
+    )
     with pytest.raises(UserError, match=r"starts at byte|truncated|longer"):
         read_header(tmp_path / "x.safetensors")
 
@@ -279,7 +323,12 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> Non
 
 
 def test_unsupported_dtypes_are_refused_with_what_is_supported(tmp_path: Path) -> None:
-    unsupported = {"F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8, "I8": torch.int8, "F64": torch.float64}
+    unsupported = {
+        "F8_E4M3": torch.float8_e4m3fn,
+        "U8": torch.uint8,
+        "I8": torch.int8,
+        "F64": torch.float64,
+    }
     for name, dtype in unsupported.items():
         tensor = torch.ones(4, 6).to(dtype)
         with pytest.raises(UserError, match=f"w is stored as {name}.*BF16, F16, F32.*dequantise"):
@@ -303,7 +352,9 @@ def test_several_files_with_an_index_are_one_checkpoint(tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     checkpoint = open_checkpoint(folder)
     assert set(checkpoint.tensors) == {"w", "v"}
-    assert np.array_equal(checkpoint.read(TensorSource("ours", "v", (4,))), tensors["v"].half().numpy())
+    assert np.array_equal(
+        checkpoint.read(TensorSource("ours", "v", (4,))), tensors["v"].half().numpy()
+    )
 
 
 @pytest.mark.parametrize(
@@ -321,7 +372,9 @@ def test_several_files_with_an_index_are_one_checkpoint(tmp_path: Path) -> None:
         ({"w": 3}, "no weight_map"),
     ],
 )
-def test_an_index_that_cannot_be_followed_is_refused(weight_map: Any, said: str, tmp_path: Path) -> None:
+def test_an_index_that_cannot_be_followed_is_refused(
+    weight_map: Any, said: str, tmp_path: Path
+) -> None:
     (tmp_path / "config.json").write_text("{}")
     save_file({"w": torch.ones(2)}, tmp_path / "x.safetensors")
     save_file({"w": torch.ones(2)}, tmp_path / "twin.safetensors")
@@ -346,7 +399,12 @@ def test_what_is_no_checkpoint_is_said_in_one_line(tmp_path: Path) -> None:
     assert "holds no safetensors" in said(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     assert "pickled weights, which are not read" in said(tmp_path)
-    for text, reason in (("{", "not JSON"), ("[]", "not a JSON object"), ("[" * 100_000, "not JSON"), ("", "not JSON")):
+    for text, reason in (
+        ("{", "not JSON"),
+        ("[]", "not a JSON object"),
+        ("[" * 100_000, "not JSON"),
+        ("", "not JSON"),
+    ):
         (tmp_path / "config.json").write_text(text)
         assert reason in said(tmp_path)
     (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")

@@ -97,13 +97,12 @@ PREFIXES = {
     ),
     "a PEFT model": decoder("base_model.model.model.", "base_model.model.lm_head."),
     "a vision model of transformers 5": decoder("model.language_model."),
-    "a vision model of transformers 4": decoder(
-        "language_model.model.", "language_model.lm_head."
-    ),
+    "a vision model of transformers 4": decoder("language_model.model.", "language_model.lm_head."),
     "AutoModel": decoder(""),
     "compiled layers": lambda key: key.replace("layers.0.", "layers.0._orig_mod."),
-    "FSDP": lambda key: "_fsdp_wrapped_module."
-    + key.replace("layers.1.", "layers.1._fsdp_wrapped_module."),
+    "FSDP": lambda key: (
+        "_fsdp_wrapped_module." + key.replace("layers.1.", "layers.1._fsdp_wrapped_module.")
+    ),
 }
 
 
@@ -152,8 +151,9 @@ def test_the_golden_of_other_names_is_the_original_models(
 
 def test_two_decoders_are_named_and_neither_is_taken(folder: Path) -> None:
     tensors = weights(folder)
-    both = {f"{part}.{key}": tensors[key].clone()
-            for key in tensors for part in ("actor", "critic")}
+    both = {
+        f"{part}.{key}": tensors[key].clone() for key in tensors for part in ("actor", "critic")
+    }
     said = refusal(store(folder, both))
     assert "more than one decoder, under 'actor.model.', 'critic.model.'" in said
     assert "found: actor.lm_head.weight, actor.model.embed_tokens.weight" in said
@@ -166,12 +166,15 @@ def test_an_unknown_name_shows_what_is_there_and_not_what_is_missing(folder: Pat
     assert "transformer.blocks.0" in found and "model.layers" not in found
 
 
-@pytest.mark.parametrize(("there", "said"), [
-    ("model.layers.0.self_attn.q_proj.base_layer.weight", "merge_and_unload"),
-    ("model.layers.0.block_sparse_moe.switch_mlp.gate_proj.weight", "mlx-lm's names"),
-    ("layers.0.attention.wq.weight", "Meta's or Mistral's own layout"),
-    ("blk.0.attn_q.weight", "GGUF's names"),
-])
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        ("model.layers.0.self_attn.q_proj.base_layer.weight", "merge_and_unload"),
+        ("model.layers.0.block_sparse_moe.switch_mlp.gate_proj.weight", "mlx-lm's names"),
+        ("layers.0.attention.wq.weight", "Meta's or Mistral's own layout"),
+        ("blk.0.attn_q.weight", "GGUF's names"),
+    ],
+)
 def test_names_that_tell_who_wrote_them_are_said(there: str, said: str, folder: Path) -> None:
     tensors = weights(folder)
     tensors[there] = tensors.pop("model.layers.0.self_attn.q_proj.weight")
@@ -237,11 +240,14 @@ def test_what_is_left_out_is_printed_and_recorded_and_verify_asks_no_more(
     assert verify(out, checkpoint=folder, prompts=tmp_path / "prompts.json").passed
 
 
-@pytest.mark.parametrize(("extra", "pattern"), [
-    (["score.weight"], "score.weight"),
-    (["value.a.weight", "value.b.weight"], "value.*"),
-    (["model.layers.2.a.weight", "model.layers.2.b.weight"], "model.layers.2.*"),
-])
+@pytest.mark.parametrize(
+    ("extra", "pattern"),
+    [
+        (["score.weight"], "score.weight"),
+        (["value.a.weight", "value.b.weight"], "value.*"),
+        (["model.layers.2.a.weight", "model.layers.2.b.weight"], "model.layers.2.*"),
+    ],
+)
 def test_the_pattern_offered_is_one_that_works(
     extra: list[str], pattern: str, folder: Path
 ) -> None:
@@ -260,9 +266,7 @@ def test_a_pattern_never_takes_a_tensor_that_is_needed(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", [205, 224])
-def test_a_resized_vocabulary_says_which_vocab_size_to_set(
-    rows: int, tmp_path: Path
-) -> None:
+def test_a_resized_vocabulary_says_which_vocab_size_to_set(rows: int, tmp_path: Path) -> None:
     resized = make_model("mixtral", num_hidden_layers=2)
     resized.resize_token_embeddings(rows)
     save_checkpoint(resized, tmp_path)
@@ -285,12 +289,8 @@ def test_two_vocabularies_in_one_model_are_told_apart(folder: Path) -> None:
 
 FORMS: dict[str, dict[str, Any]] = {
     "mlx 4 bit, group 64": {"quantization": {"group_size": 64, "bits": 4}},
-    "mlx 4 bit, mxfp4, group 32": {
-        "quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}
-    },
-    "mlx 8 bit, group 32": {
-        "quantization_config": {"group_size": 32, "bits": 8, "mode": "affine"}
-    },
+    "mlx 4 bit, mxfp4, group 32": {"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}},
+    "mlx 8 bit, group 32": {"quantization_config": {"group_size": 32, "bits": 8, "mode": "affine"}},
     "gptq 4 bit, group 128": {
         "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True}
     },
@@ -301,22 +301,25 @@ FORMS: dict[str, dict[str, Any]] = {
     "mxfp4": {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": []}},
     "bitsandbytes 4 bit, nf4": {
         "quantization_config": {
-            "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
         }
     },
     "bitsandbytes 8 bit": {
         "quantization_config": {
-            "quant_method": "bitsandbytes", "load_in_8bit": True, "bnb_4bit_quant_type": "fp4",
+            "quant_method": "bitsandbytes",
+            "load_in_8bit": True,
+            "bnb_4bit_quant_type": "fp4",
         }
     },
     "compressed-tensors, nvfp4-pack-quantized": {
         "quantization_config": {
-            "quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized",
+            "quant_method": "compressed-tensors",
+            "format": "nvfp4-pack-quantized",
         }
     },
-    "modelopt, NVFP4": {
-        "quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}
-    },
+    "modelopt, NVFP4": {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}},
     "torchao": {"quantization_config": {"quant_method": "torchao", "quant_type": {"default": {}}}},
 }
 
@@ -332,12 +335,18 @@ def test_every_quantised_form_is_called_by_its_name_from_the_config_alone(
 
 
 SIDE_FILES = {
-    "hf_quant_config.json": ({"quantization": {"quant_algo": "NVFP4", "group_size": 16}},
-                             "modelopt, NVFP4, group 16"),
-    "quantize_config.json": ({"bits": 4, "group_size": 128, "desc_act": False},
-                             "gptq 4 bit, group 128"),
-    "quant_config.json": ({"w_bit": 4, "q_group_size": 128, "version": "GEMM"},
-                          "awq 4 bit, group 128"),
+    "hf_quant_config.json": (
+        {"quantization": {"quant_algo": "NVFP4", "group_size": 16}},
+        "modelopt, NVFP4, group 16",
+    ),
+    "quantize_config.json": (
+        {"bits": 4, "group_size": 128, "desc_act": False},
+        "gptq 4 bit, group 128",
+    ),
+    "quant_config.json": (
+        {"w_bit": 4, "q_group_size": 128, "version": "GEMM"},
+        "awq 4 bit, group 128",
+    ),
 }
 
 
@@ -348,11 +357,18 @@ def test_a_form_that_only_a_file_beside_tells_is_named(name: str, folder: Path) 
     assert f"is quantised ({form})" in refusal(folder)
 
 
-@pytest.mark.parametrize(("added", "form"), [
-    ("qweight", "awq or gptq"), ("g_idx", "gptq"), ("weight_packed", "compressed-tensors"),
-    ("weight_scale_inv", "FP8"), ("weight.absmax", "bitsandbytes"), ("scales", "mlx"),
-    ("SCB", "bitsandbytes"),
-])
+@pytest.mark.parametrize(
+    ("added", "form"),
+    [
+        ("qweight", "awq or gptq"),
+        ("g_idx", "gptq"),
+        ("weight_packed", "compressed-tensors"),
+        ("weight_scale_inv", "FP8"),
+        ("weight.absmax", "bitsandbytes"),
+        ("scales", "mlx"),
+        ("SCB", "bitsandbytes"),
+    ],
+)
 def test_a_form_that_only_its_tensors_tell_is_named(added: str, form: str, folder: Path) -> None:
     tensors = weights(folder) | {f"model.layers.0.self_attn.q_proj.{added}": torch.ones(3)}
     assert f"is quantised ({form}, by its tensors)" in refusal(store(folder, tensors))
@@ -361,10 +377,16 @@ def test_a_form_that_only_its_tensors_tell_is_named(added: str, form: str, folde
 # --- files
 
 
-@pytest.mark.parametrize("name", [
-    "model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
-    "tokenizer.model",
-])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer.model",
+    ],
+)
 def test_a_git_lfs_pointer_is_named_with_the_way_to_the_file(name: str, folder: Path) -> None:
     (folder / name).write_text(POINTER)
     said = refusal(folder)
@@ -380,8 +402,10 @@ def test_a_pointer_for_a_file_that_is_not_read_does_not_matter(folder: Path) -> 
 def split(folder: Path) -> Path:
     """The model in two files and an index, and no single file."""
     tensors = weights(folder)
-    files = {key: f"model-0000{1 + number % 2}-of-00002.safetensors"
-             for number, key in enumerate(sorted(tensors))}
+    files = {
+        key: f"model-0000{1 + number % 2}-of-00002.safetensors"
+        for number, key in enumerate(sorted(tensors))
+    }
     for file in set(files.values()):
         save_file({key: tensors[key] for key in tensors if files[key] == file}, folder / file)
     index = {"weight_map": files}
@@ -442,7 +466,8 @@ FOREIGN: dict[str, tuple[tuple[str, ...], str]] = {
     "Mistral": (("params.json", "consolidated.safetensors", "config.json"), "original layout"),
     "pickled": (("config.json", "pytorch_model.bin"), "pickled weights.*save_pretrained"),
     "the cache of a model": (
-        ("snapshots/abc/config.json", "snapshots/def/config.json"), "snapshots/def",
+        ("snapshots/abc/config.json", "snapshots/def/config.json"),
+        "snapshots/def",
     ),
     "the cache": (("models--a--b/snapshots/abc/config.json",), "the Hub's cache, with models"),
     "a conversion": (("runtime_meta.json",), "a conversion of ane-moe"),
@@ -463,10 +488,14 @@ def test_the_cache_of_a_model_gives_the_snapshot_that_main_names(tmp_path: Path)
     assert f"give its snapshot: {tmp_path / 'snapshots' / 'abc'}" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize(("name", "said"), [
-    ("model.gguf", "a GGUF model"), ("config.json", "give its folder"),
-    ("pytorch_model.bin", "pickled weights"),
-])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model.gguf", "a GGUF model"),
+        ("config.json", "give its folder"),
+        ("pytorch_model.bin", "pickled weights"),
+    ],
+)
 def test_a_file_in_place_of_a_folder_is_called_what_it_is(
     name: str, said: str, tmp_path: Path
 ) -> None:
@@ -484,7 +513,9 @@ def test_json_files_with_a_byte_order_mark_are_read_and_the_golden_too(
         assert (folder / name).read_bytes().startswith(b"\xef\xbb\xbf")
     spec, _ = describe(open_checkpoint(folder))
     assert spec.vocab == 211
-    capture_golden(open_checkpoint(folder), layers=(0, 1), prompts=[[5, 6]], out=folder / "golden.safetensors")
+    capture_golden(
+        open_checkpoint(folder), layers=(0, 1), prompts=[[5, 6]], out=folder / "golden.safetensors"
+    )
     with torch.no_grad():
         expected = model(torch.tensor([[5, 6]])).logits[0].numpy()
     assert np.abs(read_golden(folder / "golden.safetensors").logits - expected).max() < 1e-4
@@ -520,8 +551,9 @@ def test_int8_cannot_hold_what_fp16_cannot_and_the_message_says_so(
 
     data = np.array([[127]], np.int8)
 
-    @mb.program(input_specs=[mb.TensorSpec((1, 1), dtype=types.fp16)], 
-                opset_version=AvailableTarget.iOS18)
+    @mb.program(
+        input_specs=[mb.TensorSpec((1, 1), dtype=types.fp16)], opset_version=AvailableTarget.iOS18
+    )
     def program(x: Any) -> Any:
         scale = np.array([[70000 / 127]], np.float16)
         return mb.add(x=x, y=mb.constexpr_blockwise_shift_scale(data=data, scale=scale))

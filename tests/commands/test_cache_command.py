@@ -36,13 +36,17 @@ def compile_to(destination):
 def run(folder, *arguments):
     app = typer.Typer()
     app.command()(cache)
-    return CliRunner().invoke(app, ["--folder", str(folder), *map(str, arguments)], env={"COLUMNS": "200"})
+    return CliRunner().invoke(
+        app, ["--folder", str(folder), *map(str, arguments)], env={"COLUMNS": "200"}
+    )
 
 
 def test_it_shows_each_model_its_size_and_state_and_the_limit(folder):
     result = run(folder)
     assert result.exit_code == 0
-    assert re.search(r"first\.mlpackage +0\.00 GB +\d{4}-\d\d-\d\d \d\d:\d\d +untried", result.stdout)
+    assert re.search(
+        r"first\.mlpackage +0\.00 GB +\d{4}-\d\d-\d\d \d\d:\d\d +untried", result.stdout
+    )
     assert re.search(r"second\.mlpackage .*good for decode-cpu_and_ne", result.stdout)
     assert "2 compiled models, 0.00 GB of at most 32.0 GB" in result.stdout
 
@@ -52,7 +56,8 @@ def test_json_is_one_document_with_units_in_its_names(folder):
     assert document["size_bytes"] == 2 * 10**6 and document["limit_bytes"] == 32 * 10**9
     assert document["os_build"] == BUILD and document["removed"] == []
     assert [set(entry) for entry in document["entries"]] == [
-        {"package", "key", "os_build", "size_bytes", "last_used_unix_seconds", "in_use", "good"}] * 2
+        {"package", "key", "os_build", "size_bytes", "last_used_unix_seconds", "in_use", "good"}
+    ] * 2
 
 
 def test_clear_removes_everything_and_says_how_much(folder):

@@ -45,7 +45,11 @@ def test_text_goes_to_stdout_and_figures_that_name_the_runtime_to_stderr(out):
     result = run(out, "--prompt", "01234", "--max-tokens", 6)
     assert result.exit_code == 0
     assert len(result.stdout.strip("\n")) == 6
-    assert "numpy runtime" in result.stderr and "tok/s" in result.stderr and "ended by: length" in result.stderr
+    assert (
+        "numpy runtime" in result.stderr
+        and "tok/s" in result.stderr
+        and "ended by: length" in result.stderr
+    )
 
 
 def test_json_is_one_document_with_the_fields_that_are_promised(out):
@@ -54,15 +58,27 @@ def test_json_is_one_document_with_the_fields_that_are_promised(out):
     assert set(document) == {"prompt_ids", "ids", "text", "finish_reason", "figures"}
     assert document["prompt_ids"] == [0, 1, 2, 3, 4] and len(document["ids"]) == 6
     assert document["text"] == "".join(chr(ord("0") + identifier) for identifier in document["ids"])
-    assert {"runtime", "conditions", "prefill_tok_s", "decode_tok_s", "calls_per_token",
-            "host_ms_per_call"} <= set(document["figures"])
+    assert {
+        "runtime",
+        "conditions",
+        "prefill_tok_s",
+        "decode_tok_s",
+        "calls_per_token",
+        "host_ms_per_call",
+    } <= set(document["figures"])
 
 
 def test_a_prompt_comes_from_an_option_a_file_stdin_or_ids_alike(out, tmp_path):
     (tmp_path / "prompt.txt").write_text("01234")
-    texts = {run(out, *source, **more).stdout for source, more in [
-        (("--prompt", "01234"), {}), (("--prompt-file", tmp_path / "prompt.txt"), {}), ((), {"input": "01234"}),
-        (("--prompt-ids", "0,1, 2,3,4"), {})]}
+    texts = {
+        run(out, *source, **more).stdout
+        for source, more in [
+            (("--prompt", "01234"), {}),
+            (("--prompt-file", tmp_path / "prompt.txt"), {}),
+            ((), {"input": "01234"}),
+            (("--prompt-ids", "0,1, 2,3,4"), {}),
+        ]
+    }
     assert len(texts) == 1
 
 
@@ -93,10 +109,17 @@ def test_an_interrupt_ends_with_the_figures_so_far(out, monkeypatch):
     assert document["finish_reason"] == "interrupted" and len(document["ids"]) == 4
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--prompt", "0", "--prompt-ids", "1"], "more than once"), (["--prompt-ids", "1,x"], "not a list of ids"),
-    (["--prompt-file", "/nowhere/at/all"], "cannot be read"), (["--prompt-ids", "41"], "outside the vocabulary"),
-    (["--prompt", ""], "no tokens"), (["--prompt", "0", "--top-p", "2"], "top-p")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--prompt", "0", "--prompt-ids", "1"], "more than once"),
+        (["--prompt-ids", "1,x"], "not a list of ids"),
+        (["--prompt-file", "/nowhere/at/all"], "cannot be read"),
+        (["--prompt-ids", "41"], "outside the vocabulary"),
+        (["--prompt", ""], "no tokens"),
+        (["--prompt", "0", "--top-p", "2"], "top-p"),
+    ],
+)
 def test_bad_input_is_one_clear_error(out, arguments, message):
     result = run(out, *arguments)
     assert isinstance(result.exception, UserError) and message in str(result.exception)

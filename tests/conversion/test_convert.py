@@ -1,4 +1,5 @@
-"""The pipeline: the same bytes always, resumed after any interruption, and one clear line for bad input."""
+"""The pipeline: the same bytes always, resumed after any interruption, and one clear line for bad
+input."""
 
 import json
 import os
@@ -48,7 +49,11 @@ def own(checkpoint, tmp_path):
 
 
 def contents(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_the_manifest_describes_what_lies_in_the_folder(finished):
@@ -88,14 +93,16 @@ def test_a_shard_of_other_weights_is_written_again(own, finished, tmp_path):
 @pytest.mark.parametrize("after", [1, 4])
 def test_a_killed_conversion_resumes_to_the_same_bytes(checkpoint, finished, tmp_path, after):
     out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "-c", CONVERT, checkpoint, out], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", CONVERT, checkpoint, out], stdout=subprocess.PIPE
+    )
     for _ in range(after):
         process.stdout.readline()
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (out / FILE_NAME).exists()
     (out / "attn").mkdir(exist_ok=True)
-    (out / "attn" / ".writing-layer_01.mlpackage").mkdir(exist_ok=True)        # half a package
+    (out / "attn" / ".writing-layer_01.mlpackage").mkdir(exist_ok=True)  # half a package
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/[!.]*.mlpackage")}
     time.sleep(0.01)
     report = convert(checkpoint, out, OPTIONS)
@@ -133,7 +140,10 @@ def test_weights_fp16_cannot_hold_name_their_tensor_and_layer(own, tmp_path, val
     with pytest.raises(UserError, match=r"layers\.1.*experts\.3") as raised:
         convert(own, tmp_path / "out", OPTIONS)
     assert "\n" not in str(raised.value)
-    assert not list((tmp_path / "out").rglob(".writing-*")) and not (tmp_path / "out" / FILE_NAME).exists()
+    assert (
+        not list((tmp_path / "out").rglob(".writing-*"))
+        and not (tmp_path / "out" / FILE_NAME).exists()
+    )
 
 
 def drop_tensor(folder):
@@ -144,19 +154,31 @@ def drop_tensor(folder):
 
 def add_tensor(folder):
     tensors = load_file(folder / "model.safetensors")
-    save_file({**tensors, "model.extra.weight": torch.zeros(3)}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**tensors, "model.extra.weight": torch.zeros(3)},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
 
 
 def turn_tensor(folder):
     tensors = load_file(folder / "model.safetensors")
     key = "model.layers.0.self_attn.k_proj.weight"
-    save_file({**tensors, key: tensors[key].T.contiguous()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**tensors, key: tensors[key].T.contiguous()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
 
 
 def quantise(folder):
     tensors = load_file(folder / "model.safetensors")
     key = "model.layers.0.self_attn.k_proj.weight"
-    save_file({**tensors, key: tensors[key].to(torch.float8_e4m3fn)}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**tensors, key: tensors[key].to(torch.float8_e4m3fn)},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
 
 
 def truncate(folder):
@@ -170,7 +192,9 @@ SPOILED = {
     "wrong shape": turn_tensor,
     "stored as F8_E4M3": quantise,
     "truncated|beyond the end|shorter": truncate,
-    "not supported; supported: granitemoe, lfm2_moe, mixtral": lambda folder: edit_config(folder, model_type="gpt2"),
+    "not supported; supported: granitemoe, lfm2_moe, mixtral": lambda folder: edit_config(
+        folder, model_type="gpt2"
+    ),
     "num_experts_per_tok": lambda folder: edit_config(folder, remove=("num_experts_per_tok",)),
     "no config.json": lambda folder: (folder / "config.json").unlink(),
 }
@@ -185,7 +209,9 @@ def test_a_bad_checkpoint_is_refused_before_anything_is_written(own, tmp_path, m
     assert not (tmp_path / "out").exists()
 
 
-def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(checkpoint, tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(
+    checkpoint, tmp_path, monkeypatch
+):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(UserError, match="too full"):

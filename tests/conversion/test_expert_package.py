@@ -1,4 +1,5 @@
-"""Packages of many copies of one template: what coremltools loads, and what its own `save_multifunction` makes."""
+"""Packages of many copies of one template: what coremltools loads, and what its own
+`save_multifunction` makes."""
 
 import numpy as np
 import pytest
@@ -27,14 +28,23 @@ def template():
 @pytest.fixture(scope="module")
 def weights(template):
     rng = np.random.default_rng(0)
-    return {f"expert_{e:03d}": {name: (rng.standard_normal(shape) / 4).astype(np.float16)
-                                for name, shape in template.weights.items()} for e in range(EXPERTS)}
+    return {
+        f"expert_{e:03d}": {
+            name: (rng.standard_normal(shape) / 4).astype(np.float16)
+            for name, shape in template.weights.items()
+        }
+        for e in range(EXPERTS)
+    }
 
 
 @pytest.fixture(scope="module")
 def ours(template, weights, tmp_path_factory):
     path = tmp_path_factory.mktemp("ours") / "layer_00.mlpackage"
-    values = ((weight_name(prefix, name), value) for prefix, held in weights.items() for name, value in held.items())
+    values = (
+        (weight_name(prefix, name), value)
+        for prefix, held in weights.items()
+        for name, value in held.items()
+    )
     stamp(dict.fromkeys(weights, template), values, ContentKey("x"), path)
     return path
 
@@ -46,15 +56,25 @@ def theirs(weights, tmp_path_factory):
     description = ct.utils.MultiFunctionDescriptor()
     for prefix, held in weights.items():
         block = build_unbound(CONFIG).to_empty(device="cpu").eval()
-        block.load_state_dict({name: torch.from_numpy(value).float() for name, value in held.items()})
+        block.load_state_dict(
+            {name: torch.from_numpy(value).float() for name, value in held.items()}
+        )
         for tokens in BUCKETS:
             inputs = shapes_of(block.ports(tokens).inputs)
-            traced = torch.jit.trace(Positional(block, tuple(inputs)), tuple(map(torch.zeros, inputs.values())))
+            traced = torch.jit.trace(
+                Positional(block, tuple(inputs)), tuple(map(torch.zeros, inputs.values()))
+            )
             part = folder / f"{prefix}_{tokens}.mlpackage"
-            ct.convert(traced, inputs=[ct.TensorType(name=name, shape=shape, dtype=np.float16)
-                                       for name, shape in inputs.items()],
-                       outputs=[ct.TensorType(name="y", dtype=np.float16)], skip_model_load=True,
-                       minimum_deployment_target=ct.target.iOS18).save(str(part))
+            ct.convert(
+                traced,
+                inputs=[
+                    ct.TensorType(name=name, shape=shape, dtype=np.float16)
+                    for name, shape in inputs.items()
+                ],
+                outputs=[ct.TensorType(name="y", dtype=np.float16)],
+                skip_model_load=True,
+                minimum_deployment_target=ct.target.iOS18,
+            ).save(str(part))
             description.add_function(str(part), "main", f"{prefix}_t{tokens}")
     description.default_function_name = "expert_000_t1"
     ct.utils.save_multifunction(description, str(folder / "joined.mlpackage"))
@@ -73,9 +93,15 @@ class Positional(torch.nn.Module):
 def test_coremltools_loads_it_and_finds_each_experts_own_weights(ours, weights):
     model = ct.models.MLModel(str(ours), skip_model_load=True)
     program = load(model.get_spec(), specification_version=9, file_weights_dir=model.weights_dir)
-    assert set(program.functions) == {f"{prefix}_t{tokens}" for prefix in weights for tokens in BUCKETS}
+    assert set(program.functions) == {
+        f"{prefix}_t{tokens}" for prefix in weights for tokens in BUCKETS
+    }
     for name, function in program.functions.items():
-        constants = {op.outputs[0].name: op.outputs[0].val for op in function.operations if op.op_type == "const"}
+        constants = {
+            op.outputs[0].name: op.outputs[0].val
+            for op in function.operations
+            if op.op_type == "const"
+        }
         for weight, value in weights[name.rpartition("_")[0]].items():
             np.testing.assert_array_equal(constants[value_name(weight)], value)
 
@@ -95,8 +121,10 @@ def test_it_equals_what_save_multifunction_makes_function_by_function(ours, thei
         assert a.interfaces[name].inputs == b.interfaces[name].inputs
         assert a.interfaces[name].outputs == b.interfaces[name].outputs
         assert computing(a.functions[name]) == computing(b.functions[name])
-        inputs = {feature.name: rng.standard_normal(feature.type.shape).astype(np.float16)
-                  for feature in a.interfaces[name].inputs}
+        inputs = {
+            feature.name: rng.standard_normal(feature.type.shape).astype(np.float16)
+            for feature in a.interfaces[name].inputs
+        }
         mine, other = (package.function(name).predict(inputs)["y"] for package in opened)
         np.testing.assert_array_equal(mine, other)
 

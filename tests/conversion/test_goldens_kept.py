@@ -55,7 +55,7 @@ def test_a_second_run_keeps_the_goldens_it_has_and_says_so(checkpoint, tmp_path,
     first = convert(checkpoint, out, SMALL, golden=True)
     assert not first.golden_kept and first.manifest.golden_as_stored
     before = contents(out)
-    monkeypatch.setattr(hf_stream, "StreamedModel", None)       # what captures needs it
+    monkeypatch.setattr(hf_stream, "StreamedModel", None)  # what captures needs it
     second = convert(checkpoint, out, SMALL, golden=True)
     assert second.golden_kept and contents(out) == before
     third = convert(checkpoint, out, SMALL)

@@ -1,4 +1,5 @@
-"""A conversion opens its checkpoint once, and the manifest says what is downstream of it would else guess."""
+"""A conversion opens its checkpoint once, and the manifest says what is downstream of it would else
+guess."""
 
 import json
 from collections import Counter
@@ -34,10 +35,17 @@ def headers_read(monkeypatch):
 
 
 def test_a_conversion_with_everything_opens_its_checkpoint_once(checkpoint, tmp_path, headers_read):
-    tiny_conversion(checkpoint, tmp_path / "out", recipe=find_recipe("int8"), calibrate="builtin", golden=True,
-                    min_cosine=0.99)
+    tiny_conversion(
+        checkpoint,
+        tmp_path / "out",
+        recipe=find_recipe("int8"),
+        calibrate="builtin",
+        golden=True,
+        min_cosine=0.99,
+    )
     assert {path: count for path, count in headers_read.items() if path.parent == checkpoint} == {
-        checkpoint / "model.safetensors": 1}
+        checkpoint / "model.safetensors": 1
+    }
 
 
 def test_a_verification_opens_the_checkpoint_once(checkpoint, tmp_path, headers_read):
@@ -47,7 +55,9 @@ def test_a_verification_opens_the_checkpoint_once(checkpoint, tmp_path, headers_
     assert headers_read == {checkpoint / "model.safetensors": 1}
 
 
-def test_a_recipe_called_fp16_that_stores_palettes_gets_the_gates_of_what_it_stores(checkpoint, tmp_path):
+def test_a_recipe_called_fp16_that_stores_palettes_gets_the_gates_of_what_it_stores(
+    checkpoint, tmp_path
+):
     (tmp_path / "fp16.toml").write_text('[roles]\ndefault = "lut6"\n')
     recipe = find_recipe(str(tmp_path / "fp16.toml"))
     out = tiny_conversion(checkpoint, tmp_path / "out", recipe=recipe, golden=True)
@@ -68,23 +78,33 @@ def test_another_recipe_that_stores_fp16_gets_the_gates_of_fp16(checkpoint, tmp_
 
 
 def test_functions_say_which_experts_they_hold_and_what_a_call_works_through(checkpoint, tmp_path):
-    out = tiny_conversion(checkpoint, tmp_path / "out", recipe=find_recipe("int8"), routing="sparse",
-                          experts_per_function=3, expert_tokens=(1, 4))
-    shard, = read_manifest(out).shards_of("experts", 0)
-    matrix = 24 * 24                            # square experts: gate, up and down
+    out = tiny_conversion(
+        checkpoint,
+        tmp_path / "out",
+        recipe=find_recipe("int8"),
+        routing="sparse",
+        experts_per_function=3,
+        expert_tokens=(1, 4),
+    )
+    (shard,) = read_manifest(out).shards_of("experts", 0)
+    matrix = 24 * 24  # square experts: gate, up and down
     for function in shard.functions:
         size = len(function.experts)
         assert function.elements == 3 * matrix * size and function.rate == "int8"
-        assert function.weight_bytes == size * 3 * (matrix + 2 * 24)         # a scale for each row
+        assert function.weight_bytes == size * 3 * (matrix + 2 * 24)  # a scale for each row
     assert {function.experts for function in shard.functions} == {(0, 1, 2), (3,)}
-    assert shard.weight_bytes == sum(functions[0].weight_bytes for functions in shard.copies.values())
+    assert shard.weight_bytes == sum(
+        functions[0].weight_bytes for functions in shard.copies.values()
+    )
 
 
 def test_a_conversion_of_another_version_is_refused_with_the_way_on(checkpoint, tmp_path):
     out = tiny_conversion(checkpoint, tmp_path / "out")
     meta = out / "runtime_meta.json"
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"format": 1}))
-    with pytest.raises(UserError, match=r"another version; found: format 1, not 3; convert again.*--overwrite"):
+    with pytest.raises(
+        UserError, match=r"another version; found: format 1, not 3; convert again.*--overwrite"
+    ):
         read_manifest(out)
 
 

@@ -43,8 +43,12 @@ def logits_and_calls(out: Path) -> tuple[np.ndarray, int]:
 
 
 @pytest.mark.parametrize(("state", "layout"), [("mlstate", "bc1s"), ("explicit", "bct1")])
-def test_stacked_layers_give_the_same_logits_by_fewer_calls(checkpoint, apart, tmp_path, state, layout):
-    options = ConvertOptions(context=64, recipe=FP16, prefill=16, layers_per_shard=2, state=state, layout=layout)
+def test_stacked_layers_give_the_same_logits_by_fewer_calls(
+    checkpoint, apart, tmp_path, state, layout
+):
+    options = ConvertOptions(
+        context=64, recipe=FP16, prefill=16, layers_per_shard=2, state=state, layout=layout
+    )
     convert(checkpoint, tmp_path / "out", options)
     kinds = [(shard.kind, shard.layers) for shard in read_manifest(tmp_path / "out").shards]
     assert kinds[:3] == [("stack", (0, 1)), ("attn", ()), ("moe", ())]
@@ -52,12 +56,14 @@ def test_stacked_layers_give_the_same_logits_by_fewer_calls(checkpoint, apart, t
     expected, calls = logits_and_calls(apart)
     np.testing.assert_allclose(stacked, expected, atol=2e-2)
     assert np.corrcoef(stacked, expected)[0, 1] > 0.99999
-    assert calls - fewer == 3       # four calls of two layers have become one
+    assert calls - fewer == 3  # four calls of two layers have become one
 
 
 def test_verify_proves_a_stack_and_finds_a_wrong_one(checkpoint, tmp_path):
     out = tmp_path / "out"
-    convert(checkpoint, out, ConvertOptions(context=64, recipe=FP16, layers_per_shard=3), golden=True)
+    convert(
+        checkpoint, out, ConvertOptions(context=64, recipe=FP16, layers_per_shard=3), golden=True
+    )
     report = verify(out, runtime="reference", decode_tokens=4)
     stacks = [row for row in report.shards if row.kind == "stack"]
     assert report.passed
@@ -76,12 +82,17 @@ def test_the_size_limit_cuts_a_stack(checkpoint):
     spec, sources = describe(open_checkpoint(checkpoint))
     whole = make_plan(spec, sources, ConvertOptions(context=64, recipe=FP16, layers_per_shard=3))
     assert [shard.kind for shard in whole.shards[:1]] == ["stack"]
-    tight = make_plan(spec, sources, ConvertOptions(context=64, recipe=FP16, layers_per_shard=3, max_shard_mb=0))
+    tight = make_plan(
+        spec, sources, ConvertOptions(context=64, recipe=FP16, layers_per_shard=3, max_shard_mb=0)
+    )
     assert not any(shard.kind == "stack" for shard in tight.shards)
 
 
 def test_experts_of_the_host_are_not_stacked(checkpoint):
-    kinds = {shard.kind for shard in plan(checkpoint, ConvertOptions(routing="sparse", layers_per_shard=3)).shards}
+    kinds = {
+        shard.kind
+        for shard in plan(checkpoint, ConvertOptions(routing="sparse", layers_per_shard=3)).shards
+    }
     assert kinds == {"attn", "dense", "experts", "lm_head"}
 
 
@@ -92,6 +103,13 @@ def test_a_shard_needs_a_layer(checkpoint):
 
 def test_stacks_hold_each_weight_once(checkpoint):
     for count, state in product((1, 2, 3), ("mlstate", "explicit")):
-        shards = plan(checkpoint, ConvertOptions(context=64, recipe=FP16, layers_per_shard=count, state=state)).shards
-        names = [source.name for shard in shards if shard.kind != "lm_head" for source in shard.sources.values()]
+        shards = plan(
+            checkpoint, ConvertOptions(context=64, recipe=FP16, layers_per_shard=count, state=state)
+        ).shards
+        names = [
+            source.name
+            for shard in shards
+            if shard.kind != "lm_head"
+            for source in shard.sources.values()
+        ]
         assert len(names) == len(set(names))

@@ -1,4 +1,5 @@
-"""Worker processes: calls that follow others begin as soon as these are done, and stop when one fails."""
+"""Worker processes: calls that follow others begin as soon as these are done, and stop when one
+fails."""
 
 import os
 import subprocess
@@ -71,7 +72,9 @@ if __name__ == "__main__":
 
 def test_workers_end_with_a_killed_parent(tmp_path):
     (tmp_path / "main.py").write_text(KILLED)
-    with subprocess.Popen([sys.executable, tmp_path / "main.py"], stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(
+        [sys.executable, tmp_path / "main.py"], stdout=subprocess.PIPE, text=True
+    ) as parent:
         assert parent.stdout is not None
         workers = [psutil.Process(int(number)) for number in parent.stdout.readline().split()]
         assert len(workers) == 2 and all(worker.is_running() for worker in workers)

@@ -17,9 +17,15 @@ from ane_moe.demo import copy_demo, demo_checkpoint
 from ane_moe.errors import UserError
 
 MAX_CHECKPOINT_BYTES = 8_000_000
-HELD_OUT_MODULES = ("plistlib.py", "locale.py", "wsgiref/util.py")  # in no training text, in every Python
+HELD_OUT_MODULES = (
+    "plistlib.py",
+    "locale.py",
+    "wsgiref/util.py",
+)  # in no training text, in every Python
 WINDOW = 512  # tokens
-UNIGRAM_MARGIN = 5  # the model's perplexity is at least this many times below the best unigram model's
+UNIGRAM_MARGIN = (
+    5  # the model's perplexity is at least this many times below the best unigram model's
+)
 TOKEN_ENTROPY_LIMIT = 0.95 * math.log(8)  # nats; uniform routing over 8 experts has ln 8
 
 
@@ -32,7 +38,10 @@ def tokenizer():
 def model():
     torch.set_num_threads(1)
     return AutoModelForCausalLM.from_pretrained(
-        demo_checkpoint(), local_files_only=True, dtype=torch.float32, experts_implementation="eager"
+        demo_checkpoint(),
+        local_files_only=True,
+        dtype=torch.float32,
+        experts_implementation="eager",
     ).eval()
 
 
@@ -96,7 +105,9 @@ def test_the_router_of_every_layer_decides_and_uses_every_expert(output):
 
 
 def test_greedy_generation_continues_a_method_with_lines_that_parse(model, tokenizer):
-    inputs = tokenizer("class Reader:\n    def __init__(self", return_tensors="pt", return_token_type_ids=False)
+    inputs = tokenizer(
+        "class Reader:\n    def __init__(self", return_tensors="pt", return_token_type_ids=False
+    )
     output = model.generate(**inputs, do_sample=False, max_new_tokens=40)
     lines = tokenizer.decode(output[0]).splitlines()[:-1]  # the last may be cut short
     assert len(lines) > 3

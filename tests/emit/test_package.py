@@ -1,4 +1,5 @@
-"""Stamping: what is bound is what coremltools' own readers find; a package is complete or absent."""
+"""Stamping: what is bound is what coremltools' own readers find; a package is complete or
+absent."""
 
 import errno
 import json
@@ -9,7 +10,14 @@ from coremltools.converters.mil.frontend.milproto.load import load
 
 from ane_moe.coreml_tools import Model_pb2, ct
 from ane_moe.emit.coreml import package
-from ane_moe.emit.coreml.package import CONTENT_KEY, MODEL, WEIGHTS, ContentKey, read_content_key, stamp
+from ane_moe.emit.coreml.package import (
+    CONTENT_KEY,
+    MODEL,
+    WEIGHTS,
+    ContentKey,
+    read_content_key,
+    stamp,
+)
 from ane_moe.emit.coreml.template import make_template, value_name
 from ane_moe.errors import UserError
 from ane_moe.files import sweep
@@ -20,26 +28,41 @@ from ane_moe.parts.template_key import TemplateKey
 
 @pytest.fixture(scope="module")
 def template():
-    return make_template(TemplateKey(DenseConfig(16, NormSpec(), MlpSpec(24)), (("decode", 1), ("prefill", 4))))
+    return make_template(
+        TemplateKey(DenseConfig(16, NormSpec(), MlpSpec(24)), (("decode", 1), ("prefill", 4)))
+    )
 
 
 @pytest.fixture(scope="module")
 def values(template):
     rng = np.random.default_rng(0)
-    return {name: rng.standard_normal(shape).astype(np.float16) for name, shape in template.weights.items()}
+    return {
+        name: rng.standard_normal(shape).astype(np.float16)
+        for name, shape in template.weights.items()
+    }
 
 
 def contents(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
-def test_coremltools_loads_the_package_and_finds_every_weight_in_both_functions(template, values, tmp_path):
+def test_coremltools_loads_the_package_and_finds_every_weight_in_both_functions(
+    template, values, tmp_path
+):
     written = stamp({"": template}, values.items(), ContentKey("x"), tmp_path / "a.mlpackage")
     model = ct.models.MLModel(str(tmp_path / "a.mlpackage"), skip_model_load=True)
     program = load(model.get_spec(), specification_version=9, file_weights_dir=model.weights_dir)
     assert set(program.functions) == {"decode", "prefill"}
     for function in program.functions.values():
-        constants = {op.outputs[0].name: op.outputs[0].val for op in function.operations if op.op_type == "const"}
+        constants = {
+            op.outputs[0].name: op.outputs[0].val
+            for op in function.operations
+            if op.op_type == "const"
+        }
         for name, value in values.items():
             np.testing.assert_array_equal(constants[value_name(name)], value)
     assert written.weight_bytes == (tmp_path / "a.mlpackage" / WEIGHTS).stat().st_size
@@ -48,7 +71,7 @@ def test_coremltools_loads_the_package_and_finds_every_weight_in_both_functions(
 def test_the_functions_share_one_copy_of_the_weights(template, values, tmp_path):
     written = stamp({"": template}, values.items(), ContentKey("x"), tmp_path / "a.mlpackage")
     stored = sum(value.nbytes for value in values.values())
-    assert written.weight_bytes < stored + 64 * (2 * len(values) + 1)      # headers and alignment only
+    assert written.weight_bytes < stored + 64 * (2 * len(values) + 1)  # headers and alignment only
 
 
 def test_the_same_input_gives_the_same_bytes(template, values, tmp_path):
@@ -76,7 +99,9 @@ def test_the_item_manifest_names_both_items(template, values, tmp_path):
 
 
 @pytest.mark.parametrize("spoil", ["missing", "twice", "wrong size", "wrong dtype"])
-def test_weights_that_do_not_fit_the_template_leave_nothing_behind(template, values, tmp_path, spoil):
+def test_weights_that_do_not_fit_the_template_leave_nothing_behind(
+    template, values, tmp_path, spoil
+):
     items = list(values.items())
     if spoil == "missing":
         items.pop()
@@ -91,7 +116,9 @@ def test_weights_that_do_not_fit_the_template_leave_nothing_behind(template, val
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_one_clear_error_and_leaves_nothing_behind(template, values, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing_behind(
+    template, values, tmp_path, monkeypatch
+):
     def full(self, *_):
         raise OSError(errno.ENOSPC, "No space left on device")
 

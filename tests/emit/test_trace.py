@@ -52,7 +52,9 @@ def operations(template, function):
 def test_every_block_converts_with_all_its_weights_as_constants_of_both_functions(block, layout):
     template = make_template(TemplateKey(block, BOTH, layout))
     for function in ("decode", "prefill"):
-        constants = {op.outputs[0].name for op in operations(template, function) if op.type == "const"}
+        constants = {
+            op.outputs[0].name for op in operations(template, function) if op.type == "const"
+        }
         assert {trace.value_name(name) for name in template.weights} <= constants
     assert not any("blobFileValue" in str(op) for op in operations(template, "decode"))
 
@@ -62,23 +64,42 @@ def test_every_block_converts_with_all_its_weights_as_constants_of_both_function
     "block",
     [
         AttentionConfig(16, NORM, GQA, rotary=4, slots=32),
-        AttentionConfig(16, NORM, GQA, rotary=2, slots=32, explicit=True,
-                        ranks=(("q", 2), ("k", 2), ("v", 2), ("o", 2))),
+        AttentionConfig(
+            16,
+            NORM,
+            GQA,
+            rotary=2,
+            slots=32,
+            explicit=True,
+            ranks=(("q", 2), ("k", 2), ("v", 2), ("o", 2)),
+        ),
         CcaConfig(16, NORM, CCA, rotary=2, slots=32, affine=True, entry=True),
         CcaConfig(16, NORM, CCA, rotary=2, slots=32, explicit=True),
         ShortConvConfig(16, NORM, ShortConvSpec(3)),
         ShortConvConfig(16, NORM, ShortConvSpec(4, bias=True), explicit=True),
         MoeConfig(16, NORM, EDA, experts=4, first=True, affine=True),
         MoeConfig(16, NORM, EDA, experts=2, first=False, affine=True),
-        RoutedMixerConfig(CcaConfig(16, NORM, CCA, rotary=2, slots=32, affine=True), EDA.router, affine=True),
+        RoutedMixerConfig(
+            CcaConfig(16, NORM, CCA, rotary=2, slots=32, affine=True), EDA.router, affine=True
+        ),
         ExpertGroupConfig(16, EDA.expert, 2, affine=True),
         MoeConfig(16, NORM, MOE, experts=4, first=True),
         MoeConfig(16, NORM, MOE, experts=2, first=False, soft=True),
         RoutedMixerConfig(AttentionConfig(16, NORM, GQA, rotary=4, slots=32), MOE.router),
         ExpertGroupConfig(16, MOE.expert, 2),
         SharedExpertConfig(16, MOE.shared),
-        StackConfig(((AttentionConfig(16, NORM, GQA, rotary=4, slots=32), MoeConfig(16, NORM, MOE, 4, True)),
-                     (AttentionConfig(16, NORM, GQA, rotary=4, slots=32), DenseConfig(16, NORM, MlpSpec(24))))),
+        StackConfig(
+            (
+                (
+                    AttentionConfig(16, NORM, GQA, rotary=4, slots=32),
+                    MoeConfig(16, NORM, MOE, 4, True),
+                ),
+                (
+                    AttentionConfig(16, NORM, GQA, rotary=4, slots=32),
+                    DenseConfig(16, NORM, MlpSpec(24)),
+                ),
+            )
+        ),
         HeadConfig(16, NORM, vocab_rows=20),
     ],
     ids=lambda block: type(block).__name__,
@@ -88,7 +109,10 @@ def test_setting_the_token_count_gives_the_bytes_of_a_conversion_for_it(block, l
     unbound = trace.build_unbound(block)
     weights = {name: tuple(parameter.shape) for name, parameter in unbound.named_parameters()}
     traced = trace._trace(unbound, unbound.ports(1), layout)
-    each = {name: trace._convert(traced, unbound.ports(tokens), weights, layout) for name, tokens in key.functions}
+    each = {
+        name: trace._convert(traced, unbound.ports(tokens), weights, layout)
+        for name, tokens in key.functions
+    }
     assert make_template(key).model == trace._join(each)
 
 
@@ -115,8 +139,24 @@ def test_coremltools_checks_programs_again_afterwards():
 def test_the_engine_friendly_graph_has_no_gathers_comparisons_or_fused_silu():
     template = make_template(TemplateKey(MoeConfig(16, NORM, MOE, 4, True), BOTH))
     types = {op.type for op in operations(template, "prefill")}
-    assert types == {"const", "abs", "reduce_max", "clip", "real_div", "mul", "reduce_mean", "add", "rsqrt", "conv",
-                     "sub", "softmax", "slice_by_index", "sigmoid", "reshape", "reduce_sum"}
+    assert types == {
+        "const",
+        "abs",
+        "reduce_max",
+        "clip",
+        "real_div",
+        "mul",
+        "reduce_mean",
+        "add",
+        "rsqrt",
+        "conv",
+        "sub",
+        "softmax",
+        "slice_by_index",
+        "sigmoid",
+        "reshape",
+        "reduce_sum",
+    }
 
 
 def test_names_of_weights_stay_apart_in_the_program():
@@ -145,7 +185,9 @@ def test_a_weight_that_a_pass_folded_away_is_noticed(monkeypatch):
         block = function.block_specializations[function.opset]
         for operation in block.operations:
             if operation.type == "conv":
-                operation.inputs["weight"].arguments[0].name = operation.inputs["x"].arguments[0].name
+                operation.inputs["weight"].arguments[0].name = (
+                    operation.inputs["x"].arguments[0].name
+                )
                 break
         monkeypatch.setattr(model, "get_spec", lambda: specification)
         return model

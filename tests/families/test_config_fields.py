@@ -1,4 +1,5 @@
-"""Fields of config.json that are missing, contradictory or ask for maths that is not implemented."""
+"""Fields of config.json that are missing, contradictory or ask for maths that is not
+implemented."""
 
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,27 @@ import pytest
 from ane_moe.checkpoints.checkpoint import open_checkpoint
 from ane_moe.errors import UserError
 from ane_moe.families import describe, load_family
-from tests.models import FAMILIES, edit_config, make_model, read_config, save_checkpoint, write_config
+from tests.models import (
+    FAMILIES,
+    edit_config,
+    make_model,
+    read_config,
+    save_checkpoint,
+    write_config,
+)
 
 NEEDED = [
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "rms_norm_eps",
-    "max_position_embeddings", "hidden_act", "tie_word_embeddings", "num_experts_per_tok", "rope_parameters",
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "hidden_act",
+    "tie_word_embeddings",
+    "num_experts_per_tok",
+    "rope_parameters",
 ]
 NEEDED_BY = {
     "qwen3_moe": "moe_intermediate_size norm_topk_prob attention_bias decoder_sparse_step use_sliding_window"
@@ -27,7 +44,9 @@ NEEDED_BY = {
     "lfm2_moe": "intermediate_size moe_intermediate_size num_experts num_dense_layers conv_L_cache conv_bias"
     " use_expert_bias norm_topk_prob routed_scaling_factor layer_types",
 }
-ELSEWHERE = {"lfm2_moe": {"rms_norm_eps": "norm_eps", "hidden_act": "num_experts"}}     # fields by other names
+ELSEWHERE = {
+    "lfm2_moe": {"rms_norm_eps": "norm_eps", "hidden_act": "num_experts"}
+}  # fields by other names
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -93,7 +112,9 @@ def test_other_rotary_forms_are_refused_by_name(family: Path) -> None:
     zaya = read_config(family)["model_type"] == "zaya"
     for change in ({"rope_type": "longrope"}, {"partial_rotary_factor": 0.3 if zaya else 0.5}):
         table = {"rope_type": "default", "rope_theta": 1e4, **change}
-        said = refusal(family, rope_parameters={"hybrid": table, "hybrid_sliding": table} if zaya else table)
+        said = refusal(
+            family, rope_parameters={"hybrid": table, "hybrid_sliding": table} if zaya else table
+        )
         assert next(iter(change)) in said
 
 
@@ -115,7 +136,9 @@ def test_windows_are_refused_where_the_family_has_none(family_name: str, tmp_pat
         {"mlp_only_layers": ["0"]},
     ],
 )
-def test_impossible_layer_lists_are_refused_by_name(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_impossible_layer_lists_are_refused_by_name(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
     save_checkpoint(make_model("qwen2_moe"), tmp_path)
     assert next(iter(changes)) in refusal(tmp_path, **changes)
 
@@ -139,8 +162,12 @@ def test_a_family_is_found_by_its_model_type() -> None:
         assert load_family(name).spec.__module__ == f"ane_moe.families.{name}"
 
 
-@pytest.mark.parametrize("quantization", [{"quant_method": "fp8", "weight_block_size": [128, 128]}, {"bits": 4}])
-def test_quantised_checkpoints_are_refused_with_what_is_supported(quantization: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "quantization", [{"quant_method": "fp8", "weight_block_size": [128, 128]}, {"bits": 4}]
+)
+def test_quantised_checkpoints_are_refused_with_what_is_supported(
+    quantization: dict[str, Any], tmp_path: Path
+) -> None:
     save_checkpoint(make_model("mixtral"), tmp_path)
     said = refusal(tmp_path, quantization_config=quantization)
     assert quantization.get("quant_method", "unknown") in said

@@ -1,4 +1,5 @@
-"""What each family says of its architecture, against the modules and the behaviour of transformers' own models.
+"""What each family says of its architecture, against the modules and the behaviour of transformers'
+own models.
 
 Families of another shape than Llama's have tests of their own beside these.
 """
@@ -41,7 +42,10 @@ def test_attention_is_that_of_the_modules(name: str, tmp_path: Path) -> None:
     model, spec = build(name, tmp_path)
     for layer, module in zip(spec.layers, model.model.layers, strict=True):
         theirs, ours = module.self_attn, layer.mixer
-        assert (ours.heads, ours.kv_heads) == (model.config.num_attention_heads, model.config.num_key_value_heads)
+        assert (ours.heads, ours.kv_heads) == (
+            model.config.num_attention_heads,
+            model.config.num_key_value_heads,
+        )
         assert ours.head_dim == theirs.head_dim
         assert ours.scale == theirs.scaling
         assert ours.qkv_bias == (theirs.q_proj.bias is not None)
@@ -51,7 +55,10 @@ def test_attention_is_that_of_the_modules(name: str, tmp_path: Path) -> None:
         if norm is None:
             assert ours.qk_norm == "none"
         else:
-            assert ours.qk_norm == {ours.head_dim: "head", ours.head_dim * ours.heads: "full"}[len(norm.weight)]
+            assert (
+                ours.qk_norm
+                == {ours.head_dim: "head", ours.head_dim * ours.heads: "full"}[len(norm.weight)]
+            )
             assert ours.qk_norm_eps == norm.variance_epsilon
         for norm in (module.input_layernorm, module.post_attention_layernorm, model.model.norm):
             assert spec.norm.eps == norm.variance_epsilon
@@ -75,7 +82,9 @@ def test_rotary_tables_are_those_of_the_model(name: str, tmp_path: Path) -> None
     for layer in spec.layers:
         assert layer.mixer.rope is not None
         rope = spec.ropes[layer.mixer.rope]
-        np.testing.assert_allclose(rope.inv_freq, model.model.rotary_emb.inv_freq.numpy(), rtol=1e-6)
+        np.testing.assert_allclose(
+            rope.inv_freq, model.model.rotary_emb.inv_freq.numpy(), rtol=1e-6
+        )
         assert rope.attention_factor == pytest.approx(model.model.rotary_emb.attention_scaling)
 
 

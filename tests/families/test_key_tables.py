@@ -1,4 +1,5 @@
-"""The key tables, against the weights that Hugging Face itself loads and the names it itself converts."""
+"""The key tables, against the weights that Hugging Face itself loads and the names it itself
+converts."""
 
 import re
 from dataclasses import replace
@@ -42,9 +43,15 @@ RUNTIME = (
     (r"layers\.(\d+)\.attn\.([qk]_norm)\.weight", r"model.layers.\1.self_attn.\2.weight"),
     (r"layers\.(\d+)\.attn\.([qkvo])\.(weight|bias)", r"model.layers.\1.self_attn.\2_proj.\3"),
     (r"layers\.(\d+)\.ffn\.router\.weight", r"model.layers.\1.MOE.ROUTER.weight"),
-    (r"layers\.(\d+)\.ffn\.experts\.(\d+)\.(gate|up)\.weight", r"model.layers.\1.MOE.experts.gate_up_proj"),
+    (
+        r"layers\.(\d+)\.ffn\.experts\.(\d+)\.(gate|up)\.weight",
+        r"model.layers.\1.MOE.experts.gate_up_proj",
+    ),
     (r"layers\.(\d+)\.ffn\.experts\.(\d+)\.down\.weight", r"model.layers.\1.MOE.experts.down_proj"),
-    (r"layers\.(\d+)\.ffn\.shared\.(\w+)\.weight", r"model.layers.\1.mlp.shared_expert.\2_proj.weight"),
+    (
+        r"layers\.(\d+)\.ffn\.shared\.(\w+)\.weight",
+        r"model.layers.\1.mlp.shared_expert.\2_proj.weight",
+    ),
     (r"layers\.(\d+)\.ffn\.shared_gate\.weight", r"model.layers.\1.mlp.shared_expert_gate.weight"),
     (r"layers\.(\d+)\.ffn\.mlp\.(gate|up|down)\.weight", r"model.layers.\1.mlp.\2_proj.weight"),
 )
@@ -74,7 +81,10 @@ OTHERS = {
         (r"head\.norm\.weight", "model.embedding_norm.weight"),
         (r"layers\.(\d+)\.attn\.norm\.weight", r"model.layers.\1.operator_norm.weight"),
         (r"layers\.(\d+)\.ffn\.norm\.weight", r"model.layers.\1.ffn_norm.weight"),
-        (r"layers\.(\d+)\.attn\.([qk])_norm\.weight", r"model.layers.\1.self_attn.\2_layernorm.weight"),
+        (
+            r"layers\.(\d+)\.attn\.([qk])_norm\.weight",
+            r"model.layers.\1.self_attn.\2_layernorm.weight",
+        ),
         (r"layers\.(\d+)\.attn\.[bcu]\.weight", r"model.layers.\1.conv.in_proj.weight"),
         (r"layers\.(\d+)\.attn\.conv\.weight", r"model.layers.\1.conv.conv.weight"),
         (r"layers\.([02])\.attn\.o\.weight", r"model.layers.\1.conv.out_proj.weight"),
@@ -85,7 +95,11 @@ OTHERS = {
         (r"layers\.(\d+)\.ffn\.router\.choice_bias", r"model.layers.\1.feed_forward.expert_bias"),
     ),
 }
-BIASED: dict[str, dict[str, Any]] = {"qwen2_moe": {"qkv_bias": True}, "lfm2_moe": {"conv_bias": True}, "zaya": {}}
+BIASED: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {"qkv_bias": True},
+    "lfm2_moe": {"conv_bias": True},
+    "zaya": {},
+}
 BLOCKS = {"granitemoe": ("block_sparse_moe", "router"), "lfm2_moe": ("feed_forward", "gate")}
 
 
@@ -109,17 +123,21 @@ def runtime_tensor(model: PreTrainedModel, name: str) -> torch.Tensor:
     return tensor
 
 
-def assert_reads_what_transformers_holds(checkpoint: Checkpoint, model: PreTrainedModel) -> ModelSpec:
+def assert_reads_what_transformers_holds(
+    checkpoint: Checkpoint, model: PreTrainedModel
+) -> ModelSpec:
     spec, sources = describe(checkpoint)
     assert list(sources) == [name for name, _ in spec.weights()]
     for name, source in sources.items():
         expected = runtime_tensor(model, str(name))
-        if str(name).endswith("choice_bias"):       # of which differences alone count
+        if str(name).endswith("choice_bias"):  # of which differences alone count
             expected = expected - expected.max()
         assert source.shape == tuple(expected.shape), name
         plain = checkpoint.read(replace(source, scale=1.0))
         assert np.array_equal(plain, expected.half().numpy()), name
-        assert np.array_equal(checkpoint.read(source), (expected * source.scale).half().numpy()), name
+        assert np.array_equal(checkpoint.read(source), (expected * source.scale).half().numpy()), (
+            name
+        )
     return spec
 
 
@@ -143,22 +161,41 @@ def test_transformers_gives_every_key_of_the_tables_to_a_tensor_of_its_model(fam
     model = make_model(family)
     dense = make_model(family, mlp_only_layers=[0]) if family.startswith("qwen") else model
     biased: dict[str, Any] = BIASED.get(family, {"attention_bias": True})
-    held = set(model.state_dict()) | set(dense.state_dict()) | set(make_model(family, **biased).state_dict())
-    never = {"attn.o.bias", "q_norm", "k_norm", "bias"}     # of the shared skeleton, where a family has no such part
+    held = (
+        set(model.state_dict())
+        | set(dense.state_dict())
+        | set(make_model(family, **biased).state_dict())
+    )
+    never = {
+        "attn.o.bias",
+        "q_norm",
+        "k_norm",
+        "bias",
+    }  # of the shared skeleton, where a family has no such part
     never |= {"attn.v.weight"} if family == "zaya" else set()
     for ours, entries in load_family(family).KEYS.items():  # type: ignore[attr-defined]
         for entry in entries:
             stored = entry if isinstance(entry, str) else entry.key
             keys = [stored.format(layer=layer, expert=1) for layer in range(2)]
             renamed = [rename_source_key(key, renamings, converters)[0] for key in keys]
-            single = re.search(r"experts\.\{expert\}\.(gate_up|down)_proj$", stored)     # a form transformers converts
-            assert held & set(renamed) or single or any(part in ours for part in never), (ours, keys, renamed)
+            single = re.search(
+                r"experts\.\{expert\}\.(gate_up|down)_proj$", stored
+            )  # a form transformers converts
+            assert held & set(renamed) or single or any(part in ours for part in never), (
+                ours,
+                keys,
+                renamed,
+            )
 
 
 @pytest.mark.parametrize("name", ["granitemoe", "granitemoe untied"])
 def test_multipliers_are_folded_where_the_values_flow(name: str, tmp_path: Path) -> None:
     _, sources = describe(open_checkpoint(save_checkpoint(build(name), tmp_path)))
-    scales = {str(source_name): source.scale for source_name, source in sources.items() if source.scale != 1}
+    scales = {
+        str(source_name): source.scale
+        for source_name, source in sources.items()
+        if source.scale != 1
+    }
     folded = {re.sub(r"\d+", "N", source_name): scale for source_name, scale in scales.items()}
     expected = {
         "embed.weight": 12.0,
@@ -177,11 +214,16 @@ def test_a_tied_head_takes_the_stored_head_when_there_is_one(tmp_path: Path) -> 
     model = make_model("qwen3_moe", tie_word_embeddings=True)
     save_checkpoint(model, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] * 2}, tmp_path / "model.safetensors")
+    save_file(
+        {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] * 2},
+        tmp_path / "model.safetensors",
+    )
     checkpoint = open_checkpoint(tmp_path)
     _, sources = describe(checkpoint)
     loaded = type(model).from_pretrained(tmp_path)
-    assert np.array_equal(checkpoint.read(sources[HEAD]), loaded.lm_head.weight.detach().half().numpy())
+    assert np.array_equal(
+        checkpoint.read(sources[HEAD]), loaded.lm_head.weight.detach().half().numpy()
+    )
     embedding = loaded.model.embed_tokens.weight.detach()
     assert np.array_equal(checkpoint.read(sources[EMBEDDING]), embedding.half().numpy())
 
@@ -211,7 +253,9 @@ def test_missing_tensors_are_named_and_counted(family: str, tmp_path: Path) -> N
     for layer in range(3):
         del tensors[f"model.layers.{layer}.self_attn.v_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"lacks 3 tensors.*model\.layers\.0\.self_attn\.v_proj\.weight"):
+    with pytest.raises(
+        UserError, match=r"lacks 3 tensors.*model\.layers\.0\.self_attn\.v_proj\.weight"
+    ):
         describe(open_checkpoint(tmp_path))
 
 
@@ -220,13 +264,18 @@ def test_layers_that_the_config_does_not_count_are_an_error(family: str, tmp_pat
     save_checkpoint(make_model(family), tmp_path)
     kinds = read_config(tmp_path).get("layer_types")
     edit_config(tmp_path, num_hidden_layers=2, **({"layer_types": kinds[:2]} if kinds else {}))
-    with pytest.raises(UserError, match=r"holds \d+ tensors that its config.json does not account.*layers\.2\..*more"):
+    with pytest.raises(
+        UserError,
+        match=r"holds \d+ tensors that its config.json does not account.*layers\.2\..*more",
+    ):
         describe(open_checkpoint(tmp_path))
 
 
 @pytest.mark.parametrize(("field", "key"), [("attention_bias", "bias"), ("qkv_bias", "bias")])
 def test_biases_that_the_config_denies_are_an_error(field: str, key: str, tmp_path: Path) -> None:
-    save_checkpoint(make_model({"attention_bias": "granitemoe", "qkv_bias": "qwen2_moe"}[field]), tmp_path)
+    save_checkpoint(
+        make_model({"attention_bias": "granitemoe", "qkv_bias": "qwen2_moe"}[field]), tmp_path
+    )
     edit_config(tmp_path, **{field: False})
     with pytest.raises(UserError, match=key):
         describe(open_checkpoint(tmp_path))
@@ -242,5 +291,8 @@ def test_an_underived_head_dim_is_named_when_the_shapes_show_it(tmp_path: Path) 
 def test_a_wrong_shape_is_named_with_both_shapes(tmp_path: Path) -> None:
     save_checkpoint(make_model("olmoe"), tmp_path)
     edit_config(tmp_path, intermediate_size=33)
-    with pytest.raises(UserError, match=r"experts\.0\.gate_proj\.weight has the wrong shape.*\[32, 72\].*\[33, 72\]"):
+    with pytest.raises(
+        UserError,
+        match=r"experts\.0\.gate_proj\.weight has the wrong shape.*\[32, 72\].*\[33, 72\]",
+    ):
         describe(open_checkpoint(tmp_path))

@@ -52,17 +52,23 @@ PARAMETERS = st.one_of(
 @settings(deadline=None)
 @given(PARAMETERS, st.sampled_from([4, 16, 64, 80, 128]))
 def test_tables_equal_those_of_transformers(parameters: dict, head_dim: int) -> None:
-    config = Qwen3MoeConfig(head_dim=head_dim, max_position_embeddings=CONTEXT, rope_parameters=dict(parameters))
-    function = ROPE_INIT_FUNCTIONS.get(parameters["rope_type"], Qwen3MoeRotaryEmbedding.compute_default_rope_parameters)
+    config = Qwen3MoeConfig(
+        head_dim=head_dim, max_position_embeddings=CONTEXT, rope_parameters=dict(parameters)
+    )
+    function = ROPE_INIT_FUNCTIONS.get(
+        parameters["rope_type"], Qwen3MoeRotaryEmbedding.compute_default_rope_parameters
+    )
     expected, attention_factor = function(config)
     table = rope_spec(rope_config(Config({"rope_parameters": parameters})), head_dim)
-    # transformers' own fp32 steps leave it about 1e-6 from the exact table, which we round once; 1e-5 and a little
-    # more where llama3's blend of two frequencies cancels
+    # transformers' own fp32 steps leave it about 1e-6 from the exact table, which we round once;
+    # 1e-5 and a little more where llama3's blend of two frequencies cancels
     np.testing.assert_allclose(table.inv_freq, expected.numpy(), rtol=5e-5)
     assert table.attention_factor == pytest.approx(attention_factor)
 
 
-@pytest.mark.parametrize("scaling", [{"type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 2.0}])
+@pytest.mark.parametrize(
+    "scaling", [{"type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 2.0}]
+)
 def test_both_generations_of_names_give_the_same_table(scaling: dict) -> None:
     new = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}
     old = {"rope_theta": 1e4, "rope_scaling": scaling}
@@ -71,8 +77,12 @@ def test_both_generations_of_names_give_the_same_table(scaling: dict) -> None:
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic", "mrope", None, 3, ["yarn"]])
 def test_other_rope_types_are_refused_by_name(kind: object) -> None:
-    with pytest.raises(UserError, match=r"rope_type is not supported.*supported: default, linear, llama3, yarn"):
-        rope_spec(rope_config(Config({"rope_parameters": {"rope_type": kind, "rope_theta": 1e4}})), 16)
+    with pytest.raises(
+        UserError, match=r"rope_type is not supported.*supported: default, linear, llama3, yarn"
+    ):
+        rope_spec(
+            rope_config(Config({"rope_parameters": {"rope_type": kind, "rope_theta": 1e4}})), 16
+        )
 
 
 @pytest.mark.parametrize("kind", sorted(TYPES))

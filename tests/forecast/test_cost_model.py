@@ -1,4 +1,5 @@
-"""The cost model against calculations by hand, its own published back-test, and shards that lie on disk."""
+"""The cost model against calculations by hand, its own published back-test, and shards that lie on
+disk."""
 
 import re
 from dataclasses import dataclass, replace
@@ -15,7 +16,13 @@ from ane_moe.forecast.backtest import outcomes, summary
 from ane_moe.forecast.chips import Range, chip_names, find_chip
 from ane_moe.forecast.cost_model import PARTS, breakdown, predict
 from ane_moe.forecast.pieces import ExpertSet, Piece
-from ane_moe.forecast.workload import Calls, assemble, distinct_groups, workload_of, workload_of_plan
+from ane_moe.forecast.workload import (
+    Calls,
+    assemble,
+    distinct_groups,
+    workload_of,
+    workload_of_plan,
+)
 from ane_moe.formats.recipe import find_format, find_recipe
 from ane_moe.manifest import Manifest
 from ane_moe.placement.targets import target_names
@@ -32,23 +39,34 @@ class Traffic:
 
 
 def test_a_call_takes_what_a_calculation_by_hand_says():
-    """1e9 weights of int8 on an M4 Max: 1 GB / 118.9 GB/s = 8.41 ms, 1e9 / 105e9 = 9.52 ms, so the rate decides; 10 MB
-    of cache: 5.8 * 0.01 / 118.9 s = 0.488 ms; one call 0.35 ms; host 0.3 ms."""
+    """1e9 weights of int8 on an M4 Max: 1 GB / 118.9 GB/s = 8.41 ms, 1e9 / 105e9 = 9.52 ms, so the
+    rate decides; 10 MB of cache: 5.8 * 0.01 / 118.9 s = 0.488 ms; one call 0.35 ms; host 0.3 ms."""
     one = breakdown((Calls("attn", ONCE, 10**9, 10**9, "int8", 1, 10**7),), find_chip("m4-max"))
     found = {part: value.expected for part, value in one.parts.items()}
     assert found == pytest.approx(
-        {"weights": 9.5238, "compute": 0, "calls": 0.35, "kv": 0.4878, "head": 0, "host": 0.3, "loads": 0}, rel=1e-3
+        {
+            "weights": 9.5238,
+            "compute": 0,
+            "calls": 0.35,
+            "kv": 0.4878,
+            "head": 0,
+            "host": 0.3,
+            "loads": 0,
+        },
+        rel=1e-3,
     )
     assert one.per_token_ms.expected == pytest.approx(10.6616, rel=1e-3)
     assert one.tok_s.expected == pytest.approx(1000 / 10.6616, rel=1e-3)
 
 
 def test_prefill_is_bound_by_computing():
-    """64 tokens of 1e9 weights: 128 TFLOP/1000 at 11 TFLOPS = 11.64 ms a chunk, while fp16 streams 2 GB in 16.8 ms: no
-    excess. At 640 tokens: 116.4 - 16.8 = 99.5 ms of excess."""
+    """64 tokens of 1e9 weights: 128 TFLOP/1000 at 11 TFLOPS = 11.64 ms a chunk, while fp16 streams
+    2 GB in 16.8 ms: no excess. At 640 tokens: 116.4 - 16.8 = 99.5 ms of excess."""
     chip = find_chip("m4-max")
-    short, long = (breakdown((Calls("dense", ONCE, 2 * 10**9, 10**9, "fp16", tokens),), chip, steps=tokens)
-                   for tokens in (64, 640))
+    short, long = (
+        breakdown((Calls("dense", ONCE, 2 * 10**9, 10**9, "fp16", tokens),), chip, steps=tokens)
+        for tokens in (64, 640)
+    )
     assert short.parts["compute"].expected == 0
     assert long.parts["compute"].expected * 640 == pytest.approx(116.36 - 16.82, rel=1e-3)
 
@@ -80,18 +98,23 @@ WORK = st.tuples(
 def test_every_prediction_is_a_range_and_more_work_is_never_faster(calls, chip, name):
     form = find_format(name)
     rate, size = form.rate, form.bits_per_weight / 8
-    made = tuple(Calls(kind, ONCE, round(size * n), n, rate, tokens, cache)
-                 for kind, n, tokens, cache in calls)
+    made = tuple(
+        Calls(kind, ONCE, round(size * n), n, rate, tokens, cache)
+        for kind, n, tokens, cache in calls
+    )
     one, two = (breakdown(work, find_chip(chip)) for work in (made, made + made[:1]))
     for found in (one.per_token_ms, one.tok_s, *one.parts.values()):
         assert 0 <= found.low <= found.expected <= found.high
     assert set(one.parts) == set(PARTS)
-    assert sum(part.expected for part in one.parts.values()) == pytest.approx(one.per_token_ms.expected)
+    assert sum(part.expected for part in one.parts.values()) == pytest.approx(
+        one.per_token_ms.expected
+    )
     assert two.per_token_ms.expected > one.per_token_ms.expected
 
 
 def test_distinct_groups_of_experts():
-    """Top 8 of 128, one a function: 8 calls. Two a function: 64 * (1 - C(126,8)/C(128,8)) = 7.78."""
+    """Top 8 of 128, one a function: 8 calls. Two a function: 64 * (1 - C(126,8)/C(128,8)) =
+    7.78."""
     assert distinct_groups(ExpertSet(128, 8, 1, (1,)), 1) == Range(8, 8, 8)
     pairs = distinct_groups(ExpertSet(128, 8, 2, (1,)), 1)
     assert (pairs.low, pairs.high) == (4, 8) and pairs.expected == pytest.approx(7.7795, abs=1e-3)
@@ -100,7 +123,8 @@ def test_distinct_groups_of_experts():
 
 @pytest.mark.parametrize(("routing", "recipe"), [("masked", "small"), ("sparse", "fp16")])
 def test_a_conversion_costs_what_its_plan_said(tmp_path, routing, recipe):
-    """Weights of compressed shards are counted from their bytes, which in tiny matrices are scales by a good part."""
+    """Weights of compressed shards are counted from their bytes, which in tiny matrices are scales
+    by a good part."""
     checkpoint = save_checkpoint(make_model("qwen2_moe"), tmp_path / "model")
     options = ConvertOptions(routing=routing, prefill=16, layers=(0,), recipe=find_recipe(recipe))
     planned = workload_of_plan(plan(checkpoint, options))
@@ -108,21 +132,33 @@ def test_a_conversion_costs_what_its_plan_said(tmp_path, routing, recipe):
     found = workload_of(tmp_path / "out")
     if recipe == "fp16":
         assert found == planned
-    assert found.package_bytes == planned.package_bytes and found.calls_per_token == planned.calls_per_token
+    assert (
+        found.package_bytes == planned.package_bytes
+        and found.calls_per_token == planned.calls_per_token
+    )
     for one, other in zip(found.decode, planned.decode, strict=True):
-        assert (one.kind, one.rate, one.stored_bytes) == (other.kind, other.rate, other.stored_bytes)
+        assert (one.kind, one.rate, one.stored_bytes) == (
+            other.kind,
+            other.rate,
+            other.stored_bytes,
+        )
         assert other.weights <= one.weights <= 3 * other.weights
     shards = sum(path.stat().st_size for path in (tmp_path / "out").rglob("weight.bin"))
-    assert 0.2 * shards < planned.package_bytes <= shards       # tiny tensors, each with its metadata
+    assert 0.2 * shards < planned.package_bytes <= shards  # tiny tensors, each with its metadata
 
 
 def test_compressed_weights_stream_fewer_bytes_at_their_own_rate(tmp_path):
     checkpoint = save_checkpoint(make_model("qwen2_moe"), tmp_path / "model")
     fp16, small = (
-        workload_of_plan(plan(checkpoint, ConvertOptions(recipe=find_recipe(name)))) for name in ("fp16", "small")
+        workload_of_plan(plan(checkpoint, ConvertOptions(recipe=find_recipe(name))))
+        for name in ("fp16", "small")
     )
     assert small.package_bytes < fp16.package_bytes
-    assert {call.kind: call.rate for call in small.decode} == {"attn": "int8", "moe": "lut", "lm_head": "int8"}
+    assert {call.kind: call.rate for call in small.decode} == {
+        "attn": "int8",
+        "moe": "lut",
+        "lm_head": "int8",
+    }
     assert sum(call.weights for call in small.decode) == sum(call.weights for call in fp16.decode)
 
 
@@ -130,8 +166,13 @@ def test_traffic_replaces_the_guess():
     piece = Piece("experts", 10**9, 5 * 10**8, "fp16", experts=ExpertSet(128, 8, 1, (1,)))
     workload = assemble([piece], "sparse", "fp16", 0, 0)
     chip = find_chip()
-    guess, counted = predict(workload, chip), predict(workload, chip, traffic=Traffic(4, 65 * 10**6))
-    assert counted.decode.parts["calls"].expected == pytest.approx(guess.decode.parts["calls"].expected / 2)
+    guess, counted = (
+        predict(workload, chip),
+        predict(workload, chip, traffic=Traffic(4, 65 * 10**6)),
+    )
+    assert counted.decode.parts["calls"].expected == pytest.approx(
+        guess.decode.parts["calls"].expected / 2
+    )
     assert counted.decode.parts["loads"].expected == pytest.approx(100)  # 65 MB at 0.65 GB/s
     assert counted.bound == "loads"
 
@@ -146,7 +187,8 @@ def test_a_prediction_says_that_it_is_one():
 
 def test_memory_counts_a_copy_for_each_function():
     found = predict(
-        assemble([Piece("attn", 10**9, 10**9, "int8", 10**6)], "masked", "int8", 64, 10**7), find_chip()
+        assemble([Piece("attn", 10**9, 10**9, "int8", 10**6)], "masked", "int8", 64, 10**7),
+        find_chip(),
     ).memory_bytes
     assert found == Range(1_011_000_000, 2_011_000_000, 2_011_000_000)
 
@@ -154,15 +196,35 @@ def test_memory_counts_a_copy_for_each_function():
 def test_formats_take_what_coremltools_stores():
     """int8: a fp16 scale a row of 4096; lut4: palettes of 16 fp16 values for 16 rows."""
     forms = [find_format(name) for name in ("fp16", "int8", "lut4", "apple2")]
-    assert [form.bits_per_weight for form in forms[:3]] == [16, 8 + 16 / 4096, 4 + 256 / (16 * 4096)]
+    assert [form.bits_per_weight for form in forms[:3]] == [
+        16,
+        8 + 16 / 4096,
+        4 + 256 / (16 * 4096),
+    ]
     assert [form.rate for form in forms] == ["fp16", "int8", "lut", "lut"]
     with pytest.raises(UserError):
         find_format("fp8")
 
 
 def test_unknown_weights_have_no_price():
-    manifest = Manifest("demo", 8, 8, (0,), 1, 8, 32, "masked", "mlstate", "bc1s", 0, "mine", False, "embed.bin", {},
-                        ())
+    manifest = Manifest(
+        "demo",
+        8,
+        8,
+        (0,),
+        1,
+        8,
+        32,
+        "masked",
+        "mlstate",
+        "bc1s",
+        0,
+        "mine",
+        False,
+        "embed.bin",
+        {},
+        (),
+    )
     with pytest.raises(UserError, match="strange"):
         workload_of(replace(manifest, embed_format="strange"))
     assert workload_of(manifest).embed_bytes == 128
@@ -173,4 +235,6 @@ def test_the_ranges_hold_what_they_promise_and_the_page_says_so():
     found = summary(held_out(rows))
     assert found.coverage >= COVERAGE and found.rows >= 20
     page = Path(PAGE).read_text()
-    assert re.search(r"<!-- back-test -->\n(.*)\n<!-- end of back-test -->", page, re.DOTALL)[1] == table(rows)
+    assert re.search(r"<!-- back-test -->\n(.*)\n<!-- end of back-test -->", page, re.DOTALL)[
+        1
+    ] == table(rows)

@@ -38,8 +38,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "cost-model.md"
 
 @dataclass(frozen=True)
 class ByHand:
-    """Weights in 1e6: attention (or other mixer) of all layers, dense layers, experts of one layer, one expert, head.
-    Then MoE layers, k, all layers, parts of a MoE layer at int8 and 220 MB, and slices of the head."""
+    """Weights in 1e6: attention (or other mixer) of all layers, dense layers, experts of one layer,
+    one expert, head. Then MoE layers, k, all layers, parts of a MoE layer at int8 and 220 MB, and
+    slices of the head."""
 
     config: dict
     mixers: float
@@ -79,18 +80,26 @@ def found(config: dict, routing: str, recipe: str = "int8") -> Workload:
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_sizes_and_calls_agree_with_a_calculation_by_hand(name):
-    """int8 weights take a byte each and a little more; routers, norms and short convolutions, in fp16, are below one
-    percent."""
+    """int8 weights take a byte each and a little more; routers, norms and short convolutions, in
+    fp16, are below one percent."""
     hand = BY_HAND[name]
     dense_layers = hand.layers - hand.moe_layers
     weights = hand.mixers + hand.dense + hand.moe_layers * hand.experts + hand.head
-    assert weights_in_shards(approximate(hand.config).spec) / 1e6 == pytest.approx(weights, rel=0.005)
+    assert weights_in_shards(approximate(hand.config).spec) / 1e6 == pytest.approx(
+        weights, rel=0.005
+    )
     masked, sparse = found(hand.config, "masked"), found(hand.config, "sparse")
     assert masked.weight_bytes_per_token.expected / 1e6 == pytest.approx(weights, rel=0.01)
     active = hand.mixers + hand.dense + hand.moe_layers * hand.k * hand.expert + hand.head
     assert sparse.weight_bytes_per_token.expected / 1e6 == pytest.approx(active, rel=0.05)
-    assert masked.calls_per_token.expected == hand.layers + dense_layers + hand.moe_layers * hand.parts + hand.slices
-    assert sparse.calls_per_token.expected == hand.layers + dense_layers + hand.moe_layers * hand.k + hand.slices
+    assert (
+        masked.calls_per_token.expected
+        == hand.layers + dense_layers + hand.moe_layers * hand.parts + hand.slices
+    )
+    assert (
+        sparse.calls_per_token.expected
+        == hand.layers + dense_layers + hand.moe_layers * hand.k + hand.slices
+    )
 
 
 @pytest.mark.parametrize("name", BY_HAND)
@@ -98,7 +107,10 @@ def test_the_page_gives_the_same_figures(name):
     masked, sparse = found(BY_HAND[name].config, "masked"), found(BY_HAND[name].config, "sparse")
     cells = [f"{outlook_of(BY_HAND[name].config, recipes=[]).weights / 1e6:,.0f}"]
     for work in (masked, sparse):
-        cells += [f"{work.weight_bytes_per_token.expected / 1e6:,.0f}", f"{work.calls_per_token.expected:.0f}"]
+        cells += [
+            f"{work.weight_bytes_per_token.expected / 1e6:,.0f}",
+            f"{work.calls_per_token.expected:.0f}",
+        ]
     assert f"| {name} | {' | '.join(cells)} |" in PAGE.read_text()
 
 
@@ -114,11 +126,20 @@ roles = { experts = "lut4", attention = { format = "lut4", rank = 8 } }
 
 @pytest.mark.parametrize("routing", ["masked", "sparse"])
 @pytest.mark.parametrize("recipe", ["fp16", "small", "layers.toml"])
-@pytest.mark.parametrize("config", [
-    OLMOE | {"num_hidden_layers": 6},
-    QWEN15_MOE | {"num_hidden_layers": 6, "mlp_only_layers": [1, 2], "use_sliding_window": True,
-                  "max_window_layers": 3},
-], ids=lambda config: config["model_type"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        OLMOE | {"num_hidden_layers": 6},
+        QWEN15_MOE
+        | {
+            "num_hidden_layers": 6,
+            "mlp_only_layers": [1, 2],
+            "use_sliding_window": True,
+            "max_window_layers": 3,
+        },
+    ],
+    ids=lambda config: config["model_type"],
+)
 def test_a_plan_of_one_layer_of_each_kind_stands_for_the_plan_that_convert_makes(
     tmp_path, config, recipe, routing
 ):
@@ -132,7 +153,8 @@ def test_a_plan_of_one_layer_of_each_kind_stands_for_the_plan_that_convert_makes
 
 
 def test_latent_attention_and_shared_experts_are_counted():
-    """DeepSeek-V2-Lite has 15.7e9 weights, 0.21e9 of them the embedding; its cache holds 576 values a token."""
+    """DeepSeek-V2-Lite has 15.7e9 weights, 0.21e9 of them the embedding; its cache holds 576 values
+    a token."""
     near = approximate(DEEPSEEK_V2_LITE)
     assert weights_in_shards(near.spec) / 1e9 == pytest.approx(15.7 - 0.21, rel=0.01)
     mixers = [layer.mixer for layer in near.spec.layers]
@@ -143,9 +165,12 @@ def test_latent_attention_and_shared_experts_are_counted():
     assert {call.kind: call.count.expected for call in sparse.decode}["shared"] == 26
 
 
-@pytest.mark.parametrize(("config", "said"), [(LFM2_8B_A1B, "short convolutions"), (ZAYA1_8B, "the inner layers")])
+@pytest.mark.parametrize(
+    ("config", "said"), [(LFM2_8B_A1B, "short convolutions"), (ZAYA1_8B, "the inner layers")]
+)
 def test_a_part_that_stands_for_another_is_of_its_size_and_said(config, said):
-    """LFM2's convolutions have 4 d^2 weights; ZAYA's routers 0.66e6, of which 16 x 2048 are a router's here."""
+    """LFM2's convolutions have 4 d^2 weights; ZAYA's routers 0.66e6, of which 16 x 2048 are a
+    router's here."""
     near = approximate(config)
     assert any(note.startswith(said) for note in near.notes)
     first = near.spec.layers[0]
@@ -159,7 +184,9 @@ def test_small_expert_functions_are_said_to_leave_the_engine_and_are_not_recomme
     config = QWEN3_30B | {"moe_intermediate_size": 128}
     chosen = outlook_of(config, recipes=["int8"])
     sparse = next(choice for choice in chosen.choices if choice.routing == "sparse")
-    assert not sparse.stays and any(c.rule == "cost-small" and c.kind == "experts" for c in sparse.concerns)
+    assert not sparse.stays and any(
+        c.rule == "cost-small" and c.kind == "experts" for c in sparse.concerns
+    )
     assert "--routing masked" in chosen.recommendation and "sparse int8" in chosen.recommendation
     assert recommendation([sparse]).startswith("None")
 
@@ -180,7 +207,10 @@ def test_chips_and_formats_change_the_answer():
     def speed(answer: Outlook) -> float:
         return answer.choices[0].prediction.decode.tok_s.expected
 
-    fast, slow = outlook_of(ZAYA1_8B, recipes=["int8"]), outlook_of(ZAYA1_8B, recipes=["int8"], target="m1")
+    fast, slow = (
+        outlook_of(ZAYA1_8B, recipes=["int8"]),
+        outlook_of(ZAYA1_8B, recipes=["int8"], target="m1"),
+    )
     assert speed(fast) > 1.5 * speed(slow)
     assert fast.supported
     strange = outlook_of(GPT_OSS_20B | {"layer_types": ["mamba"] * 24}, recipes=["fp16"])
@@ -222,9 +252,15 @@ def test_the_command_reads_folders_files_and_the_hub(tmp_path, monkeypatch):
         result = CliRunner().invoke(app, ["plan", str(source), "--json"])
         assert result.exit_code == 0, result.output
         documents.append(json.loads(result.stdout))
-    assert documents[0] == documents[1] == documents[2] and asked == [("allenai/OLMoE", "config.json")]
+    assert documents[0] == documents[1] == documents[2] and asked == [
+        ("allenai/OLMoE", "config.json")
+    ]
     first = documents[0]["choices"][0]["prediction"]
-    assert first["kind"] == "predicted" and set(first["memory_bytes"]) == {"low", "expected", "high"}
+    assert first["kind"] == "predicted" and set(first["memory_bytes"]) == {
+        "low",
+        "expected",
+        "high",
+    }
     with pytest.raises(UserError, match=r"allenai/none cannot be fetched.*no network; give"):
         outlook("allenai/none")
     with pytest.raises(UserError, match=r"has no config\.json"):
@@ -244,9 +280,15 @@ REFUSED = {
     "gptq": (QWEN3_30B | {"quantization_config": {"quant_method": "gptq"}}, "is quantised (gptq"),
     "no norm_topk_prob": (without(QWEN3_30B, "norm_topk_prob"), "lacks norm_topk_prob"),
     "no rope_theta": (without(QWEN3_30B, "rope_theta"), "lacks rope_theta"),
-    "no tie_word_embeddings": (without(QWEN3_30B, "tie_word_embeddings"), "lacks tie_word_embeddings"),
+    "no tie_word_embeddings": (
+        without(QWEN3_30B, "tie_word_embeddings"),
+        "lacks tie_word_embeddings",
+    ),
     "no kv heads": (QWEN3_30B | {"num_key_value_heads": None}, "lacks num_key_value_heads"),
-    "nested": ({"model_type": "qwen3_vl_moe", "text_config": QWEN3_30B}, "'qwen3_vl_moe' is not supported"),
+    "nested": (
+        {"model_type": "qwen3_vl_moe", "text_config": QWEN3_30B},
+        "'qwen3_vl_moe' is not supported",
+    ),
     "deepseek": (DEEPSEEK_V2_LITE, "'deepseek_v2' is not supported"),
     "gpt-oss": (GPT_OSS_20B, "'gpt_oss' is not supported"),
     "unheard of": (OLMOE | {"model_type": "new_moe"}, "'new_moe' is not supported"),
@@ -259,17 +301,22 @@ def test_what_convert_refuses_is_not_approved_and_the_first_line_says_why(tmp_pa
     (tmp_path / "config.json").write_text(json.dumps(config))
     shown = CliRunner().invoke(app, ["plan", str(tmp_path), "--compress", "int8"]).stdout
     first, second = shown.splitlines()[:2]
-    assert first.startswith("not supported: ") and reason in first and second.endswith("approximate")
+    assert (
+        first.startswith("not supported: ") and reason in first and second.endswith("approximate")
+    )
     assert "Take --routing" not in shown and shown.rstrip().splitlines()[-1].startswith("None: ")
     result = CliRunner().invoke(app, ["plan", str(tmp_path), "--compress", "int8", "--json"])
     document = json.loads(result.stdout)
-    assert result.exit_code == 0 and document["supported"] is False and document["approximate"] is True
+    assert (
+        result.exit_code == 0 and document["supported"] is False and document["approximate"] is True
+    )
     assert reason in document["reason"] and document["recommendation"].startswith("None: ")
     assert document["choices"] and document["model_type"] == config["model_type"]
 
 
 def test_the_reason_is_the_one_that_convert_gives(tmp_path):
-    """Of the weights too, where the folder has them: one tensor too many, which no config.json shows."""
+    """Of the weights too, where the folder has them: one tensor too many, which no config.json
+    shows."""
     config = without(QWEN3_30B, "norm_topk_prob") | {"num_hidden_layers": 1}
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file({"model.strange.weight": np.zeros(1, np.float16)}, tmp_path / "model.safetensors")
@@ -290,14 +337,20 @@ def test_a_dense_model_is_said_to_be_no_mixture_of_experts(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(dense))
     shown = CliRunner().invoke(app, ["plan", str(tmp_path)])
     first, *rest = shown.stdout.splitlines()
-    assert shown.exit_code == 0 and first.startswith("not supported: qwen3 is not a mixture of experts")
+    assert shown.exit_code == 0 and first.startswith(
+        "not supported: qwen3 is not a mixture of experts"
+    )
     assert [line for line in rest if not line.startswith("None: ")] == []
     document = outlook(tmp_path).as_json()
     assert not document["supported"] and document["choices"] == [] and document["weights"] is None
 
 
 def test_a_model_whose_fields_have_other_names_is_answered_without_a_forecast():
-    dbrx = {"model_type": "dbrx", "d_model": 6144, "ffn_config": {"moe_num_experts": 16, "moe_top_k": 4}}
+    dbrx = {
+        "model_type": "dbrx",
+        "d_model": 6144,
+        "ffn_config": {"moe_num_experts": 16, "moe_top_k": 4},
+    }
     answer = outlook_of(dbrx)
     assert "'dbrx' is not supported" in answer.refusal and answer.choices == ()
     assert "num_hidden_layers" in answer.notes[0] or "hidden_size" in answer.notes[0]
@@ -309,10 +362,14 @@ def test_a_family_s_model_without_experts_is_planned_as_convert_takes_it():
     assert describe_config(config).layers[0].ffn.width == 6144 and masked.packages == 48 + 48 + 16
 
 
-@pytest.mark.parametrize("config", [QWEN3_30B, OLMOE, QWEN15_MOE], ids=lambda config: config["model_type"])
+@pytest.mark.parametrize(
+    "config", [QWEN3_30B, OLMOE, QWEN15_MOE], ids=lambda config: config["model_type"]
+)
 def test_both_readers_of_a_config_give_the_same_matrices(config):
-    exact, near = ([(name, row.shape) for name, row in spec.weights() if row.role]
-                   for spec in (describe_config(config), approximate(config).spec))
+    exact, near = (
+        [(name, row.shape) for name, row in spec.weights() if row.role]
+        for spec in (describe_config(config), approximate(config).spec)
+    )
     assert exact == near
 
 
@@ -332,13 +389,30 @@ def test_the_recommendation_names_what_is_undecided():
     assert "placement is undecided (palette-os-26, state-access" in sentence
 
 
-@pytest.mark.parametrize("config", [
-    OLMOE | {"hidden_size": 64, "num_hidden_layers": 1, "num_experts": 4, "num_experts_per_tok": 1,
-             "intermediate_size": 32, "vocab_size": 256},
-    OLMOE | {"hidden_size": 128, "num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 2,
-             "intermediate_size": 128, "vocab_size": 4096},
-    QWEN3_30B,
-])
+@pytest.mark.parametrize(
+    "config",
+    [
+        OLMOE
+        | {
+            "hidden_size": 64,
+            "num_hidden_layers": 1,
+            "num_experts": 4,
+            "num_experts_per_tok": 1,
+            "intermediate_size": 32,
+            "vocab_size": 256,
+        },
+        OLMOE
+        | {
+            "hidden_size": 128,
+            "num_hidden_layers": 2,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 128,
+            "vocab_size": 4096,
+        },
+        QWEN3_30B,
+    ],
+)
 @pytest.mark.parametrize("target", ["m1", "m5-max"])
 def test_no_column_is_cut_in_80_columns(tmp_path, monkeypatch, config, target):
     monkeypatch.setenv("COLUMNS", "80")
@@ -346,10 +420,15 @@ def test_no_column_is_cut_in_80_columns(tmp_path, monkeypatch, config, target):
     shown = CliRunner().invoke(app, ["plan", str(tmp_path), "--target", target]).stdout
     sizes, speeds = shown.split("Predicted, low-expected-high")
     figure = r"\d[\d.,]*[kM]?"
-    for text, head, ranges in ((sizes, "routing weights MB", 1), (speeds, "routing weights tok/s", 4)):
+    for text, head, ranges in (
+        (sizes, "routing weights MB", 1),
+        (speeds, "routing weights tok/s", 4),
+    ):
         rows = [line.rstrip() for line in text.splitlines() if re.match(r"(masked|sparse) ", line)]
         assert head in text and len(rows) == 8 and max(map(len, rows)) <= 80
-        assert all(len(re.findall(rf"\b{figure}-{figure}-{figure}(?= |$)", row)) == ranges for row in rows)
+        assert all(
+            len(re.findall(rf"\b{figure}-{figure}-{figure}(?= |$)", row)) == ranges for row in rows
+        )
 
 
 @pytest.mark.parametrize("width", ["80", "200"])
@@ -359,7 +438,10 @@ def test_the_table_never_shows_a_speed_without_its_range(tmp_path, monkeypatch, 
     result = CliRunner().invoke(app, ["plan", str(tmp_path), "--compress", "fp16,int8,lut4-g8-v2"])
     assert result.exit_code == 0 and "predicted, not measured" in result.stdout
     sizes, speeds = result.stdout.split("Predicted, low-expected-high")
-    rows = [[line for line in text.splitlines() if re.match(r"(masked|sparse) ", line)] for text in (sizes, speeds)]
+    rows = [
+        [line for line in text.splitlines() if re.match(r"(masked|sparse) ", line)]
+        for text in (sizes, speeds)
+    ]
     assert [len(lines) for lines in rows] == [6, 6]
     assert all("not timed" in line for line in rows[0] if "lut4-g8-v2" in line)
     end = r"\d[\d.,]*"

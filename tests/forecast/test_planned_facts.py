@@ -26,14 +26,26 @@ EXACT = FUNCTION_FACTS - {"ops", "weight_file_bytes"}
 # Between them every kind of shard, every option that a rule looks at, and every part.
 CASES = {
     "dense and experts": ("qwen3_moe", {"mlp_only_layers": [1]}, {}),
-    "one by one": ("qwen2_moe", {"num_experts": 6, "num_experts_per_tok": 2},
-                   {"routing": "sparse", "state": "explicit", "expert_tokens": (1, 16)}),
-    "groups": ("mixtral", {}, {"routing": "sparse", "experts_per_function": 2,
-                               "recipe": find_recipe("small")}),
-    "split and ranks": ("olmoe", {}, {"layout": "bct1", "recipe": find_recipe("lut4", rank=4),
-                                      "max_shard_mb": 0}),
-    "for the GPU": ("granitemoe", {"hidden_size": 64, "intermediate_size": 64},
-                    {"state": "explicit", "recipe": find_recipe("int4-block32")}),
+    "one by one": (
+        "qwen2_moe",
+        {"num_experts": 6, "num_experts_per_tok": 2},
+        {"routing": "sparse", "state": "explicit", "expert_tokens": (1, 16)},
+    ),
+    "groups": (
+        "mixtral",
+        {},
+        {"routing": "sparse", "experts_per_function": 2, "recipe": find_recipe("small")},
+    ),
+    "split and ranks": (
+        "olmoe",
+        {},
+        {"layout": "bct1", "recipe": find_recipe("lut4", rank=4), "max_shard_mb": 0},
+    ),
+    "for the GPU": (
+        "granitemoe",
+        {"hidden_size": 64, "intermediate_size": 64},
+        {"state": "explicit", "recipe": find_recipe("int4-block32")},
+    ),
     "two layers in one": ("granitemoe", {}, {"routing": "soft", "layers_per_shard": 2}),
 }
 
@@ -54,7 +66,9 @@ def assert_same_facts(planned, program):
     found = function_facts(program, planned.function.name)
     expected = {name: found.facts[name] for name in EXACT}
     assert {name: planned.facts.facts[name] for name in EXACT} == expected
-    assert abs(planned.facts.facts["ops"] - found.facts["ops"]) <= SLACK * max(1, len(planned.shard.layers))
+    assert abs(planned.facts.facts["ops"] - found.facts["ops"]) <= SLACK * max(
+        1, len(planned.shard.layers)
+    )
     assert planned.facts.facts["weight_file_bytes"] >= found.facts["weight_file_bytes"]
     assert max(op.reduction for op in planned.facts.ops) == max(op.reduction for op in found.ops)
     assert all(set(facts) <= FEATURE_FACTS for facts in planned.facts.features)
@@ -94,7 +108,8 @@ def _against(row):
 
 @pytest.mark.parametrize("model", ["OLMoE-1B-7B", "Mixtral-8x7B"])
 def test_sizes_of_real_models_meet_the_same_rules(model, tmp_path):
-    """Where the cost decision goes both ways. Weights are holes in the file; the graphs are real."""
+    """Where the cost decision goes both ways. Weights are holes in the file; the graphs are
+    real."""
     planned = plan_of(model)
     planned = replace(planned, shards=tuple(distinct_shards(planned)))
     verdicts = set()

@@ -26,7 +26,7 @@ from ane_moe.verification.verify import verify
 from tests.models import FAMILIES, make_model, save_checkpoint
 from tests.verification.tiny import tiny_checkpoint, tiny_conversion
 
-PROMPTS = '[[3, 5, 8, 13, 21, 34, 55], [2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22]]'
+PROMPTS = "[[3, 5, 8, 13, 21, 34, 55], [2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22]]"
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +40,15 @@ def text(tmp_path_factory) -> Path:
 def test_moments_are_the_mean_squares_of_what_hugging_face_computes(family, tmp_path, text):
     checkpoint = save_checkpoint(make_model(family, num_hidden_layers=2), tmp_path / "checkpoint")
     calibration = calibrate(open_model(checkpoint), text)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     heard: dict[str, list[torch.Tensor]] = {}
     for name, module in model.named_modules():
         if name.endswith(("q_proj", "o_proj", "lm_head")):
-            module.register_forward_pre_hook(lambda _, args, name=name: heard.setdefault(name, []).append(args[0][0]))
+            module.register_forward_pre_hook(
+                lambda _, args, name=name: heard.setdefault(name, []).append(args[0][0])
+            )
     with torch.no_grad():
         for ids in json.loads(PROMPTS):
             model(input_ids=torch.tensor([ids]), use_cache=False)
@@ -54,9 +58,14 @@ def test_moments_are_the_mean_squares_of_what_hugging_face_computes(family, tmp_
         names[f"model.layers.{layer}.self_attn.o_proj"] = f"layers.{layer}.attn.attended"
     for theirs, ours in names.items():
         expected = torch.cat(heard[theirs]).square().mean(0).numpy()
-        assert np.allclose(calibration.moments[parse_name(ours)], expected, rtol=1e-3, atol=1e-7), ours
+        assert np.allclose(calibration.moments[parse_name(ours)], expected, rtol=1e-3, atol=1e-7), (
+            ours
+        )
     k = getattr(model.config, "num_experts_per_tok", None)
-    assert all(counts.sum() == k * 18 for counts in calibration.counts.values()) and calibration.tokens == 18
+    assert (
+        all(counts.sum() == k * 18 for counts in calibration.counts.values())
+        and calibration.tokens == 18
+    )
 
 
 def test_what_enters_down_is_what_the_expert_makes(tmp_path, text):
@@ -74,10 +83,14 @@ def test_what_enters_down_is_what_the_expert_makes(tmp_path, text):
         inputs = torch.cat([x[(chosen == expert).any(1)] for x, chosen, _ in heard])
         assert len(inputs) == count
         if count:
-            gate, up = torch.nn.functional.linear(inputs, block.experts.gate_up_proj[expert]).chunk(2, -1)
+            gate, up = torch.nn.functional.linear(inputs, block.experts.gate_up_proj[expert]).chunk(
+                2, -1
+            )
             expected = (torch.nn.functional.silu(gate) * up).square().mean(0).detach().numpy()
             found = calibration.moments[hidden]
-            assert np.allclose(found, expected, rtol=2e-2, atol=1e-4 * expected.mean())     # our weights are fp16
+            assert np.allclose(
+                found, expected, rtol=2e-2, atol=1e-4 * expected.mean()
+            )  # our weights are fp16
             seen += 1
         else:
             assert hidden not in calibration.moments
@@ -86,21 +99,29 @@ def test_what_enters_down_is_what_the_expert_makes(tmp_path, text):
 
 def test_moments_are_read_by_name_and_shared_by_matrices_with_one_input(tmp_path):
     model = open_model(save_checkpoint(make_model("mixtral"), tmp_path / "checkpoint"))
-    moments = {parse_name("layers.0.attn.x"): np.arange(4.0), parse_name("layers.0.ffn.experts.1.x"): np.ones(4),
-               parse_name("layers.0.ffn.experts.2.x"): np.zeros(4)}
-    Calibration(moments, {0: np.array([0, 3, 1])}, {0: np.array([2.0, 4.0])}, 8.0, 2, "x").write(tmp_path / FILE_NAME)
+    moments = {
+        parse_name("layers.0.attn.x"): np.arange(4.0),
+        parse_name("layers.0.ffn.experts.1.x"): np.ones(4),
+        parse_name("layers.0.ffn.experts.2.x"): np.zeros(4),
+    }
+    Calibration(moments, {0: np.array([0, 3, 1])}, {0: np.array([2.0, 4.0])}, 8.0, 2, "x").write(
+        tmp_path / FILE_NAME
+    )
     read = Moments(tmp_path / FILE_NAME)
     assert read.tokens == 2 and read.of == "x"
-
 
     def find(tensor: str) -> np.ndarray | None:
         return read.find(model.sources[parse_name(tensor)].reads, 4)
 
     assert np.array_equal(find("layers.0.attn.v.weight"), np.arange(4))
     assert np.array_equal(find("layers.0.ffn.experts.1.up.weight"), np.ones(4))
-    assert find("layers.0.ffn.experts.2.up.weight") is None and find("layers.0.attn.o.weight") is None
+    assert (
+        find("layers.0.ffn.experts.2.up.weight") is None and find("layers.0.attn.o.weight") is None
+    )
     assert read.share(HEAD) == 1 and read.share(parse_name("layers.0.attn.o.weight")) == 0.25
-    assert read.share(parse_name("layers.0.ffn.experts.1.down.weight")) == pytest.approx(0.5 * 3 / 4)
+    assert read.share(parse_name("layers.0.ffn.experts.1.down.weight")) == pytest.approx(
+        0.5 * 3 / 4
+    )
     with pytest.raises(UserError, match="does not fit"):
         read.find(parse_name("layers.0.attn.x"), 5)
     (tmp_path / FILE_NAME).write_bytes(b"nothing")
@@ -111,10 +132,20 @@ def test_moments_are_read_by_name_and_shared_by_matrices_with_one_input(tmp_path
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_a_budget_is_kept_and_no_single_step_was_wasted(data):
-    """Against all combinations: the error is at most that of the best one for a budget smaller by one step."""
-    matrices = [Sensitivity(str(n), tuple(
-        Option(f"f{size}", size, data.draw(st.integers(0, 100)) / 10 + 100 / size, 1.0)
-        for size in data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=4, unique=True)))) for n in range(3)]
+    """Against all combinations: the error is at most that of the best one for a budget smaller by
+    one step."""
+    matrices = [
+        Sensitivity(
+            str(n),
+            tuple(
+                Option(f"f{size}", size, data.draw(st.integers(0, 100)) / 10 + 100 / size, 1.0)
+                for size in data.draw(
+                    st.lists(st.integers(1, 40), min_size=1, max_size=4, unique=True)
+                )
+            ),
+        )
+        for n in range(3)
+    ]
     least = sum(min(option.stored_bytes for option in entry.options) for entry in matrices)
     budget = data.draw(st.integers(least, 130))
     chosen = fit_budget(matrices, budget)
@@ -122,15 +153,22 @@ def test_a_budget_is_kept_and_no_single_step_was_wasted(data):
     mine = [options[n][chosen[str(n)]] for n in range(3)]
     assert sum(option.stored_bytes for option in mine) <= budget
     step = max(option.stored_bytes for entry in matrices for option in entry.options)
-    within = [sum(o.error for o in combination) for combination in itertools.product(*(e.options for e in matrices))
-              if sum(o.stored_bytes for o in combination) <= budget - step]
+    within = [
+        sum(o.error for o in combination)
+        for combination in itertools.product(*(e.options for e in matrices))
+        if sum(o.stored_bytes for o in combination) <= budget - step
+    ]
     assert not within or sum(option.error for option in mine) <= min(within) + 1e-9
     with pytest.raises(UserError, match="--budget-mb is too small"):
         fit_budget(matrices, least - 1)
 
 
 def test_a_least_cosine_takes_the_smallest_format_that_keeps_it():
-    options = (Option("fp16", 16, 0, 1.0), Option("int8", 8, 0.1, 0.999), Option("lut4", 4, 0.2, 0.99))
+    options = (
+        Option("fp16", 16, 0, 1.0),
+        Option("int8", 8, 0.1, 0.999),
+        Option("lut4", 4, 0.2, 0.99),
+    )
     assert reach_cosine([Sensitivity("a", options)], 0.995) == {"a": "int8"}
     assert reach_cosine([Sensitivity("a", options)], 0.9999) == {"a": "fp16"}
 
@@ -142,10 +180,15 @@ def checkpoint(tmp_path_factory) -> Path:
 
 def test_a_conversion_fits_its_budget_and_tells_conversion_from_compression(checkpoint, tmp_path):
     whole = tiny_conversion(checkpoint, tmp_path / "whole")
-    size = sum(shard.weight_bytes for shard in read_manifest(whole).shards) + (whole / "embed.bin").stat().st_size
+    size = (
+        sum(shard.weight_bytes for shard in read_manifest(whole).shards)
+        + (whole / "embed.bin").stat().st_size
+    )
     out = tiny_conversion(checkpoint, tmp_path / "out", budget_mb=size * 0.62 / 1e6, golden=True)
     manifest = read_manifest(out)
-    stored = sum(shard.weight_bytes for shard in manifest.shards) + (out / "embed.bin").stat().st_size
+    stored = (
+        sum(shard.weight_bytes for shard in manifest.shards) + (out / "embed.bin").stat().st_size
+    )
     assert stored <= size * 0.62 and FILE_NAME in manifest.files
     assert len(set(manifest.recipe["overrides"].values())) > 1
     report = verify(out, runtime="reference")
@@ -158,21 +201,38 @@ def test_calibration_moves_the_error_to_inputs_that_do_not_matter(checkpoint, tm
     _, sources = describe(originals)
     errors = {}
     for asked in (None, "builtin"):
-        out = tiny_conversion(checkpoint, tmp_path / str(asked), recipe=find_recipe("lut3"), calibrate=asked)
-        errors[asked] = {weight.name: (weight.value.reshape(-1, weight.value.shape[1]).astype(np.float64)
-                                       - originals.read(sources[weight.name])) ** 2
-                         for weight in stored_weights(out, read_manifest(out))
-                         if weight.name.expert is not None}
+        out = tiny_conversion(
+            checkpoint, tmp_path / str(asked), recipe=find_recipe("lut3"), calibrate=asked
+        )
+        errors[asked] = {
+            weight.name: (
+                weight.value.reshape(-1, weight.value.shape[1]).astype(np.float64)
+                - originals.read(sources[weight.name])
+            )
+            ** 2
+            for weight in stored_weights(out, read_manifest(out))
+            if weight.name.expert is not None
+        }
     moments = Moments(tmp_path / "builtin" / FILE_NAME)
-    found = {name: moments.find(sources[name].reads, plain.shape[1]) for name, plain in errors[None].items()}
+    found = {
+        name: moments.find(sources[name].reads, plain.shape[1])
+        for name, plain in errors[None].items()
+    }
     met = {name: squares for name, squares in found.items() if squares is not None}
-    plain, calibrated = ([(errors[asked][name] @ m).sum() for name, m in met.items()] for asked in (None, "builtin"))
+    plain, calibrated = (
+        [(errors[asked][name] @ m).sum() for name, m in met.items()] for asked in (None, "builtin")
+    )
     assert sum(calibrated) < sum(plain)
-    assert np.mean([after < before for before, after in zip(plain, calibrated, strict=True)]) > 0.7   # local optima
+    assert (
+        np.mean([after < before for before, after in zip(plain, calibrated, strict=True)]) > 0.7
+    )  # local optima
 
 
 def test_bad_options_end_before_anything_is_written(checkpoint, tmp_path):
-    for options in ({"calibrate": str(tmp_path / "none.txt")}, {"budget_mb": 1.0, "min_cosine": 0.9}):
+    for options in (
+        {"calibrate": str(tmp_path / "none.txt")},
+        {"budget_mb": 1.0, "min_cosine": 0.9},
+    ):
         with pytest.raises(UserError):
             tiny_conversion(checkpoint, tmp_path / "out", **options)
         assert not (tmp_path / "out").exists()

@@ -25,7 +25,8 @@ def shard(path, inputs, outputs, compute, states=()):
     entry = ShardFunction("go", T, Ports(tuple(inputs), tuple(outputs), tuple(states)))
     function = SimpleNamespace(
         predict=lambda given, state=None: compute(given, state) if states else compute(given),
-        make_state=lambda: {port.name: np.zeros(port.shape, np.float16) for port in states})
+        make_state=lambda: {port.name: np.zeros(port.shape, np.float16) for port in states},
+    )
     return LoadedShard(Shard(path, "part", 0, (entry,)), {"go": function})
 
 
@@ -39,8 +40,10 @@ def test_parts_all_read_the_slot_as_it_was_and_round_once():
 
     tiny = np.float16(2**-11)
     hows = {"a": ("set", 1), "b": ("add", tiny), "c": ("add", tiny)}
-    parts = [shard(path, [column("x", "stream")], [column("y", "stream", how)], plus(number))
-             for path, (how, number) in hows.items()]
+    parts = [
+        shard(path, [column("x", "stream")], [column("y", "stream", how)], plus(number))
+        for path, (how, number) in hows.items()
+    ]
     slots = Slots({})
     Wiring(States(parts)).lane(parts, "go", slots).run(clock())
     # One by one each would round to nothing beside 1; together they are a step of fp16.
@@ -49,7 +52,12 @@ def test_parts_all_read_the_slot_as_it_was_and_round_once():
 
 
 def test_what_nobody_sets_before_it_is_added_to():
-    added = shard("a", [column("x", "ffn_input")], [column("y", "stream", "add")], lambda given: {"y": given["x"]})
+    added = shard(
+        "a",
+        [column("x", "ffn_input")],
+        [column("y", "stream", "add")],
+        lambda given: {"y": given["x"]},
+    )
     slots = Slots({})
     lane = Wiring(States([added])).lane([added], "go", slots)
     slots.columns("stream")[:], slots.columns("ffn_input")[:] = 5, 2
@@ -63,8 +71,12 @@ def test_a_sum_that_an_error_cut_short_begins_anew():
         raise UserError("no")
 
     calls = [lambda given: {"y": given["x"] + 1}, fails]
-    first = shard("a", [column("x", "stream")], [column("y", "stream")], lambda given: calls[0](given))
-    second = shard("b", [column("x", "stream")], [column("y", "stream", "add")], lambda given: calls[1](given))
+    first = shard(
+        "a", [column("x", "stream")], [column("y", "stream")], lambda given: calls[0](given)
+    )
+    second = shard(
+        "b", [column("x", "stream")], [column("y", "stream", "add")], lambda given: calls[1](given)
+    )
     slots = Slots({})
     lane = Wiring(States([])).lane([first, second], "go", slots)
     with pytest.raises(UserError):
@@ -75,10 +87,18 @@ def test_a_sum_that_an_error_cut_short_begins_anew():
 
 
 def test_a_carry_goes_from_one_shard_to_the_next():
-    gives = shard("a", [column("x", "stream")], [column("y", "stream"), column("r", "carry.router")],
-                  lambda given: {"y": given["x"], "r": 3 * given["x"]})
-    takes = shard("b", [column("x", "stream"), column("r_in", "carry.router")], [column("y", "stream")],
-                  lambda given: {"y": given["x"] + given["r_in"]})
+    gives = shard(
+        "a",
+        [column("x", "stream")],
+        [column("y", "stream"), column("r", "carry.router")],
+        lambda given: {"y": given["x"], "r": 3 * given["x"]},
+    )
+    takes = shard(
+        "b",
+        [column("x", "stream"), column("r_in", "carry.router")],
+        [column("y", "stream")],
+        lambda given: {"y": given["x"] + given["r_in"]},
+    )
     slots = Slots({})
     lane = Wiring(States([])).lane([gives, takes], "go", slots)
     slots.columns("stream")[:] = [[1, 2, 3], [4, 5, 6]]
@@ -131,13 +151,29 @@ def test_a_slot_that_cannot_be_is_refused():
 def test_the_hosts_own_slots_at_a_position():
     ropes = {"rope.main.cos": np.arange(20, dtype=np.float16).reshape(10, 2)}
     slots = Slots(ropes)
-    wanted = {slot: slots.array(Port("p", shape, slot)) for slot, shape in {
-        "mask.all": (1, 1, 3, 6), "mask.2": (1, 1, 3, 6), "write": (1, 1, 3, 6), "keep": (1, 1, 1, 6),
-        "rope.main.cos": (1, 1, 2, 3), "shift.2": (1, 1, 5, 2)}.items()}
-    slots.place(2, 2)                       # two real tokens at positions 2 and 3, and one of padding
+    wanted = {
+        slot: slots.array(Port("p", shape, slot))
+        for slot, shape in {
+            "mask.all": (1, 1, 3, 6),
+            "mask.2": (1, 1, 3, 6),
+            "write": (1, 1, 3, 6),
+            "keep": (1, 1, 1, 6),
+            "rope.main.cos": (1, 1, 2, 3),
+            "shift.2": (1, 1, 5, 2),
+        }.items()
+    }
+    slots.place(2, 2)  # two real tokens at positions 2 and 3, and one of padding
     h = float(HIDDEN)
-    assert wanted["mask.all"][0, 0].tolist() == [[0, 0, 0, h, h, h], [0, 0, 0, 0, h, h], [0, h, h, h, h, h]]
-    assert wanted["mask.2"][0, 0].tolist() == [[h, 0, 0, h, h, h], [h, h, 0, 0, h, h], [0, h, h, h, h, h]]
+    assert wanted["mask.all"][0, 0].tolist() == [
+        [0, 0, 0, h, h, h],
+        [0, 0, 0, 0, h, h],
+        [0, h, h, h, h, h],
+    ]
+    assert wanted["mask.2"][0, 0].tolist() == [
+        [h, 0, 0, h, h, h],
+        [h, h, 0, 0, h, h],
+        [0, h, h, h, h, h],
+    ]
     assert wanted["write"][0, 0].tolist() == [[0, 0, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0] * 6]
     assert wanted["keep"][0, 0, 0].tolist() == [1, 1, 0, 0, 1, 1]
     assert wanted["rope.main.cos"][0, 0, :, :2].tolist() == [[4, 6], [5, 7]]
@@ -150,7 +186,7 @@ def test_shift_keeps_the_last_real_columns(count, expected):
     slots = Slots({})
     shift = slots.array(Port("p", (1, 1, 5, 2), "shift.2"))
     slots.place(7, count)
-    held_and_new = np.arange(5, dtype=np.float16)           # two held, then three of the call
+    held_and_new = np.arange(5, dtype=np.float16)  # two held, then three of the call
     assert (held_and_new @ shift[0, 0]).tolist() == expected
 
 

@@ -22,7 +22,10 @@ def values_of(type_: str, count: int, seed: int) -> np.ndarray:
 
 
 @settings(deadline=None, max_examples=30)
-@given(arrays=st.lists(st.tuples(st.sampled_from(TYPES), st.integers(1, 300)), max_size=6), seed=st.integers(0, 9))
+@given(
+    arrays=st.lists(st.tuples(st.sampled_from(TYPES), st.integers(1, 300)), max_size=6),
+    seed=st.integers(0, 9),
+)
 def test_files_equal_those_of_coremltools(tmp_path_factory, arrays, seed):
     folder = tmp_path_factory.mktemp("blob")
     theirs, write = libmilstorage._BlobStorageWriter(str(folder / "theirs.bin")), None
@@ -42,8 +45,12 @@ def test_coremltools_reads_what_was_written(tmp_path):
     with BlobWriter(tmp_path / "weight.bin") as writer:
         places = {type_: writer.add(values_of(type_, 77, 1), type_) for type_ in TYPES}
     reader = BlobReader(str(tmp_path / "weight.bin"))
-    assert np.array_equal(np.asarray(reader.read_int8_data(places["int8"])), values_of("int8", 77, 1))
-    assert np.array_equal(np.asarray(reader.read_uint3_data(places["uint3"])), values_of("uint3", 77, 1))
+    assert np.array_equal(
+        np.asarray(reader.read_int8_data(places["int8"])), values_of("int8", 77, 1)
+    )
+    assert np.array_equal(
+        np.asarray(reader.read_uint3_data(places["uint3"])), values_of("uint3", 77, 1)
+    )
 
 
 @pytest.mark.parametrize("type_", TYPES)

@@ -59,24 +59,33 @@ CONFIGS = [
     SharedExpertConfig(D, MOE.shared, RANKS),
     HeadConfig(D, NORM, 20, 2),
 ]
-SPEC = ModelSpec("any", D, 50, 64, NORM, (LayerSpec(GQA, MOE), LayerSpec(FULL, MlpSpec(40))), HeadSpec(False), {})
+SPEC = ModelSpec(
+    "any", D, 50, 64, NORM, (LayerSpec(GQA, MOE), LayerSpec(FULL, MlpSpec(40))), HeadSpec(False), {}
+)
 
 
 def elements(config, row):
     """How many elements a row stands for."""
     if not isinstance(row, Directions):
         return math.prod(row.shape)
-    matrix = next(other for other in config.rows() if isinstance(other, Weight) and other.path == row.of)
+    matrix = next(
+        other for other in config.rows() if isinstance(other, Weight) and other.path == row.of
+    )
     return row.rank * matrix.shape[1 if row.side == "in" else 0]
 
 
 def test_every_block_is_tried():
-    assert {type(config) for config in CONFIGS} == {*BLOCKS, *(config for config, _ in MIXERS.values())}
+    assert {type(config) for config in CONFIGS} == {
+        *BLOCKS,
+        *(config for config, _ in MIXERS.values()),
+    }
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
 def test_the_rows_of_a_block_are_its_modules_parameters_in_order(config):
-    parameters = [(name, parameter.numel()) for name, parameter in build_unbound(config).named_parameters()]
+    parameters = [
+        (name, parameter.numel()) for name, parameter in build_unbound(config).named_parameters()
+    ]
     assert [(row.path, elements(config, row)) for row in config.rows()] == parameters
 
 
@@ -88,14 +97,21 @@ def test_names_survive_being_written_and_read():
             parse_name(text)
 
 
-@pytest.mark.parametrize(("place", "parameter", "name"), [
-    (Place((3,), "attn"), "q.weight", "layers.3.attn.q.weight"),
-    (Place((3,), "attn"), "ffn.router.weight", "layers.3.ffn.router.weight"),
-    (Place((3,), "ffn", (8, 9)), "experts.1.up.weight", "layers.3.ffn.experts.9.up.weight"),
-    (Place((3,), "ffn"), "shared.gate.weight", "layers.3.ffn.shared.gate.weight"),
-    (Place((4, 5), "", (0, 1)), "layers.1.ffn.experts.0.down.weight", "layers.5.ffn.experts.0.down.weight"),
-    (Place((), "head"), "rows.weight", "head.rows.weight"),
-])
+@pytest.mark.parametrize(
+    ("place", "parameter", "name"),
+    [
+        (Place((3,), "attn"), "q.weight", "layers.3.attn.q.weight"),
+        (Place((3,), "attn"), "ffn.router.weight", "layers.3.ffn.router.weight"),
+        (Place((3,), "ffn", (8, 9)), "experts.1.up.weight", "layers.3.ffn.experts.9.up.weight"),
+        (Place((3,), "ffn"), "shared.gate.weight", "layers.3.ffn.shared.gate.weight"),
+        (
+            Place((4, 5), "", (0, 1)),
+            "layers.1.ffn.experts.0.down.weight",
+            "layers.5.ffn.experts.0.down.weight",
+        ),
+        (Place((), "head"), "rows.weight", "head.rows.weight"),
+    ],
+)
 def test_a_parameter_is_the_tensor_of_its_blocks_place(place, parameter, name):
     assert place.name(parameter) == parse_name(name)
 

@@ -24,13 +24,16 @@ def _one_thread():
 
 
 def captured(folder, layers=(0, 1, 2), prompts=PROMPTS):
-    capture_golden(open_checkpoint(folder), layers=layers, prompts=prompts, out=folder / "golden.safetensors")
+    capture_golden(
+        open_checkpoint(folder), layers=layers, prompts=prompts, out=folder / "golden.safetensors"
+    )
     return read_golden(folder / "golden.safetensors")
 
 
 def assert_agrees_with_from_pretrained(golden, folder):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager",
-                                                 experts_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
     for ids, span in zip(golden.prompts, golden.spans, strict=True):
         with torch.no_grad():
             out = model(torch.tensor([ids]), output_hidden_states=True, output_router_logits=True)
@@ -43,9 +46,14 @@ def assert_agrees_with_from_pretrained(golden, folder):
                 probs = next(routers).softmax(-1)
                 assert np.abs(probs.numpy() - layer.router_probs[span]).max() <= MAX_DIFFERENCE
                 k = layer.router_indices.shape[1]
-                assert (probs.topk(k).indices.sort().values.numpy() == np.sort(layer.router_indices[span], 1)).all()
+                assert (
+                    probs.topk(k).indices.sort().values.numpy()
+                    == np.sort(layer.router_indices[span], 1)
+                ).all()
         for index in range(len(golden.layers) - 1):
-            assert np.abs(golden.layers[index].y - golden.layers[index + 1].x).max() <= MAX_DIFFERENCE
+            assert (
+                np.abs(golden.layers[index].y - golden.layers[index + 1].x).max() <= MAX_DIFFERENCE
+            )
 
 
 @pytest.mark.parametrize("save", [save_checkpoint, save_fused])
@@ -55,8 +63,10 @@ def test_golden_equals_the_ordinary_forward_for_both_on_disk_forms(family, save,
     assert_agrees_with_from_pretrained(captured(folder), folder)
 
 
-@pytest.mark.parametrize("variant", ["qwen3_moe tied", "granitemoe untied", "qwen2_moe with windows",
-                                     "qwen3_moe with yarn"])
+@pytest.mark.parametrize(
+    "variant",
+    ["qwen3_moe tied", "granitemoe untied", "qwen2_moe with windows", "qwen3_moe with yarn"],
+)
 def test_golden_equals_the_ordinary_forward_for_variants(variant, tmp_path):
     folder = save_checkpoint(make_variant(variant), tmp_path)
     assert_agrees_with_from_pretrained(captured(folder), folder)
@@ -80,8 +90,12 @@ def test_blocks_add_up_and_the_delta_holds_the_residual_multiplier(tmp_path):
     golden = captured(save_checkpoint(model, tmp_path), layers=(0,))
     layer, span = golden.layers[0], golden.spans[2]
     with torch.no_grad():
-        normed = model.model.layers[0].post_attention_layernorm(torch.tensor(layer.middle[span])[None])
-        expected = model.config.residual_multiplier * model.model.layers[0].block_sparse_moe(normed)[0]
+        normed = model.model.layers[0].post_attention_layernorm(
+            torch.tensor(layer.middle[span])[None]
+        )
+        expected = (
+            model.config.residual_multiplier * model.model.layers[0].block_sparse_moe(normed)[0]
+        )
     assert np.abs(expected.numpy() - layer.ffn_delta[span]).max() <= MAX_DIFFERENCE
 
 
@@ -103,7 +117,9 @@ def test_the_same_checkpoint_gives_the_same_bytes(tmp_path):
     assert not list(folder.glob(".*"))
 
 
-def test_without_a_tokenizer_the_built_in_prompts_are_seeded_ids_longer_than_a_prefill_chunk(tmp_path):
+def test_without_a_tokenizer_the_built_in_prompts_are_seeded_ids_longer_than_a_prefill_chunk(
+    tmp_path,
+):
     golden = captured(save_checkpoint(make_model("mixtral"), tmp_path), layers=(0,), prompts=None)
     assert max(map(len, golden.prompts)) > 64 and sum(map(len, golden.prompts)) <= 256
 
@@ -113,7 +129,9 @@ def test_memory_holds_one_layer_and_not_the_model(tmp_path, monkeypatch):
 
     class Watched(hf_stream.StreamedModel):
         def stand_ins(self, outputs):
-            parameters = {id(one): one.nbytes for one in self.model.parameters() if one.device.type != "meta"}
+            parameters = {
+                id(one): one.nbytes for one in self.model.parameters() if one.device.type != "meta"
+            }
             held.append(sum(parameters.values()))
             return super().stand_ins(outputs)
 
@@ -124,8 +142,10 @@ def test_memory_holds_one_layer_and_not_the_model(tmp_path, monkeypatch):
     assert layer <= max(held) < 1.2 * layer
 
 
-@pytest.mark.parametrize(("prompts", "found"), [([[1, 211]], "211"), ([[1, -1]], "-1"), ([[]], "0 tokens"),
-                                                ([[1] * 257], "257 tokens")])
+@pytest.mark.parametrize(
+    ("prompts", "found"),
+    [([[1, 211]], "211"), ([[1, -1]], "-1"), ([[]], "0 tokens"), ([[1] * 257], "257 tokens")],
+)
 def test_prompts_that_do_not_fit_are_named(prompts, found, tmp_path):
     folder = save_checkpoint(make_model("mixtral"), tmp_path)
     with pytest.raises(UserError, match=found):
@@ -155,7 +175,9 @@ def test_a_tensor_of_another_shape_is_named(tmp_path):
         captured(folder)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "no config", "no weights", "index outside", "quantised"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "no config", "no weights", "index outside", "quantised"]
+)
 def test_a_bad_checkpoint_is_one_error(damage, tmp_path):
     folder = save_checkpoint(make_model("mixtral"), tmp_path)
     weights = folder / "model.safetensors"
@@ -166,23 +188,30 @@ def test_a_bad_checkpoint_is_one_error(damage, tmp_path):
     elif damage == "no weights":
         weights.unlink()
     elif damage == "index outside":
-        weights.unlink()                # which transformers would take before the index
+        weights.unlink()  # which transformers would take before the index
         index = {"weight_map": {"a": "../other.safetensors"}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     else:
         config = json.loads((folder / "config.json").read_text())
         quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+        (folder / "config.json").write_text(
+            json.dumps(config | {"quantization_config": quantization})
+        )
     with pytest.raises(UserError):
         captured(folder)
 
 
 def small_golden():
     rng = np.random.default_rng(0)
-    layer = LayerGolden(*rng.normal(size=(3, 5, 8)).astype(np.float32), rng.random((5, 4)).astype(np.float32),
-                        np.zeros((5, 2), np.int32))
+    layer = LayerGolden(
+        *rng.normal(size=(3, 5, 8)).astype(np.float32),
+        rng.random((5, 4)).astype(np.float32),
+        np.zeros((5, 2), np.int32),
+    )
     dense = LayerGolden(*rng.normal(size=(3, 5, 8)).astype(np.float32))
-    return Golden(((1, 2, 3), (4, 5)), {0: layer, 1: dense}, rng.normal(size=(5, 11)).astype(np.float32), 2)
+    return Golden(
+        ((1, 2, 3), (4, 5)), {0: layer, 1: dense}, rng.normal(size=(5, 11)).astype(np.float32), 2
+    )
 
 
 def test_a_golden_survives_the_disk(tmp_path):

@@ -22,7 +22,9 @@ def test_the_built_in_prompts_are_text_longer_than_a_prefill_chunk_and_few_token
     prompts = builtin_prompts(DEMO, len(tokenizer), 2048)
     assert len(prompts) >= 5 and sum(map(len, prompts)) <= MOST_TOKENS
     assert max(map(len, prompts)) > PREFILL_CHUNK
-    assert "lighthouse" in tokenizer.decode(prompts[0]) and "def merge" in tokenizer.decode(prompts[1])
+    assert "lighthouse" in tokenizer.decode(prompts[0]) and "def merge" in tokenizer.decode(
+        prompts[1]
+    )
     check_prompts(prompts, len(tokenizer), 2048)
 
 

@@ -1,4 +1,5 @@
-"""The attention block against Hugging Face's own layers: cache by mask, chunks, windows, norms, RoPE."""
+"""The attention block against Hugging Face's own layers: cache by mask, chunks, windows, norms,
+RoPE."""
 
 import dataclasses
 
@@ -30,7 +31,8 @@ def empty_cache() -> dict[str, torch.Tensor]:
 
 
 def chunk_inputs(x: torch.Tensor, first: int, padded: int | None = None) -> dict[str, torch.Tensor]:
-    """Inputs for the tokens `x` (1, d, 1, T) at positions first, first + 1, ..., padded to `padded` tokens."""
+    """Inputs for the tokens `x` (1, d, 1, T) at positions first, first + 1, ..., padded to `padded`
+    tokens."""
     tokens, total = x.shape[3], padded or x.shape[3]
     write, mask = torch.zeros(1, 1, total, SLOTS), torch.full((1, 1, total, SLOTS), MASKED)
     mask[..., 0] = 0
@@ -45,9 +47,13 @@ def plain(block: Attention, x: torch.Tensor) -> torch.Tensor:
     """The whole sequence at once, by torch's own attention."""
     m = block.config.mixer
     h = block.norm(x)
-    q, k, v = (p(h)[0, :, 0].T.reshape(-1, n, m.head_dim).transpose(0, 1)[None]
-               for p, n in ((block.q, m.heads), (block.k, m.kv_heads), (block.v, m.kv_heads)))
-    o = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=m.scale, enable_gqa=True)
+    q, k, v = (
+        p(h)[0, :, 0].T.reshape(-1, n, m.head_dim).transpose(0, 1)[None]
+        for p, n in ((block.q, m.heads), (block.k, m.kv_heads), (block.v, m.kv_heads))
+    )
+    o = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=m.scale, enable_gqa=True
+    )
     return x + block.o(o[0].transpose(0, 1).reshape(x.shape[3], -1).T[None, :, None])
 
 
@@ -84,11 +90,13 @@ def test_explicit_caches_equal_the_state():
 
 
 def test_rotation_is_hugging_faces_half_split_form():
-    heads, angles = torch.randn(1, 4, 8, 5), torch.randn(1, 5, 4)                # (1, H, D, T), (1, T, r)
+    heads, angles = torch.randn(1, 4, 8, 5), torch.randn(1, 5, 4)  # (1, H, D, T), (1, T, r)
     cos, sin = angles.cos(), angles.sin()
     full = (torch.cat([cos, cos], -1), torch.cat([sin, sin], -1))
     expected, _ = apply_rotary_pos_emb(heads.transpose(2, 3), heads.transpose(2, 3), *full)
-    turned = rotate(heads, cos.transpose(1, 2)[None], sin.transpose(1, 2)[None], pairs=4, head_dim=8)
+    turned = rotate(
+        heads, cos.transpose(1, 2)[None], sin.transpose(1, 2)[None], pairs=4, head_dim=8
+    )
     torch.testing.assert_close(turned, expected.transpose(2, 3))
 
 

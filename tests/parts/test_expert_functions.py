@@ -1,4 +1,5 @@
-"""Expert functions and the routed attention against Hugging Face's own layer, and against the masked block."""
+"""Expert functions and the routed attention against Hugging Face's own layer, and against the
+masked block."""
 
 import pytest
 import torch
@@ -25,8 +26,10 @@ def experts_of(layer: torch.nn.Module, first: int, size: int) -> ExpertGroup:
     weights = {}
     for e in range(size):
         gate, up = experts.gate_up_proj[first + e].chunk(2)
-        weights |= {f"experts.{e}.{name}.weight": as_conv(weight) for name, weight in
-                    (("gate", gate), ("up", up), ("down", experts.down_proj[first + e]))}
+        weights |= {
+            f"experts.{e}.{name}.weight": as_conv(weight)
+            for name, weight in (("gate", gate), ("up", up), ("down", experts.down_proj[first + e]))
+        }
     block = ExpertGroup(config).eval()
     block.load_state_dict(weights)
     return block
@@ -50,7 +53,9 @@ def test_a_group_gives_its_experts_weighted_by_their_gates(first, size):
 @pytest.mark.parametrize("gated", [True, False])
 def test_routed_attention_experts_and_shared_expert_add_up_to_the_masked_block(gated):
     norm, spec = NormSpec(), MoeSpec(RouterSpec(6, 2), MlpSpec(12), SharedSpec(MlpSpec(16), gated))
-    attention = AttentionConfig(20, norm, GqaSpec(2, 1, 8, 8**-0.5, None), rotary=0, slots=32, explicit=True)
+    attention = AttentionConfig(
+        20, norm, GqaSpec(2, 1, 8, 8**-0.5, None), rotary=0, slots=32, explicit=True
+    )
     torch.manual_seed(0)
     routed = RoutedMixer(RoutedMixerConfig(attention, spec.router))
     masked = Moe(MoeConfig(20, norm, spec, 6, True))
@@ -62,7 +67,9 @@ def test_routed_attention_experts_and_shared_expert_add_up_to_the_masked_block(g
     routed.ffn.load_state_dict({name: weights[name] for name in routed.ffn.state_dict()})
     shared.load_state_dict({name: weights[name] for name in shared.state_dict()})
     group.load_state_dict({name: weights[name] for name in group.state_dict()})
-    inputs = {name: torch.randn(shape) for name, shape in shapes_of(routed.ports(TOKENS).inputs).items()}
+    inputs = {
+        name: torch.randn(shape) for name, shape in shapes_of(routed.ports(TOKENS).inputs).items()
+    }
     outputs = routed(**inputs)
     assert outputs.keys() == {"y", "k_cache_out", "v_cache_out", "ffn_input", "gates"}
     torch.testing.assert_close(outputs["y"], routed.attn(**inputs)["y"])

@@ -24,18 +24,26 @@ def random_block(config: MoeConfig) -> Moe:
 
 def by_token(block: Moe, x: torch.Tensor) -> torch.Tensor:
     """Top-k experts of each token by hand."""
-    flat = {name: p.detach()[..., 0, 0] if p.shape[0] > 1 or (p.dim() == 4 and p.shape[1] > 1) else p.detach()
-            for name, p in block.named_parameters()}
+    flat = {
+        name: p.detach()[..., 0, 0]
+        if p.shape[0] > 1 or (p.dim() == 4 and p.shape[1] > 1)
+        else p.detach()
+        for name, p in block.named_parameters()
+    }
 
     def mlp(name: str, h: torch.Tensor) -> torch.Tensor:
-        return flat[f"{name}.down.weight"] @ (F.silu(flat[f"{name}.gate.weight"] @ h) * (flat[f"{name}.up.weight"] @ h))
+        return flat[f"{name}.down.weight"] @ (
+            F.silu(flat[f"{name}.gate.weight"] @ h) * (flat[f"{name}.up.weight"] @ h)
+        )
 
     columns = []
     for t in range(x.shape[3]):
         column = x[0, :, 0, t]
         h = F.rms_norm(column, (D_MODEL,), block.norm.weight.detach().flatten(), 1e-6)
         weights, chosen = torch.topk(torch.softmax(flat["router.weight"] @ h, 0), SPEC.router.k)
-        y = column + torch.sigmoid(block.shared_gate.weight.detach().flatten() @ h) * mlp("shared", h)
+        y = column + torch.sigmoid(block.shared_gate.weight.detach().flatten() @ h) * mlp(
+            "shared", h
+        )
         for weight, expert in zip(weights / weights.sum(), chosen.tolist(), strict=True):
             y = y + weight * mlp(f"experts.{expert}", h)
         columns.append(y)
@@ -57,8 +65,11 @@ def test_the_parts_of_a_layer_sum_to_the_layer(sizes):
         part = Moe(dataclasses.replace(WHOLE, experts=size, first=first == 0)).eval()
         weights = dict(whole.state_dict())
         for e in range(size):
-            weights |= {name.replace(f"experts.{first + e}.", f"experts.{e}.", 1): value
-                        for name, value in whole.state_dict().items() if name.startswith(f"experts.{first + e}.")}
+            weights |= {
+                name.replace(f"experts.{first + e}.", f"experts.{e}.", 1): value
+                for name, value in whole.state_dict().items()
+                if name.startswith(f"experts.{first + e}.")
+            }
         weights["select.weight"] = torch.eye(EXPERTS)[first : first + size, :, None, None]
         part.load_state_dict({name: weights[name] for name in part.state_dict()})
         total = total + part(x=x)["y"]

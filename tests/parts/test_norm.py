@@ -29,11 +29,15 @@ def half_steps(norm: RmsNorm, x: torch.Tensor) -> torch.Tensor:
 def test_rms_norm_equals_the_formula_wherever_fp16_reaches(axis, eps, exponent, outlier, seed):
     generator = torch.Generator().manual_seed(seed)
     shape = [1, CHANNELS, 1, 3] if axis == 1 else [1, 2, CHANNELS, 3]
-    x = (torch.randn(shape, generator=generator) * 10**exponent).clamp(-60_000 / outlier, 60_000 / outlier)
+    x = (torch.randn(shape, generator=generator) * 10**exponent).clamp(
+        -60_000 / outlier, 60_000 / outlier
+    )
     x.select(axis, 0).mul_(outlier)
     x = x.half().float()
     norm = RmsNorm(CHANNELS, eps, axis)
-    norm.weight.data = (1 + 0.3 * torch.randn(norm.weight.shape, generator=generator)).half().float()
+    norm.weight.data = (
+        (1 + 0.3 * torch.randn(norm.weight.shape, generator=generator)).half().float()
+    )
     expected = exact(x, norm.weight.data, eps, axis)
     result = half_steps(norm, x).double()
     assert torch.isfinite(result).all()
@@ -52,8 +56,10 @@ def test_the_squares_of_large_inputs_do_not_overflow():
 def test_eps_decides_for_small_inputs():
     norm = RmsNorm(CHANNELS, 1e-6)
     torch.nn.init.ones_(norm.weight)
-    x = torch.full((1, CHANNELS, 1, 1), 1e-3)       # its square equals eps
-    torch.testing.assert_close(half_steps(norm, x).float(), torch.full_like(x, 0.5**0.5), atol=2e-3, rtol=0)
+    x = torch.full((1, CHANNELS, 1, 1), 1e-3)  # its square equals eps
+    torch.testing.assert_close(
+        half_steps(norm, x).float(), torch.full_like(x, 0.5**0.5), atol=2e-3, rtol=0
+    )
 
 
 def test_zeros_stay_zero():

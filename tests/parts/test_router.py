@@ -1,4 +1,5 @@
-"""Exact top-k in arithmetic, against torch's stable sort; router gates against Hugging Face's routers."""
+"""Exact top-k in arithmetic, against torch's stable sort; router gates against Hugging Face's
+routers."""
 
 import numpy as np
 import torch
@@ -18,11 +19,15 @@ def lowest_index_top_k(logits: np.ndarray, k: int) -> np.ndarray:
     return mask
 
 
-fp16_logits = hnp.arrays(np.float16, st.tuples(st.integers(2, 70), st.integers(1, 4)), elements=st.one_of(
-    st.sampled_from([0.0, 1.0, -1.0, 2.0]),                                     # many ties
-    st.floats(-200, 200, width=16),
-    st.floats(-(2**-14), 2**-14, width=16),                                       # subnormals apart by 2^-24
-))
+fp16_logits = hnp.arrays(
+    np.float16,
+    st.tuples(st.integers(2, 70), st.integers(1, 4)),
+    elements=st.one_of(
+        st.sampled_from([0.0, 1.0, -1.0, 2.0]),  # many ties
+        st.floats(-200, 200, width=16),
+        st.floats(-(2**-14), 2**-14, width=16),  # subnormals apart by 2^-24
+    ),
+)
 
 
 @settings(deadline=None, max_examples=300)
@@ -33,7 +38,9 @@ def test_top_k_picks_exactly_k_and_the_lowest_index_of_equals(logits, data):
     x = torch.from_numpy(logits).reshape(1, experts, 1, tokens)
     for dtype in (torch.float16, torch.float32):
         mask = top_k_mask(x.to(dtype), k, experts)
-        np.testing.assert_array_equal(mask.reshape(experts, tokens).float().numpy(), lowest_index_top_k(logits, k))
+        np.testing.assert_array_equal(
+            mask.reshape(experts, tokens).float().numpy(), lowest_index_top_k(logits, k)
+        )
 
 
 @settings(deadline=None, max_examples=50)
@@ -45,7 +52,7 @@ def test_gates_are_the_top_k_softmax(seed, renorm):
     router.weight.data = torch.randn(router.weight.shape, generator=generator)
     x = torch.randn(1, 20, 1, 5, generator=generator)
     with torch.no_grad():
-        gates = router.gates(x, {})[0][0, :, 0].T                                            # (T, E)
+        gates = router.gates(x, {})[0][0, :, 0].T  # (T, E)
     probabilities = torch.softmax(x[0, :, 0].T @ router.weight.data[:, :, 0, 0].T, dim=-1)
     weights, chosen = torch.topk(probabilities, 3)
     if renorm:

@@ -14,7 +14,13 @@ mb, types = ct.converters.mil.mil.Builder, ct.converters.mil.mil.types
 STREAM = (1, 64, 1, 64)
 
 
-def save(path: Path, body: Callable, shape: tuple[int, ...] = STREAM, target=ct.target.iOS18, **inputs: tuple) -> Path:
+def save(
+    path: Path,
+    body: Callable,
+    shape: tuple[int, ...] = STREAM,
+    target=ct.target.iOS18,
+    **inputs: tuple,
+) -> Path:
     """`body(x, **inputs)` as a package; each further input is (shape, type)."""
     specs = {"x": mb.TensorSpec(shape, dtype=types.fp16)}
     specs |= {name: mb.TensorSpec(size, dtype=kind) for name, (size, kind) in inputs.items()}
@@ -23,10 +29,17 @@ def save(path: Path, body: Callable, shape: tuple[int, ...] = STREAM, target=ct.
 
 def convert(path: Path, body: Callable, specs: dict, target=ct.target.iOS18) -> Path:
     arguments = ", ".join(specs)
-    build = eval(f"lambda {arguments}: body({', '.join(f'{name}={name}' for name in specs)})", {"body": body})
+    build = eval(
+        f"lambda {arguments}: body({', '.join(f'{name}={name}' for name in specs)})", {"body": body}
+    )
     program = mb.program(input_specs=list(specs.values()), opset_version=target)(build)
-    model = ct.convert(program, minimum_deployment_target=target, compute_precision=ct.precision.FLOAT16,
-                       pass_pipeline=ct.PassPipeline.EMPTY, skip_model_load=True)
+    model = ct.convert(
+        program,
+        minimum_deployment_target=target,
+        compute_precision=ct.precision.FLOAT16,
+        pass_pipeline=ct.PassPipeline.EMPTY,
+        skip_model_load=True,
+    )
     model.save(str(path))
     return path
 
@@ -68,20 +81,31 @@ def with_wide_linear(path: Path) -> Path:
 def with_per_block_weight(path: Path) -> Path:
     def body(x):
         data = np.zeros((64, 64, 1, 1), types.np_int4_dtype)
-        weight = mb.constexpr_blockwise_shift_scale(data=data, scale=half(64, 2, 1, 1) + np.float16(1))
+        weight = mb.constexpr_blockwise_shift_scale(
+            data=data, scale=half(64, 2, 1, 1) + np.float16(1)
+        )
         return mb.conv(x=x, weight=weight)
 
     return save(path, body)
 
 
 def with_dynamic_slice(path: Path) -> Path:
-    return save(path, lambda x, at: mb.slice_by_size(x=x, begin=at, size=[1, 4, 1, 64]), at=((4,), types.int32))
+    return save(
+        path,
+        lambda x, at: mb.slice_by_size(x=x, begin=at, size=[1, 4, 1, 64]),
+        at=((4,), types.int32),
+    )
 
 
 def with_fused_attention(path: Path) -> Path:
     shape = (1, 16, 2048, 64)
-    return save(path, lambda x, k, v: mb.scaled_dot_product_attention(query=x, key=k, value=v), shape,
-                k=(shape, types.fp16), v=(shape, types.fp16))
+    return save(
+        path,
+        lambda x, k, v: mb.scaled_dot_product_attention(query=x, key=k, value=v),
+        shape,
+        k=(shape, types.fp16),
+        v=(shape, types.fp16),
+    )
 
 
 def with_tokens_before_a_last_axis_of_1(path: Path) -> Path:
@@ -89,8 +113,10 @@ def with_tokens_before_a_last_axis_of_1(path: Path) -> Path:
 
 
 def with_state(path: Path, width: int) -> Path:
-    specs = {"x": mb.TensorSpec((1, 4, 1, width), dtype=types.fp16),
-             "cache": mb.StateTensorSpec((1, 4, 1, width), dtype=types.fp16)}
+    specs = {
+        "x": mb.TensorSpec((1, 4, 1, width), dtype=types.fp16),
+        "cache": mb.StateTensorSpec((1, 4, 1, width), dtype=types.fp16),
+    }
 
     def body(x, cache):
         return mb.coreml_update_state(state=cache, value=mb.add(x=mb.read_state(input=cache), y=x))
@@ -109,7 +135,8 @@ def with_large_weights(path: Path, size: int = 3 << 30) -> Path:
     return path
 
 
-# The rule that has to find it, and the operation it has to name (None: the whole function; an input or state by name).
+# The rule that has to find it, and the operation it has to name (None: the whole function; an input
+# or state by name).
 OFFENDERS: dict[Callable[[Path], Path | Program], tuple[str, str | None]] = {
     with_topk: ("topk-wide", "topk"),
     with_narrow_topk: ("topk-narrow", "topk"),

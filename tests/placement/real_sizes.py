@@ -18,26 +18,81 @@ from ane_moe.mlprogram.blob import ALIGNMENT, HEADER, METADATA, SENTINEL, VERSIO
 
 FP16_CODE = 1
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "Qwen3-30B-A3B": ("qwen3_moe", {
-        "hidden_size": 2048, "num_hidden_layers": 1, "num_attention_heads": 32, "num_key_value_heads": 4,
-        "head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
-        "norm_topk_prob": True, "vocab_size": 151936, "max_position_embeddings": 40960, "mlp_only_layers": []}),
-    "Mixtral-8x7B": ("mixtral", {
-        "hidden_size": 4096, "num_hidden_layers": 1, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "intermediate_size": 14336, "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 32000,
-        "max_position_embeddings": 32768}),
-    "OLMoE-1B-7B": ("olmoe", {
-        "hidden_size": 2048, "num_hidden_layers": 1, "num_attention_heads": 16, "num_key_value_heads": 16,
-        "intermediate_size": 1024, "num_experts": 64, "num_experts_per_tok": 8, "vocab_size": 50304,
-        "max_position_embeddings": 4096}),
-    "Qwen1.5-MoE-A2.7B": ("qwen2_moe", {
-        "hidden_size": 2048, "num_hidden_layers": 1, "num_attention_heads": 16, "num_key_value_heads": 16,
-        "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, "num_experts": 60,
-        "num_experts_per_tok": 4, "vocab_size": 151936, "max_position_embeddings": 8192, "mlp_only_layers": []}),
-    "granite-3.1-3b-a800m": ("granitemoe", {
-        "hidden_size": 1536, "num_hidden_layers": 1, "num_attention_heads": 24, "num_key_value_heads": 8,
-        "intermediate_size": 512, "num_local_experts": 40, "num_experts_per_tok": 8, "vocab_size": 49155,
-        "max_position_embeddings": 131072}),
+    "Qwen3-30B-A3B": (
+        "qwen3_moe",
+        {
+            "hidden_size": 2048,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+            "vocab_size": 151936,
+            "max_position_embeddings": 40960,
+            "mlp_only_layers": [],
+        },
+    ),
+    "Mixtral-8x7B": (
+        "mixtral",
+        {
+            "hidden_size": 4096,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "intermediate_size": 14336,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "vocab_size": 32000,
+            "max_position_embeddings": 32768,
+        },
+    ),
+    "OLMoE-1B-7B": (
+        "olmoe",
+        {
+            "hidden_size": 2048,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "intermediate_size": 1024,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "vocab_size": 50304,
+            "max_position_embeddings": 4096,
+        },
+    ),
+    "Qwen1.5-MoE-A2.7B": (
+        "qwen2_moe",
+        {
+            "hidden_size": 2048,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "vocab_size": 151936,
+            "max_position_embeddings": 8192,
+            "mlp_only_layers": [],
+        },
+    ),
+    "granite-3.1-3b-a800m": (
+        "granitemoe",
+        {
+            "hidden_size": 1536,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 24,
+            "num_key_value_heads": 8,
+            "intermediate_size": 512,
+            "num_local_experts": 40,
+            "num_experts_per_tok": 8,
+            "vocab_size": 49155,
+            "max_position_embeddings": 131072,
+        },
+    ),
 }
 
 
@@ -46,7 +101,9 @@ def plan_of(model: str, **options: Any) -> ConversionPlan:
     family, fields = CONFIGS[model]
     config = AutoConfig.for_model(family, **fields).to_dict()
     spec = load_family(family).spec(Config(config, model))
-    sources = {name: TensorSource(name, str(name), row.shape, weight=row) for name, row in spec.weights()}
+    sources = {
+        name: TensorSource(name, str(name), row.shape, weight=row) for name, row in spec.weights()
+    }
     return make_plan(spec, sources, ConvertOptions(**{"recipe": FP16, **options}))
 
 

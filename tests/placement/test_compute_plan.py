@@ -1,4 +1,5 @@
-"""Measured placement: coremltools' own classes over a stand-in for its native module, with scripted plans."""
+"""Measured placement: coremltools' own classes over a stand-in for its native module, with scripted
+plans."""
 
 import json
 import os
@@ -43,29 +44,42 @@ def one_function(tmp_path_factory):
 
 
 @pytest.fixture
-def cache(tmp_path, standin):  # noqa: F811
+def cache(tmp_path, standin):
     yield ModelCache(tmp_path / "cache")
-    child.stop()                        # it has this test's script
+    child.stop()  # it has this test's script
 
 
 def measured(package, cache, **options):
     return measure([(package, "net.mlpackage")], cache=cache, **{"numerics": False, **options})
 
 
-def test_every_function_is_audited_though_a_plan_covers_the_default_one_only(package, cache, standin):  # noqa: F811
-    standin.script(plan={"default": "engine", "rules": [
-        {"function": "prefill", "op": "conv", "device": "cpu"}]})
+def test_every_function_is_audited_though_a_plan_covers_the_default_one_only(
+    package, cache, standin
+):
+    standin.script(
+        plan={
+            "default": "engine",
+            "rules": [{"function": "prefill", "op": "conv", "device": "cpu"}],
+        }
+    )
     report = measured(package, cache)
     assert {row.function for row in report.functions} == set(FUNCTIONS)
     decode, prefill = sorted(report.functions, key=lambda row: row.function)
-    assert decode.verdict == "ane" and not decode.findings and decode.count("ane") == len(decode.ops) > 3
+    assert (
+        decode.verdict == "ane"
+        and not decode.findings
+        and decode.count("ane") == len(decode.ops) > 3
+    )
     assert prefill.verdict == "mixed" and prefill.count("cpu") == 1
     assert not report.passed and [item.op_type for item in prefill.broken if item.op] == ["conv"]
 
 
 def test_a_copy_shares_its_weights_and_names_another_default(package, tmp_path):
     copy = copy_with_default(package, "prefill", tmp_path / "audit")
-    assert read_program(copy).default_function == "prefill" and read_program(package).default_function == "decode"
+    assert (
+        read_program(copy).default_function == "prefill"
+        and read_program(package).default_function == "decode"
+    )
     weights = "Data/com.apple.CoreML/weights/weight.bin"
     assert os.path.samefile(copy / weights, package / weights)
     assert read_program(copy).functions.keys() == read_program(package).functions.keys()
@@ -86,28 +100,42 @@ def test_all_on_the_engine_passes_and_says_measured(package, cache):
     assert "MEASURED" in text and "PREDICTED" not in text and "passed" in text
 
 
-def test_a_convolution_on_the_cpu_fails_unless_it_is_allowed(package, cache, standin):  # noqa: F811
+def test_a_convolution_on_the_cpu_fails_unless_it_is_allowed(package, cache, standin):
     standin.script(plan="conv_on_cpu")
     report = measured(package, cache)
     assert {(item.rule, item.op_type) for row in report.functions for item in row.broken} == {
-        ("off-engine", "conv"), ("cost-share", None)}
+        ("off-engine", "conv"),
+        ("cost-share", None),
+    }
     assert measured(package, cache, allow=("conv",)).passed
 
 
-def test_cost_is_a_gate_of_its_own(package, cache, standin):  # noqa: F811
+def test_cost_is_a_gate_of_its_own(package, cache, standin):
     standin.script(plan={"default": "engine", "rules": [{"op": "reduce_sum", "device": "cpu"}]})
     report = measured(package, cache)
     assert {item.rule for row in report.functions for item in row.broken} == {"cost-share"}
     assert measured(package, cache, min_cost_share=0.5).passed
 
 
-@pytest.mark.parametrize(("plan", "rule", "words"), [
-    ("empty", "empty-plan", "no device"), ("no_program", "empty-plan", "no device"),
-    ("error", "plan-failed", "scripted plan error"), ("crash", "crash", "exit code 3"),
-    ("kill", "out-of-memory", "SIGKILL"), ("hang", "no-answer", "no answer within"),
-])
-def test_a_plan_that_cannot_be_had_is_a_finding_with_its_usual_cause(one_function, cache, standin, plan,  # noqa: F811
-                                                                     rule, words):
+@pytest.mark.parametrize(
+    ("plan", "rule", "words"),
+    [
+        ("empty", "empty-plan", "no device"),
+        ("no_program", "empty-plan", "no device"),
+        ("error", "plan-failed", "scripted plan error"),
+        ("crash", "crash", "exit code 3"),
+        ("kill", "out-of-memory", "SIGKILL"),
+        ("hang", "no-answer", "no answer within"),
+    ],
+)
+def test_a_plan_that_cannot_be_had_is_a_finding_with_its_usual_cause(
+    one_function,
+    cache,
+    standin,
+    plan,
+    rule,
+    words,
+):
     standin.script(plan=plan)
     report = measured(one_function, cache, time_limit_seconds=4 if plan == "hang" else 120)
     assert not report.passed
@@ -116,19 +144,20 @@ def test_a_plan_that_cannot_be_had_is_a_finding_with_its_usual_cause(one_functio
         assert finding.rule == rule and words in finding.reason and finding.remedy and not row.ops
 
 
-def test_an_engine_compiler_error_is_named(one_function, cache, standin):  # noqa: F811
+def test_an_engine_compiler_error_is_named(one_function, cache, standin):
     standin.script(compile="error", messages={"compile": "ANECCompile() FAILED, error code: -14"})
-    assert {item.rule for row in measured(one_function, cache).functions for item in row.findings} == {
-        "engine-compiler-failed"}
+    assert {
+        item.rule for row in measured(one_function, cache).functions for item in row.findings
+    } == {"engine-compiler-failed"}
 
 
-def test_a_crash_in_one_function_leaves_the_others_audited(package, cache, standin):  # noqa: F811
+def test_a_crash_in_one_function_leaves_the_others_audited(package, cache, standin):
     standin.script(plan={"default": "engine", "fault": "kill", "fault_function": "decode"})
     rows = {row.function: row for row in measured(package, cache).functions}
     assert rows["prefill"].verdict == "ane" and rows["decode"].findings[0].rule == "out-of-memory"
 
 
-def test_plans_are_kept_by_content(package, cache, standin, tmp_path):  # noqa: F811
+def test_plans_are_kept_by_content(package, cache, standin, tmp_path):
     first = measured(package, cache)
     standin.script(plan="all_cpu")
     assert measured(package, cache) == first
@@ -136,11 +165,11 @@ def test_plans_are_kept_by_content(package, cache, standin, tmp_path):  # noqa: 
     assert len(compiled) == len(FUNCTIONS)
     other = shutil.copytree(package, tmp_path / "other.mlpackage")
     model = other / "Data/com.apple.CoreML/model.mlmodel"
-    model.write_bytes(model.read_bytes() + b"\x08\x09")         # the same version once more: other bytes
+    model.write_bytes(model.read_bytes() + b"\x08\x09")  # the same version once more: other bytes
     assert not measured(other, cache).passed
 
 
-def test_failures_are_not_kept(one_function, cache, standin):  # noqa: F811
+def test_failures_are_not_kept(one_function, cache, standin):
     standin.script(plan="empty")
     assert not measured(one_function, cache).passed
     standin.script(plan="all_engine")
@@ -152,7 +181,7 @@ def test_cpu_and_engine_are_compared_in_numbers(one_function, cache):
     assert row.numerics == {"y": {"relative_l2": 0.0, "max_abs_error": 0.0}}
 
 
-def test_a_crash_at_the_first_prediction_is_a_finding(one_function, cache, standin):  # noqa: F811
+def test_a_crash_at_the_first_prediction_is_a_finding(one_function, cache, standin):
     standin.script(predict="kill")
     (row,) = measured(one_function, cache, numerics=True).functions
     assert row.verdict == "ane" and row.broken[0].rule == "out-of-memory"
@@ -164,11 +193,16 @@ def test_without_core_ml_there_is_no_measurement(package, tmp_path):
         measure([(package, "net")], cache=ModelCache(tmp_path, os_build="x"))
 
 
-@pytest.mark.parametrize(("chip", "os", "target", "system"), [
-    ("m1", "15.5", "m1", 15), ("m4-max", "26.1", "m4-max", 26), ("m7", "27.0", "m3", 27),
-    ("unknown", "unknown", "m3", 26),
-    ("m5", "14.2", "m5", 26),
-])
+@pytest.mark.parametrize(
+    ("chip", "os", "target", "system"),
+    [
+        ("m1", "15.5", "m1", 15),
+        ("m4-max", "26.1", "m4-max", 26),
+        ("m7", "27.0", "m3", 27),
+        ("unknown", "unknown", "m3", 26),
+        ("m5", "14.2", "m5", 26),
+    ],
+)
 def test_a_machine_is_matched_with_what_the_rules_know(chip, os, target, system):
     found = matching_target(Machine(chip, os), find_target("m3", 26))
     assert (found.name, found.os) == (target, system)
@@ -185,42 +219,74 @@ def out(without_golden, tmp_path):
     return shutil.copytree(without_golden, tmp_path / "out")
 
 
-def test_a_conversion_is_measured_compared_and_leaves_feedback(out, cache, standin):  # noqa: F811
+def test_a_conversion_is_measured_compared_and_leaves_feedback(out, cache, standin):
     standin.script(plan="conv_on_cpu")
     report = check_placement(out, find_target(), runtime="coreml", cache=cache, numerics=False)
     assert report.source == "measured" and report.comparison["cost-small"].keys() == set(COLUMNS)
     assert report.comparison["cost-small"]["wrong"] > report.comparison["cost-small"]["right"] > 0
     document = json.loads((out / FILE_NAME).read_text())
-    assert document["rules"] == report.comparison and len(document["functions"]) == len(report.functions)
+    assert document["rules"] == report.comparison and len(document["functions"]) == len(
+        report.functions
+    )
     assert str(out) not in json.dumps(document) and ".mlpackage" not in json.dumps(document)
     assert "Predictions against this measurement" in render(report)
 
 
 def test_feedback_moves_the_thresholds(tmp_path):
     """Forty functions of 30 MB and few operations that ran on the engine make 30 MB large."""
-    function = {"weight_bytes": 30e6, "flops": 3e7, "reduction": 2048, "ops": 9, "legal": True,
-                "predicted": "uncertain", "ops_ane": 9, "ops_cpu": 0, "ops_gpu": 0, "cost_share_ane": 1.0}
-    document = {"format": 1, "chip": "m4-max", "os": "26.1", "coremltools": "9.0", "functions": [function] * 40,
-                "rules": {"cost-undecided": dict.fromkeys(COLUMNS, 1)}}
+    function = {
+        "weight_bytes": 30e6,
+        "flops": 3e7,
+        "reduction": 2048,
+        "ops": 9,
+        "legal": True,
+        "predicted": "uncertain",
+        "ops_ane": 9,
+        "ops_cpu": 0,
+        "ops_gpu": 0,
+        "cost_share_ane": 1.0,
+    }
+    document = {
+        "format": 1,
+        "chip": "m4-max",
+        "os": "26.1",
+        "coremltools": "9.0",
+        "functions": [function] * 40,
+        "rules": {"cost-undecided": dict.fromkeys(COLUMNS, 1)},
+    }
     path = tmp_path / FILE_NAME
     path.write_text(json.dumps(document))
-    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "refit_placement.py"), str(path)], cwd=tmp_path,
-                          capture_output=True, text=True, check=True)
-    before, after = (re.search(rf"{word}: (\d+) wrong, (\d+) uncertain", done.stdout) for word in ("now", "fitted"))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "refit_placement.py"), str(path)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    before, after = (
+        re.search(rf"{word}: (\d+) wrong, (\d+) uncertain", done.stdout)
+        for word in ("now", "fitted")
+    )
     assert before and after and after[1] == "0" and int(before[2]) - int(after[2]) >= 40
-    fitted = tomllib.loads(done.stdout[done.stdout.index("[thresholds]"):])["thresholds"]
+    fitted = tomllib.loads(done.stdout[done.stdout.index("[thresholds]") :])["thresholds"]
     assert fitted.keys() == load_rules()[1].keys() and fitted["large_bytes"] <= 30e6
     path.write_text("{}")
-    assert subprocess.run([*done.args[:2], str(path)], capture_output=True, text=True).returncode == 1
+    assert (
+        subprocess.run([*done.args[:2], str(path)], capture_output=True, text=True).returncode == 1
+    )
 
 
 def test_measured_and_predicted_documents_do_not_mix(out, cache):
     predicted = check_placement(out, find_target(), runtime="reference").as_json()
-    found = check_placement(out, find_target(), runtime="coreml", cache=cache, numerics=False).as_json()
+    found = check_placement(
+        out, find_target(), runtime="coreml", cache=cache, numerics=False
+    ).as_json()
     assert predicted["source"] == "predicted" and "predictions_by_rule" not in predicted
     assert all(row["cost_share_ane"] is None for row in predicted["functions"])
     assert found["source"] == "measured"
-    assert all(item["source"] == "MLComputePlan" for row in found["functions"] for item in row["findings"])
+    assert all(
+        item["source"] == "MLComputePlan" for row in found["functions"] for item in row["findings"]
+    )
 
 
 def command(capsys, *arguments):
@@ -235,13 +301,25 @@ def test_verify_predicts_and_fails_where_a_measurement_is_required(out, capsys):
     document = json.loads(text)
     assert code == 0 and document["passed"] and document["placement"]["source"] == "predicted"
     assert "only placement" in err
-    code, text, _ = command(capsys, out, "--compute-plan", "--require-measured", "--runtime", "reference")
+    code, text, _ = command(
+        capsys, out, "--compute-plan", "--require-measured", "--runtime", "reference"
+    )
     assert code == 1 and "no rule is broken, but a measurement is required" in text
 
 
 def test_verify_puts_placement_beside_parity(conversion, capsys):
-    code, text, _ = command(capsys, conversion, "--compute-plan", "--json", "--target", "m1", "--os", "15",
-                            "--runtime", "reference")
+    code, text, _ = command(
+        capsys,
+        conversion,
+        "--compute-plan",
+        "--json",
+        "--target",
+        "m1",
+        "--os",
+        "15",
+        "--runtime",
+        "reference",
+    )
     document = json.loads(text)
     assert code == 0 and document["shards"] and document["placement"]["target"] == "m1"
     code, text, _ = command(capsys, conversion, "--compute-plan", "--runtime", "reference")

@@ -77,9 +77,7 @@ def test_a_cast_from_or_to_fp32_fails_no_gate(kind, os):
     g = Graph(weights="fp16")
     x = g.input("x", (1, 2304, 1, 1), "fp32" if kind == "input" else "fp16")
     y = g.swiglu(g.cast(x, "fp16") if kind == "input" else x, 9216)
-    report, function = placed(
-        g.program(g.cast(y, "fp32") if kind == "output" else y), "m4-max", os
-    )
+    report, function = placed(g.program(g.cast(y, "fp32") if kind == "output" else y), "m4-max", os)
     (verdict,) = {op.verdict for op in function.ops if op.op_type == "cast"}
     assert report.passed and verdict == ("ane" if kind == "input" and os >= 26 else "uncertain")
 
@@ -100,9 +98,7 @@ def test_a_layer_norm_of_rank_3_leaves_the_engine_with_enumerated_shapes_only():
     assert {item.rule for item in placed(normed(3, ranges=whole))[1].findings} == {
         "shape-range-small"
     }
-    assert (
-        enumerated.ops[0].verdict == "cpu" and "layer-norm-enumerated" in enumerated.ops[0].rules
-    )
+    assert enumerated.ops[0].verdict == "cpu" and "layer-norm-enumerated" in enumerated.ops[0].rules
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,38 @@ from ane_moe.placement.published.graphs import Graph
 from ane_moe.placement.published.points import packed_experts, swiglu
 from ane_moe.placement.targets import find_target
 from ane_moe.report.placement_table import placement_report
-from tests.placement.offenders import CONTESTED, OFFENDERS, with_fused_attention, with_large_weights, with_state
+from tests.placement.offenders import (
+    CONTESTED,
+    OFFENDERS,
+    with_fused_attention,
+    with_large_weights,
+    with_state,
+)
 
-FINDING = {"op", "op_type", "verdict", "rule", "reason", "remedy", "source", "confidence", "against", "binding"}
-FUNCTION = {"path", "function", "verdict", "ops_total", "ops_ane", "ops_cpu", "ops_gpu", "ops_uncertain",
-            "cost_share_ane", "findings"}
+FINDING = {
+    "op",
+    "op_type",
+    "verdict",
+    "rule",
+    "reason",
+    "remedy",
+    "source",
+    "confidence",
+    "against",
+    "binding",
+}
+FUNCTION = {
+    "path",
+    "function",
+    "verdict",
+    "ops_total",
+    "ops_ane",
+    "ops_cpu",
+    "ops_gpu",
+    "ops_uncertain",
+    "cost_share_ane",
+    "findings",
+}
 
 
 def predicted(program, target="m4-max", os=26, **options):
@@ -54,7 +81,9 @@ def test_a_package_without_an_offender_breaks_no_rule(tmp_path):
 def test_what_breaks_on_os_26_is_legal_before(tmp_path):
     path = with_fused_attention(tmp_path / "net.mlpackage")
     assert not predict([(path, "net")], find_target(os=26)).passed
-    assert "attention-fused-os-26" not in rules_of(predict([(path, "net")], find_target(os=15)).functions[0])
+    assert "attention-fused-os-26" not in rules_of(
+        predict([(path, "net")], find_target(os=15)).functions[0]
+    )
 
 
 def test_two_gigabytes_of_weights_are_not_read(tmp_path):
@@ -70,7 +99,8 @@ def test_two_gigabytes_of_weights_are_not_read(tmp_path):
 
 
 def test_weights_declared_but_not_there_are_counted_by_their_size():
-    """The graphs of these tests have no weight file at all; reading one would be an AssertionError."""
+    """The graphs of these tests have no weight file at all; reading one would be an
+    AssertionError."""
     facts = function_facts(swiglu(2048, 4096), "main").facts
     assert facts["weight_bytes"] == 3 * 2048 * 4096 * 2 and facts["flops"] == 2 * 3 * 2048 * 4096
 
@@ -99,14 +129,19 @@ def test_an_operation_on_the_cpu_parts_the_graph_and_each_part_is_judged_by_its_
 def test_what_the_cpu_computes_first_parts_nothing():
     g = Graph(weights="fp16")
     x = g.input("x", (1, 2304, 1, 1))
-    mask = g.op("cast", (1, 1, 1, 1), x=g.op("equal", (1, 1, 1, 1), "bool", x=g.input("i", (1,), "int32"), y=1),
-                dtype="fp16")
+    mask = g.op(
+        "cast",
+        (1, 1, 1, 1),
+        x=g.op("equal", (1, 1, 1, 1), "bool", x=g.input("i", (1,), "int32"), y=1),
+        dtype="fp16",
+    )
     function = predicted(g.program(g.same("mul", g.swiglu(x, 9216), mask)))
     assert function.count("ane") == 6
 
 
 def test_states_tie_what_writes_them_to_what_reads_them():
-    """Otherwise a cache would fall into stretches of its own, judged as if they were small graphs."""
+    """Otherwise a cache would fall into stretches of its own, judged as if they were small
+    graphs."""
     g = Graph(weights="fp16")
     x = g.attention(g.input("x", (1, 4096, 1, 64)), 32, 128, 8, 512)
     assert "cost-small" not in rules_of(predicted(g.program(x)))
@@ -153,8 +188,12 @@ def test_a_prediction_never_stands_for_a_measurement():
 def test_the_document_has_the_agreed_fields():
     g = Graph()
     program = g.program(g.same("reduce_prod", g.input("x", (1, 64, 1, 64))))
-    document = json.loads(json.dumps(predict([(program, "a/b.mlpackage")], find_target("m1", 15)).as_json()))
-    assert document["source"] == "predicted" and document["target"] == "m1" and document["os"] == "15"
+    document = json.loads(
+        json.dumps(predict([(program, "a/b.mlpackage")], find_target("m1", 15)).as_json())
+    )
+    assert (
+        document["source"] == "predicted" and document["target"] == "m1" and document["os"] == "15"
+    )
     assert document["passed"] is False and document["functions"][0].keys() >= FUNCTION
     assert document["functions"][0]["findings"][0].keys() == FINDING
 
@@ -164,7 +203,9 @@ def test_findings_come_worst_first():
     x = g.input("x", (1, 64, 64, 1))
     function = predicted(g.program(g.same("reduce_prod", g.same("equal", x))))
     assert function.findings[0].binding
-    assert [item.verdict for item in function.findings] == sorted(item.verdict for item in function.findings)
+    assert [item.verdict for item in function.findings] == sorted(
+        item.verdict for item in function.findings
+    )
 
 
 def render(report) -> str:
@@ -193,7 +234,9 @@ def test_many_functions_alike_share_a_line():
     assert "alike" not in render(predict(layers[:3], find_target()))
 
 
-@pytest.mark.parametrize(("options", "code"), [(("--target", "m4-max", "--os", "26"), 1), (("--os", "15"), 0)])
+@pytest.mark.parametrize(
+    ("options", "code"), [(("--target", "m4-max", "--os", "26"), 1), (("--os", "15"), 0)]
+)
 def test_inspect_predicts_for_the_chip_and_system_asked_for(tmp_path, capsys, options, code):
     path = with_fused_attention(tmp_path / "net.mlpackage")
     with pytest.raises(SystemExit) as ended:

@@ -14,13 +14,21 @@ from tests.models import FAMILIES, make_model, save_checkpoint
 from tests.placement.real_sizes import distinct_shards, plan_of, write_hollow
 
 TARGETS = ("m4-max", "m1", "m2", "iphone-a17")
-OPTIONS = ({"state": "mlstate", "layout": "bc1s", "routing": "masked"},
-           {"state": "explicit", "layout": "bct1", "routing": "soft"},
-           {"state": "explicit", "layout": "bc1s", "routing": "masked"},
-           {"state": "mlstate", "layout": "bct1", "routing": "masked"})
+OPTIONS = (
+    {"state": "mlstate", "layout": "bc1s", "routing": "masked"},
+    {"state": "explicit", "layout": "bct1", "routing": "soft"},
+    {"state": "explicit", "layout": "bc1s", "routing": "masked"},
+    {"state": "mlstate", "layout": "bct1", "routing": "masked"},
+)
 # What may be found, because evidence is divided or because tiny models are tiny.
 # conv-depthwise-iphone: short convolutions, which one phone's engine refused and others took.
-EXPECTED = {"conv-depthwise-iphone", "state-access", "cost-small", "cost-undecided", "singleton-last-axis"}
+EXPECTED = {
+    "conv-depthwise-iphone",
+    "state-access",
+    "cost-small",
+    "cost-undecided",
+    "singleton-last-axis",
+}
 
 
 def reports(packages):
@@ -32,8 +40,12 @@ def reports(packages):
 
 def assert_no_rule_broken(packages, expected=EXPECTED):
     for report in reports(packages):
-        found = {(report.target, item.rule, item.op_type) for row in report.functions for item in row.findings
-                 if item.binding or item.rule not in expected}
+        found = {
+            (report.target, item.rule, item.op_type)
+            for row in report.functions
+            for item in row.findings
+            if item.binding or item.rule not in expected
+        }
         assert not found and report.passed
 
 
@@ -43,10 +55,13 @@ def packages_in(out: Path) -> list[tuple[Path, str]]:
 
 @pytest.mark.parametrize("number", range(len(FAMILIES)), ids=lambda number: FAMILIES[number])
 def test_shards_of_every_family_break_no_rule(number, tmp_path):
-    """Each family in another state kind, layout and routing mode; a layer with experts and one without."""
+    """Each family in another state kind, layout and routing mode; a layer with experts and one
+    without."""
     family, options = FAMILIES[number], OPTIONS[number % len(OPTIONS)]
     layers = 2 if "mlp_only_layers" in TINY[family] else 1
-    checkpoint = save_checkpoint(make_model(family, num_hidden_layers=layers), tmp_path / "checkpoint")
+    checkpoint = save_checkpoint(
+        make_model(family, num_hidden_layers=layers), tmp_path / "checkpoint"
+    )
     convert(checkpoint, tmp_path / "out", ConvertOptions(**options, prefill=64))
     assert_no_rule_broken(packages_in(tmp_path / "out"))
 
@@ -64,6 +79,8 @@ def test_shards_of_real_size_break_no_rule_and_are_large_enough_where_it_is_know
     packages = [(write_hollow(shard, tmp_path), shard.path) for shard in shards]
     assert_no_rule_broken(packages, EXPECTED - {"cost-small"})
     report = predict(packages, find_target())
-    moe = [row for row in report.functions if row.path.startswith("moe/") and row.weight_bytes > 50e6]
+    moe = [
+        row for row in report.functions if row.path.startswith("moe/") and row.weight_bytes > 50e6
+    ]
     assert moe and {row.verdict for row in moe} <= {"ane", "uncertain"}
     assert "ane" in {row.verdict for row in moe}

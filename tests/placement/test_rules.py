@@ -12,13 +12,31 @@ from ane_moe.placement.facts import FACTS
 from ane_moe.placement.predicate import compile_condition, names_in
 from ane_moe.placement.published.backtest import outcomes
 from ane_moe.placement.published.points import POINTS
-from ane_moe.placement.rules import CONFIDENCES, RULES, Rule, RuleBook, facts_named, load_rules, rule_book
+from ane_moe.placement.rules import (
+    CONFIDENCES,
+    RULES,
+    Rule,
+    RuleBook,
+    facts_named,
+    load_rules,
+    rule_book,
+)
 from ane_moe.placement.targets import SYSTEMS, find_target, target_names
 
 
 def rule(**fields) -> Rule:
-    return Rule(**{"id": "r", "scope": "op", "claim": "cpu", "reason": "because", "source": "someone",
-                   "confidence": "measured", "remedy": "do not", **fields})
+    return Rule(
+        **{
+            "id": "r",
+            "scope": "op",
+            "claim": "cpu",
+            "reason": "because",
+            "source": "someone",
+            "confidence": "measured",
+            "remedy": "do not",
+            **fields,
+        }
+    )
 
 
 def holds(rule: Rule, facts: dict, target: str = "m4-max", os: int = 26) -> bool:
@@ -57,41 +75,81 @@ def test_the_engine_knows_no_rule_by_name(monkeypatch):
     assert [row.predicted for row in outcomes(POINTS[:20])] == before
 
 
-@pytest.mark.parametrize(("chips", "matching"), [
-    ("all", {"m1", "m2", "m3", "m4-max", "m5", "iphone-a17"}), ("h13", {"m1"}), ("h13-h15", {"m1", "m2", "m3"}),
-    ("h16+", {"m4-max", "m5", "iphone-a17"}), ("iphone", {"iphone-a17"}), ("h13, h17", {"m1", "m5"}),
-    ("mac", {"m1", "m2", "m3", "m4-max", "m5"}),
-])
+@pytest.mark.parametrize(
+    ("chips", "matching"),
+    [
+        ("all", {"m1", "m2", "m3", "m4-max", "m5", "iphone-a17"}),
+        ("h13", {"m1"}),
+        ("h13-h15", {"m1", "m2", "m3"}),
+        ("h16+", {"m4-max", "m5", "iphone-a17"}),
+        ("iphone", {"iphone-a17"}),
+        ("h13, h17", {"m1", "m5"}),
+        ("mac", {"m1", "m2", "m3", "m4-max", "m5"}),
+    ],
+)
 def test_rules_hold_for_the_chips_they_name(chips, matching):
     names = ("m1", "m2", "m3", "m4-max", "m5", "iphone-a17")
     assert {name for name in names if holds(rule(chips=chips), {"op": "conv"}, name)} == matching
 
 
-@pytest.mark.parametrize(("os", "matching"), [("all", {15, 26, 27}), ("26+", {26, 27}), ("15", {15}),
-                                              ("15-26", {15, 26})])
+@pytest.mark.parametrize(
+    ("os", "matching"),
+    [("all", {15, 26, 27}), ("26+", {26, 27}), ("15", {15}), ("15-26", {15, 26})],
+)
 def test_rules_hold_for_the_systems_they_name(os, matching):
-    assert {system for system in SYSTEMS if holds(rule(os=os), {"op": "conv"}, os=system)} == matching
+    assert {
+        system for system in SYSTEMS if holds(rule(os=os), {"op": "conv"}, os=system)
+    } == matching
 
 
 def test_a_rule_holds_for_its_operations_only():
-    assert holds(rule(ops=("topk",)), {"op": "topk"}) and not holds(rule(ops=("topk",)), {"op": "conv"})
+    assert holds(rule(ops=("topk",)), {"op": "topk"}) and not holds(
+        rule(ops=("topk",)), {"op": "conv"}
+    )
     assert holds(rule(), {"op": "anything"})
 
 
 def test_thresholds_and_limits_of_the_chip_are_facts():
     assert holds(rule(when="rank > few"), {"op": "conv", "rank": 4})
     wide = rule(when="w > cap_axis_w")
-    assert holds(wide, {"op": "conv", "w": 20000}, "m1") and not holds(wide, {"op": "conv", "w": 20000}, "m4")
+    assert holds(wide, {"op": "conv", "w": 20000}, "m1") and not holds(
+        wide, {"op": "conv", "w": 20000}, "m4"
+    )
 
 
-@pytest.mark.parametrize("text", ["x > 1", "x in (1, 2)", "'a' in x", "not x > 1", "x[-1] != 0", "x % 32 != 0",
-                                  "x > 1 and y > 2 or not z", "x + y * 2 - 1 > 3"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x > 1",
+        "x in (1, 2)",
+        "'a' in x",
+        "not x > 1",
+        "x[-1] != 0",
+        "x % 32 != 0",
+        "x > 1 and y > 2 or not z",
+        "x + y * 2 - 1 > 3",
+    ],
+)
 def test_a_comparison_with_an_unknown_fact_is_false(text):
     assert compile_condition(text)({}) is text.startswith("not") or "not z" in text
 
 
-@pytest.mark.parametrize("text", ["__import__('os')", "x.real > 1", "(lambda: 1)()", "[y for y in x]", "x > 1 > 0",
-                                  "x(", "f'{x}'", "x if y else z", "x ** 9", "x := 1", "x[y]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "__import__('os')",
+        "x.real > 1",
+        "(lambda: 1)()",
+        "[y for y in x]",
+        "x > 1 > 0",
+        "x(",
+        "f'{x}'",
+        "x if y else z",
+        "x ** 9",
+        "x := 1",
+        "x[y]",
+    ],
+)
 def test_conditions_take_nothing_beyond_their_subset(text):
     with pytest.raises(ValueError):
         compile_condition(text)
@@ -101,36 +159,66 @@ def test_conditions_take_nothing_beyond_their_subset(text):
 @given(st.integers(-50, 50), st.integers(-50, 50), st.integers(1, 9))
 def test_conditions_mean_what_python_means(x, y, z):
     facts = {"x": x, "y": y, "z": z, "t": (x, y), "s": frozenset({x})}
-    for text in ("x > y", "x + y * z - 1 <= 3", "x % z == 0", "x > y and not y > z or x == z",
-                 "t[-1] != 0 or t[0] >= 1", "x in s and y not in s", "x in (1, 2, 3)"):
+    for text in (
+        "x > y",
+        "x + y * z - 1 <= 3",
+        "x % z == 0",
+        "x > y and not y > z or x == z",
+        "t[-1] != 0 or t[0] >= 1",
+        "x in s and y not in s",
+        "x in (1, 2, 3)",
+    ):
         assert compile_condition(text)(facts) is bool(eval(text, {}, facts)), text
 
 
 def test_an_index_outside_a_tuple_is_unknown():
-    assert not compile_condition("t[-6] > 0")({"t": (1, 2)}) and not compile_condition("t[0] > 0")({"t": 3})
+    assert not compile_condition("t[-6] > 0")({"t": (1, 2)}) and not compile_condition("t[0] > 0")(
+        {"t": 3}
+    )
 
 
 def test_names_in_a_condition_are_found():
     assert set(names_in("a > 1 and b[0] in c")) == {"a", "b", "c"}
 
 
-@pytest.mark.parametrize("broken", [
-    'verdict = "gpu"', 'scope = "world"', 'confidence = "sure"', 'when = "x >"', 'chips = "m4"', 'remedy = ""',
-])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        'verdict = "gpu"',
+        'scope = "world"',
+        'confidence = "sure"',
+        'when = "x >"',
+        'chips = "m4"',
+        'remedy = ""',
+    ],
+)
 def test_an_unsound_rule_is_an_error_when_loaded(tmp_path, broken):
-    sound = {"id": '"r"', "scope": '"op"', "verdict": '"cpu"', "reason": '"r"', "source": '"s"', "remedy": '"d"',
-             "confidence": '"measured"'}
+    sound = {
+        "id": '"r"',
+        "scope": '"op"',
+        "verdict": '"cpu"',
+        "reason": '"r"',
+        "source": '"s"',
+        "remedy": '"d"',
+        "confidence": '"measured"',
+    }
     key, value = broken.split(" = ")
     path = tmp_path / "rules.toml"
-    path.write_text("[thresholds]\n[[rule]]\n" + "\n".join(f"{k} = {v}" for k, v in (sound | {key: value}).items()))
+    path.write_text(
+        "[thresholds]\n[[rule]]\n"
+        + "\n".join(f"{k} = {v}" for k, v in (sound | {key: value}).items())
+    )
     with pytest.raises(ValueError):
         load_rules(path)
 
 
 def test_two_rules_of_one_id_are_an_error(tmp_path):
     path = tmp_path / "rules.toml"
-    path.write_text(RULES.read_text() + '\n[[rule]]\nid="conv"\nscope="op"\nverdict="ane"\nreason="r"\nsource="s"\n'
-                    'confidence="apple"\n')
+    path.write_text(
+        RULES.read_text()
+        + '\n[[rule]]\nid="conv"\nscope="op"\nverdict="ane"\nreason="r"\nsource="s"\n'
+        'confidence="apple"\n'
+    )
     with pytest.raises(ValueError, match="conv"):
         load_rules(path)
 

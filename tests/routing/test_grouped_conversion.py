@@ -1,4 +1,5 @@
-"""A conversion whose functions hold the experts a grouping names: right where it is, wrong where it is not."""
+"""A conversion whose functions hold the experts a grouping names: right where it is, wrong where it
+is not."""
 
 import json
 
@@ -27,20 +28,30 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def grouped(checkpoint, tmp_path_factory):
-    return tiny_conversion(checkpoint, tmp_path_factory.mktemp("grouped") / "out", groups={0: GROUPS}, golden=True,
-                           **SPARSE)
+    return tiny_conversion(
+        checkpoint,
+        tmp_path_factory.mktemp("grouped") / "out",
+        groups={0: GROUPS},
+        golden=True,
+        **SPARSE,
+    )
 
 
-def test_grouped_functions_pass_verify_and_compute_what_neighbours_compute(checkpoint, grouped, tmp_path):
+def test_grouped_functions_pass_verify_and_compute_what_neighbours_compute(
+    checkpoint, grouped, tmp_path
+):
     manifest = read_manifest(grouped)
-    shard, = manifest.shards_of("experts", 0)
+    (shard,) = manifest.shards_of("experts", 0)
     assert (tuple(shard.copies), shard.experts) == (GROUPS, (0, 1, 2, 3))
-    assert [function.name for function in shard.functions] == [f"expert_00{first}_t{tokens}" for first in (0, 1)
-                                                               for tokens in (1, 4)]
+    assert [function.name for function in shard.functions] == [
+        f"expert_00{first}_t{tokens}" for first in (0, 1) for tokens in (1, 4)
+    ]
     report = verify(grouped)
     assert report.passed and any(row.function == "expert_001_t4" for row in report.shards)
     plain = tiny_conversion(checkpoint, tmp_path / "out", **SPARSE)
-    ours, theirs = (Session(load_shards(folder)).prefill_logits(IDS, by="decode") for folder in (grouped, plain))
+    ours, theirs = (
+        Session(load_shards(folder)).prefill_logits(IDS, by="decode") for folder in (grouped, plain)
+    )
     np.testing.assert_allclose(ours, theirs, atol=0.02)
 
 
@@ -61,8 +72,16 @@ def test_a_manifest_that_names_other_groups_fails_verify(grouped, tmp_path):
     assert all(not row.passed for row in report.shards if row.kind == "experts")
 
 
-@pytest.mark.parametrize("groups", [{1: GROUPS}, {0: ((0, 3), (1,))}, {0: ((0, 1, 2), (3,))}, {0: ((3, 0), (1, 2))},
-                                    {0: ((0, 3), (1, 2), (4,))}])
+@pytest.mark.parametrize(
+    "groups",
+    [
+        {1: GROUPS},
+        {0: ((0, 3), (1,))},
+        {0: ((0, 1, 2), (3,))},
+        {0: ((3, 0), (1, 2))},
+        {0: ((0, 3), (1, 2), (4,))},
+    ],
+)
 def test_a_grouping_of_another_model_is_refused(checkpoint, tmp_path, groups):
     with pytest.raises(UserError, match="does not fit layer 0"):
         tiny_conversion(checkpoint, tmp_path / "out", groups=groups, **SPARSE)
@@ -71,12 +90,20 @@ def test_a_grouping_of_another_model_is_refused(checkpoint, tmp_path, groups):
 def test_the_command_reads_a_grouping_and_refuses_one_that_disagrees(checkpoint, tmp_path):
     path = tmp_path / "grouping.json"
     write_grouping(Grouping(2, {0: GROUPS}), path)
-    convert = ["convert", str(checkpoint), str(tmp_path / "out"), "--grouping", str(path), "--dry-run", "--json"]
+    convert = [
+        "convert",
+        str(checkpoint),
+        str(tmp_path / "out"),
+        "--grouping",
+        str(path),
+        "--dry-run",
+        "--json",
+    ]
     document = json.loads(CliRunner().invoke(app, [*convert, "--routing", "sparse"]).stdout)
     assert document["shards"]
     masked = CliRunner().invoke(app, convert)
     assert isinstance(masked.exception, UserError) and "routing" in str(masked.exception)
-    other = CliRunner().invoke(app, [*convert, "--routing", "sparse", "--experts-per-function", "4"])
+    other = CliRunner().invoke(
+        app, [*convert, "--routing", "sparse", "--experts-per-function", "4"]
+    )
     assert isinstance(other.exception, UserError) and "disagree" in str(other.exception)
-
-

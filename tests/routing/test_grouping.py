@@ -31,8 +31,11 @@ from ane_moe.routing.traffic import expert_traffic, functions_called
 def random_mask(seed, tokens, experts, k):
     """Skewed choices of k experts, bool `[N,E]`."""
     rng = np.random.default_rng(seed)
-    scores = rng.standard_normal((tokens, experts)) + rng.standard_normal(experts) \
+    scores = (
+        rng.standard_normal((tokens, experts))
+        + rng.standard_normal(experts)
         + rng.standard_normal((tokens, 3)) @ rng.standard_normal((3, experts))
+    )
     mask = np.zeros((tokens, experts), bool)
     np.put_along_axis(mask, np.argsort(-scores, 1)[:, :k], True, 1)
     return mask
@@ -42,11 +45,21 @@ def trace_of(mask, expert_bytes=10):
     k = int(mask.sum(1).max())
     chosen = np.argsort(~mask, axis=1, kind="stable")[:, :k].astype(np.int16)
     weights = np.take_along_axis(mask, chosen.astype(int), 1).astype(np.float32)
-    return RoutingTrace("x", "test", np.zeros(len(mask), np.int32), np.zeros(1, np.int64),
-                        {0: LayerRouting(mask.shape[1], chosen, weights, expert_bytes)})
+    return RoutingTrace(
+        "x",
+        "test",
+        np.zeros(len(mask), np.int32),
+        np.zeros(1, np.int64),
+        {0: LayerRouting(mask.shape[1], chosen, weights, expert_bytes)},
+    )
 
 
-@given(seed=st.integers(0, 10_000), experts=st.integers(2, 9), size=st.integers(1, 4), k=st.integers(1, 3))
+@given(
+    seed=st.integers(0, 10_000),
+    experts=st.integers(2, 9),
+    size=st.integers(1, 4),
+    k=st.integers(1, 3),
+)
 @settings(max_examples=40, deadline=None)
 def test_the_cost_of_every_exchange_is_what_counting_anew_gives(seed, experts, size, k):
     mask = random_mask(seed, 30, experts, min(k, experts))
@@ -79,7 +92,9 @@ def test_planted_groups_are_found_exactly():
 
 @given(seed=st.integers(0, 10_000), experts=st.integers(1, 20), size=st.integers(1, 6))
 @settings(max_examples=40, deadline=None)
-def test_groups_have_their_sizes_and_are_never_worse_than_index_order_on_the_fit(seed, experts, size):
+def test_groups_have_their_sizes_and_are_never_worse_than_index_order_on_the_fit(
+    seed, experts, size
+):
     mask = random_mask(seed, 50, experts, min(3, experts))
     for group in (gathered(mask, size), best_groups(mask, size)):
         assert sorted(np.bincount(group)) == sorted(np.bincount(index_order(experts, size)))
@@ -115,24 +130,31 @@ def test_traffic_of_groups_counts_functions_and_their_bytes():
 
 
 def with_weights(trace, count):
-    return replace(trace, layers={index: replace(one, expert_weights=count) for index, one in trace.layers.items()})
+    return replace(
+        trace,
+        layers={index: replace(one, expert_weights=count) for index, one in trace.layers.items()},
+    )
 
 
 def test_the_size_is_chosen_by_the_cost_of_calls_against_that_of_bytes():
     trace = trace_of(random_mask(5, 300, 16, 4))
     chip = find_chip("m4-max")
-    tiny, huge = (choose_size(with_weights(trace, count), chip, "fp16") for count in (1000, 500_000_000))
-    assert tiny.report.grouping.experts_per_function == 16      # calls are all that costs
-    assert huge.report.grouping.experts_per_function == 1       # bytes are all that costs
+    tiny, huge = (
+        choose_size(with_weights(trace, count), chip, "fp16") for count in (1000, 500_000_000)
+    )
+    assert tiny.report.grouping.experts_per_function == 16  # calls are all that costs
+    assert huge.report.grouping.experts_per_function == 1  # bytes are all that costs
     for choice in (tiny, huge):
         assert [cost.experts_per_function for cost in choice.costs] == [1, 2, 4, 8, 16]
         best = min(choice.costs, key=lambda cost: cost.ms_per_token.expected)
         assert best.experts_per_function == choice.report.grouping.experts_per_function
     call = chip.range("call_ms").expected + chip.range("expert_host_ms").expected
     streamed = 1000 * 2 / (chip.range("stream_gb_s").expected * 1e6)
-    cost = tiny.costs[0]                                        # by hand: 4 calls of one expert, and the host's part
+    cost = tiny.costs[0]  # by hand: 4 calls of one expert, and the host's part
     assert cost.functions_per_token == pytest.approx(4)
-    assert cost.ms_per_token.expected == pytest.approx(4 * (call + streamed) + chip.range("host_ms").expected)
+    assert cost.ms_per_token.expected == pytest.approx(
+        4 * (call + streamed) + chip.range("host_ms").expected
+    )
 
 
 def test_a_trace_without_sizes_gives_no_choice():
@@ -146,8 +168,20 @@ def test_a_grouping_reads_back_as_written(tmp_path):
     assert read_grouping(tmp_path / "grouping.json") == grouping
 
 
-@pytest.mark.parametrize("groups", [[[0, 1], [1, 2]], [[0, 1], [3, 2, 4]], [[0], [1], [2, 3]], [[0, 2]], [], [[0, "1"]],
-                                    [[0, 1.5]], 5, [[0, 1], []]])
+@pytest.mark.parametrize(
+    "groups",
+    [
+        [[0, 1], [1, 2]],
+        [[0, 1], [3, 2, 4]],
+        [[0], [1], [2, 3]],
+        [[0, 2]],
+        [],
+        [[0, "1"]],
+        [[0, 1.5]],
+        5,
+        [[0, 1], []],
+    ],
+)
 def test_a_grouping_that_does_not_hold_every_expert_once_is_refused(tmp_path, groups):
     path = tmp_path / "grouping.json"
     path.write_text(json.dumps({"format": 1, "experts_per_function": 2, "layers": {"0": groups}}))

@@ -20,8 +20,11 @@ from tests.models import FAMILIES, make_model, save_checkpoint
 from tests.verification.tiny import tiny_conversion, tiny_model
 
 WINDOW = 20
-PROMPTS = [np.random.default_rng(1).integers(3, 60, 45).tolist(), [7, 8, 9]]       # passages of 20, 20, 5 and 3
-NEAR_TIE = 0.03         # in logits: what fp16 may turn
+PROMPTS = [
+    np.random.default_rng(1).integers(3, 60, 45).tolist(),
+    [7, 8, 9],
+]  # passages of 20, 20, 5 and 3
+NEAR_TIE = 0.03  # in logits: what fp16 may turn
 
 
 @pytest.fixture(scope="module")
@@ -49,18 +52,29 @@ def traced(checkpoint, prompts):
 
 @pytest.fixture(scope="module")
 def sparse(checkpoint, tmp_path_factory):
-    return tiny_conversion(checkpoint, tmp_path_factory.mktemp("traced") / "sparse", routing="sparse",
-                           expert_tokens=(1,))
+    return tiny_conversion(
+        checkpoint,
+        tmp_path_factory.mktemp("traced") / "sparse",
+        routing="sparse",
+        expert_tokens=(1,),
+    )
 
 
 def passages():
-    return [prompt[first:first + WINDOW] for prompt in PROMPTS for first in range(0, len(prompt), WINDOW)]
+    return [
+        prompt[first : first + WINDOW]
+        for prompt in PROMPTS
+        for first in range(0, len(prompt), WINDOW)
+    ]
 
 
 def router_logits(model):
     """Of all layers, `[N,E]`, by the model's own output."""
     with torch.no_grad():
-        each = [model(torch.tensor([ids]), output_router_logits=True).router_logits for ids in passages()]
+        each = [
+            model(torch.tensor([ids]), output_router_logits=True).router_logits
+            for ids in passages()
+        ]
     return [torch.cat(layer).numpy() for layer in zip(*each, strict=True)]
 
 
@@ -73,30 +87,50 @@ def test_a_checkpoints_trace_is_hugging_faces_own_routing(family, tmp_path, prom
     for layer, logits in zip(found.layers.values(), router_logits(model), strict=True):
         k = layer.chosen.shape[1]
         top = np.sort(logits, 1)[:, ::-1][:, :k]
-        np.testing.assert_allclose(np.take_along_axis(logits, layer.chosen.astype(int), 1), top, atol=1e-4)
+        np.testing.assert_allclose(
+            np.take_along_axis(logits, layer.chosen.astype(int), 1), top, atol=1e-4
+        )
         expected = np.exp(top - top.max(1, keepdims=True))
-        np.testing.assert_allclose(layer.weights / layer.weights.sum(1, keepdims=True),
-                                   expected / expected.sum(1, keepdims=True), rtol=1e-4)
+        np.testing.assert_allclose(
+            layer.weights / layer.weights.sum(1, keepdims=True),
+            expected / expected.sum(1, keepdims=True),
+            rtol=1e-4,
+        )
         assert layer.experts == logits.shape[1]
 
 
-@pytest.mark.parametrize("options", [{"prefill": 8}, {"routing": "sparse", "expert_tokens": (1,)},
-                                     {"prefill": 8, "layers_per_shard": 2}, {"prefill": 8, "routing": "soft"}],
-                         ids=["masked", "sparse", "stack", "soft"])
-def test_the_shards_trace_is_the_checkpoints_but_for_near_ties(options, model, checkpoint, traced, prompts, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prefill": 8},
+        {"routing": "sparse", "expert_tokens": (1,)},
+        {"prefill": 8, "layers_per_shard": 2},
+        {"prefill": 8, "routing": "soft"},
+    ],
+    ids=["masked", "sparse", "stack", "soft"],
+)
+def test_the_shards_trace_is_the_checkpoints_but_for_near_ties(
+    options, model, checkpoint, traced, prompts, tmp_path
+):
     out = tiny_conversion(checkpoint, tmp_path / "out", **options)
     found = record(out, prompts, window=WINDOW)
     np.testing.assert_array_equal(found.tokens, traced.tokens)
     np.testing.assert_array_equal(found.starts, traced.starts)
     assert found.layers.keys() == traced.layers.keys()
-    soft = options.get("routing") == "soft"         # another function: from the second layer on the input differs
-    for layer, logits in list(zip(traced.layers, router_logits(model), strict=True))[:1 if soft else None]:
+    soft = (
+        options.get("routing") == "soft"
+    )  # another function: from the second layer on the input differs
+    for layer, logits in list(zip(traced.layers, router_logits(model), strict=True))[
+        : 1 if soft else None
+    ]:
         ordered = np.sort(logits, 1)[:, ::-1]
         clear = (np.diff(ordered[:, :3], axis=1) < -NEAR_TIE).all(1)
         ours, theirs = found.layers[layer], traced.layers[layer]
         assert clear.sum() > 30
         np.testing.assert_array_equal(ours.chosen[clear], theirs.chosen[clear])
-        ratios = [one.weights[clear] / one.weights[clear].sum(1, keepdims=True) for one in (ours, theirs)]
+        ratios = [
+            one.weights[clear] / one.weights[clear].sum(1, keepdims=True) for one in (ours, theirs)
+        ]
         np.testing.assert_allclose(*ratios, atol=0.02)
 
 
@@ -105,19 +139,27 @@ def test_expert_bytes_are_what_experts_take(model, checkpoint, traced, sparse, p
     stored = sum(parameter.numel() for parameter in experts.parameters()) * 2 // 4
     assert {layer.expert_bytes for layer in traced.layers.values()} == {stored}
     assert {layer.expert_bytes for layer in record(sparse, prompts).layers.values()} == {stored}
-    assert {layer.expert_weights for layer in record(sparse, prompts).layers.values()} == {stored // 2}
+    assert {layer.expert_weights for layer in record(sparse, prompts).layers.values()} == {
+        stored // 2
+    }
 
 
-def test_an_int8_conversion_has_as_many_weights_in_fewer_bytes(checkpoint, traced, prompts, tmp_path):
-    out = tiny_conversion(checkpoint, tmp_path / "out", routing="sparse", expert_tokens=(1,), recipe=INT8)
+def test_an_int8_conversion_has_as_many_weights_in_fewer_bytes(
+    checkpoint, traced, prompts, tmp_path
+):
+    out = tiny_conversion(
+        checkpoint, tmp_path / "out", routing="sparse", expert_tokens=(1,), recipe=INT8
+    )
     found, original = record(out, prompts).layers[0], traced.layers[0]
     assert original.expert_weights == original.expert_bytes // 2 == 3 * 24 * 24
     assert found.expert_bytes < 0.6 * original.expert_bytes
-    assert found.expert_weights == pytest.approx(original.expert_weights, rel=0.1)      # scales are counted in
+    assert found.expert_weights == pytest.approx(
+        original.expert_weights, rel=0.1
+    )  # scales are counted in
 
 
 def test_traffic_is_what_the_real_cache_counts(sparse, prompts, traced):
-    size = 4 * 3 * 24 * 24                          # the reference runtime holds an expert's weights in fp32
+    size = 4 * 3 * 24 * 24  # the reference runtime holds an expert's weights in fp32
     for experts in (1, 3, 5, 8):
         shards = load_shards(sparse, "reference", expert_cache_bytes=experts * size)
         session = Session(shards)
@@ -125,8 +167,11 @@ def test_traffic_is_what_the_real_cache_counts(sparse, prompts, traced):
             session.reset()
             for identifier in passage:
                 session.decode(identifier)
-        found = expert_traffic(record(sparse, prompts, window=WINDOW), experts * size,
-                               function_bytes=dict.fromkeys(traced.layers, size))
+        found = expert_traffic(
+            record(sparse, prompts, window=WINDOW),
+            experts * size,
+            function_bytes=dict.fromkeys(traced.layers, size),
+        )
         real = session.figures.cache
         assert (found.hits, found.misses) == (real.hits, real.misses)
         assert found.bytes_loaded_per_token * found.tokens == pytest.approx(real.bytes_loaded)
@@ -135,18 +180,22 @@ def test_traffic_is_what_the_real_cache_counts(sparse, prompts, traced):
 
 def test_statistics_equal_a_count_by_hand():
     chosen = np.array([[0, 1], [0, 2], [1, 2]], np.int16)
-    weights = np.array([[0.75, 0.25], [0.5, 0.5], [1, 0]], np.float32)     # the last chose one expert only
+    weights = np.array(
+        [[0.75, 0.25], [0.5, 0.5], [1, 0]], np.float32
+    )  # the last chose one expert only
     layers = {4: LayerRouting(4, chosen, weights)}
     trace = RoutingTrace("x", "test", np.arange(3, dtype=np.int32), np.array([0, 2]), layers)
-    layer, = summarise(trace).layers
+    (layer,) = summarise(trace).layers
     assert layer.usage == pytest.approx((0.4, 0.4, 0.2, 0))
-    assert layer.repeated == pytest.approx(1 / 2)                          # token 1 of passage 0: expert 0 again
+    assert layer.repeated == pytest.approx(1 / 2)  # token 1 of passage 0: expert 0 again
     assert layer.top_weight == pytest.approx((0.75 + 0.5 + 1) / 3)
     assert layer.entropy == pytest.approx(-(0.8 * np.log(0.4) + 0.2 * np.log(0.2)) / np.log(4))
     assert summarise(trace).traffic == ()
 
 
-# -- the file -----------------------------------------------------------------------------------------------------
+# -- the file
+# --------------------------------------------------------------------------------------------------
+
 
 def test_a_trace_reads_back_as_written_and_is_the_same_file_each_time(traced, tmp_path):
     one, two = tmp_path / "one.npz", tmp_path / "two.npz"
@@ -163,14 +212,26 @@ def test_a_trace_reads_back_as_written_and_is_the_same_file_each_time(traced, tm
         assert found.layers[layer].expert_weights == routing.expert_weights
 
 
-@pytest.mark.parametrize(("name", "value"), [
-    ("format", np.array(2)), ("starts", np.array([0, 99])), ("starts", np.array([1])), ("starts", np.array([], int)),
-    ("expert_weights", np.array([1])), ("expert_bytes", np.array([-1, 5])),
-    ("experts", np.array([4])), ("layer_000.chosen", np.full((48, 2), 4, np.int16)),
-    ("layer_000.chosen", np.full((48, 2), -1, np.int16)), ("layer_000.chosen", np.zeros((48, 2), np.int64)),
-    ("layer_000.weights", np.full((48, 2), np.nan, np.float32)), ("layer_001.weights", np.ones((47, 2), np.float32)),
-    ("layer_000.chosen", None), ("tokens", None), ("family", np.array([{"pickled": 1}], object)),
-])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("format", np.array(2)),
+        ("starts", np.array([0, 99])),
+        ("starts", np.array([1])),
+        ("starts", np.array([], int)),
+        ("expert_weights", np.array([1])),
+        ("expert_bytes", np.array([-1, 5])),
+        ("experts", np.array([4])),
+        ("layer_000.chosen", np.full((48, 2), 4, np.int16)),
+        ("layer_000.chosen", np.full((48, 2), -1, np.int16)),
+        ("layer_000.chosen", np.zeros((48, 2), np.int64)),
+        ("layer_000.weights", np.full((48, 2), np.nan, np.float32)),
+        ("layer_001.weights", np.ones((47, 2), np.float32)),
+        ("layer_000.chosen", None),
+        ("tokens", None),
+        ("family", np.array([{"pickled": 1}], object)),
+    ],
+)
 def test_a_damaged_trace_is_named(traced, tmp_path, name, value):
     path = tmp_path / "trace.npz"
     write_trace(traced, path)
@@ -191,7 +252,9 @@ def test_a_file_that_unpacks_to_too_much_is_refused_before_it_is(traced, tmp_pat
         read_trace(tmp_path / "text.npz")
 
 
-# -- the commands -------------------------------------------------------------------------------------------------
+# -- the commands
+# -------------------------------------------------------------------------------------------------
+
 
 def run(*arguments):
     return CliRunner().invoke(app, [*map(str, arguments)])
@@ -199,12 +262,16 @@ def run(*arguments):
 
 def test_trace_and_group_from_the_command_line(checkpoint, prompts, tmp_path):
     trace, grouping = tmp_path / "trace.npz", tmp_path / "grouping.json"
-    result = run("trace", checkpoint, "--text", prompts, "--out", trace, "--max-tokens", 30, "--json")
+    result = run(
+        "trace", checkpoint, "--text", prompts, "--out", trace, "--max-tokens", 30, "--json"
+    )
     document = json.loads(result.stdout)
     assert (document["tokens"], document["passages"], len(document["layers"])) == (30, 1, 2)
     assert document["traffic"][-1]["misses"] <= 8 and 0 <= document["traffic"][0]["hit_rate"] <= 1
     assert "layer" in run("trace", checkpoint, "--text", prompts, "--out", trace).stdout
-    found = json.loads(run("group", trace, "--out", grouping, "--experts-per-function", 2, "--json").stdout)
+    found = json.loads(
+        run("group", trace, "--out", grouping, "--experts-per-function", 2, "--json").stdout
+    )
     assert found["functions_per_token"].keys() == {"0", "1"} and grouping.is_file()
     assert "saved" in run("group", trace, "--out", grouping, "--experts-per-function", 2).stdout
     chosen = json.loads(run("group", trace, "--out", grouping, "--target", "m1", "--json").stdout)

@@ -1,6 +1,7 @@
 """Small real packages, made by coremltools on first use and shared by the tests of a session.
 
-`package(name)` gives the path of one of `PACKAGES`. They are read-only: copy one (`shutil.copytree`) to change it.
+`package(name)` gives the path of one of `PACKAGES`. They are read-only: copy one
+(`shutil.copytree`) to change it.
 """
 
 import warnings
@@ -14,12 +15,18 @@ from mil_writer import write_compiled
 
 from ane_moe.coreml_tools import ct
 
-TARGETS = {"ios15": ct.target.iOS15, "ios16": ct.target.iOS16, "ios17": ct.target.iOS17, "ios18": ct.target.iOS18}
+TARGETS = {
+    "ios15": ct.target.iOS15,
+    "ios16": ct.target.iOS16,
+    "ios17": ct.target.iOS17,
+    "ios18": ct.target.iOS18,
+}
 PRECISIONS = {"fp16": ct.precision.FLOAT16, "fp32": ct.precision.FLOAT32}
 
 
 class Net(torch.nn.Module):
-    """x [1, 8, 1, 4] -> [1, 16, 1, 4]: two convolutions large enough to be compressed, a norm and a softmax."""
+    """x [1, 8, 1, 4] -> [1, 16, 1, 4]: two convolutions large enough to be compressed, a norm and a
+    softmax."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,17 +68,25 @@ class Loop(torch.nn.Module):
         return _double_until_large(x)
 
 
-def _converted(module: torch.nn.Module, x: torch.Tensor, target: str, precision: str, **options: object) -> object:
+def _converted(
+    module: torch.nn.Module, x: torch.Tensor, target: str, precision: str, **options: object
+) -> object:
     traced = torch.jit.trace(module.eval(), x)
     options = {"inputs": [ct.TensorType(name="x", shape=options.pop("shape", x.shape))], **options}
     return ct.convert(
-        traced, minimum_deployment_target=TARGETS[target], compute_precision=PRECISIONS[precision],
-        outputs=[ct.TensorType(name="y")], skip_model_load=True, **options,
+        traced,
+        minimum_deployment_target=TARGETS[target],
+        compute_precision=PRECISIONS[precision],
+        outputs=[ct.TensorType(name="y")],
+        skip_model_load=True,
+        **options,
     )
 
 
 def _net(target: str, precision: str = "fp16", **options: object) -> Callable[[Path], None]:
-    return lambda path: _converted(Net(), torch.zeros(1, 8, 1, 4), target, precision, **options).save(str(path))
+    return lambda path: _converted(
+        Net(), torch.zeros(1, 8, 1, 4), target, precision, **options
+    ).save(str(path))
 
 
 def _compressed(target: str, *steps: tuple[Callable, object]) -> Callable[[Path], None]:
@@ -79,29 +94,41 @@ def _compressed(target: str, *steps: tuple[Callable, object]) -> Callable[[Path]
         model = _converted(Net(), torch.zeros(1, 8, 1, 4), target, "fp16")
         for index, (compress, config) in enumerate(steps):
             joint = {"joint_compression": True} if index else {}
-            model = compress(model, ct.optimize.coreml.OptimizationConfig(global_config=config), **joint)
+            model = compress(
+                model, ct.optimize.coreml.OptimizationConfig(global_config=config), **joint
+            )
         model.save(str(path))
 
     return build
 
 
 def _palettize(**options: object) -> tuple[Callable, object]:
-    return ct.optimize.coreml.palettize_weights, ct.optimize.coreml.OpPalettizerConfig(weight_threshold=0, **options)
+    return ct.optimize.coreml.palettize_weights, ct.optimize.coreml.OpPalettizerConfig(
+        weight_threshold=0, **options
+    )
 
 
 def _quantize(**options: object) -> tuple[Callable, object]:
-    return (ct.optimize.coreml.linear_quantize_weights,
-            ct.optimize.coreml.OpLinearQuantizerConfig(weight_threshold=0, **options))
+    return (
+        ct.optimize.coreml.linear_quantize_weights,
+        ct.optimize.coreml.OpLinearQuantizerConfig(weight_threshold=0, **options),
+    )
 
 
 def _prune(target_sparsity: float = 0.5) -> tuple[Callable, object]:
-    return (ct.optimize.coreml.prune_weights,
-            ct.optimize.coreml.OpMagnitudePrunerConfig(target_sparsity=target_sparsity, weight_threshold=0))
+    return (
+        ct.optimize.coreml.prune_weights,
+        ct.optimize.coreml.OpMagnitudePrunerConfig(
+            target_sparsity=target_sparsity, weight_threshold=0
+        ),
+    )
 
 
 def _stateful(path: Path) -> None:
     x = torch.zeros(1, 4)
-    states = [ct.StateType(wrapped_type=ct.TensorType(shape=(1, 4), dtype=np.float16), name="total")]
+    states = [
+        ct.StateType(wrapped_type=ct.TensorType(shape=(1, 4), dtype=np.float16), name="total")
+    ]
     _converted(Counter(), x, "ios18", "fp16", states=states).save(str(path))
 
 
@@ -118,11 +145,16 @@ def _multifunction(path: Path) -> None:
 
 def _classifier(path: Path) -> None:
     """An image in, a label and a dictionary of probabilities out."""
-    module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    module = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+    )
     image = ct.ImageType(name="image", shape=(1, 3, 8, 8), scale=1 / 255)
     ct.convert(
-        torch.jit.trace(module.eval(), torch.zeros(1, 3, 8, 8)), inputs=[image], skip_model_load=True,
-        classifier_config=ct.ClassifierConfig(["a", "b", "c", "d"]), minimum_deployment_target=TARGETS["ios16"],
+        torch.jit.trace(module.eval(), torch.zeros(1, 3, 8, 8)),
+        inputs=[image],
+        skip_model_load=True,
+        classifier_config=ct.ClassifierConfig(["a", "b", "c", "d"]),
+        minimum_deployment_target=TARGETS["ios16"],
     ).save(str(path))
 
 
@@ -131,18 +163,28 @@ def _loop(path: Path) -> None:
 
 
 PACKAGES: dict[str, Callable[[Path], None]] = {
-    **{f"net_{target}_{precision}": _net(target, precision) for target in TARGETS for precision in PRECISIONS},
+    **{
+        f"net_{target}_{precision}": _net(target, precision)
+        for target in TARGETS
+        for precision in PRECISIONS
+    },
     "flexible": _net("ios17", shape=ct.Shape((1, 8, 1, ct.RangeDim(1, 16, default=4)))),
     "enumerated": _net("ios17", shape=ct.EnumeratedShapes([(1, 8, 1, 4), (1, 8, 1, 1)])),
     "lut4_ios16": _compressed("ios16", _palettize(nbits=4)),
     "lut6_ios18": _compressed("ios18", _palettize(nbits=6)),
     "lut3_ios18": _compressed("ios18", _palettize(nbits=3)),
-    "lut4_grouped": _compressed("ios18", _palettize(nbits=4, granularity="per_grouped_channel", group_size=8)),
+    "lut4_grouped": _compressed(
+        "ios18", _palettize(nbits=4, granularity="per_grouped_channel", group_size=8)
+    ),
     "lut2_vector": _compressed("ios18", _palettize(nbits=2, cluster_dim=2)),
     "int8_ios16": _compressed("ios16", _quantize()),
     "int8_ios18": _compressed("ios18", _quantize()),
-    "int4_block": _compressed("ios18", _quantize(dtype="int4", granularity="per_block", block_size=8)),
-    "uint4_tensor": _compressed("ios18", _quantize(dtype="uint4", mode="linear", granularity="per_tensor")),
+    "int4_block": _compressed(
+        "ios18", _quantize(dtype="int4", granularity="per_block", block_size=8)
+    ),
+    "uint4_tensor": _compressed(
+        "ios18", _quantize(dtype="uint4", mode="linear", granularity="per_tensor")
+    ),
     "sparse_ios16": _compressed("ios16", _prune()),
     "sparse_ios18": _compressed("ios18", _prune()),
     "sparse_lut4": _compressed("ios18", _prune(), _palettize(nbits=4)),
@@ -164,9 +206,12 @@ def _pipeline(path: Path) -> None:
             return torch.relu(y[:, :8] - 0.05) * 3
 
     second = ct.convert(
-        torch.jit.trace(Half(), torch.zeros(1, 16, 1, 4)), skip_model_load=True,
-        inputs=[ct.TensorType("y", (1, 16, 1, 4), np.float16)], outputs=[ct.TensorType("z")],
-        minimum_deployment_target=TARGETS["ios18"])
+        torch.jit.trace(Half(), torch.zeros(1, 16, 1, 4)),
+        skip_model_load=True,
+        inputs=[ct.TensorType("y", (1, 16, 1, 4), np.float16)],
+        outputs=[ct.TensorType("z")],
+        minimum_deployment_target=TARGETS["ios18"],
+    )
     ct.utils.make_pipeline(first, second).save(str(path))
 
 
@@ -180,7 +225,7 @@ def build(name: str, folder: Path) -> Path:
     path = folder / f"{plain}.mlpackage"
     if not path.exists():
         torch.set_num_threads(1)
-        with warnings.catch_warnings(action="ignore"):          # of channels that pruning left empty
+        with warnings.catch_warnings(action="ignore"):  # of channels that pruning left empty
             (PACKAGES | COMPOSED)[plain](path)
     if name == plain:
         return path

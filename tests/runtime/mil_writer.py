@@ -48,9 +48,11 @@ def write_compiled(package: Path, folder: Path) -> Path:
         (folder / f"model{stage.index}").mkdir()
         _write_program(stage.program.read(), package, folder / f"model{stage.index}")
     kinds = [{"name": f"MLModelType_{stage.kind}"} for stage in model.stages]
-    metadata = {"specificationVersion": model.specification_version,
-                "modelType": {"name": "MLModelType_pipeline", "structure": kinds},
-                **_schemas(Interface(model.inputs, model.outputs))}
+    metadata = {
+        "specificationVersion": model.specification_version,
+        "modelType": {"name": "MLModelType_pipeline", "structure": kinds},
+        **_schemas(Interface(model.inputs, model.outputs)),
+    }
     (folder / "metadata.json").write_text(json.dumps([metadata], indent=2))
     return folder
 
@@ -68,30 +70,48 @@ class Writer:
 
     def program(self, program: Program) -> str:
         text = "string" if self.modern else "tensor<string, []>"
-        functions = "".join(self.function(item, program.interfaces[name])
-                            for name, item in program.functions.items())
-        return (f"program({'1.3' if self.modern else '1.0'})\n"
-                f'[buildInfo = dict<{text}, {text}>({{{{"coremlc-version", "3500.32.1"}}, '
-                f'{{"coremltools-version", "9.0"}}}})]\n{{\n{functions}}}\n')
+        functions = "".join(
+            self.function(item, program.interfaces[name])
+            for name, item in program.functions.items()
+        )
+        return (
+            f"program({'1.3' if self.modern else '1.0'})\n"
+            f'[buildInfo = dict<{text}, {text}>({{{{"coremlc-version", "3500.32.1"}}, '
+            f'{{"coremltools-version", "9.0"}}}})]\n{{\n{functions}}}\n'
+        )
 
     def function(self, function: Function, interface: Interface) -> str:
         inputs = ", ".join(self.named(item) for item in function.inputs)
         text = "string" if self.modern else "tensor<string, []>"
-        defaults = ", ".join(f'{{"{feature.name}", {list(feature.type.shape)}}}'
-                             for feature in interface.inputs if feature.ranges or feature.shapes)
-        flexible = (f" [FlexibleShapeInformation = tuple<tuple<{text}, dict<{text}, tensor<int32, "
-                    f'[?]>>>>((("DefaultShapes", {{{defaults}}})))]') if defaults else ""
+        defaults = ", ".join(
+            f'{{"{feature.name}", {list(feature.type.shape)}}}'
+            for feature in interface.inputs
+            if feature.ranges or feature.shapes
+        )
+        flexible = (
+            (
+                f" [FlexibleShapeInformation = tuple<tuple<{text}, dict<{text}, tensor<int32, "
+                f'[?]>>>>((("DefaultShapes", {{{defaults}}})))]'
+            )
+            if defaults
+            else ""
+        )
         lines = "".join(f"            {self.operation(op)};\n" for op in function.block.operations)
-        return (f"    func {function.name}<{TAGS[function.opset]}>({inputs}){flexible} {{\n{lines}"
-                f"        }} -> ({', '.join(function.block.outputs)});\n")
+        return (
+            f"    func {function.name}<{TAGS[function.opset]}>({inputs}){flexible} {{\n{lines}"
+            f"        }} -> ({', '.join(function.block.outputs)});\n"
+        )
 
     def operation(self, op: Operation) -> str:
         assert not op.blocks, "the form of nested blocks is not known"
         outputs = ", ".join(self.named(item) for item in op.outputs)
-        inputs = ", ".join(f"{key} = {self.arguments(values)}"
-                           for key, values in sorted(op.inputs.items()))
-        attributes = [f"name = {self.text(op.name)}",
-                      *(f"{key} = {self.value(value)}" for key, value in op.attributes.items())]
+        inputs = ", ".join(
+            f"{key} = {self.arguments(values)}" for key, values in sorted(op.inputs.items())
+        )
+        attributes = [
+            f"name = {self.text(op.name)}",
+            *(f"{key} = {self.value(value)}" for key, value in op.attributes.items()),
+        ]
         target = f"{outputs} = " if outputs else ""
         return f"{target}{op.type}({inputs})[{', '.join(attributes)}]"
 
@@ -122,7 +142,7 @@ class Writer:
 
     def value(self, value: Constant) -> str:
         if value.blob:
-            path, offset, _ = value.blob        # of the data, which the metadata precedes
+            path, offset, _ = value.blob  # of the data, which the metadata precedes
             file = self.text(f"@model_path/weights/{path.name}")
             place = f"{self.scalar('uint64')}({offset - 64})"
             return f"{self.type(value.type)}(BLOBFILE(path = {file}, offset = {place}))"
@@ -152,24 +172,36 @@ def quoted(text: str) -> str:
 
 
 def _metadata(program: Program) -> dict:
-    functions = [{"name": name, **_schemas(interface)}
-                 for name, interface in program.interfaces.items()]
+    functions = [
+        {"name": name, **_schemas(interface)} for name, interface in program.interfaces.items()
+    ]
     several = {"functions": functions, "defaultFunctionName": program.default_function}
     default = _schemas(program.interfaces[program.default_function])
-    return {"specificationVersion": program.specification_version,
-            "modelType": {"name": "MLModelType_mlProgram"}, "userDefinedMetadata": program.metadata,
-            **default, **(several if len(functions) > 1 else {})}
+    return {
+        "specificationVersion": program.specification_version,
+        "modelType": {"name": "MLModelType_mlProgram"},
+        "userDefinedMetadata": program.metadata,
+        **default,
+        **(several if len(functions) > 1 else {}),
+    }
 
 
 def _schemas(interface: Interface) -> dict:
-    return {"inputSchema": list(_schema(interface.inputs)),
-            "outputSchema": list(_schema(interface.outputs)),
-            "stateSchema": list(_schema(interface.states))}
+    return {
+        "inputSchema": list(_schema(interface.inputs)),
+        "outputSchema": list(_schema(interface.outputs)),
+        "stateSchema": list(_schema(interface.states)),
+    }
 
 
 def _schema(features: Iterable[Feature]) -> Iterable[dict]:
-    words = {"array": "MultiArray", "state": "State", "string": "String", "image": "Image",
-             "dictionary": "Dictionary (String → Double)"}
+    words = {
+        "array": "MultiArray",
+        "state": "State",
+        "string": "String",
+        "image": "Image",
+        "dictionary": "Dictionary (String → Double)",
+    }
     for feature in features:
         row = {"name": feature.name, "type": words[feature.kind], "isOptional": "0"}
         if feature.kind in ("array", "state"):

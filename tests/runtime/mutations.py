@@ -1,4 +1,5 @@
-"""Structure-aware damage to packages, driven by a `random.Random`; for the fuzz test and scripts/fuzz_reader.py."""
+"""Structure-aware damage to packages, driven by a `random.Random`; for the fuzz test and
+scripts/fuzz_reader.py."""
 
 import json
 import os
@@ -25,23 +26,150 @@ from ane_moe.runtime.reference import structural
 MODEL = Path("Data/com.apple.CoreML/model.mlmodel")
 WEIGHTS = Path("Data/com.apple.CoreML/weights/weight.bin")
 
-NUMBERS = [0, 1, 2, 3, 7, 8, 63, 64, 65, 127, 128, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32, 2**60, 2**63 - 1, 2**63,
-           2**64 - 64, 2**64 - 1, -1, -2, -(2**31), -(2**63)]
-TEXTS = ["", "x", "y", "val", "main", "CoreML5", "CoreML8", "const", "cond", "while_loop", "gather", "reshape", "fill",
-         "constexpr_lut_to_dense", "..", "/", "@model_path/weights/weight.bin", "@model_path/../..", "\0",
-         "é" * 300]
-TEXT_TOKENS = ["(", ")", "[", "]", "{", "}", "<", ">", ",", "=", ";", "?", "->", "tensor<", "list<", "state<",
-               "dict<", "tuple<", "BLOBFILE(", '"', '"\\', "func", "program", "const", "cond", "[[", "0x1p+9999",
-               "9" * 5000, "inf", "-inf", "nan", "true", "é", "\0"]
-METADATA_VALUES: list[Any] = ["[1]", "[-1, -1]", "[[1, 0]]", "[" * 3000, "[9223372036854775807]", "Image", "State",
-                              "Float16", "Int32", "0", "1"]
-MANIFEST_VALUES: list[Any] = [None, True, -1, 2**70, 1e308, "", "..", "/etc/passwd", "\0", "\ud800", "a" * 5000, [], {}]
+NUMBERS = [
+    0,
+    1,
+    2,
+    3,
+    7,
+    8,
+    63,
+    64,
+    65,
+    127,
+    128,
+    255,
+    2**15,
+    2**16,
+    2**31 - 1,
+    2**31,
+    2**32,
+    2**60,
+    2**63 - 1,
+    2**63,
+    2**64 - 64,
+    2**64 - 1,
+    -1,
+    -2,
+    -(2**31),
+    -(2**63),
+]
+TEXTS = [
+    "",
+    "x",
+    "y",
+    "val",
+    "main",
+    "CoreML5",
+    "CoreML8",
+    "const",
+    "cond",
+    "while_loop",
+    "gather",
+    "reshape",
+    "fill",
+    "constexpr_lut_to_dense",
+    "..",
+    "/",
+    "@model_path/weights/weight.bin",
+    "@model_path/../..",
+    "\0",
+    "é" * 300,
+]
+TEXT_TOKENS = [
+    "(",
+    ")",
+    "[",
+    "]",
+    "{",
+    "}",
+    "<",
+    ">",
+    ",",
+    "=",
+    ";",
+    "?",
+    "->",
+    "tensor<",
+    "list<",
+    "state<",
+    "dict<",
+    "tuple<",
+    "BLOBFILE(",
+    '"',
+    '"\\',
+    "func",
+    "program",
+    "const",
+    "cond",
+    "[[",
+    "0x1p+9999",
+    "9" * 5000,
+    "inf",
+    "-inf",
+    "nan",
+    "true",
+    "é",
+    "\0",
+]
+METADATA_VALUES: list[Any] = [
+    "[1]",
+    "[-1, -1]",
+    "[[1, 0]]",
+    "[" * 3000,
+    "[9223372036854775807]",
+    "Image",
+    "State",
+    "Float16",
+    "Int32",
+    "0",
+    "1",
+]
+MANIFEST_VALUES: list[Any] = [
+    None,
+    True,
+    -1,
+    2**70,
+    1e308,
+    "",
+    "..",
+    "/etc/passwd",
+    "\0",
+    "\ud800",
+    "a" * 5000,
+    [],
+    {},
+]
 
-SEEDS = ("net_ios15_fp32", "net_ios18_fp16", "flexible", "enumerated", "lut4_ios16", "lut4_grouped", "lut2_vector",
-         "int8_ios16", "int4_block", "sparse_ios16", "sparse_lut4", "sparse_int8", "stateful", "multifunction", "loop",
-         "classifier", "pipeline", "net_ios15_fp32.mlmodelc", "flexible.mlmodelc", "enumerated.mlmodelc",
-         "lut4_grouped.mlmodelc", "int8_ios16.mlmodelc", "sparse_lut4.mlmodelc", "stateful.mlmodelc",
-         "multifunction.mlmodelc", "classifier.mlmodelc", "pipeline.mlmodelc")
+SEEDS = (
+    "net_ios15_fp32",
+    "net_ios18_fp16",
+    "flexible",
+    "enumerated",
+    "lut4_ios16",
+    "lut4_grouped",
+    "lut2_vector",
+    "int8_ios16",
+    "int4_block",
+    "sparse_ios16",
+    "sparse_lut4",
+    "sparse_int8",
+    "stateful",
+    "multifunction",
+    "loop",
+    "classifier",
+    "pipeline",
+    "net_ios15_fp32.mlmodelc",
+    "flexible.mlmodelc",
+    "enumerated.mlmodelc",
+    "lut4_grouped.mlmodelc",
+    "int8_ios16.mlmodelc",
+    "sparse_lut4.mlmodelc",
+    "stateful.mlmodelc",
+    "multifunction.mlmodelc",
+    "classifier.mlmodelc",
+    "pipeline.mlmodelc",
+)
 
 
 def mutate(path: Path, random: Random) -> None:
@@ -52,7 +180,8 @@ def mutate(path: Path, random: Random) -> None:
 
 
 def exercise(path: Path, execute: bool) -> bool:
-    """Read, summarize, print and load (and run) a package. False if it was refused; only UserError may say so."""
+    """Read, summarize, print and load (and run) a package. False if it was refused; only UserError
+    may say so."""
     try:
         model = open_model(path)
         if isinstance(model, OpenPipeline):
@@ -84,17 +213,25 @@ def _run(path: Path, names: Iterable[str]) -> None:
 
 
 def _array(feature: Feature) -> np.ndarray:
-    """Ones (as an index: zeros) of the default shape, kept small: the size of inputs is the caller's choice."""
+    """Ones (as an index: zeros) of the default shape, kept small: the size of inputs is the
+    caller's choice."""
     shape = [size if size is not None and 0 <= size < 64 else 1 for size in feature.type.shape]
     dtypes = {"fp16": np.float16, "fp32": np.float32, "int32": np.int32}
-    return np.full(shape[:6], feature.type.dtype != "int32", dtypes.get(feature.type.dtype, np.float32))
+    return np.full(
+        shape[:6], feature.type.dtype != "int32", dtypes.get(feature.type.dtype, np.float32)
+    )
 
 
 def _constants(program: Program) -> Iterator[Constant]:
     for function in program.functions.values():
         for op in operations_of(function.block):
             yield from op.attributes.values()
-            yield from (item for values in op.inputs.values() for item in values if isinstance(item, Constant))
+            yield from (
+                item
+                for values in op.inputs.values()
+                for item in values
+                if isinstance(item, Constant)
+            )
 
 
 def _program_fields(path: Path, random: Random) -> None:
@@ -106,13 +243,14 @@ def _program_fields(path: Path, random: Random) -> None:
     message = random.choice(messages)
     try:
         _change_field(message, random.choice(message.DESCRIPTOR.fields), messages, random)
-    except (ValueError, TypeError, IndexError):      # a number that the field cannot hold: no change
+    except (ValueError, TypeError, IndexError):  # a number that the field cannot hold: no change
         return
     (path / MODEL).write_bytes(model.SerializeToString())
 
 
 def _is_plain(file: Path) -> bool:
-    """Whether a file can still be read: an earlier mutation may have put a pipe or a giant in its place."""
+    """Whether a file can still be read: an earlier mutation may have put a pipe or a giant in its
+    place."""
     return file.is_file() and not file.is_symlink() and file.stat().st_size < 1 << 20
 
 
@@ -121,7 +259,7 @@ def _parsed(path: Path) -> Any:
         return None
     try:
         return Model_pb2.Model.FromString((path / MODEL).read_bytes())
-    except Exception:       # an earlier mutation broke it; protobuf raises several kinds of errors
+    except Exception:  # an earlier mutation broke it; protobuf raises several kinds of errors
         return None
 
 
@@ -213,7 +351,9 @@ def _bytes(file: Path) -> Callable[[Path, Random], None]:
             at = random.randrange(len(data) + 1)
             kind = random.randrange(4)
             if kind == 0 and at < len(data):
-                data[at] = random.choice([0, 1, 127, 128, 255, data[at] ^ (1 << random.randrange(8))])
+                data[at] = random.choice(
+                    [0, 1, 127, 128, 255, data[at] ^ (1 << random.randrange(8))]
+                )
             elif kind == 1:
                 data[at:at] = random.randbytes(random.choice([1, 4, 64]))
             elif kind == 2:
@@ -239,7 +379,9 @@ def _blob_fields(path: Path, random: Random) -> None:
         at = random.choice(slots)
         fields = list(METADATA.unpack_from(data, at))
         index = random.randrange(len(fields))
-        changed = random.choice([*NUMBERS, *range(20), fields[index] + 1, fields[index] - 1, fields[index] * 2])
+        changed = random.choice(
+            [*NUMBERS, *range(20), fields[index] + 1, fields[index] - 1, fields[index] * 2]
+        )
         fields[index] = changed & (0xFFFFFFFF if index < 2 else 2**64 - 1)
         METADATA.pack_into(data, at, *fields)
     file.write_bytes(data)
@@ -263,9 +405,9 @@ def _text_tokens(path: Path, random: Random) -> None:
     other = random.choice([*TEXT_TOKENS, random.choice(tokens), str(random.choice(NUMBERS))])
     kind = random.randrange(5)
     if kind == 0:
-        del tokens[at:at + random.choice([1, 2, 20])]
+        del tokens[at : at + random.choice([1, 2, 20])]
     elif kind == 1:
-        tokens[at:at] = tokens[at:at + random.choice([1, 2, 40])]
+        tokens[at:at] = tokens[at : at + random.choice([1, 2, 40])]
     elif kind == 2:
         tokens[at] = other
     elif kind == 3:
@@ -345,17 +487,33 @@ def _files(path: Path, random: Random) -> None:
 
 def _replaced(file: Path, random: Random) -> None:
     kinds: list[Callable[[], Any]] = [
-        lambda: None, file.mkdir, lambda: os.mkfifo(file), lambda: file.symlink_to("/dev/zero"),
-        lambda: file.symlink_to(file), lambda: (file.touch(), os.truncate(file, 1 << 40)),
+        lambda: None,
+        file.mkdir,
+        lambda: os.mkfifo(file),
+        lambda: file.symlink_to("/dev/zero"),
+        lambda: file.symlink_to(file),
+        lambda: (file.touch(), os.truncate(file, 1 << 40)),
     ]
     if _is_plain(file):
         file.unlink()
         random.choice(kinds)()
 
 
-COMPILED_MUTATIONS = [*[_text_tokens] * 10, *[_text_bytes] * 3, *[_metadata] * 3, _blob_fields,
-                      _compiled_files]
-MUTATIONS = [*[_program_fields] * 12, *[_bytes(MODEL)] * 2, _bytes(WEIGHTS), *[_blob_fields] * 2, _manifest, _files]
+COMPILED_MUTATIONS = [
+    *[_text_tokens] * 10,
+    *[_text_bytes] * 3,
+    *[_metadata] * 3,
+    _blob_fields,
+    _compiled_files,
+]
+MUTATIONS = [
+    *[_program_fields] * 12,
+    *[_bytes(MODEL)] * 2,
+    _bytes(WEIGHTS),
+    *[_blob_fields] * 2,
+    _manifest,
+    _files,
+]
 
 
 def damaged_copy(source: Path, target: Path, random: Random) -> Path:

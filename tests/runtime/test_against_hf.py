@@ -1,4 +1,5 @@
-"""Whole conversions of tiny models of every family, on the reference runtime, against Hugging Face's own generate."""
+"""Whole conversions of tiny models of every family, on the reference runtime, against Hugging
+Face's own generate."""
 
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from ane_moe.loop.shards import load_shards
 from tests.models import DECIDED, FAMILIES, make_model, make_variant, save_checkpoint
 
 NEW_TOKENS = 32
-MARGIN = 1e-2               # where HF's best two logits are closer, fp16 may choose the other
-MIN_DECIDED = 8             # ids to compare at the least, or the test says little
-COSINE = 0.9999             # of the logits of one position; the median, since a near tie in routing flips a few
+MARGIN = 1e-2  # where HF's best two logits are closer, fp16 may choose the other
+MIN_DECIDED = 8  # ids to compare at the least, or the test says little
+COSINE = (
+    0.9999  # of the logits of one position; the median, since a near tie in routing flips a few
+)
 PROMPT = np.random.default_rng(0).integers(3, 211, 100).tolist()
 
 
@@ -28,7 +31,9 @@ def one_thread():
 
 def converted(model, folder: Path, **options) -> Path:
     save_checkpoint(model, folder / "checkpoint")
-    convert(folder / "checkpoint", folder / "out", ConvertOptions(context=160, recipe=FP16, **options))
+    convert(
+        folder / "checkpoint", folder / "out", ConvertOptions(context=160, recipe=FP16, **options)
+    )
     return folder / "out"
 
 
@@ -40,10 +45,18 @@ def greedy(session, count=NEW_TOKENS):
 def assert_greedy_ids_agree(model, ids):
     """Up to the first place where HF itself is nearly undecided."""
     with torch.no_grad():
-        hf = model.generate(torch.tensor([PROMPT]), max_new_tokens=NEW_TOKENS, do_sample=False, output_logits=True,
-                            return_dict_in_generate=True)
-    expected = hf.sequences[0, len(PROMPT):].tolist()
-    margins = [float(best - second) for best, second in (torch.topk(step[0], 2).values for step in hf.logits)]
+        hf = model.generate(
+            torch.tensor([PROMPT]),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    expected = hf.sequences[0, len(PROMPT) :].tolist()
+    margins = [
+        float(best - second)
+        for best, second in (torch.topk(step[0], 2).values for step in hf.logits)
+    ]
     decided = next((i for i, margin in enumerate(margins) if margin <= MARGIN), len(expected))
     assert ids[:decided] == expected[:decided]
     assert decided >= MIN_DECIDED and (decided < len(expected) or len(ids) == len(expected))

@@ -43,7 +43,10 @@ def _values(name: str, count: int, seed: int) -> np.ndarray:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.lists(st.tuples(st.sampled_from(sorted(WRITERS)), st.integers(1, 200)), min_size=1, max_size=5), st.integers(0)
+    st.lists(
+        st.tuples(st.sampled_from(sorted(WRITERS)), st.integers(1, 200)), min_size=1, max_size=5
+    ),
+    st.integers(0),
 )
 def test_every_storage_type_reads_back_what_coremltools_wrote(tmp_path_factory, stored, seed):
     path = tmp_path_factory.mktemp("blob") / "weight.bin"
@@ -77,25 +80,45 @@ def test_fp16_reads_back_what_coremltools_wrote(tmp_path):
 )
 def test_all_codes_of_small_floats_decode_as_torch_does(name, dtype):
     codes = np.arange(1 << STORAGE[name].bits, dtype=STORAGE[name].stored)
-    expected = torch.from_numpy(codes.view(np.int16 if name == "bf16" else np.uint8)).view(dtype).float().numpy()
+    expected = (
+        torch.from_numpy(codes.view(np.int16 if name == "bf16" else np.uint8))
+        .view(dtype)
+        .float()
+        .numpy()
+    )
     decoded = decode(STORAGE[name], codes.view(np.uint8), len(codes)).astype(np.float32)
     np.testing.assert_array_equal(decoded, expected)
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.sampled_from(["int4", "uint1", "uint2", "uint3", "uint4", "uint6"]), st.integers(0, 300), st.integers(0))
+@given(
+    st.sampled_from(["int4", "uint1", "uint2", "uint3", "uint4", "uint6"]),
+    st.integers(0, 300),
+    st.integers(0),
+)
 def test_packed_elements_unpack_as_coremltools_unpacks_them(name, count, seed):
     storage = STORAGE[name]
     raw = np.random.default_rng(seed).integers(0, 256, stored_size(storage, count), np.uint8)
-    expected = ct.optimize._utils.restore_elements_from_packed_bits(raw, storage.bits, count, storage.signed)
+    expected = ct.optimize._utils.restore_elements_from_packed_bits(
+        raw, storage.bits, count, storage.signed
+    )
     np.testing.assert_array_equal(decode(storage, raw, count), expected)
 
 
 def _file(path: Path, nbytes: int = 32, offset: int = 128, **changed: int) -> BlobFile:
     """A file with one fp16 constant of 16 elements, parts of it changed."""
-    fields = {"version": 2, "sentinel": SENTINEL, "code": 1, "nbytes": nbytes, "offset": offset, "padding": 0} | changed
+    fields = {
+        "version": 2,
+        "sentinel": SENTINEL,
+        "code": 1,
+        "nbytes": nbytes,
+        "offset": offset,
+        "padding": 0,
+    } | changed
     header = HEADER.pack(1, fields["version"])
-    metadata = METADATA.pack(*(fields[name] for name in ("sentinel", "code", "nbytes", "offset", "padding")))
+    metadata = METADATA.pack(
+        *(fields[name] for name in ("sentinel", "code", "nbytes", "offset", "padding"))
+    )
     path.write_bytes(header + metadata + bytes(32))
     return BlobFile(path)
 
@@ -109,7 +132,9 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize(("name", "value", "message"), [(name, *case) for name, case in DAMAGE.items()])
+@pytest.mark.parametrize(
+    ("name", "value", "message"), [(name, *case) for name, case in DAMAGE.items()]
+)
 def test_damaged_metadata_is_one_clear_error(tmp_path, name, value, message):
     with pytest.raises(UserError, match=message):
         _file(tmp_path / "weight.bin", **{name: value}).entry(64, STORAGE["fp16"], 16)
@@ -127,7 +152,9 @@ def test_damaged_metadata_is_one_clear_error(tmp_path, name, value, message):
         (64, "fp16", 2**60, "declared size"),
     ],
 )
-def test_a_constant_that_does_not_match_the_program_is_refused(tmp_path, metadata_offset, dtype, count, message):
+def test_a_constant_that_does_not_match_the_program_is_refused(
+    tmp_path, metadata_offset, dtype, count, message
+):
     with pytest.raises(UserError, match=message):
         _file(tmp_path / "weight.bin").entry(metadata_offset, STORAGE[dtype], count)
 

@@ -16,7 +16,7 @@ from tests.standin.fixtures import standin as standin
 from tests.standin.packages import accumulator
 
 TRIAL = child.Trial("net.mlpackage", "decode", "cpu_and_ne", "cache", "24F74", 1)
-PATIENCE_SECONDS = 120.0        # for a child that is expected to answer, on a busy machine
+PATIENCE_SECONDS = 120.0  # for a child that is expected to answer, on a busy machine
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +29,10 @@ def no_child_outlives_its_test():
 @pytest.fixture
 def act(monkeypatch):
     """Have children run a line of Python instead, once they are asked."""
+
     def act(code, prefix="import os, sys, signal, time; sys.stdin.readline(); "):
         monkeypatch.setattr(child, "COMMAND", (sys.executable, "-c", prefix + code))
+
     return act
 
 
@@ -42,15 +44,24 @@ def gone(pid):
     return False
 
 
-@pytest.mark.parametrize(("number", "cause"), [
-    (signal.SIGKILL, "memory runs out, or when the Neural Engine cannot hold the model"),
-    (signal.SIGSEGV, "a crash inside Core ML, known for palettized weights"),
-    (signal.SIGABRT, "an assertion inside Core ML"),
-    (signal.SIGBUS, "a crash inside Core ML: try"),
-])
+@pytest.mark.parametrize(
+    ("number", "cause"),
+    [
+        (signal.SIGKILL, "memory runs out, or when the Neural Engine cannot hold the model"),
+        (signal.SIGSEGV, "a crash inside Core ML, known for palettized weights"),
+        (signal.SIGABRT, "an assertion inside Core ML"),
+        (signal.SIGBUS, "a crash inside Core ML: try"),
+    ],
+)
 def test_a_signal_is_named_with_its_usual_cause(act, number, cause):
-    act(f"print('ANE: out of space', file=sys.stderr, flush=True); os.kill(os.getpid(), {int(number)})")
-    with pytest.raises(UserError, match=rf"'decode' of net\.mlpackage killed .*{number.name}: ANE: out of .*{cause}"):
+    act(
+        f"print('ANE: out of space', file=sys.stderr, flush=True); os.kill(os.getpid(), "
+        f"{int(number)})"
+    )
+    with pytest.raises(
+        UserError,
+        match=rf"'decode' of net\.mlpackage killed .*{number.name}: ANE: out of .*{cause}",
+    ):
         child.try_function(TRIAL, PATIENCE_SECONDS)
 
 
@@ -75,22 +86,29 @@ def test_an_exit_in_the_middle_of_an_answer_is_no_answer(act):
 
 def test_a_hang_ends_at_the_limit_and_the_child_with_it(act, tmp_path):
     act(f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(3600)")
-    with pytest.raises(UserError, match=r"did not finish .* no answer within 3 s.*smaller shards, or give"):
+    with pytest.raises(
+        UserError, match=r"did not finish .* no answer within 3 s.*smaller shards, or give"
+    ):
         child.try_function(TRIAL, 3.0)
     pid = (tmp_path / "pid").read_text()
     assert pid and gone(int(pid))
 
 
 def test_the_childs_own_error_is_raised_as_it_was_and_the_child_serves_on(act):
-    act('print(\'{"error": {"what": "bad", "found": "x", "do": "y"}}\', flush=True); '
-        "sys.stdin.readline(); print('{}', flush=True); sys.stdin.read()")
+    act(
+        'print(\'{"error": {"what": "bad", "found": "x", "do": "y"}}\', flush=True); '
+        "sys.stdin.readline(); print('{}', flush=True); sys.stdin.read()"
+    )
     with pytest.raises(UserError, match="bad; found: x; y"):
         child.try_function(TRIAL, PATIENCE_SECONDS)
-    child.try_function(TRIAL, PATIENCE_SECONDS)             # an answer only the same child gives
+    child.try_function(TRIAL, PATIENCE_SECONDS)  # an answer only the same child gives
 
 
 def test_a_child_that_died_between_trials_is_replaced(act, tmp_path):
-    act(f"open({str(tmp_path / 'pids')!r}, 'a').write(f'{{os.getpid()}} '); print('{{}}', flush=True)")
+    act(
+        f"open({str(tmp_path / 'pids')!r}, 'a').write(f'{{os.getpid()}} '); print('{{}}', "
+        f"flush=True)"
+    )
     child.try_function(TRIAL, PATIENCE_SECONDS)
     deadline = time.monotonic() + PATIENCE_SECONDS
     while child._running.process.poll() is None and time.monotonic() < deadline:
@@ -100,10 +118,12 @@ def test_a_child_that_died_between_trials_is_replaced(act, tmp_path):
 
 
 def test_a_child_whose_parent_is_gone_ends():
-    parent = ("import subprocess, sys\n"
-              "from ane_moe.runtime.coreml import trial\n"
-              "print(trial.TrialProcess().process.pid, flush=True)\n"
-              "import os; os.kill(os.getpid(), 9)")
+    parent = (
+        "import subprocess, sys\n"
+        "from ane_moe.runtime.coreml import trial\n"
+        "print(trial.TrialProcess().process.pid, flush=True)\n"
+        "import os; os.kill(os.getpid(), 9)"
+    )
     pid = int(subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True).stdout)
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not gone(pid) and time.monotonic() < deadline:
@@ -111,7 +131,9 @@ def test_a_child_whose_parent_is_gone_ends():
     assert gone(pid)
 
 
-def test_a_function_is_tried_once_and_what_kills_or_hangs_core_ml_does_not_reach_us(tmp_path, standin):
+def test_a_function_is_tried_once_and_what_kills_or_hangs_core_ml_does_not_reach_us(
+    tmp_path, standin
+):
     """Two children's worth of coremltools imports, so one test for the whole story."""
     package, cache = accumulator(tmp_path / "net.mlpackage"), ModelCache(tmp_path / "cache")
     compiled, loaded, predicted = "compile net.mlpackage", "load {}", "predict {}"
@@ -120,13 +142,20 @@ def test_a_function_is_tried_once_and_what_kills_or_hangs_core_ml_does_not_reach
         return coreml.load_function(package, function, cache=cache, **options)
 
     load("decode", time_limit_seconds=PATIENCE_SECONDS)
-    assert standin.log() == [compiled, loaded.format("decode"), predicted.format("decode"), loaded.format("decode")]
-    load("decode")                                          # now known to be good: loaded here and not predicted
+    assert standin.log() == [
+        compiled,
+        loaded.format("decode"),
+        predicted.format("decode"),
+        loaded.format("decode"),
+    ]
+    load("decode")  # now known to be good: loaded here and not predicted
     assert standin.log()[4:] == [loaded.format("decode")]
     assert [entry.good for entry in cache.entries()] == [("decode-cpu_and_ne",)]
 
-    standin.script(predict="error")                         # the child's own error, and it lives
-    with pytest.raises(UserError, match=r"could not run function 'prefill' of .*scripted predict error"):
+    standin.script(predict="error")  # the child's own error, and it lives
+    with pytest.raises(
+        UserError, match=r"could not run function 'prefill' of .*scripted predict error"
+    ):
         load("prefill", time_limit_seconds=PATIENCE_SECONDS)
     standin.script(predict="fp32")
     with pytest.raises(UserError, match="declared fp16"):
@@ -134,9 +163,11 @@ def test_a_function_is_tried_once_and_what_kills_or_hangs_core_ml_does_not_reach
     standin.script(load="hang")
     with pytest.raises(UserError, match="no answer within 2 s"):
         load("prefill", time_limit_seconds=2)
-    assert standin.log()[-1] == loaded.format("prefill")    # it was Core ML that hung
+    assert standin.log()[-1] == loaded.format("prefill")  # it was Core ML that hung
     standin.script(load="ok", predict="kill")
-    with pytest.raises(UserError, match=r"'prefill' of .*net\.mlpackage killed the trial process; found: SIGKILL"):
+    with pytest.raises(
+        UserError, match=r"'prefill' of .*net\.mlpackage killed the trial process; found: SIGKILL"
+    ):
         load("prefill", time_limit_seconds=PATIENCE_SECONDS)
     assert [entry.good for entry in cache.entries()] == [("decode-cpu_and_ne",)]
 

@@ -24,6 +24,7 @@ NAMES = [name for name in conftest.PACKAGES if name != "loop"]
 
 # ---- against the package
 
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_compiled_model_is_the_program_of_its_package(package: Get, name: str) -> None:
     here, there = (read_program(package(one)) for one in (f"{name}.mlmodelc", name))
@@ -55,8 +56,9 @@ def literal(value: object) -> object:
 @pytest.mark.parametrize("name", ["net_ios15_fp32", "lut4_grouped", "int8_ios16", "pipeline"])
 def test_a_compiled_model_computes_what_its_package_does(package: Get, name: str) -> None:
     x = np.random.default_rng(1).standard_normal((1, 8, 1, 4))
-    here, there = (load_package(package(one), runtime="reference")
-                   for one in (f"{name}.mlmodelc", name))
+    here, there = (
+        load_package(package(one), runtime="reference") for one in (f"{name}.mlmodelc", name)
+    )
     got, wanted = here.predict({"x": x}), there.predict({"x": x})
     assert got.keys() == wanted.keys()
     assert all(np.array_equal(got[key], wanted[key]) for key in wanted)
@@ -73,7 +75,7 @@ OLD = """program(1.0)
             tensor<fp32, [2, 1]> a, tensor<fp32, [2, 3]> b = split(axis = axis, split_sizes = sizes, x = x)[name = tensor<string, []>("split")];
             tensor<fp32, [2, 4]> y = concat(axis = axis, interleave = tensor<bool, []>(false), values = (b, a))[name = tensor<string, []>("y")];
         } -> (y);
-}"""  # noqa: E501
+}"""
 
 NEW = """program(1.3)
 [buildInfo = dict<string, string>({{"coremlc-component-MIL", "3600.16.1"}})]
@@ -86,7 +88,7 @@ NEW = """program(1.3)
             tensor<fp32, [3]> y = mul(x = x, y = w);
         } -> (y);
 }
-"""  # noqa: E501
+"""
 
 
 def write(folder: Path, text: str, metadata: dict | None = None) -> Path:
@@ -113,56 +115,86 @@ def test_a_program_in_the_old_text_runs_without_metadata(tmp_path: Path) -> None
 
 def test_functions_weights_and_flexible_shapes_are_read_from_the_new_text(tmp_path: Path) -> None:
     def row(name: str, **more: str) -> dict:
-        return {"name": name, "type": "MultiArray", "dataType": "Float32", "isOptional": "0", **more}
+        return {
+            "name": name,
+            "type": "MultiArray",
+            "dataType": "Float32",
+            "isOptional": "0",
+            **more,
+        }
 
     ranged = row("x", shape="[4]", shapeRange="[[1, 4]]")
-    functions = [{"name": "first", "inputSchema": [ranged], "outputSchema": [row("y", shape="[]")]},
-                 {"name": "second", "inputSchema": [row("x", shape="[3]")],
-                  "outputSchema": [row("y", shape="[3]")]}]
-    metadata = {"specificationVersion": 9, "author": "A", "functions": functions,
-                "defaultFunctionName": "second"}
+    functions = [
+        {"name": "first", "inputSchema": [ranged], "outputSchema": [row("y", shape="[]")]},
+        {
+            "name": "second",
+            "inputSchema": [row("x", shape="[3]")],
+            "outputSchema": [row("y", shape="[3]")],
+        },
+    ]
+    metadata = {
+        "specificationVersion": 9,
+        "author": "A",
+        "functions": functions,
+        "defaultFunctionName": "second",
+    }
     path = write(tmp_path, NEW, metadata)
     first = load_package(path, "first", "reference")
     assert first.inputs[0].ranges == ((1, 4),) and first.inputs[0].type.shape == (4,)
     assert first.predict({"x": [1, 2]})["y"].tolist() == [-0.5, 0.5]
-    second = load_package(path, runtime="reference")        # the default: (q + 1) / 2 * x
+    second = load_package(path, runtime="reference")  # the default: (q + 1) / 2 * x
     assert second.predict({"x": [1, 10, 100]})["y"].tolist() == [1, 0, 300]
     assert read_program(path).metadata == {"author": "A"}
 
 
-@pytest.mark.parametrize("colour, channels, layout", [
-    ({"colorspace": "RGB"}, 3, "RGB"), ({"colorspace": "BGR"}, 3, "BGR"),
-    ({"colorspace": "", "isColor": "0"}, 1, "grayscale"),
-    ({"colorspace": "Grayscale"}, 1, "grayscale"),
-])
+@pytest.mark.parametrize(
+    "colour, channels, layout",
+    [
+        ({"colorspace": "RGB"}, 3, "RGB"),
+        ({"colorspace": "BGR"}, 3, "BGR"),
+        ({"colorspace": "", "isColor": "0"}, 1, "grayscale"),
+        ({"colorspace": "Grayscale"}, 1, "grayscale"),
+    ],
+)
 def test_an_image_has_the_layout_of_its_metadata(
-        tmp_path: Path, colour: dict, channels: int, layout: str) -> None:
+    tmp_path: Path, colour: dict, channels: int, layout: str
+) -> None:
     image = {"name": "x", "type": "Image", "width": "4", "height": "2", **colour}
     shape = f"[1, {channels}, 2, 4]"
     array = {"name": "y", "type": "MultiArray", "dataType": "Float32", "shape": shape}
-    text = f"program(1.3){{func main<ios16>(tensor<fp32, {shape}> x) " \
-           f"{{tensor<fp32, {shape}> y = relu(x = x);}} -> (y);}}"
-    path = write(tmp_path, text, {"specificationVersion": 7, "inputSchema": [image],
-                                  "outputSchema": [array]})
+    text = (
+        f"program(1.3){{func main<ios16>(tensor<fp32, {shape}> x) "
+        f"{{tensor<fp32, {shape}> y = relu(x = x);}} -> (y);}}"
+    )
+    path = write(
+        tmp_path, text, {"specificationVersion": 7, "inputSchema": [image], "outputSchema": [array]}
+    )
     (feature,) = load_package(path, runtime="reference").inputs
     assert (feature.kind, feature.layout) == ("image", layout)
     assert feature.type.shape == (1, channels, 2, 4)
 
 
 LITERALS = [
-    ("fp16", "[0x1p-24, -0x1.5p-17, 0x1.ffcp+15, -inf]",
-     np.float16([2**-24, -1.3125 * 2**-17, 65504, -np.inf])),
+    (
+        "fp16",
+        "[0x1p-24, -0x1.5p-17, 0x1.ffcp+15, -inf]",
+        np.float16([2**-24, -1.3125 * 2**-17, 65504, -np.inf]),
+    ),
     ("fp32", "[0x1p-149, 0x1.f0a3d8p-1]", np.float32([2.0**-149, 0.97])),
     ("fp64", "[1.5, -2e3]", [1.5, -2000]),
-    ("int64", "[-9223372036854775808, 7]", [-2**63, 7]), ("uint16", "[65535, 0]", [65535, 0]),
-    ("int4", "[-8, 7, 1]", [-8, 7, 1]), ("uint3", "[7, 0, 5]", [7, 0, 5]),
+    ("int64", "[-9223372036854775808, 7]", [-(2**63), 7]),
+    ("uint16", "[65535, 0]", [65535, 0]),
+    ("int4", "[-8, 7, 1]", [-8, 7, 1]),
+    ("uint3", "[7, 0, 5]", [7, 0, 5]),
     ("bool", "[true, false]", [True, False]),
     ("string", '["a\\\\n", "é"]', ("a\\n", "é")),
 ]
 
 
 @pytest.mark.parametrize("dtype, text, expected", LITERALS, ids=[item[0] for item in LITERALS])
-def test_literals_have_their_values(tmp_path: Path, dtype: str, text: str, expected: object) -> None:
+def test_literals_have_their_values(
+    tmp_path: Path, dtype: str, text: str, expected: object
+) -> None:
     kind = f"tensor<{dtype}, [{len(expected)}]>"
     path = write(tmp_path, body(f"{kind} c = const()[val = {kind}({text})];"))
     (const,) = read_program(path).functions["main"].block.operations
@@ -172,12 +204,15 @@ def test_literals_have_their_values(tmp_path: Path, dtype: str, text: str, expec
 
 # ---- what is refused
 
+
 def body(statements: str) -> str:
     return f"program(1.3){{func main<ios18>(tensor<fp32, [2]> x) {{{statements}}} -> (x);}}"
 
 
-BLOB = ("tensor<fp16, [2]> w = const()[val = tensor<fp16, [2]>(BLOBFILE(path = {}, "
-        "offset = uint64(64)))];")
+BLOB = (
+    "tensor<fp16, [2]> w = const()[val = tensor<fp16, [2]>(BLOBFILE(path = {}, "
+    "offset = uint64(64)))];"
+)
 SUM = "tensor<fp32, [2]> y = add(x = x, y = tensor<fp32, {}>({}));"
 REFUSED = {
     "empty": ("", "'the end' in line 1, expected 'program'"),
@@ -191,12 +226,18 @@ REFUSED = {
     "unknown element type": (body("tensor<f32, [2]> y = relu(x = x);"), "unknown element type"),
     "deep type": (body("list<" * 5000), "nested less deep"),
     "deep brackets": (body(SUM.format("[2]", "[" * 5000)), "an element"),
-    "huge rank": (body(f"tensor<fp32, [{'1, ' * 5000}1]> y = relu(x = x);"), "impossible tensor rank"),
+    "huge rank": (
+        body(f"tensor<fp32, [{'1, ' * 5000}1]> y = relu(x = x);"),
+        "impossible tensor rank",
+    ),
     "huge shape": (body(f"tensor<fp32, [{2**32 - 1}, {2**32 - 1}]> y = relu(x = x);"), "too large"),
     "too few elements": (body(SUM.format("[2]", "[0x1p+0]")), r"found: 1 elements for \[2\]"),
     "ragged elements": (body(SUM.format("[2, 2]", "[[1, 2, 3], [4]]")), r"found: 3 .* for \[2\]"),
     "endless integer": (body(f"int32 y = const()[val = int32({'9' * 5000})];"), "is none"),
-    "number beyond its type": (body("int8 y = const()[val = int8(128)];"), "its type cannot; found: '128'"),
+    "number beyond its type": (
+        body("int8 y = const()[val = int8(128)];"),
+        "its type cannot; found: '128'",
+    ),
     "truth that is none": (body("bool y = const()[val = bool(1)];"), "truth value"),
     "text without quotes": (body("string y = const()[val = string(a)];"), "without quotes"),
     "unknown escape": (body('string y = const()[val = string("\\q")];'), "unknown escape"),
@@ -220,24 +261,29 @@ def test_a_text_that_is_no_program_is_one_clear_error(tmp_path: Path, name: str)
 
 
 def test_a_text_of_too_many_parts_is_refused_before_it_fills_the_memory(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(mil_text, "MAX_TOKENS", 100)
     with pytest.raises(UserError, match="too many parts; found: 100 or more"):
         read_program(write(tmp_path, OLD))
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda row: row.update(type="Video"), "unknown type; found: 'Video'"),
-    (lambda row: row.update(dataType="Float8"), "dataType"),
-    (lambda row: row.update(shape="[1, 2"), "shape; found"),
-    (lambda row: row.update(shape=[2]), "shape"),
-    (lambda row: row.update(shape="[9]"), "described otherwise"),
-    (lambda row: row.update(shapeRange="[[1]]"), "shapeRange"),
-    (lambda row: row.update(name="\ud800"), "metadata.json"),
-    (lambda row: row.clear(), "unknown type"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda row: row.update(type="Video"), "unknown type; found: 'Video'"),
+        (lambda row: row.update(dataType="Float8"), "dataType"),
+        (lambda row: row.update(shape="[1, 2"), "shape; found"),
+        (lambda row: row.update(shape=[2]), "shape"),
+        (lambda row: row.update(shape="[9]"), "described otherwise"),
+        (lambda row: row.update(shapeRange="[[1]]"), "shapeRange"),
+        (lambda row: row.update(name="\ud800"), "metadata.json"),
+        (lambda row: row.clear(), "unknown type"),
+    ],
+)
 def test_metadata_that_does_not_fit_is_one_clear_error(
-        tmp_path: Path, change: Callable[[dict], object], message: str) -> None:
+    tmp_path: Path, change: Callable[[dict], object], message: str
+) -> None:
     row = {"name": "x", "type": "MultiArray", "dataType": "Float32", "shape": "[2]"}
     metadata = {"specificationVersion": 9, "inputSchema": [dict(row)], "outputSchema": [dict(row)]}
     change(metadata["inputSchema"][0])

@@ -19,14 +19,17 @@ from tests.standin import install, native
 from tests.standin.fixtures import standin as standin
 from tests.standin.packages import CACHE, CHANNELS, FUNCTIONS, accumulator, expected, single
 
-FP16_TOLERANCE = 0.02           # a few roundings of values up to 8
+FP16_TOLERANCE = 0.02  # a few roundings of values up to 8
 
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
     """accumulator (decode and prefill over one state) and single (the same decode as `main`)."""
     folder = tmp_path_factory.mktemp("packages")
-    return {"accumulator": accumulator(folder / "accumulator.mlpackage"), "single": single(folder / "single.mlpackage")}
+    return {
+        "accumulator": accumulator(folder / "accumulator.mlpackage"),
+        "single": single(folder / "single.mlpackage"),
+    }
 
 
 @pytest.fixture
@@ -37,8 +40,10 @@ def cache(tmp_path, standin):
 @pytest.fixture
 def load(packages, cache):
     """Load without the trial in a child process."""
+
     def load(name="accumulator", function=None, **options):
         return coreml.load_function(packages[name], function, cache=cache, trial=False, **options)
+
     return load
 
 
@@ -46,7 +51,9 @@ def tokens(count, seed=0):
     return np.random.default_rng(seed).standard_normal((1, CHANNELS, 1, count)).astype(np.float16)
 
 
-# -- what works ---------------------------------------------------------------------------------------------------
+# -- what works
+# --------------------------------------------------------------------------------------------------
+
 
 def test_functions_run_over_one_state_and_equal_the_formula(load):
     decode, prefill = load(function="decode"), load(function="prefill")
@@ -61,18 +68,27 @@ def test_functions_run_over_one_state_and_equal_the_formula(load):
 
 
 def test_its_answers_are_the_reference_runtimes_bit_for_bit(load, packages):
-    here, there = load(function="prefill"), reference.load_function(packages["accumulator"], "prefill")
+    here, there = (
+        load(function="prefill"),
+        reference.load_function(packages["accumulator"], "prefill"),
+    )
     states = here.make_state(), there.make_state()
     for seed in range(3):
         x = tokens(3, seed)
-        np.testing.assert_array_equal(here.predict({"x": x}, states[0])["y"], there.predict({"x": x}, states[1])["y"])
+        np.testing.assert_array_equal(
+            here.predict({"x": x}, states[0])["y"], there.predict({"x": x}, states[1])["y"]
+        )
 
 
 def test_it_describes_itself_as_the_reference_runtime_does(load, packages):
     there = reference.load_function(packages["accumulator"], "prefill")
     here = load(function="prefill")
     assert (here.name, here.inputs, here.outputs, here.states) == (
-        there.name, there.inputs, there.outputs, there.states)
+        there.name,
+        there.inputs,
+        there.outputs,
+        there.states,
+    )
     assert load().name == "decode"
 
 
@@ -87,14 +103,26 @@ def test_two_states_do_not_mix(load):
 def test_a_package_of_one_function_loads_without_naming_it_to_core_ml(load, standin):
     function = load("single")
     assert function.name == "main" and standin.log()[-1] == "load "
-    assert function.predict({"x": tokens(1)}, function.make_state())["y"].shape == (1, CHANNELS, 1, 1)
+    assert function.predict({"x": tokens(1)}, function.make_state())["y"].shape == (
+        1,
+        CHANNELS,
+        1,
+        1,
+    )
 
 
-def test_a_package_is_compiled_once_for_all_its_functions_and_processes(load, standin, cache, packages):
+def test_a_package_is_compiled_once_for_all_its_functions_and_processes(
+    load, standin, cache, packages
+):
     load(function="decode")
     load(function="prefill")
     coreml.load_function(packages["accumulator"], cache=ModelCache(cache.folder), trial=False)
-    assert standin.log() == ["compile accumulator.mlpackage", "load decode", "load prefill", "load decode"]
+    assert standin.log() == [
+        "compile accumulator.mlpackage",
+        "load decode",
+        "load prefill",
+        "load decode",
+    ]
 
 
 def test_the_neural_engine_is_the_default_and_other_units_can_be_named(load):
@@ -102,14 +130,23 @@ def test_the_neural_engine_is_the_default_and_other_units_can_be_named(load):
     assert load(units="cpu_only").model.compute_unit is ct.ComputeUnit.CPU_ONLY
 
 
-@pytest.mark.parametrize("convert", [
-    lambda x: x.astype(np.float32), lambda x: x.astype(np.float64), lambda x: np.asfortranarray(x),
-    lambda x: np.broadcast_to(x[..., :1], x.shape) * 0 + x, lambda x: x[..., ::-1][..., ::-1],
-], ids=["fp32", "fp64", "fortran order", "sum of a broadcast", "negative strides"])
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda x: x.astype(np.float32),
+        lambda x: x.astype(np.float64),
+        lambda x: np.asfortranarray(x),
+        lambda x: np.broadcast_to(x[..., :1], x.shape) * 0 + x,
+        lambda x: x[..., ::-1][..., ::-1],
+    ],
+    ids=["fp32", "fp64", "fortran order", "sum of a broadcast", "negative strides"],
+)
 def test_inputs_of_any_float_type_and_memory_order_are_taken(load, convert):
     prefill, x = load(function="prefill"), tokens(3)
     plain = prefill.predict({"x": x}, prefill.make_state())["y"]
-    np.testing.assert_array_equal(prefill.predict({"x": convert(x)}, prefill.make_state())["y"], plain)
+    np.testing.assert_array_equal(
+        prefill.predict({"x": convert(x)}, prefill.make_state())["y"], plain
+    )
 
 
 def test_whole_numbers_are_taken_for_a_float_input(load):
@@ -128,7 +165,9 @@ def test_read_only_inputs_are_taken_and_left_alone(load):
         np.testing.assert_array_equal(x, before)
 
 
-# -- what the caller gets wrong -----------------------------------------------------------------------------------
+# -- what the caller gets wrong
+# -----------------------------------------------------------------------------------
+
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="Core ML is there")
 def test_without_core_ml_the_error_points_to_the_reference_runtime(packages, tmp_path):
@@ -146,21 +185,29 @@ def test_unknown_compute_units_are_an_error_that_names_the_known(load):
         load(units="npu")
 
 
-def test_a_package_by_another_name_is_refused_before_core_ml_sees_it(packages, cache, tmp_path, standin):
+def test_a_package_by_another_name_is_refused_before_core_ml_sees_it(
+    packages, cache, tmp_path, standin
+):
     shutil.copytree(packages["single"], tmp_path / "single.model")
     with pytest.raises(UserError, match=r"name it \*\.mlpackage"):
         coreml.load_function(tmp_path / "single.model", cache=cache)
     assert standin.log() == []
 
 
-@pytest.mark.parametrize(("inputs", "message"), [
-    ({}, "needs input 'x'"),
-    ({"x": tokens(1), "z": tokens(1)}, "has no input 'z'; its inputs: x"),
-    ({"x": tokens(2)}, r"input 'x' .* wrong shape; found: \[1, 4, 1, 2\]; it takes \[1, 4, 1, 1\]"),
-    ({"x": tokens(1)[0]}, r"found: \[4, 1, 1\]"),
-    ({"x": tokens(1).astype(np.int32) + 2049}, "found: int32, with"),
-    ({"x": tokens(1).astype(np.complex64)}, "found: complex64"),
-])
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "needs input 'x'"),
+        ({"x": tokens(1), "z": tokens(1)}, "has no input 'z'; its inputs: x"),
+        (
+            {"x": tokens(2)},
+            r"input 'x' .* wrong shape; found: \[1, 4, 1, 2\]; it takes \[1, 4, 1, 1\]",
+        ),
+        ({"x": tokens(1)[0]}, r"found: \[4, 1, 1\]"),
+        ({"x": tokens(1).astype(np.int32) + 2049}, "found: int32, with"),
+        ({"x": tokens(1).astype(np.complex64)}, "found: complex64"),
+    ],
+)
 def test_inputs_that_do_not_fit_are_named(load, inputs, message):
     decode = load()
     with pytest.raises(UserError, match=message):
@@ -177,34 +224,49 @@ def test_a_state_of_another_package_or_runtime_or_none_is_refused(load, packages
         decode.predict({"x": x}, reference.load_function(packages["accumulator"]).make_state())
 
 
-# -- what Core ML gets wrong --------------------------------------------------------------------------------------
+# -- what Core ML gets wrong
+# --------------------------------------------------------------------------------------
+
 
 def test_a_compile_error_comes_with_core_mls_words_and_leaves_no_entry(load, standin, cache):
     standin.script(compile="error", messages={"compile": "compiler error: Encountered an error"})
-    with pytest.raises(UserError, match=r"could not compile .*accumulator\.mlpackage; found: .*Encountered an error"):
+    with pytest.raises(
+        UserError,
+        match=r"could not compile .*accumulator\.mlpackage; found: .*Encountered an error",
+    ):
         load()
     assert cache.entries() == []
 
 
 def test_a_load_error_comes_with_core_mls_words_and_the_usual_cause(load, standin):
-    standin.script(load="error", messages={"load": "Failed to build the model execution plan, error code: -14."})
-    with pytest.raises(UserError, match=r"could not load .*error code: -14.*Neural Engine compiler refused"):
+    standin.script(
+        load="error",
+        messages={"load": "Failed to build the model execution plan, error code: -14."},
+    )
+    with pytest.raises(
+        UserError, match=r"could not load .*error code: -14.*Neural Engine compiler refused"
+    ):
         load()
 
 
 def test_a_predict_error_names_the_function_and_not_more_than_one_line(load, standin):
     decode = load()
     standin.script(predict="error")
-    with pytest.raises(UserError, match=r"could not run function 'decode'.*scripted predict error") as caught:
+    with pytest.raises(
+        UserError, match=r"could not run function 'decode'.*scripted predict error"
+    ) as caught:
         decode.predict({"x": tokens(1)}, decode.make_state())
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("fault", "message"), [
-    ("fp32", "'y' .* was declared fp16 but computed in more; found: float32"),
-    ("missing", "'y' .* is missing; found: no outputs"),
-    ("misshapen", r"'y' .* is fp16 \[1, 4, 1, 1\]; found: shape \[4\]"),
-])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("fp32", "'y' .* was declared fp16 but computed in more; found: float32"),
+        ("missing", "'y' .* is missing; found: no outputs"),
+        ("misshapen", r"'y' .* is fp16 \[1, 4, 1, 1\]; found: shape \[4\]"),
+    ],
+)
 def test_outputs_that_are_not_what_was_declared_are_errors(load, standin, fault, message):
     decode = load()
     standin.script(predict=fault)
@@ -234,28 +296,41 @@ def test_an_input_type_the_binding_cannot_take_is_refused_at_load(load):
     assert "fp16" in coreml.PASSED_AS and "bool" not in coreml.PASSED_AS
 
 
-# -- the stand-in itself ------------------------------------------------------------------------------------------
+# -- the stand-in itself
+# ------------------------------------------------------------------------------------------
+
 
 def test_coremltools_own_mlmodel_loads_predicts_and_keeps_a_state(packages, standin):
-    model = ct.models.MLModel(str(packages["accumulator"]), function_name="prefill",
-                              compute_units=ct.ComputeUnit.CPU_AND_NE)
+    model = ct.models.MLModel(
+        str(packages["accumulator"]),
+        function_name="prefill",
+        compute_units=ct.ComputeUnit.CPU_AND_NE,
+    )
     state, x = model.make_state(), tokens(3)
     y = model.predict({"x": x}, state)["y"]
-    assert y.dtype == np.float32            # as the real binding widens
-    np.testing.assert_allclose(y, expected(x, np.zeros((1, CHANNELS, 1, CACHE)))[0], atol=FP16_TOLERANCE)
+    assert y.dtype == np.float32  # as the real binding widens
+    np.testing.assert_allclose(
+        y, expected(x, np.zeros((1, CHANNELS, 1, CACHE)))[0], atol=FP16_TOLERANCE
+    )
     state.write_state("total", np.ones((1, CHANNELS, 1, CACHE), np.float32))
     assert (state.read_state("total") == 1).all()
     with pytest.raises(RuntimeError, match="nothing"):
         state.read_state("nothing")
-    assert model.load_duration_in_nano_seconds > 0 and model.last_predict_duration_in_nano_seconds > 0
+    assert (
+        model.load_duration_in_nano_seconds > 0 and model.last_predict_duration_in_nano_seconds > 0
+    )
 
 
 def test_coremltools_own_errors_surface_through_the_stand_in(packages, standin, tmp_path):
-    compiled = ct.models.utils.compile_model(str(packages["accumulator"]), str(tmp_path / "a.mlmodelc"))
+    compiled = ct.models.utils.compile_model(
+        str(packages["accumulator"]), str(tmp_path / "a.mlmodelc")
+    )
     with pytest.raises(RuntimeError, match="embed"):
         ct.models.CompiledMLModel(compiled, function_name="embed")
     model = ct.models.CompiledMLModel(compiled)
-    with pytest.raises(RuntimeError, match="The input feature for total must be an MLState, but it was not"):
+    with pytest.raises(
+        RuntimeError, match="The input feature for total must be an MLState, but it was not"
+    ):
         model.predict({"x": tokens(1)})
     other = ct.models.CompiledMLModel(ct.models.utils.compile_model(str(packages["single"])))
     with pytest.raises(RuntimeError, match="another model"):
@@ -263,7 +338,11 @@ def test_coremltools_own_errors_surface_through_the_stand_in(packages, standin, 
     with pytest.raises(TypeError):
         native._State()
     asset = ct.models.model.MLModelAsset.from_path(compiled)
-    assert ct.models.CompiledMLModel.from_asset(asset).predict({"x": tokens(1)}, model.make_state())["y"].any()
+    assert (
+        ct.models.CompiledMLModel.from_asset(asset)
+        .predict({"x": tokens(1)}, model.make_state())["y"]
+        .any()
+    )
 
 
 def test_every_import_of_the_native_module_in_coremltools_is_bound():
@@ -278,7 +357,9 @@ def test_every_import_of_the_native_module_in_coremltools_is_bound():
             continue
         tree = ast.parse(text)
         blocks = [node for node in tree.body if isinstance(node, ast.Try)]
-        for node in [inner for block in blocks for inner in block.body if isinstance(inner, ast.ImportFrom)]:
+        for node in [
+            inner for block in blocks for inner in block.body if isinstance(inner, ast.ImportFrom)
+        ]:
             if node.module and node.module.endswith("libcoremlpython"):
                 found.setdefault(module, set()).update(alias.name for alias in node.names)
         if any(isinstance(node, ast.Name) and node.id == "_is_macos" for node in ast.walk(tree)):
@@ -300,27 +381,41 @@ def devices_of(plan):
     for name, function in plan.model_structure.program.functions.items():
         for operation in function.block.operations:
             usage = plan.get_compute_device_usage_for_mlprogram_operation(operation)
-            assert (usage is None) == (plan.get_estimated_cost_for_mlprogram_operation(operation) is None)
+            assert (usage is None) == (
+                plan.get_estimated_cost_for_mlprogram_operation(operation) is None
+            )
             if usage is not None:
                 found.setdefault((name, operation.operator_name), []).append(
-                    type(usage.preferred_compute_device).__name__)
-                assert type(usage.preferred_compute_device) in map(type, usage.supported_compute_devices)
+                    type(usage.preferred_compute_device).__name__
+                )
+                assert type(usage.preferred_compute_device) in map(
+                    type, usage.supported_compute_devices
+                )
     return found
 
 
 ENGINE, CPU, GPU = "MLNeuralEngineComputeDevice", "MLCPUComputeDevice", "MLGPUComputeDevice"
 
 
-@pytest.mark.parametrize(("name", "conv", "other"), [
-    ("all_engine", ENGINE, ENGINE), ("conv_on_cpu", CPU, ENGINE), ("function_on_gpu", ENGINE, ENGINE),
-    ("all_cpu", CPU, CPU),
-])
-def test_a_scripted_plan_reaches_coremltools_classes(packages, standin, tmp_path, name, conv, other):
+@pytest.mark.parametrize(
+    ("name", "conv", "other"),
+    [
+        ("all_engine", ENGINE, ENGINE),
+        ("conv_on_cpu", CPU, ENGINE),
+        ("function_on_gpu", ENGINE, ENGINE),
+        ("all_cpu", CPU, CPU),
+    ],
+)
+def test_a_scripted_plan_reaches_coremltools_classes(
+    packages, standin, tmp_path, name, conv, other
+):
     standin.script(plan=name)
     found = devices_of(plan_of(packages["accumulator"], tmp_path, ct.ComputeUnit.ALL))
     assert found["decode", "ios18.conv"] == [conv]
     assert set(found["decode", "ios18.reduce_sum"]) == {other}
-    assert {function for function, _ in found} == {"decode"}, "a plan covers the default function only"
+    assert {function for function, _ in found} == {"decode"}, (
+        "a plan covers the default function only"
+    )
     assert not any(operator == "const" for _, operator in found)
 
 
@@ -334,10 +429,14 @@ def test_empty_and_failing_plans_and_units_that_leave_a_device_out(packages, sta
     with pytest.raises(RuntimeError, match="scripted plan error"):
         plan_of(package, tmp_path)
     standin.script(plan={"default": "gpu"})
-    assert {name for names in devices_of(plan_of(package, tmp_path)).values() for name in names} == {CPU}
+    assert {
+        name for names in devices_of(plan_of(package, tmp_path)).values() for name in names
+    } == {CPU}
 
 
-# -- a real Mac ---------------------------------------------------------------------------------------------------
+# -- a real Mac
+# --------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.mac
 @pytest.mark.skipif(sys.platform != "darwin", reason="needs macOS and Core ML")
@@ -348,6 +447,9 @@ def test_core_ml_equals_the_reference_runtime_and_is_compiled_once(packages, tmp
     states = here.make_state(), there.make_state()
     for seed in range(3):
         x = tokens(1, seed)
-        np.testing.assert_allclose(here.predict({"x": x}, states[0])["y"], there.predict({"x": x}, states[1])["y"],
-                                   atol=FP16_TOLERANCE)
+        np.testing.assert_allclose(
+            here.predict({"x": x}, states[0])["y"],
+            there.predict({"x": x}, states[1])["y"],
+            atol=FP16_TOLERANCE,
+        )
     assert [entry.good for entry in cache.entries()] == [("decode-cpu_and_ne",)]

@@ -19,8 +19,11 @@ from ane_moe.runtime.reference.tracing import describe
 Get = Callable[[str], Path]
 
 
-def build(path: Path, offset: float, name: str = "middle", width: int = 4, overflow: bool = False) -> Path:
+def build(
+    path: Path, offset: float, name: str = "middle", width: int = 4, overflow: bool = False
+) -> Path:
     """y = softmax(relu(x + 1) * 2 + offset * [0, 1, ...]), the middle product named as asked."""
+
     @mb.program(input_specs=[mb.TensorSpec((1, width))], opset_version=ct.target.iOS17)
     def program(x):
         x = mb.relu(x=mb.add(x=x, y=np.float32(1), name="shifted"), name="active")
@@ -29,8 +32,12 @@ def build(path: Path, offset: float, name: str = "middle", width: int = 4, overf
         tilt = (offset * np.arange(width)).astype(np.float32)
         return mb.softmax(x=mb.add(x=x, y=tilt, name="tilted"), axis=-1, name="y")
 
-    ct.convert(program, minimum_deployment_target=ct.target.iOS17, skip_model_load=True,
-               compute_precision=ct.precision.FLOAT32).save(str(path))
+    ct.convert(
+        program,
+        minimum_deployment_target=ct.target.iOS17,
+        skip_model_load=True,
+        compute_precision=ct.precision.FLOAT32,
+    ).save(str(path))
     return path
 
 
@@ -46,7 +53,9 @@ def test_a_package_equals_itself(pair: tuple[Path, Path]) -> None:
     assert all(one.relative == 0 for one in result.outputs)
 
 
-def test_the_first_op_that_parts_is_found_and_a_renamed_one_is_matched_by_order(pair: tuple[Path, Path]) -> None:
+def test_the_first_op_that_parts_is_found_and_a_renamed_one_is_matched_by_order(
+    pair: tuple[Path, Path],
+) -> None:
     result = diff(Side(pair[0]), Side(pair[1]))
     assert not result.same and result.compared == 5 and result.unmatched_a == 0
     assert result.first is not None and (result.first.op, result.first.name_a) == ("add", "tilted")
@@ -55,6 +64,7 @@ def test_the_first_op_that_parts_is_found_and_a_renamed_one_is_matched_by_order(
 
 def chain(path: Path, *factors: float, tail: float = 1) -> Path:
     """y = tanh(x) * each factor in turn, * 1 * tail in the last step: a product per factor."""
+
     @mb.program(input_specs=[mb.TensorSpec((1, 4))], opset_version=ct.target.iOS17)
     def program(x):
         x = mb.tanh(x=x, name="start")
@@ -62,9 +72,14 @@ def chain(path: Path, *factors: float, tail: float = 1) -> Path:
             x = mb.mul(x=x, y=np.float32(factor), name=f"step_{index}_{factor:g}")
         return mb.relu(x=mb.add(x=x, y=np.float32(tail), name="end"), name="y")
 
-    pipeline = ct.PassPipeline.EMPTY                # which would fold the products
-    ct.convert(program, minimum_deployment_target=ct.target.iOS17, skip_model_load=True,
-               compute_precision=ct.precision.FLOAT32, pass_pipeline=pipeline).save(str(path))
+    pipeline = ct.PassPipeline.EMPTY  # which would fold the products
+    ct.convert(
+        program,
+        minimum_deployment_target=ct.target.iOS17,
+        skip_model_load=True,
+        compute_precision=ct.precision.FLOAT32,
+        pass_pipeline=pipeline,
+    ).save(str(path))
     return path
 
 
@@ -75,7 +90,7 @@ def test_two_packages_part_at_an_operation_that_only_one_of_them_has(tmp_path: P
         place = result.parts_at
         assert isinstance(place, Unmatched) and not result.same
         assert (place.side, place.op, place.name) == (owner, "mul", "step_0_3")
-        assert place.position == 1              # after tanh, before the sum, where values differ
+        assert place.position == 1  # after tanh, before the sum, where values differ
         assert result.first is not None and result.first.name_a == "end"
         lines = CliRunner().invoke(app, ["diff", *map(str, sides)]).stdout.splitlines()
         assert lines[1] == f"first apart: mul step_0_3 [1, 4]: only in {owner}, after start"
@@ -83,14 +98,16 @@ def test_two_packages_part_at_an_operation_that_only_one_of_them_has(tmp_path: P
 
 
 def test_values_that_differ_before_the_missing_operation_come_first(
-        pair: tuple[Path, Path]) -> None:
+    pair: tuple[Path, Path],
+) -> None:
     result = diff(Side(pair[0]), Side(pair[1]))
     later = Unmatched("B", "mul", "late", (1, 4), result.compared, "y")
     assert replace(result, only=(later,)).parts_at is result.first
 
 
 def test_operations_of_one_side_that_change_nothing_are_listed_and_not_apart(
-        tmp_path: Path) -> None:
+    tmp_path: Path,
+) -> None:
     paths = [chain(tmp_path / "a.mlpackage"), chain(tmp_path / "b.mlpackage", 1)]
     result = diff(Side(paths[0]), Side(paths[1]))
     assert result.same and result.parts_at is None
@@ -121,18 +138,28 @@ def test_packages_with_other_inputs_are_not_compared(pair: tuple[Path, Path], pa
 def test_values_are_matched_by_name_before_order() -> None:
     def values(*names: str) -> list:
         return [describe("add", name, np.zeros(2)) for name in names]
+
     pairs = align(values("p", "q", "r"), values("r", "s", "t"))
     assert [(a.name, b.name) for a, b in pairs] == [("p", "s"), ("q", "t"), ("r", "r")]
 
 
-@pytest.mark.parametrize("a, b, relative", [
-    ([3, 4], [3, 4.5], 0.1), ([0, 0], [0, 0], 0), ([0, 0], [0, 1], np.inf), ([np.nan, 1], [np.nan, 1], 0),
-    ([np.nan, 1], [1, 1], np.inf), ([np.inf, 1], [np.inf, 1], 0), ([np.inf, 1], [5, 1], np.inf),
-    ([1, 2], [1, 2, 3], np.inf),
-])
+@pytest.mark.parametrize(
+    "a, b, relative",
+    [
+        ([3, 4], [3, 4.5], 0.1),
+        ([0, 0], [0, 0], 0),
+        ([0, 0], [0, 1], np.inf),
+        ([np.nan, 1], [np.nan, 1], 0),
+        ([np.nan, 1], [1, 1], np.inf),
+        ([np.inf, 1], [np.inf, 1], 0),
+        ([np.inf, 1], [5, 1], np.inf),
+        ([1, 2], [1, 2, 3], np.inf),
+    ],
+)
 def test_a_difference_is_relative_to_the_first_side(a: list, b: list, relative: float) -> None:
-    assert compare(describe("add", "x", np.array(a, float)), describe("add", "x", np.array(b, float))
-                   ).relative == pytest.approx(relative)
+    assert compare(
+        describe("add", "x", np.array(a, float)), describe("add", "x", np.array(b, float))
+    ).relative == pytest.approx(relative)
 
 
 def test_random_inputs_are_the_same_for_the_same_seed() -> None:
@@ -154,7 +181,10 @@ def test_an_array_file_with_objects_is_refused(tmp_path: Path) -> None:
 
 # ---- the commands
 
-def test_diff_reports_in_json_and_exits_with_1_when_something_parts(pair: tuple[Path, Path]) -> None:
+
+def test_diff_reports_in_json_and_exits_with_1_when_something_parts(
+    pair: tuple[Path, Path],
+) -> None:
     same = CliRunner().invoke(app, ["diff", str(pair[0]), "--json"])
     assert same.exit_code == 0 and json.loads(same.stdout)["same"] is True
     apart = CliRunner().invoke(app, ["diff", *map(str, pair), "--json"])
@@ -166,7 +196,15 @@ def test_diff_reports_in_json_and_exits_with_1_when_something_parts(pair: tuple[
 def test_run_saves_its_outputs_and_a_trace_that_points_at_overflow(tmp_path: Path) -> None:
     path = build(tmp_path / "hot.mlpackage", 0.5, overflow=True)
     np.save(tmp_path / "x.npy", np.ones((1, 4), np.float32))
-    arguments = ["run", str(path), "--input", f"x={tmp_path / 'x.npy'}", "--output", str(tmp_path / "out"), "--trace"]
+    arguments = [
+        "run",
+        str(path),
+        "--input",
+        f"x={tmp_path / 'x.npy'}",
+        "--output",
+        str(tmp_path / "out"),
+        "--trace",
+    ]
     result = CliRunner().invoke(app, [*arguments, "--json"])
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
@@ -181,15 +219,30 @@ def test_run_saves_its_outputs_and_a_trace_that_points_at_overflow(tmp_path: Pat
 
 
 def test_run_draws_inputs_from_a_seed_and_picks_a_function(package: Get) -> None:
-    arguments = ["run", str(package("multifunction")), "--seed", "3", "--json", "--runtime", "reference"]
-    outputs = [json.loads(CliRunner().invoke(app, [*arguments, "--function", name]).stdout)["outputs"][0]["shape"]
-               for name in ("decode", "prefill")]
+    arguments = [
+        "run",
+        str(package("multifunction")),
+        "--seed",
+        "3",
+        "--json",
+        "--runtime",
+        "reference",
+    ]
+    outputs = [
+        json.loads(CliRunner().invoke(app, [*arguments, "--function", name]).stdout)["outputs"][0][
+            "shape"
+        ]
+        for name in ("decode", "prefill")
+    ]
     assert outputs == [[1, 16, 1, 1], [1, 16, 1, 4]]
-    missing = CliRunner().invoke(app, ["run", str(package("multifunction")), "--runtime", "reference"])
+    missing = CliRunner().invoke(
+        app, ["run", str(package("multifunction")), "--runtime", "reference"]
+    )
     assert isinstance(missing.exception, UserError) and "needs input 'x'" in str(missing.exception)
 
 
 # ---- classifiers
+
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
@@ -201,15 +254,21 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             return mb.softmax(x=mb.add(x=x, y=np.array([0, bias, 0], np.float32)), axis=-1)
 
         path = folder / f"{name}.mlpackage"
-        ct.convert(program, minimum_deployment_target=ct.target.iOS17, skip_model_load=True,
-                   compute_precision=ct.precision.FLOAT32,
-                   classifier_config=ct.ClassifierConfig(labels)).save(str(path))
+        ct.convert(
+            program,
+            minimum_deployment_target=ct.target.iOS17,
+            skip_model_load=True,
+            compute_precision=ct.precision.FLOAT32,
+            classifier_config=ct.ClassifierConfig(labels),
+        ).save(str(path))
         return path
+
     return build
 
 
 def test_running_a_classifier_shows_and_saves_its_label_and_probabilities(
-        classifier: Callable[..., Path], tmp_path: Path) -> None:
+    classifier: Callable[..., Path], tmp_path: Path
+) -> None:
     path, x = classifier("animals", ["cat", "dog", "bird"], 0), np.log([[0.2, 0.5, 0.3]])
     np.save(tmp_path / "x.npy", x.astype(np.float32))
     run = ["run", str(path), "--runtime", "reference", "--input", f"x={tmp_path / 'x.npy'}"]
@@ -225,13 +284,17 @@ def test_running_a_classifier_shows_and_saves_its_label_and_probabilities(
 
 
 def test_classifiers_are_compared_by_label_and_by_the_probability_of_each(
-        classifier: Callable[..., Path]) -> None:
+    classifier: Callable[..., Path],
+) -> None:
     x = {"x": np.array([[0, 1, 2]], np.float32)}
     animals = Side(classifier("a", ["cat", "dog", "bird"], 0))
     same, renamed = ["cat", "dog", "bird"], ["cat", "dog", "fish"]
     for name, labels, bias, least, most in (
-            ("same", same, 0, 0, 0), ("renamed", renamed, 0, np.inf, np.inf),
-            ("biased", same, 0.5, 0.01, 1), ("won", same, 2, 0.01, 2)):
+        ("same", same, 0, 0, 0),
+        ("renamed", renamed, 0, np.inf, np.inf),
+        ("biased", same, 0.5, 0.01, 1),
+        ("won", same, 2, 0.01, 2),
+    ):
         label, probabilities = diff(animals, Side(classifier(name, labels, bias)), x).outputs
         assert label.relative == (np.inf if name in ("renamed", "won") else 0)
         assert least <= probabilities.relative <= most

@@ -1,4 +1,5 @@
-"""The expert cache over real multi-function packages, as coremltools' own `save_multifunction` makes them."""
+"""The expert cache over real multi-function packages, as coremltools' own `save_multifunction`
+makes them."""
 
 import shutil
 from dataclasses import replace
@@ -17,7 +18,7 @@ from tests.runtime.numpy_shards import D, expert_function, make_manifest
 
 EXPERTS, WIDTH, BUCKETS = 3, 20, (1, 4)
 PATH = "experts/layer_00.mlpackage"
-WEIGHT_BYTES = 4 * (3 * D * WIDTH)      # the reference runtime holds fp32
+WEIGHT_BYTES = 4 * (3 * D * WIDTH)  # the reference runtime holds fp32
 
 
 class Expert(torch.nn.Module):
@@ -43,12 +44,20 @@ def folder(tmp_path_factory):
     for e in range(EXPERTS):
         for tokens in BUCKETS:
             inputs = {"ffn_input": (1, D, 1, tokens), "gate": (1, 1, 1, tokens)}
-            traced = torch.jit.trace(Expert(e).eval(), tuple(torch.zeros(shape) for shape in inputs.values()))
+            traced = torch.jit.trace(
+                Expert(e).eval(), tuple(torch.zeros(shape) for shape in inputs.values())
+            )
             part = folder / f"{e}_{tokens}.mlpackage"
-            ct.convert(traced, inputs=[ct.TensorType(name=name, shape=shape, dtype=np.float16)
-                                       for name, shape in inputs.items()],
-                       outputs=[ct.TensorType(name="y", dtype=np.float16)], skip_model_load=True,
-                       minimum_deployment_target=ct.target.iOS18).save(str(part))
+            ct.convert(
+                traced,
+                inputs=[
+                    ct.TensorType(name=name, shape=shape, dtype=np.float16)
+                    for name, shape in inputs.items()
+                ],
+                outputs=[ct.TensorType(name="y", dtype=np.float16)],
+                skip_model_load=True,
+                minimum_deployment_target=ct.target.iOS18,
+            ).save(str(part))
             description.add_function(str(part), "main", f"expert_{e:03d}_t{tokens}")
     description.default_function_name = "expert_000_t1"
     ct.utils.save_multifunction(description, str(folder / PATH))
@@ -56,7 +65,9 @@ def folder(tmp_path_factory):
 
 
 def manifest():
-    functions = tuple(expert_function(f"expert_{e:03d}_t{t}", t, (e,)) for e in range(EXPERTS) for t in BUCKETS)
+    functions = tuple(
+        expert_function(f"expert_{e:03d}_t{t}", t, (e,)) for e in range(EXPERTS) for t in BUCKETS
+    )
     shard = Shard(PATH, "experts", 0, functions)
     return replace(make_manifest((None,), routing="sparse"), shards=(shard,))
 
@@ -69,13 +80,20 @@ def cache_of(folder, limit_bytes=None):
 def test_dispatch_equals_the_modules_the_packages_were_made_from(folder, tokens, concurrency):
     rng = np.random.default_rng(tokens)
     x = rng.normal(size=(D, tokens)).astype(np.float16)
-    gates = (rng.random((EXPERTS, tokens)) * (rng.random((EXPERTS, tokens)) < 0.6)).astype(np.float16)
+    gates = (rng.random((EXPERTS, tokens)) * (rng.random((EXPERTS, tokens)) < 0.6)).astype(
+        np.float16
+    )
     dispatch = ExpertDispatch(expert_layers(manifest()), cache_of(folder), concurrency)
     total = np.zeros((D, tokens), np.float32)
     dispatch.add(0, dispatch.chosen(0, gates), x, gates, total, CallClock(PhaseFigures()))
     with torch.no_grad():
-        expected = sum(Expert(e)(torch.tensor(x, dtype=torch.float32)[None, :, None], torch.tensor(
-            gates[e], dtype=torch.float32)[None, None, None])[0, :, 0].numpy() for e in range(EXPERTS))
+        expected = sum(
+            Expert(e)(
+                torch.tensor(x, dtype=torch.float32)[None, :, None],
+                torch.tensor(gates[e], dtype=torch.float32)[None, None, None],
+            )[0, :, 0].numpy()
+            for e in range(EXPERTS)
+        )
     np.testing.assert_allclose(total, expected, atol=5e-3)
 
 
@@ -87,13 +105,18 @@ def test_a_loaded_function_counts_with_its_own_expert_alone(folder):
 
 def test_a_limit_below_one_expert_is_refused(folder):
     cache = cache_of(folder, WEIGHT_BYTES - 1)
-    with pytest.raises(UserError, match="smaller than one expert"), cache.hold(FunctionKey(PATH, "expert_000_t1")):
+    with (
+        pytest.raises(UserError, match="smaller than one expert"),
+        cache.hold(FunctionKey(PATH, "expert_000_t1")),
+    ):
         pass
 
 
 def test_a_function_the_manifest_names_and_the_package_lacks_is_an_error(folder):
-    with pytest.raises(UserError, match="lacks an expert function"), \
-            cache_of(folder).hold(FunctionKey(PATH, "expert_003_t1")):
+    with (
+        pytest.raises(UserError, match="lacks an expert function"),
+        cache_of(folder).hold(FunctionKey(PATH, "expert_003_t1")),
+    ):
         pass
 
 

@@ -1,4 +1,5 @@
-"""Dispatched experts against the same decoder with its experts in one graph, and against a whole-text oracle."""
+"""Dispatched experts against the same decoder with its experts in one graph, and against a
+whole-text oracle."""
 
 import threading
 from dataclasses import replace
@@ -28,13 +29,15 @@ from tests.runtime.numpy_shards import (
     make_shards,
 )
 
-TOLERANCE = 0.05            # fp16 activations against fp64, on logits of about unit variance
+TOLERANCE = 0.05  # fp16 activations against fp64, on logits of about unit variance
 K = 2
 
 
 def sparse(windows=(None, None), k=K, cache=None, session=None, **options):
     decoder = Decoder(windows, k=k)
-    shards = make_shards(decoder, make_manifest(windows, routing="sparse", **options), **(cache or {}))
+    shards = make_shards(
+        decoder, make_manifest(windows, routing="sparse", **options), **(cache or {})
+    )
     return decoder, Session(shards, **(session or {}))
 
 
@@ -43,23 +46,46 @@ def tokens(count, seed=0):
 
 
 def dispatch_of(decoder, manifest, concurrency=1, **cache_options):
-    return ExpertDispatch(expert_layers(manifest), make_cache(decoder, manifest, **cache_options), concurrency)
+    return ExpertDispatch(
+        expert_layers(manifest), make_cache(decoder, manifest, **cache_options), concurrency
+    )
 
 
-@given(count=st.integers(1, 30), k=st.integers(1, EXPERTS), group=st.integers(1, 3), parts=st.integers(1, 2),
-       buckets=st.sampled_from([(1,), (1, 4), (1, 2, 16), (3, 5)]), layout=st.sampled_from(["bc1s", "bct1"]),
-       shared=st.booleans(), concurrency=st.sampled_from([1, 3]))
+@given(
+    count=st.integers(1, 30),
+    k=st.integers(1, EXPERTS),
+    group=st.integers(1, 3),
+    parts=st.integers(1, 2),
+    buckets=st.sampled_from([(1,), (1, 4), (1, 2, 16), (3, 5)]),
+    layout=st.sampled_from(["bc1s", "bct1"]),
+    shared=st.booleans(),
+    concurrency=st.sampled_from([1, 3]),
+)
 @settings(max_examples=80, deadline=None)
-def test_every_token_gets_exactly_its_experts(count, k, group, parts, buckets, layout, shared, concurrency):
+def test_every_token_gets_exactly_its_experts(
+    count, k, group, parts, buckets, layout, shared, concurrency
+):
     decoder = Decoder((None,))
-    manifest = make_manifest((None,), routing="sparse", group=group, parts=parts, buckets=buckets, layout=layout,
-                             shared=shared)
-    w, x = decoder.layers[0], np.random.default_rng(count).normal(size=(D, count)).astype(np.float16)
+    manifest = make_manifest(
+        (None,),
+        routing="sparse",
+        group=group,
+        parts=parts,
+        buckets=buckets,
+        layout=layout,
+        shared=shared,
+    )
+    w, x = (
+        decoder.layers[0],
+        np.random.default_rng(count).normal(size=(D, count)).astype(np.float16),
+    )
     g = gates(w, x.astype(np.float64), k).astype(np.float16)
     dispatch = dispatch_of(decoder, manifest, concurrency)
     total = np.ones((D, count), np.float32)
     dispatch.add(0, dispatch.chosen(0, g), x, g, total, CallClock(PhaseFigures()))
-    expected = 1 + sum(expert(w, e, x.astype(np.float64)) * g[e].astype(np.float64) for e in range(EXPERTS))
+    expected = 1 + sum(
+        expert(w, e, x.astype(np.float64)) * g[e].astype(np.float64) for e in range(EXPERTS)
+    )
     np.testing.assert_allclose(total, expected + (x / 2 if shared else 0), atol=2e-2)
 
 
@@ -68,10 +94,18 @@ GROUPS = ((0, 3), (1, 4), (2,))
 
 def with_groups(manifest, groups=GROUPS):
     """The manifest with its one expert package cut into groups that are no neighbours."""
-    functions = tuple(expert_function(f"expert_{name[0]:03d}_t{count}", count, group)
-                      for name, group in zip(GROUPS, groups, strict=False) for count in (1, 4))
-    return replace(manifest, shards=tuple(replace(shard, functions=functions) if shard.kind == "experts" else shard
-                                          for shard in manifest.shards))
+    functions = tuple(
+        expert_function(f"expert_{name[0]:03d}_t{count}", count, group)
+        for name, group in zip(GROUPS, groups, strict=False)
+        for count in (1, 4)
+    )
+    return replace(
+        manifest,
+        shards=tuple(
+            replace(shard, functions=functions) if shard.kind == "experts" else shard
+            for shard in manifest.shards
+        ),
+    )
 
 
 @given(count=st.integers(1, 12), k=st.integers(1, EXPERTS))
@@ -79,30 +113,44 @@ def with_groups(manifest, groups=GROUPS):
 def test_groups_of_experts_that_are_no_neighbours_get_their_own_gates(count, k):
     decoder = Decoder((None,))
     manifest = with_groups(make_manifest((None,), routing="sparse", group=2, parts=1))
-    w, x = decoder.layers[0], np.random.default_rng(count).normal(size=(D, count)).astype(np.float16)
+    w, x = (
+        decoder.layers[0],
+        np.random.default_rng(count).normal(size=(D, count)).astype(np.float16),
+    )
     g = gates(w, x.astype(np.float64), k).astype(np.float16)
     dispatch = dispatch_of(decoder, manifest)
     total = np.zeros((D, count), np.float32)
     dispatch.add(0, dispatch.chosen(0, g), x, g, total, CallClock(PhaseFigures()))
-    expected = sum(expert(w, e, x.astype(np.float64)) * g[e].astype(np.float64) for e in range(EXPERTS))
+    expected = sum(
+        expert(w, e, x.astype(np.float64)) * g[e].astype(np.float64) for e in range(EXPERTS)
+    )
     np.testing.assert_allclose(total, expected, atol=2e-2)
     assert [group.experts for group in dispatch.layers[0].groups_of([4, 3])] == [(0, 3), (1, 4)]
 
 
-@pytest.mark.parametrize("groups", [((0, 3), (1, 4), (2, 2)), ((0, 3), (1, 4), (3,)), ((3, 0), (1, 4), (2,)), ((),)])
+@pytest.mark.parametrize(
+    "groups", [((0, 3), (1, 4), (2, 2)), ((0, 3), (1, 4), (3,)), ((3, 0), (1, 4), (2,)), ((),)]
+)
 def test_groups_that_do_not_fit_the_package_are_refused(groups):
     manifest = with_groups(make_manifest((None,), routing="sparse", group=2, parts=1), groups)
     with pytest.raises(UserError, match="do not fit together"):
         expert_layers(manifest)
 
 
-@given(length=st.integers(1, 40), state=st.sampled_from(["mlstate", "explicit"]), group=st.integers(1, 3),
-       by=st.sampled_from(["prefill", "decode"]), parts=st.integers(1, 2))
+@given(
+    length=st.integers(1, 40),
+    state=st.sampled_from(["mlstate", "explicit"]),
+    group=st.integers(1, 3),
+    by=st.sampled_from(["prefill", "decode"]),
+    parts=st.integers(1, 2),
+)
 @settings(max_examples=30, deadline=None)
 def test_a_session_with_dispatched_experts_computes_the_model(length, state, group, by, parts):
     decoder, session = sparse((None, 4), k=EXPERTS, state=state, group=group, parts=parts)
     ids = tokens(length)
-    np.testing.assert_allclose(session.prefill_logits(ids, by=by), decoder.logits(ids), atol=TOLERANCE)
+    np.testing.assert_allclose(
+        session.prefill_logits(ids, by=by), decoder.logits(ids), atol=TOLERANCE
+    )
 
 
 def test_greedy_ids_are_those_of_masked_routing():
@@ -117,15 +165,23 @@ def test_greedy_ids_are_those_of_masked_routing():
     assert ids_of(sparse()[1]) == ids_of(masked)
 
 
-@pytest.mark.parametrize("options", [
-    {"session": {"concurrency": 2}}, {"session": {"concurrency": 5}}, {"cache": {"limit_bytes": 1000}},
-    {"cache": {"limit_bytes": 1000}, "session": {"concurrency": 4}},
-    {"cache": {"limit_bytes": 3500}, "session": {"predictor": "previous"}},
-    {"cache": {"limit_bytes": 1000}, "session": {"predictor": "previous", "concurrency": 3}}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"session": {"concurrency": 2}},
+        {"session": {"concurrency": 5}},
+        {"cache": {"limit_bytes": 1000}},
+        {"cache": {"limit_bytes": 1000}, "session": {"concurrency": 4}},
+        {"cache": {"limit_bytes": 3500}, "session": {"predictor": "previous"}},
+        {"cache": {"limit_bytes": 1000}, "session": {"predictor": "previous", "concurrency": 3}},
+    ],
+)
 def test_results_do_not_depend_on_how_experts_are_loaded_and_run(options):
     def run(session):
         first = session.prefill(tokens(11)).copy()
-        return np.stack([first, *(session.decode(identifier).copy() for identifier in tokens(9, 1))])
+        return np.stack(
+            [first, *(session.decode(identifier).copy() for identifier in tokens(9, 1))]
+        )
 
     np.testing.assert_array_equal(run(sparse(**options)[1]), run(sparse()[1]))
 
@@ -134,17 +190,24 @@ def test_a_decode_step_calls_and_loads_k_experts_per_layer():
     _, session = sparse()
     session.decode(3)
     assert session.figures.decode.kinds["experts"].calls == 2 * K
-    assert session.figures.cache.misses == 2 * K and session.figures.cache.bytes_loaded == 2 * K * 1000
+    assert (
+        session.figures.cache.misses == 2 * K and session.figures.cache.bytes_loaded == 2 * K * 1000
+    )
 
 
 def test_the_cache_stays_inside_its_limit_and_counts():
-    _, session = sparse(cache={"limit_bytes": 3000}, session={"concurrency": 3, "predictor": "previous"})
+    _, session = sparse(
+        cache={"limit_bytes": 3000}, session={"concurrency": 3, "predictor": "previous"}
+    )
     for identifier in tokens(30):
         session.decode(identifier)
     cache, figures = session.shards.cache, session.figures.cache
     cache.settle()
     assert figures.bytes_peak <= 3000 and figures.evictions > 0
-    assert figures.hits + figures.late + figures.misses == session.figures.decode.kinds["experts"].calls
+    assert (
+        figures.hits + figures.late + figures.misses
+        == session.figures.decode.kinds["experts"].calls
+    )
     assert figures.bytes_loaded == 1000 * len(cache.loads)
 
 
@@ -154,7 +217,12 @@ def test_least_recently_used_functions_leave_first():
     for name in "abacab":
         with cache.hold(FunctionKey("p", name)):
             pass
-    assert loads == ["a", "b", "c", "b"]            # c pushes b out, b pushes c out, a is always the more recent
+    assert loads == [
+        "a",
+        "b",
+        "c",
+        "b",
+    ]  # c pushes b out, b pushes c out, a is always the more recent
     assert cache.figures.hits == 2 and cache.figures.evictions == 2
 
 
@@ -203,9 +271,13 @@ def test_a_predictor_is_scored_against_what_the_gates_chose():
     _, session = sparse(session={"predictor": "previous"})
     for _ in range(5):
         session.reset()
-        session.decode(7)                           # the same token at the same place: the same experts
+        session.decode(7)  # the same token at the same place: the same experts
     prefetch = session.figures.prefetch
-    assert (prefetch.needed, prefetch.predicted, prefetch.right) == (18, 16, 16)    # all but the very first guess
+    assert (prefetch.needed, prefetch.predicted, prefetch.right) == (
+        18,
+        16,
+        16,
+    )  # all but the very first guess
 
 
 def test_the_next_layers_router_is_right_where_nothing_is_added_in_between(tmp_path):
@@ -216,8 +288,14 @@ def test_the_next_layers_router_is_right_where_nothing_is_added_in_between(tmp_p
     names = [f"router_{layer:02d}.bin" for layer in manifest.layers]
     for name, w in zip(names, decoder.layers, strict=True):
         w["router"].astype("<f2").tofile(tmp_path / name)
-    manifest = replace(manifest, files=dict.fromkeys(names, ""), moe={
-        str(layer): {"experts": EXPERTS, "k": K, "router": name} for layer, name in enumerate(names)})
+    manifest = replace(
+        manifest,
+        files=dict.fromkeys(names, ""),
+        moe={
+            str(layer): {"experts": EXPERTS, "k": K, "router": name}
+            for layer, name in enumerate(names)
+        },
+    )
     figures = {}
     for name in ("previous", "router"):
         session = Session(replace(make_shards(decoder, manifest), folder=tmp_path), predictor=name)
@@ -225,7 +303,9 @@ def test_the_next_layers_router_is_right_where_nothing_is_added_in_between(tmp_p
             session.decode(identifier)
         figures[name] = session.figures.prefetch
         assert figures[name].needed == (3 * 40 - 1) * K
-    assert figures["router"].right >= 2 * 40 * K            # two layers of three; the first can only look back
+    assert (
+        figures["router"].right >= 2 * 40 * K
+    )  # two layers of three; the first can only look back
     assert figures["router"].hit_rate > figures["previous"].hit_rate
 
 
@@ -246,20 +326,30 @@ def test_buckets_hold_every_token_once_and_are_the_smallest_that_do(n, buckets):
     pieces = list(group.pieces(np.arange(n)))
     assert np.concatenate([piece for piece, _ in pieces]).tolist() == list(range(n))
     for piece, bucket in pieces:
-        assert len(piece) <= bucket and not any(len(piece) <= smaller < bucket for smaller in buckets)
+        assert len(piece) <= bucket and not any(
+            len(piece) <= smaller < bucket for smaller in buckets
+        )
 
 
 def test_an_expert_that_no_package_holds_is_an_error():
     decoder, manifest = Decoder((None,)), make_manifest((None,), routing="sparse", parts=1)
-    shards = tuple(s if s.kind != "experts" else
-                   Shard(s.path, s.kind, s.layer, s.functions[:-2]) for s in manifest.shards)
+    shards = tuple(
+        s if s.kind != "experts" else Shard(s.path, s.kind, s.layer, s.functions[:-2])
+        for s in manifest.shards
+    )
     object.__setattr__(manifest, "shards", shards)
     dispatch = dispatch_of(decoder, manifest)
     g = np.zeros((EXPERTS, 1), np.float16)
     g[EXPERTS - 1] = 1
     with pytest.raises(UserError, match=f"no package holds.*{EXPERTS - 1}"):
-        dispatch.add(0, dispatch.chosen(0, g), np.zeros((D, 1), np.float16), g, np.zeros((D, 1), np.float32),
-                     CallClock(PhaseFigures()))
+        dispatch.add(
+            0,
+            dispatch.chosen(0, g),
+            np.zeros((D, 1), np.float16),
+            g,
+            np.zeros((D, 1), np.float32),
+            CallClock(PhaseFigures()),
+        )
 
 
 @pytest.mark.parametrize("session", [{}, {"concurrency": 3}, {"predictor": "previous"}])
@@ -277,13 +367,19 @@ def test_a_cache_smaller_than_one_expert_is_an_error(session):
         sparse(cache={"limit_bytes": 999}, session=session)[1].decode(3)
 
 
-@pytest.mark.parametrize("functions, message", [
-    ([("a", 1, (0,)), ("b", 1, (1,)), ("c", 4, (1,))], "lacks an expert function"),
-    ([("a", 1, (0, 1)), ("b", 1, (1,))], "do not fit together"),
-    ([("shared_t1", 1)], "do not fit together")])
+@pytest.mark.parametrize(
+    "functions, message",
+    [
+        ([("a", 1, (0,)), ("b", 1, (1,)), ("c", 4, (1,))], "lacks an expert function"),
+        ([("a", 1, (0, 1)), ("b", 1, (1,))], "do not fit together"),
+        ([("shared_t1", 1)], "do not fit together"),
+    ],
+)
 def test_a_package_whose_functions_do_not_match_its_experts_is_refused(functions, message):
     manifest = make_manifest((None,), routing="sparse")
-    shard = Shard("experts/layer_00.mlpackage", "experts", 0, tuple(expert_function(*f) for f in functions))
+    shard = Shard(
+        "experts/layer_00.mlpackage", "experts", 0, tuple(expert_function(*f) for f in functions)
+    )
     object.__setattr__(manifest, "shards", (shard,))
     with pytest.raises(UserError, match=message):
         expert_layers(manifest)

@@ -43,8 +43,9 @@ def relu():
     def program(x):
         return mb.relu(x=x, name="y")
 
-    return ct.convert(program, compute_precision=ct.precision.FLOAT32,
-                      minimum_deployment_target=ct.target.iOS16)
+    return ct.convert(
+        program, compute_precision=ct.precision.FLOAT32, minimum_deployment_target=ct.target.iOS16
+    )
 
 
 def test_coremltools_comparison_predicts_and_rejects_a_wrong_output(comparison, standin):
@@ -68,15 +69,31 @@ def test_messages_that_differ_in_names_and_numbers_are_of_one_kind():
     with pytest.raises(AssertionError) as wrong:
         np.testing.assert_allclose(np.zeros(3), np.arange(3.0), rtol=1e-3)
     assert kind(f"AssertionError: {wrong.value}") == (
-        "AssertionError: Not equal to tolerance rtol=N, atol=N")
+        "AssertionError: Not equal to tolerance rtol=N, atol=N"
+    )
 
 
 def test_every_outcome_that_pytest_reports_is_counted_once(tmp_path):
     (tmp_path / "test_suite.py").write_text(SUITE)
     report = tmp_path / "report.xml"
-    subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir",
-                    str(tmp_path), "--junitxml", str(report), "test_suite.py"],
-                   cwd=tmp_path, capture_output=True, check=False)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--rootdir",
+            str(tmp_path),
+            "--junitxml",
+            str(report),
+            "test_suite.py",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        check=False,
+    )
     result = read_report(report, predictions=1)
     assert (result.passed, result.skipped, result.failed) == (1, 2, 3)
     counts = {text: len(tests) for text, tests in result.failures.items()}

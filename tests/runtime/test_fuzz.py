@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mutations import SEEDS, damaged_copy, exercise
 
-MAX_GROWTH_BYTES = 400 << 20        # of the process, over all examples
+MAX_GROWTH_BYTES = 400 << 20  # of the process, over all examples
 
 
 @pytest.fixture(scope="module")

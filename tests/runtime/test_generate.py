@@ -1,4 +1,5 @@
-"""Generation against a plain loop, text streaming against the tokenizers' own decoding of all ids at once."""
+"""Generation against a plain loop, text streaming against the tokenizers' own decoding of all ids
+at once."""
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def test_a_full_context_is_an_end_with_every_position_used():
     session = session_of(context=40)
     result = _run(generate(session, PROMPT, GenerateOptions(max_tokens=1000)))
     assert result.finish_reason == "context" and session.room == 0
-    assert len(result.ids) == 40 - len(PROMPT) + 1              # the last one need not be taken in
+    assert len(result.ids) == 40 - len(PROMPT) + 1  # the last one need not be taken in
 
 
 def test_an_end_of_text_id_ends_without_text():
@@ -57,7 +58,7 @@ def test_an_end_of_text_id_ends_without_text():
     object.__setattr__(session.manifest, "eos_ids", (greedy[3],))
     result = _run(generate(session, PROMPT, GenerateOptions(10), letters))
     first = greedy.index(greedy[3])
-    assert (result.ids, result.finish_reason) == (greedy[:first + 1], "eos")
+    assert (result.ids, result.finish_reason) == (greedy[: first + 1], "eos")
     assert result.text == letters(greedy[:first])
 
 
@@ -65,10 +66,12 @@ def test_an_end_of_text_id_ends_without_text():
 @settings(max_examples=20, deadline=None)
 def test_a_stop_string_ends_the_text_before_itself(at, size):
     whole = _run(generate(session_of(), PROMPT, GenerateOptions(20, 1.0, 1.0, 1), letters)).text
-    stop = whole[at:at + size]
-    generation = generate(session_of(), PROMPT, GenerateOptions(20, 1.0, 1.0, 1, (stop, "never")), letters)
+    stop = whole[at : at + size]
+    generation = generate(
+        session_of(), PROMPT, GenerateOptions(20, 1.0, 1.0, 1, (stop, "never")), letters
+    )
     streamed = "".join(piece.text for piece in generation)
-    assert streamed == generation.result().text == whole[:whole.index(stop)]
+    assert streamed == generation.result().text == whole[: whole.index(stop)]
     assert generation.result().finish_reason == "stop"
 
 
@@ -80,9 +83,15 @@ def test_a_generation_left_halfway_says_what_it_has():
     assert result.ids == [piece.id for piece in pieces] and result.figures.decode.tokens == 2
 
 
-@pytest.mark.parametrize("options, message", [
-    (GenerateOptions(max_tokens=0), "max-tokens"), (GenerateOptions(stop=("",)), "empty"),
-    (GenerateOptions(stop=("x",)), "need a tokenizer"), (GenerateOptions(temperature=-1), "temperature")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (GenerateOptions(max_tokens=0), "max-tokens"),
+        (GenerateOptions(stop=("",)), "empty"),
+        (GenerateOptions(stop=("x",)), "need a tokenizer"),
+        (GenerateOptions(temperature=-1), "temperature"),
+    ],
+)
 def test_senseless_options_are_refused_before_any_call(options, message):
     session = session_of()
     with pytest.raises(UserError, match=message):
@@ -90,7 +99,9 @@ def test_senseless_options_are_refused_before_any_call(options, message):
     assert session.figures.prefill.calls == 0
 
 
-@pytest.mark.parametrize("prompt, message", [([], "no tokens"), ([VOCAB], "vocabulary"), ([1] * 41, "context")])
+@pytest.mark.parametrize(
+    "prompt, message", [([], "no tokens"), ([VOCAB], "vocabulary"), ([1] * 41, "context")]
+)
 def test_prompts_that_cannot_be_taken_in_are_refused(prompt, message):
     with pytest.raises(UserError, match=message):
         next(iter(generate(session_of(), prompt)))
@@ -102,8 +113,14 @@ def byte_level():
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(["the cat sat on the mat, été"] * 3, trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.train_from_iterator(
+        ["the cat sat on the mat, été"] * 3,
+        trainers.BpeTrainer(
+            vocab_size=300,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     return tokenizer
 
 
@@ -111,10 +128,18 @@ def byte_level():
 def byte_fallback():
     """Metaspace with byte fallback, as Llama-like tokenizers decode."""
     vocabulary = {"<unk>": 0, **{f"<0x{byte:02X}>": byte + 1 for byte in range(256)}}
-    vocabulary |= {token: 257 + index for index, token in enumerate(["▁", "▁the", "▁cat", "a", "b", "é"])}
+    vocabulary |= {
+        token: 257 + index for index, token in enumerate(["▁", "▁the", "▁cat", "a", "b", "é"])
+    }
     tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                           decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     return tokenizer
 
 
@@ -138,12 +163,18 @@ def test_ids_that_are_no_valid_text_still_stream_to_the_whole_decoding(byte_leve
     assert "".join(_streamed(byte_level.decode, ids)[0]) == byte_level.decode(ids)
 
 
-@given(text=st.text(alphabet="ab日é🙂", max_size=20), words=st.lists(st.sampled_from(["▁the", "▁cat"]), max_size=5))
+@given(
+    text=st.text(alphabet="ab日é🙂", max_size=20),
+    words=st.lists(st.sampled_from(["▁the", "▁cat"]), max_size=5),
+)
 @settings(max_examples=50, deadline=None)
 def test_leading_spaces_and_byte_fallback_survive_streaming(byte_fallback, text, words):
     ids = [byte_fallback.token_to_id(word) for word in words] + [byte + 1 for byte in text.encode()]
     prompt = [byte_fallback.token_to_id("▁the")]
-    assert "".join(_streamed(byte_fallback.decode, ids, prompt)[0]) == byte_fallback.decode(prompt + ids)[len("the"):]
+    assert (
+        "".join(_streamed(byte_fallback.decode, ids, prompt)[0])
+        == byte_fallback.decode(prompt + ids)[len("the") :]
+    )
 
 
 def test_text_that_only_looks_like_a_stop_string_is_given_out_in_the_end():
@@ -152,7 +183,9 @@ def test_text_that_only_looks_like_a_stop_string_is_given_out_in_the_end():
 
 
 def test_temperature_zero_ignores_the_seed():
-    one, other = (_run(generate(session_of(), PROMPT, GenerateOptions(10, seed=seed))).ids for seed in (1, 2))
+    one, other = (
+        _run(generate(session_of(), PROMPT, GenerateOptions(10, seed=seed))).ids for seed in (1, 2)
+    )
     np.testing.assert_array_equal(one, other)
 
 

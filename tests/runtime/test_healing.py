@@ -1,4 +1,5 @@
-"""A prompt that ends in white space: its last token is taken back and completed by the first new one."""
+"""A prompt that ends in white space: its last token is taken back and completed by the first new
+one."""
 
 import numpy as np
 import pytest
@@ -40,5 +41,7 @@ def test_only_allowed_tokens_come_first():
     plain = [piece.id for piece in generate(Session(shards), [3, 1], GenerateOptions(max_tokens=1))]
     allowed = np.ones(VOCAB, bool)
     allowed[plain[0]] = False
-    healed = generate(Session(shards), [3, 1], GenerateOptions(max_tokens=1), begun=Begun(4, allowed))
+    healed = generate(
+        Session(shards), [3, 1], GenerateOptions(max_tokens=1), begun=Begun(4, allowed)
+    )
     assert [piece.id for piece in healed] != plain

@@ -33,6 +33,7 @@ def image(layout: str, channels: int = 3) -> Feature:
 
 # ---- element types
 
+
 @pytest.mark.parametrize("declared", ["int8", "int32", "fp16", "fp32"])
 @pytest.mark.parametrize("given", [np.float16, np.float32, np.float64, np.uint8, np.int64])
 def test_whole_numbers_that_fit_are_taken_in_any_numeric_type(declared: str, given: type) -> None:
@@ -40,15 +41,30 @@ def test_whole_numbers_that_fit_are_taken_in_any_numeric_type(declared: str, giv
     assert taken(declared, np.array(values, given)).tolist() == values
 
 
-@pytest.mark.parametrize("declared, value", [
-    ("int32", 1.5), ("int32", np.nan), ("int32", np.inf), ("int32", 2.0**31), ("int32", 2**40),
-    ("int8", 128), ("int8", -129.0), ("fp16", 2049), ("fp16", 70000), ("fp32", 2**24 + 1),
-])
+@pytest.mark.parametrize(
+    "declared, value",
+    [
+        ("int32", 1.5),
+        ("int32", np.nan),
+        ("int32", np.inf),
+        ("int32", 2.0**31),
+        ("int32", 2**40),
+        ("int8", 128),
+        ("int8", -129.0),
+        ("fp16", 2049),
+        ("fp16", 70000),
+        ("fp32", 2**24 + 1),
+    ],
+)
 def test_values_that_the_declared_type_does_not_hold_are_refused_with_the_cast_that_would_do(
-        declared: str, value: float) -> None:
+    declared: str, value: float
+) -> None:
     numpy_name = declared.replace("fp", "float")
-    with pytest.raises(UserError, match=rf"with {value} among its values; it takes {declared}: "
-                                        rf"cast it with \.astype\(numpy\.{numpy_name}\)"):
+    with pytest.raises(
+        UserError,
+        match=rf"with {value} among its values; it takes {declared}: "
+        rf"cast it with \.astype\(numpy\.{numpy_name}\)",
+    ):
         taken(declared, np.array([1, value]))
 
 
@@ -59,15 +75,20 @@ def test_what_is_not_a_number_is_refused(given: np.ndarray) -> None:
 
 
 def test_an_integer_input_may_be_the_float32_that_coremltools_own_tests_send(
-        tmp_path: Path) -> None:
+    tmp_path: Path,
+) -> None:
     specs = [mb.TensorSpec((4, 3)), mb.TensorSpec((2,), dtype=types.int32)]
 
     @mb.program(input_specs=specs, opset_version=ct.target.iOS16)
     def program(x, begin):
         return mb.slice_by_size(x=x, begin=begin, size=[2, 2], name="y")
 
-    ct.convert(program, minimum_deployment_target=ct.target.iOS16, skip_model_load=True,
-               compute_precision=ct.precision.FLOAT32).save(str(tmp_path / "slice.mlpackage"))
+    ct.convert(
+        program,
+        minimum_deployment_target=ct.target.iOS16,
+        skip_model_load=True,
+        compute_precision=ct.precision.FLOAT32,
+    ).save(str(tmp_path / "slice.mlpackage"))
     function = load_package(tmp_path / "slice.mlpackage", runtime="reference")
     x = np.arange(12).reshape(4, 3)
     for begin in (np.array([1, 1], np.int32), np.array([1, 1], np.float32)):
@@ -86,7 +107,7 @@ def test_the_declared_shape_the_enumerated_ones_or_the_range_decide_which_shapes
 
 # ---- images
 
-PICTURE = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)       # height 2, width 4, red green blue
+PICTURE = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)  # height 2, width 4, red green blue
 
 
 def test_a_picture_is_brought_into_the_layout_of_the_program() -> None:
@@ -102,15 +123,19 @@ def test_pixels_in_the_programs_own_shape_are_taken_as_they_are() -> None:
     assert check_input(image("BGR"), pixels, "image").max() == 255
 
 
-@pytest.mark.parametrize("given, message", [
-    (PICTURE.astype(np.float32) * 20, "from 0 to 460; it takes pixels of 0 to 255; a scale"),
-    (PICTURE.astype(np.int16) - 1, "values from -1 to 22"),
-    (np.full((1, 3, 2, 4), np.nan), "values from nan"),
-    (PICTURE[:1], r"wrong shape; found: \[1, 3, 1, 4\]"),
-    (PICTURE[..., :2], r"wrong shape; found: \[2, 4, 2\]"),
-])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (PICTURE.astype(np.float32) * 20, "from 0 to 460; it takes pixels of 0 to 255; a scale"),
+        (PICTURE.astype(np.int16) - 1, "values from -1 to 22"),
+        (np.full((1, 3, 2, 4), np.nan), "values from nan"),
+        (PICTURE[:1], r"wrong shape; found: \[1, 3, 1, 4\]"),
+        (PICTURE[..., :2], r"wrong shape; found: \[2, 4, 2\]"),
+    ],
+)
 def test_what_is_no_picture_of_the_declared_size_is_refused(
-        given: np.ndarray, message: str) -> None:
+    given: np.ndarray, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         check_input(image("RGB"), given, "image")
 
@@ -125,11 +150,17 @@ def scaled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """y = pixels / 255 - [0, 1, 2], of a BGR image of 2 x 4 and two more sizes."""
     path = tmp_path_factory.mktemp("image") / "scaled.mlpackage"
     sizes = ct.EnumeratedShapes([(1, 3, 2, 4), (1, 3, 4, 4)])
-    given = ct.ImageType("image", shape=sizes, scale=1 / 255, bias=[0, -1, -2],
-                         color_layout=ct.colorlayout.BGR)
-    ct.convert(torch.jit.trace(Scaled(), torch.zeros(1, 3, 2, 4)), inputs=[given],
-               outputs=[ct.TensorType("y")], minimum_deployment_target=ct.target.iOS16,
-               compute_precision=ct.precision.FLOAT32, skip_model_load=True).save(str(path))
+    given = ct.ImageType(
+        "image", shape=sizes, scale=1 / 255, bias=[0, -1, -2], color_layout=ct.colorlayout.BGR
+    )
+    ct.convert(
+        torch.jit.trace(Scaled(), torch.zeros(1, 3, 2, 4)),
+        inputs=[given],
+        outputs=[ct.TensorType("y")],
+        minimum_deployment_target=ct.target.iOS16,
+        compute_precision=ct.precision.FLOAT32,
+        skip_model_load=True,
+    ).save(str(path))
     return path
 
 
@@ -159,6 +190,7 @@ def test_pixels_are_drawn_from_their_whole_range(scaled: Path) -> None:
 
 # ---- what is not given
 
+
 @pytest.fixture(scope="module")
 def optional(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """y = x + bias, where bias is 3 if it is not given."""
@@ -168,11 +200,18 @@ def optional(tmp_path_factory: pytest.TempPathFactory) -> Path:
         def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
             return x + bias
 
-    inputs = [ct.TensorType("x", shape=(1, 2)),
-              ct.TensorType("bias", shape=(1, 2), default_value=np.full((1, 2), 3, np.float32))]
-    ct.convert(torch.jit.trace(Add(), (torch.zeros(1, 2), torch.zeros(1, 2))), inputs=inputs,
-               outputs=[ct.TensorType("y")], minimum_deployment_target=ct.target.iOS16,
-               compute_precision=ct.precision.FLOAT32, skip_model_load=True).save(str(path))
+    inputs = [
+        ct.TensorType("x", shape=(1, 2)),
+        ct.TensorType("bias", shape=(1, 2), default_value=np.full((1, 2), 3, np.float32)),
+    ]
+    ct.convert(
+        torch.jit.trace(Add(), (torch.zeros(1, 2), torch.zeros(1, 2))),
+        inputs=inputs,
+        outputs=[ct.TensorType("y")],
+        minimum_deployment_target=ct.target.iOS16,
+        compute_precision=ct.precision.FLOAT32,
+        skip_model_load=True,
+    ).save(str(path))
     return path
 
 

@@ -29,7 +29,7 @@ FORMATS = {
     "lut2_vector": {"lut2 per tensor vectors of 2", "fp16"},
     "int8_ios16": {"int8 per channel", "fp16"},
     "int8_ios18": {"int8 per channel", "fp16"},
-    "int4_block": {"int4 block 8", "int4 per channel", "fp16"},     # 8 of 8 channels are one block
+    "int4_block": {"int4 block 8", "int4 per channel", "fp16"},  # 8 of 8 channels are one block
     "uint4_tensor": {"uint4 per tensor", "fp16"},
     "sparse_ios16": {"sparse 50% fp16", "fp16"},
     "sparse_ios18": {"sparse 50% fp16", "fp16"},
@@ -71,7 +71,11 @@ def test_weights_that_functions_share_are_counted_once(package):
 
 def test_the_histogram_is_the_one_coremltools_counts(package):
     path = package("net_ios17_fp16")
-    counted = ct.models.utils.load_spec(str(path)).mlProgram.functions["main"].block_specializations["CoreML7"]
+    counted = (
+        ct.models.utils.load_spec(str(path))
+        .mlProgram.functions["main"]
+        .block_specializations["CoreML7"]
+    )
     operations = summarize(path).functions[0].operations
     assert sum(operations.values()) == len(counted.operations)
     assert operations["conv"] == 2
@@ -132,14 +136,18 @@ def _invoke(*arguments: str):
     return CliRunner().invoke(app, arguments)
 
 
-@pytest.mark.parametrize("name", ["stateful", "multifunction", "enumerated", "flexible", "sparse_lut4", "loop"])
+@pytest.mark.parametrize(
+    "name", ["stateful", "multifunction", "enumerated", "flexible", "sparse_lut4", "loop"]
+)
 def test_the_command_prints_one_json_document(package, name):
     path = package(name)
     result = _invoke(str(path), "--json")
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     assert document == json.loads(json.dumps(summary_document(summarize(path))))
-    assert {"inputs", "outputs", "states", "operations", "weights"} <= document["functions"][0].keys()
+    assert {"inputs", "outputs", "states", "operations", "weights"} <= document["functions"][
+        0
+    ].keys()
 
 
 def test_the_command_prints_tables_and_the_program(package):
@@ -155,7 +163,9 @@ def test_names_in_a_package_cannot_drive_the_terminal(package, tmp_path):
     model = Model_pb2.Model.FromString((path / MODEL).read_bytes())
     model.description.metadata.author = "\x1b[2J[red]author[/nope]\u202e"
     block = model.mlProgram.functions["main"].block_specializations["CoreML8"]
-    block.operations.add(type="\x1b]0;title\x07[bold").outputs.add(name="[/]").type.tensorType.dataType = MIL_pb2.BOOL
+    block.operations.add(type="\x1b]0;title\x07[bold").outputs.add(
+        name="[/]"
+    ).type.tensorType.dataType = MIL_pb2.BOOL
     (path / MODEL).write_bytes(model.SerializeToString())
     result = _invoke(str(path), "--ops")
     assert result.exit_code == 0, result.output
@@ -175,10 +185,13 @@ WEIGHTS = MODEL.parent / "weights/weight.bin"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 
 
-@pytest.mark.parametrize("change, found", [
-    (Path.unlink, "package lacks a file it names; found: 'weights/weight.bin'; download"),
-    (lambda path: path.write_text(POINTER), "found: a Git LFS pointer; run `git lfs pull`"),
-])
+@pytest.mark.parametrize(
+    "change, found",
+    [
+        (Path.unlink, "package lacks a file it names; found: 'weights/weight.bin'; download"),
+        (lambda path: path.write_text(POINTER), "found: a Git LFS pointer; run `git lfs pull`"),
+    ],
+)
 def test_a_program_is_shown_without_its_weights_and_is_not_run(package, tmp_path, change, found):
     whole = summarize(package("lut4_int8"))
     path = shutil.copytree(package("lut4_int8"), tmp_path / "bare.mlpackage")

@@ -79,15 +79,21 @@ def test_the_key_follows_content_and_os_build_and_not_the_place(tmp_path):
 
 
 @settings(deadline=None, max_examples=30)
-@given(before=st.binary(min_size=1, max_size=8), after=st.binary(min_size=1, max_size=8), settled=st.booleans())
-def test_a_remembered_hash_never_outlives_the_content_it_was_of(tmp_path_factory, before, after, settled):
+@given(
+    before=st.binary(min_size=1, max_size=8),
+    after=st.binary(min_size=1, max_size=8),
+    settled=st.booleans(),
+)
+def test_a_remembered_hash_never_outlives_the_content_it_was_of(
+    tmp_path_factory, before, after, settled
+):
     folder = tmp_path_factory.mktemp("hash")
     package, cache = make_package(folder), open_cache(folder / "cache")
     weights = package / "weight.bin"
     old = time.time() - 3600
     for content in (before, after):
         weights.write_bytes(content)
-        if settled:                         # and given back its old times, as copying tools do
+        if settled:  # and given back its old times, as copying tools do
             for path in package.iterdir():
                 os.utime(path, (old, old))
         remembered = cache.key(package)
@@ -103,17 +109,29 @@ def test_an_unchanged_package_is_not_read_twice(tmp_path, monkeypatch):
     assert open_cache(tmp_path / "cache").key(package) == key
 
 
-@pytest.mark.parametrize("damage", [
-    lambda entry: (entry / "entry.json").unlink(),
-    lambda entry: (entry / "entry.json").write_text('{"format": 1, "files'),
-    lambda entry: (entry / "entry.json").write_text("[]"),
-    lambda entry: (entry / "entry.json").write_text("{}"),
-    lambda entry: (entry / "model.mlmodelc" / "model.mil").write_bytes(b"m" * (SIZE - 1)),
-    lambda entry: (entry / "model.mlmodelc" / "weights" / "weight.bin").unlink(),
-    lambda entry: shutil.rmtree(entry / "model.mlmodelc"),
-    lambda entry: (entry / "good").rmdir(),
-], ids=["no entry.json", "half an entry.json", "a list", "no fields", "a short file", "a lost file", "no model",
-        "no good"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda entry: (entry / "entry.json").unlink(),
+        lambda entry: (entry / "entry.json").write_text('{"format": 1, "files'),
+        lambda entry: (entry / "entry.json").write_text("[]"),
+        lambda entry: (entry / "entry.json").write_text("{}"),
+        lambda entry: (entry / "model.mlmodelc" / "model.mil").write_bytes(b"m" * (SIZE - 1)),
+        lambda entry: (entry / "model.mlmodelc" / "weights" / "weight.bin").unlink(),
+        lambda entry: shutil.rmtree(entry / "model.mlmodelc"),
+        lambda entry: (entry / "good").rmdir(),
+    ],
+    ids=[
+        "no entry.json",
+        "half an entry.json",
+        "a list",
+        "no fields",
+        "a short file",
+        "a lost file",
+        "no model",
+        "no good",
+    ],
+)
 def test_a_damaged_entry_is_compiled_again(tmp_path, damage):
     package, cache = make_package(tmp_path), open_cache(tmp_path / "cache")
     key = cache.key(package)
@@ -177,16 +195,22 @@ def test_a_new_entry_pushes_out_old_ones_and_stays_though_it_is_over_the_limit(t
 
 def test_an_entry_that_a_living_process_has_loaded_is_not_removed(tmp_path):
     keys = fill(tmp_path / "cache", tmp_path, "ab")
-    code = ("import sys; from pathlib import Path; from ane_moe.runtime.coreml.modelc_cache import ModelCache\n"
-            f"cache = ModelCache(Path(sys.argv[1]), os_build={BUILD!r}); cache.find(sys.argv[2])\n"
-            "print('loaded', flush=True); sys.stdin.read()")
-    holder = subprocess.Popen([sys.executable, "-c", code, tmp_path / "cache", keys["a"]],
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    code = (
+        "import sys; from pathlib import Path; from ane_moe.runtime.coreml.modelc_cache import "
+        "ModelCache\n"
+        f"cache = ModelCache(Path(sys.argv[1]), os_build={BUILD!r}); cache.find(sys.argv[2])\n"
+        "print('loaded', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "cache", keys["a"]],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     assert holder.stdout.readline() == b"loaded\n"
     cache = open_cache(tmp_path / "cache", limit_bytes=0)
     assert names(cache.trim()) == "b" and names(cache.clear()) == ""
     assert [entry.in_use for entry in cache.entries()] == [True]
-    holder.kill()                           # no clean-up of its own
+    holder.kill()  # no clean-up of its own
     holder.communicate()
     assert names(cache.clear()) == "a" and cache.entries() == []
 
@@ -222,7 +246,10 @@ def test_what_is_known_to_be_good_goes_with_the_entry(tmp_path):
     cache.mark_good(key, "decode-cpu_and_ne")
     cache.mark_good(key, "../../outside")
     assert cache.is_good(key, "decode-cpu_and_ne") and cache.is_good(key, "../../outside")
-    assert not cache.is_good(key, "prefill-cpu_and_ne") and not (cache.folder.parent / "outside").exists()
+    assert (
+        not cache.is_good(key, "prefill-cpu_and_ne")
+        and not (cache.folder.parent / "outside").exists()
+    )
     cache.discard(key)
     assert not cache.is_good(key, "decode-cpu_and_ne")
 
@@ -246,7 +273,9 @@ def test_of_processes_that_race_for_a_package_one_compiles_and_all_get_it(tmp_pa
     make_package(tmp_path)
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(4)
-    racers = [context.Process(target=_race, args=(tmp_path, barrier, tmp_path / "log")) for _ in range(4)]
+    racers = [
+        context.Process(target=_race, args=(tmp_path, barrier, tmp_path / "log")) for _ in range(4)
+    ]
     for racer in racers:
         racer.start()
     for racer in racers:
@@ -271,6 +300,12 @@ def test_off_macos_the_cache_says_that_it_has_no_build(tmp_path, monkeypatch):
 
 def test_entry_json_names_the_package_and_its_files(tmp_path):
     package, cache = make_package(tmp_path), open_cache(tmp_path / "cache")
-    about = json.loads((cache.get(package, cache.key(package), compile_to).parent / "entry.json").read_text())
-    assert about["name"] == "net.mlpackage" and about["os_build"] == BUILD and about["size_bytes"] == SIZE
+    about = json.loads(
+        (cache.get(package, cache.key(package), compile_to).parent / "entry.json").read_text()
+    )
+    assert (
+        about["name"] == "net.mlpackage"
+        and about["os_build"] == BUILD
+        and about["size_bytes"] == SIZE
+    )
     assert about["files"] == {"model.mil": SIZE, "weights/weight.bin": 0}

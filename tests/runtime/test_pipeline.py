@@ -33,7 +33,7 @@ def changed(source: Path, folder: Path, change: Callable[[object], object]) -> P
 def test_a_pipeline_computes_its_stages_one_after_the_other(package: Get) -> None:
     pipeline = load_package(package("pipeline"), runtime="reference")
     assert [feature.name for feature in pipeline.inputs + pipeline.outputs] == ["x", "z"]
-    first = load_package(package("net_ios18_fp16"), runtime="reference")    # the first stage alone
+    first = load_package(package("net_ios18_fp16"), runtime="reference")  # the first stage alone
     y = first.predict({"x": X})["y"].astype(np.float32)
     z = pipeline.predict({"x": X})["z"]
     assert z.shape == (1, 8, 1, 4) and z.any()
@@ -63,7 +63,13 @@ def test_an_input_of_a_pipeline_that_does_not_fit_is_named(package: Get) -> None
 def test_the_stages_of_a_pipeline_are_listed(package: Get, name: str) -> None:
     shown = CliRunner().invoke(app, ["inspect", str(package(name)), "--ops"])
     assert shown.exit_code == 0, shown.output
-    for text in ("pipeline of  2 models", "stage 0      mlProgram", "the pipeline", "softmax(", "z: "):
+    for text in (
+        "pipeline of  2 models",
+        "stage 0      mlProgram",
+        "the pipeline",
+        "softmax(",
+        "z: ",
+    ):
         assert text in shown.stdout
     document = json.loads(CliRunner().invoke(app, ["inspect", str(package(name)), "--json"]).stdout)
     assert [stage["kind"] for stage in document["stages"]] == ["mlProgram"] * 2
@@ -78,24 +84,39 @@ def as_detector(model: object) -> None:
     last.nonMaximumSuppression.iouThreshold = 0.5
 
 
-def test_a_stage_of_another_kind_is_named_with_what_can_be_done(package: Get, tmp_path: Path) -> None:
+def test_a_stage_of_another_kind_is_named_with_what_can_be_done(
+    package: Get, tmp_path: Path
+) -> None:
     path = changed(package("pipeline"), tmp_path, as_detector)
     shown = CliRunner().invoke(app, ["inspect", str(path)])
     assert shown.exit_code == 0
     assert "nonMaximumSuppression, not executed here" in shown.stdout and "softmax" in shown.stdout
-    with pytest.raises(UserError, match=r"stage 1 of the pipeline is not executed; found: nonMaximum"
-                                        r"Suppression \(the stages are mlProgram, .*nms=False"):
+    with pytest.raises(
+        UserError,
+        match=r"stage 1 of the pipeline is not executed; found: nonMaximum"
+        r"Suppression \(the stages are mlProgram, .*nms=False",
+    ):
         load_package(path, runtime="reference")
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda model: setattr(model.pipeline.models[1].description.input[0], "name", "w"), "does not"),
-    (lambda model: model.description.input[0].ClearField("name"), "takes what nothing gives"),
-    (lambda model: setattr(model.description.output[0], "name", "w"), "gives what no stage gives"),
-    (lambda model: model.pipeline.models.reverse(), "stage 0 .* takes what nothing gives it"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda model: setattr(model.pipeline.models[1].description.input[0], "name", "w"),
+            "does not",
+        ),
+        (lambda model: model.description.input[0].ClearField("name"), "takes what nothing gives"),
+        (
+            lambda model: setattr(model.description.output[0], "name", "w"),
+            "gives what no stage gives",
+        ),
+        (lambda model: model.pipeline.models.reverse(), "stage 0 .* takes what nothing gives it"),
+    ],
+)
 def test_a_pipeline_whose_stages_do_not_meet_is_refused(
-        package: Get, tmp_path: Path, change: Callable[[object], None], message: str) -> None:
+    package: Get, tmp_path: Path, change: Callable[[object], None], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         load_package(changed(package("pipeline"), tmp_path, change), runtime="reference")
 

@@ -17,8 +17,12 @@ def hf_probabilities(logits, temperature, top_p):
     return torch.softmax(scores, -1)[0].numpy()
 
 
-@given(seed=st.integers(0, 10**6), size=st.integers(1, 200), temperature=st.floats(0.1, 5),
-       top_p=st.floats(0.05, 0.999))
+@given(
+    seed=st.integers(0, 10**6),
+    size=st.integers(1, 200),
+    temperature=st.floats(0.1, 5),
+    top_p=st.floats(0.05, 0.999),
+)
 @settings(max_examples=100, deadline=None)
 def test_the_nucleus_is_the_one_transformers_keeps(seed, size, temperature, top_p):
     logits = np.random.default_rng(seed).normal(scale=3, size=size).astype(np.float32)
@@ -65,8 +69,17 @@ def test_logits_that_are_not_finite_are_an_error(bad):
         Sampler().pick(np.array([0, bad, 1], np.float32))
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1},
-                                     {"temperature": float("inf")}, {"top_p": float("nan")}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"temperature": float("inf")},
+        {"top_p": float("nan")},
+    ],
+)
 def test_senseless_options_are_refused(options):
     with pytest.raises(UserError):
         Sampler(**options)

@@ -9,7 +9,7 @@ from ane_moe.errors import UserError
 from ane_moe.loop.session import Session
 from tests.runtime.numpy_shards import VOCAB, Decoder, make_manifest, make_shards
 
-TOLERANCE = 0.05            # fp16 activations against fp64, on logits of about unit variance
+TOLERANCE = 0.05  # fp16 activations against fp64, on logits of about unit variance
 
 
 def session_of(windows=(None, 4), **options):
@@ -21,13 +21,22 @@ def tokens(count, seed=0):
     return np.random.default_rng(seed).integers(0, VOCAB, count).tolist()
 
 
-@given(length=st.integers(1, 40), prefill=st.sampled_from([0, 1, 8, 16, 64]),
-       state=st.sampled_from(["mlstate", "explicit"]), layout=st.sampled_from(["bc1s", "bct1"]),
-       parts=st.integers(1, 3), windows=st.lists(st.sampled_from([None, 1, 4, 33, 99]), min_size=1, max_size=3),
-       by=st.sampled_from(["prefill", "decode"]))
+@given(
+    length=st.integers(1, 40),
+    prefill=st.sampled_from([0, 1, 8, 16, 64]),
+    state=st.sampled_from(["mlstate", "explicit"]),
+    layout=st.sampled_from(["bc1s", "bct1"]),
+    parts=st.integers(1, 3),
+    windows=st.lists(st.sampled_from([None, 1, 4, 33, 99]), min_size=1, max_size=3),
+    by=st.sampled_from(["prefill", "decode"]),
+)
 @settings(max_examples=60, deadline=None)
-def test_logits_of_every_position_equal_those_without_a_cache(length, prefill, state, layout, parts, windows, by):
-    decoder, session = session_of(tuple(windows), prefill=prefill, state=state, layout=layout, parts=parts)
+def test_logits_of_every_position_equal_those_without_a_cache(
+    length, prefill, state, layout, parts, windows, by
+):
+    decoder, session = session_of(
+        tuple(windows), prefill=prefill, state=state, layout=layout, parts=parts
+    )
     ids = tokens(length)
     logits = session.prefill_logits(ids, by=by)
     assert logits.dtype == np.float32
@@ -35,15 +44,17 @@ def test_logits_of_every_position_equal_those_without_a_cache(length, prefill, s
     assert session.position == length
 
 
-@given(pieces=st.lists(st.integers(1, 20), min_size=1, max_size=4).filter(lambda p: sum(p) <= 40),
-       state=st.sampled_from(["mlstate", "explicit"]))
+@given(
+    pieces=st.lists(st.integers(1, 20), min_size=1, max_size=4).filter(lambda p: sum(p) <= 40),
+    state=st.sampled_from(["mlstate", "explicit"]),
+)
 @settings(max_examples=25, deadline=None)
 def test_prefill_and_decode_may_alternate_in_any_pieces(pieces, state):
     decoder, session = session_of(state=state)
     ids = tokens(sum(pieces))
     taken = 0
     for count in pieces:
-        piece = ids[taken:taken + count]
+        piece = ids[taken : taken + count]
         last = session.decode(piece[0]) if count == 1 else session.prefill(piece)
         taken += count
         np.testing.assert_allclose(last, decoder.logits(ids[:taken])[-1], atol=TOLERANCE)
@@ -58,8 +69,12 @@ def test_sessions_over_the_same_shards_keep_apart(state):
     one.prefill(a[:10])
     other.prefill(b[:5])
     for index in range(10, 20):
-        np.testing.assert_allclose(one.decode(a[index]), decoder.logits(a[:index + 1])[-1], atol=TOLERANCE)
-        np.testing.assert_allclose(other.decode(b[index - 5]), decoder.logits(b[:index - 4])[-1], atol=TOLERANCE)
+        np.testing.assert_allclose(
+            one.decode(a[index]), decoder.logits(a[: index + 1])[-1], atol=TOLERANCE
+        )
+        np.testing.assert_allclose(
+            other.decode(b[index - 5]), decoder.logits(b[: index - 4])[-1], atol=TOLERANCE
+        )
 
 
 @pytest.mark.parametrize("state", ["mlstate", "explicit"])
@@ -76,7 +91,9 @@ def test_a_text_may_fill_the_context_exactly_and_no_more():
     decoder, session = session_of()
     ids = tokens(41)
     session.prefill(ids[:39])
-    np.testing.assert_allclose(session.decode(ids[39]), decoder.logits(ids[:40])[-1], atol=TOLERANCE)
+    np.testing.assert_allclose(
+        session.decode(ids[39]), decoder.logits(ids[:40])[-1], atol=TOLERANCE
+    )
     assert session.room == 0
     with pytest.raises(UserError, match="do not fit into the context"):
         session.decode(ids[40])
@@ -107,8 +124,16 @@ def test_figures_count_every_call_by_kind():
     session.decode(4)
     prefill, decode = session.figures.prefill, session.figures.decode
     assert (prefill.tokens, decode.tokens) == (11, 2)
-    assert {kind: figures.calls for kind, figures in prefill.kinds.items()} == {"attn": 4, "moe": 8, "lm_head": 2}
-    assert {kind: figures.calls for kind, figures in decode.kinds.items()} == {"attn": 4, "moe": 8, "lm_head": 4}
+    assert {kind: figures.calls for kind, figures in prefill.kinds.items()} == {
+        "attn": 4,
+        "moe": 8,
+        "lm_head": 2,
+    }
+    assert {kind: figures.calls for kind, figures in decode.kinds.items()} == {
+        "attn": 4,
+        "moe": 8,
+        "lm_head": 4,
+    }
     assert decode.calls_per_token == 8
     for phase in (prefill, decode):
         assert 0 < phase.shard_seconds <= phase.seconds

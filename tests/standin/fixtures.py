@@ -1,4 +1,5 @@
-"""`standin`: Core ML as a test wants it, in this process and in those it starts, until the test ends."""
+"""`standin`: Core ML as a test wants it, in this process and in those it starts, until the test
+ends."""
 
 import os
 from collections.abc import Iterator
@@ -23,7 +24,8 @@ class StandIn:
         self.current.write(self.folder / "script.json")
 
     def log(self) -> list[str]:
-        """The native steps so far, in every process: "compile net.mlpackage", "load decode", "predict decode"."""
+        """The native steps so far, in every process: "compile net.mlpackage", "load decode",
+        "predict decode"."""
         log = Path(self.current.log)
         return log.read_text().splitlines() if log.exists() else []
 
@@ -34,8 +36,10 @@ def standin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn
     script = Script(log=str(folder / "log"))
     for name, value in environment(folder, script).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.chdir(tmp_path)             # the children's first import path
+    monkeypatch.chdir(tmp_path)  # the children's first import path
     install(monkeypatch.setattr, monkeypatch.setitem)
     yield StandIn(folder, script)
-    assert os.environ["PATH"].startswith(str(folder)), "the environment was changed under the stand-in"
+    assert os.environ["PATH"].startswith(str(folder)), (
+        "the environment was changed under the stand-in"
+    )
     ct.models.utils._macos_version.cache_clear()

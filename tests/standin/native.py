@@ -1,7 +1,9 @@
-"""The module `coremltools.libcoremlpython`: same classes, signatures, checks and error texts; see CoreMLPython.mm.
+"""The module `coremltools.libcoremlpython`: same classes, signatures, checks and error texts; see
+CoreMLPython.mm.
 
-A compiled model is a folder `NAME.mlmodelc` with the package it came from inside. Arguments are positional, as pybind
-methods without `py::arg` are. pybind's RuntimeError stands for every C++ and Core ML error.
+A compiled model is a folder `NAME.mlmodelc` with the package it came from inside. Arguments are
+positional, as pybind methods without `py::arg` are. pybind's RuntimeError stands for every C++ and
+Core ML error.
 """
 
 import shutil
@@ -21,8 +23,8 @@ from tests.standin.script import current, fault, user_info
 from tests.standin.values import to_native, to_python
 
 COMPILED = ".mlmodelc"
-NEWEST_SPECIFICATION = 10           # iOS 26, as MLMODEL_SPECIFICATION_VERSION_NEWEST in coremltools 9
-UNABLE = "Unable to compute the prediction using ML Program. "     # as coremltools' tests quote it
+NEWEST_SPECIFICATION = 10  # iOS 26, as MLMODEL_SPECIFICATION_VERSION_NEWEST in coremltools 9
+UNABLE = "Unable to compute the prediction using ML Program. "  # as coremltools' tests quote it
 UNITS = ("CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE", "ALL")
 
 
@@ -74,7 +76,9 @@ class _State(_NotConstructible):
         tensor = self._tensor(name)
         native = to_native(value)
         if native.shape != tuple(tensor.shape):
-            raise RuntimeError(user_info(f"cannot transfer {native.shape} to {tuple(tensor.shape)}"))
+            raise RuntimeError(
+                user_info(f"cannot transfer {native.shape} to {tuple(tensor.shape)}")
+            )
         tensor.numpy()[...] = native
 
     def _tensor(self, name: str) -> Any:
@@ -99,7 +103,9 @@ class _MLComputePlanProxy:
         placement = self._placement(operation)
         if placement is None:
             return None
-        return MLComputePlanDeviceUsage(_device(placement.preferred), [_device(name) for name in placement.supported])
+        return MLComputePlanDeviceUsage(
+            _device(placement.preferred), [_device(name) for name in placement.supported]
+        )
 
     def get_compute_device_usage_for_neuralnetwork_layer(self, layer: Any, /) -> Any:
         raise TypeError("Unable to cast Python instance to C++ type")
@@ -118,10 +124,20 @@ class _MLComputePlanProxy:
 
 
 class _MLModelProxy:
-    def __init__(self, path: str, compute_units: str, function_name: str, optimization_hints: dict,
-                 asset: _MLModelAssetProxy | None = None, /) -> None:
+    def __init__(
+        self,
+        path: str,
+        compute_units: str,
+        function_name: str,
+        optimization_hints: dict,
+        asset: _MLModelAssetProxy | None = None,
+        /,
+    ) -> None:
         given = (path, compute_units, function_name, optimization_hints)
-        if not all(isinstance(value, type_) for value, type_ in zip(given, (str, str, str, dict), strict=True)):
+        if not all(
+            isinstance(value, type_)
+            for value, type_ in zip(given, (str, str, str, dict), strict=True)
+        ):
             raise TypeError("__init__(): incompatible constructor arguments.")
         assert compute_units in UNITS, compute_units
         self._delete_on_exit = False
@@ -147,7 +163,11 @@ class _MLModelProxy:
         started = time.perf_counter_ns()
         outputs = _predict(self._function, self._compiled, inputs, state)
         self._predict_ns = time.perf_counter_ns() - started
-        return {name: _spoiled(value, scripted) for name, value in outputs.items() if scripted != "missing"}
+        return {
+            name: _spoiled(value, scripted)
+            for name, value in outputs.items()
+            if scripted != "missing"
+        }
 
     def batchPredict(self, batch: list, /) -> list[dict[str, np.ndarray]]:
         return [self.predict(data, None) for data in batch]
@@ -166,7 +186,8 @@ class _MLModelProxy:
 
     @staticmethod
     def auto_set_specification_version(model: bytes, /) -> bytes:
-        """The stand-in leaves the version as it is; the binding lowers it to what the model needs."""
+        """The stand-in leaves the version as it is; the binding lowers it to what the model
+        needs."""
         if not isinstance(model, bytes):
             raise TypeError("auto_set_specification_version(): incompatible function arguments.")
         return model
@@ -244,18 +265,26 @@ def _load(compiled: str, function: str) -> reference.ReferenceFunction:
 def _program(compiled: str) -> Program:
     source = Path(compiled) / "source.mlpackage"
     if not (Path(compiled) / "coremldata.bin").exists():
-        raise RuntimeError(user_info(f"Unable to load model at {compiled}: a valid coremldata.bin is missing."))
+        raise RuntimeError(
+            user_info(f"Unable to load model at {compiled}: a valid coremldata.bin is missing.")
+        )
     try:
         return read_program(source)
     except UserError as error:
         raise RuntimeError(user_info(f"Unable to load model at {compiled}: {error}")) from None
 
 
-def _predict(function: reference.ReferenceFunction, compiled: str, inputs: dict[str, np.ndarray],
-             state: _State | None) -> dict[str, np.ndarray]:
-    if function.states and state is None:       # Core ML's own words, coremltools issue 2519
+def _predict(
+    function: reference.ReferenceFunction,
+    compiled: str,
+    inputs: dict[str, np.ndarray],
+    state: _State | None,
+) -> dict[str, np.ndarray]:
+    if function.states and state is None:  # Core ML's own words, coremltools issue 2519
         name = function.states[0].name
-        raise RuntimeError(user_info(f"The input feature for {name} must be an MLState, but it was not."))
+        raise RuntimeError(
+            user_info(f"The input feature for {name} must be an MLState, but it was not.")
+        )
     if state is not None and state._parts[0] != _real(compiled):
         raise RuntimeError(user_info("The state was created by another model."))
     try:
@@ -268,7 +297,7 @@ def _predict(function: reference.ReferenceFunction, compiled: str, inputs: dict[
 def _spoiled(value: np.ndarray, scripted: str) -> np.ndarray:
     value = to_python(value)
     if scripted == "fp32":
-        return value + np.float32(0.001)         # which fp16 does not hold
+        return value + np.float32(0.001)  # which fp16 does not hold
     if scripted == "wrong":
         return 2 * value + value.dtype.type(3)
     return value.reshape(-1) if scripted == "misshapen" else value
@@ -277,9 +306,13 @@ def _spoiled(value: np.ndarray, scripted: str) -> np.ndarray:
 def _device(name: str) -> Any:
     from coremltools.models import compute_device
 
-    return {"cpu": lambda: compute_device.MLCPUComputeDevice(_MLCPUComputeDeviceProxy()),
-            "gpu": lambda: compute_device.MLGPUComputeDevice(_MLGPUComputeDeviceProxy()),
-            "engine": lambda: compute_device.MLNeuralEngineComputeDevice(_MLNeuralEngineComputeDeviceProxy())}[name]()
+    return {
+        "cpu": lambda: compute_device.MLCPUComputeDevice(_MLCPUComputeDeviceProxy()),
+        "gpu": lambda: compute_device.MLGPUComputeDevice(_MLGPUComputeDeviceProxy()),
+        "engine": lambda: compute_device.MLNeuralEngineComputeDevice(
+            _MLNeuralEngineComputeDeviceProxy()
+        ),
+    }[name]()
 
 
 def _real(compiled: str) -> str:

@@ -1,4 +1,5 @@
-"""A small package as our shards are: fp16 in and out, two functions over one copy of the weights and one state."""
+"""A small package as our shards are: fp16 in and out, two functions over one copy of the weights
+and one state."""
 
 from pathlib import Path
 
@@ -10,7 +11,7 @@ mb, types = ct.converters.mil.mil.Builder, ct.converters.mil.mil.types
 
 CHANNELS = 4
 CACHE = 32
-FUNCTIONS = {"decode": 1, "prefill": 3}         # name -> tokens in a call
+FUNCTIONS = {"decode": 1, "prefill": 3}  # name -> tokens in a call
 
 
 def weight() -> np.ndarray:
@@ -26,7 +27,8 @@ def expected(x: np.ndarray, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def accumulator(path: Path) -> Path:
-    """x [1,4,1,T] -> y = conv(x) + total [1,4,1,T], where the state total [1,4,1,32] has x's sum over T added first."""
+    """x [1,4,1,T] -> y = conv(x) + total [1,4,1,T], where the state total [1,4,1,32] has x's sum
+    over T added first."""
     description = ct.utils.MultiFunctionDescriptor()
     for name, tokens in FUNCTIONS.items():
         part = path.with_name(f"{path.stem}_{name}.mlpackage")
@@ -44,14 +46,23 @@ def single(path: Path) -> Path:
 
 
 def _convert(tokens: int) -> ct.models.MLModel:
-    @mb.program(input_specs=[mb.TensorSpec((1, CHANNELS, 1, tokens), dtype=types.fp16),
-                             mb.StateTensorSpec((1, CHANNELS, 1, CACHE), dtype=types.fp16)],
-                opset_version=ct.target.iOS18)
-    def program(x, total):                      # the names of the features
+    @mb.program(
+        input_specs=[
+            mb.TensorSpec((1, CHANNELS, 1, tokens), dtype=types.fp16),
+            mb.StateTensorSpec((1, CHANNELS, 1, CACHE), dtype=types.fp16),
+        ],
+        opset_version=ct.target.iOS18,
+    )
+    def program(x, total):  # the names of the features
         added = mb.add(x=mb.read_state(input=total), y=mb.reduce_sum(x=x, axes=[3], keep_dims=True))
         kept = mb.coreml_update_state(state=total, value=added)
         first = mb.slice_by_size(x=kept, begin=[0, 0, 0, 0], size=[1, CHANNELS, 1, 1])
         return mb.add(x=mb.conv(x=x, weight=weight()), y=first, name="y")
 
-    return ct.convert(program, minimum_deployment_target=ct.target.iOS18, compute_precision=ct.precision.FLOAT16,
-                      outputs=[ct.TensorType(name="y", dtype=np.float16)], skip_model_load=True)
+    return ct.convert(
+        program,
+        minimum_deployment_target=ct.target.iOS18,
+        compute_precision=ct.precision.FLOAT16,
+        outputs=[ct.TensorType(name="y", dtype=np.float16)],
+        skip_model_load=True,
+    )

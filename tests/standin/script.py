@@ -1,4 +1,5 @@
-"""What the stand-in does instead of answering: one JSON object in the file that ANE_MOE_STANDIN names."""
+"""What the stand-in does instead of answering: one JSON object in the file that ANE_MOE_STANDIN
+names."""
 
 import json
 import os
@@ -14,11 +15,13 @@ VARIABLE = "ANE_MOE_STANDIN"
 
 @dataclass(frozen=True)
 class Script:
-    """`compile`, `load`, `predict`: ok, or a fault: error, crash (exit 3), kill (SIGKILL), abort (SIGABRT), hang.
+    """`compile`, `load`, `predict`: ok, or a fault: error, crash (exit 3), kill (SIGKILL), abort
+    (SIGABRT), hang.
 
-    `predict` may also be `fp32` (outputs carry more than fp16 holds), `wrong` (3 + 2x), `missing` (no outputs) or
-    `misshapen`.
-    `plan` is a name in plans.PLANS or a plan itself. `log`: a file that each native step is appended to.
+    `predict` may also be `fp32` (outputs carry more than fp16 holds), `wrong` (3 + 2x), `missing`
+    (no outputs) or `misshapen`.
+    `plan` is a name in plans.PLANS or a plan itself. `log`: a file that each native step is
+    appended to.
     """
 
     compile: str = "ok"
@@ -28,13 +31,14 @@ class Script:
     macos: str = "15.5"
     build: str = "24F74"
     log: str = ""
-    messages: dict[str, str] = field(default_factory=dict)     # step -> text of its `error`
+    messages: dict[str, str] = field(default_factory=dict)  # step -> text of its `error`
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)))
 
     def play(self, step: str, detail: str = "") -> str:
-        """Log `step` and commit its fault, if it has one that is the process's; return what is scripted for it."""
+        """Log `step` and commit its fault, if it has one that is the process's; return what is
+        scripted for it."""
         if self.log:
             with open(self.log, "a") as log:
                 log.write(f"{step} {detail}\n")

@@ -17,7 +17,10 @@ MODEL = f"{MOE}/Data/com.apple.CoreML/model.mlmodel"
 
 
 def problems(folder):
-    return {problem.path: problem.what for problem in check_integrity(folder, read_manifest(folder), lambda *_: None)}
+    return {
+        problem.path: problem.what
+        for problem in check_integrity(folder, read_manifest(folder), lambda *_: None)
+    }
 
 
 def flip_byte(path, offset=-1):
@@ -35,6 +38,7 @@ def edit_manifest(folder, change):
 
 def rehash(folder, *relatives):
     """As if the damage had been done by the conversion itself."""
+
     def change(data):
         for relative in relatives:
             data["files"][relative] = hashlib.sha256((folder / relative).read_bytes()).hexdigest()
@@ -45,8 +49,11 @@ def rehash(folder, *relatives):
 def weight_offset(folder):
     """Where the data of one weight of the MoE shard lies in the blob file."""
     block = read_program(folder / MOE).functions["decode"].block
-    return next(op.attributes["val"].blob[1] for op in block.operations
-                if op.type == "const" and op.attributes["val"].blob is not None and "down" in op.name)
+    return next(
+        op.attributes["val"].blob[1]
+        for op in block.operations
+        if op.type == "const" and op.attributes["val"].blob is not None and "down" in op.name
+    )
 
 
 def test_a_fresh_conversion_is_sound(conversion):
@@ -63,7 +70,7 @@ def test_a_flipped_byte_is_found_in_every_kind_of_file(relative, copy):
 def test_a_truncated_blob_is_found_even_with_its_own_hash(copy):
     folder = copy()
     data = (folder / BLOB).read_bytes()
-    (folder / BLOB).write_bytes(data[:len(data) // 2])
+    (folder / BLOB).write_bytes(data[: len(data) // 2])
     assert "sha256" in problems(folder)[BLOB]
     rehash(folder, BLOB)
     assert list(problems(folder)) == [MOE]
@@ -72,7 +79,7 @@ def test_a_truncated_blob_is_found_even_with_its_own_hash(copy):
 def test_a_truncated_program_is_found_even_with_its_own_hash(copy):
     folder = copy()
     data = (folder / MODEL).read_bytes()
-    (folder / MODEL).write_bytes(data[:len(data) // 2])
+    (folder / MODEL).write_bytes(data[: len(data) // 2])
     rehash(folder, MODEL)
     assert list(problems(folder)) == [MOE]
 
@@ -108,13 +115,18 @@ def test_an_embedding_table_of_another_size_is_named(copy):
 def test_a_missing_shard_is_named_file_by_file(copy):
     folder = copy()
     shutil.rmtree(folder / MOE)
-    assert problems(folder)[BLOB] == "missing" and all(path.startswith(MOE) for path in problems(folder))
+    assert problems(folder)[BLOB] == "missing" and all(
+        path.startswith(MOE) for path in problems(folder)
+    )
 
 
 def test_an_extra_shard_is_named(copy):
     folder = copy()
     shutil.copytree(folder / MOE, folder / "moe/layer_07.mlpackage")
-    assert all(path.startswith("moe/layer_07") and "extra" in what for path, what in problems(folder).items())
+    assert all(
+        path.startswith("moe/layer_07") and "extra" in what
+        for path, what in problems(folder).items()
+    )
 
 
 def test_files_that_a_file_browser_leaves_are_no_problem(copy):
@@ -138,12 +150,20 @@ def test_a_note_beside_the_shards_is_not_our_business(copy):
 
 def test_a_manifest_that_forgets_a_shard_is_incomplete(copy):
     folder = copy()
-    edit_manifest(folder, lambda data: data.update(shards=[s for s in data["shards"] if s["path"] != MOE]))
+    edit_manifest(
+        folder, lambda data: data.update(shards=[s for s in data["shards"] if s["path"] != MOE])
+    )
     assert "layer 0" in problems(folder)["runtime_meta.json"]
 
 
 def test_a_manifest_that_forgets_the_files_of_a_shard_is_incomplete(copy):
     folder = copy()
-    edit_manifest(folder, lambda data: data.update(files={path: digest for path, digest in data["files"].items()
-                                                          if not path.startswith(MOE)}))
+    edit_manifest(
+        folder,
+        lambda data: data.update(
+            files={
+                path: digest for path, digest in data["files"].items() if not path.startswith(MOE)
+            }
+        ),
+    )
     assert "no file of it is listed" in problems(folder)[MOE]

@@ -25,7 +25,9 @@ def shard_output(base, delta):
 def test_cosines_equal_scikit_learn():
     _, a, rng = case(1)
     b = rng.normal(size=a.shape)
-    assert cosine(a, b) == pytest.approx(cosine_similarity(a.reshape(1, -1), b.reshape(1, -1))[0, 0])
+    assert cosine(a, b) == pytest.approx(
+        cosine_similarity(a.reshape(1, -1), b.reshape(1, -1))[0, 0]
+    )
     np.testing.assert_allclose(token_cosines(a, b), np.diag(cosine_similarity(a, b)), rtol=1e-6)
 
 
@@ -63,14 +65,20 @@ def test_the_residual_cannot_hide_a_shard_that_adds_nothing():
     base, delta, _ = case(100)
     distance = delta_distance(base, base, delta)
     assert cosine(base, base + delta) > GATE
-    assert distance.cosine == 0 and distance.relative_l2 == pytest.approx(1) and distance.margin(GATE) < -0.9
+    assert (
+        distance.cosine == 0
+        and distance.relative_l2 == pytest.approx(1)
+        and distance.margin(GATE) < -0.9
+    )
 
 
 def test_one_bad_token_shows_in_the_worst_token():
     base, delta, _ = case(1)
     wrong = delta.copy()
     wrong[7] *= -1
-    assert delta_distance(base, shard_output(base, wrong), delta).worst_token_cosine == pytest.approx(-1, abs=1e-3)
+    assert delta_distance(
+        base, shard_output(base, wrong), delta
+    ).worst_token_cosine == pytest.approx(-1, abs=1e-3)
 
 
 def test_zero_deltas_agree_only_with_zero():
@@ -95,7 +103,12 @@ def test_a_wrong_factor_that_the_cosine_cannot_see_fails_on_the_relative_error(s
 def test_rounding_alone_keeps_the_relative_error_within_its_limit(scale):
     base, delta, rng = case(scale)
     right = delta + 0.01 * rng.normal(size=delta.shape)
-    assert delta_distance(base, shard_output(base, right), delta).relative_l2_margin(relative_l2_limit(GATE)) > 0
+    assert (
+        delta_distance(base, shard_output(base, right), delta).relative_l2_margin(
+            relative_l2_limit(GATE)
+        )
+        > 0
+    )
 
 
 def test_both_gates_meet_where_an_error_is_at_right_angles_to_the_delta():

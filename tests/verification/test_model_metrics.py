@@ -16,28 +16,42 @@ def prompts(noise, lengths=(9, 1, 4), seed=0):
     for index, length in enumerate(lengths):
         golden = 3 * rng.normal(size=(length, VOCAB)).astype(np.float32)
         shards = golden + noise * rng.normal(size=golden.shape).astype(np.float32)
-        made.append(PromptLogits(index, 0, tuple(rng.integers(0, VOCAB, length).tolist()), golden, shards))
+        made.append(
+            PromptLogits(index, 0, tuple(rng.integers(0, VOCAB, length).tolist()), golden, shards)
+        )
     return made
 
 
 def test_kl_and_perplexity_equal_torch():
     given = prompts(0.5)
     result = compare_logits("decode", given, 0.9)
-    golden, shards = (torch.tensor(np.concatenate([getattr(one, name) for one in given])).double()
-                      for name in ("golden", "shards"))
-    kl = F.kl_div(shards.log_softmax(-1), golden.log_softmax(-1), reduction="batchmean", log_target=True)
+    golden, shards = (
+        torch.tensor(np.concatenate([getattr(one, name) for one in given])).double()
+        for name in ("golden", "shards")
+    )
+    kl = F.kl_div(
+        shards.log_softmax(-1), golden.log_softmax(-1), reduction="batchmean", log_target=True
+    )
     assert result.mean_kl == pytest.approx(float(kl), rel=1e-6)
     for name, value in (("golden", result.perplexity_golden), ("shards", result.perplexity_shards)):
         logits = torch.tensor(np.concatenate([getattr(one, name)[:-1] for one in given]))
         targets = torch.tensor([identifier for one in given for identifier in one.ids[1:]])
         assert value == pytest.approx(float(F.cross_entropy(logits, targets).exp()), rel=1e-5)
-    assert result.logit_cosine == pytest.approx(float(F.cosine_similarity(golden, shards).mean()), rel=1e-6)
-    assert result.top1_agreement == pytest.approx(float((golden.argmax(-1) == shards.argmax(-1)).float().mean()))
+    assert result.logit_cosine == pytest.approx(
+        float(F.cosine_similarity(golden, shards).mean()), rel=1e-6
+    )
+    assert result.top1_agreement == pytest.approx(
+        float((golden.argmax(-1) == shards.argmax(-1)).float().mean())
+    )
 
 
 def test_equal_logits_are_perfect():
     result = compare_logits("prefill", prompts(0), 0.99)
-    assert (result.top1_agreement, result.mean_kl, result.first_differing_greedy_token) == (1.0, 0.0, None)
+    assert (result.top1_agreement, result.mean_kl, result.first_differing_greedy_token) == (
+        1.0,
+        0.0,
+        None,
+    )
     assert result.logit_cosine == pytest.approx(1) and result.passed and result.tokens == 14
 
 

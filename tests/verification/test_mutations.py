@@ -1,4 +1,5 @@
-"""Every way of getting an architecture slightly wrong, alone, makes verify fail; the right conversion passes.
+"""Every way of getting an architecture slightly wrong, alone, makes verify fail; the right
+conversion passes.
 
 The golden always comes from the true checkpoint, the shards from one with a single thing changed.
 """
@@ -19,8 +20,8 @@ EXPERT = "model.layers.0.mlp.experts.{}.{}_proj.weight"
 
 @pytest.fixture(scope="module")
 def true_checkpoint(tmp_path_factory):
-    """The path of a family's true checkpoint. Its embeddings are so small that the norm's eps matters, its queries so
-    large that attention is not uniform."""
+    """The path of a family's true checkpoint. Its embeddings are so small that the norm's eps
+    matters, its queries so large that attention is not uniform."""
     folder = tmp_path_factory.mktemp("true")
 
     def get(family):
@@ -110,7 +111,9 @@ def test_a_wrong_setting_fails_the_shards_it_is_part_of(name, true_checkpoint, p
 
 
 @pytest.mark.parametrize("name", TENSOR_MUTATIONS)
-def test_a_wrong_tensor_map_fails_the_shards_it_is_part_of(name, true_checkpoint, prompts, tmp_path):
+def test_a_wrong_tensor_map_fails_the_shards_it_is_part_of(
+    name, true_checkpoint, prompts, tmp_path
+):
     family, change, kind = TENSOR_MUTATIONS[name]
     true = true_checkpoint(family)
     wrong = shutil.copytree(true, tmp_path / "wrong")
@@ -121,8 +124,10 @@ def test_a_wrong_tensor_map_fails_the_shards_it_is_part_of(name, true_checkpoint
 def test_attention_without_its_q_and_k_norms_fails(true_checkpoint, prompts, tmp_path, monkeypatch):
     def without_norms(checkpoint, ignore):
         spec, sources = describe(checkpoint, ignore)
-        layers = tuple(dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, qk_norm="none"))
-                       for layer in spec.layers)
+        layers = tuple(
+            dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, qk_norm="none"))
+            for layer in spec.layers
+        )
         return dataclasses.replace(spec, layers=layers), sources
 
     true = true_checkpoint("qwen3_moe")

@@ -1,4 +1,5 @@
-"""Families that are not shaped like Llama, whole: state that convolutions keep, state that routers hand on."""
+"""Families that are not shaped like Llama, whole: state that convolutions keep, state that routers
+hand on."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,12 +22,19 @@ from tests.verification.tiny import edit_tensors, tiny_conversion
 
 COSINE = 0.9999
 # Prompts of more than two prefill chunks, the last one padded: kept tokens cross both.
-PROMPTS = [np.random.default_rng(seed).integers(3, 211, length).tolist() for seed, length in enumerate((41, 19))]
+PROMPTS = [
+    np.random.default_rng(seed).integers(3, 211, length).tolist()
+    for seed, length in enumerate((41, 19))
+]
 WAYS: dict[str, dict[str, Any]] = {
     "masked": {},
     "masked, explicit, tokens first": {"state": "explicit", "layout": "bct1"},
     "sparse": {"routing": "sparse", "expert_tokens": (1, 4)},
-    "sparse, explicit, pairs": {"routing": "sparse", "state": "explicit", "experts_per_function": 2},
+    "sparse, explicit, pairs": {
+        "routing": "sparse",
+        "state": "explicit",
+        "experts_per_function": 2,
+    },
     "cut": {"max_shard_mb": 0.03},
     "stacked": {"layers_per_shard": 4, "max_shard_mb": 100},
 }
@@ -56,7 +64,7 @@ def test_every_function_and_the_whole_model_compute_what_hugging_face_does(
 ) -> None:
     report = proved(checkpoint, tmp_path / "out", prompts, **WAYS[way])
     assert report.passed
-    for routing in report.routing:      # all that differ do so at a near tie
+    for routing in report.routing:  # all that differ do so at a near tie
         assert routing.near_tie_flips == pytest.approx((1 - routing.set_agreement) * routing.tokens)
     session = Session(load_shards(tmp_path / "out", "reference"))
     # Made anew and not read: ZAYA's `from_pretrained` sets the skip class's stored bias to -1.
@@ -93,16 +101,22 @@ def test_a_reset_forgets_what_convolutions_kept(checkpoint: Path, tmp_path: Path
     assert np.array_equal(session.prefill(PROMPTS[0]), first)
 
 
-LAYERS = {"lfm2_moe": 2, "zaya": 3}      # enough to have every part
+LAYERS = {"lfm2_moe": 2, "zaya": 3}  # enough to have every part
 Change = Callable[[ModelSpec], ModelSpec]
 
 
 def of_mixer(**changes: Any) -> Change:
     """Every mixer that has the fields."""
+
     def change(spec: ModelSpec) -> ModelSpec:
-        layers = (dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, **changes))
-                  if all(hasattr(layer.mixer, name) for name in changes) else layer for layer in spec.layers)
+        layers = (
+            dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, **changes))
+            if all(hasattr(layer.mixer, name) for name in changes)
+            else layer
+            for layer in spec.layers
+        )
         return dataclasses.replace(spec, layers=tuple(layers))
+
     return change
 
 
@@ -111,9 +125,14 @@ def of_router(**changes: Any) -> Change:
         return dataclasses.replace(ffn, router=dataclasses.replace(ffn.router, **changes))
 
     def change(spec: ModelSpec) -> ModelSpec:
-        layers = (dataclasses.replace(layer, ffn=routed(layer.ffn)) if hasattr(layer.ffn, "router") else layer
-                  for layer in spec.layers)
+        layers = (
+            dataclasses.replace(layer, ffn=routed(layer.ffn))
+            if hasattr(layer.ffn, "router")
+            else layer
+            for layer in spec.layers
+        )
         return dataclasses.replace(spec, layers=tuple(layers))
+
     return change
 
 
@@ -121,6 +140,7 @@ def of_layer(**changes: Any) -> Change:
     def change(spec: ModelSpec) -> ModelSpec:
         layers = tuple(dataclasses.replace(layer, **changes) for layer in spec.layers)
         return dataclasses.replace(spec, layers=layers)
+
     return change
 
 
@@ -129,8 +149,10 @@ def of_model(**changes: Any) -> Change:
 
 
 def turned_faster(spec: ModelSpec) -> ModelSpec:
-    ropes = {name: dataclasses.replace(rope, inv_freq=tuple(1.3 * f for f in rope.inv_freq))
-             for name, rope in spec.ropes.items()}
+    ropes = {
+        name: dataclasses.replace(rope, inv_freq=tuple(1.3 * f for f in rope.inv_freq))
+        for name, rope in spec.ropes.items()
+    }
     return dataclasses.replace(spec, ropes=ropes)
 
 
@@ -165,7 +187,9 @@ MUTATIONS: dict[str, dict[str, tuple[Change, str]]] = {
 }
 
 
-@pytest.mark.parametrize(("family", "field"), [(family, field) for family in MUTATIONS for field in MUTATIONS[family]])
+@pytest.mark.parametrize(
+    ("family", "field"), [(family, field) for family in MUTATIONS for field in MUTATIONS[family]]
+)
 def test_a_wrong_field_of_the_spec_fails(
     family: str, field: str, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,20 +210,24 @@ def test_a_wrong_field_of_the_spec_fails(
 
 def roll(ending: str) -> Callable[[dict[str, torch.Tensor]], None]:
     """Turn every tensor whose name ends so by one place."""
+
     def edit(tensors: dict[str, torch.Tensor]) -> None:
         names = [name for name in tensors if name.endswith(ending)]
         assert names
         for name in names:
             tensors[name] = tensors[name].roll(1, -1)
+
     return edit
 
 
 def one_more(ending: str) -> Callable[[dict[str, torch.Tensor]], None]:
     """Add 1 to every other element of tensors whose name ends so."""
+
     def edit(tensors: dict[str, torch.Tensor]) -> None:
         for name in tensors:
             if name.endswith(ending):
                 tensors[name][::2] += 1
+
     return edit
 
 
@@ -209,24 +237,34 @@ def both_taps_exchanged(tensors: dict[str, torch.Tensor]) -> None:
             tensors[name] = tensors[name].flip(-1)
 
 
-@pytest.mark.parametrize(("family", "edit", "kind"), [
-    ("zaya", roll("qk_norm.temp"), "attn"),
-    ("zaya", both_taps_exchanged, "attn"),
-    ("zaya", roll("conv_qk_grouped.weight"), "attn"),
-    ("zaya", one_more("conv_qk_grouped.bias"), "attn"),
-    ("zaya", roll("v_proj_delayed.weight"), "attn"),
-    ("zaya", roll("gate.balancing_biases"), "moe"),
-    ("zaya", roll("gate.router_states_scale"), "moe"),
-    ("zaya", roll("post_mlp_residual_scale.residual_bias"), "moe"),
-    ("lfm2_moe", roll("conv.conv.weight"), "attn"),
-    ("lfm2_moe", roll("conv.in_proj.weight"), "attn"),
-    ("lfm2_moe", roll("feed_forward.expert_bias"), "moe"),
-], ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize(
+    ("family", "edit", "kind"),
+    [
+        ("zaya", roll("qk_norm.temp"), "attn"),
+        ("zaya", both_taps_exchanged, "attn"),
+        ("zaya", roll("conv_qk_grouped.weight"), "attn"),
+        ("zaya", one_more("conv_qk_grouped.bias"), "attn"),
+        ("zaya", roll("v_proj_delayed.weight"), "attn"),
+        ("zaya", roll("gate.balancing_biases"), "moe"),
+        ("zaya", roll("gate.router_states_scale"), "moe"),
+        ("zaya", roll("post_mlp_residual_scale.residual_bias"), "moe"),
+        ("lfm2_moe", roll("conv.conv.weight"), "attn"),
+        ("lfm2_moe", roll("conv.in_proj.weight"), "attn"),
+        ("lfm2_moe", roll("feed_forward.expert_bias"), "moe"),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
 def test_a_wrong_tensor_fails(
-    family: str, edit: Callable[[dict[str, torch.Tensor]], None], kind: str, prompts: Path, tmp_path: Path
+    family: str,
+    edit: Callable[[dict[str, torch.Tensor]], None],
+    kind: str,
+    prompts: Path,
+    tmp_path: Path,
 ) -> None:
     true = save_checkpoint(make_model(family, num_hidden_layers=LAYERS[family]), tmp_path / "true")
-    wrong = save_checkpoint(make_model(family, num_hidden_layers=LAYERS[family]), tmp_path / "wrong")
+    wrong = save_checkpoint(
+        make_model(family, num_hidden_layers=LAYERS[family]), tmp_path / "wrong"
+    )
     edit_tensors(wrong, edit)
     tiny_conversion(wrong, tmp_path / "out", prefill=16, context=96, recipe=FP16)
     report = verify(tmp_path / "out", checkpoint=true, prompts=prompts)

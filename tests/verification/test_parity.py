@@ -1,4 +1,5 @@
-"""Parity over shards made of numpy functions: for any state, layout, parts and windows, right passes, wrong fails."""
+"""Parity over shards made of numpy functions: for any state, layout, parts and windows, right
+passes, wrong fails."""
 
 import dataclasses
 
@@ -52,11 +53,17 @@ def golden_of(decoder, lengths=PROMPT_LENGTHS):
             routed = gates(w, norm(middle), decoder.k)
             ffn = sum(expert(w, e, norm(middle)) * routed[e] for e in range(EXPERTS))
             probs = softmax((w["router"] @ norm(middle)).T)
-            rows[index].append((x.T, attn.T, ffn.T, probs, np.argsort(-probs, kind="stable")[:, :decoder.k]))
+            rows[index].append(
+                (x.T, attn.T, ffn.T, probs, np.argsort(-probs, kind="stable")[:, : decoder.k])
+            )
             x = middle + ffn
         logits.append((decoder.head @ norm(x)).T)
-    layers = {index: LayerGolden(*(np.concatenate(parts).astype(np.float32) for parts in zip(*layer, strict=True)))
-              for index, layer in enumerate(rows)}
+    layers = {
+        index: LayerGolden(
+            *(np.concatenate(parts).astype(np.float32) for parts in zip(*layer, strict=True))
+        )
+        for index, layer in enumerate(rows)
+    }
     return Golden(prompts, layers, np.concatenate(logits).astype(np.float32), len(decoder.layers))
 
 
@@ -76,18 +83,37 @@ def rows_of(parity_and_shards):
 
 
 def failed(parity):
-    return {(row.kind, row.layer) for row in rows_of(parity) if isinstance(row, ShardResult) and not row.passed}
+    return {
+        (row.kind, row.layer)
+        for row in rows_of(parity)
+        if isinstance(row, ShardResult) and not row.passed
+    }
 
 
-@given(prefill=st.sampled_from([0, 1, 8, 16]), state=st.sampled_from(["mlstate", "explicit"]),
-       layout=st.sampled_from(["bc1s", "bct1"]), parts=st.integers(1, 3),
-       windows=st.lists(st.sampled_from([None, 1, 4]), min_size=1, max_size=2),
-       decode_tokens=st.sampled_from([None, 1, 5]))
+@given(
+    prefill=st.sampled_from([0, 1, 8, 16]),
+    state=st.sampled_from(["mlstate", "explicit"]),
+    layout=st.sampled_from(["bc1s", "bct1"]),
+    parts=st.integers(1, 3),
+    windows=st.lists(st.sampled_from([None, 1, 4]), min_size=1, max_size=2),
+    decode_tokens=st.sampled_from([None, 1, 5]),
+)
 @settings(max_examples=30, deadline=None)
-def test_right_shards_pass_every_row(tmp_path_factory, prefill, state, layout, parts, windows, decode_tokens):
+def test_right_shards_pass_every_row(
+    tmp_path_factory, prefill, state, layout, parts, windows, decode_tokens
+):
     decoder = Decoder(tuple(windows), k=CHOSEN)
-    parity = parity_of(decoder, golden_of(decoder), tmp_path_factory.mktemp("p"), tuple(windows), decode_tokens,
-                       prefill=prefill, state=state, layout=layout, parts=parts)
+    parity = parity_of(
+        decoder,
+        golden_of(decoder),
+        tmp_path_factory.mktemp("p"),
+        tuple(windows),
+        decode_tokens,
+        prefill=prefill,
+        state=state,
+        layout=layout,
+        parts=parts,
+    )
     rows = list(rows_of(parity))
     functions = 2 if prefill else 1
     assert all(row.passed for row in rows if isinstance(row, ShardResult))
@@ -99,7 +125,9 @@ def test_right_shards_pass_every_row(tmp_path_factory, prefill, state, layout, p
         elif row.function == "prefill" or not prefill or decode_tokens is None:
             assert row.tokens == sum(PROMPT_LENGTHS)
         elif row.kind == "attn":
-            assert row.tokens == sum(min(length, max(1, decode_tokens // 3)) for length in PROMPT_LENGTHS)
+            assert row.tokens == sum(
+                min(length, max(1, decode_tokens // 3)) for length in PROMPT_LENGTHS
+            )
         elif row.kind != "embed":
             assert row.tokens == decode_tokens
 
@@ -110,8 +138,10 @@ def altered(decoder, name, change, layer=1):
     return other
 
 
-@pytest.mark.parametrize(("name", "kind"), [("q", "attn"), ("v", "attn"), ("router", "moe"), ("up", "moe"),
-                                            ("down", "moe")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("q", "attn"), ("v", "attn"), ("router", "moe"), ("up", "moe"), ("down", "moe")],
+)
 def test_a_wrong_weight_fails_its_own_shard_and_no_other(name, kind, tmp_path):
     decoder = Decoder((None, None), k=CHOSEN)
     wrong = altered(decoder, name, lambda weight: np.roll(weight, 1, axis=0))

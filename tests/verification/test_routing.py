@@ -36,12 +36,16 @@ def test_soft_gates_put_exactly_the_mass_outside_where_it_does_not_belong():
     chosen = probs.topk(4)
     result = compare_routing(0, probs.numpy(), probs.numpy(), chosen.indices.numpy())
     assert result.set_agreement == 0
-    assert result.mass_outside_top_k == pytest.approx(1 - float(chosen.values.sum(1).mean()), abs=1e-6)
+    assert result.mass_outside_top_k == pytest.approx(
+        1 - float(chosen.values.sum(1).mean()), abs=1e-6
+    )
     assert result.gate_mass_outside_top_k == pytest.approx(result.mass_outside_top_k, abs=1e-6)
 
 
 def test_a_flip_counts_as_a_near_tie_only_where_the_golden_was_undecided():
-    probs = np.array([[0.5, 0.251, 0.249, 0.0], [0.5, 0.26, 0.24, 0.0], [0.5, 0.251, 0.249, 0.0]], np.float32)
+    probs = np.array(
+        [[0.5, 0.251, 0.249, 0.0], [0.5, 0.26, 0.24, 0.0], [0.5, 0.251, 0.249, 0.0]], np.float32
+    )
     indices = np.array([[0, 1]] * 3, np.int32)
     other, same = [0.6, 0, 0.4, 0], [0.6, 0.4, 0, 0]
     gates = np.array([other, other, same], np.float16)

@@ -1,4 +1,5 @@
-"""Conversions whose tokenizer Hugging Face reads otherwise without config.json: by every command."""
+"""Conversions whose tokenizer Hugging Face reads otherwise without config.json: by every
+command."""
 
 import json
 import shutil
@@ -63,7 +64,9 @@ def as_it_used_to_be(folder, checkpoint):
     for name in names:
         shutil.copy(checkpoint / name, folder)
         files[name] = sha256(folder / name)
-    change_manifest(folder, files=files, tokenizer=names, tokenizer_class=None, tokenizer_record=None)
+    change_manifest(
+        folder, files=files, tokenizer=names, tokenizer_class=None, tokenizer_record=None
+    )
 
 
 def spoil(folder, edit):
@@ -98,7 +101,8 @@ def test_generate_gives_the_model_the_ids_of_its_own_tokenizer(conversion, origi
     code, chat = command(capsys, *prompt, "--chat")
     messages = [{"role": "user", "content": TEXT}]
     assert code == 0 and json.loads(chat)["prompt_ids"] == original.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=False)
+        messages, add_generation_prompt=True, return_dict=False
+    )
 
 
 def test_trace_runs_the_same_tokens_through_both(conversion, checkpoint, original, tmp_path):
@@ -136,11 +140,18 @@ def test_a_conversion_without_a_record_verifies_and_says_so(own, checkpoint, cap
 
 
 def test_converting_again_gives_the_same_bytes_and_sweeps_the_files_of_before(
-        own, conversion, checkpoint):
+    own, conversion, checkpoint
+):
     as_it_used_to_be(own, checkpoint)
     for name in ("special_tokens_map.json", "tokenizer.model", "vocab.json"):
         (own / name).write_text("{}")
     tiny_conversion(checkpoint, own, golden=True)
-    contents = [{path.relative_to(folder): path.read_bytes() for path in folder.rglob("*")
-                 if path.is_file()} for folder in (own, conversion)]
+    contents = [
+        {
+            path.relative_to(folder): path.read_bytes()
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
+        for folder in (own, conversion)
+    ]
     assert contents[0] == contents[1]

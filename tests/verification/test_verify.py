@@ -24,10 +24,25 @@ from tests.verification.tiny import tiny_checkpoint, tiny_conversion
 
 # The document that other programs may rely on.
 FIELDS = {
-    "shards": {"path", "kind", "layer", "function", "cosine", "relative_l2", "max_abs_error", "passed"},
+    "shards": {
+        "path",
+        "kind",
+        "layer",
+        "function",
+        "cosine",
+        "relative_l2",
+        "max_abs_error",
+        "passed",
+    },
     "routing": {"layer", "set_agreement", "mass_outside_top_k"},
 }
-MODEL_FIELDS = {"top1_agreement", "mean_kl", "perplexity_golden", "perplexity_shards", "logit_cosine"}
+MODEL_FIELDS = {
+    "top1_agreement",
+    "mean_kl",
+    "perplexity_golden",
+    "perplexity_shards",
+    "logit_cosine",
+}
 
 
 def command(capsys, *arguments):
@@ -46,15 +61,22 @@ def report(conversion):
 def test_a_right_conversion_passes_with_every_function_covered(report, conversion):
     assert report.passed and report.failures == 0 and not report.integrity
     covered = {(row.kind, row.function) for row in report.shards}
-    assert covered == {("embed", "lookup")} | {(kind, function) for kind in ("attn", "moe", "dense", "lm_head")
-                                               for function in ("decode", "prefill")}
+    assert covered == {("embed", "lookup")} | {
+        (kind, function)
+        for kind in ("attn", "moe", "dense", "lm_head")
+        for function in ("decode", "prefill")
+    }
     manifest = json.loads((conversion / "runtime_meta.json").read_text())
-    assert {row.path for row in report.shards} == {shard["path"] for shard in manifest["shards"]} | {"embed.bin"}
+    assert {row.path for row in report.shards} == {
+        shard["path"] for shard in manifest["shards"]
+    } | {"embed.bin"}
 
 
 def test_prefill_sees_every_token_and_decode_a_part_of_them(report):
     for row in report.shards:
-        assert row.tokens == report.golden_tokens > 64 or (row.function == "decode" and 4 < row.tokens <= 32)
+        assert row.tokens == report.golden_tokens > 64 or (
+            row.function == "decode" and 4 < row.tokens <= 32
+        )
 
 
 def test_decode_can_be_asked_to_see_every_token(conversion):
@@ -78,7 +100,9 @@ def test_perplexity_of_the_golden_is_the_models_own_loss(report, checkpoint, con
     for ids in read_golden(conversion / "golden.safetensors").prompts:
         if len(ids) > 1:
             with torch.no_grad():
-                losses += float(model(torch.tensor([ids]), labels=torch.tensor([ids])).loss) * (len(ids) - 1)
+                losses += float(model(torch.tensor([ids]), labels=torch.tensor([ids])).loss) * (
+                    len(ids) - 1
+                )
             count += len(ids) - 1
     prefill = next(model for model in report.models if model.function == "prefill")
     assert prefill.perplexity_golden == pytest.approx(np.exp(losses / count), rel=1e-4)
@@ -94,8 +118,16 @@ def test_an_explicit_state_in_the_other_layout_passes_too(checkpoint, tmp_path):
 
 
 def test_a_layer_in_parts_is_judged_by_their_sum(tmp_path):
-    checkpoint = save_checkpoint(make_model("mixtral", num_hidden_layers=1, num_local_experts=4, hidden_size=256,
-                                            intermediate_size=512), tmp_path / "checkpoint")
+    checkpoint = save_checkpoint(
+        make_model(
+            "mixtral",
+            num_hidden_layers=1,
+            num_local_experts=4,
+            hidden_size=256,
+            intermediate_size=512,
+        ),
+        tmp_path / "checkpoint",
+    )
     out = tiny_conversion(checkpoint, tmp_path / "out", max_shard_mb=1)
     rows = [row for row in verify(out, checkpoint=checkpoint).shards if row.kind == "moe"]
     assert len(rows) > 1 and all(row.passed for row in rows)
@@ -103,7 +135,9 @@ def test_a_layer_in_parts_is_judged_by_their_sum(tmp_path):
 
 
 def test_soft_routing_fails_and_says_what_it_costs(checkpoint, tmp_path):
-    found = verify(tiny_conversion(checkpoint, tmp_path / "out", routing="soft"), checkpoint=checkpoint)
+    found = verify(
+        tiny_conversion(checkpoint, tmp_path / "out", routing="soft"), checkpoint=checkpoint
+    )
     assert not found.passed and {row.kind for row in found.shards if not row.passed} == {"moe"}
     (routing,) = found.routing
     assert routing.set_agreement == 0
@@ -111,7 +145,9 @@ def test_soft_routing_fails_and_says_what_it_costs(checkpoint, tmp_path):
 
 
 def test_a_subset_of_layers_is_checked_without_the_whole_model(checkpoint, tmp_path):
-    found = verify(tiny_conversion(checkpoint, tmp_path / "out", layers=(0,)), checkpoint=checkpoint)
+    found = verify(
+        tiny_conversion(checkpoint, tmp_path / "out", layers=(0,)), checkpoint=checkpoint
+    )
     assert found.passed and not found.models and "1 of 2 layers" in found.model_skipped
     assert {row.kind for row in found.shards} == {"embed", "attn", "moe"}
     assert found.as_json()["model"] is None
@@ -119,7 +155,9 @@ def test_a_subset_of_layers_is_checked_without_the_whole_model(checkpoint, tmp_p
 
 def test_thresholds_can_be_changed(conversion):
     strict = verify(conversion, min_cosine=0.99999999)
-    assert not strict.passed and any("cosine" in row.reason for row in strict.shards if not row.passed)
+    assert not strict.passed and any(
+        "cosine" in row.reason for row in strict.shards if not row.passed
+    )
     assert not verify(conversion, min_logit_cosine=1.1).passed
 
 
@@ -152,7 +190,7 @@ def test_damaged_files_exit_with_1_and_nothing_is_run(copy, capsys):
     assert [problem["path"] for problem in document["integrity"]] == [BLOB]
     assert document["shards"] == [] and document["model"] is None
     code, out, _ = command(capsys, folder)
-    text = " ".join(out.split())                 # lines break where the width of the terminal says
+    text = " ".join(out.split())  # lines break where the width of the terminal says
     assert code == 1 and "weight.bin" in text and "nothing was run" in text
 
 
@@ -162,9 +200,19 @@ def test_without_a_golden_or_a_checkpoint_the_error_says_what_to_do(checkpoint, 
     assert code == 2 and stdout == "" and "--checkpoint" in error and "--golden" in error
 
 
-@pytest.mark.parametrize(("text", "found"), [("[[1, 61]]", "61"), ("[[-1]]", "-1"), ("[[]]", "0 tokens"),
-                                             ("[[1.5]]", "1.5"), ("[]", "no prompts"), ("[", "cannot be read"),
-                                             ('["text"]', "no tokenizer"), (str([[1] * 129]), "129 tokens")])
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("[[1, 61]]", "61"),
+        ("[[-1]]", "-1"),
+        ("[[]]", "0 tokens"),
+        ("[[1.5]]", "1.5"),
+        ("[]", "no prompts"),
+        ("[", "cannot be read"),
+        ('["text"]', "no tokenizer"),
+        (str([[1] * 129]), "129 tokens"),
+    ],
+)
 def test_bad_prompts_are_one_line_and_exit_2(text, found, conversion, checkpoint, tmp_path, capsys):
     path = tmp_path / "prompts.json"
     path.write_text(text)
@@ -209,23 +257,35 @@ def test_each_package_is_opened_once_for_two_goldens_and_the_whole_model(tmp_pat
     assert sorted(opened) == sorted(out / shard.path for shard in read_manifest(out).shards)
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"state": "explicit", "layout": "bct1"}, {"routing": "sparse", "expert_tokens": (1, 4)},
-    {"layers_per_shard": 2}, {"max_shard_mb": 0.02}, {"prefill": 0},
-], ids=str)
-def test_stage_by_stage_gives_the_logits_of_the_token_loop_to_the_bit(options, checkpoint, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"state": "explicit", "layout": "bct1"},
+        {"routing": "sparse", "expert_tokens": (1, 4)},
+        {"layers_per_shard": 2},
+        {"max_shard_mb": 0.02},
+        {"prefill": 0},
+    ],
+    ids=str,
+)
+def test_stage_by_stage_gives_the_logits_of_the_token_loop_to_the_bit(
+    options, checkpoint, tmp_path
+):
     out = tiny_conversion(checkpoint, tmp_path / "out", **{"prefill": 16, **options})
     rng = np.random.default_rng(0)
     prompts = [tuple(rng.integers(3, 61, length).tolist()) for length in (37, 9)]
     shards = load_shards(out, "reference")
     dispatch = ExpertDispatch(shards.experts, shards.cache) if shards.cache else None
-    passes = model_passes(shards.manifest, prompts, shards.embed, tail=5 if shards.manifest.prefill else None)
+    passes = model_passes(
+        shards.manifest, prompts, shards.embed, tail=5 if shards.manifest.prefill else None
+    )
     steps = list(shards.steps)
     for number, stage in enumerate(stages(shards.manifest)):
         if isinstance(stage, int):
             continue
         loaded = [step for step in steps if isinstance(step, LoadedShard) and step.shard in stage]
-        following = stages(shards.manifest)[number + 1:number + 2]
+        following = stages(shards.manifest)[number + 1 : number + 2]
         experts = [shards.experts[step] for step in following if isinstance(step, int)]
         for model_pass in passes:
             model_pass.advance([*loaded, *experts], shards.ropes, dispatch)
@@ -233,10 +293,12 @@ def test_stage_by_stage_gives_the_logits_of_the_token_loop_to_the_bit(options, c
         for prompt in model_pass.prompts:
             session = Session(shards)
             if prompt.cut:
-                session.prefill(prompt.ids[:prompt.cut])
-            expected = session.prefill_logits(prompt.ids[prompt.cut:], by=model_pass.function)
+                session.prefill(prompt.ids[: prompt.cut])
+            expected = session.prefill_logits(prompt.ids[prompt.cut :], by=model_pass.function)
             assert np.array_equal(prompt.logits, expected)
-    assert [one.function for one in passes] == (["decode", "prefill"] if shards.manifest.prefill else ["decode"])
+    assert [one.function for one in passes] == (
+        ["decode", "prefill"] if shards.manifest.prefill else ["decode"]
+    )
 
 
 def test_report_prints_what_verify_prints_and_fails_as_it_does(copy, capsys):

@@ -27,7 +27,12 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 FAMILY_SIZES = {
-    "qwen3_moe": {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": []},
+    "qwen3_moe": {
+        "moe_intermediate_size": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "mlp_only_layers": [],
+    },
     "granitemoe": {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2},
     "mixtral": {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
@@ -44,10 +49,16 @@ def tiny_checkpoint(family: str, folder: Path, **overrides: object) -> Path:
 
 
 def tiny_conversion(checkpoint: Path, out: Path, **options: object) -> Path:
-    """Decode only, unless `prefill` says otherwise. Equal blocks are traced once in a test run, which is most of it."""
+    """Decode only, unless `prefill` says otherwise. Equal blocks are traced once in a test run,
+    which is most of it."""
     golden = bool(options.pop("golden", False))
     with patch("ane_moe.conversion.stamping.make_template", traced_once):
-        convert(checkpoint, out, ConvertOptions(**{"prefill": 0, "recipe": FP16, **options}), golden=golden)
+        convert(
+            checkpoint,
+            out,
+            ConvertOptions(**{"prefill": 0, "recipe": FP16, **options}),
+            golden=golden,
+        )
     return out
 
 
@@ -56,4 +67,6 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) 
     path = folder / "model.safetensors"
     tensors = load_file(path)
     edit(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"}
+    )

@@ -7,15 +7,24 @@ from ane_moe.formats.encoded import Expansion, Shape, Stored
 
 FILE = "@model_path/weights/weight.bin"
 DATA_TYPES = {
-    "fp16": MIL_pb2.FLOAT16, "int8": MIL_pb2.INT8, "int4": MIL_pb2.INT4, "int32": MIL_pb2.INT32,
-    "uint8": MIL_pb2.UINT8, "uint6": MIL_pb2.UINT6, "uint4": MIL_pb2.UINT4, "uint3": MIL_pb2.UINT3,
-    "uint2": MIL_pb2.UINT2, "uint1": MIL_pb2.UINT1,
+    "fp16": MIL_pb2.FLOAT16,
+    "int8": MIL_pb2.INT8,
+    "int4": MIL_pb2.INT4,
+    "int32": MIL_pb2.INT32,
+    "uint8": MIL_pb2.UINT8,
+    "uint6": MIL_pb2.UINT6,
+    "uint4": MIL_pb2.UINT4,
+    "uint3": MIL_pb2.UINT3,
+    "uint2": MIL_pb2.UINT2,
+    "uint1": MIL_pb2.UINT1,
 }
 
-Offsets = Mapping[str, int]             # of stored inputs in the blob file
+Offsets = Mapping[str, int]  # of stored inputs in the blob file
 
 
-def expansion_operations(name: str, expansions: Sequence[tuple[Expansion, Offsets]]) -> list[MIL_pb2.Operation]:
+def expansion_operations(
+    name: str, expansions: Sequence[tuple[Expansion, Offsets]]
+) -> list[MIL_pb2.Operation]:
     """The constexpr operations that give the value `name`, in place of a `const` of that name."""
     operations: list[MIL_pb2.Operation] = []
     for number, (expansion, offsets) in enumerate(expansions):

@@ -1,10 +1,12 @@
-"""`.mlpackage` at protobuf and blob level: bind weights to templates and write the package, atomically.
+"""`.mlpackage` at protobuf and blob level: bind weights to templates and write the package,
+atomically.
 
-One package may hold many copies of a template, each with weights of its own: the experts of a layer. A copy is told
-from the others by its prefix, which goes before the names of its functions and weights.
+One package may hold many copies of a template, each with weights of its own: the experts of a
+layer. A copy is told from the others by its prefix, which goes before the names of its functions
+and weights.
 
-A package is a folder: Manifest.json, Data/com.apple.CoreML/model.mlmodel (the protobuf) and weights/weight.bin (the
-blob file). It appears under its final name only when it is complete.
+A package is a folder: Manifest.json, Data/com.apple.CoreML/model.mlmodel (the protobuf) and
+weights/weight.bin (the blob file). It appears under its final name only when it is complete.
 """
 
 import hashlib
@@ -37,20 +39,25 @@ Weight = np.ndarray | Encoded
 
 @dataclass(frozen=True)
 class Written:
-    """What a finished package holds: bytes of weights, and the sha256 of its files by path inside the package."""
+    """What a finished package holds: bytes of weights, and the sha256 of its files by path inside
+    the package."""
 
     weight_bytes: int
     content_key: str
 
 
 def stamp(
-    templates: Mapping[str, Template], values: Iterable[tuple[str, Weight]], key: "ContentKey", path: Path
+    templates: Mapping[str, Template],
+    values: Iterable[tuple[str, Weight]],
+    key: "ContentKey",
+    path: Path,
 ) -> Written:
-    """Write the package `path` from templates by prefix and their weights, each (name, fp16 array or encoded).
+    """Write the package `path` from templates by prefix and their weights, each (name, fp16 array
+    or encoded).
 
-    One weight is in memory at a time. The first function of the first copy is the default. `key` is asked for its
-    digest after the last value was read. Raises UserError when the disk is full; an interrupted call leaves nothing at
-    `path`.
+    One weight is in memory at a time. The first function of the first copy is the default. `key` is
+    asked for its digest after the last value was read. Raises UserError when the disk is full; an
+    interrupted call leaves nothing at `path`.
     """
     try:
         with replaced(path) as temporary:
@@ -67,7 +74,8 @@ def stamp(
 
 
 class ContentKey:
-    """The identity of a shard: the stored weights it was made of, its graph, and the tools that made it.
+    """The identity of a shard: the stored weights it was made of, its graph, and the tools that
+    made it.
 
     A hasher for `Checkpoint.read`; what else decides the result is given at the start.
     """
@@ -102,7 +110,10 @@ def disk_error(error: Exception, path: Path) -> Exception:
     """A UserError when `error` looks like a full disk, else the error itself."""
     free = shutil.disk_usage(path.parent).free
     if getattr(error, "errno", None) == 28 or (isinstance(error, RuntimeError) and free < 1 << 26):
-        what, do = f"the disk is full: {path.name} was not written", "free some space and run the same command again"
+        what, do = (
+            f"the disk is full: {path.name} was not written",
+            "free some space and run the same command again",
+        )
         return UserError(what, f"{free / 1e6:.0f} MB free", do)
     return error
 
@@ -113,7 +124,8 @@ def _files(folder: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where the parts of a weight lie in the blob file: by input for each of its expansions, or one offset."""
+    """Where the parts of a weight lie in the blob file: by input for each of its expansions, or one
+    offset."""
 
     offset: int = 0
     expansions: tuple[tuple[Expansion, Mapping[str, int]], ...] = ()
@@ -122,15 +134,21 @@ class _Place:
 def _write_blob(
     values: Iterable[tuple[str, Weight]], path: Path, templates: Mapping[str, Template]
 ) -> dict[str, _Place]:
-    """Places by weight name. Checks that each weight of each copy comes once, with as many elements as traced."""
-    shapes = {weight_name(prefix, name): shape for prefix, template in templates.items()
-              for name, shape in template.weights.items()}
+    """Places by weight name. Checks that each weight of each copy comes once, with as many elements
+    as traced."""
+    shapes = {
+        weight_name(prefix, name): shape
+        for prefix, template in templates.items()
+        for name, shape in template.weights.items()
+    }
     places: dict[str, _Place] = {}
     with BlobWriter(path) as writer:
         for name, value in values:
             size, type_ = _extent(value)
             if size != math.prod(shapes[name]) or type_ != "fp16" or name in places:
-                raise ValueError(f"weight {name}: {type_}, {size} elements, does not fit {shapes[name]}")
+                raise ValueError(
+                    f"weight {name}: {type_}, {size} elements, does not fit {shapes[name]}"
+                )
             places[name] = _store(writer, value)
     if missing := shapes.keys() - places.keys():
         raise ValueError(f"no value for {sorted(missing)[:5]}")
@@ -150,21 +168,30 @@ def _store(writer: BlobWriter, value: Weight) -> _Place:
         return _Place(writer.add(value, "fp16"))
     placed = []
     for expansion in value.expansions:
-        inputs = {name: writer.add(part.values, part.type) for name, part in expansion.inputs.items()
-                  if isinstance(part, Stored)}
+        inputs = {
+            name: writer.add(part.values, part.type)
+            for name, part in expansion.inputs.items()
+            if isinstance(part, Stored)
+        }
         placed.append((_without_values(expansion), inputs))
     return _Place(expansions=tuple(placed))
 
 
 def _without_values(expansion: Expansion) -> Expansion:
-    """The expansion with arrays that take no memory: their shapes and types are still needed when it is written."""
-    inputs = {name: replace(part, values=np.broadcast_to(part.values.dtype.type(0), part.values.shape))
-              if isinstance(part, Stored) else part for name, part in expansion.inputs.items()}
+    """The expansion with arrays that take no memory: their shapes and types are still needed when
+    it is written."""
+    inputs = {
+        name: replace(part, values=np.broadcast_to(part.values.dtype.type(0), part.values.shape))
+        if isinstance(part, Stored)
+        else part
+        for name, part in expansion.inputs.items()
+    }
     return replace(expansion, inputs=inputs)
 
 
 def _bound(templates: Mapping[str, Template], places: Mapping[str, _Place]) -> Model_pb2.Model:
-    """One specification with the functions of every copy, each weight pointing into the blob file."""
+    """One specification with the functions of every copy, each weight pointing into the blob
+    file."""
     parsed: dict[int, Model_pb2.Model] = {}
     for template in templates.values():
         if id(template) not in parsed:
@@ -187,7 +214,8 @@ def _bound(templates: Mapping[str, Template], places: Mapping[str, _Place]) -> M
 
 
 def _bind(function: MIL_pb2.Function, places: Mapping[str, _Place]) -> None:
-    """Point every weight of one function to its place in the blob file; expansions take the place of its `const`."""
+    """Point every weight of one function to its place in the blob file; expansions take the place
+    of its `const`."""
     block = function.block_specializations[function.opset]
     operations = list(block.operations)
     bound = set()
@@ -208,9 +236,12 @@ def _bind(function: MIL_pb2.Function, places: Mapping[str, _Place]) -> None:
 
 
 def _item_manifest(content_key: str) -> str:
-    """Manifest.json. Identifiers are derived from the content, so that the same input gives the same bytes."""
+    """Manifest.json. Identifiers are derived from the content, so that the same input gives the
+    same bytes."""
     items = {"model.mlmodel": "CoreML Model Specification", "weights": "CoreML Model Weights"}
-    identifiers = {name: str(uuid.uuid5(uuid.NAMESPACE_OID, content_key + name)).upper() for name in items}
+    identifiers = {
+        name: str(uuid.uuid5(uuid.NAMESPACE_OID, content_key + name)).upper() for name in items
+    }
     entries = {
         identifiers[name]: {
             "author": "com.apple.CoreML",

@@ -1,8 +1,10 @@
 """From a block to a template: one Core ML graph per distinct block, its weights still unbound.
 
-The weights are *inputs* of the traced graph. So tracing and converting never touch their values (the cost does not
-depend on their size), no graph pass can fold, merge or round them, and what must be proved afterwards is small:
-every weight is still an input, of the same shape, used by the same kind of operation, in the same order.
+The weights are *inputs* of the traced graph. So tracing and converting never touch their values
+(the cost does not depend on their size), no graph pass can fold, merge or round them, and what must
+be proved afterwards is small:
+every weight is still an input, of the same shape, used by the same kind of operation, in the same
+order.
 """
 
 from collections.abc import Iterable
@@ -18,8 +20,8 @@ from ane_moe.model.port import Port, Ports, Shape, shapes_of
 from ane_moe.parts.block import Block
 from ane_moe.parts.template_key import TemplateKey, build_unbound
 
-# What our graphs need of coremltools' 95 default passes: a quarter of the time, the same program. In particular none
-# of those that fold weights.
+# What our graphs need of coremltools' 95 default passes: a quarter of the time, the same program.
+# In particular none of those that fold weights.
 PASSES = [
     f"common::{name}"
     for name in (
@@ -53,7 +55,8 @@ CONSUMERS = {"conv": "aten::_convolution", "mul": "aten::mul", "add": "aten::add
 class Template:
     """A model specification with one `const` operation per weight still to be given its value.
 
-    `model` is the serialised protobuf; `weights` maps each weight's name (the block's parameter path) to its shape.
+    `model` is the serialised protobuf; `weights` maps each weight's name (the block's parameter
+    path) to its shape.
     """
 
     model: bytes
@@ -61,7 +64,8 @@ class Template:
 
 
 class ConversionError(Exception):
-    """The converter did not keep a weight where the traced block has it: a defect, never the user's fault."""
+    """The converter did not keep a weight where the traced block has it: a defect, never the user's
+    fault."""
 
 
 def make_template(key: TemplateKey) -> Template:
@@ -73,7 +77,9 @@ def make_template(key: TemplateKey) -> Template:
     weights = {name: tuple(parameter.shape) for name, parameter in block.named_parameters()}
     traced = _trace(block, block.ports(1), key.layout)
     program = _convert(traced, block.ports(MARKER), weights, key.layout)
-    return Template(_join({name: with_token_count(program, tokens) for name, tokens in key.functions}), weights)
+    return Template(
+        _join({name: with_token_count(program, tokens) for name, tokens in key.functions}), weights
+    )
 
 
 class _Unbound(nn.Module):
@@ -116,15 +122,20 @@ def _declared(ports: Iterable[Port], layout: str) -> dict[str, Shape]:
 
 
 def _trace(block: Block, ports: Ports, layout: str) -> torch.jit.ScriptModule:
-    """Trace the block at one token. Blocks never read the token count, so the graph holds for any."""
+    """Trace the block at one token. Blocks never read the token count, so the graph holds for
+    any."""
     shapes = [*_declared(ports.inputs, layout).values()]
     shapes += [tuple(parameter.shape) for parameter in block.parameters()]
-    examples = [torch.zeros(()).expand(shape) for shape in shapes]  # stride 0: any shape in four bytes
+    examples = [
+        torch.zeros(()).expand(shape) for shape in shapes
+    ]  # stride 0: any shape in four bytes
     with torch.no_grad():
         return torch.jit.trace(_Unbound(block, ports, layout).eval(), examples, check_trace=False)
 
 
-def _convert(traced: torch.jit.ScriptModule, ports: Ports, shapes: dict[str, Shape], layout: str) -> Model_pb2.Model:
+def _convert(
+    traced: torch.jit.ScriptModule, ports: Ports, shapes: dict[str, Shape], layout: str
+) -> Model_pb2.Model:
     """Convert the trace for the token count of `ports`; checks the weights against the trace."""
     inputs = _declared(ports.inputs, layout)
     placeholders = {name: _placeholder(index) for index, name in enumerate(shapes)}
@@ -133,10 +144,15 @@ def _convert(traced: torch.jit.ScriptModule, ports: Ports, shapes: dict[str, Sha
     with validating_once():
         model = ct.convert(
             traced,
-            inputs=[ct.TensorType(name=name, shape=shape, **half) for name, shape in declared.items()],
+            inputs=[
+                ct.TensorType(name=name, shape=shape, **half) for name, shape in declared.items()
+            ],
             outputs=[ct.TensorType(name=port.name, **half) for port in ports.outputs],
-            states=[ct.StateType(ct.TensorType(shape=port.shape, **half), name=port.name)
-                    for port in ports.states] or None,
+            states=[
+                ct.StateType(ct.TensorType(shape=port.shape, **half), name=port.name)
+                for port in ports.states
+            ]
+            or None,
             minimum_deployment_target=ct.target.iOS18,
             pass_pipeline=ct.PassPipeline(PASSES, "ane-moe"),
             compute_precision=ct.precision.FLOAT16,
@@ -160,7 +176,8 @@ def _operations(model: Model_pb2.Model) -> MIL_pb2.Block:
 
 
 def _inline_constants(model: Model_pb2.Model, weights_dir: str) -> None:
-    """Move the graph's own small constants (the router's ramp) from the blob file into the protobuf."""
+    """Move the graph's own small constants (the router's ramp) from the blob file into the
+    protobuf."""
     reader = None
     for operation in _operations(model).operations:
         for attribute in operation.attributes.values():
@@ -169,7 +186,9 @@ def _inline_constants(model: Model_pb2.Model, weights_dir: str) -> None:
             reader = reader or BlobReader(f"{weights_dir}/weight.bin")
             if attribute.type.tensorType.dataType != MIL_pb2.FLOAT16:
                 raise ConversionError(f"constant of {operation.outputs[0].name} is not fp16")
-            data = np.asarray(reader.read_fp16_data(attribute.blobFileValue.offset), dtype=np.uint16)
+            data = np.asarray(
+                reader.read_fp16_data(attribute.blobFileValue.offset), dtype=np.uint16
+            )
             attribute.immediateValue.tensor.bytes.values = data.tobytes()
 
 
@@ -180,7 +199,8 @@ def _prove(
     model: Model_pb2.Model,
     placeholders: dict[str, str],
 ) -> None:
-    """Check that the program uses every weight exactly as the trace does: same order of first use, same operation."""
+    """Check that the program uses every weight exactly as the trace does: same order of first use,
+    same operation."""
     expected = _uses_in_trace(traced, n_inputs, names)
     if unused := set(names) - {name for name, _ in expected}:
         raise ConversionError(f"the block never uses its weights {sorted(unused)[:5]}")
@@ -188,7 +208,7 @@ def _prove(
     found = [
         (back[binding.name], operation.type)
         for operation in _operations(model).operations
-        for _, argument in sorted(operation.inputs.items())         # a map of protobuf has no order
+        for _, argument in sorted(operation.inputs.items())  # a map of protobuf has no order
         for binding in argument.arguments
         if binding.name in back
     ]
@@ -196,22 +216,33 @@ def _prove(
     if translated != expected:
         wrong = next(((e, t) for e, t in zip(expected, translated, strict=False) if e != t), None)
         missing = sorted({name for name, _ in expected} - {name for name, _ in translated})
-        raise ConversionError(f"weights moved during conversion: missing {missing[:5]}, first difference {wrong}")
+        raise ConversionError(
+            f"weights moved during conversion: missing {missing[:5]}, first difference {wrong}"
+        )
 
 
-def _uses_in_trace(traced: torch.jit.ScriptModule, n_inputs: int, names: list[str]) -> list[tuple[str, str]]:
+def _uses_in_trace(
+    traced: torch.jit.ScriptModule, n_inputs: int, names: list[str]
+) -> list[tuple[str, str]]:
     graph = traced.inlined_graph
-    values = [value.debugName() for value in graph.inputs()][1 + n_inputs :]  # the first is the module itself
+    values = [value.debugName() for value in graph.inputs()][
+        1 + n_inputs :
+    ]  # the first is the module itself
     by_value = dict(zip(values, names, strict=True))
     return [
-        (by_value[argument.debugName()], node.kind().rstrip("_") if node.kind() != CONSUMERS["conv"] else node.kind())
+        (
+            by_value[argument.debugName()],
+            node.kind().rstrip("_") if node.kind() != CONSUMERS["conv"] else node.kind(),
+        )
         for node in graph.nodes()
         for argument in node.inputs()
         if argument.debugName() in by_value
     ]
 
 
-def _bind_placeholders(model: Model_pb2.Model, shapes: dict[str, Shape], placeholders: dict[str, str]) -> None:
+def _bind_placeholders(
+    model: Model_pb2.Model, shapes: dict[str, Shape], placeholders: dict[str, str]
+) -> None:
     """Turn the weight inputs into `const` operations named as the block's parameters."""
     (function,) = model.mlProgram.functions.values()
     back = {placeholder: name for name, placeholder in placeholders.items()}
@@ -241,12 +272,15 @@ def _bind_placeholders(model: Model_pb2.Model, shapes: dict[str, Shape], placeho
 
 
 def value_name(weight: str) -> str:
-    """The program's name for a weight: a MIL identifier made of the block's parameter path, one to one."""
+    """The program's name for a weight: a MIL identifier made of the block's parameter path, one to
+    one."""
     return "w_" + weight.replace(".", "__")
 
 
 def _constant(name: str, type_: MIL_pb2.ValueType) -> MIL_pb2.Operation:
-    operation = MIL_pb2.Operation(type="const", outputs=[MIL_pb2.NamedValueType(name=value_name(name), type=type_)])
+    operation = MIL_pb2.Operation(
+        type="const", outputs=[MIL_pb2.NamedValueType(name=value_name(name), type=type_)]
+    )
     label = operation.attributes["name"]
     label.type.tensorType.dataType = MIL_pb2.STRING
     label.immediateValue.tensor.strings.values.append(value_name(name))
@@ -263,7 +297,9 @@ def _join(programs: dict[str, Model_pb2.Model]) -> bytes:
         joined.description.ClearField(field)
     joined.mlProgram.functions.clear()
     joined.description.defaultFunctionName = names[0]
-    joined.description.metadata.userDefined.pop(CONVERSION_DATE, None)  # the same input gives the same bytes, any day
+    joined.description.metadata.userDefined.pop(
+        CONVERSION_DATE, None
+    )  # the same input gives the same bytes, any day
     for name, program in programs.items():
         (function,) = program.mlProgram.functions.values()
         joined.mlProgram.functions[name].CopyFrom(function)

@@ -1,8 +1,9 @@
-"""The token count of a converted program, set afterwards: coremltools converts a block once, not once per function.
+"""The token count of a converted program, set afterwards: coremltools converts a block once, not
+once per function.
 
-The block is converted for MARKER tokens, a prime larger than any size of its own. Then a multiple of it in the
-program, or a few more or less (a convolution sees tokens before the call), is a size that grows with the tokens, and
-the program for n tokens has n in its place.
+The block is converted for MARKER tokens, a prime larger than any size of its own. Then a multiple
+of it in the program, or a few more or less (a convolution sees tokens before the call), is a size
+that grows with the tokens, and the program for n tokens has n in its place.
 """
 
 from collections.abc import Iterator
@@ -12,8 +13,8 @@ from google.protobuf.message import Message
 from ane_moe.coreml_tools import FeatureTypes_pb2, MIL_pb2, Model_pb2
 
 MARKER = 1_000_003
-MAX_MORE = 64               # tokens more, or less, than a multiple
-TO_THE_END = 2**31 - 1      # what coremltools writes for an open end of a slice
+MAX_MORE = 64  # tokens more, or less, than a multiple
+TO_THE_END = 2**31 - 1  # what coremltools writes for an open end of a slice
 # The integers of a program: field by type of message.
 INTEGERS = {
     MIL_pb2.Dimension.ConstantDimension.DESCRIPTOR: "size",
@@ -55,7 +56,9 @@ def _messages(message: Message) -> Iterator[Message]:
         if field.message_type is None:
             continue
         if field.message_type.GetOptions().map_entry:
-            inner = value.values() if field.message_type.fields_by_name["value"].message_type else ()
+            inner = (
+                value.values() if field.message_type.fields_by_name["value"].message_type else ()
+            )
         else:
             inner = (value,) if isinstance(value, Message) else value
         for one in inner:

@@ -35,20 +35,27 @@ def _built(point: Point) -> Program:
 
 def table(rows: list[Outcome]) -> str:
     """Markdown, with the totals above."""
-    totals = {grade: sum(row.grade == grade for row in rows) for grade in ("right", "wrong", "uncertain")}
+    totals = {
+        grade: sum(row.grade == grade for row in rows) for grade in ("right", "wrong", "uncertain")
+    }
     graded = ", ".join(f"{count} {grade}" for grade, count in totals.items())
-    lines = [f"{len(rows)} placements: {graded}.",
-             *_of_plans([row for row in rows if row.point.on_cpu is not None]), "",
-             "| # | graph | for | reported | predicted | | deciding rules | source |",
-             "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        f"{len(rows)} placements: {graded}.",
+        *_of_plans([row for row in rows if row.point.on_cpu is not None]),
+        "",
+        "| # | graph | for | reported | predicted | | deciding rules | source |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         point = row.point
         reported, predicted = point.reported, row.predicted
         if point.on_cpu is not None:
             reported = _counted(sum(row.counts) - point.on_cpu, point.on_cpu)
             predicted = _counted(*row.counts)
-        lines.append(f"| {point.number} | {point.what} | {point.target}, {point.os} | {reported} | "
-                     f"{predicted} | {row.grade} | {', '.join(row.rules)} | {point.source} |")
+        lines.append(
+            f"| {point.number} | {point.what} | {point.target}, {point.os} | {reported} | "
+            f"{predicted} | {row.grade} | {', '.join(row.rules)} | {point.source} |"
+        )
     return "\n".join(lines)
 
 
@@ -60,8 +67,11 @@ def _of_plans(rows: list[Outcome]) -> list[str]:
     ane, cpu, undecided = (sum(column) for column in zip(*counts, strict=True))
     on_cpu = sum(row.point.on_cpu or 0 for row in rows)
     total = ane + cpu + undecided
-    return [f"{len(rows)} of them are whole compute plans: of {total} operations {total - on_cpu} were on "
-            f"the engine and {on_cpu} on the CPU; predicted: {ane}, {cpu}, and {undecided} undecided."]
+    return [
+        f"{len(rows)} of them are whole compute plans: of {total} operations {total - on_cpu} "
+        f"were on "
+        f"the engine and {on_cpu} on the CPU; predicted: {ane}, {cpu}, and {undecided} undecided."
+    ]
 
 
 def _counted(ane: int, cpu: int, undecided: int = 0) -> str:
@@ -72,10 +82,19 @@ def _counted(ane: int, cpu: int, undecided: int = 0) -> str:
 def _outcome(point: Point, program: Program) -> Outcome:
     (function,) = predict([(program, point.number)], find_target(point.target, point.os)).functions
     predicted = _verdict(function, point)
-    rules = tuple(dict.fromkeys(item.rule for item in function.findings
-                               if item.verdict == "cpu" or item.verdict == predicted == "uncertain"))
-    facts: dict[str, float] = {"weight_bytes": function.weight_bytes, "flops": function.flops,
-                               "reduction": function.reduction, "ops": len(function.ops)}
+    rules = tuple(
+        dict.fromkeys(
+            item.rule
+            for item in function.findings
+            if item.verdict == "cpu" or item.verdict == predicted == "uncertain"
+        )
+    )
+    facts: dict[str, float] = {
+        "weight_bytes": function.weight_bytes,
+        "flops": function.flops,
+        "reduction": function.reduction,
+        "ops": len(function.ops),
+    }
     ane, cpu, undecided = (function.count(verdict) for verdict in ("ane", "cpu", "uncertain"))
     grade = _grade(predicted, point.reported)
     if point.on_cpu is not None:
@@ -84,7 +103,9 @@ def _outcome(point: Point, program: Program) -> Outcome:
 
 
 def _verdict(function: FunctionPlacement, point: Point) -> str:
-    verdicts = {op.verdict for op in function.ops if not point.counted or op.op_type in point.counted}
+    verdicts = {
+        op.verdict for op in function.ops if not point.counted or op.op_type in point.counted
+    }
     if len(verdicts) == 1:
         return verdicts.pop()
     return "mixed" if "cpu" in verdicts else "uncertain"

@@ -28,9 +28,7 @@ def measured_graph(name: str) -> Program:
     results: list[str] = []
     for index in recorded["order"]:
         entry = recorded["operations"][index]
-        arguments = {
-            key: (_argument(value, g, results),) for key, value in entry["inputs"].items()
-        }
+        arguments = {key: (_argument(value, g, results),) for key, value in entry["inputs"].items()}
         dtype, shape = entry["output"]
         results.append(g._add(entry["type"], arguments, TensorType(dtype, tuple(shape)), {}))
     return g.program(results[-1])

@@ -13,7 +13,9 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     trial = Trial(**request)
     try:
         cache = ModelCache(Path(trial.cache_folder), trial.limit_bytes, trial.os_build)
-        function = load_function(Path(trial.package), trial.function, units=trial.units, cache=cache, trial=False)
+        function = load_function(
+            Path(trial.package), trial.function, units=trial.units, cache=cache, trial=False
+        )
         function.run_on_zeros()
     except UserError as error:
         return {"error": {"what": error.what, "found": error.found, "do": error.do}}

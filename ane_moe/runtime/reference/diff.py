@@ -1,4 +1,5 @@
-"""Two programs on the same inputs, or one under two runtimes or precisions: the first op where they part."""
+"""Two programs on the same inputs, or one under two runtimes or precisions: the first op where they
+part."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,9 @@ from ane_moe.runtime.arrays import random_inputs
 from ane_moe.runtime.interface import LoadedFunction
 from ane_moe.runtime.reference.tracing import Traceable, Traced, describe, trace
 
-TOLERANCE = 1e-2        # relative L2 beyond which two values have parted; ten fp16 roundings stay well below
+TOLERANCE = (
+    1e-2  # relative L2 beyond which two values have parted; ten fp16 roundings stay well below
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Side:
 
 @dataclass(frozen=True)
 class Difference:
-    """One pair of values. `relative` is |a - b| / |a| in L2, inf where NaN, Inf or shapes disagree."""
+    """One pair of values. `relative` is |a - b| / |a| in L2, inf where NaN, Inf or shapes
+    disagree."""
 
     op: str
     name_a: str
@@ -45,7 +49,7 @@ class Unmatched:
     """An intermediate that only one side has, after `position` pairs, the last of them `after`
     (as side a names it; empty at the start)."""
 
-    side: str                               # A or B
+    side: str  # A or B
     op: str
     name: str
     shape: tuple[int, ...]
@@ -85,37 +89,55 @@ class Diff:
         return self.only[0]
 
 
-def diff(a: Side, b: Side, inputs: Mapping[str, np.ndarray] | None = None, seed: int = 0,
-         tolerance: float = TOLERANCE) -> Diff:
-    """Run both sides once on `inputs` (what is missing is drawn from `seed`), states fresh, and compare.
+def diff(
+    a: Side,
+    b: Side,
+    inputs: Mapping[str, np.ndarray] | None = None,
+    seed: int = 0,
+    tolerance: float = TOLERANCE,
+) -> Diff:
+    """Run both sides once on `inputs` (what is missing is drawn from `seed`), states fresh, and
+    compare.
 
-    Intermediates are compared where both sides are the reference runtime, outputs always. Raises UserError where the
-    two functions take other inputs.
+    Intermediates are compared where both sides are the reference runtime, outputs always. Raises
+    UserError where the two functions take other inputs.
     """
-    loaded = [load_package(side.path, side.function, side.runtime, **side.options) for side in (a, b)]
+    loaded = [
+        load_package(side.path, side.function, side.runtime, **side.options) for side in (a, b)
+    ]
     names = [sorted(feature.name for feature in function.inputs) for function in loaded]
     if names[0] != names[1]:
         raise UserError("the two functions take different inputs", f"{names[0]} and {names[1]}")
-    drawn = random_inputs([feature for feature in loaded[0].inputs if feature.name not in (inputs or {})], seed)
+    drawn = random_inputs(
+        [feature for feature in loaded[0].inputs if feature.name not in (inputs or {})], seed
+    )
     given = {**drawn, **(inputs or {})}
     (results_a, trace_a), (results_b, trace_b) = (_run(function, given) for function in loaded)
     both = trace_a is not None and trace_b is not None
     pairs = align(trace_a or (), trace_b or ()) if both else []
     differences = [compare(x, y) for x, y in pairs]
-    outputs = [_compare_outputs(x, y, results_a[x], results_b[y])
-               for x, y in zip(results_a, _like(results_a, results_b), strict=False)]
+    outputs = [
+        _compare_outputs(x, y, results_a[x], results_b[y])
+        for x, y in zip(results_a, _like(results_a, results_b), strict=False)
+    ]
     beyond = [index for index, pair in enumerate(differences) if pair.relative > tolerance]
     return Diff(
         first=differences[beyond[0]] if beyond else None,
         first_position=beyond[0] if beyond else None,
         worst=max(differences, key=lambda pair: pair.relative, default=None),
-        outputs=tuple(outputs), compared=len(pairs), unmatched_a=len(trace_a or ()) - len(pairs),
+        outputs=tuple(outputs),
+        compared=len(pairs),
+        unmatched_a=len(trace_a or ()) - len(pairs),
         unmatched_b=len(trace_b or ()) - len(pairs),
-        only=unmatched(trace_a or (), trace_b or (), pairs) if both else (), tolerance=tolerance)
+        only=unmatched(trace_a or (), trace_b or (), pairs) if both else (),
+        tolerance=tolerance,
+    )
 
 
-def _run(function: LoadedFunction, inputs: Mapping[str, np.ndarray],
-         ) -> tuple[dict[str, np.ndarray], tuple[Traced, ...] | None]:
+def _run(
+    function: LoadedFunction,
+    inputs: Mapping[str, np.ndarray],
+) -> tuple[dict[str, np.ndarray], tuple[Traced, ...] | None]:
     state = function.make_state() if function.states else None
     if not isinstance(function, Traceable):
         return function.predict(dict(inputs), state), None
@@ -129,11 +151,14 @@ def _like(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
 
 
 def align(a: Sequence[Traced], b: Sequence[Traced]) -> list[tuple[Traced, Traced]]:
-    """Pairs in the order of `a`: by name and op first, the rest by the order of equal ops of equal shape."""
+    """Pairs in the order of `a`: by name and op first, the rest by the order of equal ops of equal
+    shape."""
     by_name = {value.name: value for value in b}
     partner: dict[str, Traced] = {
-        value.name: by_name[value.name] for value in a
-        if value.name in by_name and by_name[value.name].op == value.op}
+        value.name: by_name[value.name]
+        for value in a
+        if value.name in by_name and by_name[value.name].op == value.op
+    }
     taken = {value.name for value in partner.values()}
     left_a = [value for value in a if value.name not in partner]
     left_b = [value for value in b if value.name not in taken]
@@ -144,8 +169,9 @@ def align(a: Sequence[Traced], b: Sequence[Traced]) -> list[tuple[Traced, Traced
     return [(value, partner[value.name]) for value in a if value.name in partner]
 
 
-def unmatched(a: Sequence[Traced], b: Sequence[Traced],
-              pairs: Sequence[tuple[Traced, Traced]]) -> tuple[Unmatched, ...]:
+def unmatched(
+    a: Sequence[Traced], b: Sequence[Traced], pairs: Sequence[tuple[Traced, Traced]]
+) -> tuple[Unmatched, ...]:
     """What `pairs` leave out of `a` and of `b`, by the pair before which it stands."""
     names = ["", *(x.name for x, _ in pairs)]
     places_a = {x.name: place for place, (x, _) in enumerate(pairs)}
@@ -154,8 +180,9 @@ def unmatched(a: Sequence[Traced], b: Sequence[Traced],
     return tuple(sorted(only, key=lambda item: item.position))
 
 
-def _left_out(side: str, values: Sequence[Traced], places: Mapping[str, int],
-              names: Sequence[str]) -> list[Unmatched]:
+def _left_out(
+    side: str, values: Sequence[Traced], places: Mapping[str, int], names: Sequence[str]
+) -> list[Unmatched]:
     """Each value without a place, before the earliest of the pairs that follow it on its side."""
     left_out: list[Unmatched] = []
     earliest = len(names) - 1
@@ -163,8 +190,9 @@ def _left_out(side: str, values: Sequence[Traced], places: Mapping[str, int],
         if value.name in places:
             earliest = min(earliest, places[value.name])
         else:
-            left_out.append(Unmatched(side, value.op, value.name, value.value.shape, earliest,
-                                      names[earliest]))
+            left_out.append(
+                Unmatched(side, value.op, value.name, value.value.shape, earliest, names[earliest])
+            )
     return left_out[::-1]
 
 

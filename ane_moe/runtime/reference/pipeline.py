@@ -42,9 +42,11 @@ class ReferencePipeline:
         self._stages = stages
         for index, stage in enumerate(stages):
             if stage.states:
-                raise UserError(f"stage {index} of the pipeline has states",
-                                ", ".join(feature.name for feature in stage.states),
-                                "run its stages as packages of their own")
+                raise UserError(
+                    f"stage {index} of the pipeline has states",
+                    ", ".join(feature.name for feature in stage.states),
+                    "run its stages as packages of their own",
+                )
         given = {feature.name for feature in pipeline.inputs}
         taken, made = _features(stages, given)
         self.inputs = tuple(_named(taken, feature.name, "takes") for feature in pipeline.inputs)
@@ -53,16 +55,18 @@ class ReferencePipeline:
     def make_state(self) -> None:
         """None: a pipeline has no states."""
 
-    def predict(self, inputs: Mapping[str, np.ndarray],
-                state: None = None) -> dict[str, np.ndarray]:
+    def predict(
+        self, inputs: Mapping[str, np.ndarray], state: None = None
+    ) -> dict[str, np.ndarray]:
         """Run each stage once on the inputs and what the stages before it gave, matched by name.
 
         Raises UserError for inputs that do not fit, as a single function does.
         """
         return self._run(inputs, None)
 
-    def observe(self, inputs: Mapping[str, np.ndarray], observer: Observer,
-                state: None = None) -> dict[str, np.ndarray]:
+    def observe(
+        self, inputs: Mapping[str, np.ndarray], observer: Observer, state: None = None
+    ) -> dict[str, np.ndarray]:
         """As `predict`, showing `observer` what each op gives; names are `stage/name`."""
         return self._run(inputs, observer)
 
@@ -76,8 +80,9 @@ class ReferencePipeline:
         for stage in self._stages:
             stage.drop_weights()
 
-    def _run(self, inputs: Mapping[str, np.ndarray],
-             observer: Observer | None) -> dict[str, np.ndarray]:
+    def _run(
+        self, inputs: Mapping[str, np.ndarray], observer: Observer | None
+    ) -> dict[str, np.ndarray]:
         check_inputs(self.inputs, inputs, "the pipeline")
         values = dict(inputs)
         for index, stage in enumerate(self._stages):
@@ -92,11 +97,14 @@ class ReferencePipeline:
 
 def _prefixed(observer: Observer, prefix: str) -> Observer:
     return lambda op, name, outputs: observer(
-        op, prefix + name, {prefix + key: value for key, value in outputs.items()})
+        op, prefix + name, {prefix + key: value for key, value in outputs.items()}
+    )
 
 
-def _features(stages: Sequence[Stage], given: set[str],
-              ) -> tuple[dict[str, Feature], dict[str, Feature]]:
+def _features(
+    stages: Sequence[Stage],
+    given: set[str],
+) -> tuple[dict[str, Feature], dict[str, Feature]]:
     """What the stages take from outside, and what they give, by name.
 
     Raises UserError for a stage whose input is neither in `given` nor an output of an earlier one.
@@ -106,8 +114,11 @@ def _features(stages: Sequence[Stage], given: set[str],
     for index, stage in enumerate(stages):
         for feature in stage.inputs:
             if feature.name not in made and feature.name not in given:
-                raise UserError(f"stage {index} of the pipeline takes what nothing gives it",
-                                feature.name, "the package is damaged")
+                raise UserError(
+                    f"stage {index} of the pipeline takes what nothing gives it",
+                    feature.name,
+                    "the package is damaged",
+                )
             if feature.name not in made:
                 taken.setdefault(feature.name, feature)
         made |= {feature.name: feature for feature in stage.outputs}
@@ -116,6 +127,5 @@ def _features(stages: Sequence[Stage], given: set[str],
 
 def _named(features: Mapping[str, Feature], name: str, verb: str) -> Feature:
     if name not in features:
-        raise UserError(f"the pipeline {verb} what no stage {verb}", name,
-                        "the package is damaged")
+        raise UserError(f"the pipeline {verb} what no stage {verb}", name, "the package is damaged")
     return features[name]

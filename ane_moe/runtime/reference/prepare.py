@@ -25,13 +25,31 @@ from ane_moe.runtime.reference.ops import TABLE
 from ane_moe.runtime.reference.ops.arithmetic import Arithmetic
 from ane_moe.runtime.reference.ops.table import Op
 from ane_moe.runtime.reference.scope import FIRST, Scope, Value, tensor_type
-from ane_moe.runtime.reference.steps import Run, Slots, Source, Step, Steps, bind, bind_dynamic, target
+from ane_moe.runtime.reference.steps import (
+    Run,
+    Slots,
+    Source,
+    Step,
+    Steps,
+    bind,
+    bind_dynamic,
+    target,
+)
 from ane_moe.runtime.reference.structural import STRUCTURAL
 
 IOS = {"CoreML5": 15, "CoreML6": 16, "CoreML7": 17, "CoreML8": 18, "CoreML9": 26}
-MAX_PARAMETER_BYTES = 1 << 20           # of a constant that is a parameter (a shape, an axis, a mask), not data
-SHAPING = frozenset({                   # floats that make a shape, and are not computed with
-    "scale_factor_height", "scale_factor_width", "start", "end", "step"})
+MAX_PARAMETER_BYTES = (
+    1 << 20
+)  # of a constant that is a parameter (a shape, an axis, a mask), not data
+SHAPING = frozenset(
+    {  # floats that make a shape, and are not computed with
+        "scale_factor_height",
+        "scale_factor_width",
+        "start",
+        "end",
+        "step",
+    }
+)
 
 
 @dataclass
@@ -56,7 +74,9 @@ class _Planner:
         self.function = function
         self.where = f"function '{function.name}'"
         if function.opset not in IOS:
-            raise UserError(f"{self.where} is of an unknown opset", function.opset, f"known: {', '.join(IOS)}")
+            raise UserError(
+                f"{self.where} is of an unknown opset", function.opset, f"known: {', '.join(IOS)}"
+            )
         self.ios = IOS[function.opset]
         self.arith = arith
         self.size = FIRST
@@ -94,8 +114,10 @@ class _Planner:
         """The slot of `value`; a constant is loaded into one at set-up when first asked for."""
         if value.slot is None:
             if value.constant is None or not isinstance(value.type, TensorType):
-                raise UserError(f"{self.where} uses a value that is not a tensor where a tensor belongs",
-                                type(value.type).__name__)
+                raise UserError(
+                    f"{self.where} uses a value that is not a tensor where a tensor belongs",
+                    type(value.type).__name__,
+                )
             value.slot = self.new_slot()
             load = _loader(value.constant, value.type, value.slot)
             self.add(self.setup, "const", value.name, load, (), (value.slot,))
@@ -113,8 +135,16 @@ class _Planner:
             self.add(home, "widen", "", _widener(narrow, found), (narrow,), (found,))
         return found
 
-    def add(self, scope: Scope, op: str, name: str, run: Run, reads: Any, writes: Any,
-            shown: tuple[tuple[str, int], ...] = ()) -> None:
+    def add(
+        self,
+        scope: Scope,
+        op: str,
+        name: str,
+        run: Run,
+        reads: Any,
+        writes: Any,
+        shown: tuple[tuple[str, int], ...] = (),
+    ) -> None:
         scope.steps.steps.append(Step(op, name, run, frozenset(reads), frozenset(writes), shown))
 
     def argument(self, argument: Argument, scope: Scope) -> Value:
@@ -143,28 +173,43 @@ class _Planner:
     def tensor_op(self, operation: Operation, scope: Scope) -> None:
         op = TABLE.find(operation.type, self.ios)
         if op is None:
-            raise UserError("the reference runtime does not execute this op",
-                            f"no op of this name in the iOS{self.ios} opset")
+            raise UserError(
+                "the reference runtime does not execute this op",
+                f"no op of this name in the iOS{self.ios} opset",
+            )
         given: dict[str, tuple[Argument, ...]] = {
             **operation.inputs,
             **{name: (value,) for name, value in operation.attributes.items() if name != "name"},
         }
-        arguments = {name: [self.argument(one, scope) for one in bound] for name, bound in given.items() if bound}
+        arguments = {
+            name: [self.argument(one, scope) for one in bound]
+            for name, bound in given.items()
+            if bound
+        }
         given_values = [value for values in arguments.values() for value in values]
         fixed = not op.varies and all(value.fixed for value in given_values)
-        home = self.setup if fixed and (scope.outer is self.setup or op.name.startswith("constexpr_")) else scope
-        results = [Value(output.type, self.new_slot(), fixed=home is self.setup) for output in operation.outputs]
+        home = (
+            self.setup
+            if fixed and (scope.outer is self.setup or op.name.startswith("constexpr_"))
+            else scope
+        )
+        results = [
+            Value(output.type, self.new_slot(), fixed=home is self.setup)
+            for output in operation.outputs
+        ]
         run, reads = self.bind(op, arguments, results, home)
         for output, value in zip(operation.outputs, results, strict=True):
             scope.names[output.name] = value
         writes = [self.slot(value) for value in results]
         named = zip(operation.outputs, writes, strict=True)
-        shown = tuple((output.name, slot) for output, slot in named
-                      if isinstance(output.type, TensorType))
+        shown = tuple(
+            (output.name, slot) for output, slot in named if isinstance(output.type, TensorType)
+        )
         self.add(home, operation.type, operation.name, run, reads, writes, shown)
 
-    def bind(self, op: Op, arguments: Mapping[str, list[Value]], results: list[Value],
-             scope: Scope) -> tuple[Run, set[int]]:
+    def bind(
+        self, op: Op, arguments: Mapping[str, list[Value]], results: list[Value], scope: Scope
+    ) -> tuple[Run, set[int]]:
         """The closure of one operation and the slots it reads."""
         sources: list[Source] = []
         names = set()
@@ -172,7 +217,11 @@ class _Planner:
             name = spec.rstrip("?*")
             names.add(name)
             sources.append(self.source(spec, arguments.get(name, []), op, scope))
-        kinds = {tensor_type(value, name).dtype for name in op.alike.split() for value in arguments.get(name, [])}
+        kinds = {
+            tensor_type(value, name).dtype
+            for name in op.alike.split()
+            for value in arguments.get(name, [])
+        }
         if len(kinds) > 1:
             raise UserError("its inputs are of different element types", ", ".join(sorted(kinds)))
         fixed, dynamic = self.parameters(op, {k: v for k, v in arguments.items() if k not in names})
@@ -184,16 +233,26 @@ class _Planner:
         missing = op.required - fixed.keys() - dynamic.keys()
         if missing:
             raise UserError("a required input is missing", ", ".join(sorted(missing)))
-        targets = [target(self.slot(value), declared, op.half == "widen")
-                   for value, declared in zip(results, types, strict=True)]
-        reads = {slot for source in sources if source is not None
-                 for slot in ((source,) if isinstance(source, int) else source)}
+        targets = [
+            target(self.slot(value), declared, op.half == "widen")
+            for value, declared in zip(results, types, strict=True)
+        ]
+        reads = {
+            slot
+            for source in sources
+            if source is not None
+            for slot in ((source,) if isinstance(source, int) else source)
+        }
         if dynamic:
-            return bind_dynamic(op.make, fixed, dynamic, sources, targets), reads | set(dynamic.values())
+            return bind_dynamic(op.make, fixed, dynamic, sources, targets), reads | set(
+                dynamic.values()
+            )
         try:
             kernel = op.make(**fixed)
-        except Exception as error:              # whatever an untrusted program's parameters can cause
-            raise UserError("its parameters do not fit", f"{type(error).__name__}: {error}") from error
+        except Exception as error:  # whatever an untrusted program's parameters can cause
+            raise UserError(
+                "its parameters do not fit", f"{type(error).__name__}: {error}"
+            ) from error
         return bind(kernel, sources, targets), reads
 
     def source(self, spec: str, values: list[Value], op: Op, scope: Scope) -> Source:
@@ -201,14 +260,19 @@ class _Planner:
             if spec.endswith("?"):
                 return None
             raise UserError("a required input is missing", spec.rstrip("*"))
-        slots = tuple(self.wide_slot(value, scope) if op.half == "widen" else self.slot(value) for value in values)
+        slots = tuple(
+            self.wide_slot(value, scope) if op.half == "widen" else self.slot(value)
+            for value in values
+        )
         if spec.endswith("*"):
             return slots
         if len(slots) > 1:
             raise UserError(f"input '{spec.rstrip('?')}' takes one value", str(len(slots)))
         return slots[0]
 
-    def parameters(self, op: Op, arguments: Mapping[str, list[Value]]) -> tuple[dict[str, Any], dict[str, int]]:
+    def parameters(
+        self, op: Op, arguments: Mapping[str, list[Value]]
+    ) -> tuple[dict[str, Any], dict[str, int]]:
         """Constant parameters as Python values, and the slots of computed ones."""
         fixed: dict[str, Any] = {}
         dynamic: dict[str, int] = {}
@@ -231,13 +295,15 @@ class _Planner:
 def _loader(constant: Constant, declared: TensorType, slot: int) -> Run:
     def run(slots: Slots) -> None:
         slots[slot] = to_torch(np.asarray(constant.load()), declared.dtype)
-    torch_dtype(declared.dtype)             # a string has no slot: said when the function is prepared
+
+    torch_dtype(declared.dtype)  # a string has no slot: said when the function is prepared
     return run
 
 
 def _widener(narrow: int, wide: int) -> Run:
     def run(slots: Slots) -> None:
         slots[wide] = slots[narrow].to(torch.float32)
+
     return run
 
 

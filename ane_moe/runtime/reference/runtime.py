@@ -1,7 +1,7 @@
 """The reference runtime: executes ML Programs with torch on the CPU.
 
-Every op computes in fp32 and rounds its result to the declared type once; with `precision="fp16"` partial sums and
-intermediates inside ops are rounded too.
+Every op computes in fp32 and rounds its result to the declared type once; with `precision="fp16"`
+partial sums and intermediates inside ops are rounded too.
 """
 
 from collections.abc import Mapping
@@ -42,51 +42,78 @@ class State:
     def read(self, name: str) -> np.ndarray:
         """A copy of one state's contents."""
         if name not in self.tensors:
-            raise UserError("no state of this name", found=name, do=f"known: {', '.join(self.tensors)}")
+            raise UserError(
+                "no state of this name", found=name, do=f"known: {', '.join(self.tensors)}"
+            )
         return self.tensors[name].clone().numpy()
 
 
 class ReferenceFunction:
-    """One function of a package, prepared. Weights are read by `load_weights` or the first call, and kept until
-    `drop_weights`."""
+    """One function of a package, prepared. Weights are read by `load_weights` or the first call,
+    and kept until `drop_weights`."""
 
     def __init__(self, program: Program, function: str, precision: Precision = "fp32"):
         if precision not in ARITHMETIC:
-            raise UserError("unknown precision", found=precision, do=f"choose one of: {', '.join(ARITHMETIC)}")
+            raise UserError(
+                "unknown precision", found=precision, do=f"choose one of: {', '.join(ARITHMETIC)}"
+            )
         self.name = function
         self.program = program
         interface = program.interfaces[function]
-        self.inputs, self.outputs, self.states = interface.inputs, interface.outputs, interface.states
+        self.inputs, self.outputs, self.states = (
+            interface.inputs,
+            interface.outputs,
+            interface.states,
+        )
         self._plan: Plan = prepare(program.functions[function], ARITHMETIC[precision]())
         self._weights: list[Tensor | TensorList | None] | None = None
         self._own: frozenset[int] = frozenset()
 
     def make_state(self) -> State:
-        return State({s.name: torch.zeros(_fixed_shape(s), dtype=torch_dtype(s.type.dtype)) for s in self.states})
+        return State(
+            {
+                s.name: torch.zeros(_fixed_shape(s), dtype=torch_dtype(s.type.dtype))
+                for s in self.states
+            }
+        )
 
-    def predict(self, inputs: Mapping[str, np.ndarray],
-                state: State | None = None) -> dict[str, Any]:
-        """Run once. Floats are cast to the declared float type, as Core ML does; NaN and Inf may enter.
+    def predict(
+        self, inputs: Mapping[str, np.ndarray], state: State | None = None
+    ) -> dict[str, Any]:
+        """Run once. Floats are cast to the declared float type, as Core ML does; NaN and Inf may
+        enter.
 
         Gives arrays; of a classifier also the likeliest label (str or int) and a dict of the
         probabilities by label.
-        Raises UserError for inputs or a state that do not fit, and for an op whose result is not what is declared.
+        Raises UserError for inputs or a state that do not fit, and for an op whose result is not
+        what is declared.
         """
         slots = self._slots(inputs, state)
         self._plan.steps.execute(slots)
         return self._results(slots)
 
-    def observe(self, inputs: Mapping[str, np.ndarray], observer: Observer,
-                state: State | None = None) -> dict[str, Any]:
+    def observe(
+        self, inputs: Mapping[str, np.ndarray], observer: Observer, state: State | None = None
+    ) -> dict[str, Any]:
         """As `predict`, showing `observer` the outputs of each op, in order.
 
         What a cond or while_loop computes inside is not shown, nor are lists, labels, constants and
         what is computed from constants alone.
         """
         slots = self._slots(inputs, state)
-        self._plan.steps.execute(slots, lambda step: observer(step.op, step.name, {
-            name: slots[slot].float().numpy() if slots[slot].dtype is torch.bfloat16 else slots[slot].numpy()
-            for name, slot in step.shown}))
+        self._plan.steps.execute(
+            slots,
+            lambda step: observer(
+                step.op,
+                step.name,
+                {
+                    name: slots[slot].float().numpy()
+                    if slots[slot].dtype is torch.bfloat16
+                    else slots[slot].numpy()
+                    for name, slot in step.shown
+                },
+            ),
+        )
         return self._results(slots)
 
     def load_weights(self) -> None:
@@ -107,7 +134,9 @@ class ReferenceFunction:
         for name, slot in self._plan.inputs.items():
             slots[slot] = given[name]
         slots[STATES] = tensors
-        slots[FOREIGN] = self._own | {tensor.untyped_storage().data_ptr() for tensor in given.values()}
+        slots[FOREIGN] = self._own | {
+            tensor.untyped_storage().data_ptr() for tensor in given.values()
+        }
         return slots
 
     def _load_weights(self) -> list[Tensor | TensorList | None]:
@@ -122,7 +151,9 @@ class ReferenceFunction:
 
         Labels are as they are.
         """
-        foreign = slots[FOREIGN] | {t.untyped_storage().data_ptr() for t in (slots[STATES] or {}).values()}
+        foreign = slots[FOREIGN] | {
+            t.untyped_storage().data_ptr() for t in (slots[STATES] or {}).values()
+        }
         results = {}
         for name, (slot, declared) in self._plan.outputs.items():
             value = slots[slot]
@@ -145,16 +176,24 @@ class ReferenceFunction:
         if not self.states:
             return None
         if state is None:
-            raise UserError(f"function '{self.name}' needs a state", do="make one with make_state()")
+            raise UserError(
+                f"function '{self.name}' needs a state", do="make one with make_state()"
+            )
         if not isinstance(state, State):
-            raise UserError("the state is of another runtime", type(state).__name__, "make one with make_state()")
+            raise UserError(
+                "the state is of another runtime",
+                type(state).__name__,
+                "make one with make_state()",
+            )
         for feature in self.states:
             tensor = state.tensors.get(feature.name)
             wanted = (torch_dtype(feature.type.dtype), _fixed_shape(feature))
             if tensor is None or (tensor.dtype, tuple(tensor.shape)) != wanted:
-                raise UserError(f"the state does not fit function '{self.name}'",
-                                f"{feature.name}: {'absent' if tensor is None else list(tensor.shape)}",
-                                "make it with make_state() of a function of the same package")
+                raise UserError(
+                    f"the state does not fit function '{self.name}'",
+                    f"{feature.name}: {'absent' if tensor is None else list(tensor.shape)}",
+                    "make it with make_state() of a function of the same package",
+                )
         return state.tensors
 
 
@@ -170,7 +209,8 @@ class ReferencePackage:
     def function(self, name: str | None = None, *, eager: bool = False) -> ReferenceFunction:
         """Prepare a function, the default one when None; with `eager` its weights are read too.
 
-        Raises UserError for an unknown name, a function that is not sound, or an op that is not executed.
+        Raises UserError for an unknown name, a function that is not sound, or an op that is not
+        executed.
         """
         name = name or self._program.default_function
         function = ReferenceFunction(self._program.read((name,)), name, self._precision)
@@ -179,7 +219,8 @@ class ReferencePackage:
         return function
 
     def resident_bytes(self, name: str) -> int:
-        """Memory that the expanded weights of a function take: fp32, whatever they are stored as."""
+        """Memory that the expanded weights of a function take: fp32, whatever they are stored
+        as."""
         function = self._program.read((name,)).functions[name]
         return sum(WIDE_BYTES * weight.elements for weight in weights_of(function))
 
@@ -200,16 +241,18 @@ class ReferencePipelinePackage:
         """Prepare all stages; with `eager` their weights are read too. Raises UserError."""
         if name not in (None, *self.functions):
             raise UserError(f"no function '{name}': a pipeline has one", do="its functions: main")
-        return ReferencePipeline(self._pipeline,
-                                 [stage.function(eager=eager) for stage in self._stages])
+        return ReferencePipeline(
+            self._pipeline, [stage.function(eager=eager) for stage in self._stages]
+        )
 
     def resident_bytes(self, name: str) -> int:
         """Memory that the expanded weights of all stages take."""
         return sum(stage.resident_bytes(stage.default_function) for stage in self._stages)
 
 
-def open_package(path: Path,
-                 precision: Precision = "fp32") -> ReferencePackage | ReferencePipelinePackage:
+def open_package(
+    path: Path, precision: Precision = "fp32"
+) -> ReferencePackage | ReferencePipelinePackage:
     """Open the package at `path`. Raises UserError when it cannot be read or executed."""
     model = open_model(path)
     if isinstance(model, OpenPipeline):
@@ -217,11 +260,13 @@ def open_package(path: Path,
     return ReferencePackage(model, precision)
 
 
-def load_function(path: Path, function: str | None = None,
-                  precision: Precision = "fp32") -> ReferenceFunction | ReferencePipeline:
+def load_function(
+    path: Path, function: str | None = None, precision: Precision = "fp32"
+) -> ReferenceFunction | ReferencePipeline:
     """Load `function` of the package at `path`, the default one when None.
 
-    Raises UserError for a package that cannot be read, an unknown function, or an op that is not executed.
+    Raises UserError for a package that cannot be read, an unknown function, or an op that is not
+    executed.
     """
     return open_package(path, precision).function(function)
 

@@ -7,9 +7,9 @@ from ane_moe.mlprogram.program import Constant, TensorType, ValueType
 from ane_moe.mlprogram.values import describe
 from ane_moe.runtime.reference.steps import Steps
 
-STATES = 0                              # the slot of the state's tensors, by name
-FOREIGN = 1                             # the slot of the storages that belong to the caller
-FIRST = 2                               # the first slot of a value
+STATES = 0  # the slot of the state's tensors, by name
+FOREIGN = 1  # the slot of the storages that belong to the caller
+FIRST = 2  # the first slot of a value
 
 
 @dataclass(eq=False)
@@ -19,8 +19,8 @@ class Value:
     type: ValueType
     slot: int | None = None
     constant: Constant | None = None
-    fixed: bool = False                 # the same in every call: constants and what is computed from them
-    name: str = ""                      # of a constant, for errors in reading it
+    fixed: bool = False  # the same in every call: constants and what is computed from them
+    name: str = ""  # of a constant, for errors in reading it
 
 
 @dataclass

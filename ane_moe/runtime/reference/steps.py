@@ -17,12 +17,15 @@ from ane_moe.runtime.reference.ops.table import Kernel
 
 Slots = list[Any]
 Run = Callable[[Slots], None]
-Source = int | None | tuple[int, ...]       # one kernel argument: a slot, an absent input, or a list of slots
+Source = (
+    int | None | tuple[int, ...]
+)  # one kernel argument: a slot, an absent input, or a list of slots
 
 
 @dataclass
 class Step:
-    """One op. `shown` are the slots of its outputs with their names, in order; `frees` die after it."""
+    """One op. `shown` are the slots of its outputs with their names, in order; `frees` die after
+    it."""
 
     op: str
     name: str
@@ -40,7 +43,7 @@ class Target:
     slot: int
     dtype: torch.dtype
     declared: TensorType
-    rounds: bool                            # an fp32 result is rounded to the declared dtype
+    rounds: bool  # an fp32 result is rounded to the declared dtype
 
     def fit(self, y: Any) -> Tensor:
         """`y` in the declared dtype; raises UserError where it is not what the program declares."""
@@ -48,11 +51,15 @@ class Target:
             raise UserError("result is no tensor", type(y).__name__)
         if y.dtype is not self.dtype:
             if not (self.rounds and y.dtype is torch.float32):
-                raise UserError("result has another type than declared", f"{y.dtype} for {self.dtype}")
+                raise UserError(
+                    "result has another type than declared", f"{y.dtype} for {self.dtype}"
+                )
             y = y.to(self.dtype)
         if not self.declared.admits(y.shape):
-            raise UserError("result has another shape than declared",
-                            f"{sizes(y.shape)} for {sizes(self.declared.shape)}")
+            raise UserError(
+                "result has another shape than declared",
+                f"{sizes(y.shape)} for {sizes(self.declared.shape)}",
+            )
         return y
 
 
@@ -68,11 +75,15 @@ class ListTarget:
         if not isinstance(y, TensorList):
             raise UserError("result is no list", type(y).__name__)
         if y.dtype is not torch_dtype(self.declared.dtype):
-            raise UserError("result is a list of another type than declared",
-                            f"{y.dtype} for {self.declared.dtype}")
+            raise UserError(
+                "result is a list of another type than declared",
+                f"{y.dtype} for {self.declared.dtype}",
+            )
         if y.shape is not None and not self.declared.admits(y.shape):
-            raise UserError("result is a list of another shape than declared",
-                            f"{sizes(y.shape)} for {sizes(self.declared.shape)}")
+            raise UserError(
+                "result is a list of another shape than declared",
+                f"{sizes(y.shape)} for {sizes(self.declared.shape)}",
+            )
         return y
 
 
@@ -124,9 +135,10 @@ def _bind_one(compute: Callable[[Slots], Any], into: Target) -> Run:
 
     def run(slots: Slots) -> None:
         y = compute(slots)
-        if type(y) is tuple:                    # an op that splits, here into one
+        if type(y) is tuple:  # an op that splits, here into one
             y = _only(y)
         slots[slot] = y if y.dtype is dtype and y.shape == shape else fit(y)
+
     return run
 
 
@@ -143,18 +155,29 @@ def _bind_many(kernel: Kernel, sources: Sequence[Source], targets: Sequence[AnyT
         results = compute(slots)
         results = results if isinstance(results, tuple) else (results,)
         if len(results) != len(targets):
-            raise UserError("op has another number of results than declared", f"{len(results)} for {len(targets)}")
+            raise UserError(
+                "op has another number of results than declared",
+                f"{len(results)} for {len(targets)}",
+            )
         for into, y in zip(targets, results, strict=True):
             slots[into.slot] = into.fit(y)
+
     return run
 
 
-def bind_dynamic(make: Callable[..., Kernel], fixed: dict[str, Any], dynamic: dict[str, int],
-                 sources: Sequence[Source], targets: Sequence[AnyTarget]) -> Run:
+def bind_dynamic(
+    make: Callable[..., Kernel],
+    fixed: dict[str, Any],
+    dynamic: dict[str, int],
+    sources: Sequence[Source],
+    targets: Sequence[AnyTarget],
+) -> Run:
     """As `bind`, for an op some of whose parameters are computed by the program itself."""
+
     def run(slots: Slots) -> None:
         kernel = make(**fixed, **{name: slots[slot].tolist() for name, slot in dynamic.items()})
         bind(kernel, sources, targets)(slots)
+
     return run
 
 
@@ -166,7 +189,8 @@ class Steps:
     steps: list[Step] = field(default_factory=list)
 
     def execute(self, slots: Slots, seen: Callable[[Step], None] | None = None) -> None:
-        """Run every step, dropping values after their last use; `seen` is called before they are dropped.
+        """Run every step, dropping values after their last use; `seen` is called before they are
+        dropped.
 
         Raises UserError naming the op that failed.
         """
@@ -180,8 +204,10 @@ class Steps:
                     slots[dead] = None
         except UserError as error:
             raise self.blame(step, error) from None
-        except Exception as error:              # whatever an untrusted program can make a kernel raise
-            raise self.blame(step, UserError("it cannot be computed", str(error).split("\n")[0])) from error
+        except Exception as error:  # whatever an untrusted program can make a kernel raise
+            raise self.blame(
+                step, UserError("it cannot be computed", str(error).split("\n")[0])
+            ) from error
 
     def blame(self, step: Step | None, error: UserError) -> UserError:
         """`error` with the op and the function in front, unless it says so already."""
@@ -190,7 +216,8 @@ class Steps:
         return OpError(step.op, step.name, self.where, error)
 
     def free_dead(self, keep: frozenset[int]) -> None:
-        """Note at each step which slots nothing later reads; slots in `keep` and slots of outer blocks stay."""
+        """Note at each step which slots nothing later reads; slots in `keep` and slots of outer
+        blocks stay."""
         local = frozenset(slot for step in self.steps for slot in step.writes)
         seen = set(keep)
         for step in reversed(self.steps):

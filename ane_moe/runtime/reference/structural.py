@@ -36,7 +36,8 @@ class Planner(Protocol):
     def operations(self, block: Block, scope: Scope) -> None: ...
 
 
-# A package may come from anywhere, and an endless loop is easily written. No model of language loops this often.
+# A package may come from anywhere, and an endless loop is easily written. No model of language
+# loops this often.
 MAX_ITERATIONS = 100_000
 
 Prepare = Callable[[Planner, Operation, Scope], None]
@@ -49,8 +50,14 @@ def _one(operation: Operation, key: str) -> Argument:
     return bound[0]
 
 
-def _add(scope: Scope, operation: Operation, run: Run, reads: Sequence[int], slots: Sequence[int],
-         arrays: bool = True) -> None:
+def _add(
+    scope: Scope,
+    operation: Operation,
+    run: Run,
+    reads: Sequence[int],
+    slots: Sequence[int],
+    arrays: bool = True,
+) -> None:
     """Append a step whose results are the operation's outputs, and give them their names.
 
     Results that are arrays can be observed.
@@ -58,21 +65,30 @@ def _add(scope: Scope, operation: Operation, run: Run, reads: Sequence[int], slo
     for output, slot in zip(operation.outputs, slots, strict=True):
         scope.names[output.name] = Value(output.type, slot)
     named = zip(operation.outputs, slots, strict=True)
-    shown = tuple((output.name, slot) for output, slot in named
-                  if arrays and isinstance(output.type, TensorType))
+    shown = tuple(
+        (output.name, slot)
+        for output, slot in named
+        if arrays and isinstance(output.type, TensorType)
+    )
     scope.steps.steps.append(
-        Step(operation.type, operation.name, run, frozenset(reads), frozenset(slots), shown))
+        Step(operation.type, operation.name, run, frozenset(reads), frozenset(slots), shown)
+    )
 
 
 def _const(planner: Planner, operation: Operation, scope: Scope) -> None:
     if len(operation.outputs) != 1 or "val" not in operation.attributes:
         raise UserError("a constant needs one output and a value", str(len(operation.outputs)))
     name = operation.outputs[0].name
-    scope.names[name] = Value(operation.outputs[0].type, constant=operation.attributes["val"], fixed=True,
-                              name=operation.name)
+    scope.names[name] = Value(
+        operation.outputs[0].type,
+        constant=operation.attributes["val"],
+        fixed=True,
+        name=operation.name,
+    )
 
 
 # ---- states
+
 
 def _state(planner: Planner, operation: Operation) -> tuple[str, TensorType]:
     name = _one(operation, "input")
@@ -92,6 +108,7 @@ def _read_state(planner: Planner, operation: Operation, scope: Scope) -> None:
 
     def run(slots: Slots) -> None:
         slots[slot] = slots[STATES][name]
+
     _add(scope, operation, run, (), (slot,))
 
 
@@ -99,20 +116,25 @@ def _write_state(planner: Planner, operation: Operation, scope: Scope) -> None:
     name, kind = _state(planner, operation)
     value = planner.argument(_one(operation, "data"), scope)
     if value.type != kind:
-        raise UserError("data has another type than the state",
-                        f"{describe(value.type)} for {describe(kind)}")
+        raise UserError(
+            "data has another type than the state", f"{describe(value.type)} for {describe(kind)}"
+        )
     slot = planner.slot(value)
 
     def run(slots: Slots) -> None:
         data: Tensor = slots[slot]
         owned = data.untyped_storage().data_ptr() not in slots[FOREIGN]
         slots[STATES][name] = data if owned else data.clone()
+
     _add(scope, operation, run, (slot,), ())
 
 
 # ---- blocks
 
-def _nested(planner: Planner, block: Block, scope: Scope, inputs: Sequence[int]) -> tuple[Steps, list[int]]:
+
+def _nested(
+    planner: Planner, block: Block, scope: Scope, inputs: Sequence[int]
+) -> tuple[Steps, list[int]]:
     """The steps of a block inside an op, and the slots of its outputs."""
     inner = Scope(Steps(scope.steps.where), scope)
     for given, slot in zip(block.inputs, inputs, strict=True):
@@ -133,13 +155,17 @@ def _targets(planner: Planner, outputs: Sequence[Output]) -> list[AnyTarget]:
 
 def _same_count(*counts: int) -> None:
     if len(set(counts)) != 1:
-        raise UserError("its blocks do not agree on the number of values", ", ".join(map(str, counts)))
+        raise UserError(
+            "its blocks do not agree on the number of values", ", ".join(map(str, counts))
+        )
 
 
 def _cond(planner: Planner, operation: Operation, scope: Scope) -> None:
     test = planner.slot(planner.argument(_one(operation, "pred"), scope))
     _same_count(len(operation.blocks), 2)
-    (yes, yes_outputs), (no, no_outputs) = (_nested(planner, block, scope, ()) for block in operation.blocks)
+    (yes, yes_outputs), (no, no_outputs) = (
+        _nested(planner, block, scope, ()) for block in operation.blocks
+    )
     targets = _targets(planner, operation.outputs)
     _same_count(len(targets), len(yes_outputs), len(no_outputs))
 
@@ -148,16 +174,24 @@ def _cond(planner: Planner, operation: Operation, scope: Scope) -> None:
         taken.execute(slots)
         for into, slot in zip(targets, outputs, strict=True):
             slots[into.slot] = into.fit(slots[slot])
+
     reads = [test, *yes_outputs, *no_outputs, *_reads(yes, no)]
     _add(scope, operation, run, reads, [into.slot for into in targets])
 
 
 def _while_loop(planner: Planner, operation: Operation, scope: Scope) -> None:
-    first = [planner.slot(planner.argument(one, scope)) for one in operation.inputs.get("loop_vars", ())]
+    first = [
+        planner.slot(planner.argument(one, scope)) for one in operation.inputs.get("loop_vars", ())
+    ]
     _same_count(len(operation.blocks), 2)
     test_block, body_block = operation.blocks
-    _same_count(len(first), len(test_block.inputs), len(body_block.inputs), len(body_block.outputs),
-                len(operation.outputs))
+    _same_count(
+        len(first),
+        len(test_block.inputs),
+        len(body_block.inputs),
+        len(body_block.outputs),
+        len(operation.outputs),
+    )
     _same_count(len(test_block.outputs), 1)
     test_inputs, body_inputs = ([planner.new_slot() for _ in first] for _ in range(2))
     test, (decision,) = _nested(planner, test_block, scope, test_inputs)
@@ -177,15 +211,20 @@ def _while_loop(planner: Planner, operation: Operation, scope: Scope) -> None:
             body.execute(slots)
             values = [slots[slot] for slot in results]
         else:
-            raise UserError(f"the loop {operation.name} does not end", f"{MAX_ITERATIONS} iterations",
-                            "do not trust this package")
+            raise UserError(
+                f"the loop {operation.name} does not end",
+                f"{MAX_ITERATIONS} iterations",
+                "do not trust this package",
+            )
         for into, value in zip(targets, values, strict=True):
             slots[into.slot] = into.fit(value)
+
     reads = [*first, decision, *results, *_reads(test, body)]
     _add(scope, operation, run, reads, [into.slot for into in targets])
 
 
 # ---- labels
+
 
 def _classify(planner: Planner, operation: Operation, scope: Scope) -> None:
     """The likeliest label and the probability of each, as Core ML's `predict` gives them."""
@@ -195,21 +234,30 @@ def _classify(planner: Planner, operation: Operation, scope: Scope) -> None:
     if classes is None:
         raise UserError("its classes have to be constant")
     if [type(kind) for kind in kinds] != [TensorType, DictionaryType]:
-        raise UserError("its results are not a label and a dictionary", ", ".join(map(describe, kinds)))
+        raise UserError(
+            "its results are not a label and a dictionary", ", ".join(map(describe, kinds))
+        )
     labels = [each.item() if isinstance(each, np.ndarray) else each for each in classes.load()]
     made = label, by_label = planner.new_slot(), planner.new_slot()
 
     def run(slots: Slots) -> None:
         given: Tensor = slots[probabilities].flatten()
         if len(given) != len(labels) or not labels:
-            raise UserError("it has another number of probabilities than of classes",
-                            f"{len(given)} for {len(labels)}")
+            raise UserError(
+                "it has another number of probabilities than of classes",
+                f"{len(given)} for {len(labels)}",
+            )
         slots[label] = labels[int(given.argmax())]
         slots[by_label] = dict(zip(labels, given.tolist(), strict=True))
+
     _add(scope, operation, run, (probabilities,), made, arrays=False)
 
 
 STRUCTURAL: dict[str, Prepare] = {
-    "const": _const, "read_state": _read_state, "write_state": _write_state, "cond": _cond, "while_loop": _while_loop,
+    "const": _const,
+    "read_state": _read_state,
+    "write_state": _write_state,
+    "cond": _cond,
+    "while_loop": _while_loop,
     "classify": _classify,
 }

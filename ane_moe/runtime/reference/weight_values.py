@@ -1,4 +1,5 @@
-"""The constants of a function as numbers: consts as they lie in the file, compressed weights expanded."""
+"""The constants of a function as numbers: consts as they lie in the file, compressed weights
+expanded."""
 
 from collections.abc import Iterator, Mapping
 
@@ -12,10 +13,16 @@ OPS = {op.name: op for op in constexpr.OPS if op.since == 18}
 
 
 def weight_values(function: Function) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, value) of each fp16 constant of the weight file and of each constexpr operation (iOS 18) that an
-    operation uses, one at a time."""
-    used = {value for op in function.block.operations if not op.type.startswith("constexpr_")
-            for values in op.inputs.values() for value in values if isinstance(value, str)}
+    """(name, value) of each fp16 constant of the weight file and of each constexpr operation (iOS
+    18) that an operation uses, one at a time."""
+    used = {
+        value
+        for op in function.block.operations
+        if not op.type.startswith("constexpr_")
+        for values in op.inputs.values()
+        for value in values
+        if isinstance(value, str)
+    }
     made: dict[str, torch.Tensor] = {}
     for op in function.block.operations:
         if op.type == "const" and op.attributes["val"].blob is not None and _is_fp16(op):
@@ -24,15 +31,18 @@ def weight_values(function: Function) -> Iterator[tuple[str, np.ndarray]]:
             made |= dict(zip([output.name for output in op.outputs], expand(op, made), strict=True))
             if op.outputs[0].name in used:
                 yield op.outputs[0].name, made[op.outputs[0].name].numpy()
-                made.clear()                            # steps of one weight follow each other
+                made.clear()  # steps of one weight follow each other
 
 
 def expand(op: Operation, made: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """The outputs of a constexpr operation; `made` has those of earlier ones."""
     names = tensor_names(op.type)
     tensors = {name: _tensor(op.inputs[name][0], made) for name in names if name in op.inputs}
-    immediate = {name: int(np.asarray(values[0].load())) for name, values in op.inputs.items()
-                 if name not in names and isinstance(values[0], Constant)}
+    immediate = {
+        name: int(np.asarray(values[0].load()))
+        for name, values in op.inputs.items()
+        if name not in names and isinstance(values[0], Constant)
+    }
     return run_constexpr(op.type, tensors, immediate)
 
 
@@ -41,8 +51,9 @@ def tensor_names(type_: str) -> list[str]:
     return [name.rstrip("?") for name in OPS[type_].tensors.split()]
 
 
-def run_constexpr(type_: str, tensors: Mapping[str, torch.Tensor],
-                  integers: Mapping[str, int]) -> tuple[torch.Tensor, ...]:
+def run_constexpr(
+    type_: str, tensors: Mapping[str, torch.Tensor], integers: Mapping[str, int]
+) -> tuple[torch.Tensor, ...]:
     """The outputs of a constexpr operation, fp16 where they are real numbers."""
     result = OPS[type_].make(**integers)(*(tensors.get(name) for name in tensor_names(type_)))
     outputs = result if isinstance(result, tuple) else (result,)

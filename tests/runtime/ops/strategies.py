@@ -12,7 +12,9 @@ FLOATS = (np.float16, np.float32)
 NUMBERS = (np.float16, np.float32, np.int32)
 
 
-def shapes(low: int = 1, high: int = 4, smallest: int = 1, largest: int = 5) -> st.SearchStrategy[tuple[int, ...]]:
+def shapes(
+    low: int = 1, high: int = 4, smallest: int = 1, largest: int = 5
+) -> st.SearchStrategy[tuple[int, ...]]:
     return st.lists(st.integers(smallest, largest), min_size=low, max_size=high).map(tuple)
 
 
@@ -28,26 +30,36 @@ def values(shape: tuple[int, ...], dtype: Any, seed: int, scale: float = 2.0) ->
 
 
 @st.composite
-def tensors(draw: st.DrawFn, dtypes: tuple = FLOATS, low: int = 1, high: int = 4, smallest: int = 1,
-            largest: int = 5) -> np.ndarray:
+def tensors(
+    draw: st.DrawFn,
+    dtypes: tuple = FLOATS,
+    low: int = 1,
+    high: int = 4,
+    smallest: int = 1,
+    largest: int = 5,
+) -> np.ndarray:
     shape = draw(shapes(low, high, smallest, largest))
     return values(shape, draw(st.sampled_from(dtypes)), draw(st.integers(0, 2**16)))
 
 
 @st.composite
-def broadcast_pairs(draw: st.DrawFn, dtypes: tuple = NUMBERS, smallest: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def broadcast_pairs(
+    draw: st.DrawFn, dtypes: tuple = NUMBERS, smallest: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
     """Two tensors whose shapes broadcast: some dimensions 1, some missing in front."""
     full = draw(shapes(1, 4, smallest, 4))
     dtype = draw(st.sampled_from(dtypes))
     sides = []
     for _ in range(2):
         shape = tuple(1 if draw(st.booleans()) and size else size for size in full)
-        sides.append(shape[draw(st.integers(0, len(shape) - 1)):])
+        sides.append(shape[draw(st.integers(0, len(shape) - 1)) :])
     return tuple(values(shape, dtype, draw(st.integers(0, 2**16))) for shape in sides)  # type: ignore[return-value]
 
 
 @st.composite
-def tensor_and_axes(draw: st.DrawFn, dtypes: tuple = FLOATS, smallest: int = 1) -> tuple[np.ndarray, list[int]]:
+def tensor_and_axes(
+    draw: st.DrawFn, dtypes: tuple = FLOATS, smallest: int = 1
+) -> tuple[np.ndarray, list[int]]:
     """A tensor and a set of its axes, some of them counted from the end."""
     x = draw(tensors(dtypes, smallest=smallest))
     axes = draw(st.lists(st.integers(0, x.ndim - 1), min_size=1, max_size=x.ndim, unique=True))
@@ -55,6 +67,8 @@ def tensor_and_axes(draw: st.DrawFn, dtypes: tuple = FLOATS, smallest: int = 1) 
 
 
 @st.composite
-def tensor_and_axis(draw: st.DrawFn, dtypes: tuple = FLOATS, smallest: int = 1) -> tuple[np.ndarray, int]:
+def tensor_and_axis(
+    draw: st.DrawFn, dtypes: tuple = FLOATS, smallest: int = 1
+) -> tuple[np.ndarray, int]:
     x, axes = draw(tensor_and_axes(dtypes, smallest))
     return x, axes[0]

@@ -63,9 +63,7 @@ def test_suppression_keeps_the_boxes_that_no_better_one_overlaps(
         rest = most - len(chosen)
         assert out[2][n].tolist() == chosen + [-1] * rest and out[3][n] == len(chosen)
         assert_same(out[0][n], np.concatenate([boxes[n, chosen], np.zeros((rest, 4), np.float32)]))
-        assert_same(
-            out[1][n], np.concatenate([scores[n, chosen], np.zeros((rest, 3), np.float32)])
-        )
+        assert_same(out[1][n], np.concatenate([scores[n, chosen], np.zeros((rest, 3), np.float32)]))
     if least == -9:  # the newer op has no threshold of scores
         last = {
             name: value.swapaxes(1, 2) for name, value in (("boxes", boxes), ("scores", scores))

@@ -16,38 +16,62 @@ MODES = ("update", "add", "sub", "mul", "div", "max", "min")
 
 
 def picks(shape: tuple, size: int, seed: int, negative: bool) -> np.ndarray:
-    return np.random.default_rng(seed).integers(-size if negative else 0, size, shape).astype(np.int32)
+    return (
+        np.random.default_rng(seed).integers(-size if negative else 0, size, shape).astype(np.int32)
+    )
 
 
-@given(case=tensor_and_axis(NUMBERS), rank=st.integers(0, 2), seed=st.integers(0, 999), old=st.booleans())
+@given(
+    case=tensor_and_axis(NUMBERS),
+    rank=st.integers(0, 2),
+    seed=st.integers(0, 999),
+    old=st.booleans(),
+)
 @QUICK
-def test_gather_agrees_with_numpy(case: tuple[np.ndarray, int], rank: int, seed: int, old: bool) -> None:
+def test_gather_agrees_with_numpy(
+    case: tuple[np.ndarray, int], rank: int, seed: int, old: bool
+) -> None:
     x, axis = case
     indices = picks((2, 3)[:rank], x.shape[axis], seed, negative=old)
     expected = np.take(x, indices, axis)
-    out, = run("gather", {"x": x, "indices": indices}, {"axis": axis}, OLD if old else NEW)
+    (out,) = run("gather", {"x": x, "indices": indices}, {"axis": axis}, OLD if old else NEW)
     assert_same(out, np.asarray(expected))
 
 
-@given(batch=st.lists(st.integers(1, 3), min_size=1, max_size=2), extra=st.integers(0, 1), seed=st.integers(0, 999))
+@given(
+    batch=st.lists(st.integers(1, 3), min_size=1, max_size=2),
+    extra=st.integers(0, 1),
+    seed=st.integers(0, 999),
+)
 @QUICK
-def test_gather_with_batch_dims_agrees_with_coremltools(batch: list[int], extra: int, seed: int) -> None:
+def test_gather_with_batch_dims_agrees_with_coremltools(
+    batch: list[int], extra: int, seed: int
+) -> None:
     x = values((*batch, *[2] * extra, 4, 3), np.float32, seed)
     indices = picks((*batch, 2), 4, seed, negative=False)
     params = {"axis": len(batch) + extra, "batch_dims": len(batch)}
-    expected, = infer("gather", {"x": x, "indices": indices}, params)
-    out, = run("gather", {"x": x, "indices": indices}, params)
+    (expected,) = infer("gather", {"x": x, "indices": indices}, params)
+    (out,) = run("gather", {"x": x, "indices": indices}, params)
     assert_same(out, expected)
 
 
-@given(case=tensor_and_axis(NUMBERS), count=st.integers(1, 4), seed=st.integers(0, 999), old=st.booleans())
+@given(
+    case=tensor_and_axis(NUMBERS),
+    count=st.integers(1, 4),
+    seed=st.integers(0, 999),
+    old=st.booleans(),
+)
 @QUICK
-def test_gather_along_axis_agrees_with_numpy(case: tuple[np.ndarray, int], count: int, seed: int, old: bool) -> None:
+def test_gather_along_axis_agrees_with_numpy(
+    case: tuple[np.ndarray, int], count: int, seed: int, old: bool
+) -> None:
     x, axis = case
     shape = list(x.shape)
     shape[axis] = count
     indices = picks(tuple(shape), x.shape[axis], seed, negative=old)
-    out, = run("gather_along_axis", {"x": x, "indices": indices}, {"axis": axis}, OLD if old else NEW)
+    (out,) = run(
+        "gather_along_axis", {"x": x, "indices": indices}, {"axis": axis}, OLD if old else NEW
+    )
     assert_same(out, np.take_along_axis(x, indices, axis))
 
 
@@ -55,8 +79,10 @@ def test_gather_along_axis_agrees_with_numpy(case: tuple[np.ndarray, int], count
 @QUICK
 def test_gather_nd_agrees_with_numpy(x: np.ndarray, depth: int, seed: int) -> None:
     depth = min(depth, x.ndim)
-    indices = np.stack([picks((2, 3), size, seed + i, False) for i, size in enumerate(x.shape[:depth])], -1)
-    out, = run("gather_nd", {"x": x, "indices": indices})
+    indices = np.stack(
+        [picks((2, 3), size, seed + i, False) for i, size in enumerate(x.shape[:depth])], -1
+    )
+    (out,) = run("gather_nd", {"x": x, "indices": indices})
     assert_same(out, x[tuple(np.moveaxis(indices, -1, 0))])
 
 
@@ -65,7 +91,9 @@ def test_gather_nd_agrees_with_numpy(x: np.ndarray, depth: int, seed: int) -> No
 def test_gather_nd_with_batch_dims_indexes_within_each_batch(seed: int, rank: int) -> None:
     batch = (2, 3)[:rank]
     x = values((*batch, 4, 5, 2), np.float32, seed)
-    indices = np.stack([picks((*batch, 6), size, seed + i, False) for i, size in enumerate((4, 5))], -1)
+    indices = np.stack(
+        [picks((*batch, 6), size, seed + i, False) for i, size in enumerate((4, 5))], -1
+    )
     expected = np.empty((*batch, 6, 2), np.float32)
     for at in np.ndindex(*batch):
         expected[at] = x[at][tuple(indices[at].T)]
@@ -73,14 +101,20 @@ def test_gather_nd_with_batch_dims_indexes_within_each_batch(seed: int, rank: in
 
 
 @pytest.mark.parametrize("target, indices", [(OLD, [3]), (OLD, [-4]), (NEW, [3]), (NEW, [-1])])
-def test_an_index_out_of_bounds_is_an_error_that_names_the_op(target: object, indices: list[int]) -> None:
+def test_an_index_out_of_bounds_is_an_error_that_names_the_op(
+    target: object, indices: list[int]
+) -> None:
     x = values((3, 2), np.float32, 0)
-    with pytest.raises(UserError, match=r"op gather 'gather' in function 'main'.*out of an axis of size 3"):
+    with pytest.raises(
+        UserError, match=r"op gather 'gather' in function 'main'.*out of an axis of size 3"
+    ):
         run("gather", {"x": x, "indices": np.array(indices, np.int32)}, {"axis": 0}, target)
 
 
-@pytest.mark.parametrize("op", ["gather", "gather_along_axis", "gather_nd", "scatter",
-                                "scatter_along_axis", "scatter_nd"])
+@pytest.mark.parametrize(
+    "op",
+    ["gather", "gather_along_axis", "gather_nd", "scatter", "scatter_along_axis", "scatter_nd"],
+)
 @pytest.mark.parametrize("index", [-1, 3])
 @pytest.mark.parametrize("validated", [True, False])
 def test_an_index_out_of_bounds_is_an_error_validated_or_not(
@@ -100,7 +134,7 @@ def test_an_index_out_of_bounds_is_an_error_validated_or_not(
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16])
 def test_gather_takes_small_integers_as_data_and_as_indices(dtype: type) -> None:
     x = np.arange(12).reshape(4, 3).astype(dtype)
-    out, = run("gather", {"x": x, "indices": np.array([3, 0], dtype)}, {"axis": 0}, NEW)
+    (out,) = run("gather", {"x": x, "indices": np.array([3, 0], dtype)}, {"axis": 0}, NEW)
     assert_same(out, x[[3, 0]])
     assert out.dtype == dtype
 
@@ -129,10 +163,16 @@ def combine(data: np.ndarray, where: tuple, updates: np.ndarray, mode: str) -> n
 
 
 @pytest.mark.parametrize("mode", MODES)
-@given(case=tensor_and_axis(FLOATS), count=st.integers(1, 4), seed=st.integers(0, 999), old=st.booleans())
+@given(
+    case=tensor_and_axis(FLOATS),
+    count=st.integers(1, 4),
+    seed=st.integers(0, 999),
+    old=st.booleans(),
+)
 @QUICK
-def test_scatter_agrees_with_one_update_after_another(mode: str, case: tuple[np.ndarray, int], count: int, seed: int,
-                                                      old: bool) -> None:
+def test_scatter_agrees_with_one_update_after_another(
+    mode: str, case: tuple[np.ndarray, int], count: int, seed: int, old: bool
+) -> None:
     data, axis = case
     indices = picks((count,), data.shape[axis], seed, negative=old)
     shape = list(data.shape)
@@ -140,16 +180,21 @@ def test_scatter_agrees_with_one_update_after_another(mode: str, case: tuple[np.
     updates = values(tuple(shape), data.dtype.type, seed) + data.dtype.type(3)
     rows = combine(np.moveaxis(data, axis, 0), (indices,), np.moveaxis(updates, axis, 0), mode)
     expected = np.moveaxis(rows, 0, axis)
-    out, = run("scatter", {"data": data, "indices": indices, "updates": updates}, {"axis": axis, "mode": mode},
-               OLD if old else NEW)
+    (out,) = run(
+        "scatter",
+        {"data": data, "indices": indices, "updates": updates},
+        {"axis": axis, "mode": mode},
+        OLD if old else NEW,
+    )
     assert_same(out, expected, rtol=1e-4, atol=1e-2 if data.dtype == np.float16 else 1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @given(case=tensor_and_axis(FLOATS), seed=st.integers(0, 999))
 @QUICK
-def test_scatter_along_axis_agrees_with_one_update_after_another(mode: str, case: tuple[np.ndarray, int],
-                                                                 seed: int) -> None:
+def test_scatter_along_axis_agrees_with_one_update_after_another(
+    mode: str, case: tuple[np.ndarray, int], seed: int
+) -> None:
     data, axis = case
     shape = list(data.shape)
     shape[axis] = 2
@@ -158,8 +203,11 @@ def test_scatter_along_axis_agrees_with_one_update_after_another(mode: str, case
     where = list(np.indices(shape))
     where[axis % data.ndim] = indices
     expected = combine(data, tuple(where), updates, mode)
-    out, = run("scatter_along_axis", {"data": data, "indices": indices, "updates": updates},
-               {"axis": axis, "mode": mode})
+    (out,) = run(
+        "scatter_along_axis",
+        {"data": data, "indices": indices, "updates": updates},
+        {"axis": axis, "mode": mode},
+    )
     assert_same(out, expected, rtol=1e-4, atol=1e-2 if data.dtype == np.float16 else 1e-5)
 
 
@@ -171,22 +219,36 @@ def test_scatter_nd_agrees_with_one_update_after_another(mode: str, depth: int) 
     updates = values((6, *data.shape[depth:]), np.float32, 1) + np.float32(3)
     expected = data.astype(np.float64)
     for index, update in zip(indices, updates, strict=True):
-        expected[tuple(index)] = combine(expected[tuple(index)][None], (np.array([0]),), update[None], mode)[0]
-    out, = run("scatter_nd", {"data": data, "indices": indices, "updates": updates}, {"mode": mode})
+        expected[tuple(index)] = combine(
+            expected[tuple(index)][None], (np.array([0]),), update[None], mode
+        )[0]
+    (out,) = run(
+        "scatter_nd", {"data": data, "indices": indices, "updates": updates}, {"mode": mode}
+    )
     assert_same(out, expected.astype(np.float32), rtol=1e-4, atol=1e-5)
 
 
 def test_scatters_of_integers_stay_integers_and_leave_their_input_alone() -> None:
     data, indices = np.arange(6, dtype=np.int32), np.array([1, 1, 4], np.int32)
     updates = np.array([10, 20, 3], np.int32)
-    out, = run("scatter", {"data": data, "indices": indices, "updates": updates}, {"axis": 0, "mode": "add"})
+    (out,) = run(
+        "scatter",
+        {"data": data, "indices": indices, "updates": updates},
+        {"axis": 0, "mode": "add"},
+    )
     assert out.tolist() == [0, 31, 2, 3, 7, 5] and data.tolist() == [0, 1, 2, 3, 4, 5]
-    assert torch.equal(torch.from_numpy(data).index_add(0, torch.tensor([1, 1, 4]), torch.from_numpy(updates)),
-                       torch.from_numpy(out))
+    assert torch.equal(
+        torch.from_numpy(data).index_add(0, torch.tensor([1, 1, 4]), torch.from_numpy(updates)),
+        torch.from_numpy(out),
+    )
 
 
 def test_an_empty_set_of_indices_gathers_nothing() -> None:
     x = values((3, 2), np.float32, 0)
-    out, = run("gather", {"x": x, "indices": np.zeros(0, np.int32)}, {"axis": 0},
-               outputs=[TensorType("fp32", (0, 2))])
+    (out,) = run(
+        "gather",
+        {"x": x, "indices": np.zeros(0, np.int32)},
+        {"axis": 0},
+        outputs=[TensorType("fp32", (0, 2))],
+    )
     assert out.shape == (0, 2)

@@ -8,14 +8,18 @@ from coremltools.converters.mil.mil.ops.registry import SSAOpRegistry
 from ane_moe.runtime.reference.ops import STRUCTURAL, TABLE
 
 RELEASES = (15, 16, 17, 18)
-INTERNAL = {"_const_symbolic"}                      # never saved
+INTERNAL = {"_const_symbolic"}  # never saved
 
 
 def declared(ios: int) -> dict:
     """The ops of an iOS release's opset: name -> class."""
     ops = {}
     for name, versions in SSAOpRegistry.core_ops.items():
-        fitting = {int(target.name[3:]): cls for target, cls in versions.items() if int(target.name[3:]) <= ios}
+        fitting = {
+            int(target.name[3:]): cls
+            for target, cls in versions.items()
+            if int(target.name[3:]) <= ios
+        }
         if fitting and name not in INTERNAL:
             ops[name] = fitting[max(fitting)]
     return ops
@@ -38,10 +42,15 @@ def test_an_op_takes_every_input_that_its_declaration_has(ios: int) -> None:
         inputs = cls.input_spec.input_types
         assert inputs.keys() <= tensors.keys() | op.parameters, name
         required = {spec for spec, kind in tensors.items() if not kind.endswith("?")} | op.required
-        assert required - {"arith", "out"} <= {key for key, kind in inputs.items() if not kind.optional}, name
+        assert required - {"arith", "out"} <= {
+            key for key, kind in inputs.items() if not kind.optional
+        }, name
 
 
 def test_the_op_table_of_the_documentation_is_current() -> None:
     script = Path(__file__).parents[3] / "scripts" / "make_op_table.py"
     stale = "docs/runtime.md is stale: run scripts/make_op_table.py"
-    assert subprocess.run([sys.executable, str(script), "--check"], capture_output=True).returncode == 0, stale
+    assert (
+        subprocess.run([sys.executable, str(script), "--check"], capture_output=True).returncode
+        == 0
+    ), stale

@@ -54,7 +54,11 @@ def _sigmoid_hard(alpha: float, beta: float) -> Kernel:
 
 
 def _softplus(x: Tensor) -> Tensor:
-    return F.softplus(x, threshold=math.inf) if x.dtype is torch.float64 else torch.logaddexp(x, torch.zeros_like(x))
+    return (
+        F.softplus(x, threshold=math.inf)
+        if x.dtype is torch.float64
+        else torch.logaddexp(x, torch.zeros_like(x))
+    )
 
 
 def _softplus_parametric(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:

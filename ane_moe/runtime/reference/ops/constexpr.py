@@ -10,9 +10,10 @@ from ane_moe.runtime.reference.ops.table import Kernel, Op
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The first `count` fields of `bits` bits in a row of bytes, least significant bit first, as int64."""
+    """The first `count` fields of `bits` bits in a row of bytes, least significant bit first, as
+    int64."""
     planes = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-    fields = planes.reshape(-1)[:count * bits].reshape(count, bits).to(torch.int64)
+    fields = planes.reshape(-1)[: count * bits].reshape(count, bits).to(torch.int64)
     return (fields << torch.arange(bits)).sum(1)
 
 
@@ -29,6 +30,7 @@ def _affine_dequantize(axis: int) -> Kernel:
     def kernel(data: Tensor, zero_point: Tensor, scale: Tensor) -> Tensor:
         shift = _per_axis(zero_point, data, axis).float()
         return (data.float() - shift) * _per_axis(scale, data, axis)
+
     return kernel
 
 
@@ -48,6 +50,7 @@ def _blockwise() -> Kernel:
         if offset is not None:
             y = y - _per_block(offset.float(), data)
         return y * _per_block(scale, data)
+
     return kernel
 
 
@@ -59,13 +62,15 @@ def _lut_packed(shape: list[int]) -> Kernel:
     def kernel(indices: Tensor, lut: Tensor) -> Tensor:
         bits = (lut.numel() - 1).bit_length()
         return lut[unpack_bits(indices, bits, math.prod(shape))].reshape(shape)
+
     return kernel
 
 
 def lut_to_dense(indices: Tensor, lut: Tensor, vector_axis: int | None) -> Tensor:
     """Replaces each index by its palette's entry (a scalar, or a vector laid along `vector_axis`).
 
-    The first dimensions of `lut` count the palettes along each axis of `indices`; then come entries and vector.
+    The first dimensions of `lut` count the palettes along each axis of `indices`; then come entries
+    and vector.
     """
     *groups, entries, vector = lut.shape
     which = torch.zeros((), dtype=torch.int64)
@@ -75,12 +80,11 @@ def lut_to_dense(indices: Tensor, lut: Tensor, vector_axis: int | None) -> Tenso
         along = [1] * indices.dim()
         along[axis] = size
         which = which * count + (torch.arange(size) // (size // count)).reshape(along)
-    dense = lut.reshape(-1, vector)[which * entries + indices.to(torch.int64)]       # [*indices, vector]
+    dense = lut.reshape(-1, vector)[which * entries + indices.to(torch.int64)]  # [*indices, vector]
     if vector == 1:
         return dense.squeeze(-1)
     axis = (vector_axis or 0) % indices.dim()
     return dense.movedim(-1, axis + 1).flatten(axis, axis + 1)
-
 
 
 def _lut_grouped(vector_axis: int | None = None) -> Kernel:
@@ -90,14 +94,18 @@ def _lut_grouped(vector_axis: int | None = None) -> Kernel:
 def _scatter_mask(nonzero: Tensor, mask: Tensor) -> Tensor:
     where = mask.to(torch.bool)
     if int(where.sum()) != nonzero.numel():
-        raise ValueError(f"the mask has {int(where.sum())} set bits for {nonzero.numel()} stored elements")
+        raise ValueError(
+            f"the mask has {int(where.sum())} set bits for {nonzero.numel()} stored elements"
+        )
     dense = torch.zeros(mask.shape, dtype=nonzero.dtype)
     dense[where] = nonzero.reshape(-1)
     return dense
 
 
 def _sparse_packed(shape: list[int]) -> Kernel:
-    return lambda nonzero, mask: _scatter_mask(nonzero, unpack_bits(mask, 1, math.prod(shape)).reshape(shape))
+    return lambda nonzero, mask: _scatter_mask(
+        nonzero, unpack_bits(mask, 1, math.prod(shape)).reshape(shape)
+    )
 
 
 def _sparse() -> Kernel:
@@ -109,26 +117,67 @@ def _lut_to_sparse(vector_axis: int | None = None) -> Kernel:
         dense = lut_to_dense(_scatter_mask(nonzero, mask), lut, vector_axis)
         wide = mask if lut.shape[-1] == 1 else mask.repeat_interleave(lut.shape[-1], vector_axis)
         return wide, dense[wide.to(torch.bool)]
+
     return kernel
 
 
 def _sparse_blockwise() -> Kernel:
     blockwise = _blockwise()
 
-    def kernel(mask: Tensor, nonzero: Tensor, scale: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor]:
+    def kernel(
+        mask: Tensor, nonzero: Tensor, scale: Tensor, offset: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         dense = blockwise(_scatter_mask(nonzero, mask), scale, offset)
         return mask, dense[mask.to(torch.bool)]
+
     return kernel
 
 
 OPS = (
-    Op("constexpr_affine_dequantize", _affine_dequantize, "quantized_data zero_point scale", since=16),
+    Op(
+        "constexpr_affine_dequantize",
+        _affine_dequantize,
+        "quantized_data zero_point scale",
+        since=16,
+    ),
     Op("constexpr_cast", _cast, "source_val", "native", since=16),
-    Op("constexpr_lut_to_dense", _lut_packed, "indices lut", "native", since=16, note="packed indices, one palette"),
-    Op("constexpr_lut_to_dense", _lut_grouped, "indices lut", "native", since=18, note="grouped and vector palettes"),
-    Op("constexpr_sparse_to_dense", _sparse_packed, "nonzero_data mask", "native", since=16, note="packed mask"),
+    Op(
+        "constexpr_lut_to_dense",
+        _lut_packed,
+        "indices lut",
+        "native",
+        since=16,
+        note="packed indices, one palette",
+    ),
+    Op(
+        "constexpr_lut_to_dense",
+        _lut_grouped,
+        "indices lut",
+        "native",
+        since=18,
+        note="grouped and vector palettes",
+    ),
+    Op(
+        "constexpr_sparse_to_dense",
+        _sparse_packed,
+        "nonzero_data mask",
+        "native",
+        since=16,
+        note="packed mask",
+    ),
     Op("constexpr_sparse_to_dense", _sparse, "nonzero_data mask", "native", since=18),
-    Op("constexpr_lut_to_sparse", _lut_to_sparse, "indices_mask indices_nonzero_data lut", "native", since=18),
-    Op("constexpr_sparse_blockwise_shift_scale", _sparse_blockwise, "data_mask nonzero_data scale offset?", since=18),
+    Op(
+        "constexpr_lut_to_sparse",
+        _lut_to_sparse,
+        "indices_mask indices_nonzero_data lut",
+        "native",
+        since=18,
+    ),
+    Op(
+        "constexpr_sparse_blockwise_shift_scale",
+        _sparse_blockwise,
+        "data_mask nonzero_data scale offset?",
+        since=18,
+    ),
     Op("constexpr_blockwise_shift_scale", _blockwise, "data scale offset?", since=18),
 )

@@ -14,11 +14,18 @@ CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 CONV_TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
 
 
-def spatial_padding(pad_type: str, pad: Sequence[int] | None, sizes: Sequence[int], kernel: Sequence[int],
-                    strides: Sequence[int], dilations: Sequence[int]) -> list[tuple[int, int]]:
+def spatial_padding(
+    pad_type: str,
+    pad: Sequence[int] | None,
+    sizes: Sequence[int],
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    dilations: Sequence[int],
+) -> list[tuple[int, int]]:
     """(before, after) per spatial dimension.
 
-    `same` gives ceil(size / stride) outputs, the odd element of padding after the data; `same_lower` puts it before.
+    `same` gives ceil(size / stride) outputs, the odd element of padding after the data;
+    `same_lower` puts it before.
     """
     if pad_type == "valid":
         return [(0, 0)] * len(sizes)
@@ -41,15 +48,22 @@ def pad_spatial(x: Tensor, pairs: Sequence[tuple[int, int]], value: float = 0.0)
 
 
 def _pointwise(arith: Arithmetic, x: Tensor, weight: Tensor) -> Tensor:
-    """A convolution with kernel size 1: a plain product, which is no slower at one position and faster at many."""
+    """A convolution with kernel size 1: a plain product, which is no slower at one position and
+    faster at many."""
     matrix = weight.reshape(weight.shape[0], -1)
     columns = x.reshape(x.shape[1], -1) if x.shape[0] == 1 else x.flatten(2)
     y = arith.matmul(matrix, columns)
     return y.reshape(x.shape[0], weight.shape[0], *x.shape[2:])
 
 
-def _in_runs(arith: Arithmetic, x: Tensor, weight: Tensor, strides: list[int], dilations: list[int],
-             groups: int) -> Tensor:
+def _in_runs(
+    arith: Arithmetic,
+    x: Tensor,
+    weight: Tensor,
+    strides: list[int],
+    dilations: list[int],
+    groups: int,
+) -> Tensor:
     """The convolution as a rounded sum over runs of input channels."""
     per_group = weight.shape[1]
     step = max(1, RUN // max(1, math.prod(weight.shape[2:])))
@@ -57,14 +71,22 @@ def _in_runs(arith: Arithmetic, x: Tensor, weight: Tensor, strides: list[int], d
     total = None
     for start, stop in pairwise([*range(0, per_group, step), per_group]):
         part = grouped[:, :, start:stop].flatten(1, 2)
-        y = arith.round(CONV[x.dim()](part, weight[:, start:stop], None, strides, 0, dilations, groups))
+        y = arith.round(
+            CONV[x.dim()](part, weight[:, start:stop], None, strides, 0, dilations, groups)
+        )
         total = y if total is None else arith.round(total + y)
     assert total is not None
     return total
 
 
-def _conv(arith: Arithmetic, strides: list[int] | None = None, pad_type: str = "valid", pad: list[int] | None = None,
-          dilations: list[int] | None = None, groups: int = 1) -> Kernel:
+def _conv(
+    arith: Arithmetic,
+    strides: list[int] | None = None,
+    pad_type: str = "valid",
+    pad: list[int] | None = None,
+    dilations: list[int] | None = None,
+    groups: int = 1,
+) -> Kernel:
     def kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         size = weight.shape[2:]
         ones = [1] * len(size)
@@ -77,22 +99,33 @@ def _conv(arith: Arithmetic, strides: list[int] | None = None, pad_type: str = "
         else:
             y = _in_runs(arith, x, weight, stride, dilation, groups)
         return y if bias is None else arith.round(y) + bias.reshape(-1, *ones)
+
     return kernel
 
 
-def _conv_transpose(strides: list[int] | None = None, pad_type: str = "valid", pad: list[int] | None = None,
-                    dilations: list[int] | None = None, groups: int = 1,
-                    output_shape: list[int] | None = None) -> Kernel:
+def _conv_transpose(
+    strides: list[int] | None = None,
+    pad_type: str = "valid",
+    pad: list[int] | None = None,
+    dilations: list[int] | None = None,
+    groups: int = 1,
+    output_shape: list[int] | None = None,
+) -> Kernel:
     """The full transposed convolution, then a crop.
 
-    `same` keeps size * stride elements; `output_shape` keeps that many. The surplus is cropped evenly, the odd
-    element after the data.
+    `same` keeps size * stride elements; `output_shape` keeps that many. The surplus is cropped
+    evenly, the odd element after the data.
     """
+
     def kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ones = [1] * (x.dim() - 2)
         stride = strides or ones
         full = CONV_TRANSPOSE[x.dim()](x, weight, bias, stride, 0, 0, groups, dilations or ones)
-        wanted = [size * s for size, s in zip(x.shape[2:], stride, strict=True)] if pad_type == "same" else None
+        wanted = (
+            [size * s for size, s in zip(x.shape[2:], stride, strict=True)]
+            if pad_type == "same"
+            else None
+        )
         flat = pad if pad_type == "custom" and pad is not None else [0] * (2 * len(ones))
         if output_shape is not None:
             wanted = list(output_shape[2:])
@@ -108,26 +141,44 @@ def _conv_transpose(strides: list[int] | None = None, pad_type: str = "valid", p
                 full = pad_spatial(full, room)
             full = full.narrow(axis + 2, before, size)
         return full
+
     return kernel
 
 
-def _conv_quantized(arith: Arithmetic, quantization_type: str, nbits: int = 8, strides: list[int] | None = None,
-                    pad_type: str = "valid", pad: list[int] | None = None, dilations: list[int] | None = None,
-                    groups: int = 1) -> Kernel:
+def _conv_quantized(
+    arith: Arithmetic,
+    quantization_type: str,
+    nbits: int = 8,
+    strides: list[int] | None = None,
+    pad_type: str = "valid",
+    pad: list[int] | None = None,
+    dilations: list[int] | None = None,
+    groups: int = 1,
+) -> Kernel:
     """Weights are `quantized * scale + bias`, scale and bias counting output channels."""
     if quantization_type != "linear" or nbits != 8:
-        raise ValueError(f"only linear weights of 8 bits are documented, found {quantization_type} of {nbits}")
+        raise ValueError(
+            f"only linear weights of 8 bits are documented, found {quantization_type} of {nbits}"
+        )
     convolve = _conv(arith, strides, pad_type, pad, dilations, groups)
 
-    def kernel(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, bias: Tensor | None) -> Tensor:
+    def kernel(
+        x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, bias: Tensor | None
+    ) -> Tensor:
         shape = [-1, *[1] * (weight.dim() - 1)]
         dense = weight.float() * scale.reshape(shape) + shift.reshape(shape)
         return convolve(x, dense, None if bias is None else bias.float())
+
     return kernel
 
 
 OPS = (
     Op("conv", _conv, "x weight bias?"),
-    Op("conv_quantized", _conv_quantized, "x weight quant_scale quant_bias bias?", note="linear, 8 bits"),
+    Op(
+        "conv_quantized",
+        _conv_quantized,
+        "x weight quant_scale quant_bias bias?",
+        note="linear, 8 bits",
+    ),
     Op("conv_transpose", _conv_transpose, "x weight bias?"),
 )

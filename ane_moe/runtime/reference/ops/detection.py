@@ -45,7 +45,8 @@ def _chosen(
 def _suppression(
     iou_threshold: float, score_threshold: float | None, max_boxes: int, per_class: bool
 ) -> Kernel:
-    """`[n,B,4]` and `[n,B,K]` -> boxes `[n,M,4]`, scores `[n,M,K]`, indices `[n,M]`, counts `[n]`."""
+    """`[n,B,4]` and `[n,B,K]` -> boxes `[n,M,4]`, scores `[n,M,K]`, indices `[n,M]`, counts
+    `[n]`."""
 
     def kernel(boxes: Tensor, scores: Tensor) -> tuple[Tensor, ...]:
         batch = boxes.shape[0]

@@ -11,23 +11,50 @@ def _exp2(x: Tensor) -> Tensor:
     return torch.exp2(x) if x.is_floating_point() else torch.exp2(x.double()).to(x.dtype)
 
 
-# torch's CPU kernels for these convert fp16 to fp32, compute and round once, so they need no widening (the tests
-# compare each with its widened form on every fp16 number).
+# torch's CPU kernels for these convert fp16 to fp32, compute and round once, so they need no
+# widening (the tests compare each with its widened form on every fp16 number).
 NATIVE_UNARY: dict[str, Kernel] = {
-    "abs": torch.abs, "ceil": torch.ceil, "exp": torch.exp, "exp2": _exp2, "floor": torch.floor,
-    "identity": lambda x: x, "logical_not": torch.logical_not, "round": torch.round, "sign": torch.sign,
-    "square": torch.square, "tanh": torch.tanh,
+    "abs": torch.abs,
+    "ceil": torch.ceil,
+    "exp": torch.exp,
+    "exp2": _exp2,
+    "floor": torch.floor,
+    "identity": lambda x: x,
+    "logical_not": torch.logical_not,
+    "round": torch.round,
+    "sign": torch.sign,
+    "square": torch.square,
+    "tanh": torch.tanh,
 }
 
 WIDENED_UNARY: dict[str, Kernel] = {
-    "acos": torch.acos, "asin": torch.asin, "atan": torch.atan, "atanh": torch.atanh, "cos": torch.cos,
-    "cosh": torch.cosh, "erf": torch.erf, "sin": torch.sin, "sinh": torch.sinh, "sqrt": torch.sqrt, "tan": torch.tan,
+    "acos": torch.acos,
+    "asin": torch.asin,
+    "atan": torch.atan,
+    "atanh": torch.atanh,
+    "cos": torch.cos,
+    "cosh": torch.cosh,
+    "erf": torch.erf,
+    "sin": torch.sin,
+    "sinh": torch.sinh,
+    "sqrt": torch.sqrt,
+    "tan": torch.tan,
 }
 
 NATIVE_BINARY: dict[str, Kernel] = {
-    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "maximum": torch.maximum, "minimum": torch.minimum,
-    "equal": torch.eq, "not_equal": torch.ne, "greater": torch.gt, "greater_equal": torch.ge, "less": torch.lt,
-    "less_equal": torch.le, "logical_and": torch.logical_and, "logical_or": torch.logical_or,
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "maximum": torch.maximum,
+    "minimum": torch.minimum,
+    "equal": torch.eq,
+    "not_equal": torch.ne,
+    "greater": torch.gt,
+    "greater_equal": torch.ge,
+    "less": torch.lt,
+    "less_equal": torch.le,
+    "logical_and": torch.logical_and,
+    "logical_or": torch.logical_or,
     "logical_xor": torch.logical_xor,
 }
 
@@ -41,7 +68,10 @@ def _floor_div(x: Tensor, y: Tensor) -> Tensor:
 
 
 WIDENED_BINARY: dict[str, Kernel] = {
-    "real_div": _real_div, "floor_div": _floor_div, "mod": torch.remainder, "pow": torch.pow,
+    "real_div": _real_div,
+    "floor_div": _floor_div,
+    "mod": torch.remainder,
+    "pow": torch.pow,
 }
 
 
@@ -68,14 +98,17 @@ def _threshold(alpha: float) -> Kernel:
 def _cast(dtype: str) -> Kernel:
     target = torch_dtype(dtype)
     if dtype == "uint16":
-        return lambda x: x.to(target) & 0xFFFF          # held in int32
+        return lambda x: x.to(target) & 0xFFFF  # held in int32
     return lambda x: (x != 0) if target is torch.bool else x.to(target)
 
 
 OPS = (
     *(Op(name, plain(kernel), "x", "native") for name, kernel in NATIVE_UNARY.items()),
     *(Op(name, plain(kernel), "x") for name, kernel in WIDENED_UNARY.items()),
-    *(Op(name, plain(kernel), "x y", "native", alike="x y") for name, kernel in NATIVE_BINARY.items()),
+    *(
+        Op(name, plain(kernel), "x y", "native", alike="x y")
+        for name, kernel in NATIVE_BINARY.items()
+    ),
     *(Op(name, plain(kernel), "x y", alike="x y") for name, kernel in WIDENED_BINARY.items()),
     Op("clip", _clip, half="native"),
     Op("inverse", _inverse, note="adds epsilon, 1e-4 when absent"),

@@ -22,14 +22,18 @@ def _gather(negative: bool, axis: int, batch_dims: int) -> Kernel:
         at = axis % x.dim()
         chosen = wrap(indices, x.shape[at], negative)
         if not batch_dims:
-            shape = (*x.shape[:at], *chosen.shape, *x.shape[at + 1:])
+            shape = (*x.shape[:at], *chosen.shape, *x.shape[at + 1 :])
             return x.index_select(at, chosen.reshape(-1)).reshape(shape)
         batch = x.shape[:batch_dims]
         rows = x.flatten(0, batch_dims - 1) if batch_dims > 1 else x
         picks = chosen.reshape(rows.shape[0], *chosen.shape[batch_dims:])
-        parts = [row.index_select(at - batch_dims, pick.reshape(-1)) for row, pick in zip(rows, picks, strict=True)]
-        shape = (*batch, *x.shape[batch_dims:at], *chosen.shape[batch_dims:], *x.shape[at + 1:])
+        parts = [
+            row.index_select(at - batch_dims, pick.reshape(-1))
+            for row, pick in zip(rows, picks, strict=True)
+        ]
+        shape = (*batch, *x.shape[batch_dims:at], *chosen.shape[batch_dims:], *x.shape[at + 1 :])
         return torch.stack(parts).reshape(shape)
+
     return kernel
 
 
@@ -56,13 +60,16 @@ def _along_in_bounds(axis: int = 0, validate_indices: bool = False) -> Kernel:
 def _gather_nd(negative: bool, batch_dims: int) -> Kernel:
     def kernel(x: Tensor, indices: Tensor) -> Tensor:
         depth = indices.shape[-1]
-        coordinates = [wrap(indices[..., i], x.shape[batch_dims + i], negative) for i in range(depth)]
+        coordinates = [
+            wrap(indices[..., i], x.shape[batch_dims + i], negative) for i in range(depth)
+        ]
         batch = []
         for axis in range(batch_dims):
             shape = [1] * (indices.dim() - 1)
             shape[axis] = x.shape[axis]
             batch.append(torch.arange(x.shape[axis]).reshape(shape))
         return x[(*batch, *coordinates)]
+
     return kernel
 
 

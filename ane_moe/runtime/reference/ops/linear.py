@@ -14,8 +14,9 @@ Out = Sequence[TensorType]
 Pair = tuple[Tensor, Tensor]
 
 
-def _matmul(out: Out, arith: Arithmetic, transpose_x: bool = False,
-            transpose_y: bool = False) -> Kernel:
+def _matmul(
+    out: Out, arith: Arithmetic, transpose_x: bool = False, transpose_y: bool = False
+) -> Kernel:
     of_one_type = _of_one_type(out)
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:
@@ -23,6 +24,7 @@ def _matmul(out: Out, arith: Arithmetic, transpose_x: bool = False,
         x = x.transpose(-1, -2) if transpose_x and x.dim() > 1 else x
         y = y.transpose(-1, -2) if transpose_y and y.dim() > 1 else y
         return arith.matmul(*of_one_type(x, y))
+
     return kernel
 
 
@@ -40,6 +42,7 @@ def _of_one_type(out: Out) -> Callable[[Tensor, Tensor], Pair]:
             return _whole(x), _whole(y)
         wider = torch.promote_types(x.dtype, y.dtype)
         return x.to(wider), y.to(wider)
+
     return pair
 
 
@@ -57,21 +60,24 @@ def _linear(out: Out, arith: Arithmetic) -> Kernel:
     def kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = arith.matmul(*of_one_type(x, weight.transpose(0, 1)))
         return y if bias is None else torch.add(*of_one_type(arith.round(y), bias))
+
     return kernel
 
 
 def _einsum(equation: str, arith: Arithmetic) -> Kernel:
-    """The two forms the op allows are batched products over one shared letter; others go to torch as they are."""
+    """The two forms the op allows are batched products over one shared letter; others go to torch
+    as they are."""
     left, right = equation.replace(" ", "").split("->")[0].split(",")
     shared = left[-1]
 
     def kernel(values: list[Tensor]) -> Tensor:
         x, y = values
-        if len(left) == 4 and right[0] == left[0] and right[1] == shared:       # nchw,nwhu->nchu
+        if len(left) == 4 and right[0] == left[0] and right[1] == shared:  # nchw,nwhu->nchu
             return arith.matmul(x.permute(0, 2, 1, 3), y.permute(0, 2, 1, 3)).permute(0, 2, 1, 3)
-        if len(left) == 3 and right[0] == shared:                                # chw,whr->chr
+        if len(left) == 3 and right[0] == shared:  # chw,whr->chr
             return arith.matmul(x.permute(1, 0, 2), y.permute(1, 0, 2)).permute(1, 0, 2)
         return torch.einsum(equation, x, y)
+
     return kernel
 
 

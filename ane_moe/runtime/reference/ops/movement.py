@@ -13,10 +13,12 @@ from ane_moe.runtime.reference.ops.table import Kernel, Op
 
 def _reshape(shape: list[int]) -> Kernel:
     def kernel(x: Tensor) -> Tensor:
-        # 0 keeps the dimension of x, but only at equal rank; an empty tensor keeps its zeros either way.
+        # 0 keeps the dimension of x, but only at equal rank; an empty tensor keeps its zeros either
+        # way.
         if 0 in shape and len(shape) == x.dim():
             return x.reshape([size if size else x.shape[axis] for axis, size in enumerate(shape)])
         return x.reshape(shape)
+
     return kernel
 
 
@@ -27,8 +29,9 @@ def _reshape_from_right(shape: list[int]) -> Kernel:
         # Of an empty tensor, a 0 at another rank is a computed size, and stays.
         if 0 not in shape or len(shape) == x.dim() or not x.numel():
             return same_rank(x)
-        kept = ([1] * len(shape) + list(x.shape))[-len(shape):]
+        kept = ([1] * len(shape) + list(x.shape))[-len(shape) :]
         return x.reshape([size or kept[axis] for axis, size in enumerate(shape)])
+
     return kernel
 
 
@@ -36,8 +39,9 @@ def _reshape_like(begins: list[int], ends: list[int], end_masks: list[bool]) -> 
     def kernel(x: Tensor, references: list[Tensor]) -> Tensor:
         shape: list[int] = []
         for reference, begin, end, to_last in zip(references, begins, ends, end_masks, strict=True):
-            shape += reference.shape[begin:None if to_last else end]
+            shape += reference.shape[begin : None if to_last else end]
         return x.reshape(shape)
+
     return kernel
 
 
@@ -53,6 +57,7 @@ def _expand_dims(axes: list[int] | int) -> Kernel:
         for axis in sorted(axis % rank for axis in wanted):
             x = x.unsqueeze(axis)
         return x
+
     return kernel
 
 
@@ -63,12 +68,14 @@ def _squeeze(axes: list[int] | None = None) -> Kernel:
         if any(x.shape[axis] != 1 for axis in axes):
             raise ValueError(f"cannot squeeze axes {axes} of shape {tuple(x.shape)}")
         return x.squeeze(tuple(axes))
+
     return kernel
 
 
 def _flatten2d(axis: int = 1) -> Kernel:
     def kernel(x: Tensor) -> Tensor:
         return x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:]))
+
     return kernel
 
 
@@ -80,6 +87,7 @@ def _concat(axis: int, interleave: bool = False) -> Kernel:
         if not values[0].dim():
             return torch.stack(values)
         return torch.cat(values, axis)
+
     return kernel
 
 
@@ -87,10 +95,17 @@ def _stack(axis: int) -> Kernel:
     return lambda values: torch.stack(values, axis)
 
 
-def _split(axis: int, num_splits: int | None = None, split_sizes: list[int] | None = None) -> Kernel:
+def _split(
+    axis: int, num_splits: int | None = None, split_sizes: list[int] | None = None
+) -> Kernel:
     def kernel(x: Tensor) -> tuple[Tensor, ...]:
-        sizes = split_sizes if split_sizes is not None else [x.shape[axis] // (num_splits or 1)] * (num_splits or 1)
+        sizes = (
+            split_sizes
+            if split_sizes is not None
+            else [x.shape[axis] // (num_splits or 1)] * (num_splits or 1)
+        )
         return torch.split(x, sizes, axis)
+
     return kernel
 
 
@@ -111,6 +126,7 @@ def _band_part(lower: int = -1, upper: int = -1) -> Kernel:
     def kernel(x: Tensor) -> Tensor:
         y = x if lower < 0 else x.triu(-lower)
         return y if upper < 0 else y.tril(upper)
+
     return kernel
 
 
@@ -120,18 +136,22 @@ def _reverse_sequence(seq_axis: int = 0, batch_axis: int = 0) -> Kernel:
         position = torch.arange(rows.shape[1]).expand(rows.shape[0], -1)
         last = lengths.to(torch.int64)[:, None]
         source = torch.where(position < last, last - 1 - position, position)
-        return rows[torch.arange(rows.shape[0])[:, None], source].movedim((0, 1), (batch_axis, seq_axis))
+        return rows[torch.arange(rows.shape[0])[:, None], source].movedim(
+            (0, 1), (batch_axis, seq_axis)
+        )
+
     return kernel
 
 
 def _native(name: str, make: Kernel, tensors: str = "x", **more: object) -> Op:
-    return Op(name, make, tensors, "native", **more)            # type: ignore[arg-type]
+    return Op(name, make, tensors, "native", **more)  # type: ignore[arg-type]
 
 
 OPS = (
     _native("reshape", _reshape),
-    _native("reshape", _reshape_from_right, since=17,
-            note="0 keeps a dimension, counted from the right"),
+    _native(
+        "reshape", _reshape_from_right, since=17, note="0 keeps a dimension, counted from the right"
+    ),
     _native("reshape_like", _reshape_like, "x ref_tensors*", since=16),
     _native("transpose", _transpose),
     _native("expand_dims", _expand_dims),

@@ -32,15 +32,22 @@ def _overhang(x: Tensor, pairs: Pairs, kernel: list[int], strides: list[int]) ->
 
 
 def _pool(reduce: Callable[[Tensor, Pairs, Pairs, list[int], list[int]], Tensor]) -> Maker:
-    def make(kernel_sizes: list[int], pad_type: str, strides: list[int] | None = None, pad: list[int] | None = None,
-             ceil_mode: bool = False) -> Kernel:
+    def make(
+        kernel_sizes: list[int],
+        pad_type: str,
+        strides: list[int] | None = None,
+        pad: list[int] | None = None,
+        ceil_mode: bool = False,
+    ) -> Kernel:
         def kernel(x: Tensor) -> Tensor:
             ones = [1] * len(kernel_sizes)
             steps = strides or ones
             pairs = spatial_padding(pad_type.lower(), pad, x.shape[2:], kernel_sizes, steps, ones)
             extra = _overhang(x, pairs, kernel_sizes, steps) if ceil_mode else [(0, 0)] * len(ones)
             return reduce(x, pairs, extra, kernel_sizes, steps)
+
         return kernel
+
     return make
 
 
@@ -54,15 +61,28 @@ def _max(x: Tensor, pairs: Pairs, extra: Pairs, kernel: list[int], strides: list
 
 
 def _l2(x: Tensor, pairs: Pairs, extra: Pairs, kernel: list[int], strides: list[int]) -> Tensor:
-    return torch.sqrt(_sum_windows(pad_spatial(pad_spatial(x.square(), pairs), extra), kernel, strides))
+    return torch.sqrt(
+        _sum_windows(pad_spatial(pad_spatial(x.square(), pairs), extra), kernel, strides)
+    )
 
 
-def _avg_pool(kernel_sizes: list[int], pad_type: str, strides: list[int] | None = None, pad: list[int] | None = None,
-              ceil_mode: bool = False, exclude_padding_from_average: bool = False) -> Kernel:
-    def mean(x: Tensor, pairs: Pairs, extra: Pairs, kernel: list[int], strides: list[int]) -> Tensor:
+def _avg_pool(
+    kernel_sizes: list[int],
+    pad_type: str,
+    strides: list[int] | None = None,
+    pad: list[int] | None = None,
+    ceil_mode: bool = False,
+    exclude_padding_from_average: bool = False,
+) -> Kernel:
+    def mean(
+        x: Tensor, pairs: Pairs, extra: Pairs, kernel: list[int], strides: list[int]
+    ) -> Tensor:
         total = _sum_windows(pad_spatial(pad_spatial(x, pairs), extra), kernel, strides)
-        counted = pad_spatial(torch.ones_like(x[:1, :1]), pairs, 0.0 if exclude_padding_from_average else 1.0)
+        counted = pad_spatial(
+            torch.ones_like(x[:1, :1]), pairs, 0.0 if exclude_padding_from_average else 1.0
+        )
         return total / _sum_windows(pad_spatial(counted, extra), kernel, strides)
+
     return _pool(mean)(kernel_sizes, pad_type, strides, pad, ceil_mode)
 
 

@@ -31,6 +31,7 @@ def _quantize(out: Sequence[TensorType], output_dtype: str, axis: int | None = N
         if zero_point is not None:
             y = y + per_axis(zero_point, x, axis).float()
         return y.clamp(limits.min, limits.max).to(torch_dtype(out[0].dtype))
+
     return kernel
 
 
@@ -40,6 +41,7 @@ def _dequantize(axis: int | None = None) -> Kernel:
         if zero_point is not None:
             y = y - per_axis(zero_point, data, axis).float()
         return y * per_axis(scale, data, axis)
+
     return kernel
 
 

@@ -162,9 +162,7 @@ def _lstm(
         p_i, p_f, p_o = peephole.chunk(3) if peephole is not None else (None, None, None)
         steps = []
         for given in _projected(arith, x, weight_ih, bias):
-            i, f, o, z = arith.round(given + _projected(arith, h, weight_hh, None)).chunk(
-                4, dim=-1
-            )
+            i, f, o, z = arith.round(given + _projected(arith, h, weight_hh, None)).chunk(4, dim=-1)
             i, f = (
                 arith.round(gate(_seen(arith, value, c, p))) for value, p in ((i, p_i), (f, p_f))
             )

@@ -22,6 +22,7 @@ def _over(axes: Axes, x: Tensor) -> tuple[int, ...]:
 def _sum_of(before: Callable[[Tensor], Tensor], after: Callable[[Tensor], Tensor]) -> Maker:
     def make(arith: Arithmetic, axes: Axes = None, keep_dims: bool = False) -> Kernel:
         return lambda x: after(arith.sum(arith.round(before(x)), _over(axes, x), keep_dims))
+
     return make
 
 
@@ -34,13 +35,19 @@ def _mean(arith: Arithmetic, axes: Axes = None, keep_dims: bool = False) -> Kern
         over = _over(axes, x)
         count = math.prod(x.shape[axis] for axis in over)
         total = arith.sum(x, over, keep_dims)
-        return total / count if x.is_floating_point() else torch.div(total, count, rounding_mode="trunc")
+        return (
+            total / count
+            if x.is_floating_point()
+            else torch.div(total, count, rounding_mode="trunc")
+        )
+
     return kernel
 
 
 def _extreme(reduce: Callable[..., Tensor]) -> Maker:
     def make(axes: Axes = None, keep_dims: bool = False) -> Kernel:
         return lambda x: reduce(x, dim=_over(axes, x), keepdim=keep_dims) if x.dim() else x
+
     return make
 
 
@@ -49,6 +56,7 @@ def _prod(arith: Arithmetic, axes: Axes = None, keep_dims: bool = False) -> Kern
         for axis in sorted((axis % x.dim() for axis in _over(axes, x)), reverse=True):
             x = arith.round(torch.prod(x, dim=axis, keepdim=keep_dims, dtype=x.dtype))
         return x
+
     return kernel
 
 
@@ -61,14 +69,20 @@ def _log_sum_exp(arith: Arithmetic, axes: Axes = None, keep_dims: bool = False) 
         top = torch.where(top.isfinite(), top, 0.0)
         total = torch.log(arith.sum(arith.round(torch.exp(x - top)), over, True)) + top
         return total if keep_dims else total.reshape(arith.sum(x, over, False).shape)
+
     return kernel
 
 
 def _arg(pick: Callable[..., Tensor]) -> Maker:
-    def make(out: Sequence[TensorType], axis: int = -1, keep_dims: bool = False,
-             output_dtype: str = "int32") -> Kernel:
+    def make(
+        out: Sequence[TensorType],
+        axis: int = -1,
+        keep_dims: bool = False,
+        output_dtype: str = "int32",
+    ) -> Kernel:
         dtype = torch_dtype(out[0].dtype)
         return lambda x: pick(x, dim=axis, keepdim=keep_dims).to(dtype)
+
     return make
 
 
@@ -76,6 +90,7 @@ def _softmax(arith: Arithmetic, axis: int = -1) -> Kernel:
     def kernel(x: Tensor) -> Tensor:
         exp = arith.round(torch.exp(arith.round(x - torch.amax(x, axis, keepdim=True))))
         return exp / arith.sum(exp, (axis,), True)
+
     return kernel
 
 
@@ -83,10 +98,15 @@ def _attention(arith: Arithmetic) -> Kernel:
     softmax = _softmax(arith, -1)
 
     def kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        scores = arith.round(arith.matmul(query, key.transpose(-1, -2)) / math.sqrt(query.shape[-1]))
+        scores = arith.round(
+            arith.matmul(query, key.transpose(-1, -2)) / math.sqrt(query.shape[-1])
+        )
         if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask
+            scores = (
+                scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask
+            )
         return arith.matmul(arith.round(softmax(arith.round(scores))), value)
+
     return kernel
 
 

@@ -12,17 +12,22 @@ REDUCE = {"add": "sum", "sub": "sum", "mul": "prod", "div": "prod", "max": "amax
 
 
 def _strides(shape: torch.Size) -> list[int]:
-    return [math.prod(shape[axis + 1:]) for axis in range(len(shape))]
+    return [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
 
 
 def _combine(data: Tensor, where: Tensor, updates: Tensor, mode: str) -> Tensor:
-    """`data` with `updates` combined at the flat positions `where`; of equal positions the last update wins."""
+    """`data` with `updates` combined at the flat positions `where`; of equal positions the last
+    update wins."""
     flat, where, updates = data.flatten().clone(), where.flatten(), updates.flatten()
     if mode == "update":
         flat[where] = updates
     elif mode == "div":
         divisor = torch.ones_like(flat).scatter_reduce(0, where, updates, "prod")
-        flat = flat / divisor if flat.is_floating_point() else torch.div(flat, divisor, rounding_mode="trunc")
+        flat = (
+            flat / divisor
+            if flat.is_floating_point()
+            else torch.div(flat, divisor, rounding_mode="trunc")
+        )
     else:
         flat = flat.scatter_reduce(0, where, -updates if mode == "sub" else updates, REDUCE[mode])
     return flat.reshape(data.shape)
@@ -32,15 +37,21 @@ def _scatter(negative: bool, axis: int, mode: str) -> Kernel:
     def kernel(data: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
         at = axis % data.dim()
         chosen = wrap(indices, data.shape[at], negative)
-        positions = torch.arange(data.numel()).reshape(data.shape).index_select(at, chosen.flatten())
+        positions = (
+            torch.arange(data.numel()).reshape(data.shape).index_select(at, chosen.flatten())
+        )
         return _combine(data, positions, updates, mode)
+
     return kernel
 
 
 def _along(negative: bool, axis: int, mode: str) -> Kernel:
     def kernel(data: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
         positions = torch.arange(data.numel()).reshape(data.shape)
-        return _combine(data, positions.gather(axis, wrap(indices, data.shape[axis], negative)), updates, mode)
+        return _combine(
+            data, positions.gather(axis, wrap(indices, data.shape[axis], negative)), updates, mode
+        )
+
     return kernel
 
 
@@ -53,6 +64,7 @@ def _nd(negative: bool, mode: str) -> Kernel:
             start = start + wrap(indices[..., i], data.shape[i], negative) * strides[i]
         inner = torch.arange(math.prod(data.shape[depth:]))
         return _combine(data, start[..., None] + inner, updates, mode)
+
     return kernel
 
 

@@ -9,8 +9,11 @@ from torch import Tensor
 from ane_moe.runtime.reference.ops.table import Kernel, Op
 
 
-def _axis_indices(size: int, begin: int, end: int, stride: int, masks: tuple[bool, bool, bool]) -> range:
-    """The positions one axis of a slice selects, by numpy's rules; a squeezed axis selects `begin` alone."""
+def _axis_indices(
+    size: int, begin: int, end: int, stride: int, masks: tuple[bool, bool, bool]
+) -> range:
+    """The positions one axis of a slice selects, by numpy's rules; a squeezed axis selects `begin`
+    alone."""
     begin_mask, end_mask, squeeze = masks
     if squeeze:
         start = 0 if begin_mask else begin + size if begin < 0 else begin
@@ -28,14 +31,21 @@ class _Cut:
     start: int
     length: int
     step: int
-    indices: Tensor | None              # where the step is negative, which torch cannot slice by
+    indices: Tensor | None  # where the step is negative, which torch cannot slice by
 
 
 class _Slicer:
     """A slice by begin, end, stride and masks, solved once per shape."""
 
-    def __init__(self, begin: list[int], end: list[int], stride: list[int] | None, begin_mask: list[bool] | None,
-                 end_mask: list[bool] | None, squeeze_mask: list[bool] | None):
+    def __init__(
+        self,
+        begin: list[int],
+        end: list[int],
+        stride: list[int] | None,
+        begin_mask: list[bool] | None,
+        end_mask: list[bool] | None,
+        squeeze_mask: list[bool] | None,
+    ):
         rank = len(begin)
         never = [False] * rank
         masks = zip(begin_mask or never, end_mask or never, squeeze_mask or never, strict=True)
@@ -48,9 +58,16 @@ class _Slicer:
 
     def _cuts(self, shape: torch.Size) -> list[_Cut]:
         return [
-            _Cut(axis, kept.start if len(kept) else 0, kept[-1] + 1 - kept.start if len(kept) else 0, kept.step,
-                 torch.tensor(kept, dtype=torch.int64) if kept.step < 0 else None)
-            for axis, kept in enumerate(self.ranges(shape)) if kept != range(shape[axis])]
+            _Cut(
+                axis,
+                kept.start if len(kept) else 0,
+                kept[-1] + 1 - kept.start if len(kept) else 0,
+                kept.step,
+                torch.tensor(kept, dtype=torch.int64) if kept.step < 0 else None,
+            )
+            for axis, kept in enumerate(self.ranges(shape))
+            if kept != range(shape[axis])
+        ]
 
     def take(self, x: Tensor) -> Tensor:
         for cut in self.cuts(x.shape):
@@ -69,13 +86,22 @@ class _Slicer:
         if all(kept.step > 0 for kept in ranges):
             self.take(y).copy_(update)
         else:
-            y[torch.meshgrid(*(torch.tensor(kept, dtype=torch.int64) for kept in ranges), indexing="ij")] = update
+            y[
+                torch.meshgrid(
+                    *(torch.tensor(kept, dtype=torch.int64) for kept in ranges), indexing="ij"
+                )
+            ] = update
         return y
 
 
-def _slice_by_index(begin: list[int], end: list[int], stride: list[int] | None = None,
-                    begin_mask: list[bool] | None = None, end_mask: list[bool] | None = None,
-                    squeeze_mask: list[bool] | None = None) -> Kernel:
+def _slice_by_index(
+    begin: list[int],
+    end: list[int],
+    stride: list[int] | None = None,
+    begin_mask: list[bool] | None = None,
+    end_mask: list[bool] | None = None,
+    squeeze_mask: list[bool] | None = None,
+) -> Kernel:
     slicer = _Slicer(begin, end, stride, begin_mask, end_mask, squeeze_mask)
     squeezed = tuple(axis for axis, mask in enumerate(squeeze_mask or ()) if mask)
     if not squeezed:
@@ -83,9 +109,14 @@ def _slice_by_index(begin: list[int], end: list[int], stride: list[int] | None =
     return lambda x: slicer.take(x).squeeze(squeezed)
 
 
-def _slice_update(begin: list[int], end: list[int], stride: list[int] | None = None,
-                  begin_mask: list[bool] | None = None, end_mask: list[bool] | None = None,
-                  squeeze_mask: list[bool] | None = None) -> Kernel:
+def _slice_update(
+    begin: list[int],
+    end: list[int],
+    stride: list[int] | None = None,
+    begin_mask: list[bool] | None = None,
+    end_mask: list[bool] | None = None,
+    squeeze_mask: list[bool] | None = None,
+) -> Kernel:
     return _Slicer(begin, end, stride, begin_mask, end_mask, squeeze_mask).put
 
 
@@ -95,13 +126,17 @@ def _slice_by_size(begin: list[int], size: list[int]) -> Kernel:
             start = start + x.shape[axis] if start < 0 else start
             x = x.narrow(axis, start, x.shape[axis] - start if length == -1 else length)
         return x
+
     return kernel
 
 
 def _crop(crop_height: list[int], crop_width: list[int]) -> Kernel:
     def kernel(x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        return x[..., crop_height[0]:height - crop_height[1], crop_width[0]:width - crop_width[1]]
+        return x[
+            ..., crop_height[0] : height - crop_height[1], crop_width[0] : width - crop_width[1]
+        ]
+
     return kernel
 
 
@@ -109,6 +144,7 @@ def _sliding_windows(axis: int, size: int, stride: int = 1) -> Kernel:
     def kernel(x: Tensor) -> Tensor:
         at = axis % x.dim()
         return x.unfold(at, size, stride).movedim(-1, at + 1)
+
     return kernel
 
 

@@ -20,8 +20,14 @@ def _sorted(x: Tensor, axis: int, ascending: bool) -> tuple[Tensor, Tensor]:
     return values, indices
 
 
-def _topk(k: int = 1, axis: int = -1, ascending: bool = False, sort: bool = True,
-          return_indices: bool = True, output_indices_dtype: str = "int32") -> Kernel:
+def _topk(
+    k: int = 1,
+    axis: int = -1,
+    ascending: bool = False,
+    sort: bool = True,
+    return_indices: bool = True,
+    output_indices_dtype: str = "int32",
+) -> Kernel:
     def kernel(x: Tensor) -> tuple[Tensor, ...]:
         values, indices = _sorted(x, axis, ascending)
         count = x.shape[axis] if k == -1 else k
@@ -29,6 +35,7 @@ def _topk(k: int = 1, axis: int = -1, ascending: bool = False, sort: bool = True
         if not return_indices:
             return (chosen,)
         return chosen, indices.narrow(axis, 0, count).to(torch_dtype(output_indices_dtype))
+
     return kernel
 
 
@@ -36,18 +43,24 @@ def _argsort(axis: int = -1, ascending: bool = False) -> Kernel:
     return lambda x: _sorted(x, axis, ascending)[1].to(torch.int32)
 
 
-def _cumsum(arith: Arithmetic, axis: int = 0, exclusive: bool = False, reverse: bool = False) -> Kernel:
+def _cumsum(
+    arith: Arithmetic, axis: int = 0, exclusive: bool = False, reverse: bool = False
+) -> Kernel:
     def kernel(x: Tensor) -> Tensor:
         x = x.flip(axis) if reverse else x
         y = arith.cumsum(x, axis)
         if exclusive:
-            y = torch.cat([torch.zeros_like(y.narrow(axis, 0, 1)), y.narrow(axis, 0, y.shape[axis] - 1)], axis)
+            y = torch.cat(
+                [torch.zeros_like(y.narrow(axis, 0, 1)), y.narrow(axis, 0, y.shape[axis] - 1)], axis
+            )
         return y.flip(axis) if reverse else y
+
     return kernel
 
 
-def _one_hot(out: Out, one_hot_vector_size: int, axis: int = -1, on_value: float = 1,
-             off_value: float = 0) -> Kernel:
+def _one_hot(
+    out: Out, one_hot_vector_size: int, axis: int = -1, on_value: float = 1, off_value: float = 0
+) -> Kernel:
     dtype = torch_dtype(out[0].dtype)
     classes = torch.arange(one_hot_vector_size)
 
@@ -55,6 +68,7 @@ def _one_hot(out: Out, one_hot_vector_size: int, axis: int = -1, on_value: float
         hot = indices.to(torch.int64).unsqueeze(-1) == classes
         on, off = torch.tensor(on_value, dtype=dtype), torch.tensor(off_value, dtype=dtype)
         return torch.where(hot, on, off).movedim(-1, axis)
+
     return kernel
 
 
@@ -79,6 +93,7 @@ def _range(out: Out, start: float, end: float, step: float) -> Kernel:
         count = max(0, math.ceil((end - start) / step))
         steps = torch.arange(count, dtype=torch.float64 if dtype.is_floating_point else torch.int64)
         return (steps * step + start).to(dtype)
+
     return kernel
 
 
@@ -99,11 +114,14 @@ def _pad(pad: list[int], mode: str = "constant", constant_val: float = 0.0) -> K
     def kernel(x: Tensor) -> Tensor:
         pairs = list(zip(pad[::2], pad[1::2], strict=True))
         if mode == "constant":
-            return torch.nn.functional.pad(x, [side for pair in reversed(pairs) for side in pair], value=constant_val)
+            return torch.nn.functional.pad(
+                x, [side for pair in reversed(pairs) for side in pair], value=constant_val
+            )
         for axis, (before, after) in enumerate(pairs, x.dim() - len(pairs)):
             if before or after:
                 x = x.index_select(axis, _source(x.shape[axis], before, after, mode))
         return x
+
     return kernel
 
 

@@ -1,7 +1,8 @@
 """What an op table is made of.
 
-An op is a *maker*: it takes the op's constant parameters once, by name, and returns the kernel that runs on tensors.
-A parameter that is not constant in some program costs a call of the maker per run, and nothing else changes.
+An op is a *maker*: it takes the op's constant parameters once, by name, and returns the kernel that
+runs on tensors. A parameter that is not constant in some program costs a call of the maker per run,
+and nothing else changes.
 """
 
 import inspect
@@ -17,13 +18,15 @@ Maker = Callable[..., Kernel]
 class Op:
     """One op of the program format, or one of its versions.
 
-    tensors: the inputs the kernel takes, in its order: "x", "bias?" (may be absent), "values*" (a list).
-    half: what the kernel does with fp16. "widen": it is given fp32 and its fp32 result is rounded; "native": it is
-        given fp16 and answers in fp16, because it only moves values or because torch itself computes this op in
-        fp32 and rounds once.
+    tensors: the inputs the kernel takes, in its order: "x", "bias?" (may be absent), "values*" (a
+    list). half: what the kernel does with fp16. "widen": it is given fp32 and its fp32 result is
+    rounded; "native": it is
+        given fp16 and answers in fp16, because it only moves values or because torch itself
+        computes this op in fp32 and rounds once.
     alike: the tensor inputs that must be of one element type.
     varies: the result is another one at each call, even of constants.
-    since: the first iOS release of the opset in which this entry holds; of several entries the latest fitting wins.
+    since: the first iOS release of the opset in which this entry holds; of several entries the
+    latest fitting wins.
     """
 
     name: str
@@ -36,12 +39,14 @@ class Op:
     varies: bool = False
     parameters: frozenset[str] = field(init=False)
     required: frozenset[str] = field(init=False)
-    defaults: dict[str, float] = field(init=False)          # of the parameters that are floats
+    defaults: dict[str, float] = field(init=False)  # of the parameters that are floats
 
     def __post_init__(self) -> None:
         accepted = inspect.signature(self.make).parameters.values()
         object.__setattr__(self, "parameters", frozenset(p.name for p in accepted))
-        object.__setattr__(self, "required", frozenset(p.name for p in accepted if p.default is p.empty))
+        object.__setattr__(
+            self, "required", frozenset(p.name for p in accepted if p.default is p.empty)
+        )
         floats = {p.name: p.default for p in accepted if isinstance(p.default, float)}
         object.__setattr__(self, "defaults", floats)
 
