@@ -119,7 +119,7 @@ class Manifest:
     prefill: int  # tokens per prefill call, 0 when there is no prefill function
     weights: str  # the name of the recipe, which may be a format's
     compressed: bool  # whether anything is stored otherwise than as fp16
-    embed: str  # path of the [vocab, d_model] table (runtime/embedding_table.py)
+    embed: str  # path of the [vocab, d_model] table (loop/embedding_table.py)
     ropes: dict[str, dict[str, Any]]
     shards: tuple[Shard, ...]
     embed_format: str = "fp16"  # fp16 | int8
@@ -131,7 +131,7 @@ class Manifest:
     golden: str | None = None
     recipe: dict[str, Any] = field(
         default_factory=dict
-    )  # what each role is stored as (compress/recipe.py)
+    )  # what each role is stored as (formats/recipe.py)
     golden_as_stored: str | None = (
         None  # of the same model with the compressed weights of the packages
     )

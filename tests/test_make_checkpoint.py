@@ -99,7 +99,9 @@ def test_presets_have_the_size_of_the_real_models(script: ModuleType, like: str)
     assert total / 1e9 == pytest.approx(TOTAL_PARAMETERS[like], rel=0.03)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**preset))
-    assert sum(parameter.numel() for parameter in model.parameters()) == total
+    stored = {name for name, _ in model.named_buffers()} & set(model.state_dict())
+    parts = [*model.parameters(), *(model.get_buffer(name) for name in stored)]
+    assert sum(part.numel() for part in parts) == total
 
 
 def test_wrong_options_are_usage_errors_that_leave_nothing(

@@ -10,7 +10,7 @@ from ane_moe.forecast.cost_model import NOTE, Loop, Prediction, predict
 from ane_moe.forecast.workload import workload_of
 
 # coremltools' binding takes dictionaries of fp32 arrays and allocates the outputs of every call
-# (runtime/coreml.py).
+# (runtime/coreml/runtime.py).
 LOOP: Loop = "naive"
 ON_ENGINE = ("cpu_and_ne", "all")
 

@@ -18,7 +18,7 @@ def write_embedding(
     checkpoint: Checkpoint, source: TensorSource, path: Path, form: str, hasher: Hasher
 ) -> None:
     """The embedding table, a run of rows at a time: fp16, or int8 and then the rows' scales
-    (runtime/embedding_table.py). `hasher` is fed what is read."""
+    (loop/embedding_table.py). `hasher` is fed what is read."""
     rows, width = source.shape
     step = max(1, EMBED_CHUNK_BYTES // (2 * width))
     buffer = np.empty((step, width), np.float16)

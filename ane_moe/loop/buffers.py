@@ -10,7 +10,7 @@ import numpy as np
 
 from ane_moe.errors import UserError
 from ane_moe.manifest import Manifest
-from ane_moe.model.port import Port, Shape, slot_arguments, slot_root
+from ane_moe.model.port import Port, Shape, slot_arguments
 
 HIDDEN = np.float16(
     -1e4
@@ -97,7 +97,8 @@ def _shift(array: np.ndarray, slot: str, at: Placement) -> None:
         array[0, 0, at.count + column, column] = 1
 
 
-RULES: dict[str, Callable[[np.ndarray, str, Placement], None]] = {
+Rule = Callable[[np.ndarray, str, Placement], None]
+RULES: dict[str, Rule] = {
     "mask": _mask,
     "write": _write,
     "keep": _keep,
@@ -113,6 +114,7 @@ class Slots:
         self.count = 0  # real tokens of the call
         self._ropes = ropes
         self._arrays: dict[str, np.ndarray] = {}
+        self._own: list[tuple[Rule, np.ndarray, str]] = []  # those that the host fills
 
     def array(self, port: Port) -> np.ndarray:
         """The array of a port's slot, zeros at first. Raises UserError when others have it in
@@ -121,6 +123,8 @@ class Slots:
         if array is None:
             _require_sound(port, self._ropes)
             array = self._arrays[port.slot] = np.zeros(port.shape, np.float16)
+            if rule := RULES.get(port.root):
+                self._own.append((rule, array, port.slot))
         if array.shape != port.shape:
             raise UserError(
                 f"two functions have the slot {port.slot} in two shapes",
@@ -137,9 +141,8 @@ class Slots:
         """Move the host's own slots to `count` tokens from `position` on."""
         self.count = count
         at = Placement(position, count, self._ropes)
-        for slot, array in self._arrays.items():
-            if rule := RULES.get(slot_root(slot)):
-                rule(array, slot, at)
+        for rule, array, slot in self._own:
+            rule(array, slot, at)
 
 
 def _require_sound(port: Port, ropes: Ropes) -> None:

@@ -17,7 +17,7 @@ from ane_moe.loop.experts import ExpertDispatch, ExpertLayer
 from ane_moe.loop.figures import CallClock
 from ane_moe.loop.shards import LoadedShard, Step
 from ane_moe.manifest import Shard, ShardFunction
-from ane_moe.model.port import FFN_INPUT, LOGITS, STATE, STREAM, Port
+from ane_moe.model.port import FFN_INPUT, LOGITS, STATE, STREAM
 from ane_moe.runtime.interface import LoadedFunction
 
 
@@ -55,12 +55,36 @@ class Share:
     onto: bool
 
     def put(self, value: np.ndarray) -> None:
-        """Take in one output `[C,T]`."""
+        """Take in one output."""
         if self.first:
             self.total[:] = self.columns if self.onto else 0
-        self.total[:] += value
+        self.total[:] += by_channel(value)
         if self.last:
             self.columns[:] = self.total
+
+
+@dataclass(frozen=True)
+class Into:
+    """A slot that one output fills."""
+
+    columns: np.ndarray  # [C,T]
+
+    def put(self, value: np.ndarray) -> None:
+        self.columns[:] = by_channel(value)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A state that is an output, and an input of the next call."""
+
+    passed: dict[str, np.ndarray]
+    slot: str
+
+    def put(self, value: np.ndarray) -> None:
+        self.passed[self.slot] = value
+
+
+Put = Share | Into | Kept
 
 
 @dataclass(frozen=True)
@@ -71,32 +95,22 @@ class Call:
     entry: ShardFunction
     function: LoadedFunction
     features: dict[str, np.ndarray]
-    outputs: tuple[tuple[Port, Share | None], ...]  # those that are put, and its part in sums
-    slots: Slots
+    passed: tuple[tuple[str, str], ...]  # inputs that are states: their names and slots
+    puts: tuple[tuple[str, Put], ...]  # where outputs go, by name
     states: States
 
     def run(self, clock: CallClock) -> dict[str, np.ndarray]:
         """Predict, and put the outputs where they go; they are returned by name as well."""
-        passed = {
-            port.name: self.states.passed[port.slot]
-            for port in self.entry.ports.inputs
-            if port.root == STATE
-        }
+        given = self.features
+        if self.passed:
+            given = given | {name: self.states.passed[slot] for name, slot in self.passed}
         started = clock.start()
         try:
-            outputs = self.function.predict(
-                self.features | passed, self.states.held.get(self.shard.path)
-            )
+            outputs = self.function.predict(given, self.states.held.get(self.shard.path))
         finally:
             clock.stop(self.shard.kind, started)
-        for port, share in self.outputs:
-            value = outputs[port.name]
-            if port.root == STATE:
-                self.states.passed[port.slot] = value
-            elif share:
-                share.put(by_channel(value))
-            else:
-                self.slots.columns(port.slot)[:] = by_channel(value)
+        for name, target in self.puts:
+            target.put(outputs[name])
         return outputs
 
 
@@ -179,24 +193,31 @@ class Wiring:
         place: int,
         group: "_Group | None",
     ) -> Call:
-        features = {
-            port.name: slots.array(port) for port in entry.ports.inputs if port.root != STATE
-        }
+        inputs = entry.ports.inputs
+        features = {port.name: slots.array(port) for port in inputs if port.root != STATE}
+        passed = tuple((port.name, port.slot) for port in inputs if port.root == STATE)
+        puts = tuple(self._puts(entry, slots, place, group))
+        function = loaded.functions[entry.name]
+        return Call(loaded.shard, entry, function, features, passed, puts, self.states)
+
+    def _puts(
+        self, entry: ShardFunction, slots: Slots, place: int, group: "_Group | None"
+    ) -> Iterator[tuple[str, Put]]:
+        """Of what neighbours set for one slot, the last one's counts, since the others still read
+        it as it was."""
         for port in entry.ports.outputs:
-            if port.root != STATE:
-                slots.array(port)
-        if group:
-            outputs = tuple(group.outputs(place, entry, slots))
-        else:
-            outputs = tuple((port, None) for port in entry.ports.outputs)
-        return Call(
-            loaded.shard, entry, loaded.functions[entry.name], features, outputs, slots, self.states
-        )
+            if port.root == STATE:
+                yield port.name, Kept(self.states.passed, port.slot)
+            elif group and port.slot == group.slot:
+                yield port.name, group.share(place, by_channel(slots.array(port)))
+            elif not (group and group.is_written_after(place, port.slot)):
+                yield port.name, Into(by_channel(slots.array(port)))
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Neighbours that put one `slot` together, by their places, and what each of them writes."""
+    """Neighbours that put one `slot` together, by their places, and the slots that each of them
+    writes."""
 
     slot: str
     places: list[int]
@@ -204,20 +225,15 @@ class _Group:
     written: list[set[str]]
     totals: dict[str, np.ndarray] = field(default_factory=dict)
 
-    def outputs(
-        self, place: int, entry: ShardFunction, slots: Slots
-    ) -> Iterator[tuple[Port, Share | None]]:
-        """What the call at `place` puts: of what several of them set, the last one's counts, since
-        the others still read it as it was."""
-        after = set().union(*self.written[self.places.index(place) + 1 :])
-        for port in entry.ports.outputs:
-            if port.slot == self.slot:
-                columns = by_channel(slots.array(port))
-                total = self.totals.setdefault(port.slot, np.zeros(columns.shape, np.float32))
-                first, last = place == self.places[0], place == self.places[-1]
-                yield port, Share(columns, total, first, last, self.onto)
-            elif port.slot not in after:
-                yield port, None
+    def share(self, place: int, columns: np.ndarray) -> Share:
+        """The part in the sum of the call at `place`."""
+        total = self.totals.setdefault(self.slot, np.zeros(columns.shape, np.float32))
+        first, last = place == self.places[0], place == self.places[-1]
+        return Share(columns, total, first, last, self.onto)
+
+    def is_written_after(self, place: int, slot: str) -> bool:
+        """Whether a later one of the neighbours writes the slot too."""
+        return any(slot in written for written in self.written[self.places.index(place) + 1 :])
 
 
 def _entry(step: Step, name: str) -> ShardFunction | None:

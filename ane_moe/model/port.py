@@ -19,6 +19,7 @@ The last four are made by the host, by rules of `loop/buffers.py`; functions fil
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 Shape = tuple[int, ...]
@@ -45,7 +46,7 @@ class Port:
     slot: str
     how: Literal["set", "add"] = "set"
 
-    @property
+    @cached_property
     def root(self) -> str:
         """The kind of slot: `mask` of `mask.17`."""
         return slot_root(self.slot)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
 
 from ane_moe.checkpoints.checkpoint import open_checkpoint
 from ane_moe.errors import UserError
@@ -38,26 +37,27 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_moments_are_the_mean_squares_of_what_hugging_face_computes(family, tmp_path, text):
-    checkpoint = save_checkpoint(make_model(family, num_hidden_layers=2), tmp_path / "checkpoint")
-    calibration = calibrate(open_model(checkpoint), text)
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    model = make_model(family, num_hidden_layers=2)
+    calibration = calibrate(open_model(save_checkpoint(model, tmp_path / "checkpoint")), text)
     heard: dict[str, list[torch.Tensor]] = {}
     for name, module in model.named_modules():
-        if name.endswith(("q_proj", "o_proj", "lm_head")):
+        if name.endswith(("q_proj", "o_proj", "in_proj", "out_proj", "lm_head")):
             module.register_forward_pre_hook(
                 lambda _, args, name=name: heard.setdefault(name, []).append(args[0][0])
             )
     with torch.no_grad():
         for ids in json.loads(PROMPTS):
             model(input_ids=torch.tensor([ids]), use_cache=False)
-    names = {"lm_head": "head.x"}
-    for layer in range(2):
-        names[f"model.layers.{layer}.self_attn.q_proj"] = f"layers.{layer}.attn.x"
-        names[f"model.layers.{layer}.self_attn.o_proj"] = f"layers.{layer}.attn.attended"
-    for theirs, ours in names.items():
-        expected = torch.cat(heard[theirs]).square().mean(0).numpy()
+    assert len(heard) >= 5 and "lm_head" in heard
+    for theirs, inputs in heard.items():
+        if theirs == "lm_head":
+            ours = "head.x"
+        elif ".mlp." in theirs:  # a router's
+            continue
+        else:
+            reads = "x" if theirs.endswith(("q_proj", "in_proj")) else "attended"
+            ours = f"layers.{theirs.split('.')[2]}.attn.{reads}"
+        expected = torch.cat(inputs).square().mean(0).numpy()
         assert np.allclose(calibration.moments[parse_name(ours)], expected, rtol=1e-3, atol=1e-7), (
             ours
         )

@@ -16,7 +16,7 @@ from ane_moe.routing.recorder import record
 from ane_moe.routing.routing_trace import LayerRouting, RoutingTrace, read_trace, write_trace
 from ane_moe.routing.statistics import summarise
 from ane_moe.routing.traffic import expert_traffic
-from tests.models import FAMILIES, make_model, save_checkpoint
+from tests.models import LLAMA_SHAPED, make_model, save_checkpoint
 from tests.verification.tiny import tiny_conversion, tiny_model
 
 WINDOW = 20
@@ -78,7 +78,7 @@ def router_logits(model):
     return [torch.cat(layer).numpy() for layer in zip(*each, strict=True)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMA_SHAPED)
 def test_a_checkpoints_trace_is_hugging_faces_own_routing(family, tmp_path, prompts):
     model = make_model(family)
     found = record(save_checkpoint(model, tmp_path), prompts, window=WINDOW)
@@ -97,6 +97,28 @@ def test_a_checkpoints_trace_is_hugging_faces_own_routing(family, tmp_path, prom
             rtol=1e-4,
         )
         assert layer.experts == logits.shape[1]
+
+
+@pytest.mark.parametrize("family", ["lfm2_moe", "zaya"])
+def test_a_trace_has_the_routers_own_choices_and_weights(family, tmp_path, prompts):
+    model = make_model(family)
+    found = record(save_checkpoint(model, tmp_path), prompts, window=WINDOW)
+    heard = []
+    for module in model.modules():
+        if type(module).__name__.endswith("Router"):
+            heard.append([])
+            module.register_forward_hook(lambda *call, own=heard[-1]: own.append(call[2][1:3]))
+    with torch.no_grad():
+        for ids in passages():
+            model(torch.tensor([ids]))
+    for layer, calls in zip(found.layers.values(), heard, strict=True):
+        weights, chosen = (torch.cat([call[part] for call in calls]).numpy() for part in (0, 1))
+        expected = np.zeros((len(weights), layer.experts))
+        np.put_along_axis(expected, chosen, weights, 1)
+        given = np.zeros_like(expected)
+        np.put_along_axis(given, layer.chosen.astype(int), layer.weights, 1)
+        np.testing.assert_allclose(given, expected, atol=1e-5)
+        assert layer.experts == model.config.num_experts
 
 
 @pytest.mark.parametrize(
