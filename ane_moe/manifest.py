@@ -129,24 +129,19 @@ class Manifest:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     golden: str | None = None
-    recipe: dict[str, Any] = field(
-        default_factory=dict
-    )  # what each role is stored as (formats/recipe.py)
-    golden_as_stored: str | None = (
-        None  # of the same model with the compressed weights of the packages
-    )
-    compression: dict[str, dict[str, Any]] = field(
-        default_factory=dict
-    )  # role -> formats, bytes, bits, errors
-    files: dict[str, str] = field(
-        default_factory=dict
-    )  # sha256 of every file, packages file by file
+    # What each role is stored as (formats/recipe.py).
+    recipe: dict[str, Any] = field(default_factory=dict)
+    # Of the same model with the compressed weights of the packages.
+    golden_as_stored: str | None = None
+    # By role: formats, bytes, bits, errors.
+    compression: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # The sha256 of every file, packages file by file.
+    files: dict[str, str] = field(default_factory=dict)
     moe: dict[str, dict[str, Any]] = field(default_factory=dict)  # layer -> {"experts": E, "k": k}
     versions: dict[str, str] = field(default_factory=dict)
-    source: dict[str, str] = field(
-        default_factory=dict
-    )  # digest of the checkpoint's config, and the options
-    golden_key: str = ""  # of what goldens depend on (goldens.py)
+    # The digest of the checkpoint's config, and the options.
+    source: dict[str, str] = field(default_factory=dict)
+    golden_key: str = ""  # of what goldens depend on
     left_out: dict[str, tuple[str, ...]] = field(default_factory=dict)  # tensors not used, by why
     format: int = FORMAT
 

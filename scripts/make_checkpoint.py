@@ -28,9 +28,8 @@ from ane_moe.families.keys import find_tensors
 from ane_moe.model.spec import ModelSpec
 from ane_moe.model.weight import EMBEDDING, HEAD
 
-BLOCK = (
-    8_388_593  # elements; a prime, so that no two rows or tensors of a power-of-two size are alike
-)
+# Elements; a prime, so that no two rows or tensors of a power-of-two size are alike.
+BLOCK = 8_388_593
 DTYPES = {
     "bfloat16": ("BF16", torch.bfloat16),
     "float16": ("F16", torch.float16),
@@ -292,9 +291,8 @@ def _distribution(name: str, shape: tuple[int, ...], layers: int) -> tuple[float
         if name.endswith(("o.weight", "down.weight"))
         else 1.0
     )
-    read = (
-        math.prod(shape[1:]) if "experts" not in name else shape[-1]
-    )  # of a convolution: channels and taps
+    # A convolution reads its channels and taps.
+    read = math.prod(shape[1:]) if "experts" not in name else shape[-1]
     return 0.0, gain * read**-0.5
 
 

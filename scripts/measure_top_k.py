@@ -70,12 +70,25 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe top-4": ("qwen3_moe", {"num_experts_per_tok": 4, "norm_topk_prob": True}),
 }
 FORMATS = [
-    "fp16", "int8", "lut8", "lut8-tensor", "lut6", "lut4", "int8, router too", "lut8, router too",
-    "int8, outliers x16", "lut8, outliers x16", "int8, router too, outliers x16",
-    "lut8, router too, outliers x16", "int8, outliers x64", "lut8, outliers x64",
-]  # fmt: skip
-HEAD = ("| model | format | bits of experts | bits a byte | change | mean KL | top-1 | rerouted "
-        "| same | whole |")  # fmt: skip
+    "fp16",
+    "int8",
+    "lut8",
+    "lut8-tensor",
+    "lut6",
+    "lut4",
+    "int8, router too",
+    "lut8, router too",
+    "int8, outliers x16",
+    "lut8, outliers x16",
+    "int8, router too, outliers x16",
+    "lut8, router too, outliers x16",
+    "int8, outliers x64",
+    "lut8, outliers x64",
+]
+HEAD = (
+    "| model | format | bits of experts | bits a byte | change | mean KL | top-1 | rerouted "
+    "| same | whole |"
+)
 CONTEXT = 256  # tokens: of training, of a passage, of a prompt with its continuation
 BATCH = 8
 PASSAGES = 48
@@ -364,11 +377,17 @@ def compare(
     same = same_length(continued.numpy(), found.continued)
     score = bits_per_byte(found.logits, text)
     return Row(
-        name, form, bits, score, score - bits_per_byte(fp32.logits, text), kl.mean().item(),
+        name,
+        form,
+        bits,
+        score,
+        score - bits_per_byte(fp32.logits, text),
+        kl.mean().item(),
         (expected.argmax(-1) == got.argmax(-1)).float().mean().item(),
         rerouted(fp32.weights, found.weights),
-        float(same.mean()), int((same == CONTEXT - PROMPT).sum()),
-    )  # fmt: skip
+        float(same.mean()),
+        int((same == CONTEXT - PROMPT).sum()),
+    )
 
 
 def bits_of_experts(folder: Path) -> float:

@@ -75,9 +75,8 @@ class Settings:
     steps: int = 3400
     batch_tokens: int = 2048
     context: int = 256  # of most steps: attention is cheap, so more text is seen per second
-    long_context: int = (
-        2048  # of the last steps, so that every position the model claims was trained
-    )
+    # Of the last steps, so that every position the model claims was trained.
+    long_context: int = 2048
     long_fraction: float = 0.1
     learning_rate: float = 3e-3
     warmup_steps: int = 100

@@ -40,9 +40,8 @@ class Conditions:
     context: int
     prefill_tokens: int  # T of the prefill functions, 0 when there are none
     warmup: int  # calls before those that count
-    compiled_before: (
-        tuple[int, int] | None
-    )  # packages Core ML had compiled before, of all; None on other runtimes
+    # Packages Core ML had compiled before, of all; None on other runtimes.
+    compiled_before: tuple[int, int] | None
     started: str  # UTC
 
     @property

@@ -79,9 +79,8 @@ TAPS = Taps(
 def spec(config: Config) -> ModelSpec:
     config.only("num_experts_per_tok", 1)
     for bias in ("attention_bias", "lm_head_bias"):
-        config.only(
-            bias, None, False
-        )  # a file without the field has no such tensors, as its keys prove
+        # A file without the field has no such tensors, as its keys prove.
+        config.only(bias, None, False)
     count = n_layers(config)
     kinds = config.strings("layer_types") or ("hybrid",) * count
     if len(kinds) != count:

@@ -15,12 +15,8 @@ from ane_moe.forecast.chips import SCENARIOS, Chip, Range, Scenario
 from ane_moe.forecast.workload import Calls, ExpertTraffic, Workload, times
 
 PARTS = ("weights", "compute", "calls", "kv", "head", "host", "loads")
-TOGETHER = (
-    "weights",
-    "compute",
-    "kv",
-    "head",
-)  # these share the memory system: fast or slow together
+# These share the memory system: fast or slow together.
+TOGETHER = ("weights", "compute", "kv", "head")
 PACKED = ("moe", "stack")  # many experts side by side in one call
 EXPERT_CALLS = ("experts", "shared")  # calls the host dispatches one by one
 NOTE = "predicted, not measured; it holds if Core ML places the shards on the Neural Engine"

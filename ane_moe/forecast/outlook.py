@@ -305,9 +305,8 @@ def _from_hub(name: str) -> Path:
     if isinstance(cached := hub.try_to_load_from_cache(name, CONFIG), str):
         return Path(cached)
     try:
-        hub.get_hf_file_metadata(
-            hub.hf_hub_url(name, CONFIG)
-        )  # asks once; a download tries for half a minute
+        # Asks once; a download tries for half a minute.
+        hub.get_hf_file_metadata(hub.hf_hub_url(name, CONFIG))
         return Path(hub.hf_hub_download(name, CONFIG))
     except Exception as error:  # of many libraries: no network, no such model, no permission
         raise UserError(

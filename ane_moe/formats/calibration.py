@@ -77,9 +77,8 @@ class Moments:
 
     def __init__(self, path: Path):
         try:
-            self._file = safe_open(
-                path, framework="numpy"
-            )  # its header names every matrix: parsed once
+            # Its header names every matrix: parsed once.
+            self._file = safe_open(path, framework="numpy")
             self._names = set(self._file.keys())
             about = json.loads((self._file.metadata() or {})[METADATA])
             self.tokens, self.of = int(about["tokens"]), str(about["of"])

@@ -17,12 +17,8 @@ from ane_moe.formats.encoded import Encoded, Expansion, Stored
 from ane_moe.formats.palettes import assign, assign_vectors, fit_palettes, fit_vectors
 
 CHUNK = 1 << 19  # elements of a matrix treated at a time
-APPLE_LEVELS = (
-    -1.5,
-    -0.5,
-    0.5,
-    1.5,
-)  # of Apple's on-device model (its 2025 foundation model report)
+# The levels of Apple's on-device model (its 2025 foundation model report).
+APPLE_LEVELS = (-1.5, -0.5, 0.5, 1.5)
 LARGEST_FIXED_SCALE = 43648.0  # 1.5 times the next larger fp16 number is infinite
 SCALE_ROUNDS = 8
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
@@ -189,9 +185,8 @@ class FixedPalette(Format):
             scale[first : first + step] = s.numpy()
             outer = (w.abs().numpy() >= s.float()[:, None].numpy()).view(np.uint8)  # 0.5 or 1.5
             negative = (w.numpy() < 0).view(np.uint8)
-            indices[part] = ((outer | 2) ^ (3 * negative)).reshape(
-                -1, columns
-            )  # 3, 2 mirrored are 0, 1
+            # Indices 3 and 2, mirrored, are 0 and 1.
+            indices[part] = ((outer | 2) ^ (3 * negative)).reshape(-1, columns)
         levels = np.tile(np.array(APPLE_LEVELS, np.float16), (len(scale), 1))
         return _palettized(indices, levels, scale[:, None], "uint2")
 
@@ -301,9 +296,8 @@ def _with_options(form: Format, name: str, options: re.Match[str]) -> Format:
     if isinstance(form, FixedPalette) and not (options["tensor"] or options["vector"] or scaled):
         return replace(form, name=name, group=form.group if group is None else group)
     if isinstance(form, Palette) and not (scaled and vector > 1):
-        usual = (
-            form.group if vector == 1 else 0
-        )  # a palette of vectors is large: one for the whole matrix
+        # A palette of vectors is large: one for the whole matrix.
+        usual = form.group if vector == 1 else 0
         return replace(
             form, name=name, group=usual if group is None else group, vector=vector, scaled=scaled
         )
@@ -403,9 +397,8 @@ def _two_level_scale(w: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
     weighted, total, mass = m * magnitude, magnitude @ m, m.sum()
     scale, outer = magnitude.mean(1).clamp(min=LEAST_SCALE), torch.empty_like(magnitude)
     for _ in range(SCALE_ROUNDS):
-        torch.ge(
-            magnitude, scale[:, None], out=outer
-        )  # the level is 0.5 + outer, its square 0.25 + 2 outer
+        # The level is 0.5 + outer, its square 0.25 + 2 outer.
+        torch.ge(magnitude, scale[:, None], out=outer)
         above = (weighted * outer).sum(1)
         scale = ((total / 2 + above) / (mass / 4 + 2 * (outer @ m)).clamp(min=1e-30)).clamp(
             min=LEAST_SCALE

@@ -159,9 +159,8 @@ def _fit(groups: np.ndarray, entries: int, weights: np.ndarray | None, bins: _Bi
         mine = mine if mine is not None and mine.any() else None
         masses[number], sums[number] = bins.gather(group, mine)
         if np.count_nonzero(masses[number]) <= entries:
-            levels = np.unique(
-                _VALUES[np.flatnonzero(_counts(group, mine))] + np.float16(0)
-            )  # -0 is 0
+            # Adding 0 makes -0 one with 0.
+            levels = np.unique(_VALUES[np.flatnonzero(_counts(group, mine))] + np.float16(0))
             several[number] = len(levels) > entries
             if not several[number]:
                 palettes[number] = np.concatenate(

@@ -183,9 +183,8 @@ def _completed(recipe: Recipe, group: str | None, vector: int | None, rank: int 
     layers = tuple(
         LayerRoles(e.layers, {n: complete(c) for n, c in e.roles.items()}) for e in recipe.layers
     )
-    plain = (
-        recipe.name == recipe.roles.get("default", Choice()).format
-    )  # a format's name, not a recipe's
+    # Whether the recipe is named after a format.
+    plain = recipe.name == recipe.roles.get("default", Choice()).format
     return Recipe(
         roles["default"].format if plain else recipe.name, roles, layers, recipe.overrides
     )

@@ -12,9 +12,8 @@ from ane_moe.errors import UserError
 from ane_moe.manifest import Manifest
 from ane_moe.model.port import Port, Shape, slot_arguments
 
-HIDDEN = np.float16(
-    -1e4
-)  # additive mask of a slot that may not be seen; exp of it is 0 in fp16 and fp32
+# Additive mask of a slot that may not be seen; exp of it is 0 in fp16 and fp32.
+HIDDEN = np.float16(-1e4)
 MAX_ELEMENTS = 1 << 33  # of one slot: a manifest is not trusted
 
 # Tables of a rotary embedding by their slot: rows of cosines and of sines, fp16 `[context, r/2]`.

@@ -127,9 +127,8 @@ class Operation:
     inputs: dict[str, tuple[Argument, ...]]
     outputs: tuple[Output, ...]
     blocks: tuple[Block, ...] = ()
-    attributes: dict[str, Constant] = field(
-        default_factory=dict
-    )  # `val` of const, all of iOS 16 constexpr_*
+    # `val` of a const; everything of an iOS 16 constexpr_*.
+    attributes: dict[str, Constant] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -150,9 +149,8 @@ class Feature:
     type: TensorType
     optional: bool = False
     shapes: tuple[tuple[int, ...], ...] = ()  # enumerated shapes, first is the default
-    ranges: tuple[tuple[int, int], ...] | None = (
-        None  # (lower, upper) per axis; upper -1: unbounded
-    )
+    # (lower, upper) per axis; upper -1: unbounded.
+    ranges: tuple[tuple[int, int], ...] | None = None
     kind: str = "array"  # array, state, image, dictionary, string ...
     layout: str = ""  # of an image: RGB, BGR, grayscale or grayscale fp16
     default: int | float | None = None  # of each element, where an optional input is not given

@@ -10,13 +10,8 @@ from ane_moe.mlprogram.program import Feature, Function, Interface, Program
 from ane_moe.mlprogram.reader import read_program
 from ane_moe.mlprogram.weights import Weight, operations_of, unique_bytes, weights_of
 
-SYSTEMS = {
-    6: "iOS 15",
-    7: "iOS 16",
-    8: "iOS 17",
-    9: "iOS 18",
-    10: "iOS 26",
-}  # by specification version
+# The first system that reads a specification version.
+SYSTEMS = {6: "iOS 15", 7: "iOS 16", 8: "iOS 17", 9: "iOS 18", 10: "iOS 26"}
 
 
 @dataclass(frozen=True)

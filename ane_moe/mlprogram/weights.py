@@ -20,9 +20,8 @@ MAX_STEPS = 8  # of constexpr operations upon each other; joint formats take 3
 MAX_PARAMETERS = 16  # of one constexpr operation; they have at most 6
 
 BlobKey = tuple[str, int]  # file and data offset: constants with the same key are stored once
-Part = tuple[
-    BlobKey | None, int
-]  # where a piece is stored (None: inline in the program) and its bytes
+# Where a piece is stored (None: inline in the program) and its bytes.
+Part = tuple[BlobKey | None, int]
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,8 @@ class GqaSpec:
     rope: str | None  # name of a table in ModelSpec.ropes
     qkv_bias: bool = False
     o_bias: bool = False
-    qk_norm: Literal["none", "head", "full"] = (
-        "none"  # per head, or over the whole projected vector
-    )
+    # Per head, or over the whole projected vector.
+    qk_norm: Literal["none", "head", "full"] = "none"
     qk_norm_eps: float = 1e-6
     clip_qkv: float | None = None  # clamps q, k and v after the norm, before RoPE
     window: int | None = None  # tokens a query sees, itself included; None: all before it

@@ -108,10 +108,8 @@ class _Collector:
             [(delta.astype(np.float64) ** 2).sum(1).mean() for delta in added]
         )
         middle = torch.from_numpy(np.concatenate([golden.middle for golden in goldens]))
-        x, ffn = (
-            taps[0].parts.ffn_norm(middle[None])[0],
-            self._model.spec.layers[index].ffn,
-        )  # (N, d)
+        x = taps[0].parts.ffn_norm(middle[None])[0]  # (N, d)
+        ffn = self._model.spec.layers[index].ffn
         if isinstance(ffn, MlpSpec):
             self._mlp(WeightName(index, "ffn", None, ""), "mlp.", x)
             return

@@ -21,9 +21,8 @@ from ane_moe.files import replaced
 FILE_NAME = "golden.safetensors"
 FORMAT = 1
 OF_THE_LAYER = ("attn_stream", "ffn_stream")  # not of its tokens
-METADATA = (
-    "ane_moe_golden"  # one key: safetensors writes several in an order that changes from run to run
-)
+# One key: safetensors writes several in an order that changes from run to run.
+METADATA = "ane_moe_golden"
 
 _AGAIN = "convert again with --golden, or give --checkpoint"
 

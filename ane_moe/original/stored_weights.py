@@ -27,15 +27,10 @@ from ane_moe.opened import Model
 from ane_moe.runtime.reference.weight_values import weight_values
 
 PREFIX = "w_"
-MADE = (
-    ".recover_in",
-    ".recover_out",
-    "select.weight",
-)  # parameters that are no tensors of the model
-HEAD_KEY, EMBED_KEY = (
-    "lm_head.weight",
-    "model.embed_tokens.weight",
-)  # in every family (families/keys.py)
+# Parameters that are no tensors of the model.
+MADE = (".recover_in", ".recover_out", "select.weight")
+# The same in every family (families/keys.py).
+HEAD_KEY, EMBED_KEY = ("lm_head.weight", "model.embed_tokens.weight")
 
 
 @dataclass(frozen=True)

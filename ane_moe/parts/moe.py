@@ -74,9 +74,8 @@ class Moe(Block):
             GatedMlp(d, moe.expert, config.ranks) for _ in range(config.experts)
         )
         if config.split:
-            self.select = Projection(
-                moe.router.classes, config.experts
-            )  # one-hot rows: this part's gates
+            # One-hot rows, which pick this part's gates.
+            self.select = Projection(moe.router.classes, config.experts)
         if moe.shared is not None and config.first:
             self.shared = GatedMlp(d, moe.shared.mlp, config.shared_ranks)
             if moe.shared.gated:

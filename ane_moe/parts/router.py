@@ -33,9 +33,8 @@ def top_k_mask(logits: Tensor, k: int, experts: int) -> Tensor:
     leave the engine, so "is positive" is arithmetic:
     clipping at LEAST leaves just LEAST or 0, and every constant is a normal fp16 number.
     """
-    earlier = (
-        torch.ones(experts, experts).tril(-1) * LEAST
-    )  # an equal logit of lower index comes before
+    # Of equal logits the one of lower index comes first.
+    earlier = torch.ones(experts, experts).tril(-1) * LEAST
     ahead = (logits.reshape(1, 1, experts, -1) - logits).clamp(
         -1, 1
     ) * 2**10  # (1, E, E, T): the other less this one

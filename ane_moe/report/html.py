@@ -160,9 +160,8 @@ def _plots(data: ReportData) -> dict[str, Markup]:
         found["prediction"] = plots.prediction_plot(data.predicted["decode"]["parts"])
     if data.manifest.compression:
         found["bytes"] = plots.bytes_plot(data.manifest.compression)
-    return {
-        name: Markup(svg) for name, svg in found.items()
-    }  # matplotlib escapes the text it draws
+    # Matplotlib escapes the text it draws.
+    return {name: Markup(svg) for name, svg in found.items()}
 
 
 def _settings(data: ReportData) -> dict[str, str]:

@@ -98,9 +98,8 @@ def _record_shards(
     layers = {}
     for layer, chunks in heard.items():
         facts = manifest.moe[str(layer)]
-        gates = np.concatenate(chunks)[
-            :, : int(facts["experts"])
-        ]  # and no class that computes nothing
+        # The columns of experts, without those of classes that compute nothing.
+        gates = np.concatenate(chunks)[:, : int(facts["experts"])]
         routing = _from_gates(gates, int(facts["k"]))
         size, count = expert_size(manifest, layer)
         layers[layer] = replace(routing, expert_bytes=size, expert_weights=count)

@@ -126,9 +126,8 @@ def _trace(block: Block, ports: Ports, layout: str) -> torch.jit.ScriptModule:
     any."""
     shapes = [*_declared(ports.inputs, layout).values()]
     shapes += [tuple(parameter.shape) for parameter in block.parameters()]
-    examples = [
-        torch.zeros(()).expand(shape) for shape in shapes
-    ]  # stride 0: any shape in four bytes
+    # Stride 0: any shape in four bytes.
+    examples = [torch.zeros(()).expand(shape) for shape in shapes]
     with torch.no_grad():
         return torch.jit.trace(_Unbound(block, ports, layout).eval(), examples, check_trace=False)
 
@@ -225,9 +224,8 @@ def _uses_in_trace(
     traced: torch.jit.ScriptModule, n_inputs: int, names: list[str]
 ) -> list[tuple[str, str]]:
     graph = traced.inlined_graph
-    values = [value.debugName() for value in graph.inputs()][
-        1 + n_inputs :
-    ]  # the first is the module itself
+    # The first of the inputs is the module itself.
+    values = [value.debugName() for value in graph.inputs()][1 + n_inputs :]
     by_value = dict(zip(values, names, strict=True))
     return [
         (
@@ -297,9 +295,8 @@ def _join(programs: dict[str, Model_pb2.Model]) -> bytes:
         joined.description.ClearField(field)
     joined.mlProgram.functions.clear()
     joined.description.defaultFunctionName = names[0]
-    joined.description.metadata.userDefined.pop(
-        CONVERSION_DATE, None
-    )  # the same input gives the same bytes, any day
+    # The same input gives the same bytes, any day.
+    joined.description.metadata.userDefined.pop(CONVERSION_DATE, None)
     for name, program in programs.items():
         (function,) = program.mlProgram.functions.values()
         joined.mlProgram.functions[name].CopyFrom(function)

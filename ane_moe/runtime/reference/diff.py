@@ -15,9 +15,8 @@ from ane_moe.runtime.arrays import random_inputs
 from ane_moe.runtime.interface import LoadedFunction
 from ane_moe.runtime.reference.tracing import Traceable, Traced, describe, trace
 
-TOLERANCE = (
-    1e-2  # relative L2 beyond which two values have parted; ten fp16 roundings stay well below
-)
+# Relative L2 beyond which two values have parted; ten fp16 roundings stay well below.
+TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,8 @@ from ane_moe.runtime.reference.steps import (
 from ane_moe.runtime.reference.structural import STRUCTURAL
 
 IOS = {"CoreML5": 15, "CoreML6": 16, "CoreML7": 17, "CoreML8": 18, "CoreML9": 26}
-MAX_PARAMETER_BYTES = (
-    1 << 20
-)  # of a constant that is a parameter (a shape, an axis, a mask), not data
+# The most of a constant that is a parameter (a shape, an axis, a mask), not data.
+MAX_PARAMETER_BYTES = 1 << 20
 SHAPING = frozenset(
     {  # floats that make a shape, and are not computed with
         "scale_factor_height",

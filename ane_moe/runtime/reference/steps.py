@@ -17,9 +17,8 @@ from ane_moe.runtime.reference.ops.table import Kernel
 
 Slots = list[Any]
 Run = Callable[[Slots], None]
-Source = (
-    int | None | tuple[int, ...]
-)  # one kernel argument: a slot, an absent input, or a list of slots
+# One kernel argument: a slot, an absent input, or a list of slots.
+Source = int | None | tuple[int, ...]
 
 
 @dataclass

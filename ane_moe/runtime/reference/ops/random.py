@@ -44,9 +44,8 @@ def _uniform(out: Out, low: float = 0.0, high: float = 1.0, seed: int = UNSEEDED
         raise ValueError(f"the interval from {low} to {high} is empty")
     drawn, dtype = _drawn(torch.rand, seed), torch_dtype(out[0].dtype)
     held = NUMPY[out[0].dtype]
-    largest = float(
-        np.nextafter(held(high), held(low))
-    )  # rounding must not reach `high`, which is excluded
+    # Rounding must not reach `high`, which is excluded.
+    largest = float(np.nextafter(held(high), held(low)))
     return lambda shape: (low + (high - low) * drawn(shape)).to(dtype).clamp(max=largest)
 
 
