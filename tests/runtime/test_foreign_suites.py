@@ -9,7 +9,7 @@ import pytest
 from coremltools.converters.mil import Builder as mb
 
 from ane_moe.coreml_tools import ct
-from scripts.foreign_suites import kind, read_report
+from tests.by_hand.foreign_suites import kind, read_report
 from tests.standin.fixtures import standin as standin
 
 SUITE = """

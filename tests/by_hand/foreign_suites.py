@@ -1,6 +1,6 @@
 """Run other projects' own tests, unmodified, with the reference runtime in the place of Core ML.
 
-    python scripts/foreign_suites.py coremltools stablehlo-coreml=CHECKOUT
+    python -m tests.by_hand.foreign_suites coremltools stablehlo-coreml=CHECKOUT
 
 On Linux these suites predict nothing. Here each runs in child processes that have the stand-in for
 coremltools' native module (tests/standin), so that every prediction they make and compare is one of
@@ -41,11 +41,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from tests.standin.install import environment  # noqa: E402
-from tests.standin.script import Script  # noqa: E402
+from tests.standin.install import environment
+from tests.standin.script import Script
 
 LONGEST_KIND = 200  # characters of an error message that tell a kind
 PYTEST_ENDED = (0, 1, 5)  # pytest's exit codes: all passed, some failed, nothing chosen

@@ -1,4 +1,6 @@
-"""Make odd inputs and print what each command says of them: python scripts/odd_inputs.py [NAME ...]
+"""Make odd inputs and print what each command says of them.
+
+    python -m tests.by_hand.odd_inputs [NAME ...]
 
 Checkpoints are the demo model with one thing changed, as it is met on the Hub: other key prefixes,
 Git LFS pointers, an mlx folder, stale fields, other forms of tokenizer. Packages are small ones
@@ -30,12 +32,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from ane_moe.coreml_tools import ct  # noqa: E402
-from ane_moe.demo import copy_demo  # noqa: E402
-from tests.models import make_model  # noqa: E402
+from ane_moe.coreml_tools import ct
+from ane_moe.demo import copy_demo
+from tests.models import make_model
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'ab' * 32}\nsize 123456\n"
 PROMPT = "<|endoftext|>def f(x): return 2024 + x"
@@ -436,16 +435,10 @@ def _rows(folder: Path, name: str) -> list[tuple[str, Said]]:
 
 
 def _said(folder: Path, words: list[str]) -> Said:
-    variables = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "COLUMNS": "300",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
     child = subprocess.run(
         [sys.executable, "-m", "ane_moe", *words],
         cwd=folder,
-        env=variables,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300"},
         capture_output=True,
         text=True,
         timeout=LONGEST_COMMAND,
