@@ -151,10 +151,6 @@ class Manifest:
             (s for s in self.shards if s.kind == kind and s.layer == layer), key=lambda s: s.part
         )
 
-    def is_stacked(self, layer: int) -> bool:
-        """Whether a stack computes the layer, with others."""
-        return any(layer in shard.layers for shard in self.shards)
-
     def write(self, folder: Path) -> None:
         """Write runtime_meta.json atomically, with sorted keys."""
         write_text(folder / FILE_NAME, json.dumps(self.as_json(), indent=1, sort_keys=True) + "\n")

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from ane_moe.commands.options import AsJson, Concurrency, ExpertCacheMb, RuntimeName
 from ane_moe.errors import UserError
 
 
@@ -33,7 +34,7 @@ def bench(
             show_default="1, 4 and 16 prefill calls",
         ),
     ] = None,
-    runtime: Annotated[str, typer.Option(help="reference, coreml or auto.")] = "auto",
+    runtime: RuntimeName = "auto",
     units: Annotated[
         Literal["cpu_and_ne", "cpu_only", "all"] | None,
         typer.Option(help="Core ML's compute units.", show_default="cpu_and_ne"),
@@ -45,14 +46,8 @@ def bench(
             show_default="0.99 for fp16 weights, 0.9 compressed",
         ),
     ] = None,
-    expert_cache_mb: Annotated[
-        float | None,
-        typer.Option(
-            help="Keep at most this many MB (10^6 bytes) of expert functions loaded.",
-            show_default="all",
-        ),
-    ] = None,
-    concurrency: Annotated[int, typer.Option(help="Experts of a layer to run at once.")] = 1,
+    expert_cache_mb: ExpertCacheMb = None,
+    concurrency: Concurrency = 1,
     predictor: Annotated[
         str, typer.Option(help="Load experts ahead, guessed by: none, previous, router.")
     ] = "none",
@@ -80,7 +75,7 @@ def bench(
     html: Annotated[
         Path | None, typer.Option(help="Also write the figures as a page (see `report`).")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Time the shards in OUT: every kind of function, decoding, prefill.
 

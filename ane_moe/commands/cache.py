@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ane_moe.commands.options import AsJson
+
 if TYPE_CHECKING:
     from ane_moe.runtime.coreml.modelc_cache import Entry, ModelCache
 
@@ -23,7 +25,7 @@ def cache(
     folder: Annotated[
         Path | None, typer.Option(help="Another cache folder.", show_default=False)
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show the cache of compiled models (macOS), clear it or limit its size."""
     from ane_moe.runtime.coreml.modelc_cache import ModelCache

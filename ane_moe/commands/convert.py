@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from ane_moe.commands.options import AsJson
 from ane_moe.errors import UserError
 
 WORKERS = min(2, os.cpu_count() or 1)  # more of them wait for the disk
@@ -130,7 +131,7 @@ def convert(
     system: Annotated[
         int, typer.Option("--os", help="The system whose placement rules to warn of: 15, 26 or 27.")
     ] = 26,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Convert a checkpoint into Core ML shards. Run it again to go on after an interruption."""
     from ane_moe.conversion.workers import prepare

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ane_moe.commands.options import AsJson, InputFiles
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -29,12 +31,7 @@ def diff(
             show_default=False,
         ),
     ] = None,
-    given: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--input", help="An input: its name and a .npy file. Repeatable.", metavar="NAME=FILE"
-        ),
-    ] = None,
+    given: InputFiles = None,
     function: Annotated[
         str | None, typer.Option(help="The function of both.", show_default="the default one")
     ] = None,
@@ -57,7 +54,7 @@ def diff(
     tolerance: Annotated[
         float, typer.Option(help="Relative L2 beyond which two values have parted.")
     ] = 1e-2,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run both on the same inputs and show the first op where they part, and by how much.
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ane_moe.commands.options import Concurrency, ExpertCacheMb, RuntimeName
 from ane_moe.errors import UserError
 
 
@@ -29,15 +30,9 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this text; may be given again.")
     ] = None,
-    runtime: Annotated[str, typer.Option(help="reference, coreml or auto.")] = "auto",
-    expert_cache_mb: Annotated[
-        float | None,
-        typer.Option(
-            help="Keep at most this many MB (10^6 bytes) of expert functions loaded.",
-            show_default="all",
-        ),
-    ] = None,
-    concurrency: Annotated[int, typer.Option(help="Experts of a layer to run at once.")] = 1,
+    runtime: RuntimeName = "auto",
+    expert_cache_mb: ExpertCacheMb = None,
+    concurrency: Concurrency = 1,
     predictor: Annotated[
         str,
         typer.Option(

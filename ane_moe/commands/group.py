@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ane_moe.commands.options import AsJson
 from ane_moe.errors import UserError
 
 
@@ -37,7 +38,7 @@ def group(
             help="For auto: weight format of the conversion, such as fp16, int8 or lut4.",
         ),
     ] = "int8",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Group experts that tokens choose together, so that a token calls few functions.
 

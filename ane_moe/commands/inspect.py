@@ -2,10 +2,11 @@
 
 import json
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from ane_moe.commands.options import AsJson, Package
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -20,9 +21,7 @@ VENDOR = "com.github.apple."  # of the metadata that coremltools writes
 
 
 def inspect(
-    package: Annotated[
-        Path, typer.Argument(help="An .mlpackage or .mlmodelc folder.", metavar="PACKAGE")
-    ],
+    package: Package,
     ops: Annotated[bool, typer.Option("--ops", help="Print the program too.")] = False,
     placement: Annotated[
         bool,
@@ -35,7 +34,7 @@ def inspect(
         str, typer.Option(help="Chip to predict for: m1 ... m5-max, iphone-a17 ...")
     ] = "m4-max",
     system: Annotated[int, typer.Option("--os", help="System to predict for: 15, 26 or 27.")] = 26,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show the functions, inputs, outputs, states, operations and weight formats of a package."""
     from rich.console import Console

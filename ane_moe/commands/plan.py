@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from ane_moe.commands.options import AsJson, PlacementSystem
+
 
 def plan(
     checkpoint: Annotated[
@@ -16,9 +18,7 @@ def plan(
     target: Annotated[
         str, typer.Option(help="The chip to predict for.", metavar="CHIP")
     ] = "m4-max",
-    system: Annotated[
-        int, typer.Option("--os", help="System to predict placement for: 15, 26 or 27.")
-    ] = 26,
+    system: PlacementSystem = 26,
     compress: Annotated[
         str, typer.Option(help="Recipes or weight formats to compare.", metavar="LIST")
     ] = "fp16,int8,small,tiny",
@@ -31,7 +31,7 @@ def plan(
     max_shard_mb: Annotated[
         int, typer.Option(help="Split MoE layers into shards of at most this size.", min=1)
     ] = 220,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Predict size, calls, speed and placement of every way to convert a model, if convert takes
     it.

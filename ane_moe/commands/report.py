@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ane_moe.commands.options import PlacementSystem, RuntimeName
+
 
 def report(
     out: Annotated[Path, typer.Argument(help="Folder of a conversion.", show_default=False)],
@@ -23,10 +25,8 @@ def report(
     target: Annotated[
         str, typer.Option(help="Chip to predict placement and speed for.")
     ] = "m4-max",
-    system: Annotated[
-        int, typer.Option("--os", help="System to predict placement for: 15, 26 or 27.")
-    ] = 26,
-    runtime: Annotated[str, typer.Option(help="reference, coreml or auto.")] = "auto",
+    system: PlacementSystem = 26,
+    runtime: RuntimeName = "auto",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print paths and verdict as one JSON document.")
     ] = False,

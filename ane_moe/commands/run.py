@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ane_moe.commands.options import AsJson, InputFiles, Package, RuntimeName
+
 if TYPE_CHECKING:
     import numpy as np
     from rich.table import Table
@@ -14,15 +16,8 @@ if TYPE_CHECKING:
 
 
 def run(
-    package: Annotated[
-        Path, typer.Argument(help="An .mlpackage or .mlmodelc folder.", metavar="PACKAGE")
-    ],
-    given: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--input", help="An input: its name and a .npy file. Repeatable.", metavar="NAME=FILE"
-        ),
-    ] = None,
+    package: Package,
+    given: InputFiles = None,
     function: Annotated[
         str | None, typer.Option(help="The function to run.", show_default="the default one")
     ] = None,
@@ -33,7 +28,7 @@ def run(
     seed: Annotated[
         int | None, typer.Option(help="Draw the inputs that are not given from this seed.")
     ] = None,
-    runtime: Annotated[str, typer.Option(help="reference, coreml or auto.")] = "auto",
+    runtime: RuntimeName = "auto",
     precision: Annotated[
         str,
         typer.Option(
@@ -47,7 +42,7 @@ def run(
             help="Keep every intermediate (trace.npz in --output) and report its numbers.",
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run one function once, its state fresh, and show or save what it gives."""
     from rich.console import Console

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ane_moe.commands.options import AsJson
+
 
 def trace(
     source: Annotated[
@@ -39,7 +41,7 @@ def trace(
     runtime: Annotated[
         str, typer.Option(help="For a conversion: reference, coreml or auto.")
     ] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Record the experts and weights every token chooses, layer by layer.
 

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ane_moe.commands.options import AsJson, PlacementSystem, RuntimeName
+
 
 def verify(
     out: Annotated[Path, typer.Argument(help="Folder of a conversion.", show_default=False)],
@@ -24,7 +26,7 @@ def verify(
             )
         ),
     ] = None,
-    runtime: Annotated[str, typer.Option(help="reference, coreml or auto.")] = "auto",
+    runtime: RuntimeName = "auto",
     min_cosine: Annotated[
         float | None,
         typer.Option(
@@ -58,9 +60,7 @@ def verify(
     target: Annotated[
         str, typer.Option(help="Chip to predict placement for: m1 ... m5-max, iphone-a17 ...")
     ] = "m4-max",
-    system: Annotated[
-        int, typer.Option("--os", help="System to predict placement for: 15, 26 or 27.")
-    ] = 26,
+    system: PlacementSystem = 26,
     allow: Annotated[
         list[str] | None,
         typer.Option(
@@ -73,7 +73,7 @@ def verify(
     html: Annotated[
         Path | None, typer.Option(help="Also write the results as a page (see `report`).")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check the shards in OUT against the original model.
 

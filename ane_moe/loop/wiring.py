@@ -6,7 +6,7 @@ T = tokens in a call.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -214,7 +214,7 @@ class Wiring:
                 yield port.name, Into(by_channel(slots.array(port)))
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Group:
     """Neighbours that put one `slot` together, by their places, and the slots that each of them
     writes."""
@@ -223,13 +223,14 @@ class _Group:
     places: list[int]
     onto: bool  # they add to what was there
     written: list[set[str]]
-    totals: dict[str, np.ndarray] = field(default_factory=dict)
+    total: np.ndarray | None = None  # [C,T], once the first of them is wired
 
     def share(self, place: int, columns: np.ndarray) -> Share:
         """The part in the sum of the call at `place`."""
-        total = self.totals.setdefault(self.slot, np.zeros(columns.shape, np.float32))
+        if self.total is None:
+            self.total = np.zeros(columns.shape, np.float32)
         first, last = place == self.places[0], place == self.places[-1]
-        return Share(columns, total, first, last, self.onto)
+        return Share(columns, self.total, first, last, self.onto)
 
     def is_written_after(self, place: int, slot: str) -> bool:
         """Whether a later one of the neighbours writes the slot too."""

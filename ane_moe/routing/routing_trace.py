@@ -6,7 +6,7 @@ N = tokens, k = experts per token, E = experts of the layer, P = passages the to
 
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +55,6 @@ class RoutingTrace:
         """Tokens of each passage."""
         ends = [*self.starts[1:].tolist(), len(self.tokens)]
         return [slice(start, end) for start, end in zip(self.starts.tolist(), ends, strict=True)]
-
-    def tokens_of(self, part: slice) -> "RoutingTrace":
-        """The trace of some of the tokens, as one passage."""
-        layers = {
-            index: replace(one, chosen=one.chosen[part], weights=one.weights[part])
-            for index, one in self.layers.items()
-        }
-        return RoutingTrace(
-            self.family, self.source, self.tokens[part], np.zeros(1, np.int64), layers
-        )
 
 
 def by_weight(chosen: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

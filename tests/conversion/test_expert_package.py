@@ -15,6 +15,7 @@ from ane_moe.model.spec import MlpSpec
 from ane_moe.parts.experts import ExpertGroupConfig
 from ane_moe.parts.template_key import TemplateKey, build_unbound, weight_name
 from ane_moe.runtime import open_package
+from tests.converted import save_converted
 
 D_MODEL, WIDTH, EXPERTS, BUCKETS = 24, 20, 3, (1, 4)
 CONFIG = ExpertGroupConfig(D_MODEL, MlpSpec(WIDTH))
@@ -61,20 +62,8 @@ def theirs(weights, tmp_path_factory):
         )
         for tokens in BUCKETS:
             inputs = shapes_of(block.ports(tokens).inputs)
-            traced = torch.jit.trace(
-                Positional(block, tuple(inputs)), tuple(map(torch.zeros, inputs.values()))
-            )
             part = folder / f"{prefix}_{tokens}.mlpackage"
-            ct.convert(
-                traced,
-                inputs=[
-                    ct.TensorType(name=name, shape=shape, dtype=np.float16)
-                    for name, shape in inputs.items()
-                ],
-                outputs=[ct.TensorType(name="y", dtype=np.float16)],
-                skip_model_load=True,
-                minimum_deployment_target=ct.target.iOS18,
-            ).save(str(part))
+            save_converted(Positional(block, tuple(inputs)), inputs, part)
             description.add_function(str(part), "main", f"{prefix}_t{tokens}")
     description.default_function_name = "expert_000_t1"
     ct.utils.save_multifunction(description, str(folder / "joined.mlpackage"))

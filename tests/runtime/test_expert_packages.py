@@ -14,6 +14,7 @@ from ane_moe.loop.expert_cache import FunctionKey
 from ane_moe.loop.experts import ExpertDispatch, expert_layers, open_cache
 from ane_moe.loop.figures import CallClock, PhaseFigures
 from ane_moe.manifest import Shard
+from tests.converted import save_converted
 from tests.runtime.numpy_shards import D, expert_function, make_manifest
 
 EXPERTS, WIDTH, BUCKETS = 3, 20, (1, 4)
@@ -44,20 +45,8 @@ def folder(tmp_path_factory):
     for e in range(EXPERTS):
         for tokens in BUCKETS:
             inputs = {"ffn_input": (1, D, 1, tokens), "gate": (1, 1, 1, tokens)}
-            traced = torch.jit.trace(
-                Expert(e).eval(), tuple(torch.zeros(shape) for shape in inputs.values())
-            )
             part = folder / f"{e}_{tokens}.mlpackage"
-            ct.convert(
-                traced,
-                inputs=[
-                    ct.TensorType(name=name, shape=shape, dtype=np.float16)
-                    for name, shape in inputs.items()
-                ],
-                outputs=[ct.TensorType(name="y", dtype=np.float16)],
-                skip_model_load=True,
-                minimum_deployment_target=ct.target.iOS18,
-            ).save(str(part))
+            save_converted(Expert(e).eval(), inputs, part)
             description.add_function(str(part), "main", f"expert_{e:03d}_t{tokens}")
     description.default_function_name = "expert_000_t1"
     ct.utils.save_multifunction(description, str(folder / PATH))

@@ -22,17 +22,6 @@ SPARSE = {"routing": "sparse", "expert_tokens": (1, 4), "prefill": 8, "golden": 
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return tiny_checkpoint(
-        "qwen3_moe",
-        tmp_path_factory.mktemp("checkpoint"),
-        num_hidden_layers=2,
-        mlp_only_layers=[1],
-        intermediate_size=40,
-    )
-
-
-@pytest.fixture(scope="module")
 def conversion(checkpoint, tmp_path_factory) -> Path:
     return tiny_conversion(checkpoint, tmp_path_factory.mktemp("conversion") / "out", **SPARSE)
 

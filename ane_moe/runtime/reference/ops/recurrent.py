@@ -77,11 +77,11 @@ def _rnn(
 
 def _gru(
     arith: Arithmetic,
-    direction: str,
-    output_sequence: bool,
-    recurrent_activation: str,
-    activation: str,
-    reset_after: bool,
+    direction: str = "forward",
+    output_sequence: bool = False,
+    recurrent_activation: str = "sigmoid",
+    activation: str = "tanh",
+    reset_after: bool = False,
 ) -> Kernel:
     """Gates in the order reset, output, update."""
     gate, act = _activation(recurrent_activation), _activation(activation)
@@ -121,19 +121,8 @@ def _gru_with_one_bias(
     recurrent_activation: str = "sigmoid",
     activation: str = "tanh",
 ) -> Kernel:
-    kernel = _gru(arith, direction, output_sequence, recurrent_activation, activation, False)
+    kernel = _gru(arith, direction, output_sequence, recurrent_activation, activation)
     return lambda *given: kernel(*given, None)
-
-
-def _gru_with_two_biases(
-    arith: Arithmetic,
-    direction: str = "forward",
-    output_sequence: bool = False,
-    recurrent_activation: str = "sigmoid",
-    activation: str = "tanh",
-    reset_after: bool = False,
-) -> Kernel:
-    return _gru(arith, direction, output_sequence, recurrent_activation, activation, reset_after)
 
 
 def _lstm(
@@ -221,6 +210,6 @@ ORDER = "`reverse` gives its steps in the order it takes them"
 OPS = (
     Op("rnn", _rnn, ONE_WAY, note=ORDER),
     Op("gru", _gru_with_one_bias, ONE_WAY, note=ORDER),
-    Op("gru", _gru_with_two_biases, f"{ONE_WAY} input_bias?", since=18),
+    Op("gru", _gru, f"{ONE_WAY} input_bias?", since=18),
     Op("lstm", _lstm, BOTH_WAYS, note=f"{ORDER}; clip bounds the cell state"),
 )

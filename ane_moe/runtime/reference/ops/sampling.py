@@ -1,6 +1,7 @@
 """Images sampled at coordinates: grids of them, affine maps, boxes."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -146,38 +147,42 @@ def _between(first: float, last: float, count: int, mode: str) -> Tensor:
     return (first + GRIDS[mode](last - first + 1, count)).clamp(low, high)
 
 
-class _Boxes:
-    """Crops of images `[1,C,H,W]`, each resized to one size, `[C,target_height,target_width]`."""
+BOX_MODES = (
+    "CORNERS_HEIGHT_FIRST",
+    "CORNERS_WIDTH_FIRST",
+    "CENTER_SIZE_HEIGHT_FIRST",
+    "CENTER_SIZE_WIDTH_FIRST",
+)
 
-    def __init__(
-        self,
-        target_height: int,
-        target_width: int,
-        normalized_coordinates: bool,
-        spatial_scale: float,
-        box_coordinate_mode: str,
-        sampling_mode: str,
-        pad_value: float,
-    ):
-        if sampling_mode not in GRIDS:
-            raise ValueError(f"unknown sampling_mode {sampling_mode}")
-        if box_coordinate_mode not in BOX_MODES:
-            raise ValueError(f"unknown box_coordinate_mode {box_coordinate_mode}")
-        self.counts = target_height, target_width
-        self.normalized, self.scale = normalized_coordinates, spatial_scale
-        self.box_mode, self.sampling, self.pad_value = (
-            box_coordinate_mode,
-            sampling_mode,
-            pad_value,
-        )
+
+@dataclass(frozen=True)
+class _Boxes:
+    """Crops of images `[1,C,H,W]`, each resized to one size, `[C,target_height,target_width]`.
+
+    Derived classes are makers of ops: the fields are the parameters, an instance is the kernel.
+    """
+
+    target_height: int = 1
+    target_width: int = 1
+    normalized_coordinates: bool = False
+    spatial_scale: float = 1.0
+    box_coordinate_mode: str = "CORNERS_HEIGHT_FIRST"
+    sampling_mode: str = "DEFAULT"
+    pad_value = 0.0  # what lies outside; a parameter where a class declares it
+
+    def __post_init__(self) -> None:
+        if self.sampling_mode not in GRIDS:
+            raise ValueError(f"unknown sampling_mode {self.sampling_mode}")
+        if self.box_coordinate_mode not in BOX_MODES:
+            raise ValueError(f"unknown box_coordinate_mode {self.box_coordinate_mode}")
 
     def crop(self, image: Tensor, box: list[float]) -> Tensor:
-        lines = []
+        lines, counts = [], (self.target_height, self.target_width)
         for ends, size, count in zip(
-            _corners(box, self.box_mode), image.shape[2:], self.counts, strict=True
+            _corners(box, self.box_coordinate_mode), image.shape[2:], counts, strict=True
         ):
-            scale = self.scale * (size - 1 if self.normalized else 1)
-            lines.append(_between(ends[0] * scale, ends[1] * scale, count, self.sampling))
+            scale = self.spatial_scale * (size - 1 if self.normalized_coordinates else 1)
+            lines.append(_between(ends[0] * scale, ends[1] * scale, count, self.sampling_mode))
         row, column = (line.reshape(1, -1) for line in torch.meshgrid(*lines, indexing="ij"))
         height, width = image.shape[2:]
         outside = (row < 0) | (row > height - 1) | (column < 0) | (column > width - 1)
@@ -187,15 +192,7 @@ class _Boxes:
             column.float().clamp(0, width - 1),
             self.pad_value,
         )
-        return torch.where(outside[:, None], self.pad_value, value)[0].unflatten(1, self.counts)
-
-
-BOX_MODES = (
-    "CORNERS_HEIGHT_FIRST",
-    "CORNERS_WIDTH_FIRST",
-    "CENTER_SIZE_HEIGHT_FIRST",
-    "CENTER_SIZE_WIDTH_FIRST",
-)
+        return torch.where(outside[:, None], self.pad_value, value)[0].unflatten(1, counts)
 
 
 def _image(x: Tensor, index: float) -> Tensor:
@@ -204,81 +201,33 @@ def _image(x: Tensor, index: float) -> Tensor:
     return x[int(index)][None]
 
 
-def _crop_regions(
-    target_height: int = 1,
-    target_width: int = 1,
-    normalized_coordinates: bool = False,
-    spatial_scale: float = 1.0,
-    box_coordinate_mode: str = "CORNERS_HEIGHT_FIRST",
-    sampling_mode: str = "DEFAULT",
-    pad_value: float = 0.0,
-) -> Kernel:
+class _Regions(_Boxes):
     """`[N,B,C,h,w]`: regions `[N,1,4,1,1]` of every image, or `[N,1,5,1,1]` that name theirs."""
-    boxes = _Boxes(
-        target_height,
-        target_width,
-        normalized_coordinates,
-        spatial_scale,
-        box_coordinate_mode,
-        sampling_mode,
-        pad_value,
-    )
 
-    def kernel(x: Tensor, roi: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, roi: Tensor) -> Tensor:
         regions = roi.flatten(1).tolist()
         if roi.shape[2] == 5:
-            crops = [[boxes.crop(_image(x, region[0]), region[1:])] for region in regions]
+            crops = [[self.crop(_image(x, region[0]), region[1:])] for region in regions]
         else:
-            crops = [[boxes.crop(image[None], region) for image in x] for region in regions]
+            crops = [[self.crop(image[None], region) for image in x] for region in regions]
         return torch.stack([torch.stack(row) for row in crops])
 
-    return kernel
+
+@dataclass(frozen=True)
+class _PaddedRegions(_Regions):
+    pad_value: float = 0.0
 
 
-def _crop_regions_unpadded(
-    target_height: int = 1,
-    target_width: int = 1,
-    normalized_coordinates: bool = False,
-    spatial_scale: float = 1.0,
-    box_coordinate_mode: str = "CORNERS_HEIGHT_FIRST",
-    sampling_mode: str = "DEFAULT",
-) -> Kernel:
-    return _crop_regions(
-        target_height,
-        target_width,
-        normalized_coordinates,
-        spatial_scale,
-        box_coordinate_mode,
-        sampling_mode,
-    )
-
-
-def _crop_boxes(
-    target_height: int = 1,
-    target_width: int = 1,
-    normalized_coordinates: bool = False,
-    spatial_scale: float = 1.0,
-    box_coordinate_mode: str = "CORNERS_HEIGHT_FIRST",
-    sampling_mode: str = "DEFAULT",
-    pad_value: float = 0.0,
-) -> Kernel:
+@dataclass(frozen=True)
+class _PaddedBoxes(_Boxes):
     """Box n `[N,4]` is cut from image `box_indices[n]`, n when absent; `[N,C,h,w]`."""
-    crops = _Boxes(
-        target_height,
-        target_width,
-        normalized_coordinates,
-        spatial_scale,
-        box_coordinate_mode,
-        sampling_mode,
-        pad_value,
-    )
 
-    def kernel(x: Tensor, boxes: Tensor, box_indices: Tensor | None) -> Tensor:
+    pad_value: float = 0.0
+
+    def __call__(self, x: Tensor, boxes: Tensor, box_indices: Tensor | None) -> Tensor:
         chosen = range(boxes.shape[0]) if box_indices is None else box_indices.tolist()
         pairs = zip(chosen, boxes.tolist(), strict=True)
-        return torch.stack([crops.crop(_image(x, index), box) for index, box in pairs])
-
-    return kernel
+        return torch.stack([self.crop(_image(x, index), box) for index, box in pairs])
 
 
 CENTRED = "a box given by its centre reaches half its size to either side"
@@ -291,7 +240,7 @@ OPS = (
         note="`nearest` rounds halves to even, as PyTorch does",
     ),
     Op("affine", _affine, "x transform_matrix"),
-    Op("crop_resize", _crop_regions_unpadded, "x roi", note=f"{CENTRED}; what lies outside is 0"),
-    Op("crop_resize", _crop_regions, "x roi", since=16, note="what lies outside is pad_value"),
-    Op("crop_resize", _crop_boxes, "x boxes box_indices?", since=17),
+    Op("crop_resize", _Regions, "x roi", note=f"{CENTRED}; what lies outside is 0"),
+    Op("crop_resize", _PaddedRegions, "x roi", since=16, note="what lies outside is pad_value"),
+    Op("crop_resize", _PaddedBoxes, "x boxes box_indices?", since=17),
 )

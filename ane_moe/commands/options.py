@@ -1,0 +1,29 @@
+"""Options and arguments that several commands have, so that they read and mean the same."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Concurrency = Annotated[int, typer.Option(help="Experts of a layer to run at once.")]
+ExpertCacheMb = Annotated[
+    float | None,
+    typer.Option(
+        help="Keep at most this many MB (10^6 bytes) of expert functions loaded.",
+        show_default="all",
+    ),
+]
+InputFiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input", help="An input: its name and a .npy file. Repeatable.", metavar="NAME=FILE"
+    ),
+]
+Package = Annotated[
+    Path, typer.Argument(help="An .mlpackage or .mlmodelc folder.", metavar="PACKAGE")
+]
+PlacementSystem = Annotated[
+    int, typer.Option("--os", help="System to predict placement for: 15, 26 or 27.")
+]
+RuntimeName = Annotated[str, typer.Option(help="reference, coreml or auto.")]
