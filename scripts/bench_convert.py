@@ -147,7 +147,7 @@ def plain_path(checkpoint: Path, scratch: Path) -> None:
     from ane_moe.conversion.plan import ConvertOptions
     from ane_moe.coreml_tools import ct
     from ane_moe.model.port import shapes_of
-    from ane_moe.parts.template_key import build_unbound
+    from ane_moe.parts.unbound import build_unbound
 
     shard = next(
         shard for shard in plan(checkpoint, ConvertOptions()).shards if shard.kind == "moe"

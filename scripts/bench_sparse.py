@@ -92,9 +92,9 @@ def run(path: str, arguments: argparse.Namespace, count: int) -> dict[str, Any]:
 
 def template(arguments: argparse.Namespace, function: str) -> Any:
     from ane_moe.emit.coreml.template import make_template
+    from ane_moe.model.experts import ExpertGroupConfig
     from ane_moe.model.spec import MlpSpec
-    from ane_moe.parts.experts import ExpertGroupConfig
-    from ane_moe.parts.template_key import TemplateKey
+    from ane_moe.model.template_key import TemplateKey
 
     return make_template(
         TemplateKey(
@@ -161,10 +161,10 @@ def coremltools(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from ane_moe.coreml_tools import ct
+    from ane_moe.model.experts import ExpertGroupConfig
     from ane_moe.model.port import shapes_of
     from ane_moe.model.spec import MlpSpec
-    from ane_moe.parts.experts import ExpertGroupConfig
-    from ane_moe.parts.template_key import build_unbound
+    from ane_moe.parts.unbound import build_unbound
 
     imported, started = peak_bytes(), time.perf_counter()
     parts = arguments.scratch / "parts"

@@ -43,10 +43,10 @@ from ane_moe.formats.calibration import FILE_NAME as CALIBRATION
 from ane_moe.formats.calibration import is_calibration_of
 from ane_moe.manifest import Manifest
 from ane_moe.model.spec import MoeSpec
+from ane_moe.model.template_key import TemplateKey
 from ane_moe.model.weight import EMBEDDING
 from ane_moe.opened import open_model
 from ane_moe.original.checkpoint_tokenizer import TokenizerFiles, read_tokenizer, write_tokenizer
-from ane_moe.parts.template_key import TemplateKey
 
 EMBED = "embed.bin"
 BUILTIN_TEXT = "builtin"

@@ -12,19 +12,19 @@ from ane_moe.checkpoints.checkpoint import TensorSource
 from ane_moe.errors import UserError
 from ane_moe.formats.recipe import INT8, Choice, Recipe, find_format
 from ane_moe.manifest import Shard, ShardFunction
+from ane_moe.model.experts import ExpertGroupConfig, SharedExpertConfig
+from ane_moe.model.head import HeadConfig
+from ane_moe.model.mixer import MixerConfig
+from ane_moe.model.mixers import mixer_config
+from ane_moe.model.mlp import DenseConfig, MlpRanks
+from ane_moe.model.moe import MoeConfig
+from ane_moe.model.part import PartConfig
 from ane_moe.model.port import Ports
+from ane_moe.model.routed import RoutedMixerConfig
 from ane_moe.model.spec import MlpSpec, ModelSpec, MoeSpec
+from ane_moe.model.stack import StackConfig, can_share
+from ane_moe.model.template_key import TemplateKey, function_name, weight_name
 from ane_moe.model.weight import HEAD, Directions, Place, Selection, Weight, WeightName
-from ane_moe.parts.block import PartConfig
-from ane_moe.parts.experts import ExpertGroupConfig, SharedExpertConfig
-from ane_moe.parts.head import HeadConfig
-from ane_moe.parts.mixer import MixerConfig
-from ane_moe.parts.mlp import DenseConfig, MlpRanks
-from ane_moe.parts.moe import MoeConfig
-from ane_moe.parts.registry import mixer_config
-from ane_moe.parts.routed import RoutedMixerConfig
-from ane_moe.parts.stack import StackConfig, can_share
-from ane_moe.parts.template_key import TemplateKey, function_name, weight_name
 
 MB = 1_000_000
 CACHE_STEP = 32  # a state's last axis must be a multiple of it (coremltools issue 2631)

@@ -20,7 +20,7 @@ from ane_moe.formats.calibration import Moments
 from ane_moe.formats.low_rank import LowRank, split_directions
 from ane_moe.formats.recipe import Choice, find_format
 from ane_moe.model.port import Shape
-from ane_moe.parts.template_key import TemplateKey
+from ane_moe.model.template_key import TemplateKey
 
 TOOLS = ("ane-moe", "coremltools", "torch")
 ENCODING = 2  # counts up when a weight format comes to give other bytes

@@ -19,8 +19,8 @@ from ane_moe.manifest import ShardFunction
 from ane_moe.mlprogram.program import Operation, TensorType
 from ane_moe.mlprogram.weights import Part
 from ane_moe.model.port import STATE, STREAM, Port
+from ane_moe.model.template_key import TemplateKey, function_name, weight_name
 from ane_moe.model.weight import PARAMETER, Directions, Row, Shape, Weight
-from ane_moe.parts.template_key import TemplateKey, function_name, weight_name
 from ane_moe.placement.facts import FunctionFacts, OpFacts, feature_facts
 
 CONVERTER = version("coremltools")

@@ -6,6 +6,10 @@ Source: arXiv 2510.04476, and transformers' `ZayaCCAProjection` and `ZayaQKNorm`
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ane_moe.model.kv_cache import cache_ports, cache_states
+from ane_moe.model.mixer import MixerConfig
+from ane_moe.model.port import Port
+from ane_moe.model.recent import recent_port, shift_port
 from ane_moe.model.weight import Weight
 
 
@@ -50,3 +54,31 @@ class CcaSpec:
         yield Weight("by_head.weight", (self.channels, self.head_dim, second))
         yield Weight("by_head.bias", (self.channels,))
         yield Weight("temperature.weight", (self.kv_heads,))
+
+
+@dataclass(frozen=True)
+class CcaConfig(MixerConfig):
+    mixer: CcaSpec
+
+    @property
+    def delayed(self) -> int:
+        """Value channels that are of the token before."""
+        return self.mixer.kv_heads * self.mixer.head_dim // 2
+
+    @property
+    def states(self) -> tuple[Port, ...]:
+        m = self.mixer
+        return (
+            *cache_states(m.kv_heads, m.head_dim, self.slots),
+            recent_port("qk_recent", m.channels),
+            recent_port("v_recent", self.delayed),
+        )
+
+    def host(self, tokens: int) -> tuple[Port, ...]:
+        m = self.mixer
+        caches = cache_ports(m.rope, self.rotary, m.window, self.slots, tokens)
+        return (
+            *caches,
+            shift_port("qk_shift", m.history, tokens),
+            shift_port("v_shift", 1, tokens),
+        )

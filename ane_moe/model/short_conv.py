@@ -6,6 +6,9 @@ Source: transformers' `Lfm2ShortConv`.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ane_moe.model.mixer import MixerConfig
+from ane_moe.model.port import Port
+from ane_moe.model.recent import recent_port, shift_port
 from ane_moe.model.weight import Weight
 
 
@@ -37,3 +40,15 @@ class ShortConvSpec:
         yield Weight("o.weight", (d_model, d_model), "attention.o", reads="attended")
         if self.bias:
             yield Weight("o.bias", (d_model,))
+
+
+@dataclass(frozen=True)
+class ShortConvConfig(MixerConfig):
+    mixer: ShortConvSpec
+
+    @property
+    def states(self) -> tuple[Port, ...]:
+        return (recent_port("recent", self.d_model),)
+
+    def host(self, tokens: int) -> tuple[Port, ...]:
+        return (shift_port("shift", self.mixer.history, tokens),)

@@ -1,28 +1,13 @@
 """Grouped-query attention over a KV cache that is written by mask."""
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
-from ane_moe.model.port import Port
-from ane_moe.model.spec import GqaSpec
-from ane_moe.parts.kv_cache import attend, cache_ports, cache_states, updated
-from ane_moe.parts.mixer import Mixer, MixerConfig
+from ane_moe.model.attention import AttentionConfig
+from ane_moe.parts.kv_cache import attend, updated
+from ane_moe.parts.mixer import Mixer
 from ane_moe.parts.norm import RmsNorm
 from ane_moe.parts.projection import Projection
 from ane_moe.parts.rope import rotate
-
-
-@dataclass(frozen=True)
-class AttentionConfig(MixerConfig):
-    mixer: GqaSpec
-
-    @property
-    def states(self) -> tuple[Port, ...]:
-        return cache_states(self.mixer.kv_heads, self.mixer.head_dim, self.slots)
-
-    def host(self, tokens: int) -> tuple[Port, ...]:
-        return cache_ports(self.mixer.rope, self.rotary, self.mixer.window, self.slots, tokens)
 
 
 class Attention(Mixer):

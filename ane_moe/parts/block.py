@@ -1,29 +1,13 @@
 """What a part of a model is: a module in the engine's form, with the facts of its configuration."""
 
-from collections.abc import Iterator
-from typing import Protocol
-
 from torch import Tensor, nn
 
+from ane_moe.model.part import PartConfig
 from ane_moe.model.port import Ports
-from ane_moe.model.weight import Row
 
 # Additive masks hide with a finite value: -inf turns into NaN on the engine (Apple's own models use
 # -4e4), and exp(-1e4) is exactly zero.
 MASKED = -1e4
-
-
-class PartConfig(Protocol):
-    """What makes a block distinct; hashable, since equal ones share a graph."""
-
-    def __hash__(self) -> int: ...
-
-    def rows(self) -> Iterator[Row]:
-        """The block's parameters, in its own order."""
-
-    def ports(self, tokens: int) -> Ports:
-        """Inputs, outputs and states of one call with `tokens` tokens. In a slot, `{0}` stands for
-        the layer (`{1}`, ... for those after it in a stack)."""
 
 
 class Block(nn.Module):

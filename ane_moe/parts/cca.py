@@ -1,50 +1,19 @@
 """Compressed convolutional attention: queries and keys that have seen the tokens before them."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
-from ane_moe.model.cca import CcaSpec
-from ane_moe.model.port import Port
-from ane_moe.parts.kv_cache import attend, cache_ports, cache_states, updated
-from ane_moe.parts.mixer import Mixer, MixerConfig
+from ane_moe.model.cca import CcaConfig
+from ane_moe.parts.kv_cache import attend, updated
+from ane_moe.parts.mixer import Mixer
 from ane_moe.parts.projection import Projection
-from ane_moe.parts.recent import advanced, joined, recent_port, shift_port
+from ane_moe.parts.recent import advanced, joined
 from ane_moe.parts.residual import vector
 from ane_moe.parts.rope import rotate
 from ane_moe.parts.token_convolution import TokenConvolution
 
 LEAST = 2**-14  # the smallest normal fp16 number
 SQUARE = 2**-11  # less than the mean square of any vector of up to 1024 whose largest is 1
-
-
-@dataclass(frozen=True)
-class CcaConfig(MixerConfig):
-    mixer: CcaSpec
-
-    @property
-    def delayed(self) -> int:
-        """Value channels that are of the token before."""
-        return self.mixer.kv_heads * self.mixer.head_dim // 2
-
-    @property
-    def states(self) -> tuple[Port, ...]:
-        m = self.mixer
-        return (
-            *cache_states(m.kv_heads, m.head_dim, self.slots),
-            recent_port("qk_recent", m.channels),
-            recent_port("v_recent", self.delayed),
-        )
-
-    def host(self, tokens: int) -> tuple[Port, ...]:
-        m = self.mixer
-        caches = cache_ports(m.rope, self.rotary, m.window, self.slots, tokens)
-        return (
-            *caches,
-            shift_port("qk_shift", m.history, tokens),
-            shift_port("v_shift", 1, tokens),
-        )
 
 
 class Temperature(nn.Module):

@@ -3,33 +3,6 @@
 import torch
 from torch import Tensor
 
-from ane_moe.model.port import Port, Shape
-
-
-def cache_states(kv_heads: int, head_dim: int, slots: int) -> tuple[Port, ...]:
-    """The caches of a layer's keys and values, `(1, K, D, S)`."""
-    shape: Shape = (1, kv_heads, head_dim, slots)
-    return tuple(Port(name, shape, f"state.{{0}}.{name}") for name in ("k_cache", "v_cache"))
-
-
-def cache_ports(
-    rope: str | None, rotary: int, window: int | None, slots: int, tokens: int
-) -> tuple[Port, ...]:
-    """What attention over a cache asks of the host: rotary rows, what may be seen, where to
-    write."""
-    row = (1, 1, tokens, slots)
-    rows = (
-        Port(name, (1, 1, rotary, tokens), f"rope.{rope}.{name}")
-        for name in ("cos", "sin")
-        if rotary
-    )
-    return (
-        *rows,
-        Port("mask", row, f"mask.{window or 'all'}"),
-        Port("write", row, "write"),
-        Port("keep", (1, 1, 1, slots), "keep"),
-    )
-
 
 def updated(name: str, new: Tensor, inputs: dict[str, Tensor], explicit: bool) -> Tensor:
     """The cache `(1, K, D, S)` with this call's tokens `(1, K, D, T)` at the slots that `write`

@@ -1,44 +1,13 @@
 """A mixer and routing in one call: what the host needs to dispatch a layer's experts."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-
 from torch import Tensor, nn
 
-from ane_moe.model.port import FFN_INPUT, Port, Ports
-from ane_moe.model.spec import AnyRouterSpec, residual_rows
-from ane_moe.model.weight import Row, Weight
+from ane_moe.model.routed import RoutedMixerConfig
 from ane_moe.parts.block import Block
-from ane_moe.parts.mixer import MixerConfig
 from ane_moe.parts.norm import RmsNorm
 from ane_moe.parts.registry import make_mixer
 from ane_moe.parts.residual import residual
-from ane_moe.parts.router import make_router, router_ports
-
-
-@dataclass(frozen=True)
-class RoutedMixerConfig:
-    mixer: MixerConfig
-    router: AnyRouterSpec
-    affine: bool = False
-
-    def rows(self) -> Iterator[Row]:
-        """The block's parameters, in its own order."""
-        d = self.mixer.d_model
-        yield from (row.under("attn") for row in self.mixer.rows())
-        yield Weight("ffn.norm.weight", (d,))
-        yield from (row.under("ffn.router") for row in self.router.rows(d))
-        if self.affine:
-            yield from (row.under("ffn") for row in residual_rows(d))
-
-    def ports(self, tokens: int) -> Ports:
-        ports, routing = self.mixer.ports(tokens), router_ports(self.router, tokens)
-        normed = Port("ffn_input", (1, self.mixer.d_model, 1, tokens), FFN_INPUT)
-        return replace(
-            ports,
-            inputs=(*ports.inputs, *routing.inputs),
-            outputs=(*ports.outputs, normed, *routing.outputs),
-        )
+from ane_moe.parts.router import make_router
 
 
 class Routing(nn.Module):

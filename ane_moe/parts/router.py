@@ -1,21 +1,16 @@
 """The router: exact top-k gates in a static graph."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ane_moe.model.eda_router import EdaRouterSpec
-from ane_moe.model.port import Port, Ports
 from ane_moe.model.spec import AnyRouterSpec, RouterSpec
-from ane_moe.model.weight import Weight
 from ane_moe.parts.norm import RmsNorm
 from ane_moe.parts.projection import Projection
 from ane_moe.parts.residual import vector
-
-CARRY = "carry.router"
 
 # Larger than any router logit, and twice it is still inside fp16.
 FAR = 2e4
@@ -110,17 +105,3 @@ ROUTERS: dict[type, Callable[..., RouterModule]] = {RouterSpec: Router, EdaRoute
 
 def make_router(d_model: int, spec: AnyRouterSpec, soft: bool = False) -> RouterModule:
     return ROUTERS[type(spec)](d_model, spec, soft)
-
-
-def router_rows(spec: AnyRouterSpec, d_model: int, soft: bool = False) -> Iterator[Weight]:
-    """The router's parameters, in its own order: where nobody is chosen, nothing biases the
-    choice."""
-    return (row for row in spec.rows(d_model) if not (soft and row.path == "choice_bias"))
-
-
-def router_ports(spec: AnyRouterSpec, tokens: int) -> Ports:
-    """The gates, and the state that routers hand on, where they do."""
-    gates = Port("gates", (1, spec.classes, 1, tokens), "gates.{0}")
-    carry = Port("carry", (1, spec.carry, 1, tokens), CARRY)
-    taken = (carry,) if spec.takes else ()
-    return Ports(taken, (gates, replace(carry, name="carry_out")) if spec.carry else (gates,))

@@ -1,27 +1,12 @@
 """Gated short convolution in the place of attention."""
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
-from ane_moe.model.port import Port
-from ane_moe.model.short_conv import ShortConvSpec
-from ane_moe.parts.mixer import Mixer, MixerConfig
+from ane_moe.model.short_conv import ShortConvConfig
+from ane_moe.parts.mixer import Mixer
 from ane_moe.parts.projection import Projection
-from ane_moe.parts.recent import advanced, joined, recent_port, shift_port
+from ane_moe.parts.recent import advanced, joined
 from ane_moe.parts.token_convolution import TokenConvolution
-
-
-@dataclass(frozen=True)
-class ShortConvConfig(MixerConfig):
-    mixer: ShortConvSpec
-
-    @property
-    def states(self) -> tuple[Port, ...]:
-        return (recent_port("recent", self.d_model),)
-
-    def host(self, tokens: int) -> tuple[Port, ...]:
-        return (shift_port("shift", self.mixer.history, tokens),)
 
 
 class ShortConv(Mixer):

@@ -1,76 +1,15 @@
 """Consecutive layers in one graph: one call of the host in place of two for each layer."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-
 from torch import Tensor, nn
 
-from ane_moe.model.port import Port, Ports
-from ane_moe.model.weight import Row
+from ane_moe.model.mixer import MixerConfig
+from ane_moe.model.mlp import DenseConfig
+from ane_moe.model.moe import MoeConfig
+from ane_moe.model.stack import StackConfig
 from ane_moe.parts.block import Block
-from ane_moe.parts.mixer import MixerConfig, with_states
-from ane_moe.parts.mlp import Dense, DenseConfig
-from ane_moe.parts.moe import Moe, MoeConfig
+from ane_moe.parts.mlp import Dense
+from ane_moe.parts.moe import Moe
 from ane_moe.parts.registry import make_mixer
-
-StackedConfig = tuple[MixerConfig, DenseConfig | MoeConfig]
-
-
-def can_share(layers: Sequence[StackedConfig]) -> bool:
-    """Whether layers can be one graph: what they ask of the host by one name has to be one
-    thing."""
-    asked: dict[str, Port] = {}
-    return all(
-        asked.setdefault(port.name, port) == port for mixer, _ in layers for port in mixer.host(1)
-    )
-
-
-@dataclass(frozen=True)
-class StackConfig:
-    """(mixer, feed-forward) of each layer. The layers share what they ask of the host
-    (`can_share`)."""
-
-    layers: tuple[StackedConfig, ...]
-
-    def rows(self) -> Iterator[Row]:
-        """The block's parameters, in its own order."""
-        for index, (mixer, ffn) in enumerate(self.layers):
-            yield from (row.under(f"layers.{index}.attn") for row in mixer.rows())
-            yield from (row.under(f"layers.{index}.ffn") for row in ffn.rows())
-
-    def ports(self, tokens: int) -> Ports:
-        """What is asked of the host once; states and gates of each layer with its place in the
-        name."""
-        first = self.layers[0][0]
-        stream, *_ = first.ports(tokens).inputs
-        asked = {port.name: port for mixer, _ in self.layers for port in mixer.host(tokens)}
-        each = [ffn.ports(tokens) for _, ffn in self.layers]
-        states = [
-            _numbered(port, place)
-            for place, (mixer, _) in enumerate(self.layers)
-            for port in mixer.states
-        ]
-        gates = [
-            _numbered(port, place)
-            for place, ports in enumerate(each)
-            for port in ports.outputs
-            if port.root == "gates"
-        ]
-        # What routers hand on comes in at the first layer that takes it, and goes out at the last
-        # that gives it.
-        taken = [port for port in each[0].inputs if port.root == "carry"]
-        given = {
-            port.slot: port for ports in each for port in ports.outputs if port.root == "carry"
-        }
-        ports = Ports(
-            (stream, *asked.values(), *taken), (replace(stream, name="y"), *gates, *given.values())
-        )
-        return with_states(ports, tuple(states), first.explicit)
-
-
-def _numbered(port: Port, place: int) -> Port:
-    """The port of a layer within a stack."""
-    return replace(port, name=f"{port.name}_{place}", slot=port.slot.replace("{0}", f"{{{place}}}"))
 
 
 class StackedLayer(nn.Module):

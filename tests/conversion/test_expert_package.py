@@ -10,10 +10,11 @@ from ane_moe.coreml_tools import ct
 from ane_moe.emit.coreml.package import WEIGHTS, ContentKey, stamp
 from ane_moe.emit.coreml.template import make_template, value_name
 from ane_moe.mlprogram.reader import read_program
+from ane_moe.model.experts import ExpertGroupConfig
 from ane_moe.model.port import shapes_of
 from ane_moe.model.spec import MlpSpec
-from ane_moe.parts.experts import ExpertGroupConfig
-from ane_moe.parts.template_key import TemplateKey, build_unbound, weight_name
+from ane_moe.model.template_key import TemplateKey, weight_name
+from ane_moe.parts.unbound import build_unbound
 from ane_moe.runtime import open_package
 from tests.converted import save_converted
 

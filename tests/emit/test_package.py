@@ -21,9 +21,9 @@ from ane_moe.emit.coreml.package import (
 from ane_moe.emit.coreml.template import make_template, value_name
 from ane_moe.errors import UserError
 from ane_moe.files import sweep
+from ane_moe.model.mlp import DenseConfig
 from ane_moe.model.spec import MlpSpec, NormSpec
-from ane_moe.parts.mlp import DenseConfig
-from ane_moe.parts.template_key import TemplateKey
+from ane_moe.model.template_key import TemplateKey
 
 
 @pytest.fixture(scope="module")

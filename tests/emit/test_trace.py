@@ -6,21 +6,20 @@ from ane_moe.coreml_tools import Model_pb2, ct, validating_once
 from ane_moe.emit.coreml import template as trace
 from ane_moe.emit.coreml.template import ConversionError, make_template
 from ane_moe.emit.coreml.token_count import MARKER, with_token_count
-from ane_moe.model.cca import CcaSpec
+from ane_moe.model.attention import AttentionConfig
+from ane_moe.model.cca import CcaConfig, CcaSpec
 from ane_moe.model.eda_router import EdaRouterSpec
-from ane_moe.model.short_conv import ShortConvSpec
+from ane_moe.model.experts import ExpertGroupConfig, SharedExpertConfig
+from ane_moe.model.head import HeadConfig
+from ane_moe.model.mlp import DenseConfig
+from ane_moe.model.moe import MoeConfig
+from ane_moe.model.routed import RoutedMixerConfig
+from ane_moe.model.short_conv import ShortConvConfig, ShortConvSpec
 from ane_moe.model.spec import GqaSpec, MlpSpec, MoeSpec, NormSpec, RouterSpec, SharedSpec
-from ane_moe.parts.attention import AttentionConfig
-from ane_moe.parts.cca import CcaConfig
-from ane_moe.parts.experts import ExpertGroupConfig, SharedExpertConfig
-from ane_moe.parts.head import HeadConfig
-from ane_moe.parts.mlp import DenseConfig
-from ane_moe.parts.moe import MoeConfig
+from ane_moe.model.stack import StackConfig
+from ane_moe.model.template_key import TemplateKey
 from ane_moe.parts.projection import Projection
-from ane_moe.parts.routed import RoutedMixerConfig
-from ane_moe.parts.short_conv import ShortConvConfig
-from ane_moe.parts.stack import StackConfig
-from ane_moe.parts.template_key import BLOCKS, TemplateKey
+from ane_moe.parts.unbound import BLOCKS
 
 NORM = NormSpec()
 BOTH = (("decode", 1), ("prefill", 8))

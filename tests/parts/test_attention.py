@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers.models.qwen3_moe.modeling_qwen3_moe import apply_rotary_pos_emb
 
+from ane_moe.model.attention import AttentionConfig
 from ane_moe.model.port import shapes_of
 from ane_moe.model.spec import GqaSpec, NormSpec
-from ane_moe.parts.attention import Attention, AttentionConfig
+from ane_moe.parts.attention import Attention
 from ane_moe.parts.block import MASKED
 from ane_moe.parts.rope import rotate
 

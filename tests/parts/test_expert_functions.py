@@ -4,12 +4,15 @@ masked block."""
 import pytest
 import torch
 
+from ane_moe.model.attention import AttentionConfig
+from ane_moe.model.experts import ExpertGroupConfig, SharedExpertConfig
+from ane_moe.model.moe import MoeConfig
 from ane_moe.model.port import shapes_of
+from ane_moe.model.routed import RoutedMixerConfig
 from ane_moe.model.spec import GqaSpec, MlpSpec, MoeSpec, NormSpec, RouterSpec, SharedSpec
-from ane_moe.parts.attention import AttentionConfig
-from ane_moe.parts.experts import ExpertGroup, ExpertGroupConfig, SharedExpert, SharedExpertConfig
-from ane_moe.parts.moe import Moe, MoeConfig
-from ane_moe.parts.routed import RoutedMixer, RoutedMixerConfig
+from ane_moe.parts.experts import ExpertGroup, SharedExpert
+from ane_moe.parts.moe import Moe
+from ane_moe.parts.routed import RoutedMixer
 from tests.models import make_model
 
 TOKENS = 7

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from ane_moe.model.moe import MoeConfig
 from ane_moe.model.spec import MlpSpec, MoeSpec, NormSpec, RouterSpec, SharedSpec
-from ane_moe.parts.moe import Moe, MoeConfig
+from ane_moe.parts.moe import Moe
 
 D_MODEL, EXPERTS, TOKENS = 20, 6, 5
 SPEC = MoeSpec(RouterSpec(EXPERTS, 2), MlpSpec(12), SharedSpec(MlpSpec(16), gated=True))

@@ -28,7 +28,7 @@ from ane_moe.errors import UserError
 from ane_moe.files import is_hidden, replaced, sha256
 from ane_moe.formats.encoded import Encoded, Expansion, Stored
 from ane_moe.mlprogram.blob_writer import BlobWriter
-from ane_moe.parts.template_key import function_name, weight_name
+from ane_moe.model.template_key import function_name, weight_name
 
 MODEL = "Data/com.apple.CoreML/model.mlmodel"
 WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"

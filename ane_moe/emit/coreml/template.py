@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ane_moe.coreml_tools import BlobReader, MIL_pb2, Model_pb2, ct, validating_once
 from ane_moe.emit.coreml.token_count import MARKER, with_token_count
 from ane_moe.model.port import Port, Ports, Shape, shapes_of
+from ane_moe.model.template_key import TemplateKey
 from ane_moe.parts.block import Block
-from ane_moe.parts.template_key import TemplateKey, build_unbound
+from ane_moe.parts.unbound import build_unbound
 
 # What our graphs need of coremltools' 95 default passes: a quarter of the time, the same program.
 # In particular none of those that fold weights.

@@ -1,0 +1,20 @@
+"""Grouped-query attention as data."""
+
+from dataclasses import dataclass
+
+from ane_moe.model.kv_cache import cache_ports, cache_states
+from ane_moe.model.mixer import MixerConfig
+from ane_moe.model.port import Port
+from ane_moe.model.spec import GqaSpec
+
+
+@dataclass(frozen=True)
+class AttentionConfig(MixerConfig):
+    mixer: GqaSpec
+
+    @property
+    def states(self) -> tuple[Port, ...]:
+        return cache_states(self.mixer.kv_heads, self.mixer.head_dim, self.slots)
+
+    def host(self, tokens: int) -> tuple[Port, ...]:
+        return cache_ports(self.mixer.rope, self.rotary, self.mixer.window, self.slots, tokens)

@@ -1,0 +1,18 @@
+"""Mixers by the type of their spec: each mixer lists its configuration here."""
+
+from ane_moe.model.attention import AttentionConfig
+from ane_moe.model.cca import CcaConfig, CcaSpec
+from ane_moe.model.mixer import MixerConfig
+from ane_moe.model.short_conv import ShortConvConfig, ShortConvSpec
+from ane_moe.model.spec import GqaSpec
+
+CONFIGS: dict[type, type[MixerConfig]] = {
+    GqaSpec: AttentionConfig,
+    CcaSpec: CcaConfig,
+    ShortConvSpec: ShortConvConfig,
+}
+
+
+def mixer_config(spec: object) -> type[MixerConfig]:
+    """The configuration of the part that computes a mixer."""
+    return CONFIGS[type(spec)]

@@ -1,0 +1,35 @@
+"""A mixer and routing in one call, as data."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from ane_moe.model.mixer import MixerConfig
+from ane_moe.model.port import FFN_INPUT, Port, Ports
+from ane_moe.model.router import router_ports
+from ane_moe.model.spec import AnyRouterSpec, residual_rows
+from ane_moe.model.weight import Row, Weight
+
+
+@dataclass(frozen=True)
+class RoutedMixerConfig:
+    mixer: MixerConfig
+    router: AnyRouterSpec
+    affine: bool = False
+
+    def rows(self) -> Iterator[Row]:
+        """The block's parameters, in its own order."""
+        d = self.mixer.d_model
+        yield from (row.under("attn") for row in self.mixer.rows())
+        yield Weight("ffn.norm.weight", (d,))
+        yield from (row.under("ffn.router") for row in self.router.rows(d))
+        if self.affine:
+            yield from (row.under("ffn") for row in residual_rows(d))
+
+    def ports(self, tokens: int) -> Ports:
+        ports, routing = self.mixer.ports(tokens), router_ports(self.router, tokens)
+        normed = Port("ffn_input", (1, self.mixer.d_model, 1, tokens), FFN_INPUT)
+        return replace(
+            ports,
+            inputs=(*ports.inputs, *routing.inputs),
+            outputs=(*ports.outputs, normed, *routing.outputs),
+        )
