@@ -5,7 +5,9 @@ downloaded.
 
 Config, keys, shapes and dtype are the real model's, cut to `--layers`; weights are scaled so that
 activations stay finite and routing is uneven. Memory stays bounded: every tensor is a run of one
-block of random numbers, read from a place of its own.
+block of random numbers, read from a place of its own. With `--spectrum trained` half the variance
+of a matrix lies in a few directions whose singular values fall as a power law, as trained matrices
+have it, and some experts are chosen far more often than others.
 """
 
 import json
@@ -30,6 +32,12 @@ from ane_moe.model.weight import EMBEDDING, HEAD
 
 # Elements; a prime, so that no two rows or tensors of a power-of-two size are alike.
 BLOCK = 8_388_593
+# A trained matrix: this share of its variance lies in so many directions; the singular values of
+# those fall with the square root of their rank.
+LEADING_SHARE, LEADING = 0.5, 32
+# Deviation of the logarithm of a router row's length: the long rows win most tokens.
+ROUTER_SPREAD = 0.5
+SPECTRA = ("flat", "trained")
 DTYPES = {
     "bfloat16": ("BF16", torch.bfloat16),
     "float16": ("F16", torch.float16),
@@ -245,6 +253,7 @@ class Tensor:
     shape: tuple[int, ...]
     mean: float
     std: float
+    router: bool = False
 
     @property
     def elements(self) -> int:
@@ -270,6 +279,7 @@ def planned_tensors(spec: ModelSpec) -> list[Tensor]:
             source.key,
             source.stored_shape,
             *_distribution(str(source.name), source.stored_shape, len(spec.layers)),
+            "router" in str(source.name),
         )
         for source in stored.values()
     ]
@@ -297,7 +307,7 @@ def _distribution(name: str, shape: tuple[int, ...], layers: int) -> tuple[float
 
 
 def write_checkpoint(
-    folder: Path, config: dict[str, Any], dtype: str, seed: int, shard_bytes: int
+    folder: Path, config: dict[str, Any], noise: "Noise", dtype: str, shard_bytes: int
 ) -> int:
     """Write config.json and random weights into `folder`; returns the bytes of the weights."""
     spec = load_family(config["model_type"]).spec(Config(config))
@@ -306,7 +316,6 @@ def write_checkpoint(
     names = [
         f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)
     ]
-    noise = Noise(dtype, seed)
     for name, tensors in zip(names, files, strict=True):
         with (folder / name).open("wb") as stream:
             stream.write(_header(tensors, dtype))
@@ -370,6 +379,36 @@ class Noise:
         return (self.unit * std + mean).to(self.dtype).view(torch.uint8).numpy().data
 
 
+class TrainedNoise(Noise):
+    """As `Noise`, but matrices have leading directions and routers have long and short rows."""
+
+    def write(self, tensor: Tensor, stream: BinaryIO) -> None:
+        """Append the bytes of `tensor`, some rows at a time."""
+        if len(tensor.shape) < 2 or tensor.mean or tensor.shape[-1] <= LEADING:
+            return super().write(tensor, stream)
+        columns = tensor.shape[-1]
+        rows = tensor.elements // columns
+        falling = torch.arange(1, LEADING + 1) ** -0.5
+        falling = falling * (LEADING_SHARE / falling.square().sum()) ** 0.5
+        right = falling[:, None] * self._run(LEADING, columns)  # (LEADING, columns)
+        step = max(1, BLOCK // columns)
+        for first in range(0, rows, step):
+            count = min(step, rows - first)
+            values = self._run(count, columns).mul((1 - LEADING_SHARE) ** 0.5)
+            values.addmm_(self._run(count, LEADING), right)
+            if tensor.router:
+                values *= (self._run(count, 1) * ROUTER_SPREAD).exp()
+            values = values.mul_(tensor.std).to(self.dtype)
+            stream.write(values.view(torch.uint8).numpy().data)
+
+    def _run(self, rows: int, columns: int) -> torch.Tensor:
+        """Normal numbers from a place of their own, (rows, columns)."""
+        wanted, place = rows * columns, self.places.randrange(BLOCK)
+        start, rest = self.unit[place : place + wanted], wanted - (BLOCK - place)
+        run = torch.cat([start, self.unit[:rest]]) if rest > 0 else start.clone()
+        return run.reshape(rows, columns)
+
+
 def main(
     like: Annotated[
         str, typer.Option(help=f"The model whose geometry to copy: {', '.join(PRESETS)}.")
@@ -379,18 +418,20 @@ def main(
         int | None, typer.Option(help="How many layers to keep; all by default.", min=1)
     ] = None,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "bfloat16",
+    spectrum: Annotated[str, typer.Option(help=f"One of {', '.join(SPECTRA)}.")] = "flat",
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
     shard_mb: Annotated[int, typer.Option(help="Largest weight file, in MB.", min=1)] = 1000,
 ) -> None:
     """Write a random checkpoint with a real model's geometry."""
-    if like not in PRESETS:
-        raise typer.BadParameter(
-            f"{like!r} is not one of {', '.join(PRESETS)}", param_hint="--like"
-        )
-    if dtype not in DTYPES:
-        raise typer.BadParameter(
-            f"{dtype!r} is not one of {', '.join(DTYPES)}", param_hint="--dtype"
-        )
+    for option, value, known in (
+        ("--like", like, PRESETS),
+        ("--dtype", dtype, DTYPES),
+        ("--spectrum", spectrum, SPECTRA),
+    ):
+        if value not in known:
+            raise typer.BadParameter(
+                f"{value!r} is not one of {', '.join(known)}", param_hint=option
+            )
     if out.exists():
         raise typer.BadParameter(f"{out} exists", param_hint="--out")
     config = PRESETS[like]
@@ -400,7 +441,8 @@ def main(
     unfinished = out.with_name(f".{out.name}.tmp")
     unfinished.mkdir(parents=True)
     try:
-        total = write_checkpoint(unfinished, config, dtype, seed, shard_mb * 1_000_000)
+        noise = (TrainedNoise if spectrum == "trained" else Noise)(dtype, seed)
+        total = write_checkpoint(unfinished, config, noise, dtype, shard_mb * 1_000_000)
         os.replace(unfinished, out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

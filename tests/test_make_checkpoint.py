@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import typer
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -112,23 +113,52 @@ def test_wrong_options_are_usage_errors_that_leave_nothing(
         ("--like", "gpt-2", "--out", out),
         ("--like", "olmoe-1b-7b", "--out", str(tmp_path)),
         ("--like", "olmoe-1b-7b", "--out", out, "--dtype", "int4"),
+        ("--like", "olmoe-1b-7b", "--out", out, "--spectrum", "white"),
         ("--like", "olmoe-1b-7b", "--out", out, "--layers", "0"),
     ):
         assert exit_code(script, *arguments) == 2
     assert os.listdir(tmp_path) == []
 
 
+def small_config(script: ModuleType) -> dict:
+    small = {"num_hidden_layers": 1, "hidden_size": 128, "vocab_size": 100}
+    return script.PRESETS["olmoe-1b-7b"] | small
+
+
+@pytest.mark.parametrize("noise", ["Noise", "TrainedNoise"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_the_same_seed_gives_the_same_bytes(script: ModuleType, dtype: str, tmp_path: Path) -> None:
-    config = script.PRESETS["olmoe-1b-7b"] | {
-        "num_hidden_layers": 1,
-        "hidden_size": 128,
-        "vocab_size": 100,
-    }
+def test_the_same_seed_gives_the_same_bytes(
+    script: ModuleType, dtype: str, noise: str, tmp_path: Path
+) -> None:
     files = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         (tmp_path / name).mkdir()
-        script.write_checkpoint(tmp_path / name, config, dtype, seed, 10**9)
+        made = getattr(script, noise)(dtype, seed)
+        script.write_checkpoint(tmp_path / name, small_config(script), made, dtype, 10**9)
         describe(open_checkpoint(tmp_path / name))
         files.append(next((tmp_path / name).glob("*.safetensors")).read_bytes())
     assert files[0] == files[1] != files[2]
+
+
+def test_a_trained_spectrum_has_leading_directions_and_an_uneven_router(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    config = small_config(script) | {"hidden_size": 512}
+    shares, uses = {}, {}
+    for name in ("Noise", "TrainedNoise"):
+        (tmp_path / name).mkdir()
+        made = getattr(script, name)("float32", 0)
+        script.write_checkpoint(tmp_path / name, config, made, "float32", 10**9)
+        weights = load_file(next((tmp_path / name).glob("*.safetensors")))
+        layer = "model.layers.0."
+        matrix, router = (
+            weights[layer + part] for part in ("self_attn.q_proj.weight", "mlp.gate.weight")
+        )
+        assert matrix.std().item() == pytest.approx(512**-0.5, rel=0.05)
+        energies = torch.linalg.svdvals(matrix).square()
+        shares[name] = (energies[:32].sum() / energies.sum()).item()
+        chosen = (torch.randn(4096, 512) @ router.T).topk(8).indices
+        uses[name] = chosen.flatten().bincount(minlength=64).max().item() / 4096
+    assert shares["Noise"] < 0.25
+    assert 0.5 < shares["TrainedNoise"] < 0.65
+    assert uses["Noise"] < 0.2 < uses["TrainedNoise"]
