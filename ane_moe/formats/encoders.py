@@ -5,26 +5,29 @@ serves both.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
-import torch
 
 from ane_moe.errors import UserError
 from ane_moe.formats.encoded import Encoded, Expansion, Stored
-from ane_moe.formats.palettes import assign, assign_vectors, fit_palettes, fit_vectors
+from ane_moe.formats.palettes import assign, fit_palettes
+from ane_moe.formats.scales import LEAST_SCALE, fp16_scale
+from ane_moe.half import from_half, narrowed
 
-CHUNK = 1 << 19  # elements of a matrix treated at a time
+CHUNK = 1 << 17  # elements of a matrix treated at a time: half a megabyte of fp32
+CHUNK_OF_SUMS = 1 << 19  # the same, where a sum may depend on it
 # The levels of Apple's on-device model (its 2025 foundation model report).
 APPLE_LEVELS = (-1.5, -0.5, 0.5, 1.5)
-LARGEST_FIXED_SCALE = 43648.0  # 1.5 times the next larger fp16 number is infinite
-SCALE_ROUNDS = 8
-CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
-LEAST_SCALE = 2.0**-24  # the smallest fp16 number
+INFINITE = 0x7C00
 TYPICAL_SIDE = 4096  # of the square matrix that stands for all
 DEFAULT_GROUP = 16  # coremltools' guide: 8 or 16 output channels a palette
+
+# Writes integers `(R, B, n)` and scales `(R, B)` of fp32 `(R, B, n)`.
+Rounding = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
 
 
 @dataclass(frozen=True)
@@ -69,17 +72,10 @@ class Linear(Format):
         rows, columns = _require_finite(weight)
         blocks = columns // self._size(columns)
         data, scale = np.empty((rows, columns), np.int8), np.empty((rows, blocks), np.float16)
-        clips = (1.0,) if self.bits == 8 else CLIPS
+        round_off = self._rounding(moments)
         for first, last in _row_chunks(rows, columns):
-            w = torch.from_numpy(weight[first:last]).float().reshape(last - first, blocks, -1)
-            m = (
-                None
-                if moments is None
-                else torch.from_numpy(moments).float().reshape(1, blocks, -1)
-            )
-            q, s = _integers(w, m, 2 ** (self.bits - 1) - 1, clips)
-            data[first:last] = q.reshape(last - first, columns).numpy()
-            scale[first:last] = s.half().reshape(last - first, blocks).numpy()
+            w = from_half(weight[first:last]).reshape(last - first, blocks, -1)
+            round_off(w, data[first:last].reshape(w.shape), scale[first:last])
         inputs = {
             "data": Stored(_conv(data), f"int{self.bits}"),
             "scale": Stored(_conv(scale), "fp16"),
@@ -97,6 +93,16 @@ class Linear(Format):
 
     def _size(self, columns: int) -> int:
         return _divisor(columns, self.block) if self.block else columns
+
+    def _rounding(self, moments: np.ndarray | None) -> Rounding:
+        """How integers and scales are found: where errors are weighed, some of the largest weights
+        may be cut off."""
+        top = 2 ** (self.bits - 1) - 1
+        if self.bits == 8 and moments is None:
+            return partial(_rounded, top)
+        from ane_moe.formats.integers import fit_integers  # torch, which int8 does without
+
+        return partial(fit_integers, moments, top, self.bits < 8)
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,8 @@ class Palette(Format):
         return _divisor(rows, self.group) if self.group else rows
 
     def _vectors(self, weight: np.ndarray, groups: int, moments: np.ndarray | None) -> Encoded:
+        from ane_moe.formats.vector_palettes import assign_vectors, fit_vectors  # torch
+
         rows, columns = weight.shape
         length = _divisor(rows // groups, self.vector)
         vectors = weight.reshape(rows // length, length, columns).transpose(0, 2, 1)
@@ -169,22 +177,19 @@ class FixedPalette(Format):
     group: int = 1
 
     def encode(self, weight: np.ndarray, moments: np.ndarray | None = None) -> Encoded:
+        from ane_moe.formats.two_levels import two_level_scale  # torch
+
         rows, columns = _require_finite(weight)
         size = _divisor(rows, self.group)
         scale, indices = np.empty(rows // size, np.float16), np.empty((rows, columns), np.uint8)
-        step = max(1, CHUNK // (size * columns))
+        step = max(1, CHUNK_OF_SUMS // (size * columns))
+        m = np.ones(size * columns, np.float32) if moments is None else np.tile(moments, size)
         for first in range(0, len(scale), step):
             part = slice(first * size, min(first + step, len(scale)) * size)
-            w = torch.from_numpy(weight[part]).float().reshape(-1, size * columns)
-            m = (
-                torch.ones(size * columns)
-                if moments is None
-                else torch.from_numpy(np.tile(moments, size)).float()
-            )
-            s = _two_level_scale(w, m)
-            scale[first : first + step] = s.numpy()
-            outer = (w.abs().numpy() >= s.float()[:, None].numpy()).view(np.uint8)  # 0.5 or 1.5
-            negative = (w.numpy() < 0).view(np.uint8)
+            w = from_half(weight[part]).reshape(-1, size * columns)
+            scale[first : first + step] = s = two_level_scale(w, m)
+            outer = (np.abs(w) >= from_half(s)[:, None]).view(np.uint8)  # 0.5 or 1.5
+            negative = (w < 0).view(np.uint8)
             # Indices 3 and 2, mirrored, are 0 and 1.
             indices[part] = ((outer | 2) ^ (3 * negative)).reshape(-1, columns)
         levels = np.tile(np.array(APPLE_LEVELS, np.float16), (len(scale), 1))
@@ -347,63 +352,14 @@ def _joined(
     return Encoded((Expansion(type_, inputs, outputs), last))
 
 
-def _integers(
-    w: torch.Tensor, m: torch.Tensor | None, top: int, clips: tuple[float, ...]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Integers int8 and scales of `(R, B, n)`, the clip of least error for each block."""
-    largest = w.abs().amax(2, keepdim=True)
-    best_q, best_s, least = None, None, None
-    for clip in clips:
-        scale = _fp16_scale(largest * (clip / top), top)
-        q = (w / scale).round_().clamp_(-top, top)
-        if len(clips) == 1 and m is None:
-            return q.to(torch.int8), scale
-        error = ((q * scale - w) ** 2 * (1 if m is None else m)).sum(2, keepdim=True)
-        if best_q is None or best_s is None or least is None:
-            best_q, best_s, least = q, scale, error
-        else:
-            better = error < least
-            best_q, best_s = torch.where(better, q, best_q), torch.where(better, scale, best_s)
-            least = torch.where(better, error, least)
-    assert best_q is not None and best_s is not None
-    return best_q.to(torch.int8), best_s if m is None else _refined(w, m, best_q, best_s, top)
-
-
-def _refined(
-    w: torch.Tensor, m: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, top: int
-) -> torch.Tensor:
-    """The scale of least squares for these integers; where there is none, the one given."""
-    squares = (m * q * q).sum(2, keepdim=True)
-    fitted = (m * w * q).sum(2, keepdim=True) / squares.clamp(min=1e-30)
-    return torch.where((squares > 0) & (fitted > LEAST_SCALE), _fp16_scale(fitted, top), scale)
-
-
-def _fp16_scale(scale: torch.Tensor, top: int) -> torch.Tensor:
-    """The scale as fp16 holds it: not 0, rounded up where it is subnormal and coarse (a lower one
-    would cut off the largest weights), and not so large that `top` times it overflows."""
-    stored = scale.clamp(min=LEAST_SCALE).half().float()
-    stored = torch.where(stored < scale * (1 - 2**-10), stored + LEAST_SCALE, stored)
-    return torch.where(
-        stored * top >= 65520,
-        torch.nextafter(stored.half(), torch.zeros(()).half()).float(),
-        stored,
-    )
-
-
-def _two_level_scale(w: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
-    """fp16 scales `(R,)` of `(R, n)`: least squares for the levels chosen, in turns (Lloyd for a
-    fixed shape)."""
-    magnitude = w.abs()
-    weighted, total, mass = m * magnitude, magnitude @ m, m.sum()
-    scale, outer = magnitude.mean(1).clamp(min=LEAST_SCALE), torch.empty_like(magnitude)
-    for _ in range(SCALE_ROUNDS):
-        # The level is 0.5 + outer, its square 0.25 + 2 outer.
-        torch.ge(magnitude, scale[:, None], out=outer)
-        above = (weighted * outer).sum(1)
-        scale = ((total / 2 + above) / (mass / 4 + 2 * (outer @ m)).clamp(min=1e-30)).clamp(
-            min=LEAST_SCALE
-        )
-    return scale.clamp(max=LARGEST_FIXED_SCALE).half()
+def _rounded(top: int, w: np.ndarray, data: np.ndarray, scale: np.ndarray) -> None:
+    """Write int8 `data` `(R, B, n)` and fp16 `scale` `(R, B)` of fp32 `w`, which is used up."""
+    largest = np.maximum(w.max(2), -w.min(2))
+    scale[...] = fp16_scale(largest * np.float32(1 / top), top)
+    w /= from_half(scale)[:, :, None]
+    np.rint(w, out=w)
+    np.clip(w, -top, top, out=w)
+    np.copyto(data, w, casting="unsafe")
 
 
 def _row_scale(weight: np.ndarray) -> np.ndarray:
@@ -415,9 +371,7 @@ def _row_scale(weight: np.ndarray) -> np.ndarray:
 def _divided(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
     out = np.empty_like(weight)
     for first, last in _row_chunks(*weight.shape):
-        out[first:last] = weight[first:last].astype(np.float32) / scale[first:last].astype(
-            np.float32
-        )
+        out[first:last] = narrowed(from_half(weight[first:last]) / from_half(scale[first:last]))
     return out
 
 
@@ -463,7 +417,7 @@ def _require_finite(weight: np.ndarray) -> tuple[int, int]:
     if weight.ndim != 2 or weight.dtype != np.float16:
         raise ValueError(f"a weight is fp16 (rows, columns), not {weight.dtype} {weight.shape}")
     for first, last in _row_chunks(*weight.shape):
-        if ((weight[first:last].view(np.uint16) & 0x7C00) == 0x7C00).any():
+        if (weight[first:last].view(np.uint16) & 0x7FFF).max(initial=0) >= INFINITE:
             raise ValueError("NaN or Inf cannot be encoded")
     return weight.shape[0], weight.shape[1]
 

@@ -7,21 +7,21 @@ every level is the mean of its cell, Lloyd's condition ("Least squares quantizat
 a level depends on its neighbours alone, so a step is one tridiagonal system. The result is
 deterministic, and a local optimum.
 
-Shapes: G groups, each with a palette of its own; N values in a group; E entries; V the length of a
-vector.
+Shapes: G groups, each with a palette of its own; N values in a group; E entries.
 """
 
 from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
-import torch
-from scipy.linalg.lapack import dgtsv
+
+from ane_moe.half import from_half
 
 CODES = 1 << 16
 FEW = 16  # up to so many entries bins are COARSE, else FINE: many entries go to single outliers too
 COARSE, FINE = 4, 2  # 16 or 4 neighbouring values in a bin: 1.6 % and 0.4 % of their size
 LARGEST = 65504.0
+ONE = 2.0**24  # of a count, above the sum of steps of a group of up to CODES values
 GROUPS_AT_ONCE = 64  # of coarse bins: 4 MB
 CHUNK = 1 << 18
 ITERATIONS = 40
@@ -29,8 +29,6 @@ NEARBY = 4  # bins to either side over which a density is taken
 STIFFEST = 0.95  # see _newton_step
 SPLIT_AT_ONCE = 4  # of so many clusters one is split at a time
 SETTLED = 1e-4  # stop when the error changes by less than this share
-VECTOR_ITERATIONS = 25
-VECTOR_SAMPLE = 1 << 15  # vectors of a group that its palette is fitted to
 
 # All fp16 values by code; codes count up from 0 for positive values and from 0x8000, downwards, for
 # negative ones.
@@ -44,10 +42,12 @@ _SORTED = np.where(np.isfinite(_VALUES), _VALUES, np.copysign(np.float16(np.inf)
 
 class _Bins:
     """The 65,536 values in bins of `1 << shift` neighbours; `ascending` orders these, as `starts`
-    and `ends` are."""
+    and `ends` are. The values of a bin are its `first` one and so many times `step` more."""
 
     def __init__(self, shift: int):
         self.shift, self.count = shift, CODES >> shift
+        self.first = _FINITE[:: 1 << shift].astype(np.float64)
+        self.step = _FINITE[1 :: 1 << shift] - self.first
         self.ascending = _ASCENDING[:: 1 << shift] >> shift
         self.ends = np.clip(
             _SORTED[(1 << shift) - 1 :: 1 << shift].astype(np.float64), -LARGEST, LARGEST
@@ -61,10 +61,17 @@ class _Bins:
         codes."""
         if len(values) > CODES:  # each code once is less to gather
             values, weights = _FINITE, _counts(values, weights)
-        bins = (values.view(np.uint16) >> self.shift).astype(np.intp)
-        wide = torch.from_numpy(values).double().numpy()
-        mass = np.bincount(bins, weights, self.count)
-        return mass, np.bincount(bins, wide if weights is None else wide * weights, self.count)
+        codes = values.view(np.uint16)
+        bins = (codes >> self.shift).astype(np.intp)
+        if weights is not None:
+            wide = from_half(values).astype(np.float64)
+            mass = np.bincount(bins, weights, self.count)
+            return mass, np.bincount(bins, wide * weights, self.count)
+        # Values and steps counted at once: whole numbers, so that no sum is rounded.
+        steps = (codes & ((1 << self.shift) - 1)).astype(np.float64)
+        steps += ONE
+        mass, steps = np.divmod(np.bincount(bins, steps, self.count), ONE)
+        return mass, mass * self.first + steps * self.step + 0.0
 
 
 @cache
@@ -117,37 +124,6 @@ def _chunks(count: int) -> Iterator[slice]:
     """Of an array: numpy makes 64-bit indices of what it counts and looks up, which then stay in
     the cache."""
     return (slice(first, first + CHUNK) for first in range(0, count, CHUNK))
-
-
-def fit_vectors(groups: np.ndarray, entries: int, weights: np.ndarray | None = None) -> np.ndarray:
-    """Palettes of vectors, fp16 `(G, E, V)`, of `(G, N, V)`: Lloyd's algorithm on an even sample of
-    each group.
-
-    `weights` `(G, N)` say how much a vector's error counts.
-    """
-    palettes = np.empty((len(groups), entries, groups.shape[2]), np.float16)
-    for number, group in enumerate(groups):
-        step = -(-len(group) // VECTOR_SAMPLE)
-        points = torch.from_numpy(group[::step].astype(np.float32))
-        mass = (
-            torch.ones(len(points))
-            if weights is None
-            else torch.from_numpy(weights[number, ::step]).float()
-        )
-        palettes[number] = _lloyd_vectors(points, mass, entries).numpy().astype(np.float16)
-    return palettes
-
-
-def assign_vectors(groups: np.ndarray, palettes: np.ndarray) -> np.ndarray:
-    """For vectors `(G, N, V)` the nearest entry of each group's palette `(G, E, V)`, as uint8 `(G,
-    N)`."""
-    indices = np.empty(groups.shape[:2], np.uint8)
-    for values, palette, out in zip(groups, palettes, indices, strict=True):
-        entries = torch.from_numpy(palette.astype(np.float32))
-        for first in range(0, len(values), VECTOR_SAMPLE):
-            points = torch.from_numpy(values[first : first + VECTOR_SAMPLE].astype(np.float32))
-            out[first : first + VECTOR_SAMPLE] = _nearest_vectors(points, entries).numpy()
-    return indices
 
 
 def _fit(groups: np.ndarray, entries: int, weights: np.ndarray | None, bins: _Bins) -> np.ndarray:
@@ -286,6 +262,8 @@ def _newton_step(
     kept below 1, where a density is not concave: then the system has a solution, of at most 1 / (1
     - STIFFEST) Lloyd steps.
     """
+    from scipy.linalg.lapack import dgtsv  # takes longer to import than a plan to print
+
     nothing, thin = np.zeros((len(levels), 1)), np.maximum(mass, 1e-30)
     left = np.hstack([nothing, density * (means[:, 1:] - borders)]) / thin
     right = np.hstack([density * (borders - means[:, :-1]), nothing]) / thin
@@ -314,28 +292,3 @@ def _nearest(palette: np.ndarray) -> np.ndarray:
             nearest[max(start, half) - half : end - half] = entry
         start = end
     return nearest
-
-
-def _lloyd_vectors(points: torch.Tensor, mass: torch.Tensor, entries: int) -> torch.Tensor:
-    """Entries `(E, V)` of `points` `(N, V)`, starting from points at even steps along their length
-    and direction."""
-    order = torch.argsort(points.sum(1), stable=True)
-    levels = points[order[torch.linspace(0, len(points) - 1, entries).long()]].clone()
-    weighted = points * mass[:, None]
-    for _ in range(VECTOR_ITERATIONS):
-        nearest = _nearest_vectors(points, levels)
-        totals = torch.zeros_like(levels).index_add_(0, nearest, weighted)
-        share = torch.zeros(entries).index_add_(0, nearest, mass)
-        empty = share == 0
-        levels = torch.where(empty[:, None], levels, totals / share.clamp(min=1e-30)[:, None])
-        unused = empty.nonzero()[: len(points), 0]  # they go where the error is largest
-        if len(unused):
-            error = ((points - levels[nearest]) ** 2).sum(1) * mass
-            levels[unused] = points[
-                torch.argsort(error, descending=True, stable=True)[: len(unused)]
-            ]
-    return levels
-
-
-def _nearest_vectors(points: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    return ((levels**2).sum(1) / 2 - points @ levels.T).argmin(1)
