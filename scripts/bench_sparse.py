@@ -91,7 +91,7 @@ def run(path: str, arguments: argparse.Namespace, count: int) -> dict[str, Any]:
 
 
 def template(arguments: argparse.Namespace, function: str) -> Any:
-    from ane_moe.emit.coreml.template import make_template
+    from ane_moe.emit.coreml.tracing import make_template
     from ane_moe.model.experts import ExpertGroupConfig
     from ane_moe.model.spec import MlpSpec
     from ane_moe.model.template_key import TemplateKey

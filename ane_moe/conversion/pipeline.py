@@ -27,18 +27,19 @@ from ane_moe.conversion.side_files import write_routers
 from ane_moe.conversion.stamping import (
     TOOLS,
     Done,
+    ShardJob,
     reuse_shard,
     shard_job,
     stamp_embedding,
     stamp_shard,
-    trace_template,
 )
-from ane_moe.conversion.workers import Pool, open_pool, peak_memory_bytes, run, run_then, start
+from ane_moe.conversion.templates import templates_of
+from ane_moe.conversion.workers import Pool, open_pool, peak_memory_bytes, run, start
 from ane_moe.emit.coreml.package import disk_error
 from ane_moe.emit.coreml.template import Template
+from ane_moe.emit.coreml.template_cache import TemplateCache
 from ane_moe.errors import UserError
 from ane_moe.files import sha256
-from ane_moe.formats.budget import fit_budget, measure_sensitivity, reach_cosine
 from ane_moe.formats.calibration import FILE_NAME as CALIBRATION
 from ane_moe.formats.calibration import is_calibration_of
 from ane_moe.manifest import Manifest
@@ -219,6 +220,8 @@ def _calibration(job: Job, meter: _Meter) -> Path | None:
 
 def _with_formats(pool: Pool, job: Job, meter: _Meter) -> Job:
     """The job with a format for each matrix, within the budget or the least cosine asked for."""
+    from ane_moe.formats.budget import fit_budget, measure_sensitivity, reach_cosine  # torch
+
     plan, options, measured = job.plan, job.plan.options, []
     assert job.calibration is not None
     calls = [
@@ -265,21 +268,20 @@ def _finished(pool: Pool, job: Job, meter: _Meter) -> list[Done]:
 
 
 def _stamp_rest(pool: Pool, job: Job, finished: set[str], meter: _Meter) -> list[Done]:
-    """Trace one template per distinct block among the unfinished shards; write each shard as soon
-    as it has its own."""
+    """Write each unfinished shard as soon as it has its templates, one for each distinct block."""
     rest = [shard for shard in job.plan.shards if shard.path not in finished]
     keys = dict.fromkeys(key for shard in rest for key in shard.graphs.values())
-    templates: dict[TemplateKey, Template] = {}
 
-    def ready(traced: tuple[TemplateKey, Template]) -> Iterator[tuple[Any, ...]]:
-        key, templates[key] = traced
-        for shard in rest:
-            if key in shard.graphs.values() and templates.keys() >= set(shard.graphs.values()):
-                own = {prefix: templates[graph] for prefix, graph in shard.graphs.items()}
-                yield shard_job(job, shard), own
+    def ready() -> Iterator[tuple[ShardJob, dict[str, Template]]]:
+        templates: dict[TemplateKey, Template] = {}
+        for key, template in templates_of(keys, TemplateCache()):
+            templates[key] = template
+            for shard in rest:
+                if key in shard.graphs.values() and templates.keys() >= set(shard.graphs.values()):
+                    own = {prefix: templates[graph] for prefix, graph in shard.graphs.items()}
+                    yield shard_job(job, shard), own
 
-    stamped = run_then(pool, trace_template, [(key,) for key in keys], stamp_shard, ready)
-    return [meter.shard(done) for done in stamped]
+    return [meter.shard(done) for done in run(pool, stamp_shard, ready())]
 
 
 def _prompt_ids(job: Job, prompts: Path | None) -> list[list[int]]:

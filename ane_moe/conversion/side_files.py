@@ -1,5 +1,6 @@
 """What a conversion holds beside its shards: the embedding table and the router tables."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,31 +11,39 @@ from ane_moe.files import replaced
 from ane_moe.formats.recipe import find_format
 from ane_moe.model.weight import WeightName
 
-EMBED_CHUNK_BYTES = 32_000_000
+EMBED_CHUNK_BYTES = 1 << 20  # read, hashed and written while they are in the cache
 LARGEST = 60_000  # below fp16's end; which experts score highest does not change with the scale
 
 
 def write_embedding(
     checkpoint: Checkpoint, source: TensorSource, path: Path, form: str, hasher: Hasher
-) -> None:
+) -> str:
     """The embedding table, a run of rows at a time: fp16, or int8 and then the rows' scales
-    (loop/embedding_table.py). `hasher` is fed what is read."""
+    (loop/embedding_table.py). `hasher` is fed what is read. Returns the file's sha256 (hex)."""
     rows, width = source.shape
     step = max(1, EMBED_CHUNK_BYTES // (2 * width))
     buffer = np.empty((step, width), np.float16)
     scales: list[np.ndarray] = []
-    with replaced(path) as temporary, temporary.open("wb") as stream:
+    digest = hashlib.sha256()
+    with replaced(path) as temporary, temporary.open("wb", buffering=0) as stream:
+
+        def write(values: np.ndarray) -> None:
+            digest.update(values.data)
+            stream.write(values.data)
+
         for first in range(0, rows, step):
             last = min(first + step, rows)
             run = source.part(first, last)
             part = checkpoint.read(run, out=buffer[: last - first], hasher=hasher)
             if (encoded := find_format(form).encode(part)) is None:
-                stream.write(part.data)
+                write(part)
             else:
                 (linear,) = encoded.arrays
-                stream.write(linear["data"].data)
+                write(linear["data"])
                 scales.append(linear["scale"].reshape(-1))
-        stream.writelines(scale.data for scale in scales)
+        for scale in scales:
+            write(scale)
+    return digest.hexdigest()
 
 
 def write_routers(

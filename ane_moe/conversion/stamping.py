@@ -1,10 +1,14 @@
-"""One shard's part of a conversion, as a worker does it: trace, stamp, or find it finished."""
+"""One shard's part of a conversion, as a worker does it: stamp it, or find it finished.
+
+In a process that imports neither torch nor coremltools, unless a weight format needs torch.
+"""
 
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,13 +18,11 @@ from ane_moe.conversion.plan import OneHot, Recovery, ShardPlan
 from ane_moe.conversion.side_files import write_embedding
 from ane_moe.conversion.workers import peak_memory_bytes
 from ane_moe.emit.coreml.package import ContentKey, Weight, file_hashes, read_content_key, stamp
-from ane_moe.emit.coreml.template import Template, make_template
+from ane_moe.emit.coreml.template import Template
 from ane_moe.files import sha256
 from ane_moe.formats.calibration import Moments
-from ane_moe.formats.low_rank import LowRank, split_directions
 from ane_moe.formats.recipe import Choice, find_format
 from ane_moe.model.port import Shape
-from ane_moe.model.template_key import TemplateKey
 
 TOOLS = ("ane-moe", "coremltools", "torch")
 ENCODING = 2  # counts up when a weight format comes to give other bytes
@@ -37,10 +39,6 @@ class Done:
     files: dict[str, str]
     peak_memory_bytes: int
     process: int
-
-
-def trace_template(key: TemplateKey) -> tuple[TemplateKey, Template]:
-    return key, make_template(key)
 
 
 @dataclass(frozen=True)
@@ -65,24 +63,23 @@ def reuse_shard(job: ShardJob) -> Done | None:
     key = read_content_key(job.out / job.shard.path)
     if key is None or key != _expected_key(job):
         return None
-    return _report(job, key, reused=True)
+    return _report(job, key, file_hashes(job.out / job.shard.path), reused=True)
 
 
 def stamp_shard(job: ShardJob, templates: dict[str, Template]) -> Done:
     key, path = _key(job), job.out / job.shard.path
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = stamp(templates, _values(job, key), key, path)
-    return _report(job, written.content_key, reused=False)
+    formats = [find_format(choice.format) for choice in job.shard.choices.values()]
+    more = sum(form.stored_arrays - 1 for form in formats)
+    written = stamp(templates, _values(job, key), key, path, more)
+    return _report(job, written.content_key, written.files, reused=False)
 
 
-def _report(job: ShardJob, content_key: str, reused: bool) -> Done:
-    shard = job.shard
-    files = {
-        f"{shard.path}/{name}": digest for name, digest in file_hashes(job.out / shard.path).items()
-    }
-    return Done(
-        shard.path, content_key, shard.weight_bytes, reused, files, peak_memory_bytes(), os.getpid()
-    )
+def _report(job: ShardJob, content_key: str, files: dict[str, str], reused: bool) -> Done:
+    """`files` are digests by path inside the package."""
+    shard, peak = job.shard, peak_memory_bytes()
+    named = {f"{shard.path}/{name}": digest for name, digest in files.items()}
+    return Done(shard.path, content_key, shard.weight_bytes, reused, named, peak, os.getpid())
 
 
 def _key(job: ShardJob) -> ContentKey:
@@ -113,7 +110,7 @@ def _values(job: ShardJob, key: ContentKey) -> Iterator[tuple[str, Weight]]:
     ranks = {
         other.source: other.rank for other in shard.sources.values() if isinstance(other, Recovery)
     }
-    apart: dict[TensorSource, LowRank] = {}  # directions of a weight come after it
+    apart: dict[TensorSource, Any] = {}  # directions of a weight come after it
     for name, source in shard.sources.items():
         if not isinstance(source, TensorSource):
             key.update(repr(source).encode())
@@ -134,6 +131,8 @@ def _values(job: ShardJob, key: ContentKey) -> Iterator[tuple[str, Weight]]:
             if moments and choice != Choice():
                 m = moments.find(source.reads, source.shape[1])
             if rank := ranks.get(source, 0):
+                from ane_moe.formats.low_rank import split_directions  # torch
+
                 apart[source] = split_directions(weight, rank, m)
                 weight = apart[source].remainder
             yield name, form.encode(weight, m) or weight
@@ -141,7 +140,6 @@ def _values(job: ShardJob, key: ContentKey) -> Iterator[tuple[str, Weight]]:
 
 def stamp_embedding(checkpoint: Checkpoint, source: TensorSource, path: Path, form: str) -> Done:
     key = ContentKey(form, ENCODING)
-    write_embedding(checkpoint, source, path, form, key)
-    files = {path.name: sha256(path)}
+    files = {path.name: write_embedding(checkpoint, source, path, form, key)}
     size, peak = path.stat().st_size, peak_memory_bytes()
     return Done(path.name, key.digest(), size, False, files, peak, os.getpid())

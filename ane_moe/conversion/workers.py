@@ -2,15 +2,8 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import (
-    FIRST_COMPLETED,
-    Executor,
-    Future,
-    ProcessPoolExecutor,
-    as_completed,
-    wait,
-)
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed, wait
 from contextlib import AbstractContextManager, nullcontext
 from multiprocessing import forkserver, get_context, parent_process
 from typing import Any, TypeVar
@@ -18,7 +11,6 @@ from typing import Any, TypeVar
 import psutil
 
 T = TypeVar("T")
-U = TypeVar("U")
 
 Pool = Executor | None  # None: everything in this process
 
@@ -41,11 +33,9 @@ def open_pool(workers: int, preload: str) -> AbstractContextManager[Pool]:
 
 
 def _begin_worker() -> None:
-    """One thread: the workers are the parallelism, and waiting OpenMP threads would spin on each
-    other's cores."""
-    import torch
-
-    torch.set_num_threads(1)
+    """One thread: the workers are the parallelism, and waiting OpenMP threads, of what imports
+    torch, would spin on each other's cores."""
+    os.environ["OMP_NUM_THREADS"] = "1"
     threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
 
 
@@ -65,42 +55,19 @@ def start(pool: Pool, function: Callable[..., T], *arguments: Any) -> "Future[T]
     return future
 
 
-def run(pool: Pool, function: Callable[..., T], calls: Sequence[tuple[Any, ...]]) -> Iterator[T]:
-    """The results of `calls`, as they come; on the first error or Ctrl-C nothing new is begun."""
+def run(pool: Pool, function: Callable[..., T], calls: Iterable[tuple[Any, ...]]) -> Iterator[T]:
+    """The results of `calls`, as they come. Calls begin as soon as the iterable gives them; on the
+    first error or Ctrl-C nothing new is begun."""
     if pool is None:
         yield from (function(*arguments) for arguments in calls)
         return
-    futures = [pool.submit(function, *arguments) for arguments in calls]
+    pending: set[Future[T]] = set()
     try:
-        yield from (future.result() for future in as_completed(futures))
-    except BaseException:
-        pool.shutdown(wait=True, cancel_futures=True)
-        raise
-
-
-def run_then(
-    pool: Pool,
-    function: Callable[..., T],
-    calls: Sequence[tuple[Any, ...]],
-    following: Callable[..., U],
-    then: Callable[[T], Iterable[tuple[Any, ...]]],
-) -> Iterator[U]:
-    """The results of the calls of `following` that `then` makes of each result of `function`, as
-    they come."""
-    if pool is None:
-        for call in calls:
-            yield from (following(*arguments) for arguments in then(function(*call)))
-        return
-    first = {pool.submit(function, *arguments) for arguments in calls}
-    pending: set[Future[Any]] = set(first)
-    try:
-        while pending:
-            done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            for future in done & first:
-                pending |= {
-                    pool.submit(following, *arguments) for arguments in then(future.result())
-                }
-            yield from (future.result() for future in done - first)
+        for arguments in calls:
+            pending.add(pool.submit(function, *arguments))
+            done, pending = wait(pending, timeout=0)
+            yield from (future.result() for future in done)
+        yield from (future.result() for future in as_completed(pending))
     except BaseException:
         pool.shutdown(wait=True, cancel_futures=True)
         raise

@@ -54,6 +54,11 @@ class Format:
         return 2 * rows * columns
 
     @property
+    def stored_arrays(self) -> int:
+        """Arrays that an encoded matrix takes in the weight file."""
+        return 1
+
+    @property
     def bits_per_weight(self) -> float:
         """Bits of a weight, scales and palettes included, in a square matrix that stands for
         all."""
@@ -90,6 +95,10 @@ class Linear(Format):
 
     def stored_bytes(self, rows: int, columns: int) -> int:
         return _packed(rows * columns, self.bits) + 2 * rows * (columns // self._size(columns))
+
+    @property
+    def stored_arrays(self) -> int:
+        return 2  # data and scale
 
     def _size(self, columns: int) -> int:
         return _divisor(columns, self.block) if self.block else columns
@@ -145,6 +154,10 @@ class Palette(Format):
             + scales
         )
 
+    @property
+    def stored_arrays(self) -> int:
+        return 3 if self.scaled else 2  # indices, palettes, scales
+
     def _size(self, rows: int) -> int:
         """Rows that share a palette: the largest divisor of all rows within the group size."""
         return _divisor(rows, self.group) if self.group else rows
@@ -177,8 +190,6 @@ class FixedPalette(Format):
     group: int = 1
 
     def encode(self, weight: np.ndarray, moments: np.ndarray | None = None) -> Encoded:
-        from ane_moe.formats.two_levels import two_level_scale  # torch
-
         rows, columns = _require_finite(weight)
         size = _divisor(rows, self.group)
         scale, indices = np.empty(rows // size, np.float16), np.empty((rows, columns), np.uint8)
@@ -187,13 +198,17 @@ class FixedPalette(Format):
         for first in range(0, len(scale), step):
             part = slice(first * size, min(first + step, len(scale)) * size)
             w = from_half(weight[part]).reshape(-1, size * columns)
-            scale[first : first + step] = s = two_level_scale(w, m)
+            scale[first : first + step] = s = _two_level_scale(w, m)
             outer = (np.abs(w) >= from_half(s)[:, None]).view(np.uint8)  # 0.5 or 1.5
             negative = (w < 0).view(np.uint8)
             # Indices 3 and 2, mirrored, are 0 and 1.
             indices[part] = ((outer | 2) ^ (3 * negative)).reshape(-1, columns)
         levels = np.tile(np.array(APPLE_LEVELS, np.float16), (len(scale), 1))
         return _palettized(indices, levels, scale[:, None], "uint2")
+
+    @property
+    def stored_arrays(self) -> int:
+        return 3  # indices, levels, scales
 
     def stored_bytes(self, rows: int, columns: int) -> int:
         return _packed(rows * columns, 2) + (2 + 2 * len(APPLE_LEVELS)) * (
@@ -241,6 +256,10 @@ class Sparse(Format):
             return _joined("constexpr_lut_to_sparse", inputs, dense)
         inputs = {"nonzero_data": Stored(weight[kept], "fp16"), "mask": mask}
         return Encoded((Expansion("constexpr_sparse_to_dense", inputs, dense),))
+
+    @property
+    def stored_arrays(self) -> int:
+        return 1 + self.rest.stored_arrays  # the mask
 
     def stored_bytes(self, rows: int, columns: int) -> int:
         kept = rows * columns - rows * columns * self.percent // 100
@@ -360,6 +379,15 @@ def _rounded(top: int, w: np.ndarray, data: np.ndarray, scale: np.ndarray) -> No
     np.rint(w, out=w)
     np.clip(w, -top, top, out=w)
     np.copyto(data, w, casting="unsafe")
+
+
+def _two_level_scale(w: np.ndarray, moments: np.ndarray) -> np.ndarray:
+    """fp16 scales `(R,)` of fp32 `(R, n)`; torch, and its import, are not for zeros."""
+    if not w.any():
+        return np.full(len(w), LEAST_SCALE, np.float16)
+    from ane_moe.formats.two_levels import two_level_scale
+
+    return two_level_scale(w, moments)
 
 
 def _row_scale(weight: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ own writer does.
 That one copies every array, and takes sub-byte types an element at a time.
 """
 
+import hashlib
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -15,16 +16,20 @@ from ane_moe.mlprogram.blob import ALIGNMENT, BLOB_DTYPES, HEADER, METADATA, SEN
 from ane_moe.mlprogram.storage import STORAGE, encode, stored_size
 
 CODES = {name: code for code, name in BLOB_DTYPES.items()}
+PIECE = 1 << 20  # bytes hashed and written while they are in the cache
 
 
 class BlobWriter:
-    """A blob file being written; complete when it is closed without an error. Raises OSError when
-    the disk is full."""
+    """A blob file of `arrays` arrays being written; complete when it is closed without an error.
+    Raises OSError when the disk is full, ValueError when it got more or fewer arrays.
 
-    def __init__(self, path: Path):
-        self._file = FileIO(path, "w")
-        self._file.write(HEADER.pack(0, VERSION))
-        self._count, self._end = 0, HEADER.size
+    `sha256` is of what was written: nobody has to read it again.
+    """
+
+    def __init__(self, path: Path, arrays: int):
+        self._file, self.sha256 = FileIO(path, "w"), hashlib.sha256()
+        self._left, self._end = arrays, HEADER.size
+        self._write(HEADER.pack(arrays, VERSION))
 
     def __enter__(self) -> Self:
         return self
@@ -35,10 +40,9 @@ class BlobWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with self._file:
-            if error is None:
-                self._file.seek(0)
-                self._write(HEADER.pack(self._count, VERSION))
+        self._file.close()
+        if error is None and self._left:
+            raise ValueError(f"{self._left} arrays fewer were written than announced")
 
     def add(self, values: np.ndarray, type_: str) -> int:
         """Append one array of the given storage type (sub-byte integers unpacked); the offset of
@@ -52,10 +56,13 @@ class BlobWriter:
         self._write(data.data)
         self._end = -(-(start + size) // ALIGNMENT) * ALIGNMENT
         self._write(bytes(self._end - start - size))
-        self._count += 1
+        self._left -= 1
         return place
 
     def _write(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
-        while view:
-            view = view[self._file.write(view) :]
+        for first in range(0, len(view), PIECE):
+            piece = view[first : first + PIECE]
+            self.sha256.update(piece)
+            while piece:
+                piece = piece[self._file.write(piece) :]

@@ -8,7 +8,8 @@ from coremltools.converters.mil.frontend.milproto.load import load
 
 from ane_moe.coreml_tools import ct
 from ane_moe.emit.coreml.package import WEIGHTS, ContentKey, stamp
-from ane_moe.emit.coreml.template import make_template, value_name
+from ane_moe.emit.coreml.template import value_name
+from ane_moe.emit.coreml.tracing import make_template
 from ane_moe.mlprogram.reader import read_program
 from ane_moe.model.experts import ExpertGroupConfig
 from ane_moe.model.port import shapes_of

@@ -3,9 +3,10 @@
 import pytest
 
 from ane_moe.coreml_tools import Model_pb2, ct, validating_once
-from ane_moe.emit.coreml import template as trace
-from ane_moe.emit.coreml.template import ConversionError, make_template
+from ane_moe.emit.coreml import tracing as trace
+from ane_moe.emit.coreml.template import value_name
 from ane_moe.emit.coreml.token_count import MARKER, with_token_count
+from ane_moe.emit.coreml.tracing import ConversionError, make_template
 from ane_moe.model.attention import AttentionConfig
 from ane_moe.model.cca import CcaConfig, CcaSpec
 from ane_moe.model.eda_router import EdaRouterSpec
@@ -54,7 +55,7 @@ def test_every_block_converts_with_all_its_weights_as_constants_of_both_function
         constants = {
             op.outputs[0].name for op in operations(template, function) if op.type == "const"
         }
-        assert {trace.value_name(name) for name in template.weights} <= constants
+        assert {value_name(name) for name in template.weights} <= constants
     assert not any("blobFileValue" in str(op) for op in operations(template, "decode"))
 
 
@@ -159,7 +160,7 @@ def test_the_engine_friendly_graph_has_no_gathers_comparisons_or_fused_silu():
 
 
 def test_names_of_weights_stay_apart_in_the_program():
-    assert trace.value_name("shared_gate.weight") != trace.value_name("shared.gate.weight")
+    assert value_name("shared_gate.weight") != trace.value_name("shared.gate.weight")
 
 
 def test_two_exchanged_weights_of_the_same_shape_are_noticed(monkeypatch):

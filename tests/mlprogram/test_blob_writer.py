@@ -1,5 +1,7 @@
 """The weight file, byte for byte as coremltools' own writer makes it."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -29,7 +31,7 @@ def values_of(type_: str, count: int, seed: int) -> np.ndarray:
 def test_files_equal_those_of_coremltools(tmp_path_factory, arrays, seed):
     folder = tmp_path_factory.mktemp("blob")
     theirs, write = libmilstorage._BlobStorageWriter(str(folder / "theirs.bin")), None
-    with BlobWriter(folder / "ours.bin") as ours:
+    with BlobWriter(folder / "ours.bin", len(arrays)) as ours:
         for type_, count in arrays:
             values = values_of(type_, count, seed)
             write = getattr(theirs, f"write_{type_}_data")
@@ -38,11 +40,12 @@ def test_files_equal_those_of_coremltools(tmp_path_factory, arrays, seed):
     del write, theirs
     written = (folder / "ours.bin").read_bytes()
     other = (folder / "theirs.bin").read_bytes()
+    assert hashlib.sha256(written).hexdigest() == ours.sha256.hexdigest()
     assert written.rstrip(b"\0") == other.rstrip(b"\0") and abs(len(written) - len(other)) < 64
 
 
 def test_coremltools_reads_what_was_written(tmp_path):
-    with BlobWriter(tmp_path / "weight.bin") as writer:
+    with BlobWriter(tmp_path / "weight.bin", len(TYPES)) as writer:
         places = {type_: writer.add(values_of(type_, 77, 1), type_) for type_ in TYPES}
     reader = BlobReader(str(tmp_path / "weight.bin"))
     assert np.array_equal(
@@ -62,5 +65,15 @@ def test_packing_is_undone_by_unpacking(type_):
 
 
 def test_another_dtype_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="float32"), BlobWriter(tmp_path / "weight.bin") as writer:
+    with (
+        pytest.raises(ValueError, match="float32"),
+        BlobWriter(tmp_path / "weight.bin", 1) as writer,
+    ):
         writer.add(np.zeros(3, np.float32), "fp16")
+
+
+@pytest.mark.parametrize("announced", [1, 3])
+def test_another_number_of_arrays_than_announced_is_refused(tmp_path, announced):
+    with pytest.raises(ValueError), BlobWriter(tmp_path / "weight.bin", announced) as writer:
+        for _ in range(2):
+            writer.add(np.zeros(3, np.int8), "int8")

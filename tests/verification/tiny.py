@@ -1,9 +1,7 @@
 """The smallest models that still have every part, so that a test can afford its own conversion."""
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,11 +9,8 @@ from transformers import PreTrainedModel
 
 from ane_moe.conversion.pipeline import convert
 from ane_moe.conversion.plan import ConvertOptions
-from ane_moe.emit.coreml.template import make_template
 from ane_moe.formats.recipe import FP16
 from tests.models import make_model, save_checkpoint
-
-traced_once = functools.cache(make_template)
 
 SIZES = {
     "vocab_size": 61,
@@ -49,16 +44,11 @@ def tiny_checkpoint(family: str, folder: Path, **overrides: object) -> Path:
 
 
 def tiny_conversion(checkpoint: Path, out: Path, **options: object) -> Path:
-    """Decode only, unless `prefill` says otherwise. Equal blocks are traced once in a test run,
-    which is most of it."""
+    """Decode only, unless `prefill` says otherwise."""
     golden = bool(options.pop("golden", False))
-    with patch("ane_moe.conversion.stamping.make_template", traced_once):
-        convert(
-            checkpoint,
-            out,
-            ConvertOptions(**{"prefill": 0, "recipe": FP16, **options}),
-            golden=golden,
-        )
+    convert(
+        checkpoint, out, ConvertOptions(**{"prefill": 0, "recipe": FP16, **options}), golden=golden
+    )
     return out
 
 

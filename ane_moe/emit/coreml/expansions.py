@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from ane_moe.coreml_tools import MIL_pb2
 from ane_moe.formats.encoded import Expansion, Shape, Stored
+from ane_moe.mlprogram.proto import MIL_pb2
 
 FILE = "@model_path/weights/weight.bin"
 DATA_TYPES = {

@@ -21,17 +21,18 @@ from typing import Any
 
 import numpy as np
 
-from ane_moe.coreml_tools import MIL_pb2, Model_pb2
 from ane_moe.emit.coreml.expansions import FILE, expansion_operations
 from ane_moe.emit.coreml.template import Template, value_name
 from ane_moe.errors import UserError
 from ane_moe.files import is_hidden, replaced, sha256
 from ane_moe.formats.encoded import Encoded, Expansion, Stored
 from ane_moe.mlprogram.blob_writer import BlobWriter
+from ane_moe.mlprogram.proto import MIL_pb2, Model_pb2
 from ane_moe.model.template_key import function_name, weight_name
 
 MODEL = "Data/com.apple.CoreML/model.mlmodel"
 WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
+MANIFEST = "Manifest.json"
 CONTENT_KEY = "ane_moe.content_key"
 
 Weight = np.ndarray | Encoded
@@ -39,11 +40,10 @@ Weight = np.ndarray | Encoded
 
 @dataclass(frozen=True)
 class Written:
-    """What a finished package holds: bytes of weights, and the sha256 of its files by path inside
-    the package."""
+    """A finished package: its content key, and the sha256 of its files by path inside it."""
 
-    weight_bytes: int
     content_key: str
+    files: dict[str, str]
 
 
 def stamp(
@@ -51,9 +51,10 @@ def stamp(
     values: Iterable[tuple[str, Weight]],
     key: "ContentKey",
     path: Path,
+    more_arrays: int = 0,
 ) -> Written:
     """Write the package `path` from templates by prefix and their weights, each (name, fp16 array
-    or encoded).
+    or encoded); these are stored as one array each, and `more_arrays` together.
 
     One weight is in memory at a time. The first function of the first copy is the default. `key` is
     asked for its digest after the last value was read. Raises UserError when the disk is full; an
@@ -62,15 +63,22 @@ def stamp(
     try:
         with replaced(path) as temporary:
             (temporary / WEIGHTS).parent.mkdir(parents=True)
-            places = _write_blob(values, temporary / WEIGHTS, templates)
+            arrays = sum(len(template.weights) for template in templates.values())
+            with BlobWriter(temporary / WEIGHTS, arrays + more_arrays) as writer:
+                places = _place(values, writer, templates)
             content_key = key.digest()
             model = _bound(templates, places)
             model.description.metadata.userDefined[CONTENT_KEY] = content_key
-            (temporary / MODEL).write_bytes(model.SerializeToString(deterministic=True))
-            (temporary / "Manifest.json").write_text(_item_manifest(content_key))
+            beside = {
+                MODEL: model.SerializeToString(deterministic=True),
+                MANIFEST: _item_manifest(content_key).encode(),
+            }
+            for name, data in beside.items():
+                (temporary / name).write_bytes(data)
     except (OSError, RuntimeError) as error:
         raise disk_error(error, path) from error
-    return Written(path.joinpath(WEIGHTS).stat().st_size, content_key)
+    files = {name: hashlib.sha256(data).hexdigest() for name, data in beside.items()}
+    return Written(content_key, files | {WEIGHTS: writer.sha256.hexdigest()})
 
 
 class ContentKey:
@@ -131,8 +139,8 @@ class _Place:
     expansions: tuple[tuple[Expansion, Mapping[str, int]], ...] = ()
 
 
-def _write_blob(
-    values: Iterable[tuple[str, Weight]], path: Path, templates: Mapping[str, Template]
+def _place(
+    values: Iterable[tuple[str, Weight]], writer: BlobWriter, templates: Mapping[str, Template]
 ) -> dict[str, _Place]:
     """Places by weight name. Checks that each weight of each copy comes once, with as many elements
     as traced."""
@@ -142,14 +150,13 @@ def _write_blob(
         for name, shape in template.weights.items()
     }
     places: dict[str, _Place] = {}
-    with BlobWriter(path) as writer:
-        for name, value in values:
-            size, type_ = _extent(value)
-            if size != math.prod(shapes[name]) or type_ != "fp16" or name in places:
-                raise ValueError(
-                    f"weight {name}: {type_}, {size} elements, does not fit {shapes[name]}"
-                )
-            places[name] = _store(writer, value)
+    for name, value in values:
+        size, type_ = _extent(value)
+        if size != math.prod(shapes[name]) or type_ != "fp16" or name in places:
+            raise ValueError(
+                f"weight {name}: {type_}, {size} elements, does not fit {shapes[name]}"
+            )
+        places[name] = _store(writer, value)
     if missing := shapes.keys() - places.keys():
         raise ValueError(f"no value for {sorted(missing)[:5]}")
     return places

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from google.protobuf.message import Message
 
-from ane_moe.coreml_tools import FeatureTypes_pb2, MIL_pb2, Model_pb2
+from ane_moe.mlprogram.proto import FeatureTypes_pb2, MIL_pb2, Model_pb2
 
 MARKER = 1_000_003
 MAX_MORE = 64  # tokens more, or less, than a multiple
