@@ -1,17 +1,21 @@
-"""Conversion speed and memory, beside `cp` of the same checkpoint and beside the plain coremltools
-path.
+"""Conversion speed and memory, beside `cp` of the same checkpoint and beside other converters.
 
-    scripts/bench_convert.py CHECKPOINT --scratch FOLDER [--workers 2] [--rounds 3] [--routing
-    sparse]
+    scripts/bench_convert.py CHECKPOINT [LARGER] --scratch FOLDER [--rounds 5] [--formats fp16,lut4]
 
-Each step runs as a process of its own; the wall time and the peak resident memory are the operating
-system's figures for that process and its children. `cp` and the conversion alternate, so that both
-see the same disk and the same neighbours; each ends with a `sync`. The plain path is what a
+With a second checkpoint, of the same model with more layers, also what every further GB takes. Each
+step runs as a process of its own and ends with a `sync`; steps alternate, so that all see the same
+disk and the same neighbours, and medians of the rounds are printed beside the targets. Wall time is
+what a user waits for; CPU seconds, of all processes of a step, depend less on neighbours. Memory is
+the proportional set size of all processes, sampled: pages that they share count once.
+
+Templates come from a cache of the run's own, empty for the first conversion, which is printed
+apart. mlx-lm's 4-bit conversion is timed where mlx-lm is installed. The plain path is what a
 conversion would otherwise cost: torch.jit.trace with real weights, ct.convert and save, for one
 part of one MoE layer of the checkpoint.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -20,121 +24,188 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 MB = 1_000_000
+GB = 1_000_000_000
+COPY, COLD, MLX = "cp -r", "fp16, no template kept", "mlx-lm, 4 bits"
+# Of medians, at two layers on an idle machine: what may be at most, and beside what.
+RATIOS = {"fp16": (1.5, COPY), "int8": (0.5, MLX), "lut4": (1.0, MLX)}
+MOST_SECONDS_PER_GB = 1.5  # of a further GB of checkpoint, as fp16
+MOST_PEAK_MB = 700  # two workers
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One step: wall and CPU seconds, and the largest memory of all its processes together."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
 
 
 def main() -> None:
     arguments = parse()
-    checkpoint, scratch = arguments.checkpoint, arguments.scratch
-    size = sum(path.stat().st_size for path in checkpoint.iterdir()) / MB
-    copies, ours, peaks = [], [], []
-    for _ in range(arguments.rounds):
-        copies.append(measure(["cp", "-r", str(checkpoint), str(scratch / "copy")])[0])
-        shutil.rmtree(scratch / "copy")
-        command = [
-            sys.executable,
-            "-m",
-            "ane_moe",
-            "convert",
-            str(checkpoint),
-            str(scratch / "out"),
-        ]
-        seconds, peak = measure(
-            [*command, "--workers", str(arguments.workers), "--routing", arguments.routing]
+    os.environ["ANE_MOE_CACHE"] = str(arguments.scratch / "cache")
+    costs: dict[tuple[Path, str], list[Cost]] = defaultdict(list)
+    for number in range(arguments.rounds):
+        for checkpoint in arguments.checkpoints:
+            steps = {COPY: ["cp", "-r", str(checkpoint), str(arguments.scratch / "out")]}
+            if not number and checkpoint == arguments.checkpoints[0]:
+                steps[COLD] = ours(checkpoint, arguments, "fp16")
+            steps |= {form: ours(checkpoint, arguments, form) for form in arguments.formats}
+            if importlib.util.find_spec("mlx_lm"):
+                steps[MLX] = mlx_lm(checkpoint, arguments.scratch / "out")
+            for name, command in steps.items():
+                costs[checkpoint, name].append(measure(command))
+                shutil.rmtree(arguments.scratch / "out")
+    print(
+        f"{os.cpu_count()} cores, {arguments.workers} workers, {arguments.routing} routing, "
+        f"medians of {arguments.rounds} rounds, load {os.getloadavg()[0]:.1f} at the end"
+    )
+    for checkpoint in arguments.checkpoints:
+        print_costs(
+            checkpoint, {name: of for (path, name), of in costs.items() if path == checkpoint}
         )
-        ours.append(seconds)
-        peaks.append(peak)
-        shutil.rmtree(scratch / "out")
-    plain_seconds, plain_peak = measure(
-        [sys.executable, __file__, str(checkpoint), "--plain-path", str(scratch)]
-    )
-    plain_mb = json.loads((scratch / "plain.json").read_text())["weight_bytes"] / MB
+    if len(arguments.checkpoints) > 1:
+        print_slopes(arguments.checkpoints, costs)
+    if not importlib.util.find_spec("mlx_lm"):
+        print("mlx-lm is not installed: nothing of it is here to compare with")
+    if arguments.plain:
+        print_plain(arguments.checkpoints[0], arguments.scratch)
+
+
+def ours(checkpoint: Path, arguments: argparse.Namespace, form: str) -> list[str]:
+    command = [sys.executable, "-m", "ane_moe", "convert", str(checkpoint)]
+    options = ["--workers", str(arguments.workers), "--routing", arguments.routing]
+    return [*command, str(arguments.scratch / "out"), "--compress", form, *options]
+
+
+def mlx_lm(checkpoint: Path, out: Path) -> list[str]:
+    paths = ["--hf-path", str(checkpoint), "--mlx-path", str(out)]
+    return [sys.executable, "-m", "mlx_lm", "convert", *paths, "-q", "--q-bits", "4"]
+
+
+def print_costs(checkpoint: Path, costs: dict[str, list[Cost]]) -> None:
+    size = size_of(checkpoint)
+    print(f"\n{checkpoint.name}, {size / GB:.2f} GB")
+    for name, each in costs.items():
+        seconds = seconds_of(each)
+        most, beside = RATIOS.get(name, (0.0, ""))
+        ratio = f"{seconds / seconds_of(costs[COPY]):5.2f} x cp"
+        if beside == COPY:
+            ratio += f" (target {most})"
+        elif beside in costs:
+            ratio += f", {seconds / seconds_of(costs[beside]):.2f} x {beside} (target {most})"
+        print(
+            f"  {name:24} {seconds:6.1f} s  {median('cpu_seconds', each):6.1f} CPU s, "
+            f"{median('cpu_seconds', each) / (size / GB):4.1f} a GB  {ratio}  peak "
+            f"{max(cost.peak_bytes for cost in each) / MB:,.0f} MB (target {MOST_PEAK_MB})"
+            f"  all {', '.join(f'{cost.seconds:.1f}' for cost in each)}"
+        )
+
+
+def print_slopes(checkpoints: Sequence[Path], costs: dict[tuple[Path, str], list[Cost]]) -> None:
+    first, last = checkpoints[0], checkpoints[-1]
+    more = (size_of(last) - size_of(first)) / GB
+    print(f"\nevery further GB, from {first.name} to {last.name}")
+    for name in [name for path, name in costs if path == last]:
+        of_last, of_first = costs[last, name], costs[first, name]
+        seconds = (seconds_of(of_last) - seconds_of(of_first)) / more
+        cpu = (median("cpu_seconds", of_last) - median("cpu_seconds", of_first)) / more
+        target = f" (target {MOST_SECONDS_PER_GB})" if name == "fp16" else ""
+        print(f"  {name:24} {seconds:6.2f} s{target}  {cpu:6.2f} CPU s")
+
+
+def print_plain(checkpoint: Path, scratch: Path) -> None:
+    cost = measure([sys.executable, __file__, str(checkpoint), "--plain-path", str(scratch)])
+    weights_mb = json.loads((scratch / "plain.json").read_text())["weight_bytes"] / MB
     shutil.rmtree(scratch / "plain.mlpackage")
-    print(f"checkpoint {size:,.0f} MB, {os.cpu_count()} cores, {arguments.rounds} rounds")
-    print(f"load of the machine at the end {os.getloadavg()[0]:.1f} (1 minute)")
-    print(f"cp                 median {statistics.median(copies):6.1f} s   (all {rounded(copies)})")
     print(
-        f"ane-moe convert    median {statistics.median(ours):6.1f} s   (all {rounded(ours)})   "
-        f"peak memory {max(peaks) / MB:,.0f} MB   {arguments.workers} workers, "
-        f"{arguments.routing} routing"
+        f"\nplain coremltools  {weights_mb:,.0f} MB of weights in {cost.seconds:.1f} s: "
+        f"{weights_mb / cost.seconds:.0f} MB/s, peak {cost.peak_bytes / MB:,.0f} MB"
     )
-    ratios = [mine / copy for mine, copy in zip(ours, copies, strict=True)]
-    print(
-        f"ratio to cp        median {statistics.median(ratios):6.2f}     (all {rounded(ratios, 2)})"
-    )
-    print(
-        f"plain coremltools  {plain_mb:,.0f} MB of weights in {plain_seconds:.1f} s: "
-        f"{plain_mb / plain_seconds:.0f} MB/s, peak memory {plain_peak / MB:,.0f} MB"
-    )
-    print(
-        f"ours               {size / statistics.median(ours):,.0f} MB/s of checkpoint, everything "
-        f"included"
-    )
+
+
+def size_of(checkpoint: Path) -> int:
+    return sum(path.stat().st_size for path in checkpoint.iterdir())
+
+
+def median(field: str, costs: Sequence[Cost]) -> float:
+    return statistics.median(getattr(cost, field) for cost in costs)
+
+
+def seconds_of(costs: Sequence[Cost]) -> float:
+    return median("seconds", costs)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoints", type=Path, nargs="+", help="one, or a smaller and a larger")
     parser.add_argument(
-        "--scratch", type=Path, help="folder on the disk to measure; the checkpoint's size twice"
+        "--scratch", type=Path, help="folder on the disk to measure; a checkpoint's size is free"
+    )
+    parser.add_argument(
+        "--formats", type=lambda text: text.split(","), default=["fp16", "int8", "lut4"]
     )
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--routing", default="masked")
+    parser.add_argument("--plain", action="store_true", help="time the plain path too")
     parser.add_argument("--plain-path", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.plain_path:
-        plain_path(arguments.checkpoint, arguments.plain_path)
+        plain_path(arguments.checkpoints[0], arguments.plain_path)
         sys.exit()
     arguments.scratch.mkdir(parents=True, exist_ok=True)
     return arguments
 
 
-def rounded(values: list[float], digits: int = 1) -> str:
-    return ", ".join(f"{value:.{digits}f}" for value in values)
-
-
-def measure(command: list[str]) -> tuple[float, int]:
-    """Wall seconds until the data is on the disk, and peak resident bytes of the process tree.
-
-    Without the sync a copy may take anything between the speed of memory and that of the disk,
-    depending on what others have written. Memory is the proportional set size: pages that processes
-    share count once.
-    """
+def measure(command: list[str]) -> Cost:
+    """What a command costs until its data is on the disk. Without the sync a copy may take anything
+    between the speed of memory and that of the disk, depending on what others have written."""
     subprocess.run(["sync"], check=True)
-    started = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    peak = 0
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    peak, cpu, over = 0, dict[int, float](), threading.Event()
 
     def watch() -> None:
         nonlocal peak
-        while process.poll() is None:
-            peak = max(peak, tree_bytes(process.pid))
-            time.sleep(0.1)
+        while not over.wait(0.05):
+            together = 0
+            for one in processes(process.pid):
+                try:
+                    times = one.cpu_times()
+                    cpu[one.pid] = times.user + times.system
+                    together += one.memory_full_info().pss
+                except psutil.Error:  # it ended
+                    continue
+            peak = max(peak, together)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    _, errors = process.communicate()
-    subprocess.run(["sync"], check=True)
-    seconds = time.monotonic() - started
+    code = process.wait()
+    over.set()
     watcher.join()
-    if process.returncode:
-        sys.exit(f"{command[0]} failed: {errors.decode()[-500:]}")
-    return seconds, peak
+    subprocess.run(["sync"], check=True)
+    if code:
+        raise SystemExit(f"{command} failed")
+    return Cost(time.perf_counter() - start, sum(cpu.values()), peak)
 
 
-def tree_bytes(pid: int) -> int:
+def processes(pid: int) -> list[psutil.Process]:
     try:
         parent = psutil.Process(pid)
-        return sum(one.memory_full_info().pss for one in (parent, *parent.children(recursive=True)))
+        return [parent, *parent.children(recursive=True)]
     except psutil.Error:
-        return 0
+        return []
 
 
 def plain_path(checkpoint: Path, scratch: Path) -> None:

@@ -1,6 +1,7 @@
-"""`ane-moe cache`: the compiled models Core ML runs from."""
+"""`ane-moe cache`: the compiled models Core ML runs from, and the templates of conversions."""
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,12 +10,14 @@ import typer
 from ane_moe.commands.options import AsJson
 
 if TYPE_CHECKING:
+    from ane_moe.emit.coreml.template_cache import Kept, TemplateCache
     from ane_moe.runtime.coreml.modelc_cache import Entry, ModelCache
 
 
 def cache(
     clear: Annotated[
-        bool, typer.Option("--clear", help="Remove every model no process has loaded.")
+        bool,
+        typer.Option("--clear", help="Remove templates, and models that no process has loaded."),
     ] = False,
     limit_gb: Annotated[
         float | None,
@@ -27,20 +30,50 @@ def cache(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the cache of compiled models (macOS), clear it or limit its size."""
+    """Show the caches: templates of conversions and, on macOS, compiled models. Clear or limit
+    them."""
+    from ane_moe.emit.coreml.template_cache import TemplateCache
+    from ane_moe.errors import UserError
     from ane_moe.runtime.coreml.modelc_cache import ModelCache
 
-    store = ModelCache(folder)
-    removed = store.clear() if clear else []
-    if limit_gb is not None:
-        removed = removed + store.set_limit(int(limit_gb * 1e9))
+    templates = TemplateCache(folder / "templates" if folder else None)
+    models = ModelCache(folder) if folder or sys.platform == "darwin" else None
+    if models is None and limit_gb is not None:
+        raise UserError("--limit-gb is of compiled models", "no macOS", "leave it out")
+    gone = templates.clear() if clear else []
+    removed = models.clear() if models and clear else []
+    if models and limit_gb is not None:
+        removed = removed + models.set_limit(int(limit_gb * 1e9))
     if as_json:
-        typer.echo(json.dumps(_document(store, removed), indent=2))
+        document = _models_document(models, removed) if models else {}
+        typer.echo(json.dumps(document | _templates_document(templates, gone), indent=2))
         return
-    _print(store, removed)
+    _print_templates(templates, gone)
+    if models:
+        _print(models, removed)
 
 
-def _document(store: "ModelCache", removed: "list[Entry]") -> dict[str, Any]:
+def _templates_document(store: "TemplateCache", removed: "list[Kept]") -> dict[str, Any]:
+    kept = store.entries()
+    return {
+        "templates": {
+            "folder": str(store.folder),
+            "count": len(kept),
+            "size_bytes": sum(entry.size_bytes for entry in kept),
+            "removed": len(removed),
+        }
+    }
+
+
+def _print_templates(store: "TemplateCache", removed: "list[Kept]") -> None:
+    if removed:
+        typer.echo(f"removed {len(removed)} templates", err=True)
+    kept = store.entries()
+    size = sum(entry.size_bytes for entry in kept) / 1e6
+    typer.echo(f"{len(kept)} templates of conversions, {size:.1f} MB, in {store.folder}")
+
+
+def _models_document(store: "ModelCache", removed: "list[Entry]") -> dict[str, Any]:
     entries = store.entries()
     return {
         "folder": str(store.folder),

@@ -144,7 +144,7 @@ def convert(
     from ane_moe.conversion.pipeline import plan
     from ane_moe.conversion.plan import MAX_EXPERT_TOKENS, ConvertOptions
     from ane_moe.demo import demo_checkpoint
-    from ane_moe.forecast.concerns import concerns_of_options
+    from ane_moe.forecast.concerns import concerns_of_options, concerns_of_plan
     from ane_moe.formats.recipe import find_recipe, recipe_of
     from ane_moe.number_lists import parse_counts, parse_layers
     from ane_moe.placement.targets import find_target
@@ -191,16 +191,16 @@ def convert(
         ignore_tensors=tuple(ignore_tensors or ()),
     )
     place = find_target(target, system)
-    concerns = concerns_of_options(options, place)
-    warnings = [warning(concern, place) for concern in concerns]
     if dry_run:
         conversion = plan(source, options)
-        _print_all(warnings)
+        concerns = concerns_of_plan(conversion, place)
+        _print_all(warning(concern, place) for concern in concerns)
         document = plan_document(conversion, concerns)
         typer.echo(json.dumps(document, indent=2)) if as_json else print_plan(conversion)
         return
+    concerns = concerns_of_options(options, place)
     try:
-        with ConvertBar(warnings) as bar:
+        with ConvertBar(warning(concern, place) for concern in concerns) as bar:
             report = run(
                 source,
                 out,

@@ -81,3 +81,17 @@ def test_off_macos_it_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     result = run(tmp_path / "cache")
     assert isinstance(result.exception, UserError) and "macOS" in str(result.exception)
+
+
+def test_templates_are_shown_and_cleared_on_any_system(monkeypatch, tmp_path):
+    monkeypatch.setenv("ANE_MOE_CACHE", str(tmp_path))
+    monkeypatch.setattr("sys.platform", "linux")
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates" / "x.template").write_bytes(b"\0" * 10**6)
+    app = typer.Typer()
+    app.command()(cache)
+    shown = CliRunner().invoke(app, [])
+    assert shown.exit_code == 0 and "1 templates of conversions, 1.0 MB" in shown.stdout
+    cleared = json.loads(CliRunner().invoke(app, ["--clear", "--json"]).stdout)["templates"]
+    assert (cleared["count"], cleared["removed"]) == (0, 1)
+    assert isinstance(CliRunner().invoke(app, ["--limit-gb", "1"]).exception, UserError)

@@ -50,3 +50,7 @@ def test_a_plan(checkpoint: Path) -> None:
 @pytest.mark.parametrize("option", ["--json", "--ops", "--placement"])
 def test_inspecting_a_package(package: Path, option: str) -> None:
     assert heavy_modules("inspect", str(package), option) == []
+
+
+def test_the_cache() -> None:
+    assert heavy_modules("cache", "--json") == []

@@ -73,10 +73,12 @@ def test_convert_warns_on_stderr_and_in_the_document(tmp_path):
         "--json",
     ]
     result = CliRunner().invoke(app, [*arguments, "--target", "m5-max", "--os", "26"])
-    found = {concern["rule"] for concern in json.loads(result.stdout)["concerns"]}
-    assert found == {"palette-os-26", "stateful-m5", "state-access"}
+    told = json.loads(result.stdout)["concerns"]
+    found = {concern["rule"] for concern in told}
+    assert found >= {"palette-os-26", "stateful-m5", "state-access"}
+    assert any(concern["function_bytes"] for concern in told)  # the demo's functions are small
     warnings = [
         line for line in result.stderr.splitlines() if line.startswith("ane-moe: warning: ")
     ]
-    assert len(warnings) == 4 and all("m5-max under OS 26" in line for line in warnings)
+    assert len(warnings) == len(told) and all("m5-max under OS 26" in line for line in warnings)
     assert all(any(rule in line for line in warnings) for rule in found)
