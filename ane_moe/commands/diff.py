@@ -45,7 +45,7 @@ def diff(
         str | None, typer.Option(help="Runtime of B.", show_default="as --runtime")
     ] = None,
     precision: Annotated[
-        str, typer.Option(help="Precision of A in the reference runtime: fp32 or fp16.")
+        str, typer.Option(help="Precision of A in the reference runtime: fp32, fp16 or engine.")
     ] = "fp32",
     precision_b: Annotated[
         str | None, typer.Option(help="Precision of B.", show_default="as --precision")
@@ -61,16 +61,14 @@ def diff(
     Ops are matched by name, then by order. Exits with 1 when something differs by more than the
     tolerance.
     """
-    from ane_moe.runtime import resolve_runtime
+    from ane_moe.runtime import with_precision
     from ane_moe.runtime.arrays import read_inputs
     from ane_moe.runtime.reference.diff import Side
     from ane_moe.runtime.reference.diff import diff as compare
 
     def side(path: Path, name: str | None, chosen: str, rounding: str) -> Side:
-        resolved = resolve_runtime(chosen)
-        return Side(
-            path, resolved, name, {"precision": rounding} if resolved == "reference" else {}
-        )
+        resolved, options = with_precision(chosen, rounding)
+        return Side(path, resolved, name, options)
 
     result = compare(
         side(a, function, runtime, precision),

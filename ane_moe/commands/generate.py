@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ane_moe.commands.options import Concurrency, ExpertCacheMb, RuntimeName
+from ane_moe.commands.options import Concurrency, ExpertCacheMb, PrecisionName, RuntimeName
 from ane_moe.errors import UserError
 
 
@@ -31,6 +31,7 @@ def generate(
         list[str] | None, typer.Option(help="End before this text; may be given again.")
     ] = None,
     runtime: RuntimeName = "auto",
+    precision: PrecisionName = "fp32",
     expert_cache_mb: ExpertCacheMb = None,
     concurrency: Concurrency = 1,
     predictor: Annotated[
@@ -58,10 +59,12 @@ def generate(
     from ane_moe.loop.session import Session
     from ane_moe.loop.shards import load_shards
     from ane_moe.loop.tokenizer import load_tokenizer
+    from ane_moe.runtime import with_precision
 
     text = _prompt_text(prompt, prompt_file, prompt_ids)
     limit = None if expert_cache_mb is None else int(expert_cache_mb * 1_000_000)
-    shards = load_shards(out, runtime, expert_cache_bytes=limit)
+    chosen, computed = with_precision(runtime, precision)
+    shards = load_shards(out, chosen, expert_cache_bytes=limit, **computed)
     tokenizer = load_tokenizer(out, shards.manifest)
     if text is None:
         ids = _parse_ids(prompt_ids or "")

@@ -26,4 +26,14 @@ Package = Annotated[
 PlacementSystem = Annotated[
     int, typer.Option("--os", help="System to predict placement for: 15, 26 or 27.")
 ]
+PrecisionName = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        help=(
+            "Of the reference runtime: fp32 rounds once per op, fp16 inside reductions too, engine "
+            "computes as the Neural Engine is known to (M4, M6)."
+        ),
+    ),
+]
 RuntimeName = Annotated[str, typer.Option(help="reference, coreml or auto.")]

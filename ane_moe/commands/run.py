@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ane_moe.commands.options import AsJson, InputFiles, Package, RuntimeName
+from ane_moe.commands.options import AsJson, InputFiles, Package, PrecisionName, RuntimeName
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,12 +29,7 @@ def run(
         int | None, typer.Option(help="Draw the inputs that are not given from this seed.")
     ] = None,
     runtime: RuntimeName = "auto",
-    precision: Annotated[
-        str,
-        typer.Option(
-            help="Of the reference runtime: fp32 rounds once per op, fp16 inside reductions too."
-        ),
-    ] = "fp32",
+    precision: PrecisionName = "fp32",
     trace: Annotated[
         bool,
         typer.Option(
@@ -50,7 +45,7 @@ def run(
 
     from ane_moe.errors import UserError
     from ane_moe.mlprogram.printer import printable
-    from ane_moe.runtime import load_package, resolve_runtime
+    from ane_moe.runtime import load_package, resolve_runtime, with_precision
     from ane_moe.runtime.arrays import (
         labels_of,
         numbers_of,
@@ -61,10 +56,9 @@ def run(
         save_labels,
     )
 
-    chosen = "reference" if trace else resolve_runtime(runtime)
     if trace and resolve_runtime(runtime) != "reference" and runtime != "auto":
         raise UserError("only the reference runtime can trace", runtime, "leave --runtime out")
-    options = {"precision": precision} if chosen == "reference" else {}
+    chosen, options = with_precision("reference" if trace else runtime, precision)
     loaded: Any = load_package(package, function, chosen, **options)
     inputs = read_inputs(given or [])
     if seed is not None:

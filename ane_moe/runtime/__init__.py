@@ -25,6 +25,18 @@ def resolve_runtime(name: str) -> str:
     return resolved
 
 
+def with_precision(name: str, precision: str) -> tuple[str, dict[str, Any]]:
+    """The runtime for a precision, and its options. Only the reference runtime knows any but fp32:
+    `auto` stands for it then, and another one is refused with UserError."""
+    if precision == "fp32":
+        return resolve_runtime(name), {}
+    if name == "auto" or resolve_runtime(name) == "reference":
+        return "reference", {"precision": precision}
+    raise UserError(
+        "only the reference runtime computes in another precision", name, "leave --runtime out"
+    )
+
+
 def open_package(path: str | Path, runtime: str = "auto", **options: Any) -> Package:
     """Open an `.mlpackage`, to load several of its functions.
 

@@ -23,7 +23,7 @@ from ane_moe.runtime.reference.dtypes import to_torch, torch_dtype
 from ane_moe.runtime.reference.op_error import OpError
 from ane_moe.runtime.reference.ops import TABLE
 from ane_moe.runtime.reference.ops.arithmetic import Arithmetic
-from ane_moe.runtime.reference.ops.table import Op
+from ane_moe.runtime.reference.ops.table import Op, OpTable
 from ane_moe.runtime.reference.scope import FIRST, Scope, Value, tensor_type
 from ane_moe.runtime.reference.steps import (
     Run,
@@ -63,14 +63,15 @@ class Plan:
     kept: frozenset[int]
 
 
-def prepare(function: Function, arith: Arithmetic) -> Plan:
+def prepare(function: Function, arith: Arithmetic, table: OpTable = TABLE) -> Plan:
     """Raises UserError for an op the runtime lacks and for operations that do not fit their op."""
-    return _Planner(function, arith).plan()
+    return _Planner(function, arith, table).plan()
 
 
 class _Planner:
-    def __init__(self, function: Function, arith: Arithmetic):
+    def __init__(self, function: Function, arith: Arithmetic, table: OpTable):
         self.function = function
+        self.table = table
         self.where = f"function '{function.name}'"
         if function.opset not in IOS:
             raise UserError(
@@ -170,7 +171,7 @@ class _Planner:
             raise OpError(operation.type, operation.name, self.where, error) from None
 
     def tensor_op(self, operation: Operation, scope: Scope) -> None:
-        op = TABLE.find(operation.type, self.ios)
+        op = self.table.find(operation.type, self.ios)
         if op is None:
             raise UserError(
                 "the reference runtime does not execute this op",
@@ -196,7 +197,7 @@ class _Planner:
             Value(output.type, self.new_slot(), fixed=home is self.setup)
             for output in operation.outputs
         ]
-        run, reads = self.bind(op, arguments, results, home)
+        run, reads = self.bind(op, operation.name, arguments, results, home)
         for output, value in zip(operation.outputs, results, strict=True):
             scope.names[output.name] = value
         writes = [self.slot(value) for value in results]
@@ -207,7 +208,12 @@ class _Planner:
         self.add(home, operation.type, operation.name, run, reads, writes, shown)
 
     def bind(
-        self, op: Op, arguments: Mapping[str, list[Value]], results: list[Value], scope: Scope
+        self,
+        op: Op,
+        called: str,
+        arguments: Mapping[str, list[Value]],
+        results: list[Value],
+        scope: Scope,
     ) -> tuple[Run, set[int]]:
         """The closure of one operation and the slots it reads."""
         sources: list[Source] = []
@@ -226,7 +232,7 @@ class _Planner:
         fixed, dynamic = self.parameters(op, {k: v for k, v in arguments.items() if k not in names})
         types = [value.type for value in results]
         if "arith" in op.parameters:
-            fixed["arith"] = self.arith
+            fixed["arith"] = self.arith.at(op.name, called)
         if "out" in op.parameters:
             fixed["out"] = types
         missing = op.required - fixed.keys() - dynamic.keys()

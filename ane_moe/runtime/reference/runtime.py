@@ -1,7 +1,8 @@
 """The reference runtime: executes ML Programs with torch on the CPU.
 
 Every op computes in fp32 and rounds its result to the declared type once; with `precision="fp16"`
-partial sums and intermediates inside ops are rounded too.
+partial sums and intermediates inside ops are rounded too, with `precision="engine"` the Neural
+Engine's published arithmetic is computed (`engine/`).
 """
 
 from collections.abc import Mapping
@@ -20,15 +21,20 @@ from ane_moe.mlprogram.reader import OpenProgram
 from ane_moe.mlprogram.weights import weights_of
 from ane_moe.runtime.inputs import check_inputs, default_value
 from ane_moe.runtime.reference.dtypes import to_numpy, torch_dtype
+from ane_moe.runtime.reference.engine.arithmetic import Engine
+from ane_moe.runtime.reference.engine.ledger import Ledger, Site
+from ane_moe.runtime.reference.engine.ops import ENGINE_TABLE
 from ane_moe.runtime.reference.lists import TensorList
+from ane_moe.runtime.reference.ops import TABLE
 from ane_moe.runtime.reference.ops.arithmetic import Arithmetic, Exact, Narrow
+from ane_moe.runtime.reference.ops.table import OpTable
 from ane_moe.runtime.reference.pipeline import Observer, ReferencePipeline
 from ane_moe.runtime.reference.prepare import Plan, prepare
 from ane_moe.runtime.reference.scope import FOREIGN, STATES
 
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "engine"]
 WIDE_BYTES = 4
-ARITHMETIC: dict[str, type[Arithmetic]] = {"fp32": Exact, "fp16": Narrow}
+PRECISIONS = ("fp32", "fp16", "engine")
 
 # Called after each op with its type, its name and its outputs by name.
 
@@ -52,11 +58,15 @@ class ReferenceFunction:
     """One function of a package, prepared. Weights are read by `load_weights` or the first call,
     and kept until `drop_weights`."""
 
-    def __init__(self, program: Program, function: str, precision: Precision = "fp32"):
-        if precision not in ARITHMETIC:
-            raise UserError(
-                "unknown precision", found=precision, do=f"choose one of: {', '.join(ARITHMETIC)}"
-            )
+    def __init__(
+        self,
+        program: Program,
+        function: str,
+        precision: Precision = "fp32",
+        ledger: Ledger | None = None,
+        package: str = "",
+    ):
+        arith, table = _arithmetic(precision, ledger, Site(package, function, "", ""))
         self.name = function
         self.program = program
         interface = program.interfaces[function]
@@ -65,7 +75,7 @@ class ReferenceFunction:
             interface.outputs,
             interface.states,
         )
-        self._plan: Plan = prepare(program.functions[function], ARITHMETIC[precision]())
+        self._plan: Plan = prepare(program.functions[function], arith, table)
         self._weights: list[Tensor | TensorList | None] | None = None
         self._own: frozenset[int] = frozenset()
 
@@ -200,11 +210,19 @@ class ReferenceFunction:
 class ReferencePackage:
     """An opened package: its program is parsed once, a function read when asked for."""
 
-    def __init__(self, program: OpenProgram, precision: Precision = "fp32"):
+    def __init__(
+        self,
+        program: OpenProgram,
+        precision: Precision = "fp32",
+        ledger: Ledger | None = None,
+        name: str = "",
+    ):
         self.functions = program.functions
         self.default_function = program.default_function
         self._program = program
         self._precision = precision
+        self._ledger = ledger
+        self._name = name
 
     def function(self, name: str | None = None, *, eager: bool = False) -> ReferenceFunction:
         """Prepare a function, the default one when None; with `eager` its weights are read too.
@@ -213,7 +231,8 @@ class ReferencePackage:
         executed.
         """
         name = name or self._program.default_function
-        function = ReferenceFunction(self._program.read((name,)), name, self._precision)
+        program = self._program.read((name,))
+        function = ReferenceFunction(program, name, self._precision, self._ledger, self._name)
         if eager:
             function.load_weights()
         return function
@@ -251,13 +270,17 @@ class ReferencePipelinePackage:
 
 
 def open_package(
-    path: Path, precision: Precision = "fp32"
+    path: Path, precision: Precision = "fp32", ledger: Ledger | None = None
 ) -> ReferencePackage | ReferencePipelinePackage:
-    """Open the package at `path`. Raises UserError when it cannot be read or executed."""
+    """Open the package at `path`. With precision "engine" what its operations meet goes to
+    `ledger`, under the package's name; of a pipeline nothing does.
+
+    Raises UserError when it cannot be read or executed.
+    """
     model = open_model(path)
     if isinstance(model, OpenPipeline):
         return ReferencePipelinePackage(model, precision)
-    return ReferencePackage(model, precision)
+    return ReferencePackage(model, precision, ledger, path.name)
 
 
 def load_function(
@@ -269,6 +292,17 @@ def load_function(
     executed.
     """
     return open_package(path, precision).function(function)
+
+
+def _arithmetic(precision: str, ledger: Ledger | None, site: Site) -> tuple[Arithmetic, OpTable]:
+    """How sums are added up, and the operations that go with it."""
+    if precision == "engine":
+        return Engine(ledger, site), ENGINE_TABLE
+    if precision not in PRECISIONS:
+        raise UserError(
+            "unknown precision", found=precision, do=f"choose one of: {', '.join(PRECISIONS)}"
+        )
+    return Narrow() if precision == "fp16" else Exact(), TABLE
 
 
 def _tensors(value: Tensor | TensorList | None) -> list[Tensor]:

@@ -10,6 +10,9 @@ RUN = 32
 
 
 class Arithmetic(Protocol):
+    def at(self, op: str, name: str) -> "Arithmetic":
+        """The same for one operation, by its type and name."""
+
     def round(self, x: Tensor) -> Tensor:
         """An intermediate result inside an op."""
 
@@ -28,6 +31,9 @@ class Arithmetic(Protocol):
 
 class Exact:
     """fp32 throughout; integers in their own type."""
+
+    def at(self, op: str, name: str) -> "Exact":
+        return self
 
     def round(self, x: Tensor) -> Tensor:
         return x
@@ -50,6 +56,9 @@ class Narrow:
 
     Values stay in fp32 tensors.
     """
+
+    def at(self, op: str, name: str) -> "Narrow":
+        return self
 
     def round(self, x: Tensor) -> Tensor:
         return x.half().float() if x.dtype is torch.float32 else x
