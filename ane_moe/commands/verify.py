@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ane_moe.commands.options import AsJson, PlacementSystem, RuntimeName
+from ane_moe.commands.options import AsJson, PlacementSystem, PrecisionName, RuntimeName
 
 
 def verify(
@@ -27,6 +27,7 @@ def verify(
         ),
     ] = None,
     runtime: RuntimeName = "auto",
+    precision: PrecisionName = "fp32",
     min_cosine: Annotated[
         float | None,
         typer.Option(
@@ -79,7 +80,9 @@ def verify(
 
     Files first (sha256, missing and extra shards, NaN in weights), then the tokenizer's ids against
     the checkpoint's, then every function of every shard on the golden's inputs, then routing, then
-    the whole model. Exits with 1 when a gate fails. With --compute-plan, a conversion without a
+    the whole model. Exits with 1 when a gate fails. With --precision engine all of it by the Neural
+    Engine's published arithmetic, beside exact sums: whether routing flips, what overflows on the
+    way, what it costs. With --compute-plan, a conversion without a
     golden is checked for placement alone.
     """
     from rich.console import Console
@@ -102,6 +105,7 @@ def verify(
                 checkpoint=checkpoint,
                 prompts=prompts,
                 runtime=runtime,
+                precision=precision,
                 min_cosine=min_cosine,
                 min_logit_cosine=min_logit_cosine,
                 decode_tokens=decode_tokens or None,

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ane_moe.report.engine_table import engine_tables, engine_title, overflow_lines
 from ane_moe.verification.result import (
     FunctionModelResult,
     RoutingResult,
@@ -20,6 +21,7 @@ SHOWN_FAILURES = 20
 SHOWN_LAYERS = 8
 CAUSES = {
     "compression": "; the shards compute what their weights say: the loss is the compression's",
+    "engine": "; with exact sums the same shards pass: the loss is predicted of the engine",
     "tokenizer": "; the shards are right: prompts become other ids than the checkpoint's",
     "unknown": "; --checkpoint tells whether conversion or compression is to blame",
 }
@@ -28,7 +30,7 @@ CAUSES = {
 def verify_report(report: VerifyReport) -> RenderableType:
     """Problems with files, or the tables of functions, routing and the whole model; the verdict
     last."""
-    parts: list[RenderableType] = []
+    parts: list[RenderableType] = [engine_title(report.engine)] if report.engine else []
     if report.compression:
         parts.append(_compression(report.compression))
     if report.as_stored:
@@ -45,6 +47,8 @@ def verify_report(report: VerifyReport) -> RenderableType:
         parts.append(_routing(report.routing, report.routing_mode))
     if report.models:
         parts += [_models(report.models), *_divergences(report.models)]
+    if report.engine:
+        parts += engine_tables(report.engine)
     if report.model_skipped:
         parts.append(Text(f"whole model not run: {report.model_skipped}"))
     if (line := tokenizer_line(report)) and (report.tokenizer is None or report.tokenizer.passed):
@@ -179,6 +183,7 @@ def tokenizer_line(report: VerifyReport) -> str:
 
 def _failures(report: VerifyReport) -> Iterable[Text]:
     lines = [f"{problem.path}: {problem.what}" for problem in report.integrity]
+    lines += overflow_lines(report.engine) if report.engine else []
     if report.as_stored:
         lines += [
             f"{row.path} {row.function}, against the weights as stored: {row.reason}"
@@ -210,7 +215,7 @@ def _failures(report: VerifyReport) -> Iterable[Text]:
 def _verdict(report: VerifyReport) -> Text:
     conditions = (
         f"{report.folder}: {report.weights} weights, {report.routing_mode} routing, "
-        f"{report.runtime} runtime"
+        f"{report.runtime} runtime{', predicted arithmetic of the engine' if report.engine else ''}"
     )
     if report.passed:
         return Text(f"passed  {conditions}, {report.golden_tokens} tokens", style="green")

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ane_moe.original.tokenizer_record import Difference
+from ane_moe.verification.engine_result import EngineReport
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class VerifyReport:
     The results are against the original model. For compressed weights `as_stored` is against the
     same model with the weights that the packages hold: what fails there was converted wrongly, what
     fails only here is lost to compression. `compression` has bits and errors by role (see
-    `Manifest.compression`).
+    `Manifest.compression`). `engine` is there where the results are by the engine's arithmetic.
     """
 
     passed: bool
@@ -154,12 +155,14 @@ class VerifyReport:
     compression: dict[str, dict[str, Any]] = field(default_factory=dict)
     tokenizer: TokenizerResult | None = None
     tokenizer_skipped: str | None = None
+    engine: EngineReport | None = None
 
     @property
     def failures(self) -> int:
         """Gates that failed, problems with files included."""
         tokenizer = int(self.tokenizer is not None and not self.tokenizer.passed)
-        return len(self.integrity) + self._model_failures + tokenizer
+        overflowing = len(self.engine.overflowing) if self.engine else 0
+        return len(self.integrity) + self._model_failures + tokenizer + overflowing
 
     @property
     def _model_failures(self) -> int:
@@ -169,13 +172,15 @@ class VerifyReport:
     @property
     def cause(self) -> str | None:
         """What is to blame for failures: "files", "conversion", "compression", "tokenizer" (it
-        alone), or "unknown" (not told apart)."""
+        alone), "engine" (its arithmetic alone), or "unknown" (not told apart)."""
         if self.integrity:
             return "files"
         if not self.failures:
             return None
-        if not self._model_failures:
+        if self.tokenizer is not None and not self.tokenizer.passed and not self._model_failures:
             return "tokenizer"
+        if self.engine and not self.engine.exact_failures:
+            return "engine"
         if self.as_stored is None:
             return "unknown" if self.compressed else "conversion"
         return "conversion" if self.as_stored.failures else "compression"

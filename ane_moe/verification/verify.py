@@ -22,7 +22,9 @@ from ane_moe.original.golden import Golden, read_golden
 from ane_moe.original.prompts import check_prompts, read_prompts
 from ane_moe.original.stored_model import capture_as_stored, with_errors
 from ane_moe.progress import Progress, silent
-from ane_moe.runtime import open_package, resolve_runtime
+from ane_moe.runtime import open_package, with_precision
+from ane_moe.runtime.reference.engine.ledger import Ledger
+from ane_moe.verification.engine_report import engine_report
 from ane_moe.verification.expert_parity import ExpertParity
 from ane_moe.verification.integrity import check_integrity
 from ane_moe.verification.parity import Parity, decode_tail
@@ -48,6 +50,7 @@ def verify(
     checkpoint: Path | None = None,
     prompts: Path | None = None,
     runtime: str = "auto",
+    precision: str = "fp32",
     min_cosine: float | None = None,
     min_logit_cosine: float | None = None,
     decode_tokens: int | None = DECODE_TOKENS,
@@ -58,13 +61,14 @@ def verify(
     `checkpoint` now. Its tokenizer is compared with what the checkpoint's gave then, or gives now.
 
     `decode_tokens` is about how many tokens go through one-token calls where prefill covers all of
-    them (None: all). `options` go to the runtime. When files are damaged nothing is run and the
-    report says which. Raises UserError when there is no conversion, no golden to compare with, or a
-    golden or prompts of something else.
+    them (None: all). `options` go to the runtime. With precision "engine" the results are by the
+    Neural Engine's arithmetic, and the report sets it beside exact sums. When files are damaged
+    nothing is run and the report says which. Raises UserError when there is no conversion, no
+    golden to compare with, or a golden or prompts of something else.
     """
     report_progress = progress or silent
     manifest = read_manifest(out)
-    runtime = resolve_runtime(runtime)
+    runtime, computed = with_precision(runtime, precision)
     problems = check_integrity(out, manifest, report_progress)
     with tempfile.TemporaryDirectory(prefix="ane-moe-") as scratch:
         goldens = _goldens(
@@ -99,7 +103,10 @@ def verify(
         trials = [_Trial(goldens.original, *asked)]
         trials += [_Trial(goldens.as_stored, *exact)] if goldens.as_stored else []
         proof = _Proof(out, manifest, runtime, options, decode_tokens, report_progress)
-        against_original, *others = proof.compared(trials)
+        ledger = Ledger() if precision == "engine" else None
+        noted = {"ledger": ledger} if ledger is not None else {}
+        predicted = replace(proof, options={**options, **computed, **noted})
+        against_original, *others = predicted.compared(trials)
         report = replace(
             report,
             **vars(against_original),
@@ -107,6 +114,10 @@ def verify(
             as_stored=others[0] if others else None,
             compression=goldens.compression,
         )
+        if ledger is not None:
+            (exact_sums,) = proof.compared(trials[:1])
+            engine = engine_report(out, manifest, ledger, against_original, exact_sums)
+            report = replace(report, engine=engine)
     return replace(report, passed=not report.failures)
 
 

@@ -273,14 +273,14 @@ def open_package(
     path: Path, precision: Precision = "fp32", ledger: Ledger | None = None
 ) -> ReferencePackage | ReferencePipelinePackage:
     """Open the package at `path`. With precision "engine" what its operations meet goes to
-    `ledger`, under the package's name; of a pipeline nothing does.
+    `ledger`, under the package's path; of a pipeline nothing does.
 
     Raises UserError when it cannot be read or executed.
     """
     model = open_model(path)
     if isinstance(model, OpenPipeline):
         return ReferencePipelinePackage(model, precision)
-    return ReferencePackage(model, precision, ledger, path.name)
+    return ReferencePackage(model, precision, ledger, str(path))
 
 
 def load_function(

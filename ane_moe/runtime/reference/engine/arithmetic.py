@@ -61,7 +61,7 @@ class Engine:
         w, x = decoded(w), decoded(x)
         start = None if bias is None else decoded(bias)
         sums = dot(w, x, start, count=self.ledger is not None)
-        if self.ledger is not None:
+        if self.ledger is not None and sums.total.numel():
             met = self.ledger.at(self.site, LIMIT)
             _note_sums(met, w, x, start, sums.total.isinf())
             met.dropped += sums.dropped or 0
@@ -74,12 +74,14 @@ class Engine:
             return self.contract(b.t(), a.t()).t()
         return self.contract(a, b)
 
-    def elementwise(self, y: Tensor) -> Tensor:
-        """A result in fp16; what goes beyond is noted."""
+    def elementwise(self, y: Tensor, *given: Tensor) -> Tensor:
+        """A result of `given` in fp16; what goes beyond, though all that was given is finite, is
+        noted."""
         result = to_fp16(y)
-        if self.ledger is not None:
+        if self.ledger is not None and result.numel():
             met = self.ledger.at(self.site, LARGEST)
-            met.overflows += int(result.isinf().sum() - y.isinf().sum())
+            if all(bool(one.isfinite().all()) for one in given):
+                met.overflows += int(result.isinf().sum())
             _note_results(met, result)
         return result
 
@@ -87,8 +89,7 @@ class Engine:
 def _note_results(met: Met, result: Tensor) -> None:
     finite = result.masked_fill(~result.isfinite(), 0)
     met.results += result.numel()
-    if result.numel():
-        met.largest_result = max(met.largest_result, float(finite.abs().max()))
+    met.largest_result = max(met.largest_result, float(finite.abs().max()))
 
 
 def _note_sums(met: Met, w: Tensor, x: Tensor, bias: Tensor | None, over: Tensor) -> None:
@@ -98,7 +99,8 @@ def _note_sums(met: Met, w: Tensor, x: Tensor, bias: Tensor | None, over: Tensor
     upward = (magnitudes + sums) / 2 + begin.clamp(min=0)
     downward = (magnitudes - sums) / 2 - begin.clamp(max=0)
     partial = torch.maximum(upward, downward)
-    possible = w.abs().sum(1) * (x.abs().max() if x.numel() else 0.0) + begin[:, 0].abs()
+    met.largest_input = max(met.largest_input, float(x.abs().max()))
+    possible = w.abs().sum(1) * met.largest_input + begin[:, 0].abs()
     met.terms = max(met.terms, w.shape[1])
     met.largest_partial = max(met.largest_partial, float(partial.max()))
     met.largest_possible = max(met.largest_possible, float(possible.max()))

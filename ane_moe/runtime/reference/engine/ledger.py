@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Site(NamedTuple):
-    """Where an operation stands: the package's folder, the function, its type and its name."""
+    """Where an operation stands: the package's path, the function, its type and its name."""
 
     package: str
     function: str
@@ -24,9 +24,9 @@ class Met:
     terms: the longest sum (0: not a sum of products). limit: the magnitude at which it overflows.
     largest_result: the largest finite output. largest_partial: what a partial sum of the terms that
     were met can reach if they come in the worst order. largest_possible: the same for any input as
-    large as the largest that was met. overflows: results that are Inf, of `results`. on_the_way: of
-    these, those whose whole sum is below the limit. at_risk: results that would be Inf in some
-    order. dropped, products: products other than zero.
+    large as the largest that was met, `largest_input`. overflows: results that are Inf, of
+    `results`. on_the_way: of these, those whose whole sum is below the limit. at_risk: results that
+    would be Inf in some order. dropped, products: products other than zero.
     """
 
     limit: float
@@ -37,6 +37,7 @@ class Met:
     overflows: int = 0
     on_the_way: int = 0
     at_risk: int = 0
+    largest_input: float = 0.0
     results: int = 0
     dropped: int = 0
     products: int = 0

@@ -82,7 +82,7 @@ def _binary(compute: Callable[[Tensor, Tensor], Tensor]) -> Maker:
     """Of numbers as the engine reads them: Inf and NaN are large numbers."""
 
     def make(arith: Engine) -> Kernel:
-        return lambda x, y: arith.elementwise(compute(decoded(x), decoded(y)))
+        return lambda x, y: arith.elementwise(compute(decoded(x), decoded(y)), x, y)
 
     return make
 
@@ -94,7 +94,7 @@ def _quotient(x: Tensor, y: Tensor) -> Tensor:
 
 def _unary(compute: Unary) -> Maker:
     def make(arith: Engine) -> Kernel:
-        return lambda x: arith.elementwise(compute(x))
+        return lambda x: arith.elementwise(compute(x), x)
 
     return make
 
@@ -105,7 +105,7 @@ def _by_table(name: str) -> Unary:
 
 def _with_epsilon(compute: Unary, absent: float) -> Maker:
     def make(arith: Engine, epsilon: float = absent) -> Kernel:
-        return lambda x: arith.elementwise(compute(arith.round(x + epsilon)))
+        return lambda x: arith.elementwise(compute(arith.round(x + epsilon)), x)
 
     return make
 
@@ -113,9 +113,9 @@ def _with_epsilon(compute: Unary, absent: float) -> Maker:
 def _gelu(arith: Engine, mode: str = "EXACT") -> Kernel:
     """One table for both modes that were measured; the third is written out."""
     if mode != "SIGMOID_APPROXIMATION":
-        return lambda x: arith.elementwise(tables.look_up("gelu", x))
+        return lambda x: arith.elementwise(tables.look_up("gelu", x), x)
     sigmoid = _by_table("sigmoid")
-    return lambda x: arith.elementwise(x * sigmoid(arith.round(1.702 * x)))
+    return lambda x: arith.elementwise(x * sigmoid(arith.round(1.702 * x)), x)
 
 
 # ---- over axes
@@ -125,7 +125,7 @@ def _softmax(arith: Engine, axis: int = -1) -> Kernel:
     def kernel(x: Tensor) -> Tensor:
         x = decoded(x)
         exp = tables.exp(arith.round(x - torch.amax(x, axis, keepdim=True)))
-        return arith.elementwise(exp * tables.inverse(arith.sum(exp, (axis,), True)))
+        return arith.elementwise(exp * tables.inverse(arith.sum(exp, (axis,), True)), x)
 
     return kernel
 
@@ -241,6 +241,10 @@ def _where_fp16(op: Op, make: Maker) -> Maker:
     return _with_parameters(chosen, op.make, "out", "arith")
 
 
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
+
+
 def _fp16(value: Any) -> Any:
     """A parameter as an fp16 number, if it is one to compute with."""
     return torch.tensor(value).half().item() if isinstance(value, float) else value
@@ -251,7 +255,7 @@ def _rounded(make: Maker) -> Maker:
 
     def rounding(arith: Engine, **given: Any) -> Kernel:
         kernel = make(**_named({"arith": arith, **given}, wanted))
-        return lambda *tensors: arith.elementwise(kernel(*tensors))
+        return lambda *given: arith.elementwise(kernel(*given), *filter(_is_tensor, given))
 
     return _with_parameters(rounding, make, "arith")
 
