@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ane_moe.runtime.reference.engine.facts import ACCUMULATOR
+from ane_moe.runtime.reference.engine.rounding import largest
 
 UNITS = 2.0**ACCUMULATOR.fraction_bits
 LIMIT = ACCUMULATOR.overflow_at
@@ -103,7 +104,7 @@ def _scales(columns: Tensor) -> tuple[Tensor, Tensor]:
 
 def _add_products(w: Tensor, columns: Tensor, total: Tensor, count: bool) -> int | None:
     """Add all products, each rounded to whole units, to `total` `[N,M]`."""
-    wide = columns.abs() * _largest(w) >= NARROW  # (N, K)
+    wide = columns.abs() * largest(w) >= NARROW  # (N, K)
     scale, rest = _scales(columns)
     narrow = torch.where(wide, 0.0, rest * LIFT)
     dropped = _add_narrow(w, scale, narrow, total, count)
@@ -158,16 +159,11 @@ def _nonzero(x: Tensor) -> int:
     return int(np.count_nonzero(x.numpy() != 0))  # tens of times faster than torch's
 
 
-def _largest(x: Tensor) -> float:
-    """The largest magnitude, without a copy of `x`."""
-    return max(float(x.amax()), -float(x.amin())) if x.numel() else 0.0
-
-
 def _may_overflow(w: Tensor, columns: Tensor, start: Tensor) -> Tensor:
     """`[F,2]`: columns and rows of the sums that could reach the limit in some order."""
     beginning = start.abs().float() / UNITS
     rounding = w.shape[1] / UNITS  # of each product by half a unit, and as much again
-    bound = columns.abs().sum(1).max() * _largest(w) + beginning.max() + rounding
+    bound = columns.abs().sum(1).max() * largest(w) + beginning.max() + rounding
     if bound < LIMIT * SAFE:
         return torch.empty(0, 2, dtype=torch.int64)
     magnitude = columns.abs() @ w.abs().t() + beginning + rounding  # (N, M)
