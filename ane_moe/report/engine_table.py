@@ -113,12 +113,20 @@ def _nearness(row: EngineOperation) -> tuple[bool, float]:
 
 def overflow_lines(report: EngineReport) -> list[str]:
     """A line for each operation that overflows."""
-    return [
+    return [_overflow_line(row) for row in report.overflowing]
+
+
+def _overflow_line(row: EngineOperation) -> str:
+    line = (
         f"{row.path} {row.function} {row.name} ({row.op}): {row.overflows} of {row.results} results"
         f" are predicted to overflow at {row.limit:.0f}"
-        + (f", {row.on_the_way} on the way to a smaller sum" if row.terms else "")
-        for row in report.overflowing
-    ]
+    )
+    if not row.terms:
+        return line
+    return (
+        f"{line}, {row.on_the_way} on the way to a smaller sum; weights divided by "
+        f"{row.harmless_divisor} would not"
+    )
 
 
 def _table(title: str, columns: tuple[str, ...]) -> Table:

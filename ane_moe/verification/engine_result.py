@@ -1,6 +1,7 @@
 """What the Neural Engine's arithmetic, computed here, makes of a conversion: a prediction, beside
 the same proof with exact sums. Plain dataclasses, named as in the JSON document."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -33,6 +34,14 @@ class EngineOperation:
     at_risk: int
     results: int
     dropped_share: float
+
+    @property
+    def harmless_divisor(self) -> int | None:
+        """The power of two by which its weights and bias had to be divided, for no order of its
+        sums to overflow; None where none is needed, or the limit is not of a sum of products."""
+        if not self.terms or not (self.overflows or self.at_risk):
+            return None
+        return 1 << max(0, math.floor(math.log2(self.largest_partial / self.limit))) + 1
 
 
 @dataclass(frozen=True)

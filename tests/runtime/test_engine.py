@@ -347,3 +347,95 @@ def test_a_precision_is_the_reference_runtimes() -> None:
     assert with_precision("coreml", "fp32") == ("coreml", {})
     with pytest.raises(UserError, match="leave --runtime out"):
         with_precision("coreml", "engine")
+
+
+# ---- every shape that the exact operations take
+
+
+def engine(op: str, tensors: dict[str, np.ndarray], shape: tuple[int, ...], **params: Any) -> Any:
+    outputs = [TensorType("fp16", shape)]
+    return run(op, tensors, params, precision="engine", outputs=outputs)[0].astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "options"),
+    [
+        ((2, 6, 9), (4, 3, 3), {"groups": 2, "stride": 2, "dilation": 2}),
+        ((2, 6, 5, 7), (4, 6, 2, 3), {"padding": 1}),
+        ((1, 6, 5, 7), (6, 1, 3, 3), {"groups": 6}),
+        ((3, 4, 5, 1), (8, 4, 1, 1), {}),
+        ((1, 2, 4, 4, 4), (3, 2, 2, 2, 2), {"stride": 2}),
+    ],
+    ids=["groups, stride and dilation", "padded", "depthwise", "batch", "three dimensions"],
+)
+def test_a_convolution_meets_what_torchs_does(
+    size: tuple[int, ...], kernel: tuple[int, ...], options: dict[str, int]
+) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(s).half().float() for s in (size, kernel, kernel[:1]))
+    spatial = len(size) - 2
+    convolve = (torch.conv1d, torch.conv2d, torch.conv3d)[spatial - 1]
+    expected = convolve(x, weight, bias, **options)
+    params = {
+        "strides": np.array([options.get("stride", 1)] * spatial, np.int32),
+        "dilations": np.array([options.get("dilation", 1)] * spatial, np.int32),
+        "pad_type": "custom",
+        "pad": np.array([options.get("padding", 0)] * 2 * spatial, np.int32),
+        "groups": np.int32(options.get("groups", 1)),
+    }
+    given = {"x": x, "weight": weight, "bias": bias}
+    tensors = {name: one.half().numpy() for name, one in given.items()}
+    found = engine("conv", tensors, tuple(expected.shape), **params)
+    np.testing.assert_allclose(found, expected.numpy(), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [((5,), (5,)), ((5,), (2, 5, 3)), ((4, 5), (5,)), ((2, 1, 4, 5), (3, 5, 6)), ((1, 5), (5, 1))],
+)
+def test_a_product_broadcasts_as_numpys(left: tuple[int, ...], right: tuple[int, ...]) -> None:
+    generator = np.random.default_rng(0)
+    x, y = (generator.standard_normal(shape).astype(np.float16) for shape in (left, right))
+    expected = x.astype(np.float32) @ y.astype(np.float32)
+    found = engine("matmul", {"x": x, "y": y}, expected.shape)
+    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_attention_and_what_it_is_made_of_stay_near_the_exact_ones() -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, n, 8) for n in (3, 5, 5))
+    seen = torch.ones(3, 5, dtype=torch.bool).tril(2)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, seen)
+    tensors = {"query": query, "key": key, "value": value}
+    given = {name: one.half().numpy() for name, one in tensors.items()}
+    mask = torch.zeros(3, 5).masked_fill(~seen, -math.inf).half().numpy()
+    op, shape = "scaled_dot_product_attention", tuple(expected.shape)
+    for hidden in (seen.numpy(), mask):
+        found = engine(op, {**given, "attn_mask": hidden}, shape)
+        np.testing.assert_allclose(found, expected.numpy(), rtol=2e-2, atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("op", "exact", "params"),
+    [
+        ("real_div", np.divide, {}),
+        ("reduce_mean", lambda x: x.mean(-1), {"axes": np.array([-1], np.int32)}),
+        (
+            "layer_norm",
+            lambda x: (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True),
+            {"axes": np.array([-1], np.int32)},
+        ),
+        ("cos", np.cos, {}),
+        ("inverse", lambda x: 1 / x, {"epsilon": np.float16(0)}),
+        ("softmax", lambda x: np.exp(x) / np.exp(x).sum(-1, keepdims=True), {"axis": -1}),
+    ],
+)
+def test_other_operations_stay_near_the_exact_ones(
+    op: str, exact: Callable[..., np.ndarray], params: dict[str, Any]
+) -> None:
+    x = np.random.default_rng(0).uniform(0.1, 5, (4, 32)).astype(np.float16)
+    tensors = {"x": x, "y": x[::-1].copy()} if op == "real_div" else {"x": x}
+    expected = exact(*(one.astype(np.float64) for one in tensors.values()))
+    shape = (4,) if op == "reduce_mean" else (4, 32)
+    params = params | ({"keep_dims": False} if op == "reduce_mean" else {})
+    np.testing.assert_allclose(engine(op, tensors, shape, **params), expected, rtol=1e-2, atol=3e-3)

@@ -75,5 +75,17 @@ def test_an_overflow_fails_and_is_named(conversion, monkeypatch):
     assert overflowing and report.engine.exact_failures == 0
     assert any(row.on_the_way for row in overflowing)
     assert all(row.at_risk >= row.overflows > 0 for row in overflowing)
+    for row in overflowing:
+        assert row.largest_partial / row.harmless_divisor < row.limit
+        assert row.largest_partial / row.harmless_divisor >= row.limit / 2
     text = shown(report)
     assert "predicted to overflow at" in text and "with exact sums the same shards pass" in text
+
+
+def test_text_is_generated_by_it_too(conversion, capsys):
+    arguments = ["generate", str(conversion), "--prompt-ids", "1,2,3", "--max-tokens", "2"]
+    for precision in ("fp32", "engine"):
+        with pytest.raises(SystemExit) as ended:
+            main([*arguments, "--precision", precision, "--json"])
+        assert not ended.value.code
+        assert len(json.loads(capsys.readouterr().out)["ids"]) == 2
