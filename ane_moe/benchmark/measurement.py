@@ -51,6 +51,7 @@ class BenchOptions:
     lengths: tuple[int, ...] | None = None
     units: str | None = None
     expert_cache_bytes: int | None = None
+    memory_mb: float | None = None
     concurrency: int = 1
     predictor: str = "none"
     energy: bool = False
@@ -170,7 +171,11 @@ def _load(
 ) -> tuple[Session, LoadTiming]:
     started = perf_counter()
     shards = load_shards(
-        out, runtime, expert_cache_bytes=options.expert_cache_bytes, **runtime_options
+        out,
+        runtime,
+        expert_cache_bytes=options.expert_cache_bytes,
+        memory_mb=options.memory_mb,
+        **runtime_options,
     )
     session = Session(shards, concurrency=options.concurrency, predictor=options.predictor)
     loaded = perf_counter()

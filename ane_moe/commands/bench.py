@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ane_moe.commands.options import AsJson, Concurrency, ExpertCacheMb, RuntimeName
+from ane_moe.commands.options import AsJson, Concurrency, ExpertCacheMb, MemoryMb, RuntimeName
 from ane_moe.errors import UserError
 
 
@@ -47,6 +47,7 @@ def bench(
         ),
     ] = None,
     expert_cache_mb: ExpertCacheMb = None,
+    memory_mb: MemoryMb = None,
     concurrency: Concurrency = 1,
     predictor: Annotated[
         str, typer.Option(help="Load experts ahead, guessed by: none, previous, router.")
@@ -108,6 +109,7 @@ def bench(
         lengths=None if lengths is None else parse_counts(lengths, "--lengths", 1),
         units=units,
         expert_cache_bytes=None if expert_cache_mb is None else int(expert_cache_mb * 1_000_000),
+        memory_mb=memory_mb,
         concurrency=concurrency,
         predictor=predictor,
         energy=energy,

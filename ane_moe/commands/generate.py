@@ -7,7 +7,13 @@ from typing import Annotated
 
 import typer
 
-from ane_moe.commands.options import Concurrency, ExpertCacheMb, PrecisionName, RuntimeName
+from ane_moe.commands.options import (
+    Concurrency,
+    ExpertCacheMb,
+    MemoryMb,
+    PrecisionName,
+    RuntimeName,
+)
 from ane_moe.errors import UserError
 
 
@@ -33,6 +39,7 @@ def generate(
     runtime: RuntimeName = "auto",
     precision: PrecisionName = "fp32",
     expert_cache_mb: ExpertCacheMb = None,
+    memory_mb: MemoryMb = None,
     concurrency: Concurrency = 1,
     predictor: Annotated[
         str,
@@ -64,7 +71,7 @@ def generate(
     text = _prompt_text(prompt, prompt_file, prompt_ids)
     limit = None if expert_cache_mb is None else int(expert_cache_mb * 1_000_000)
     chosen, computed = with_precision(runtime, precision)
-    shards = load_shards(out, chosen, expert_cache_bytes=limit, **computed)
+    shards = load_shards(out, chosen, expert_cache_bytes=limit, memory_mb=memory_mb, **computed)
     tokenizer = load_tokenizer(out, shards.manifest)
     if text is None:
         ids = _parse_ids(prompt_ids or "")

@@ -20,6 +20,16 @@ InputFiles = Annotated[
         "--input", help="An input: its name and a .npy file. Repeatable.", metavar="NAME=FILE"
     ),
 ]
+MemoryMb = Annotated[
+    float | None,
+    typer.Option(
+        help=(
+            "MB (10^6 bytes) that weights may take: what is left beyond the packages' own size "
+            "goes to expanded copies of what is used most (runtime reference)."
+        ),
+        show_default="the packages' size and half of what is free",
+    ),
+]
 Package = Annotated[
     Path, typer.Argument(help="An .mlpackage or .mlmodelc folder.", metavar="PACKAGE")
 ]

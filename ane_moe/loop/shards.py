@@ -12,7 +12,7 @@ from ane_moe.loop.embedding_table import EmbeddingTable, open_embeddings
 from ane_moe.loop.expert_cache import ExpertCache
 from ane_moe.loop.experts import ExpertLayer, check_function, expert_layers, open_cache
 from ane_moe.manifest import Manifest, Shard, read_manifest
-from ane_moe.runtime import open_package, resolve_runtime
+from ane_moe.runtime import open_package, resolve_runtime, session_options
 from ane_moe.runtime.interface import LoadedFunction
 
 # Upper limits of what a manifest may ask the host to allocate; an order of magnitude above any
@@ -77,12 +77,18 @@ class LoadedShards:
 
 
 def load_shards(
-    folder: Path, runtime: str = "auto", *, expert_cache_bytes: int | None = None, **options: Any
+    folder: Path,
+    runtime: str = "auto",
+    *,
+    expert_cache_bytes: int | None = None,
+    memory_mb: float | None = None,
+    **options: Any,
 ) -> LoadedShards:
     """Load every shard of the conversion in `folder`; `options` go to the runtime.
 
     Expert functions are loaded when first called, and kept within `expert_cache_bytes` (None: all
-    of them).
+    of them). Weights of all shards, as stored and as the runtime expands them, take `memory_mb`
+    (10^6 bytes) where there is a limit.
 
     Raises UserError when the folder is no finished conversion, lacks a shard, or a function's
     inputs are not what the manifest implies.
@@ -96,6 +102,7 @@ def load_shards(
             "convert without --layers",
         )
     runtime = resolve_runtime(runtime)
+    options |= session_options(runtime, memory_mb, stored_bytes(folder, manifest))
 
     def load(shard: Shard) -> LoadedShard:
         package = open_package(folder / shard.path, runtime, **options)
@@ -118,6 +125,12 @@ def load_shards(
         rope_tables(manifest),
         cache,
     )
+
+
+def stored_bytes(folder: Path, manifest: Manifest) -> int:
+    """What the packages of a conversion take on disk."""
+    files = (path for shard in manifest.shards for path in (folder / shard.path).rglob("*"))
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def call_order(manifest: Manifest) -> list[Shard | int]:

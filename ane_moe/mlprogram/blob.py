@@ -134,8 +134,18 @@ class BlobFile:
         Views stay valid for good, but their pages may be handed back to the system and fault in
         again when used.
         """
-        if entry.count == 0:
-            return decode(entry.storage, np.empty(0, np.uint8), 0)
+        raw = self.raw(entry)
+        if self._map is not None and self._resident > MAX_RESIDENT_BYTES:
+            self._map.madvise(mmap.MADV_DONTNEED)
+            self._resident = 0
+        self._resident += entry.nbytes
+        return decode(entry.storage, raw, entry.count)
+
+    def raw(self, entry: BlobEntry) -> np.ndarray:
+        """The stored bytes, a read-only view of the file: the system reads its pages when they are
+        used, and takes them back when memory is short."""
+        if entry.nbytes == 0:
+            return np.empty(0, np.uint8)
         if self._map is None:
             try:
                 self._map = mmap.mmap(self._file.fileno(), self._size, access=mmap.ACCESS_READ)
@@ -146,9 +156,4 @@ class BlobFile:
                 raise UserError(
                     f"weight file {self.path.name} cannot be mapped", str(error)
                 ) from None
-        if self._resident > MAX_RESIDENT_BYTES:
-            self._map.madvise(mmap.MADV_DONTNEED)
-            self._resident = 0
-        self._resident += entry.nbytes
-        raw = np.frombuffer(self._map, np.uint8, entry.nbytes, entry.offset)
-        return decode(entry.storage, raw, entry.count)
+        return np.frombuffer(self._map, np.uint8, entry.nbytes, entry.offset)

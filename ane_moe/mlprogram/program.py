@@ -92,13 +92,14 @@ class Constant:
 
     Arrays may be read-only views of the file. Sub-byte integers are unpacked to one element per
     int8/uint8, bf16 becomes fp32, fp8 becomes fp16. `blob` is (file, data offset, size in bytes)
-    for values stored outside the protobuf, else None.
+    for values stored outside the protobuf, else None; `raw()` returns the bytes there, uint8.
     """
 
     type: ValueType
     load: Callable[[], np.ndarray | str | tuple]
     blob: tuple[Path, int, int] | None = None
     nbytes: int = 0  # as stored
+    raw: Callable[[], np.ndarray] | None = None
 
 
 Argument = str | Constant  # the name of a value in scope, or an inline constant

@@ -178,7 +178,13 @@ class ValueReader:
             return self._absent(proto, kind, stored_size(storage, math.prod(shape)))
         entry = blob.entry(proto.offset, storage, math.prod(shape))
         blob_range = (blob.path, entry.offset, entry.nbytes)
-        return Constant(kind, lambda: blob.read(entry).reshape(shape), blob_range, entry.nbytes)
+        return Constant(
+            kind,
+            lambda: blob.read(entry).reshape(shape),
+            blob_range,
+            entry.nbytes,
+            lambda: blob.raw(entry),
+        )
 
     def _absent(self, proto: Any, kind: ValueType, nbytes: int) -> Constant:
         error = self.absent[proto.fileName]

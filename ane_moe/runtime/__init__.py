@@ -48,6 +48,17 @@ def open_package(path: str | Path, runtime: str = "auto", **options: Any) -> Pac
     return package
 
 
+def session_options(runtime: str, memory_mb: float | None, stored_bytes: int) -> dict[str, Any]:
+    """Options of `open_package` that packages of one session share: `stored_bytes` are of all of
+    them, and their weights may take `memory_mb` (10^6 bytes; None: as the runtime sees fit).
+
+    Raises UserError where the runtime cannot be told.
+    """
+    module = importlib.import_module(RUNTIMES[resolve_runtime(runtime)])
+    options: dict[str, Any] = module.session_options(memory_mb, stored_bytes)
+    return options
+
+
 def load_package(
     path: str | Path, function: str | None = None, runtime: str = "auto", **options: Any
 ) -> LoadedFunction:

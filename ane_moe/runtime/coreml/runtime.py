@@ -257,6 +257,17 @@ def open_package(path: Path, **options: Any) -> CoreMLPackage:
     return CoreMLPackage(path, **options)
 
 
+def session_options(memory_mb: float | None, stored_bytes: int) -> dict[str, Any]:
+    """See `ane_moe.runtime.session_options`: Core ML sees to its memory itself."""
+    if memory_mb is not None:
+        raise UserError(
+            "Core ML cannot be told how much memory weights may take",
+            f"{memory_mb:g} MB",
+            "leave --memory-mb out, or take the runtime reference",
+        )
+    return {}
+
+
 def load_function(path: Path, function: str | None = None, **options: Any) -> CoreMLFunction:
     """Load one function of the `.mlpackage` at `path`; `options` as for `open_package`.
 

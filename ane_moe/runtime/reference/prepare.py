@@ -1,6 +1,6 @@
 """Preparing a function: names resolved to slots, constants folded, ops bound, dead values noted."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +22,11 @@ from ane_moe.mlprogram.program import (
 from ane_moe.runtime.reference.dtypes import to_torch, torch_dtype
 from ane_moe.runtime.reference.op_error import OpError
 from ane_moe.runtime.reference.ops import TABLE
-from ane_moe.runtime.reference.ops.arithmetic import Arithmetic
-from ane_moe.runtime.reference.ops.table import Op, OpTable
-from ane_moe.runtime.reference.scope import FIRST, Scope, Value, tensor_type
+from ane_moe.runtime.reference.ops.arithmetic import Arithmetic, Exact
+from ane_moe.runtime.reference.ops.table import Kernel, Op, OpTable
+from ane_moe.runtime.reference.scope import FIRST, Expansion, Scope, Value, tensor_type
 from ane_moe.runtime.reference.steps import (
+    AnyTarget,
     Run,
     Slots,
     Source,
@@ -35,7 +36,10 @@ from ane_moe.runtime.reference.steps import (
     bind_dynamic,
     target,
 )
+from ane_moe.runtime.reference.stored_matrix import Matrices
+from ane_moe.runtime.reference.stored_source import FLOATS, key_of, matrix_shape, source_of
 from ane_moe.runtime.reference.structural import STRUCTURAL
+from ane_moe.runtime.reference.zero_gates import lean
 
 IOS = {"CoreML5": 15, "CoreML6": 16, "CoreML7": 17, "CoreML8": 18, "CoreML9": 26}
 # The most of a constant that is a parameter (a shape, an axis, a mask), not data.
@@ -53,24 +57,32 @@ SHAPING = frozenset(
 
 @dataclass
 class Plan:
-    """A prepared function. `setup` fills the slots in `kept` once; `steps` run per call."""
+    """A prepared function. `setup` fills the slots in `kept` once; `steps` run per call where each
+    is observed, else those of `lean`, which give the same."""
 
     size: int
     inputs: dict[str, int]
     outputs: dict[str, tuple[int, ValueType]]
     setup: Steps
     steps: Steps
+    lean: Steps
     kept: frozenset[int]
 
 
-def prepare(function: Function, arith: Arithmetic, table: OpTable = TABLE) -> Plan:
-    """Raises UserError for an op the runtime lacks and for operations that do not fit their op."""
-    return _Planner(function, arith, table).plan()
+def prepare(
+    function: Function, arith: Arithmetic, matrices: Matrices, table: OpTable = TABLE
+) -> Plan:
+    """Constant matrices stay as they are stored, in `matrices`, where sums are exact.
+
+    Raises UserError for an op the runtime lacks and for operations that do not fit their op.
+    """
+    return _Planner(function, arith, matrices, table).plan()
 
 
 class _Planner:
-    def __init__(self, function: Function, arith: Arithmetic, table: OpTable):
+    def __init__(self, function: Function, arith: Arithmetic, matrices: Matrices, table: OpTable):
         self.function = function
+        self.matrices = matrices
         self.table = table
         self.where = f"function '{function.name}'"
         if function.opset not in IOS:
@@ -80,6 +92,7 @@ class _Planner:
         self.ios = IOS[function.opset]
         self.arith = arith
         self.size = FIRST
+        self.stored: dict[Value, int] = {}
         self.setup = Scope(Steps(self.where))
 
     def plan(self) -> Plan:
@@ -102,7 +115,8 @@ class _Planner:
         read = frozenset(slot for step in top.steps.steps for slot in step.reads) | results
         made = frozenset(slot for step in self.setup.steps.steps for slot in step.writes)
         self.setup.steps.free_dead(read & made)
-        return Plan(self.size, inputs, outputs, self.setup.steps, top.steps, read & made)
+        quick = lean(top.steps, results, frozenset(self.stored.values()), self.new_slot)
+        return Plan(self.size, inputs, outputs, self.setup.steps, top.steps, quick, read & made)
 
     def new_slot(self) -> int:
         self.size += 1
@@ -112,6 +126,8 @@ class _Planner:
 
     def slot(self, value: Value) -> int:
         """The slot of `value`; a constant is loaded into one at set-up when first asked for."""
+        if value.slot is None and value.expansion is not None:
+            self.expand(value.expansion)
         if value.slot is None:
             if value.constant is None or not isinstance(value.type, TensorType):
                 raise UserError(
@@ -123,6 +139,36 @@ class _Planner:
             self.add(self.setup, "const", value.name, load, (), (value.slot,))
         return value.slot
 
+    def expand(self, expansion: Expansion) -> None:
+        """Expand a compressed weight at set-up."""
+        sources: list[Source] = [
+            None if value is None else self.taken(value, expansion.op, self.setup)
+            for value in expansion.given
+        ]
+        for value in expansion.results:
+            value.slot = self.new_slot()
+        targets = [
+            target(self.slot(value), value.type, expansion.op.half == "widen")
+            for value in expansion.results
+        ]
+        reads = {source for source in sources if isinstance(source, int)}
+        run = bind(expansion.kernel, sources, targets)
+        writes = [value.slot for value in expansion.results]
+        self.add(self.setup, expansion.op.name, expansion.name, run, reads, writes)
+
+    def matrix_slot(self, value: Value, shape: tuple[int, int]) -> int:
+        """The slot of a constant matrix `(O, I)` as it is stored."""
+        if value not in self.stored:
+            slot = self.stored[value] = self.new_slot()
+
+            def load(slots: Slots) -> None:
+                slots[slot] = self.matrices.find(
+                    key_of(value), shape, lambda: source_of(value, shape)
+                )
+
+            self.add(self.setup, "const", value.name, load, (), (slot,))
+        return self.stored[value]
+
     def wide_slot(self, value: Value, scope: Scope) -> int:
         """The slot of `value` as fp32: its own unless it is of a narrower float type."""
         if not isinstance(value.type, TensorType) or value.type.dtype not in ("fp16", "bf16"):
@@ -132,7 +178,8 @@ class _Planner:
             home = self.setup if value.fixed else scope
             narrow, found = self.slot(value), self.new_slot()
             home.wide[value] = found
-            self.add(home, "widen", "", _widener(narrow, found), (narrow,), (found,))
+            run = _widener(narrow, found)
+            self.add(home, "widen", "", run, (narrow,), (found,), sources=(narrow,))
         return found
 
     def add(
@@ -144,8 +191,21 @@ class _Planner:
         reads: Any,
         writes: Any,
         shown: tuple[tuple[str, int], ...] = (),
+        sources: Sequence[Source] = (),
+        targets: Sequence[AnyTarget] = (),
     ) -> None:
-        scope.steps.steps.append(Step(op, name, run, frozenset(reads), frozenset(writes), shown))
+        scope.steps.steps.append(
+            Step(
+                op,
+                name,
+                run,
+                frozenset(reads),
+                frozenset(writes),
+                shown,
+                sources=tuple(sources),
+                targets=tuple(targets),
+            )
+        )
 
     def argument(self, argument: Argument, scope: Scope) -> Value:
         if isinstance(argument, str):
@@ -188,16 +248,14 @@ class _Planner:
         }
         given_values = [value for values in arguments.values() for value in values]
         fixed = not op.varies and all(value.fixed for value in given_values)
-        home = (
-            self.setup
-            if fixed and (scope.outer is self.setup or op.name.startswith("constexpr_"))
-            else scope
-        )
+        if fixed and op.name.startswith("constexpr_"):
+            return self.constexpr(op, operation, arguments, scope)
+        home = self.setup if fixed and scope.outer is self.setup else scope
         results = [
             Value(output.type, self.new_slot(), fixed=home is self.setup)
             for output in operation.outputs
         ]
-        run, reads = self.bind(op, operation.name, arguments, results, home)
+        run, reads, sources, targets = self.bind(op, operation.name, arguments, results, home)
         for output, value in zip(operation.outputs, results, strict=True):
             scope.names[output.name] = value
         writes = [self.slot(value) for value in results]
@@ -205,7 +263,26 @@ class _Planner:
         shown = tuple(
             (output.name, slot) for output, slot in named if isinstance(output.type, TensorType)
         )
-        self.add(home, operation.type, operation.name, run, reads, writes, shown)
+        self.add(home, operation.type, operation.name, run, reads, writes, shown, sources, targets)
+
+    def constexpr(
+        self, op: Op, operation: Operation, arguments: Mapping[str, list[Value]], scope: Scope
+    ) -> None:
+        """Note how a compressed weight is expanded, for when a value is asked for."""
+        specs = {spec.rstrip("?"): spec for spec in op.tensors.split()}
+        others = {name: values for name, values in arguments.items() if name not in specs}
+        parameters, computed = self.parameters(op, others)
+        if computed:
+            raise UserError("a parameter that has to be constant is computed", ", ".join(computed))
+        given = tuple(only(spec, arguments.get(name, [])) for name, spec in specs.items())
+        kernel = make_kernel(op, parameters)
+        results = tuple(
+            Value(output.type, fixed=True, name=operation.name) for output in operation.outputs
+        )
+        expansion = Expansion(op, operation.name, self.where, parameters, kernel, given, results)
+        for output, result in zip(operation.outputs, results, strict=True):
+            result.expansion = expansion
+            scope.names[output.name] = result
 
     def bind(
         self,
@@ -214,14 +291,9 @@ class _Planner:
         arguments: Mapping[str, list[Value]],
         results: list[Value],
         scope: Scope,
-    ) -> tuple[Run, set[int]]:
-        """The closure of one operation and the slots it reads."""
-        sources: list[Source] = []
-        names = set()
-        for spec in op.tensors.split():
-            name = spec.rstrip("?*")
-            names.add(name)
-            sources.append(self.source(spec, arguments.get(name, []), op, scope))
+    ) -> tuple[Run, set[int], list[Source], list[AnyTarget]]:
+        """The closure of one operation, the slots it reads, and what its kernel takes and gives."""
+        specs = {spec.rstrip("?*"): spec for spec in op.tensors.split()}
         kinds = {
             tensor_type(value, name).dtype
             for name in op.alike.split()
@@ -229,15 +301,20 @@ class _Planner:
         }
         if len(kinds) > 1:
             raise UserError("its inputs are of different element types", ", ".join(sorted(kinds)))
-        fixed, dynamic = self.parameters(op, {k: v for k, v in arguments.items() if k not in names})
+        fixed, dynamic = self.parameters(op, {k: v for k, v in arguments.items() if k not in specs})
         types = [value.type for value in results]
-        if "arith" in op.parameters:
-            fixed["arith"] = self.arith.at(op.name, called)
         if "out" in op.parameters:
             fixed["out"] = types
+        if "arith" in op.parameters:
+            fixed["arith"] = self.arith.at(op.name, called)
         missing = op.required - fixed.keys() - dynamic.keys()
         if missing:
             raise UserError("a required input is missing", ", ".join(sorted(missing)))
+        matrix = None if dynamic else self.matrix_input(op, fixed, types)
+        sources = [
+            self.source(spec, arguments.get(name, []), op, scope, name == matrix)
+            for name, spec in specs.items()
+        ]
         targets = [
             target(self.slot(value), declared, op.half == "widen")
             for value, declared in zip(results, types, strict=True)
@@ -249,31 +326,34 @@ class _Planner:
             for slot in ((source,) if isinstance(source, int) else source)
         }
         if dynamic:
-            return bind_dynamic(op.make, fixed, dynamic, sources, targets), reads | set(
-                dynamic.values()
-            )
-        try:
-            kernel = op.make(**fixed)
-        except Exception as error:  # whatever an untrusted program's parameters can cause
-            raise UserError(
-                "its parameters do not fit", f"{type(error).__name__}: {error}"
-            ) from error
-        return bind(kernel, sources, targets), reads
+            run = bind_dynamic(op.make, fixed, dynamic, sources, targets)
+            return run, reads | set(dynamic.values()), sources, targets
+        return bind(make_kernel(op, fixed), sources, targets), reads, sources, targets
 
-    def source(self, spec: str, values: list[Value], op: Op, scope: Scope) -> Source:
-        if not values:
-            if spec.endswith("?"):
-                return None
-            raise UserError("a required input is missing", spec.rstrip("*"))
-        slots = tuple(
-            self.wide_slot(value, scope) if op.half == "widen" else self.slot(value)
-            for value in values
-        )
-        if spec.endswith("*"):
-            return slots
-        if len(slots) > 1:
-            raise UserError(f"input '{spec.rstrip('?')}' takes one value", str(len(slots)))
-        return slots[0]
+    def matrix_input(
+        self, op: Op, parameters: Mapping[str, Any], types: list[ValueType]
+    ) -> str | None:
+        """The input that the op takes as a matrix as it is stored, if it is one."""
+        if op.matrix is None or not isinstance(self.arith, Exact):
+            return None
+        name, takes = op.matrix
+        floats = all(isinstance(kind, TensorType) and kind.dtype in FLOATS for kind in types)
+        return name if floats and takes(**parameters) else None
+
+    def source(
+        self, spec: str, values: list[Value], op: Op, scope: Scope, as_stored: bool
+    ) -> Source:
+        if spec.endswith("*") and values:
+            return tuple(self.taken(value, op, scope) for value in values)
+        value = only(spec, values)
+        if value is None:
+            return None
+        shape = matrix_shape(value, op.matrix_rank) if as_stored else None
+        return self.taken(value, op, scope) if shape is None else self.matrix_slot(value, shape)
+
+    def taken(self, value: Value, op: Op, scope: Scope) -> int:
+        """The slot of a value in the form that the op's kernel takes."""
+        return self.wide_slot(value, scope) if op.half == "widen" else self.slot(value)
 
     def parameters(
         self, op: Op, arguments: Mapping[str, list[Value]]
@@ -295,6 +375,28 @@ class _Planner:
             if isinstance(value, float) and name not in SHAPING:
                 fixed[name] = self.arith.parameter(value)
         return fixed, dynamic
+
+
+def only(spec: str, values: list[Value]) -> Value | None:
+    """The one value of an input; None of one that may be absent and is."""
+    if not values:
+        if spec.endswith("?"):
+            return None
+        raise UserError("a required input is missing", spec.rstrip("*"))
+    if len(values) > 1:
+        raise UserError(f"input '{spec.rstrip('?')}' takes one value", str(len(values)))
+    return values[0]
+
+
+def make_kernel(op: Op, parameters: dict[str, Any]) -> Kernel:
+    """The kernel of an op all of whose parameters are constant."""
+    missing = op.required - parameters.keys()
+    if missing:
+        raise UserError("a required input is missing", ", ".join(sorted(missing)))
+    try:
+        return op.make(**parameters)
+    except Exception as error:  # whatever an untrusted program's parameters can cause
+        raise UserError("its parameters do not fit", f"{type(error).__name__}: {error}") from error
 
 
 def _loader(constant: Constant, declared: TensorType, slot: int) -> Run:

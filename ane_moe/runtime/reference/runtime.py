@@ -20,6 +20,7 @@ from ane_moe.mlprogram.program import Feature, Program, TensorType, sizes
 from ane_moe.mlprogram.reader import OpenProgram
 from ane_moe.mlprogram.weights import weights_of
 from ane_moe.runtime.inputs import check_inputs, default_value
+from ane_moe.runtime.memory import Memory, weight_memory
 from ane_moe.runtime.reference.dtypes import to_numpy, torch_dtype
 from ane_moe.runtime.reference.engine.arithmetic import Engine
 from ane_moe.runtime.reference.engine.ledger import Ledger, Site
@@ -31,12 +32,13 @@ from ane_moe.runtime.reference.ops.table import OpTable
 from ane_moe.runtime.reference.pipeline import Observer, ReferencePipeline
 from ane_moe.runtime.reference.prepare import Plan, prepare
 from ane_moe.runtime.reference.scope import FOREIGN, STATES
+from ane_moe.runtime.reference.stored_matrix import WIDE_BYTES, Matrices, StoredMatrix
 
 Precision = Literal["fp32", "fp16", "engine"]
-WIDE_BYTES = 4
 PRECISIONS = ("fp32", "fp16", "engine")
 
-# Called after each op with its type, its name and its outputs by name.
+# What a slot holds from call to call.
+Weight = Tensor | TensorList | StoredMatrix | None
 
 
 @dataclass
@@ -63,10 +65,13 @@ class ReferenceFunction:
         program: Program,
         function: str,
         precision: Precision = "fp32",
+        matrices: Matrices | None = None,
         ledger: Ledger | None = None,
         package: str = "",
     ):
+        """`matrices` are those of the package, where its functions share them."""
         arith, table = _arithmetic(precision, ledger, Site(package, function, "", ""))
+        shared = matrices or Matrices(weight_memory(None, 0))
         self.name = function
         self.program = program
         interface = program.interfaces[function]
@@ -75,8 +80,8 @@ class ReferenceFunction:
             interface.outputs,
             interface.states,
         )
-        self._plan: Plan = prepare(program.functions[function], arith, table)
-        self._weights: list[Tensor | TensorList | None] | None = None
+        self._plan: Plan = prepare(program.functions[function], arith, shared, table)
+        self._weights: list[Weight] | None = None
         self._own: frozenset[int] = frozenset()
 
     def make_state(self) -> State:
@@ -99,13 +104,13 @@ class ReferenceFunction:
         what is declared.
         """
         slots = self._slots(inputs, state)
-        self._plan.steps.execute(slots)
+        self._plan.lean.execute(slots)
         return self._results(slots)
 
     def observe(
         self, inputs: Mapping[str, np.ndarray], observer: Observer, state: State | None = None
     ) -> dict[str, Any]:
-        """As `predict`, showing `observer` the outputs of each op, in order.
+        """As `predict`, showing `observer` the outputs of each op, in order; none is left out.
 
         What a cond or while_loop computes inside is not shown, nor are lists, labels, constants and
         what is computed from constants alone.
@@ -127,20 +132,34 @@ class ReferenceFunction:
         return self._results(slots)
 
     def load_weights(self) -> None:
-        """Read and expand the weights now. Raises UserError where the package is damaged."""
-        if self._weights is None:
-            self._weights = self._load_weights()
+        """Read the weights now, and expand what there is memory for. Raises UserError where the
+        package is damaged."""
+        for matrix in self._matrices():
+            matrix.keep()
 
     def drop_weights(self) -> None:
         """Free the expanded weights; the next call reads them again."""
         self._weights = None
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory that its weights take now, beside the file's own pages."""
+        others = sum(tensor.nbytes for value in self._weights or () for tensor in _tensors(value))
+        matrices = self._matrices() if self._weights else []
+        return others + sum(matrix.kept_bytes for matrix in matrices)
+
+    def _matrices(self) -> list[StoredMatrix]:
+        return [value for value in self._loaded() if isinstance(value, StoredMatrix)]
+
+    def _loaded(self) -> list[Weight]:
+        if self._weights is None:
+            self._weights = self._load_weights()
+        return self._weights
+
     def _slots(self, inputs: Mapping[str, np.ndarray], state: State | None) -> list:
         given = self._tensors(inputs)
         tensors = self._check_state(state)
-        self.load_weights()
-        assert self._weights is not None
-        slots: list = self._weights.copy()
+        slots: list = self._loaded().copy()
         for name, slot in self._plan.inputs.items():
             slots[slot] = given[name]
         slots[STATES] = tensors
@@ -149,8 +168,8 @@ class ReferenceFunction:
         }
         return slots
 
-    def _load_weights(self) -> list[Tensor | TensorList | None]:
-        slots: list[Tensor | TensorList | None] = [None] * self._plan.size
+    def _load_weights(self) -> list[Weight]:
+        slots: list[Weight] = [None] * self._plan.size
         self._plan.setup.execute(slots)
         kept = [tensor for slot in self._plan.kept for tensor in _tensors(slots[slot])]
         self._own = frozenset(tensor.untyped_storage().data_ptr() for tensor in kept)
@@ -213,7 +232,8 @@ class ReferencePackage:
     def __init__(
         self,
         program: OpenProgram,
-        precision: Precision = "fp32",
+        precision: Precision,
+        memory: Memory,
         ledger: Ledger | None = None,
         name: str = "",
     ):
@@ -221,6 +241,7 @@ class ReferencePackage:
         self.default_function = program.default_function
         self._program = program
         self._precision = precision
+        self._matrices = Matrices(memory)
         self._ledger = ledger
         self._name = name
 
@@ -232,7 +253,9 @@ class ReferencePackage:
         """
         name = name or self._program.default_function
         program = self._program.read((name,))
-        function = ReferenceFunction(program, name, self._precision, self._ledger, self._name)
+        function = ReferenceFunction(
+            program, name, self._precision, self._matrices, self._ledger, self._name
+        )
         if eager:
             function.load_weights()
         return function
@@ -252,9 +275,11 @@ class ReferencePipelinePackage:
 
     functions = ("main",)
 
-    def __init__(self, pipeline: OpenPipeline, precision: Precision = "fp32"):
+    def __init__(self, pipeline: OpenPipeline, precision: Precision, memory: Memory):
         self._pipeline = pipeline
-        self._stages = [ReferencePackage(program, precision) for program in pipeline.programs()]
+        self._stages = [
+            ReferencePackage(program, precision, memory) for program in pipeline.programs()
+        ]
 
     def function(self, name: str | None = None, *, eager: bool = False) -> ReferencePipeline:
         """Prepare all stages; with `eager` their weights are read too. Raises UserError."""
@@ -270,17 +295,26 @@ class ReferencePipelinePackage:
 
 
 def open_package(
-    path: Path, precision: Precision = "fp32", ledger: Ledger | None = None
+    path: Path,
+    precision: Precision = "fp32",
+    memory: Memory | None = None,
+    ledger: Ledger | None = None,
 ) -> ReferencePackage | ReferencePipelinePackage:
-    """Open the package at `path`. With precision "engine" what its operations meet goes to
-    `ledger`, under the package's path; of a pipeline nothing does.
+    """Open the package at `path`; packages may share the `memory` for expanded weights (None: half
+    of what is free). With precision "engine" what its operations meet goes to `ledger`, under the
+    package's path; of a pipeline nothing does.
 
     Raises UserError when it cannot be read or executed.
     """
-    model = open_model(path)
+    model, memory = open_model(path), memory or weight_memory(None, 0)
     if isinstance(model, OpenPipeline):
-        return ReferencePipelinePackage(model, precision)
-    return ReferencePackage(model, precision, ledger, str(path))
+        return ReferencePipelinePackage(model, precision, memory)
+    return ReferencePackage(model, precision, memory, ledger, str(path))
+
+
+def session_options(memory_mb: float | None, stored_bytes: int) -> dict[str, Any]:
+    """See `ane_moe.runtime.session_options`."""
+    return {"memory": weight_memory(memory_mb, stored_bytes)}
 
 
 def load_function(
@@ -305,10 +339,10 @@ def _arithmetic(precision: str, ledger: Ledger | None, site: Site) -> tuple[Arit
     return Narrow() if precision == "fp16" else Exact(), TABLE
 
 
-def _tensors(value: Tensor | TensorList | None) -> list[Tensor]:
+def _tensors(value: Weight) -> list[Tensor]:
     """The tensors that a slot holds."""
     held = value.elements if isinstance(value, TensorList) else (value,)
-    return [tensor for tensor in held if tensor is not None]
+    return [tensor for tensor in held if isinstance(tensor, Tensor)]
 
 
 def _fixed_shape(feature: Feature) -> tuple[int, ...]:

@@ -1,10 +1,12 @@
 """What names stand for while a function is prepared."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from ane_moe.errors import UserError
 from ane_moe.mlprogram.program import Constant, TensorType, ValueType
 from ane_moe.mlprogram.values import describe
+from ane_moe.runtime.reference.ops.table import Kernel, Op
 from ane_moe.runtime.reference.steps import Steps
 
 STATES = 0  # the slot of the state's tensors, by name
@@ -14,13 +16,29 @@ FIRST = 2  # the first slot of a value
 
 @dataclass(eq=False)
 class Value:
-    """Something a name stands for: a slot, a constant not yet in a slot, or both."""
+    """Something a name stands for: a slot, a constant or compressed weight not yet in a slot, or
+    both."""
 
     type: ValueType
     slot: int | None = None
     constant: Constant | None = None
     fixed: bool = False  # the same in every call: constants and what is computed from them
     name: str = ""  # of a constant, for errors in reading it
+    expansion: "Expansion | None" = None  # what expands it, of a compressed weight
+
+
+@dataclass(frozen=True, eq=False)
+class Expansion:
+    """A constexpr operation of the function `where`: its parameters, what it is given in its
+    kernel's order, and what it gives."""
+
+    op: Op
+    name: str
+    where: str
+    parameters: dict[str, Any]
+    kernel: Kernel
+    given: tuple[Value | None, ...]
+    results: tuple[Value, ...]
 
 
 @dataclass

@@ -24,7 +24,7 @@ Source = int | None | tuple[int, ...]
 @dataclass
 class Step:
     """One op. `shown` are the slots of its outputs with their names, in order; `frees` die after
-    it."""
+    it. `sources` and `targets` are what its kernel takes and gives, in order, where it has one."""
 
     op: str
     name: str
@@ -33,6 +33,8 @@ class Step:
     writes: frozenset[int]
     shown: tuple[tuple[str, int], ...] = ()
     frees: tuple[int, ...] = ()
+    sources: tuple[Source, ...] = ()
+    targets: tuple["AnyTarget", ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ane_moe.runtime.reference.ops.arithmetic import RUN, Arithmetic, Exact
 from ane_moe.runtime.reference.ops.table import Kernel, Op
+from ane_moe.runtime.reference.stored_matrix import StoredMatrix
 
 CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 CONV_TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
@@ -47,13 +48,20 @@ def pad_spatial(x: Tensor, pairs: Sequence[tuple[int, int]], value: float = 0.0)
     return F.pad(x, [side for pair in reversed(pairs) for side in pair], value=value)
 
 
-def _pointwise(arith: Arithmetic, x: Tensor, weight: Tensor) -> Tensor:
+def _pointwise(arith: Arithmetic, x: Tensor, weight: Tensor | StoredMatrix) -> Tensor:
     """A convolution with kernel size 1: a plain product, which is no slower at one position and
     faster at many."""
-    matrix = weight.reshape(weight.shape[0], -1)
     columns = x.reshape(x.shape[1], -1) if x.shape[0] == 1 else x.flatten(2)
-    y = arith.matmul(matrix, columns)
+    if isinstance(weight, StoredMatrix):
+        y = weight.times(columns)
+    else:
+        y = arith.matmul(weight.reshape(weight.shape[0], -1), columns)
     return y.reshape(x.shape[0], weight.shape[0], *x.shape[2:])
+
+
+def _has_unit_steps(strides: list[int] | None = None, groups: int = 1, **_: object) -> bool:
+    """Whether a convolution with kernel size 1 is a plain product."""
+    return groups == 1 and all(stride == 1 for stride in strides or ())
 
 
 def _in_runs(
@@ -87,12 +95,14 @@ def _conv(
     dilations: list[int] | None = None,
     groups: int = 1,
 ) -> Kernel:
-    def kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        size = weight.shape[2:]
-        ones = [1] * len(size)
+    unit_steps = _has_unit_steps(strides, groups)
+
+    def kernel(x: Tensor, weight: Tensor | StoredMatrix, bias: Tensor | None) -> Tensor:
+        ones = [1] * (x.dim() - 2)
+        size = ones if isinstance(weight, StoredMatrix) else weight.shape[2:]
         stride, dilation = strides or ones, dilations or ones
         x = pad_spatial(x, spatial_padding(pad_type, pad, x.shape[2:], size, stride, dilation))
-        if groups == 1 and all(k == 1 for k in size) and all(s == 1 for s in stride):
+        if isinstance(weight, StoredMatrix) or (unit_steps and all(k == 1 for k in size)):
             y = _pointwise(arith, x, weight)
         elif isinstance(arith, Exact):
             return CONV[x.dim()](x, weight, bias, stride, 0, dilation, groups)
@@ -173,7 +183,13 @@ def _conv_quantized(
 
 
 OPS = (
-    Op("conv", _conv, "x weight bias?"),
+    Op(
+        "conv",
+        _conv,
+        "x weight bias?",
+        matrix=("weight", _has_unit_steps),
+        matrix_rank=range(3, 6),
+    ),
     Op(
         "conv_quantized",
         _conv_quantized,

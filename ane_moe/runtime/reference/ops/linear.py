@@ -9,6 +9,7 @@ from ane_moe.mlprogram.program import TensorType
 from ane_moe.runtime.reference.dtypes import torch_dtype
 from ane_moe.runtime.reference.ops.arithmetic import Arithmetic
 from ane_moe.runtime.reference.ops.table import Kernel, Op
+from ane_moe.runtime.reference.stored_matrix import StoredMatrix
 
 Out = Sequence[TensorType]
 Pair = tuple[Tensor, Tensor]
@@ -19,13 +20,20 @@ def _matmul(
 ) -> Kernel:
     of_one_type = _of_one_type(out)
 
-    def kernel(x: Tensor, y: Tensor) -> Tensor:
+    def kernel(x: Tensor, y: Tensor | StoredMatrix) -> Tensor:
+        if isinstance(y, StoredMatrix):
+            return y.applied(x.transpose(-1, -2) if transpose_x and x.dim() > 1 else x)
         # A vector is a row on the left and a column on the right, whatever the transposition says.
         x = x.transpose(-1, -2) if transpose_x and x.dim() > 1 else x
         y = y.transpose(-1, -2) if transpose_y and y.dim() > 1 else y
         return arith.matmul(*of_one_type(x, y))
 
     return kernel
+
+
+def _multiplies_rows(transpose_y: bool = False, **_: object) -> bool:
+    """Whether `y` lies in memory as a `linear`'s weight does."""
+    return transpose_y
 
 
 def _of_one_type(out: Out) -> Callable[[Tensor, Tensor], Pair]:
@@ -57,8 +65,11 @@ def _whole(x: Tensor) -> Tensor:
 def _linear(out: Out, arith: Arithmetic) -> Kernel:
     of_one_type = _of_one_type(out)
 
-    def kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y = arith.matmul(*of_one_type(x, weight.transpose(0, 1)))
+    def kernel(x: Tensor, weight: Tensor | StoredMatrix, bias: Tensor | None) -> Tensor:
+        if isinstance(weight, StoredMatrix):
+            y = weight.applied(x)
+        else:
+            y = arith.matmul(*of_one_type(x, weight.transpose(0, 1)))
         return y if bias is None else torch.add(*of_one_type(arith.round(y), bias))
 
     return kernel
@@ -84,7 +95,7 @@ def _einsum(equation: str, arith: Arithmetic) -> Kernel:
 FRACTIONS = "whole numbers times a constant with fractions is an error: it is not documented"
 
 OPS = (
-    Op("matmul", _matmul, "x y", note=FRACTIONS),
-    Op("linear", _linear, "x weight bias?", note=FRACTIONS),
+    Op("matmul", _matmul, "x y", note=FRACTIONS, matrix=("y", _multiplies_rows)),
+    Op("linear", _linear, "x weight bias?", note=FRACTIONS, matrix=("weight", lambda **_: True)),
     Op("einsum", _einsum, "values*"),
 )

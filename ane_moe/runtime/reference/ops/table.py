@@ -25,6 +25,8 @@ class Op:
         computes this op in fp32 and rounds once.
     alike: the tensor inputs that must be of one element type.
     varies: the result is another one at each call, even of constants.
+    matrix: the tensor input that the kernel takes as a StoredMatrix where it is a constant matrix,
+        and whether it does so by its constant parameters; `matrix_rank` is of that input.
     since: the first iOS release of the opset in which this entry holds; of several entries the
     latest fitting wins.
     """
@@ -37,6 +39,8 @@ class Op:
     note: str = ""
     alike: str = ""
     varies: bool = False
+    matrix: tuple[str, Callable[..., bool]] | None = None
+    matrix_rank: range = range(2, 3)
     parameters: frozenset[str] = field(init=False)
     required: frozenset[str] = field(init=False)
     defaults: dict[str, float] = field(init=False)  # of the parameters that are floats

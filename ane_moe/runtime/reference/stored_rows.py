@@ -1,0 +1,137 @@
+"""Rows of a matrix as it is stored, expanded to fp32 a block at a time.
+
+O = rows (output channels), I = columns (input channels), n = rows of a block. A block begins at a
+multiple of 64 rows, so that elements of any number of bits begin at a byte.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ane_moe.mlprogram.storage import Storage, decode
+
+
+class Rows(Protocol):
+    def rows(self, first: int, last: int) -> Tensor:
+        """Rows `first` to `last`, fp32 `(n, I)`; may be a view of the file."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Elements of whole bytes: fp32, fp16 or integers `(O, I)`."""
+
+    values: Tensor
+
+    def rows(self, first: int, last: int) -> Tensor:
+        return self.values[first:last].float()
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """`(data - offset) * scale`, rounded to fp16 where `narrow`. `scale` and `offset` are
+    `(So, Si)`: a number for each block of O / So rows and I / Si columns."""
+
+    data: Rows
+    scale: Tensor
+    offset: Tensor | None
+    height: int  # O / So
+    narrow: bool
+
+    def rows(self, first: int, last: int) -> Tensor:
+        y = self.data.rows(first, last)
+        along = torch.arange(first, last) // self.height
+        blocks = y.view(len(y), self.scale.shape[1], -1)
+        if self.offset is not None:
+            blocks.sub_(self.offset[along].float().unsqueeze(2))
+        blocks.mul_(self.scale[along].float().unsqueeze(2))
+        return y.half().float() if self.narrow else y
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Whole numbers of 1, 2, 4 or 8 bits as they are packed: `raw (O, I * bits / 8)`, uint8."""
+
+    raw: Tensor
+    bits: int
+
+    def bytes(self, first: int, last: int) -> Tensor:
+        """The bytes of some rows."""
+        return self.raw[first:last]
+
+
+@dataclass(frozen=True)
+class OddCodes:
+    """Whole numbers of 3 or 6 bits, which lie across bytes; `raw` are the bytes of all of them."""
+
+    raw: np.ndarray
+    storage: Storage
+    columns: int
+    bits = 8  # of one, once taken apart
+
+    def bytes(self, first: int, last: int) -> Tensor:
+        """Some rows, a byte for each number."""
+        count, bits = (last - first) * self.columns, self.storage.bits
+        start = first * self.columns * bits // 8
+        raw = self.raw[start : start + (count * bits + 7) // 8]
+        return torch.from_numpy(decode(self.storage, raw, count)).view(-1, self.columns)
+
+
+@dataclass(frozen=True)
+class Palettes:
+    """The numbers that `codes` stand for: `lut (Lo, Li, entries)`, a palette for each block of
+    O / Lo rows and I / Li columns.
+
+    A byte stands for all the numbers in it, so a table of 256 entries a palette expands it at once.
+    """
+
+    codes: Codes | OddCodes
+    lut: Tensor
+    height: int  # O / Lo
+
+    def rows(self, first: int, last: int) -> Tensor:
+        lowest, highest = first // self.height, (last - 1) // self.height + 1
+        bits, across = self.codes.bits, self.lut.shape[1]
+        each = 8 // bits
+        digits = torch.arange(256).unsqueeze(1) >> (torch.arange(each) * bits)
+        some = self.lut[lowest:highest].float().flatten(0, 1)
+        some = F.pad(some, (0, (1 << bits) - some.shape[1]))
+        table = some[:, digits & ((1 << bits) - 1)].flatten(0, 1)  # (palettes * 256, each)
+        raw = self.codes.bytes(first, last)
+        palette = ((torch.arange(first, last) // self.height - lowest) * across).unsqueeze(1)
+        if across > 1:
+            palette = palette + torch.arange(across).repeat_interleave(raw.shape[1] // across)
+        index = (raw.int() + (palette * 256).int()).flatten()
+        return _looked_up(table, index).view(last - first, -1)
+
+
+def _looked_up(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of `table (N, 1, 2, 4 or 8)`, fp32, taken as numbers of up to 16 bytes: as rows of a few
+    floats they would be copied one by one."""
+    if table.shape[1] == 1:
+        return table.flatten().index_select(0, index.long())
+    if table.shape[1] == 2:
+        return table.view(torch.int64).flatten().index_select(0, index).view(torch.float32)
+    return table.view(torch.complex128).index_select(0, index).view(torch.float32)
+
+
+@dataclass(frozen=True)
+class Made:
+    """Of any other form: all rows, expanded by the operations that the program names."""
+
+    make: Callable[[], Tensor]
+
+    def rows(self, first: int, last: int) -> Tensor:
+        return self.make()[first:last].float()
+
+
+def mapped(array: np.ndarray) -> Tensor:
+    """A read-only array as a tensor over the same memory, which nothing writes to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says once that it cannot be written to
+        return torch.from_numpy(array)
