@@ -6,6 +6,13 @@ Two blocks of a decode step, batch and T of 1: a 16-expert MoE block (d 2048, wi
 1x1 convolutions, exact top-4 gates by rounds of maximum and mask), and a GQA attention shard (16
 heads over 4 KV heads of 128, a state of 2048 positions written by mask). Prints the median of each
 side and their ratio.
+
+    python scripts/bench_runtime.py --shards OUT [--threads 1] [--repeats 30]
+
+A decode step of a MoE shard of the conversion in OUT instead, in turns: every expert and those that
+are chosen alone, multiplied as stored and kept expanded, beside PyTorch's fp32 matrices of every
+expert. Wall and CPU milliseconds, and the bytes that each holds beside the file. Then what a token
+costs in the whole loop.
 """
 
 import argparse
@@ -15,15 +22,21 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import coremltools as ct
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ane_moe.runtime import load_package
+from ane_moe.loop.session import Session
+from ane_moe.loop.shards import load_shards, stored_bytes
+from ane_moe.manifest import read_manifest
+from ane_moe.runtime import load_package, open_package
+from ane_moe.runtime.memory import Memory
 
 D, WIDTH, EXPERTS, K = 2048, 768, 16, 4
 HEADS, KV_HEADS, HEAD_DIM, S = 16, 4, 128, 2048
@@ -104,16 +117,70 @@ def convert(module: nn.Module, example: dict[str, Tensor], folder: Path) -> Path
     return path
 
 
-def alternate(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def alternate(
+    sides: dict[str, Callable[[], object]],
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Median milliseconds of each side, run in turns so that both see the same machine."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(repeats + 3):
         for name, call in sides.items():
-            start = time.perf_counter()
+            start = clock()
             call()
             if turn >= 3:  # warm-up
-                times[name].append((time.perf_counter() - start) * 1e3)
+                times[name].append((clock() - start) * 1e3)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure_shards(out: Path, repeats: int) -> None:
+    """The first shard of a conversion that has experts, then its whole loop."""
+    manifest = read_manifest(out)
+    shard = next(shard for shard in manifest.shards if shard.kind == "moe")
+    stored, expanded = (
+        open_package(out / shard.path, "reference", memory=Memory(limit)).function("decode")
+        for limit in (0, 1 << 40)
+    )
+    rng = np.random.default_rng(0)
+    inputs = {
+        feature.name: rng.standard_normal(feature.type.shape).astype(np.float16)
+        for feature in stored.inputs
+    }
+    calls = {
+        f"{name}, {which}": partial(call, *given)
+        for name, function in (("as stored", stored), ("expanded", expanded))
+        for which, call, given in (
+            ("every expert", function.observe, (inputs, lambda *_: None)),
+            ("those chosen", function.predict, (inputs,)),
+        )
+    }
+    for function in (stored, expanded):
+        function.predict(inputs)
+    matrices = [torch.cat(matrix._kept) for matrix in expanded._matrices()]
+    columns = {matrix.shape[1]: torch.randn(matrix.shape[1], 1) for matrix in matrices}
+    calls["PyTorch fp32, every expert"] = lambda: [m @ columns[m.shape[1]] for m in matrices]
+    bytes_ = sum(path.stat().st_size for path in (out / shard.path).rglob("*") if path.is_file())
+    dense = sum(matrix.nbytes for matrix in matrices)
+    held = {"as": stored.held_bytes, "expanded": expanded.held_bytes, "PyTorch": dense}
+    print(f"{shard.path}: {bytes_ / 1e6:,.0f} MB on disk")
+    walls = alternate(calls, repeats)
+    cpus = alternate(calls, repeats, time.process_time)
+    for name in calls:
+        beside = next(size for key, size in held.items() if name.startswith(key))
+        print(
+            f"{name:28} {walls[name]:8.1f} ms   {cpus[name]:8.1f} ms of CPU   "
+            f"{beside / 1e6:8,.1f} MB beside the file"
+        )
+    whole = stored_bytes(out, manifest) / 1e6
+    for limit in (0.0, whole * 1.2):
+        session = Session(load_shards(out, "reference", memory_mb=limit))
+        session.prefill(list(range(8)))
+        step = alternate({"token": partial(session.decode, 5)}, min(repeats, session.room - 4))
+        peak = psutil.Process().memory_info().rss / 1e6
+        print(
+            f"a token of {whole:,.0f} MB of packages, --memory-mb {limit:.0f}: "
+            f"{step['token']:.1f} ms, {peak:,.0f} MB resident"
+        )
 
 
 def measure(
@@ -151,10 +218,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--shards", type=Path, help="time a conversion")
     options = parser.parse_args()
     logging.getLogger("coremltools").setLevel(logging.ERROR)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    if options.shards:
+        return measure_shards(options.shards, options.repeats)
     x = torch.randn(1, D, 1, 1)
     write = torch.zeros(1, 1, 1, S)
     write[..., 5] = 1

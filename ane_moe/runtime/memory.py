@@ -22,7 +22,7 @@ class Memory:
         self.limit_bytes = max(0, limit_bytes)
         self.kept_bytes = 0
         self.wanted_bytes = 0  # of all matrices there are, once expanded
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # an owner may be collected in the midst of it
 
     @property
     def patience(self) -> int:
@@ -48,9 +48,9 @@ class Memory:
         weakref.finalize(owner, self._release, kept, wanted).atexit = False
 
     def _release(self, kept: int, wanted: int) -> None:
-        # No lock: it may be held by the thread in which the owner is collected.
-        self.kept_bytes -= kept
-        self.wanted_bytes -= wanted
+        with self._lock:
+            self.kept_bytes -= kept
+            self.wanted_bytes -= wanted
 
 
 def weight_memory(memory_mb: float | None, stored_bytes: int) -> Memory:

@@ -453,3 +453,9 @@ def test_core_ml_equals_the_reference_runtime_and_is_compiled_once(packages, tmp
             atol=FP16_TOLERANCE,
         )
     assert [entry.good for entry in cache.entries()] == [("decode-cpu_and_ne",)]
+
+
+def test_it_is_not_told_how_much_memory_weights_may_take() -> None:
+    assert coreml.session_options(None, 10) == {}
+    with pytest.raises(UserError, match="memory"):
+        coreml.session_options(100.0, 10)

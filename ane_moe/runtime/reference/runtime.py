@@ -103,9 +103,10 @@ class ReferenceFunction:
         Raises UserError for inputs or a state that do not fit, and for an op whose result is not
         what is declared.
         """
-        slots = self._slots(inputs, state)
-        self._plan.lean.execute(slots)
-        return self._results(slots)
+        with torch.inference_mode():  # torch keeps no account of what it computes
+            slots = self._slots(inputs, state)
+            self._plan.lean.execute(slots)
+            return self._results(slots)
 
     def observe(
         self, inputs: Mapping[str, np.ndarray], observer: Observer, state: State | None = None

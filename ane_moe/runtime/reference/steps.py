@@ -21,7 +21,7 @@ Run = Callable[[Slots], None]
 Source = int | None | tuple[int, ...]
 
 
-@dataclass
+@dataclass(slots=True)
 class Step:
     """One op. `shown` are the slots of its outputs with their names, in order; `frees` die after
     it. `sources` and `targets` are what its kernel takes and gives, in order, where it has one."""
@@ -105,23 +105,58 @@ def bind(kernel: Kernel, sources: Sequence[Source], targets: Sequence[AnyTarget]
     """The closure that runs `kernel` on slots and stores what it returns."""
     match targets:
         case [Target() as only]:
-            return _bind_one(_getter(kernel, sources), only)
+            return _bind_one(kernel, sources, only)
     return _bind_many(kernel, sources, targets)
 
 
+def _bind_one(kernel: Kernel, sources: Sequence[Source], into: Target) -> Run:
+    """One result. Written out for the commonest arities: this is the inner loop."""
+    slot, finish = into.slot, _finisher(into)
+    match sources:
+        case [int() as a]:
+
+            def run(slots: Slots) -> None:
+                slots[slot] = finish(kernel(slots[a]))
+
+        case [int() as a, int() as b]:
+
+            def run(slots: Slots) -> None:
+                slots[slot] = finish(kernel(slots[a], slots[b]))
+
+        case _:
+            compute = _getter(kernel, sources)
+
+            def run(slots: Slots) -> None:
+                slots[slot] = finish(compute(slots))
+
+    return run
+
+
+def _finisher(into: Target) -> Callable[[Any], Tensor]:
+    """What makes a result what is declared; the usual one is neither looked at twice nor given to
+    `fit`."""
+    dtype, shape, fit = into.dtype, into.declared.shape, into.fit
+    wide = torch.float32 if into.rounds else dtype
+
+    def finish(y: Any) -> Tensor:
+        if type(y) is tuple:  # an op that splits, here into one
+            y = _only(y)
+        if y.dtype is wide and y.shape == shape:
+            return y if wide is dtype else y.to(dtype)
+        return fit(y)
+
+    return finish
+
+
 def _getter(kernel: Kernel, sources: Sequence[Source]) -> Callable[[Slots], Any]:
-    """`kernel` called on slots. Written out for the commonest arities: this is the inner loop."""
-    if all(isinstance(source, int) for source in sources):
-        match sources:
-            case [int() as a]:
-                return lambda slots: kernel(slots[a])
-            case [int() as a, int() as b]:
-                return lambda slots: kernel(slots[a], slots[b])
-            case [int() as a, int() as b, int() as c]:
-                return lambda slots: kernel(slots[a], slots[b], slots[c])
-    if len(sources) == 1 and isinstance(sources[0], tuple):
-        listed = sources[0]
-        return lambda slots: kernel([slots[i] for i in listed])
+    """`kernel` called on slots."""
+    match sources:
+        case [int() as a, int() as b, None]:
+            return lambda slots: kernel(slots[a], slots[b], None)
+        case [int() as a, int() as b, int() as c]:
+            return lambda slots: kernel(slots[a], slots[b], slots[c])
+        case [tuple() as listed]:
+            return lambda slots: kernel([slots[i] for i in listed])
     return lambda slots: kernel(*[_pick(slots, source) for source in sources])
 
 
@@ -129,18 +164,6 @@ def _pick(slots: Slots, source: Source) -> Any:
     if isinstance(source, int):
         return slots[source]
     return None if source is None else [slots[i] for i in source]
-
-
-def _bind_one(compute: Callable[[Slots], Any], into: Target) -> Run:
-    slot, dtype, shape, fit = into.slot, into.dtype, into.declared.shape, into.fit
-
-    def run(slots: Slots) -> None:
-        y = compute(slots)
-        if type(y) is tuple:  # an op that splits, here into one
-            y = _only(y)
-        slots[slot] = y if y.dtype is dtype and y.shape == shape else fit(y)
-
-    return run
 
 
 def _only(results: tuple) -> Any:
@@ -201,8 +224,9 @@ class Steps:
                 step.run(slots)
                 if seen is not None and step.shown:
                     seen(step)
-                for dead in step.frees:
-                    slots[dead] = None
+                if step.frees:
+                    for dead in step.frees:
+                        slots[dead] = None
         except UserError as error:
             raise self.blame(step, error) from None
         except Exception as error:  # whatever an untrusted program can make a kernel raise

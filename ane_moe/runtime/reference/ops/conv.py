@@ -96,8 +96,11 @@ def _conv(
     groups: int = 1,
 ) -> Kernel:
     unit_steps = _has_unit_steps(strides, groups)
+    bare = not any(pad or ())  # with kernel size 1 only named padding adds anything
 
     def kernel(x: Tensor, weight: Tensor | StoredMatrix, bias: Tensor | None) -> Tensor:
+        if bias is None and bare and isinstance(weight, StoredMatrix):
+            return _pointwise(arith, x, weight)
         ones = [1] * (x.dim() - 2)
         size = ones if isinstance(weight, StoredMatrix) else weight.shape[2:]
         stride, dilation = strides or ones, dilations or ones
