@@ -51,6 +51,16 @@ def verify(
             help="Tokens for one-token calls where prefill covers all of them; 0 for no limit.",
         ),
     ] = 32,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick", help="Look at a few layers, experts and prompts only; the result says which."
+        ),
+    ] = False,
+    fresh: Annotated[
+        bool,
+        typer.Option("--fresh", help="Do not go on with what a run that was broken off proved."),
+    ] = False,
     compute_plan: Annotated[
         bool,
         typer.Option(
@@ -82,8 +92,8 @@ def verify(
     the checkpoint's, then every function of every shard on the golden's inputs, then routing, then
     the whole model. Exits with 1 when a gate fails. With --precision engine all of it by the Neural
     Engine's published arithmetic, beside exact sums: whether routing flips, what overflows on the
-    way, what it costs. With --compute-plan, a conversion without a
-    golden is checked for placement alone.
+    way, what it costs. With --compute-plan, a conversion without a golden is checked for placement
+    alone. Ctrl-C keeps what was proved: the same command goes on.
     """
     from rich.console import Console
 
@@ -100,17 +110,25 @@ def verify(
     report = placement = None
     with step_bar() as progress:
         if not placement_only:
-            report = run(
-                out,
-                checkpoint=checkpoint,
-                prompts=prompts,
-                runtime=runtime,
-                precision=precision,
-                min_cosine=min_cosine,
-                min_logit_cosine=min_logit_cosine,
-                decode_tokens=decode_tokens or None,
-                progress=progress,
-            )
+            try:
+                report = run(
+                    out,
+                    checkpoint=checkpoint,
+                    prompts=prompts,
+                    runtime=runtime,
+                    precision=precision,
+                    min_cosine=min_cosine,
+                    min_logit_cosine=min_logit_cosine,
+                    decode_tokens=decode_tokens or None,
+                    quick=quick,
+                    fresh=fresh,
+                    progress=progress,
+                )
+            except KeyboardInterrupt:
+                typer.echo(
+                    "broken off: what was proved is kept, the same command goes on", err=True
+                )
+                raise typer.Exit(130) from None
         if compute_plan and not (report and report.integrity):
             placement = check_placement(
                 out,

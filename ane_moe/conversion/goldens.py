@@ -9,7 +9,7 @@ from ane_moe.checkpoints.checkpoint import TensorSource
 from ane_moe.conversion.job import Job
 from ane_moe.emit.coreml.package import ContentKey
 from ane_moe.errors import UserError
-from ane_moe.files import sha256
+from ane_moe.files import scratch_folder, sha256
 from ane_moe.manifest import FILE_NAME, Manifest, read_manifest
 from ane_moe.model.weight import EMBEDDING
 
@@ -63,34 +63,25 @@ def keep_goldens(
     return replace(manifest, compression=earlier.compression)
 
 
-def capture_goldens(
+def write_goldens(
     job: Job,
     manifest: Manifest,
     prompts: list[list[int]],
     progress: Callable[[str, int, int], None],
 ) -> Manifest:
     """Write the goldens; the manifest with what compression cost. Raises UserError as
-    `capture_golden` and `write_as_stored` do."""
+    `capture_goldens` does."""
     # transformers takes seconds to import
-    from ane_moe.original.capture import capture_golden
-    from ane_moe.original.golden import read_golden
-    from ane_moe.original.stored_model import capture_as_stored, with_errors
+    from ane_moe.kept import Kept
+    from ane_moe.original.golden import write_golden
+    from ane_moe.original.stored_model import capture_goldens
 
-    plan, out = job.plan, job.out
-    capture_golden(
-        job.checkpoint,
-        layers=plan.layers,
-        prompts=prompts,
-        out=out / GOLDEN,
-        context=plan.context,
-        experts=plan.options.routing == "sparse",
-        progress=progress,
-    )
-    if not manifest.compressed:
-        return manifest
-    original = read_golden(out / GOLDEN)
-    errors = capture_as_stored(job, out, manifest, original, out / GOLDEN_AS_STORED, progress)
-    return replace(manifest, compression=with_errors(manifest.compression, errors))
+    with scratch_folder(job.out, "golden") as scratch:
+        found = capture_goldens(job, job.out, manifest, prompts, Kept(scratch), progress)
+        write_golden(found.original, job.out / GOLDEN)
+        if found.as_stored is not None:
+            write_golden(found.as_stored, job.out / GOLDEN_AS_STORED)
+    return replace(manifest, compression=found.compression)
 
 
 def remove_goldens(out: Path) -> None:

@@ -14,11 +14,11 @@ from ane_moe.conversion import stamping
 from ane_moe.conversion.goldens import (
     GOLDEN,
     GOLDEN_AS_STORED,
-    capture_goldens,
     finished,
     golden_key,
     keep_goldens,
     remove_goldens,
+    write_goldens,
 )
 from ane_moe.conversion.job import Job, open_job, plan_of
 from ane_moe.conversion.output_folder import MARKER, claim, identity, remove_strangers, require_disk
@@ -126,7 +126,7 @@ def convert(
             manifest = replace(manifest, golden_key=key)
         kept = keep_goldens(out, manifest, earlier, ids)
         if kept is None and ids is not None:
-            manifest = capture_goldens(job, manifest, ids, meter.golden)
+            manifest = write_goldens(job, manifest, ids, meter.golden)
         elif kept is None:
             remove_goldens(out)
         manifest = _complete(kept or manifest, job)

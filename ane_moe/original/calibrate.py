@@ -19,9 +19,9 @@ from ane_moe.formats.calibration import Calibration
 from ane_moe.model.spec import MlpSpec, ModelSpec, MoeSpec
 from ane_moe.model.weight import HEAD, WeightName
 from ane_moe.opened import Model
-from ane_moe.original.capture import walk_layers
+from ane_moe.original.capture import Walk
 from ane_moe.original.prompts import builtin_prompts, check_prompts, cut_passages, read_prompts
-from ane_moe.original.stream import StreamedModel
+from ane_moe.original.stream import OriginalTensors, StreamedModel
 from ane_moe.original.tap import Tap
 from ane_moe.progress import Progress, silent
 from ane_moe.quiet_transformers import quiet_transformers
@@ -53,14 +53,14 @@ def calibrate(model: Model, text: Path | None, progress: Progress | None = None)
     UserError for a bad checkpoint, and for a text that gives no tokens.
     """
     with quiet_transformers():
-        stream = StreamedModel(model.checkpoint)
+        stream = StreamedModel(OriginalTensors(model.checkpoint))
         passages = _passages(model.checkpoint.folder, text, model.spec)
         check_prompts(passages, model.spec.vocab, model.spec.context)
         collector = _Collector(model, stream)
-        carried, _ = walk_layers(
-            stream, len(stream.layers), passages, collector.visit, progress or silent
-        )
-        final_energy = collector.head(carried)
+        walk = Walk(stream, passages)
+        for index, taps in walk.layers(range(len(stream.layers)), progress or silent):
+            collector.visit(index, taps)
+        final_energy = collector.head(walk.carried)
     tokens, of = sum(map(len, passages)), calibration_digest(model.checkpoint, text)
     return Calibration(
         collector.moments, collector.counts, collector.energies, final_energy, tokens, of
@@ -95,7 +95,7 @@ class _Collector:
                     module.register_forward_pre_hook(_Ear(inputs))
 
     @torch.no_grad()
-    def visit(self, index: int, layer: torch.nn.Module, taps: list[Tap]) -> None:
+    def visit(self, index: int, taps: list[Tap]) -> None:
         """Take in one layer, while it is loaded."""
         for name, inputs in self._heard.pop(index).items():
             self.moments[name] = _mean_squares(torch.cat(inputs))

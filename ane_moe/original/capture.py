@@ -1,7 +1,13 @@
-"""Run a streamed Hugging Face model over prompts, layer by layer, and keep what every block
-computes."""
+"""Run Hugging Face's own model over prompts, layer by layer, and keep what every block computes.
 
-from collections.abc import Callable
+For a conversion whose weights are compressed also the model as it is stored goes along: each layer
+is read once from the checkpoint and once from the packages, every prompt goes through both, and the
+layer is dropped.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +16,8 @@ import torch
 
 from ane_moe.checkpoints.checkpoint import Checkpoint
 from ane_moe.errors import UserError
+from ane_moe.files import scratch_folder
+from ane_moe.kept import Kept
 from ane_moe.original.experts import with_experts
 from ane_moe.original.golden import (
     OF_THE_LAYER,
@@ -20,10 +28,13 @@ from ane_moe.original.golden import (
     write_golden,
 )
 from ane_moe.original.prompts import builtin_prompts, check_prompts
-from ane_moe.original.stream import StreamedModel
+from ane_moe.original.stored_weights import RoleError, StoredTensors
+from ane_moe.original.stream import OriginalTensors, StreamedModel
 from ane_moe.original.tap import Tap
 from ane_moe.progress import Progress, silent
 from ane_moe.quiet_transformers import quiet_transformers
+
+_LABELS = ("original model", "model as it is stored")
 
 
 def capture_golden(
@@ -36,25 +47,150 @@ def capture_golden(
     experts: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Run Hugging Face's own model over `prompts` (None: the built-in set) and write `out`
-    atomically.
+    """Run the model over `prompts` (None: the built-in set) and write `out` atomically.
 
     `layers` are the ones to keep; those before the last of them are computed too. `experts` also
-    keeps what single experts compute. Memory: one layer in fp32, the
+    keeps what single experts compute. Memory: one layer as it is stored, the
     captured activations and the logits. Raises UserError for a bad checkpoint, ids outside the
     vocabulary, and prompts longer than `context` or the model's own.
     """
     with quiet_transformers():
-        stream = StreamedModel(checkpoint)
-        vocab = stream.config.vocab_size
-        limit = min(
-            context or stream.config.max_position_embeddings, stream.config.max_position_embeddings
+        stream = StreamedModel(OriginalTensors(checkpoint))
+        ids = prompts_for(stream, prompts, context)
+        with scratch_folder(out.parent, "golden") as scratch:
+            (golden,) = capture(
+                [stream], layers, ids, Kept(scratch), experts=experts, progress=progress or silent
+            )
+            write_golden(golden, out)
+
+
+def prompts_for(
+    stream: StreamedModel, prompts: list[list[int]] | None, context: int | None
+) -> list[list[int]]:
+    """`prompts`, or the built-in ones; raises UserError where the model cannot take them."""
+    vocab, own = stream.config.vocab_size, stream.config.max_position_embeddings
+    limit = min(context or own, own)
+    ids = builtin_prompts(stream.folder, vocab, limit) if prompts is None else prompts
+    check_prompts(ids, vocab, limit)
+    return ids
+
+
+class Walk:
+    """Prompts on their way through a streamed model.
+
+    Every prompt goes through a layer while it is loaded; the other layers' stand-ins hand on what
+    the layer before it returned.
+    """
+
+    def __init__(self, stream: StreamedModel, prompts: Sequence[Sequence[int]]):
+        self.stream = stream
+        self._ids = [torch.tensor([prompt]) for prompt in prompts]
+        self._embedding = stream.model.get_input_embeddings()
+        with stream.loaded("embed"), torch.no_grad():
+            self._embedded = [self._embedding(one) for one in self._ids]
+        self.carried: list[Any] = list(self._embedded)  # what the layer before gave, by prompt
+
+    def layers(self, indices: Iterable[int], progress: Progress) -> Iterator[tuple[int, list[Tap]]]:
+        """Go through layers one after the other, each loaded while the caller looks at it: its
+        index, and what was heard of it for every prompt."""
+        order = list(indices)
+        for number, index in enumerate(order):
+            progress(f"original model: layer {index}", number, len(order) + 1)
+            with self.layer(index) as taps:
+                yield index, taps
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[list[Tap]]:
+        """Take every prompt through a layer, which stays loaded inside the block."""
+        layer = self.stream.layers[index]
+        with self.stream.loaded(f"layer {index}"), torch.no_grad():
+            yield [self._through(layer, number) for number in range(len(self._ids))]
+
+    def _through(self, layer: torch.nn.Module, number: int) -> Tap:
+        stream, tap = self.stream, Tap(layer, self.stream.taps)
+        others = [other for other in stream.layers if other is not layer]
+        outputs = dict.fromkeys(others, _handed_on(tap, self.carried[number]))
+        with stream.stand_ins(outputs | {self._embedding: self._embedded[number]}), tap:
+            stream.model.base_model(input_ids=self._ids[number], use_cache=False)
+        self.carried[number] = tap.output
+        if layer is stream.layers[0] and stream.taps.entry:
+            tap.entering = self._embedded[number][0]
+        return tap
+
+    def logits(self) -> np.ndarray:
+        """The head's fp32 logits `[N,V]` on what the last layer gave."""
+        stream, logits = self.stream, []
+        with stream.loaded("head"), torch.no_grad():
+            for ids, embedded, carried in zip(self._ids, self._embedded, self.carried, strict=True):
+                outputs = dict.fromkeys(stream.layers, carried) | {self._embedding: embedded}
+                with stream.stand_ins(outputs):
+                    logits.append(stream.model(input_ids=ids, use_cache=False).logits[0].numpy())
+        return np.concatenate(logits)
+
+
+@dataclass(frozen=True)
+class CapturedLayers(Mapping[int, LayerGolden]):
+    """The layers of the golden of one of the models, read when they are asked for."""
+
+    kept: Kept
+    indices: tuple[int, ...]
+    model: int
+
+    def __getitem__(self, index: int) -> LayerGolden:
+        if index not in self.indices:
+            raise KeyError(index)
+        result = self.kept.load(_step(index))
+        assert result is not None
+        arrays = result["goldens"][self.model]
+        return layer_of({name: value.numpy() for name, value in arrays.items()})
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+@torch.no_grad()
+def capture(
+    streams: Sequence[StreamedModel],
+    layers: tuple[int, ...],
+    prompts: Sequence[Sequence[int]],
+    kept: Kept,
+    *,
+    experts: bool = False,
+    stored: StoredTensors | None = None,
+    through: Sequence[int] | None = None,
+    progress: Progress = silent,
+) -> tuple[Golden, ...]:
+    """A golden of each model, whose layers lie in `kept`; layers that are there already are not run
+    again.
+
+    With `experts` each expert also runs alone. `stored` are the tensors of one of the models, whose
+    errors are kept as well. Prompts go `through` these layers only (None: all up to the last of
+    `layers`). Raises UserError when the models lack one of the layers.
+    """
+    _require_layers(layers, len(streams[0].layers), streams[0].folder)
+    walks = [Walk(stream, prompts) for stream in streams]
+    order = tuple(range(max(layers) + 1) if through is None else through)
+    done, total = _resume(walks, order, kept, stored), (len(order) + 1) * len(walks)
+    for place, index in enumerate(order[done:], done):
+        goldens = []
+        for number, walk in enumerate(walks):
+            progress(f"{_LABELS[number]}: layer {index}", place * len(walks) + number, total)
+            with walk.layer(index) as taps:
+                if index in layers:
+                    golden = _joined(taps)
+                    goldens.append(with_experts(taps[0].parts, golden) if experts else golden)
+        _keep(index, goldens, walks, kept, stored)
+    found = []
+    for number, walk in enumerate(walks):
+        progress(f"{_LABELS[number]}: head", len(order) * len(walks) + number, total)
+        held = CapturedLayers(kept, layers, number)
+        found.append(
+            Golden(tuple(map(tuple, prompts)), held, walk.logits(), len(walk.stream.layers))
         )
-        ids = builtin_prompts(checkpoint.folder, vocab, limit) if prompts is None else prompts
-        check_prompts(ids, vocab, limit)
-        _require_layers(layers, len(stream.layers), checkpoint.folder)
-        captured, logits = capture(stream, layers, ids, experts, progress or silent)
-    write_golden(Golden(tuple(map(tuple, ids)), captured, logits, len(stream.layers)), out)
+    return tuple(found)
 
 
 def _require_layers(layers: tuple[int, ...], count: int, checkpoint: Path) -> None:
@@ -66,82 +202,41 @@ def _require_layers(layers: tuple[int, ...], count: int, checkpoint: Path) -> No
         )
 
 
-@torch.no_grad()
-def capture(
-    stream: StreamedModel,
-    layers: tuple[int, ...],
-    prompts: list[list[int]],
-    experts: bool,
-    progress: Progress,
-) -> tuple[dict[int, LayerGolden], np.ndarray]:
-    """Activations of `layers`, and the head's fp32 logits `[N,V]` on the output of the last of
-    them. With `experts` each expert also runs alone."""
-    captured: dict[int, LayerGolden] = {}
-
-    def visit(index: int, layer: torch.nn.Module, taps: list[Tap]) -> None:
-        if index in layers:
-            golden = _joined(taps)
-            captured[index] = with_experts(taps[0].parts, golden) if experts else golden
-
-    steps = max(layers) + 2
-    carried, embedded = walk_layers(stream, max(layers) + 1, prompts, visit, progress)
-    progress("original model: head", steps - 1, steps)
-    embedding = stream.model.get_input_embeddings()
-    with stream.loaded("head"):
-        logits = []
-        for number, prompt in enumerate(prompts):
-            with stream.stand_ins(
-                dict.fromkeys(stream.layers, carried[number]) | {embedding: embedded[number]}
-            ):
-                logits.append(
-                    stream.model(input_ids=torch.tensor([prompt]), use_cache=False)
-                    .logits[0]
-                    .numpy()
-                )
-    progress("original model: head", steps, steps)
-    return captured, np.concatenate(logits)
+def _step(index: int) -> str:
+    return f"layer_{index:03d}"
 
 
-@torch.no_grad()
-def walk_layers(
-    stream: StreamedModel,
-    count: int,
-    prompts: list[list[int]],
-    visit: Callable[[int, torch.nn.Module, list[Tap]], None],
-    progress: Progress,
-) -> tuple[list[Any], list[Any]]:
-    """Run the first `count` layers one after the other, and call `visit` with each while it is
-    loaded: its index, the layer, and what was heard of it for every prompt.
+def _keep(
+    index: int,
+    goldens: Sequence[LayerGolden],
+    walks: Sequence[Walk],
+    kept: Kept,
+    stored: StoredTensors | None,
+) -> None:
+    arrays = [arrays_of(golden) for golden in goldens]
+    tensors = [
+        {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in own.items()}
+        for own in arrays
+    ]
+    errors = {role: vars(error) for role, error in stored.errors.items()} if stored else {}
+    carried = [walk.carried for walk in walks]
+    kept.save(_step(index), {"goldens": tensors, "carried": carried, "errors": errors})
 
-    Every prompt goes through a layer while it is loaded; the other layers' stand-ins hand on what
-    the layer before it returned. Returns what the last layer and what the embedding gave, by
-    prompt.
-    """
-    embedding = stream.model.get_input_embeddings()
-    ids = [torch.tensor([prompt]) for prompt in prompts]
-    progress("original model: embedding", 0, count + 1)
-    with stream.loaded("embed"):
-        embedded = [embedding(one) for one in ids]
-    carried: list[Any] = list(embedded)
-    for index in range(count):
-        progress(f"original model: layer {index}", index, count + 1)
-        layer = stream.layers[index]
-        others = [other for other in stream.layers if other is not layer]
-        taps = []
-        with stream.loaded(f"layer {index}"):
-            for number, one in enumerate(ids):
-                tap = Tap(layer, stream.taps)
-                outputs = dict.fromkeys(others, _handed_on(tap, carried[number])) | {
-                    embedding: embedded[number]
-                }
-                with stream.stand_ins(outputs), tap:
-                    stream.model.base_model(input_ids=one, use_cache=False)
-                carried[number] = tap.output
-                if index == 0 and stream.taps.entry:
-                    tap.entering = embedded[number][0]
-                taps.append(tap)
-            visit(index, layer, taps)
-    return carried, embedded
+
+def _resume(
+    walks: Sequence[Walk], order: Sequence[int], kept: Kept, stored: StoredTensors | None
+) -> int:
+    """How many layers were run already; the walks and the errors go on from the last of them."""
+    done = 0
+    last: dict[str, Any] | None = None
+    while done < len(order) and (found := kept.load(_step(order[done]))) is not None:
+        done, last = done + 1, found
+    if last is not None:
+        for walk, carried in zip(walks, last["carried"], strict=True):
+            walk.carried = list(carried)
+        if stored is not None:
+            stored.errors = {role: RoleError(**error) for role, error in last["errors"].items()}
+    return done
 
 
 def _handed_on(tap: Tap, before: Any) -> Any:

@@ -1,41 +1,64 @@
-"""The golden of the model as it is stored, and what compression cost each role."""
+"""Both goldens of a conversion in one pass over the checkpoint: of the original model, and of the
+model as it is stored; and what compression cost each role."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ane_moe.checkpoints.checkpoint import open_checkpoint
-from ane_moe.files import scratch_folder
+from ane_moe.kept import Kept
 from ane_moe.manifest import Manifest
 from ane_moe.opened import Model
-from ane_moe.original.capture import capture_golden
+from ane_moe.original.capture import capture, prompts_for
 from ane_moe.original.golden import Golden
-from ane_moe.original.stored_weights import RoleError, write_as_stored
+from ane_moe.original.stored_weights import RoleError, StoredTensors
+from ane_moe.original.stream import OriginalTensors, StreamedModel
 from ane_moe.progress import Progress
+from ane_moe.quiet_transformers import quiet_transformers
 
 
-def capture_as_stored(
-    model: Model, folder: Path, manifest: Manifest, original: Golden, out: Path, progress: Progress
-) -> dict[str, RoleError]:
-    """Write the golden `out`: Hugging Face's model with the weights that the conversion in `folder`
-    holds, on the prompts of `original`. Returns errors by role. Needs disk for a copy of the model,
-    and raises UserError as `write_as_stored` and `capture_golden` do."""
-    with scratch_folder(out.parent, "as-stored") as scratch:
-        progress("golden: weights as stored", 0, 1)
-        copy = scratch / "model"
-        errors = write_as_stored(model, folder, manifest, copy)
-        prompts = [list(ids) for ids in original.prompts]
-        capture_golden(
-            open_checkpoint(copy),
-            layers=manifest.layers,
-            prompts=prompts,
-            out=out,
-            context=manifest.context,
+@dataclass(frozen=True)
+class Goldens:
+    """The original model's, and for compressed weights the one of the model as it is stored;
+    `compression` as in `Manifest`, with errors."""
+
+    original: Golden
+    as_stored: Golden | None
+    compression: dict[str, dict[str, Any]]
+
+
+def capture_goldens(
+    model: Model,
+    folder: Path,
+    manifest: Manifest,
+    prompts: list[list[int]],
+    kept: Kept,
+    progress: Progress,
+    *,
+    through: Sequence[int] | None = None,
+) -> Goldens:
+    """Run the checkpoint's model, and with compressed weights also the one that the conversion in
+    `folder` stores, over `prompts`, `through` all layers up to the last converted one (None) or
+    these alone. Raises UserError as `capture_golden` and `StoredTensors` do."""
+    with quiet_transformers():
+        streams = [StreamedModel(OriginalTensors(model.checkpoint))]
+        ids = prompts_for(streams[0], prompts, manifest.context)
+        stored = StoredTensors(model, folder, manifest) if manifest.compressed else None
+        streams += [StreamedModel(stored)] if stored else []
+        goldens = capture(
+            streams,
+            manifest.layers,
+            ids,
+            kept,
             experts=manifest.routing == "sparse",
+            stored=stored,
+            through=through,
             progress=progress,
         )
-    return errors
+    errors = stored.errors if stored else {}
+    as_stored = goldens[1] if stored else None
+    return Goldens(goldens[0], as_stored, with_errors(manifest.compression, errors))
 
 
 def with_errors(

@@ -1,19 +1,17 @@
-"""The model as its packages store it: every tensor read back from them, and a checkpoint made of
-these.
+"""The model as its packages store it: every tensor read back from them, and put where a checkpoint
+has it.
 
-Hugging Face's code on that checkpoint computes what the compressed weights mean. Shards that agree
+Hugging Face's code on these tensors computes what the compressed weights mean. Shards that agree
 with it were converted right, whatever the compression lost.
 """
 
-import json
-import math
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
 
 from ane_moe.checkpoints.checkpoint import Checkpoint, TensorSource
 from ane_moe.errors import UserError
@@ -28,7 +26,8 @@ from ane_moe.runtime.reference.weight_values import weight_values
 
 PREFIX = "w_"
 # Parameters that are no tensors of the model.
-MADE = (".recover_in", ".recover_out", "select.weight")
+DIRECTIONS = (".recover_in", ".recover_out")
+SELECTION = "select.weight"
 # The same in every family (families/keys.py).
 HEAD_KEY, EMBED_KEY = ("lm_head.weight", "model.embed_tokens.weight")
 
@@ -45,21 +44,39 @@ class StoredWeight:
     directions: bool
 
 
-def stored_weights(folder: Path, manifest: Manifest) -> Iterator[StoredWeight]:
-    """Every tensor of every shard, expanded by the reference runtime's operations, one at a time;
-    the embedding table too where it is compressed."""
-    for shard in manifest.shards:
+Wanted = Callable[[WeightName], bool]
+
+
+def stored_weights(
+    shards: Iterable[Shard], folder: Path, wanted: Wanted = lambda _: True
+) -> Iterator[StoredWeight]:
+    """The tensors of `shards` that are `wanted`, expanded by the reference runtime's operations,
+    one at a time; others are not read."""
+    for shard in shards:
         program = read_program(folder / shard.path)
         for experts, functions in shard.copies.items():
-            values: dict[str, np.ndarray] = {}
-            for name, value in weight_values(program.functions[functions[0].name]):
-                if name.startswith(PREFIX):
-                    values[name.removeprefix(PREFIX).replace("__", ".")] = value
-            for name in values:
-                if not name.endswith(MADE):
-                    yield _joined(shard, shard.place(experts), name, values)
-    if manifest.embed_format != "fp16":
-        yield StoredWeight(EMBEDDING, None, open_embeddings(folder, manifest)[:], False)
+            place = shard.place(experts)
+
+            def reads(constant: str, place: Place = place) -> bool:
+                name = _parameter(constant)
+                return not name.endswith(SELECTION) and wanted(place.name(_stem(name)))
+
+            constants = weight_values(program.functions[functions[0].name], reads)
+            values = {_parameter(constant): value for constant, value in constants}
+            for name in [name for name in values if not name.endswith(DIRECTIONS)]:
+                yield _joined(shard, place, name, values)
+                del values[name]
+
+
+def _parameter(constant: str) -> str:
+    """The block's parameter that a constant of a graph is, or the constant's own name."""
+    return constant.removeprefix(PREFIX).replace("__", ".")
+
+
+def _stem(parameter: str) -> str:
+    """The parameter to which directions kept apart belong; others belong to themselves."""
+    stem, _, last = parameter.rpartition(".")
+    return f"{stem}.weight" if f".{last}" in DIRECTIONS else parameter
 
 
 def _joined(
@@ -97,45 +114,73 @@ class RoleError:
             self.layers[layer] = [a + b for a, b in zip(sums, (squared, total, bare), strict=True)]
 
 
-def write_as_stored(
-    model: Model, folder: Path, manifest: Manifest, out: Path
-) -> dict[str, RoleError]:
-    """Write the checkpoint `out`: that of `model` with the weights that the conversion in `folder`
-    stores.
+class StoredTensors:
+    """The tensors of `model`'s checkpoint with the weights that the conversion in `folder` stores,
+    for `StreamedModel`; of layers that it does not hold, the checkpoint's own in fp16.
 
-    It takes as much disk as the original, twice that where a multiplier is folded in or directions
-    are apart. Returns errors by role. Raises UserError when the disk is too full or the conversion
-    has tensors the checkpoint lacks.
+    `errors` are by role, of all that has been opened. Raises UserError when the conversion has
+    tensors that the checkpoint lacks.
     """
-    checkpoint, sources = model.checkpoint, model.sources
-    out.mkdir(parents=True)
-    places = _untied(sources)
-    (out / "config.json").write_text(json.dumps(checkpoint.config | {"tie_word_embeddings": False}))
-    if checkpoint.generation:
-        (out / "generation_config.json").write_text(json.dumps(checkpoint.generation))
-    wide = {
-        place.key for place in places.values() if place.scale != 1 or _choice(manifest, place).rank
-    }
-    shapes = {place.key: place.stored_shape for place in places.values()}
-    stored = _allocate(shapes, wide, out / "model.safetensors")
-    for name, source in sources.items():  # what no shard holds: the embedding, layers left out
-        _fill(stored[places[name].key], source, checkpoint.read(source))
-    errors: dict[str, RoleError] = {}
-    for weight in stored_weights(folder, manifest):
-        if weight.name not in sources:
-            raise UserError(
-                f"{folder} holds a tensor that the checkpoint lacks",
-                str(weight.name),
-                "give the checkpoint that was converted",
-            )
-        source = (
-            sources[weight.name] if weight.rows is None else sources[weight.name].part(*weight.rows)
-        )
-        _measure(errors, checkpoint, source, weight, manifest)
-        _fill(stored[places[weight.name].key], source, weight.value)
-    for array in stored.values():
-        array.flush()
-    return errors
+
+    def __init__(self, model: Model, folder: Path, manifest: Manifest):
+        self.folder, self._manifest, self._conversion = model.checkpoint.folder, manifest, folder
+        self.config = model.checkpoint.config | {"tie_word_embeddings": False}
+        self.errors: dict[str, RoleError] = {}
+        self._checkpoint, self._sources = model.checkpoint, model.sources
+        self._places = _untied(model.sources)
+        self._names: dict[str, list[WeightName]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        for name, place in self._places.items():
+            self._names.setdefault(place.key, []).append(name)
+            wide = place.scale != 1 or _choice(manifest, place).rank
+            before = self.dtypes.get(place.key, torch.float16)
+            self.dtypes[place.key] = torch.float32 if wide else before
+        self.origins = {key: key for key in self._names}
+
+    @contextmanager
+    def opened(self, names: Collection[str]) -> Iterator[dict[str, torch.Tensor]]:
+        """Read the packages' weights, and measure them against the checkpoint's."""
+        ours = {name for key in names for name in self._names[key]}
+        tensors = {key: torch.empty(self._shape(key), dtype=self.dtypes[key]) for key in names}
+        filled = set()
+        for weight in self._stored(ours):
+            source = self._sources[weight.name]
+            if weight.rows is not None:
+                source = source.part(*weight.rows)
+            _measure(self.errors, self._checkpoint, source, weight, self._manifest)
+            _fill(tensors[self._places[weight.name].key], source, weight.value)
+            filled.add(weight.name)
+        for name in ours - filled:
+            source = self._sources[name]
+            _fill(tensors[self._places[name].key], source, self._checkpoint.read(source))
+        yield tensors
+
+    def _stored(self, ours: Collection[WeightName]) -> Iterator[StoredWeight]:
+        """Those of our tensors that the conversion holds."""
+        layers = {name.layer for name in ours}
+        shards = [shard for shard in self._manifest.shards if layers & _layers(shard)]
+
+        def wanted(name: WeightName) -> bool:
+            if name not in self._sources:
+                raise UserError(
+                    f"{self._conversion} holds a tensor that the checkpoint lacks",
+                    str(name),
+                    "give the checkpoint that was converted",
+                )
+            return name in ours
+
+        yield from stored_weights(shards, self._conversion, wanted)
+        if EMBEDDING in ours and self._manifest.embed_format != "fp16":
+            table = open_embeddings(self._conversion, self._manifest)
+            yield StoredWeight(EMBEDDING, None, table[:], False)
+
+    def _shape(self, key: str) -> tuple[int, ...]:
+        return self._places[self._names[key][0]].stored_shape
+
+
+def _layers(shard: Shard) -> set[int | None]:
+    """The layers that a shard holds; the head is of none."""
+    return {*(shard.place(()).layers or (None,))}
 
 
 def _untied(sources: Mapping[WeightName, TensorSource]) -> dict[WeightName, TensorSource]:
@@ -179,44 +224,11 @@ def _choice(manifest: Manifest, source: TensorSource) -> Choice:
     return recipe_of(manifest.weights, manifest.recipe).choice(source.name, source.role)
 
 
-def _allocate(
-    shapes: Mapping[str, tuple[int, ...]], wide: set[str], path: Path
-) -> dict[str, np.memmap]:
-    """A safetensors file with room for tensors of these shapes, fp16 or (`wide`) fp32, as writable
-    arrays."""
-    places: dict[str, tuple[type, int]] = {}
-    header: dict[str, dict[str, Any]] = {}
-    end = 0
-    for key, shape in sorted(shapes.items()):
-        dtype = np.float32 if key in wide else np.float16
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        header[key] = {"dtype": "F32" if key in wide else "F16", "shape": list(shape)}
-        header[key]["data_offsets"] = [end, end + size]
-        places[key] = (dtype, end)
-        end += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    if (free := shutil.disk_usage(path.parent).free) < end:
-        raise UserError(
-            "the disk is too full for the model as it is stored",
-            f"{free / 1e6:.0f} MB free, {end / 1e6:.0f} MB needed",
-            "free some space, or set TMPDIR to another disk",
-        )
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-    first = 8 + len(text)
-    return {
-        key: np.memmap(path, dtype, "r+", first + place, (math.prod(header[key]["shape"]),))
-        for key, (dtype, place) in places.items()
-    }
-
-
-def _fill(stored: np.memmap, source: TensorSource, value: np.ndarray) -> None:
+def _fill(stored: torch.Tensor, source: TensorSource, value: np.ndarray) -> None:
     """Put one of our tensors where the checkpoint has it, its folded multiplier taken out again."""
     start, count = source.region
     flat = value.reshape(source.shape)
     flat = flat.T if source.transpose else flat
     if source.scale != 1:
         flat = flat.astype(np.float32) / source.scale
-    stored[start : start + count] = flat.reshape(-1)
+    stored.numpy().reshape(-1)[start : start + count] = flat.reshape(-1)

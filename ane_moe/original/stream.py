@@ -8,10 +8,11 @@ turn, so masks, positions and multipliers are all computed by Hugging Face's cod
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import deepcopy
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,11 +28,11 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from ane_moe.checkpoints.checkpoint import Checkpoint
-from ane_moe.checkpoints.safetensors_header import StoredTensor
+from ane_moe.checkpoints.checkpoint import DTYPES, Checkpoint
 from ane_moe.errors import UserError
 from ane_moe.families import load_family
 from ane_moe.families.quantised import quantisation
+from ane_moe.original.widened import NARROW, stacks, widened
 
 # Experts one by one, each with gate and up together: a form that transformers itself does not read.
 SINGLE_PAIR = re.compile(r"\.experts\.\d+\.gate_up_proj$")
@@ -43,17 +44,58 @@ SINGLE_PAIRS = [
 ]
 
 
+class Tensors(Protocol):
+    """Where a model's weights come from: the configuration, and tensors by name. A tensor may have
+    two names; `origins` tells which are the same."""
+
+    folder: Path
+    config: dict[str, Any]
+    origins: dict[str, str]
+    dtypes: dict[str, torch.dtype]
+
+    def opened(self, names: Collection[str]) -> AbstractContextManager[dict[str, Any]]:
+        """Tensors, or what gives them for `[...]`, by name, for the length of the block."""
+        ...
+
+
+class OriginalTensors:
+    """The tensors of a checkpoint, each by the name in its file, which transformers may know, then
+    by that of key_names.py."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.folder, self.config = checkpoint.folder, checkpoint.config
+        tensors = checkpoint.tensors
+        self._stored = {tensor.key: tensor for tensor in tensors.values()} | tensors
+        self.origins = {name: tensor.key for name, tensor in self._stored.items()}
+        self.dtypes = {
+            name: DTYPES.get(tensor.dtype, torch.float32) for name, tensor in self._stored.items()
+        }
+
+    @contextmanager
+    def opened(self, names: Collection[str]) -> Iterator[dict[str, Any]]:
+        with ExitStack() as stack:
+            files = {self._stored[name].path for name in names}
+            opened = {
+                file: stack.enter_context(safe_open(file, "pt", backend="pread"))
+                for file in sorted(files)
+            }
+            yield {
+                name: opened[self._stored[name].path].get_slice(self._stored[name].key)
+                for name in names
+            }
+
+
 class StreamedModel:
     """A causal language model in fp32, eager attention and eager experts, whose weights come and go
-    by part.
+    by part. Experts stay as narrow as they are stored (widened.py).
 
     Raises UserError for a folder that is not a checkpoint, a quantised one, and missing or
     misshapen tensors.
     """
 
-    def __init__(self, checkpoint: Checkpoint):
-        self.checkpoint = checkpoint.folder
-        self.config = _config(checkpoint)
+    def __init__(self, tensors: Tensors):
+        self.folder = tensors.folder
+        self.config = _config(tensors)
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(
                 self.config,
@@ -65,20 +107,23 @@ class StreamedModel:
         self.layers: nn.ModuleList = self.model.base_model.layers
         self.taps = load_family(self.config.model_type).TAPS
         self._mapping: list[Any] = get_model_conversion_mapping(self.model)
-        if any(SINGLE_PAIR.search(name) for name in checkpoint.tensors):
+        if any(SINGLE_PAIR.search(name) for name in tensors.origins):
             self._mapping += SINGLE_PAIRS
-        self._stored = _by_either_name(checkpoint)
+        self._tensors = tensors
         self._sources = self._target_sources()
         self._parts = self._split_targets()
+        self._stacks = self._narrow_stacks()
         _fill_computed_buffers(self.model)
         self._load("rest")
 
     @contextmanager
     def loaded(self, part: str) -> Iterator[None]:
         """Hold the weights of `embed`, `head` or `layer N` inside the block."""
+        own = {path: owner for path, owner in self._stacks.items() if path in self._parts[part]}
         self._load(part)
         try:
-            yield
+            with widened(own):
+                yield
         finally:
             for target in self._parts[part]:
                 module, _, name = target.rpartition(".")
@@ -103,14 +148,26 @@ class StreamedModel:
         prefix, known = self.model.base_model_prefix, self.model.state_dict()
         sources: dict[str, list[str]] = {}
         taken = set()  # keys in the files
-        for key, tensor in self._stored.items():
+        for key, origin in self._tensors.origins.items():
             target, _ = rename_source_key(key, renamings, converters, prefix, known)
             if target not in known and key in known:
                 target = key
-            if target in known and tensor.key not in taken:
+            if target in known and origin not in taken:
                 sources.setdefault(target, []).append(key)
-                taken.add(tensor.key)
+                taken.add(origin)
         return sources
+
+    def _narrow_stacks(self) -> dict[str, nn.Module]:
+        """The experts' stacks that are stored in one narrow type, made ready to be loaded in it."""
+        narrow = {}
+        for path, owner in stacks(self.model).items():
+            dtypes = {self._tensors.dtypes[name] for name in self._sources.get(path, ())}
+            if len(dtypes) == 1 and dtypes <= {*NARROW}:
+                name, (dtype,) = path.rpartition(".")[2], dtypes
+                meta = owner.get_parameter(name).to(dtype)
+                setattr(owner, name, nn.Parameter(meta, requires_grad=False))
+                narrow[path] = owner
+        return narrow
 
     def _split_targets(self) -> dict[str, list[str]]:
         """Every tensor of the model by the part it belongs to; tied tensors belong to both ends."""
@@ -136,45 +193,35 @@ class StreamedModel:
     def _load(self, part: str) -> None:
         """Fill one part, tensor by tensor, so that no more than one converted tensor is held
         twice."""
-        missing = set()
-        for target in self._parts[part]:
-            if target in self._sources:
-                self._load_target(target)
-            else:
-                missing.add(target)
+        targets = self._parts[part]
+        missing = {target for target in targets if target not in self._sources}
+        names = [name for target in targets for name in self._sources.get(target, ())]
+        try:
+            with self._tensors.opened(names) as opened:
+                for target in sorted({*targets} - missing):
+                    self._load_target({name: opened.pop(name) for name in self._sources[target]})
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{self.folder}: {part} cannot be read",
+                str(error),
+                "download the checkpoint again",
+            ) from None
         tied = self.model.all_tied_weights_keys
-        if any(target in tied or target in tied.values() for target in self._parts[part]):
+        if any(target in tied or target in tied.values() for target in targets):
             self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
         if missing:
             raise UserError(
-                f"{self.checkpoint} lacks tensors of the model",
+                f"{self.folder} lacks tensors of the model",
                 ", ".join(sorted(missing)[:3]),
                 "download the checkpoint again",
             )
 
-    def _load_target(self, target: str) -> None:
-        try:
-            with ExitStack() as stack:
-                stored = {key: self._stored[key] for key in self._sources[target]}
-                files = sorted({tensor.path for tensor in stored.values()})
-                opened = {
-                    file: stack.enter_context(safe_open(file, "pt", backend="pread"))
-                    for file in files
-                }
-                slices = {
-                    key: opened[tensor.path].get_slice(tensor.key) for key, tensor in stored.items()
-                }
-                info, _ = convert_and_load_state_dict_in_model(
-                    self.model,
-                    slices,
-                    LoadStateDictConfig(dtype=torch.float32, weight_mapping=self._mapping),
-                )
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{self.checkpoint}: {target} cannot be read",
-                str(error),
-                "download the checkpoint again",
-            ) from None
+    def _load_target(self, tensors: dict[str, Any]) -> None:
+        info, _ = convert_and_load_state_dict_in_model(
+            self.model,
+            tensors,
+            LoadStateDictConfig(dtype=torch.float32, weight_mapping=self._mapping),
+        )
         wrong = [
             f"{name} is {tuple(found)}, the model needs {tuple(needed)}"
             for name, found, needed in info.mismatched_keys
@@ -184,34 +231,27 @@ class StreamedModel:
         ]
         if wrong:
             raise UserError(
-                f"{self.checkpoint} has tensors that do not fit the model",
+                f"{self.folder} has tensors that do not fit the model",
                 wrong[0],
                 "check config.json against the weights",
             )
 
 
-def _config(checkpoint: Checkpoint) -> Any:
-    if form := quantisation(checkpoint.config):
+def _config(tensors: Tensors) -> Any:
+    if form := quantisation(tensors.config):
         raise UserError(
-            f"{checkpoint.folder} is quantised ({form})",
+            f"{tensors.folder} is quantised ({form})",
             do="take the fp16, bf16 or fp32 checkpoint",
         )
     try:
-        values = deepcopy(checkpoint.config)  # transformers rewrites what it is given
+        values = deepcopy(tensors.config)  # transformers rewrites what it is given
         return CONFIG_MAPPING[values["model_type"]].from_dict(values)
     except Exception as error:  # the configuration classes raise what they like
         raise UserError(
-            f"{checkpoint.folder} is not a checkpoint that transformers can read",
+            f"{tensors.folder} is not a checkpoint that transformers can read",
             f"{type(error).__name__}: {error}",
             "give a folder with config.json and *.safetensors",
         ) from None
-
-
-def _by_either_name(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
-    """Each tensor by the name in its file, which transformers may know, then by that of
-    key_names.py."""
-    tensors = checkpoint.tensors
-    return {tensor.key: tensor for tensor in tensors.values()} | tensors
 
 
 def _fill_computed_buffers(model: Any) -> None:

@@ -13,6 +13,7 @@ from ane_moe.report.engine_table import engine_tables, engine_title, overflow_li
 from ane_moe.verification.result import (
     FunctionModelResult,
     RoutingResult,
+    Sample,
     ShardResult,
     VerifyReport,
 )
@@ -53,6 +54,12 @@ def verify_report(report: VerifyReport) -> RenderableType:
         parts.append(Text(f"whole model not run: {report.model_skipped}"))
     if (line := tokenizer_line(report)) and (report.tokenizer is None or report.tokenizer.passed):
         parts.append(Text(f"tokenizer: {line}"))
+    if report.sample:
+        parts.append(Text(_looked_at(report.sample)))
+    if report.reused_steps:
+        parts.append(
+            Text(f"{report.reused_steps} steps were proved by a run that was broken off (--fresh)")
+        )
     parts += [*_failures(report), _verdict(report)]
     return Group(*parts)
 
@@ -181,6 +188,18 @@ def tokenizer_line(report: VerifyReport) -> str:
     return report.tokenizer.reason or all_alike
 
 
+def _looked_at(sample: Sample) -> str:
+    layers = ", ".join(map(str, sample.layers))
+    text = (
+        f"quick look: layers {layers} of {sample.of_layers}, {len(sample.packages)} of "
+        f"{sample.of_packages} packages, {sample.prompts} of {sample.of_prompts} prompts; "
+        "of expert functions the first, middle and last of a layer; "
+        "the files of other packages are there, and were not read"
+    )
+    skipped = "; each layer was fed what the one before it in this list gave"
+    return text + skipped if sample.layers_skipped else text
+
+
 def _failures(report: VerifyReport) -> Iterable[Text]:
     lines = [f"{problem.path}: {problem.what}" for problem in report.integrity]
     lines += overflow_lines(report.engine) if report.engine else []
@@ -218,7 +237,8 @@ def _verdict(report: VerifyReport) -> Text:
         f"{report.runtime} runtime{', predicted arithmetic of the engine' if report.engine else ''}"
     )
     if report.passed:
-        return Text(f"passed  {conditions}, {report.golden_tokens} tokens", style="green")
+        passed = "passed what a quick look sees " if report.sample else "passed "
+        return Text(f"{passed} {conditions}, {report.golden_tokens} tokens", style="green")
     what = (
         "files are damaged, nothing was run"
         if report.integrity

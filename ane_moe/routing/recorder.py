@@ -144,19 +144,18 @@ def _record_checkpoint(
     max_tokens: int,
     progress: Progress,
 ) -> RoutingTrace:
-    from ane_moe.original.capture import walk_layers
+    from ane_moe.original.capture import Walk
     from ane_moe.original.prompts import check_prompts
-    from ane_moe.original.stream import StreamedModel
-    from ane_moe.original.tap import Tap
+    from ane_moe.original.stream import OriginalTensors, StreamedModel
 
     layers: dict[int, LayerRouting] = {}
     with quiet_transformers():
-        stream = StreamedModel(open_checkpoint(checkpoint))
+        stream = StreamedModel(OriginalTensors(open_checkpoint(checkpoint)))
         limit = stream.config.max_position_embeddings
         passages = _passages(prompts, min(window or WINDOW, limit), max_tokens)
         check_prompts(passages, stream.config.vocab_size, limit)
 
-        def visit(index: int, layer: Any, taps: list[Tap]) -> None:
+        for index, taps in Walk(stream, passages).layers(range(len(stream.layers)), progress):
             if taps[0].router is not None:
                 weights, chosen = (
                     np.concatenate([tap.router[part].numpy() for tap in taps]) for part in (1, 2)
@@ -166,6 +165,4 @@ def _record_checkpoint(
                 number = int(experts.num_experts)  # type: ignore[arg-type]
                 count = sum(parameter.numel() for parameter in experts.parameters()) // number
                 layers[index] = LayerRouting(number, *by_weight(chosen, weights), 2 * count, count)
-
-        walk_layers(stream, len(stream.layers), passages, visit, progress)
     return _trace(stream.config.model_type, "Hugging Face model in fp32", passages, layers)

@@ -1,8 +1,11 @@
 """Files before numbers: is everything the manifest names there, unchanged, readable and finite, and
 nothing else?"""
 
-from collections.abc import Iterator
-from pathlib import Path
+import os
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -10,7 +13,7 @@ from ane_moe.errors import UserError
 from ane_moe.files import is_hidden, sha256
 from ane_moe.loop.embedding_table import Int8Table, open_embeddings
 from ane_moe.loop.shards import check_manifest
-from ane_moe.manifest import Manifest
+from ane_moe.manifest import Manifest, Shard
 from ane_moe.mlprogram.program import Block, Constant, Program
 from ane_moe.mlprogram.reader import read_program
 from ane_moe.progress import Progress
@@ -20,22 +23,46 @@ FLOATS = {"fp16", "fp32", "fp64", "bf16"}
 CHUNK = 1 << 22  # elements looked at, or bytes hashed, at a time
 
 
-def check_integrity(folder: Path, manifest: Manifest, progress: Progress) -> tuple[Problem, ...]:
+def check_integrity(
+    folder: Path,
+    manifest: Manifest,
+    progress: Progress,
+    shards: Collection[Shard] | None = None,
+) -> tuple[Problem, ...]:
     """Everything wrong with the files of a conversion, most basic first; empty when it is sound.
 
-    Packages whose files are missing or changed are not opened.
+    Packages whose files are missing or changed are not opened. Of packages other than those of
+    `shards` (None: all) it is only asked whether their files are there.
     """
     problems = [*_incomplete(folder, manifest), *_unlisted(folder, manifest)]
-    for number, (relative, digest) in enumerate(sorted(manifest.files.items())):
-        progress(f"checking {relative}", number, len(manifest.files))
-        problems += _changed(folder, relative, digest)
-    suspect = {problem.path for problem in problems}
-    for shard in manifest.shards:
-        if not any(path == shard.path or path.startswith(shard.path + "/") for path in suspect):
-            problems += _unsound(folder, shard.path)
+    looked_at = manifest.shards if shards is None else shards
+    passed_over = {shard.path for shard in manifest.shards} - {shard.path for shard in looked_at}
+    files = {
+        relative: None if _package(relative) in passed_over else digest
+        for relative, digest in sorted(manifest.files.items())
+    }
+    threads = ThreadPoolExecutor(os.cpu_count())  # hashing frees the interpreter's lock
+    try:
+        changed = threads.map(partial(_changed, folder), files, files.values())
+        for number, (relative, found) in enumerate(zip(files, changed, strict=True)):
+            progress(f"checking {relative}", number, len(files))
+            problems += found
+        suspect = {_package(problem.path) for problem in problems}
+        sound = [shard.path for shard in looked_at if shard.path not in suspect]
+        for found in threads.map(partial(_unsound, folder), sound):
+            problems += found
+    finally:
+        threads.shutdown(cancel_futures=True)
     if manifest.embed not in suspect:
         problems += _bad_table(folder, manifest)
     return tuple(problems)
+
+
+def _package(relative: str) -> str:
+    """The package that a file is of, or the file."""
+    parts = PurePosixPath(relative).parts
+    ends = [number for number, part in enumerate(parts, 1) if part.endswith(".mlpackage")]
+    return "/".join(parts[: ends[0]]) if ends else relative
 
 
 def _incomplete(folder: Path, manifest: Manifest) -> Iterator[Problem]:
@@ -59,22 +86,23 @@ def _unlisted(folder: Path, manifest: Manifest) -> Iterator[Problem]:
                 yield Problem(relative, "not listed in runtime_meta.json: an extra shard or file")
 
 
-def _changed(folder: Path, relative: str, digest: str) -> Iterator[Problem]:
+def _changed(folder: Path, relative: str, digest: str | None) -> list[Problem]:
+    """What is wrong with a file; without a `digest` only that it is missing."""
     path = folder / relative
     if not path.is_file():
-        yield Problem(relative, "missing")
-    elif sha256(path) != digest:
-        yield Problem(
-            relative, "changed since the conversion: its sha256 differs from runtime_meta.json"
-        )
+        return [Problem(relative, "missing")]
+    if digest is None or sha256(path) == digest:
+        return []
+    what = "changed since the conversion: its sha256 differs from runtime_meta.json"
+    return [Problem(relative, what)]
 
 
-def _unsound(folder: Path, relative: str) -> Iterator[Problem]:
+def _unsound(folder: Path, relative: str) -> list[Problem]:
     try:
-        for name in _not_finite(read_program(folder / relative)):
-            yield Problem(relative, f"NaN or Inf in weight {name}")
+        names = list(_not_finite(read_program(folder / relative)))
     except UserError as error:
-        yield Problem(relative, str(error))
+        return [Problem(relative, str(error))]
+    return [Problem(relative, f"NaN or Inf in weight {name}") for name in names]
 
 
 def _not_finite(program: Program) -> Iterator[str]:

@@ -129,6 +129,25 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """What `--quick` looked at, of how much: layers, prompts, and packages by path. Files of other
+    packages were asked for, not read; of a layer's expert functions the first, the middle and the
+    last were called one by one.
+
+    `layers_skipped`: the golden's layers follow each other without those between them, so that the
+    inputs are hidden states of the model, but not those it would have there.
+    """
+
+    layers: tuple[int, ...]
+    of_layers: int
+    prompts: int
+    of_prompts: int
+    packages: tuple[str, ...]
+    of_packages: int
+    layers_skipped: bool
+
+
+@dataclass(frozen=True)
 class VerifyReport:
     """`models` is empty, and `model_skipped` says why, when the whole model could not be run;
     `tokenizer` is None, and `tokenizer_skipped` says why, when there are no ids to compare with.
@@ -136,7 +155,10 @@ class VerifyReport:
     The results are against the original model. For compressed weights `as_stored` is against the
     same model with the weights that the packages hold: what fails there was converted wrongly, what
     fails only here is lost to compression. `compression` has bits and errors by role (see
-    `Manifest.compression`). `engine` is there where the results are by the engine's arithmetic.
+    `Manifest.compression`).
+
+    `sample` says what was looked at where that was not all. `reused_steps` were proved by an equal
+    run that was broken off. `engine` is there where the results are by the engine's arithmetic.
     """
 
     passed: bool
@@ -155,6 +177,8 @@ class VerifyReport:
     compression: dict[str, dict[str, Any]] = field(default_factory=dict)
     tokenizer: TokenizerResult | None = None
     tokenizer_skipped: str | None = None
+    sample: Sample | None = None
+    reused_steps: int = 0
     engine: EngineReport | None = None
 
     @property

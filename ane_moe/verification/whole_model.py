@@ -5,10 +5,11 @@ it call by call as the token loop would call it, and the streams go on to the ne
 the token loop's, to the bit, and no more than one stage is held.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from ane_moe.loop.buffers import Ropes
 from ane_moe.loop.embedding_table import EmbeddingTable
@@ -69,6 +70,18 @@ class ModelPass:
         for slot, scores in run.run(self.function, given).values.items():
             if slot_root(slot) == LOGITS:
                 prompt.logits[:, slice(*slot_rows(slot))] = scores
+
+    def state(self) -> list[dict[str, torch.Tensor]]:
+        """What goes on to the next stage, by prompt."""
+        return [
+            {slot: torch.from_numpy(value) for slot, value in prompt.values.items()}
+            for prompt in self.prompts
+        ]
+
+    def resume(self, state: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        """Go on from where `state` was taken."""
+        for prompt, values in zip(self.prompts, state, strict=True):
+            prompt.values = {slot: value.numpy() for slot, value in values.items()}
 
     def result(self, golden: Golden, min_logit_cosine: float) -> FunctionModelResult:
         """The logits against a golden's, once every stage has been passed."""

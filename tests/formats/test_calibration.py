@@ -210,7 +210,7 @@ def test_calibration_moves_the_error_to_inputs_that_do_not_matter(checkpoint, tm
                 - originals.read(sources[weight.name])
             )
             ** 2
-            for weight in stored_weights(out, read_manifest(out))
+            for weight in stored_weights(read_manifest(out).shards, out)
             if weight.name.expert is not None
         }
     moments = Moments(tmp_path / "builtin" / FILE_NAME)

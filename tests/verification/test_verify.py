@@ -14,7 +14,7 @@ from ane_moe.loop.session import Session
 from ane_moe.loop.shards import LoadedShard, load_shards
 from ane_moe.manifest import read_manifest
 from ane_moe.report.verify_table import verify_report
-from ane_moe.verification import verify as verification
+from ane_moe.verification import proof as verification
 from ane_moe.verification.stage import stages
 from ane_moe.verification.verify import verify
 from ane_moe.verification.whole_model import model_passes

@@ -1,7 +1,7 @@
 """The constants of a function as numbers: consts as they lie in the file, compressed weights
 expanded."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,9 +12,11 @@ from ane_moe.runtime.reference.ops import constexpr
 OPS = {op.name: op for op in constexpr.OPS if op.since == 18}
 
 
-def weight_values(function: Function) -> Iterator[tuple[str, np.ndarray]]:
+def weight_values(
+    function: Function, wanted: Callable[[str], bool]
+) -> Iterator[tuple[str, np.ndarray]]:
     """(name, value) of each fp16 constant of the weight file and of each constexpr operation (iOS
-    18) that an operation uses, one at a time."""
+    18) that an operation uses, one at a time, where its name is `wanted`; others are not read."""
     used = {
         value
         for op in function.block.operations
@@ -23,15 +25,25 @@ def weight_values(function: Function) -> Iterator[tuple[str, np.ndarray]]:
         for value in values
         if isinstance(value, str)
     }
-    made: dict[str, torch.Tensor] = {}
+    steps: list[Operation] = []  # of one weight; they follow each other
     for op in function.block.operations:
+        name = op.outputs[0].name if op.outputs else ""
         if op.type == "const" and op.attributes["val"].blob is not None and _is_fp16(op):
-            yield op.outputs[0].name, np.asarray(op.attributes["val"].load())
+            if wanted(name):
+                yield name, np.asarray(op.attributes["val"].load())
         elif op.type.startswith("constexpr_"):
-            made |= dict(zip([output.name for output in op.outputs], expand(op, made), strict=True))
-            if op.outputs[0].name in used:
-                yield op.outputs[0].name, made[op.outputs[0].name].numpy()
-                made.clear()  # steps of one weight follow each other
+            steps.append(op)
+            if name in used:
+                if wanted(name):
+                    yield name, _expanded(steps).numpy()
+                steps.clear()
+
+
+def _expanded(steps: Sequence[Operation]) -> torch.Tensor:
+    made: dict[str, torch.Tensor] = {}
+    for op in steps:
+        made |= dict(zip([output.name for output in op.outputs], expand(op, made), strict=True))
+    return made[steps[-1].outputs[0].name]
 
 
 def expand(op: Operation, made: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -1,0 +1,112 @@
+"""The goldens that a conversion is held against: those inside, or ones captured now."""
+
+from itertools import chain
+from pathlib import Path
+
+from ane_moe.errors import UserError
+from ane_moe.kept import Kept
+from ane_moe.loop.experts import expert_layers
+from ane_moe.manifest import Manifest
+from ane_moe.opened import open_model
+from ane_moe.original.golden import Golden, read_golden
+from ane_moe.original.prompts import builtin_prompts, check_prompts, read_prompts
+from ane_moe.original.stored_model import Goldens, capture_goldens
+from ane_moe.progress import Progress
+from ane_moe.verification.sample import golden_of, sampled_prompts
+
+
+def require_golden(
+    out: Path, manifest: Manifest, checkpoint: Path | None, prompts: Path | None
+) -> None:
+    """Raise UserError where there is nothing to compare with, or prompts nobody runs."""
+    if checkpoint is None and prompts is not None:
+        raise UserError(
+            "--prompts needs a checkpoint to run them on",
+            "no --checkpoint",
+            "give --checkpoint PATH",
+        )
+    if checkpoint is None and manifest.golden is None:
+        raise UserError(
+            f"{out} holds no golden to compare with",
+            "no golden.safetensors",
+            "give --checkpoint PATH, or convert with --golden",
+        )
+
+
+def read_goldens(out: Path, manifest: Manifest, quick: bool) -> tuple[Goldens, int]:
+    """The goldens in `out`, of a few of their prompts if `quick`, and how many prompts there are.
+    Raises UserError where they are of something else."""
+    assert manifest.golden is not None
+    original = read_golden(out / manifest.golden)
+    as_stored = read_golden(out / manifest.golden_as_stored) if manifest.golden_as_stored else None
+    for golden in filter(None, (original, as_stored)):
+        _require_layers(golden, manifest, out)
+        width = golden.layers[manifest.layers[0]].x.shape[1]
+        _require_same_model((golden.n_layers, golden.logits.shape[1], width), manifest, out)
+        check_prompts([list(ids) for ids in golden.prompts], manifest.vocab, manifest.context)
+    count = len(original.prompts)
+    if quick:
+        places = sampled_prompts(original.prompts)
+        original = golden_of(original, places, manifest.layers)
+        as_stored = as_stored and golden_of(as_stored, places, manifest.layers)
+    return Goldens(original, as_stored, manifest.compression), count
+
+
+def capture(
+    out: Path,
+    manifest: Manifest,
+    checkpoint: Path,
+    prompts: Path | None,
+    kept: Kept,
+    quick: bool,
+    progress: Progress,
+) -> tuple[Goldens, int]:
+    """Goldens of the checkpoint, and of what the conversion made of it; if `quick`, of a few
+    prompts, which go through the layers of the manifest only. And how many prompts there are.
+    Raises UserError for a checkpoint of another model, or prompts that it does not take."""
+    model = open_model(checkpoint, tuple(chain.from_iterable(manifest.left_out.values())))
+    spec, folder = model.spec, model.checkpoint.folder
+    _require_same_model((len(spec.layers), spec.vocab, spec.d_model), manifest, out)
+    limit = min(manifest.context, spec.context)
+    ids = (
+        read_prompts(prompts, checkpoint) if prompts else builtin_prompts(folder, spec.vocab, limit)
+    )
+    check_prompts(ids, spec.vocab, limit)
+    few = [ids[place] for place in sampled_prompts(ids)] if quick else ids
+    through = manifest.layers if quick else None
+    return capture_goldens(model, out, manifest, few, kept, progress, through=through), len(ids)
+
+
+def _require_same_model(found: tuple[int, int, int], manifest: Manifest, out: Path) -> None:
+    """A golden of another model is a mistake to name, not a failed gate."""
+    names = ("layers of the model", "vocabulary", "hidden size")
+    needed = (manifest.n_layers, manifest.vocab, manifest.d_model)
+    wrong = [
+        f"{name} {one} for {other}"
+        for name, one, other in zip(names, found, needed, strict=True)
+        if one != other
+    ]
+    if wrong:
+        raise _of_another_model(out, ", ".join(wrong))
+
+
+def _of_another_model(out: Path, found: str) -> UserError:
+    return UserError(
+        f"the golden is not of the model in {out}",
+        found,
+        "give the checkpoint the shards were converted from",
+    )
+
+
+def _require_layers(golden: Golden, manifest: Manifest, out: Path) -> None:
+    if missing := [layer for layer in manifest.layers if layer not in golden.layers]:
+        raise _of_another_model(out, f"layers {missing} missing")
+    alone = [
+        layer for layer in expert_layers(manifest) if golden.layers[layer].expert_outputs is None
+    ]
+    if alone:
+        raise UserError(
+            "the golden does not say what single experts compute",
+            f"layers {alone}",
+            "convert again with --golden, or give --checkpoint PATH",
+        )
