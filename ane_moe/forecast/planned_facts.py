@@ -136,9 +136,11 @@ class _Graph:
 
     def facts(self, entry: ShardFunction) -> FunctionFacts:
         ports, states = entry.ports, len(entry.ports.states)
-        ops = [*self._convolutions(), *self._products(), *_state_ops(states)]
+        ops = [*self._convolutions(), *self._products(), *self._states(states)]
         total = self._count(states)
-        ops.append(_op("mul", max(0, total - sum(op.count for op in ops)), _arithmetic()))
+        stream = max((math.prod(port.shape) for port in ports.inputs if port.by_channel), default=1)
+        rest = max(0, total - sum(op.count for op in ops))
+        ops.append(_op("mul", rest, _arithmetic() | _moved(stream, stream)))
         vectors = sum(weight.stored_bytes for weight in self.weights if len(weight.shape) < 2)
         ops[-1].parts = _parts(ops[-1].name, vectors)
         facts = _shared() | {
@@ -149,6 +151,8 @@ class _Graph:
             "states": states,
             "package_functions": len(self.shard.functions),
             "parallel_projections": self._parallel_projections(),
+            "convolutions": sum(op.count for op in ops if op.operation.type == "conv"),
+            "per_block_weights": sum(" block " in weight.form for weight in self.weights),
         }
         for op in ops:
             op.facts["function_ops"] = total
@@ -173,16 +177,17 @@ class _Graph:
             facts = (
                 _product()
                 | axes
+                | _moved(columns * self.tokens, rows * self.tokens, rows * columns)
                 | {
                     "channels_in": columns,
                     "channels_out": rows,
                     "elements": columns * self.tokens,
                     "reduction": columns,
                     "weight_format": form,
+                    "flops": 2 * rows * columns * self.tokens,
                 }
             )
-            flops = 2 * rows * columns * self.tokens * count
-            op = _op("conv", count, facts, f"{rows} x {columns} {form}", flops)
+            op = _op("conv", count, facts, f"{rows} x {columns} {form}")
             op.parts = _parts(op.name, sizes[like])
             yield op
 
@@ -195,9 +200,23 @@ class _Graph:
             return
         written = sum(math.prod(shape) for shape in self.shard.states.values())
         depth = max(max(shape[-2:]) for shape in self.shard.states.values())
-        facts = _product() | {"reduction": depth, "w": slots}
-        flops = 2 * self.tokens * (2 * sum(widths) * slots + written)
-        yield _op("matmul", 2 * len(self.shard.states), facts, "attention", flops)
+        flops, count = 2 * self.tokens * (2 * sum(widths) * slots + written), self._products_count
+        facts = _product() | {"reduction": depth, "w": slots, "flops": flops / count}
+        facts |= _moved(2 * written // count, sum(widths) * self.tokens // count)
+        yield _op("matmul", count, facts, "attention")
+
+    @property
+    def _products_count(self) -> int:
+        return 2 * len(self.shard.states)
+
+    def _states(self, states: int) -> list[OpFacts]:
+        """Their operations, and those that mask what is kept and add what is new."""
+        sizes = [math.prod(shape) for shape in self.shard.states.values()]
+        one = sum(sizes) // max(1, len(sizes))
+        kept, added = _moved(one, one), _moved(2 * one, one)
+        written = {"mul": kept, "add": added} if sizes else {}
+        masks = [_op(kind, len(sizes), _arithmetic() | moved) for kind, moved in written.items()]
+        return [*_state_ops(states, one), *masks]
 
     def _parallel_projections(self) -> int:
         readers = Counter(
@@ -239,16 +258,31 @@ def _product() -> dict[str, Any]:
     }
 
 
-def _state_ops(states: int) -> list[OpFacts]:
+def _moved(elements_in: int, elements_out: int, weights: int = 0) -> dict[str, int]:
+    """Elements and fp16 bytes of what an operation reads and gives."""
+    return {
+        "elements_first": elements_in,
+        "elements_in": elements_in + weights,
+        "elements_out": elements_out,
+        "bytes_in": 2 * (elements_in + weights),
+        "bytes_out": 2 * elements_out,
+        "bytes_literal": 0,
+        "elements_literal": 0,
+        "dilation": 1,
+    }
+
+
+def _state_ops(states: int, elements: int = 1) -> list[OpFacts]:
     if not states:
         return []
     counts = {"read_state": READS * states, "write_state": WRITES * states}
-    return [_op(kind, count, _arithmetic()) for kind, count in counts.items()]
+    facts = _arithmetic() | _moved(elements, elements)
+    return [_op(kind, count, facts) for kind, count in counts.items()]
 
 
-def _op(kind: str, count: int, facts: dict[str, Any], name: str = "", flops: int = 0) -> OpFacts:
-    operation = Operation(kind, name or kind, {}, ())
-    depth = facts.get("reduction", 0)
+def _op(kind: str, count: int, facts: dict[str, Any], name: str = "") -> OpFacts:
+    operation, depth = Operation(kind, name or kind, {}, ()), facts.get("reduction", 0)
+    flops = round(facts.get("flops", 0) * count)
     return OpFacts(operation, facts | {"op": kind}, flops, depth, (), (), count)
 
 

@@ -36,6 +36,9 @@ OPSETS = {"CoreML5": 15, "CoreML6": 16, "CoreML7": 17, "CoreML8": 18, "CoreML9":
 # "[1,240000]" was rejected as N1D1C1H1W240000 (mobius, mel_encoder_ane_behavior.md). Where rank 3
 # lies is not known: its axes get the widest limit.
 AXES = {1: "w", 2: "cw", 3: "ccc", 4: "nchw", 5: "ndchw"}
+ELEMENT_BYTES = {"bool": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "fp16": 2}
+WIDE_BYTES = 4  # of other types: int32, fp32
+RANDOM = "random_"  # operations of these types take nothing that is computed, and are no constants
 CONVERTER = "com.github.apple.coremltools.version"
 
 FUNCTION_FACTS = frozenset(
@@ -49,6 +52,8 @@ FUNCTION_FACTS = frozenset(
         "enumerated",
         "widest_range",
         "parallel_projections",
+        "convolutions",
+        "per_block_weights",
         "converter",
         "opset",
     }
@@ -83,9 +88,20 @@ OP_FACTS = frozenset(
         "converter",
         "function_ops",
         "enumerated",
+        "flops",
+        "dilation",
+        "window",
+        "elements_first",
+        "elements_in",
+        "elements_out",
+        "elements_literal",
+        "bytes_first",
+        "bytes_in",
+        "bytes_out",
+        "bytes_literal",
     }
 )
-SEGMENT_FACTS = frozenset({"weight_bytes", "flops", "reduction", "ops"})
+SEGMENT_FACTS = frozenset({"surely", "possibly", "equal", "covered"})
 FACTS = {
     "function": FUNCTION_FACTS,
     "feature": FEATURE_FACTS,
@@ -159,6 +175,8 @@ def function_facts(program: Program, name: str) -> FunctionFacts:
         "package_functions": len(program.functions),
         "widest_range": max(ranges, default=1),
         "parallel_projections": _parallel_projections(ops),
+        "convolutions": sum(op.operation.type == "conv" for op in ops),
+        "per_block_weights": sum(" block " in weight.format for weight in weights),
     }
     for op in ops:
         op.facts |= shared | {"function_ops": len(ops)}
@@ -169,8 +187,9 @@ def function_facts(program: Program, name: str) -> FunctionFacts:
 
 
 class _Walk:
-    """Goes through a function's operations, nested blocks included, and collects the facts of
-    each."""
+    """Goes through a function's operations, nested blocks included, and collects the facts of each
+    that runs: not of those that Core ML computes when it loads the model, nor of a `relu` of a
+    `relu`."""
 
     def __init__(self, function: Function, weights: Iterable[Weight]):
         self.ops: list[OpFacts] = []
@@ -193,16 +212,34 @@ class _Walk:
                 literal = operation.attributes.get("val") if operation.type == "const" else None
                 self._constants |= dict.fromkeys((item.name for item in operation.outputs), literal)
                 continue
+            if self._simplified(operation):
+                continue
             self._operation(operation, nested)
             for inner in operation.blocks:
                 self._block(inner, nested=True)
 
-    def _operation(self, operation: Operation, nested: bool) -> None:
-        index = len(self.ops)
+    def _simplified(self, operation: Operation) -> bool:
+        """Whether Core ML removes it; if so, what it gives is known by what it was made of."""
+        running, results = self._running(operation), [item.name for item in operation.outputs]
+        if not (running or operation.blocks or operation.type.startswith(RANDOM)):
+            self._constants |= dict.fromkeys(results)
+            return True
+        maker = self._makers.get(running[0]) if operation.type == "relu" and running else None
+        if maker is None or self.ops[maker].operation.type != "relu":
+            return False
+        self._makers |= dict.fromkeys(results, maker)
+        return True
+
+    def _running(self, operation: Operation) -> list[str]:
+        """The inputs that are no constants."""
         values = [value for group in operation.inputs.values() for value in group]
-        running = [
+        return [
             value for value in values if isinstance(value, str) and value not in self._constants
         ]
+
+    def _operation(self, operation: Operation, nested: bool) -> None:
+        index = len(self.ops)
+        running = self._running(operation)
         sources = sorted({self._makers[value] for value in running if value in self._makers})
         for source in sources:
             self._feeds.setdefault(source, set()).add(operation.type)
@@ -228,7 +265,9 @@ class _Walk:
                 "weight_format": "; ".join(sorted({weight.format for weight in weights})),
             }
         )
-        facts |= self._product(operation, results)
+        facts |= self._traffic(operation, results) | self._product(operation, results)
+        facts["dilation"] = math.prod(facts.get("arg_dilations") or (1,))
+        facts["window"] = math.prod(facts.get("arg_kernel_sizes") or (1,))
         axis = facts.get("arg_axis")
         if (
             isinstance(axis, int)
@@ -241,7 +280,7 @@ class _Walk:
             OpFacts(
                 operation,
                 facts,
-                facts.pop("flops", 0),
+                facts.setdefault("flops", 0),
                 facts.get("reduction") or 0,
                 parts,
                 tuple(sources),
@@ -290,6 +329,30 @@ class _Walk:
             return kind.shape if kind else None
         return None
 
+    def _traffic(self, operation: Operation, results: list[TensorType]) -> dict[str, Any]:
+        """Elements and bytes of what goes in, of the first that is computed, of the first output,
+        and of the literal parameters; weights as the type that they are expanded to."""
+        data: list[TensorType] = []
+        parameters: list[TensorType] = []
+        for value in (value for group in operation.inputs.values() for value in group):
+            _, literal = self._constant(value)
+            kind = _tensor(literal.type if literal else self._types[str(value)])
+            if kind is not None and kind.dtype != "string":
+                (parameters if literal and _is_small(literal) else data).append(kind)
+        counted = [kind for kind in parameters if kind.dtype != "bool"]
+        running = (_tensor(self._types[value]) for value in self._running(operation))
+        first = [kind for kind in running if kind is not None][:1]
+        return {
+            "elements_first": sum(map(_elements, first)),
+            "elements_in": sum(map(_elements, data)),
+            "elements_out": sum(map(_elements, results[:1])),
+            "elements_literal": sum(map(_elements, counted)),
+            "bytes_first": sum(map(_bytes, first)),
+            "bytes_in": sum(map(_bytes, data)),
+            "bytes_out": sum(map(_bytes, results[:1])),
+            "bytes_literal": sum(map(_bytes, parameters)),
+        }
+
     def _product(self, operation: Operation, results: list[TensorType]) -> dict[str, Any]:
         """Sizes of the operations that multiply and add: length of the sums, and flops over all
         results."""
@@ -298,7 +361,7 @@ class _Walk:
         if operation.type in ("conv", "conv_transpose") and weight and x and len(weight) >= 3:
             facts = _convolution(operation.type, weight, x)
         elif operation.type == "linear" and weight:
-            facts = {"reduction": weight[-1]}
+            facts = {"reduction": weight[-1], "channels_out": weight[0]}
         elif operation.type == "matmul" and x:
             turned = (
                 _flag(self._constant(operation.inputs["transpose_x"][0])[1])
@@ -400,6 +463,10 @@ def _tensor(kind: ValueType) -> TensorType | None:
 
 def _elements(kind: TensorType) -> int:
     return math.prod(size or 1 for size in kind.shape)
+
+
+def _bytes(kind: TensorType) -> int:
+    return _elements(kind) * ELEMENT_BYTES.get(kind.dtype, WIDE_BYTES)
 
 
 def _is_small(literal: Constant) -> bool:

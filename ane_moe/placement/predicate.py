@@ -1,8 +1,8 @@
 """The conditions of rules: comparisons over named facts, written as a small subset of Python's
 expressions.
 
-`and`, `or`, `not`, comparisons, `in`, `+ - * %`, numbers, strings, tuples, names, and `name[-1]`. A
-comparison with a fact that is unknown (None) is false.
+`and`, `or`, `not`, comparisons, `in`, `+ - * / %`, numbers, strings, tuples, names, and `name[-1]`.
+A comparison with a fact that is unknown (None) is false.
 """
 
 import ast
@@ -27,6 +27,7 @@ _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
     ast.Mod: operator.mod,
 }
 
@@ -35,6 +36,12 @@ def compile_condition(text: str) -> Callable[[Facts], bool]:
     """A function of the facts. Raises ValueError for anything outside the subset."""
     term = _term(_parse(text))
     return lambda facts: bool(term(facts))
+
+
+def compile_term(text: str) -> Term:
+    """The value of an expression over the facts, None where one of them is unknown. Raises
+    ValueError for anything outside the subset."""
+    return _term(_parse(text))
 
 
 def names_in(text: str) -> Iterator[str]:

@@ -1,14 +1,15 @@
-"""Predicted placement: which engine each operation of a package would run on, by the rules, on any
-machine."""
+"""Predicted placement: which engine each operation of a package would run on, by the rules of what
+is legal and Core ML's own cost decision, on any machine."""
 
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ane_moe.mlprogram.program import Program
 from ane_moe.mlprogram.reader import read_program
-from ane_moe.mlprogram.weights import Part
+from ane_moe.placement import dispatch as dispatching
+from ane_moe.placement.dispatch import Choice, Dispatch, dispatch
+from ane_moe.placement.estimates import EstimateBook, estimate_book
 from ane_moe.placement.facts import FunctionFacts, OpFacts, function_facts
 from ane_moe.placement.result import (
     PREDICTED,
@@ -16,6 +17,7 @@ from ane_moe.placement.result import (
     FunctionPlacement,
     OpPlacement,
     PlacementReport,
+    Stretch,
     worst_first,
 )
 from ane_moe.placement.rules import Rule, RuleBook, rule_book
@@ -60,8 +62,9 @@ def predict(
 def judge(
     function: FunctionFacts, path: str, book: RuleBook, allow: tuple[str, ...] = ()
 ) -> FunctionPlacement:
-    """What the rules say of one function, whether its facts were read from a package or come from a
-    plan."""
+    """What the rules and the cost decision say of one function, whether its facts were read from a
+    package or come from a plan."""
+    prices = estimate_book(book.target)
     overall = [_finding(rule) for rule in book.matching("function", function.facts)]
     overall += [
         _finding(rule, facts["name"], facts["role"])
@@ -73,16 +76,19 @@ def judge(
     for op in function.ops:
         decided.append(_of_op(op, book))
         findings += _reported(decided[-1])
-    verdicts = [_worst(found) for found in decided]
-    stretches = _segments(function.ops, verdicts)
-    for stretch in stretches:
-        facts = _segment_facts([function.ops[index] for index in stretch])
-        cost = _sized(_finding(next(book.matching("segment", facts))), facts, len(stretches) > 1)
-        findings += _reported([cost])
-        for index in stretch:
-            decided[index].append(cost)
+    placed = _dispatched(function.ops, decided, prices)
+    stretches = []
+    for stretch in placed.stretches:
+        costs = _costs(stretch, placed, book, prices)
+        shown = _stretch(stretch, costs.values(), function.ops, prices)
+        stretches.append(shown)
+        for index in range(stretch.start, stretch.stop):
+            decided[index].append(costs[_state(placed, index)])
+        reported = _reported(list(costs.values()))
+        findings += [replace(item, reason=f"{item.reason}; {shown.turns}") for item in reported]
     ops = tuple(
-        _placed(op, [*overall, *found]) for op, found in zip(function.ops, decided, strict=True)
+        _placed(op, [*overall, *found], equal)
+        for op, found, equal in zip(function.ops, decided, placed.equal, strict=True)
     )
     return FunctionPlacement(
         path,
@@ -92,7 +98,7 @@ def judge(
         allow,
         function.facts["weight_bytes"],
         function.facts["flops"],
-        max((op.reduction for op in function.ops), default=0),
+        tuple(stretches),
     )
 
 
@@ -101,44 +107,74 @@ def _of_op(op: OpFacts, book: RuleBook) -> list[Finding]:
     return [_finding(rule, op.name, op.operation.type) for rule in rules]
 
 
-def _placed(op: OpFacts, findings: list[Finding]) -> OpPlacement:
+def _placed(op: OpFacts, findings: list[Finding], equal: bool) -> OpPlacement:
     verdict = _worst(findings)
     rules = tuple(dict.fromkeys(finding.rule for finding in findings if finding.verdict == verdict))
-    return OpPlacement(op.name, op.operation.type, verdict, rules=rules)
+    return OpPlacement(op.name, op.operation.type, verdict, rules=rules, equal=equal)
 
 
-def _segments(ops: list[OpFacts], verdicts: list[str]) -> list[list[int]]:
-    """The operations that are not off the engine, in stretches (by index) that the engine could run
-    in one call.
-
-    Stretches are parted by the number of changes between CPU and engine on the longest way from an
-    input. Even levels are the CPU's, so that what it computes before everything else splits
-    nothing.
-    """
-    levels: list[int] = []
-    for index, op in enumerate(ops):
-        side = int(verdicts[index] != "cpu")
-        levels.append(
-            max(
-                (levels[source] + ((levels[source] + side) % 2) for source in op.sources),
-                default=side,
-            )
-        )
-    stretches: dict[int, list[int]] = {}
-    for index, level in enumerate(levels):
-        if level % 2:
-            stretches.setdefault(level, []).append(index)
-    return list(stretches.values())
+def _dispatched(ops: list[OpFacts], decided: list[list[Finding]], prices: EstimateBook) -> Dispatch:
+    """The cost decision over what no rule takes off the engine."""
+    choices = [
+        Choice(_worst(found) != "cpu", prices.candidates(op.facts), op.count)
+        for op, found in zip(ops, decided, strict=True)
+    ]
+    placed = dispatch(choices, prices.run)
+    if prices.covered:
+        return placed
+    nowhere = (False,) * len(ops)
+    return replace(placed, surely=nowhere, equal=nowhere)
 
 
-def _segment_facts(ops: list[OpFacts]) -> dict[str, Any]:
-    parts: dict[Part, int] = {part: part[1] for op in ops for part in op.parts}
+def _state(placed: Dispatch, index: int) -> tuple[bool, bool, bool]:
+    return placed.surely[index], placed.possibly[index], placed.equal[index]
+
+
+def _costs(
+    stretch: dispatching.Stretch, placed: Dispatch, book: RuleBook, prices: EstimateBook
+) -> dict[tuple[bool, bool, bool], Finding]:
+    """What the cost decision says of the operations of a stretch, by what became of them."""
+    states = dict.fromkeys(_state(placed, index) for index in range(stretch.start, stretch.stop))
+    names = ("surely", "possibly", "equal")
+    facts = {state: dict(zip(names, state, strict=True)) for state in states}
     return {
-        "weight_bytes": sum(parts.values()),
-        "flops": sum(op.flops for op in ops),
-        "ops": sum(op.count for op in ops),
-        "reduction": max((op.reduction for op in ops), default=0),
+        state: _finding(next(book.matching("segment", known | {"covered": prices.covered})))
+        for state, known in facts.items()
     }
+
+
+def _stretch(
+    stretch: dispatching.Stretch,
+    costs: Iterable[Finding],
+    ops: list[OpFacts],
+    prices: EstimateBook,
+) -> Stretch:
+    verdicts = {finding.verdict for finding in costs}
+    verdict = next(name for name in ("ane", "uncertain", "cpu") if name in verdicts)
+    shown = Stretch(
+        ops[stretch.start].name,
+        sum(op.count for op in ops[stretch.start : stretch.stop]),
+        verdict,
+        stretch.ane_ms,
+        stretch.cpu_ms,
+        stretch.margin_ms,
+        "",
+    )
+    return replace(shown, turns=_turns(shown, prices))
+
+
+def _turns(stretch: Stretch, prices: EstimateBook) -> str:
+    """The margin, and what would turn the decision."""
+    low, high = stretch.margin_ms
+    missing = -low if stretch.verdict == "uncertain" else -high
+    margin = (
+        f"{stretch.ops} operations, {stretch.ane_ms:.3g} ms on the engine and "
+        f"{stretch.cpu_ms:.3g} on the CPU by estimate, margin {stretch.margin} ms"
+    )
+    if missing <= 0:
+        return margin
+    weights = prices.weights_for(missing) / 1e6
+    return f"{margin}: {weights:.2g} M more weights in 1x1 convolutions would put it there"
 
 
 def _finding(rule: Rule, op: str | None = None, op_type: str | None = None) -> Finding:
@@ -154,17 +190,6 @@ def _finding(rule: Rule, op: str | None = None, op_type: str | None = None) -> F
         rule.against,
         rule.binding,
     )
-
-
-def _sized(finding: Finding, facts: dict[str, Any], one_of_several: bool) -> Finding:
-    """The finding with the sizes that decided it."""
-    what = (
-        f"{facts['weight_bytes'] / 1e6:.3g} MB of weights, {facts['flops'] / 1e9:.3g} GFLOP, sums "
-        f"of up to "
-        f"{facts['reduction']}, {facts['ops']} "
-        f"operations{' in this stretch' if one_of_several else ''}"
-    )
-    return replace(finding, reason=f"{finding.reason} ({what})")
 
 
 def _reported(findings: list[Finding]) -> list[Finding]:

@@ -34,7 +34,7 @@ class OpPlacement:
     """One real operation, in program order, by the name of its output.
 
     `cost` is Core ML's own estimate (share of the function), if measured; `rules` are those that
-    decided, if predicted.
+    decided, if predicted, and `equal` says that only equal costs leave it open.
     """
 
     op: str
@@ -42,14 +42,38 @@ class OpPlacement:
     verdict: str
     cost: float | None = None
     rules: tuple[str, ...] = ()
+    equal: bool = False
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Neighbouring operations that the engine may run, from `first` on, and what decides whether it
+    does: their estimates on engine and CPU, and the margin, which is what the best run among them
+    saves beyond what a run costs (at least and at most: below zero both, and it stays on the CPU).
+    """
+
+    first: str
+    ops: int
+    verdict: str
+    ane_ms: float
+    cpu_ms: float
+    margin_ms: tuple[float, float]
+    turns: str
+
+    @property
+    def margin(self) -> str:
+        """Both ends where they differ, with signs."""
+        low, high = (f"{ms:+.3f}" for ms in self.margin_ms)
+        return low if low == high else f"{low} to {high}"
 
 
 @dataclass(frozen=True)
 class FunctionPlacement:
     """One function of one package.
 
-    `verdict`: ane or cpu where all operations are there, gpu likewise, mixed, or uncertain. Sizes
-    are those the cost decision looked at.
+    `verdict`: ane or cpu where all operations are there, gpu likewise, mixed, or uncertain.
+    `stretches` are predicted, or by Core ML's own figures where those were read; then `expected`
+    are the predicted ones.
     """
 
     path: str
@@ -59,7 +83,9 @@ class FunctionPlacement:
     allowed: tuple[str, ...] = ()
     weight_bytes: int = 0
     flops: int = 0
-    reduction: int = 0
+    stretches: tuple[Stretch, ...] = ()
+    expected: tuple[Stretch, ...] = ()
+    segments: tuple[Any, ...] = ()
     numerics: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def count(self, verdict: str) -> int:
@@ -142,7 +168,8 @@ def _function_json(function: FunctionPlacement) -> dict[str, Any]:
         "cost_share_ane": function.cost_share_ane,
         "weight_bytes": function.weight_bytes,
         "flops": function.flops,
-        "reduction": function.reduction,
+        "stretches": [asdict(stretch) for stretch in function.stretches],
+        "stretches_predicted": [asdict(stretch) for stretch in function.expected],
         "findings": [asdict(finding) for finding in function.findings],
         **numerics,
     }

@@ -6,7 +6,7 @@ and its condition holds for the facts.
 
 import functools
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ BINDING = ("apple", "measured")  # a `cpu` verdict of these breaks a gate
 @dataclass(frozen=True)
 class Rule:
     """One row. `scope` says whose facts the condition reads: an operation's, those of a function's
-    input, output or state (feature), a function's, or those of a stretch of operations without a
-    break (segment).
+    input, output or state (feature), a function's, or what the cost decision made of operations
+    that the engine may run (segment).
 
     `against` is evidence of the contrary: it is quoted, and the verdict becomes `uncertain`.
     `claim` is what the rule would say without it.
@@ -57,23 +57,21 @@ class Rule:
 
 
 class RuleBook:
-    """The rules that hold for one target. `thresholds` are facts of every scope, beside the
-    target's limits."""
+    """The rules that hold for one target, whose limits, generation (`chip`) and `system` are facts
+    of every scope."""
 
-    def __init__(self, rules: tuple[Rule, ...], thresholds: Mapping[str, float], target: Target):
+    def __init__(self, rules: tuple[Rule, ...], target: Target):
         self.target = target
         self.rules = {rule.id: rule for rule in rules}
-        self.constants: dict[str, Any] = {
-            **thresholds,
-            **{f"cap_{name}": size for name, size in target.limits.items()},
+        self.constants = {f"cap_{name}": size for name, size in target.limits.items()} | {
+            "chip": target.number,
+            "system": target.os,
         }
         self._by_scope: dict[str, list[tuple[Rule, Callable[[Facts], bool]]]] = {
             scope: [] for scope in SCOPES
         }
         for rule in rules:
-            if _covers(rule.chips, target.number, target.device) and _covers(
-                rule.os, target.os, ""
-            ):
+            if covers(rule.chips, target.number, target.device) and covers(rule.os, target.os, ""):
                 condition = compile_condition(rule.when) if rule.when else lambda facts: True
                 self._by_scope[rule.scope].append((rule, condition))
         self._by_op: dict[str, list[tuple[Rule, Callable[[Facts], bool]]]] = {}
@@ -94,18 +92,18 @@ class RuleBook:
 
 def rule_book(target: Target) -> RuleBook:
     """The rules in `rules.toml` that hold for `target`."""
-    return RuleBook(*load_rules(), target)
+    return RuleBook(load_rules(), target)
 
 
 @functools.cache
-def load_rules(path: Path = RULES) -> tuple[tuple[Rule, ...], dict[str, float]]:
-    """Every rule and the thresholds. Raises ValueError for a rule that is not sound."""
+def load_rules(path: Path = RULES) -> tuple[Rule, ...]:
+    """Every rule. Raises ValueError for a rule that is not sound."""
     data = tomllib.loads(path.read_text())
     rules = tuple(_rule(entry) for entry in data["rule"])
     ids = [rule.id for rule in rules]
     if twice := {name for name in ids if ids.count(name) > 1}:
         raise ValueError(f"rules of the same id: {sorted(twice)}")
-    return rules, data["thresholds"]
+    return rules
 
 
 def _rule(entry: dict[str, Any]) -> Rule:
@@ -126,7 +124,7 @@ def _rule(entry: dict[str, Any]) -> Rule:
         raise ValueError(f"rule {rule.id}: {wrong or 'reason, source or remedy is missing'}")
     if rule.when:
         compile_condition(rule.when)
-    _covers(rule.chips, 0, ""), _covers(rule.os, 0, "")
+    covers(rule.chips, 0, ""), covers(rule.os, 0, "")
     return rule
 
 
@@ -135,12 +133,12 @@ def facts_named(rule: Rule) -> set[str]:
     return set(names_in(rule.when)) if rule.when else set()
 
 
-def _covers(terms: str, number: int, device: str) -> bool:
+def covers(terms: str, number: int, device: str) -> bool:
     """`all`, or any of: a device, `h16`, `h16+`, `h13-h15` (without the h for systems)."""
-    return any(_term_covers(term.strip(), number, device) for term in terms.split(","))
+    return any(_termcovers(term.strip(), number, device) for term in terms.split(","))
 
 
-def _term_covers(term: str, number: int, device: str) -> bool:
+def _termcovers(term: str, number: int, device: str) -> bool:
     if term in ("all", "mac", "iphone"):
         return term in ("all", device)
     first, _, last = term.replace("h", "").partition("-")

@@ -16,12 +16,14 @@ from ane_moe.placement.result import (
     FunctionPlacement,
     OpPlacement,
     PlacementReport,
+    Stretch,
 )
 
 STRIP_WIDTH = 14  # the whole table fits into 80 columns
 SHOWN_FINDINGS = 12
 SHOWN_FUNCTIONS = 40  # beyond, functions alike in everything but the layer share a line
 SHOWN_NAMES = 3
+SHOWN_STRETCHES = 12
 MARKS = {
     "ane": ("█", "green"),
     "cpu": ("▁", "red"),
@@ -39,7 +41,7 @@ def placement_report(report: PlacementReport) -> RenderableType:
     the verdict."""
     title = TITLES[report.source].format(target=report.target, os=report.os)
     parts: list[RenderableType] = [Text(title, style="bold"), _functions(report), _legend()]
-    parts += list(_findings(report))
+    parts += [*_stretches(report), *_findings(report)]
     if report.source == MEASURED:
         parts += [*_numerics(report.functions), *_comparison(report)]
     return Group(*parts, _verdict(report))
@@ -73,6 +75,50 @@ def _functions(report: PlacementReport) -> Table:
             row.verdict,
         )
     return table
+
+
+def _stretches(report: PlacementReport) -> Iterator[Table]:
+    """What decides whether a legal stretch of operations goes to the engine."""
+    lines = _lines(report.functions)
+    rows = [(row, stretch, alike) for row, alike in lines for stretch in row.stretches]
+    if not rows:
+        return
+    table = Table(
+        title="Core ML's estimates, and what a run saves beyond its price, ms",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for name in ("package", "function", "from"):
+        table.add_column(name, no_wrap=True, max_width=24)
+    measured = ("predicted",) if report.source == MEASURED else ()
+    for name in ("ops", "engine", "CPU", "margin", *measured):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    shown = sorted(rows, key=lambda row: row[1].margin_ms)[:SHOWN_STRETCHES]
+    for row, stretch, alike in shown:
+        path = printable(row.path.removesuffix(".mlpackage"))
+        table.add_row(
+            path + (f" and {alike} alike" if alike else ""),
+            printable(row.function),
+            printable(stretch.first),
+            str(stretch.ops),
+            f"{stretch.ane_ms:.3g}",
+            f"{stretch.cpu_ms:.3g}",
+            stretch.margin,
+            *(_expected(row, stretch) for _ in measured),
+            stretch.verdict,
+        )
+    if len(rows) > len(shown):
+        table.caption = f"the {len(shown)} of {len(rows)} with the least margin (--json has all)"
+    yield table
+
+
+def _expected(row: FunctionPlacement, stretch: Stretch) -> str:
+    """The margin that was predicted for a stretch."""
+    alike = (other.margin for other in row.expected if other.first == stretch.first)
+    return next(alike, "-")
 
 
 def _lines(functions: tuple[FunctionPlacement, ...]) -> list[tuple[FunctionPlacement, int]]:

@@ -14,6 +14,7 @@ from ane_moe.mlprogram.reader import read_program
 from ane_moe.placement.facts import function_facts
 from ane_moe.placement.predicted import predict
 from ane_moe.placement.published.backtest import outcomes, table
+from ane_moe.placement.published.dispatched import dispatched_outcomes, dispatched_table
 from ane_moe.placement.published.graphs import Graph
 from ane_moe.placement.published.points import packed_experts, swiglu
 from ane_moe.placement.targets import find_target
@@ -94,7 +95,7 @@ def test_two_gigabytes_of_weights_are_not_read(tmp_path):
     report = predict([(path, "net")], find_target())
     assert process.memory_info().rss - before < 200e6
     assert not psutil.LINUX or process.io_counters().read_chars - read < 50e6
-    assert "near-2-gib" in rules_of(report.functions[0])
+    assert "near-2-gib-m4" in rules_of(report.functions[0])
     assert Path(path / "Data/com.apple.CoreML/weights/weight.bin").stat().st_blocks < 1000
 
 
@@ -108,12 +109,13 @@ def test_weights_declared_but_not_there_are_counted_by_their_size():
 def test_no_published_placement_is_predicted_wrong():
     rows = outcomes()
     assert not [row.point.number for row in rows if row.grade == "wrong"]
-    assert sum(row.grade == "right" for row in rows) > len(rows) / 2
+    points = [row for row in rows if row.point.on_cpu is None]
+    assert sum(row.grade == "right" for row in points) >= 37 and len(points) == 46
 
 
-def test_the_documented_table_is_the_one_the_rules_give():
+def test_the_documented_tables_are_those_that_the_predictions_give():
     page = (Path(__file__).parents[2] / "docs" / "placement.md").read_text()
-    assert table(outcomes()) in page
+    assert table(outcomes()) in page and dispatched_table(dispatched_outcomes()) in page
 
 
 def test_an_operation_on_the_cpu_parts_the_graph_and_each_part_is_judged_by_its_own_size():
@@ -124,6 +126,7 @@ def test_an_operation_on_the_cpu_parts_the_graph_and_each_part_is_judged_by_its_
     verdicts = [op.verdict for op in function.ops]
     assert verdicts == ["ane"] * 5 + ["cpu", "cpu"]
     assert "cost-small" in rules_of(function) and function.verdict == "mixed"
+    assert [stretch.verdict for stretch in function.stretches] == ["ane", "cpu"]
 
 
 def test_what_the_cpu_computes_first_parts_nothing():

@@ -25,9 +25,12 @@ OPTIONS = (
 EXPECTED = {
     "conv-depthwise-iphone",
     "state-access",
+    "state-access-m4",
     "cost-small",
     "cost-undecided",
+    "cost-not-covered",
     "singleton-last-axis",
+    "singleton-last-axis-legal",
 }
 
 

@@ -13,14 +13,15 @@ from ane_moe.placement.targets import find_target
 
 @dataclass(frozen=True)
 class Outcome:
-    """`predicted`, by `rules`, over the operations that the report counted; `facts`: what the cost
-    decision saw. `counts`: operations predicted on the engine, on the CPU, and undecided."""
+    """`predicted`, by `rules`, over the operations that the report counted. `margin`: of the
+    stretch with most operations, in ms. `counts`: operations predicted on the engine, on the CPU,
+    and undecided."""
 
     point: Point
     predicted: str
     grade: str
     rules: tuple[str, ...]
-    facts: dict[str, float]
+    margin: str
     counts: tuple[int, int, int]
 
 
@@ -43,8 +44,8 @@ def table(rows: list[Outcome]) -> str:
         f"{len(rows)} placements: {graded}.",
         *_of_plans([row for row in rows if row.point.on_cpu is not None]),
         "",
-        "| # | graph | for | reported | predicted | | deciding rules | source |",
-        "|---|---|---|---|---|---|---|---|",
+        "| # | graph | for | reported | predicted | | margin, ms | deciding rules | source |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         point = row.point
@@ -54,7 +55,7 @@ def table(rows: list[Outcome]) -> str:
             predicted = _counted(*row.counts)
         lines.append(
             f"| {point.number} | {point.what} | {point.target}, {point.os} | {reported} | "
-            f"{predicted} | {row.grade} | {', '.join(row.rules)} | {point.source} |"
+            f"{predicted} | {row.grade} | {row.margin} | {', '.join(row.rules)} | {point.source} |"
         )
     return "\n".join(lines)
 
@@ -89,17 +90,13 @@ def _outcome(point: Point, program: Program) -> Outcome:
             if item.verdict == "cpu" or item.verdict == predicted == "uncertain"
         )
     )
-    facts: dict[str, float] = {
-        "weight_bytes": function.weight_bytes,
-        "flops": function.flops,
-        "reduction": function.reduction,
-        "ops": len(function.ops),
-    }
+    widest = max(function.stretches, key=lambda stretch: stretch.ops, default=None)
+    margin = widest.margin if widest else ""
     ane, cpu, undecided = (function.count(verdict) for verdict in ("ane", "cpu", "uncertain"))
     grade = _grade(predicted, point.reported)
     if point.on_cpu is not None:
         grade = _grade_counts(ane, cpu, undecided, point.on_cpu)
-    return Outcome(point, predicted, grade, rules or ("cost-large",), facts, (ane, cpu, undecided))
+    return Outcome(point, predicted, grade, rules or ("cost-large",), margin, (ane, cpu, undecided))
 
 
 def _verdict(function: FunctionPlacement, point: Point) -> str:
