@@ -38,8 +38,16 @@ def check_placement(
 
     measured = measure(packages, allow=allow, progress=progress, **options)
     predicted = predict(packages, matching_target(this_machine(), target))
-    measured = replace(
-        measured, comparison=compare(predicted, measured), require_measured=require_measured
+    expected = {(row.path, row.function): row.stretches for row in predicted.functions}
+    functions = tuple(
+        replace(row, expected=expected.get((row.path, row.function), ()))
+        for row in measured.functions
     )
-    write_feedback(feedback(predicted, measured), out)
+    measured = replace(
+        measured,
+        functions=functions,
+        comparison=compare(predicted, measured),
+        require_measured=require_measured,
+    )
+    write_feedback(feedback(predicted, measured, packages), out)
     return measured

@@ -15,7 +15,8 @@ import numpy as np
 from ane_moe.errors import UserError
 from ane_moe.files import write_text
 from ane_moe.mlprogram.reader import read_program
-from ane_moe.placement.facts import is_real
+from ane_moe.placement.analytics import segmented, stretches_of
+from ane_moe.placement.facts import FunctionFacts, function_facts, is_real
 from ane_moe.placement.machine import this_machine
 from ane_moe.placement.result import (
     MEASURED,
@@ -35,6 +36,7 @@ UNITS = "cpu_and_ne"
 MIN_COST_SHARE = 0.99
 GATED = "conv"  # every one of these has to be on the engine
 SEED = 0
+LARGE_KERNEL, MANY_CONVOLUTIONS = 16, 386
 Progress = Callable[[str, int, int], None]
 
 # What Core ML's messages and ends mean: finding, fragments of the message, usual causes.
@@ -92,21 +94,38 @@ def measure(
     machine = this_machine()
     auditor = _Auditor(cache or default_cache(), time_limit_seconds, numerics)
     work = [
-        (path, name, function)
+        (path, name, function, slow_to_compile(function_facts(program, function)))
         for path, name in packages
-        for function in read_program(path).functions
+        for program in (read_program(path),)
+        for function in program.functions
     ]
     rows = []
     try:
-        for number, (path, name, function) in enumerate(work):
+        for number, (path, name, function, warning) in enumerate(work):
             if progress:
-                progress(f"compute plan of {name} {function}", number, len(work))
+                progress(f"compute plan of {name} {function}{warning}", number, len(work))
             rows.append(
                 _placement(name, function, auditor.record(path, function), allow, min_cost_share)
             )
     finally:
         auditor.stop()
     return PlacementReport(MEASURED, machine.chip, machine.os, tuple(rows))
+
+
+def slow_to_compile(function: FunctionFacts) -> str:
+    """A warning, where compiling such a function is known to explode: asking for a plan compiles.
+
+    A convolution of 16 x 16 took 212 to 229 s and 11.7 GB on an M4; 387 convolutions, one after
+    another, crashed the compiler of an M6 or never ended (751K's study, sw2_mem.tsv, defects).
+    """
+    for op in function.ops:
+        sides = (op.facts.get("kernel_h") or 1, op.facts.get("kernel_w") or 1)
+        strides = op.facts.get("arg_strides") or (1,)
+        if min(sides) >= LARGE_KERNEL and strides[-1] < sides[-1]:
+            return f" (a kernel of {sides[0]} x {sides[1]}: may take minutes and 12 GB)"
+    if function.facts["convolutions"] > MANY_CONVOLUTIONS:
+        return f" ({function.facts['convolutions']} convolutions: may crash, or never end)"
+    return ""
 
 
 class _Auditor:
@@ -225,7 +244,17 @@ def _placement(
     findings = [_off_engine(op) for op in real if op["device"] != "ane"]
     if "numerics_error" in record:
         findings.append(_failure(record["numerics_error"], "first prediction"))
-    row = FunctionPlacement(path, function, ops, (), allow, numerics=record.get("numerics", {}))
+    segments = [segmented(segment) for segment in record.get("segments", ())]
+    row = FunctionPlacement(
+        path,
+        function,
+        ops,
+        (),
+        allow,
+        stretches=stretches_of(segments),
+        segments=tuple(segments),
+        numerics=record.get("numerics", {}),
+    )
     counted = replace(row, ops=tuple(op for op in ops if op.op_type not in allow))
     share = counted.cost_share_ane
     if share is not None and share < min_cost_share:

@@ -15,7 +15,10 @@ from typing import Any
 
 from ane_moe.errors import UserError
 from ane_moe.mlprogram.container import open_container
+from ane_moe.mlprogram.program import TensorType
 from ane_moe.mlprogram.proto import Model_pb2
+from ane_moe.mlprogram.reader import read_program
+from ane_moe.placement.analytics import Shape, find_analytics
 from ane_moe.runtime.coreml.trial import serve
 
 DEVICES = {
@@ -57,14 +60,13 @@ def _link(path: Path, target: Path) -> None:
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
     """`request`: package, function, units (a key of coreml.UNITS), a folder for what is made on the
-    way."""
+    way. Beside the plan, what Core ML's segmenter left in its cache, if it did."""
     try:
         with tempfile.TemporaryDirectory(dir=request["folder"]) as scratch:
-            return {
-                "ops": _plan(
-                    Path(request["package"]), request["function"], request["units"], Path(scratch)
-                )
-            }
+            package, function = Path(request["package"]), request["function"]
+            ops = _plan(package, function, request["units"], Path(scratch))
+            segments = find_analytics(_shapes(package, function), Path.home())
+            return {"ops": ops, "segments": [segment.as_json() for segment in segments]}
     except UserError as error:
         return {"error": str(error)}
     except RuntimeError as error:  # how native errors arrive
@@ -85,6 +87,16 @@ def _plan(package: Path, function: str, units: str, scratch: Path) -> list[dict[
     return [
         _operation(plan, operation) for operation in _operations(program.functions[function].block)
     ]
+
+
+def _shapes(package: Path, function: str) -> dict[str, Shape]:
+    """Of every operation's first output, by its name."""
+    results = (
+        operation.outputs[0]
+        for operation in read_program(package).functions[function].block.operations
+        if operation.outputs
+    )
+    return {item.name: item.type.shape for item in results if isinstance(item.type, TensorType)}
 
 
 def _operations(block: Any) -> Iterator[Any]:
