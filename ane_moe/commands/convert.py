@@ -50,8 +50,13 @@ def convert(
         str, typer.Option(help="sparse: token counts to make expert functions for.", metavar="LIST")
     ] = "1,16,64",
     experts_per_function: Annotated[
-        int, typer.Option(help="sparse: experts computed by one function.", min=1)
-    ] = 1,
+        str | None,
+        typer.Option(
+            help="sparse: experts computed by one function; auto: as many as --target takes to "
+            "place it. [default: 1, or auto with --target]",
+            metavar="N|auto",
+        ),
+    ] = None,
     grouping: Annotated[
         Path | None,
         typer.Option(
@@ -60,12 +65,13 @@ def convert(
         ),
     ] = None,
     layers_per_shard: Annotated[
-        int,
+        str | None,
         typer.Option(
-            help="masked, dense: this many whole layers in one shard, if --max-shard-mb allows.",
-            min=1,
+            help="masked, dense: this many whole layers in one shard, if --max-shard-mb allows; "
+            "auto: as many as --target takes. [default: 1, or auto with --target]",
+            metavar="N|auto",
         ),
-    ] = 1,
+    ] = None,
     compress: Annotated[
         str,
         typer.Option(
@@ -126,8 +132,13 @@ def convert(
         bool, typer.Option("--dry-run", help="Print the plan; read and write no weights.")
     ] = False,
     target: Annotated[
-        str, typer.Option(help="The chip whose placement rules to warn of.", metavar="CHIP")
-    ] = "m4-max",
+        str | None,
+        typer.Option(
+            help="The chip to choose sizes for, and whose placement rules to warn of. [default: "
+            "m4-max, for warnings alone]",
+            metavar="CHIP",
+        ),
+    ] = None,
     system: Annotated[
         int, typer.Option("--os", help="The system whose placement rules to warn of: 15, 26 or 27.")
     ] = 26,
@@ -145,9 +156,10 @@ def convert(
     from ane_moe.conversion.plan import MAX_EXPERT_TOKENS, ConvertOptions
     from ane_moe.demo import demo_checkpoint
     from ane_moe.forecast.concerns import concerns_of_options, concerns_of_plan
+    from ane_moe.forecast.design import AUTO, sizes_of
     from ane_moe.formats.recipe import find_recipe, recipe_of
     from ane_moe.number_lists import parse_counts, parse_layers
-    from ane_moe.placement.targets import find_target
+    from ane_moe.placement.targets import DEFAULT_TARGET, find_target
     from ane_moe.report.convert_table import (
         ConvertBar,
         plan_document,
@@ -161,13 +173,21 @@ def convert(
         from ane_moe.routing.grouping import read_grouping
 
         groups = read_grouping(grouping)
-        if experts_per_function not in (1, groups.experts_per_function):
+        if experts_per_function not in (None, str(groups.experts_per_function)):
             raise UserError(
                 "--grouping and --experts-per-function disagree",
                 f"{groups.experts_per_function} in {grouping}, {experts_per_function} given",
                 "leave --experts-per-function out",
             )
+        experts_per_function = str(groups.experts_per_function)
+    place = find_target(target or DEFAULT_TARGET, system)
     source = demo_checkpoint() if str(checkpoint) == "demo" else checkpoint
+    unsaid = AUTO if target else "1"
+    asked = (
+        experts_per_function or (unsaid if routing == "sparse" else "1"),
+        layers_per_shard or (unsaid if routing != "sparse" else "1"),
+    )
+    experts, layers_together = sizes_of(source, asked, place, context, prefill)
     options = ConvertOptions(
         routing=routing,
         state=state,
@@ -177,10 +197,8 @@ def convert(
         max_shard_mb=max_shard_mb,
         layers=None if layers is None else parse_layers(layers),
         expert_tokens=parse_counts(expert_tokens, "--expert-tokens", 1, MAX_EXPERT_TOKENS),
-        experts_per_function=experts_per_function
-        if grouping is None
-        else groups.experts_per_function,
-        layers_per_shard=layers_per_shard,
+        experts_per_function=experts,
+        layers_per_shard=layers_together,
         recipe=find_recipe(
             compress, group=lut_group, vector=int(lut_vector or 0) or None, rank=recover_rank
         ),
@@ -190,7 +208,6 @@ def convert(
         min_cosine=min_cosine,
         ignore_tensors=tuple(ignore_tensors or ()),
     )
-    place = find_target(target, system)
     if dry_run:
         conversion = plan(source, options)
         concerns = concerns_of_plan(conversion, place)

@@ -18,6 +18,7 @@ from ane_moe.families.approximate import EXPERTS, approximate, names_experts
 from ane_moe.forecast.chips import Range, find_chip
 from ane_moe.forecast.concerns import Concern, concerns_of_plan
 from ane_moe.forecast.cost_model import NOTE, Prediction, predict
+from ane_moe.forecast.design import Design, design
 from ane_moe.forecast.layer_kinds import KindsPlan, plan_kinds
 from ane_moe.forecast.workload import Workload, workload_of_plan
 from ane_moe.formats.recipe import find_recipe
@@ -64,7 +65,8 @@ class Outlook:
 
     `refusal`: why `convert` would not take the checkpoint, in its own words, or nothing. What it
     refuses is forecast all the same, approximately, where its config.json allows: `choices` are
-    empty where it does not.
+    empty where it does not. `design`: what Core ML's cost decision makes of the functions, and what
+    to put together.
     """
 
     model_type: str
@@ -76,6 +78,7 @@ class Outlook:
     notes: tuple[str, ...]
     choices: tuple[Choice, ...]
     recommendation: str
+    design: Design | None = None
 
     @property
     def supported(self) -> bool:
@@ -96,6 +99,7 @@ class Outlook:
             "notes": list(self.notes),
             "choices": [_choice_json(choice) for choice in self.choices],
             "recommendation": self.recommendation,
+            "design": self.design.as_json() if self.design else None,
             "note": NOTE,
         }
 
@@ -174,6 +178,7 @@ def outlook_of(
         model.notes,
         tuple(choices),
         advice,
+        design(spec, place, context=context, prefill=prefill),
     )
 
 

@@ -28,12 +28,13 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from ane_moe.checkpoints.checkpoint import DTYPES, Checkpoint
+from ane_moe.checkpoints.checkpoint import Checkpoint
 from ane_moe.errors import UserError
 from ane_moe.families import load_family
 from ane_moe.families.quantised import quantisation
 from ane_moe.original.widened import NARROW, stacks, widened
 
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 # Experts one by one, each with gate and up together: a form that transformers itself does not read.
 SINGLE_PAIR = re.compile(r"\.experts\.\d+\.gate_up_proj$")
 SINGLE_PAIRS = [

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from ane_moe.forecast.chips import Range
 from ane_moe.forecast.cost_model import NOTE
+from ane_moe.forecast.design import Design
 from ane_moe.forecast.outlook import Choice, Outlook
 
 MINUTE = 60
@@ -26,6 +27,8 @@ def print_outlook(found: Outlook) -> None:
         _print(console, f"not supported: {found.refusal}")
     if found.choices:
         _forecast(console, found)
+    if found.design:
+        _designed(console, found.design)
     for note in found.notes:
         _print(console, f"note: {note}")
     if found.choices:
@@ -54,10 +57,33 @@ def _forecast(console: Console, found: Outlook) -> None:
         _print(console, f"{mark} {_concern(found, *key)}")
 
 
+def _designed(console: Console, design: Design) -> None:
+    """Each kind of function by its margin, and what to put together."""
+    table = _table_of("function", "routing", "tokens", "margin ms", "Core ML's cost decision")
+    rows = {(row.routing, row.kind, row.tokens, row.is_one_expert): row for row in design.functions}
+    for row in rows.values():
+        low, high = (f"{ms:+.2f}" for ms in row.margin_ms)
+        kind = f"{row.kind}, 1 expert" if row.is_one_expert else row.kind
+        margin = low if low == high else f"{low} to {high}"
+        table.add_row(kind, row.routing, str(row.tokens), margin, row.verdict)
+    _print(console, "\nEach function alone, predicted from Core ML's own estimates:")
+    _print_table(console, table)
+    _print(
+        console,
+        f"To be placed on the engine, a decode function takes "
+        f"--experts-per-function {design.experts_per_function} and "
+        f"--layers-per-shard {design.layers_per_shard} (`auto` takes these).",
+    )
+
+
 def _table(*columns: str) -> Table:
     """Cells are never cut or wrapped: a range without one of its ends would say something else."""
+    return _table_of("routing", "weights", *columns)
+
+
+def _table_of(*columns: str) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0))
-    for name in ("routing", "weights", *columns):
+    for name in columns:
         table.add_column(name, no_wrap=True, overflow="ignore")
     return table
 
