@@ -8,7 +8,7 @@ turn, so masks, positions and multipliers are all computed by Hugging Face's cod
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -20,10 +20,12 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,
+    dot_natural_key,
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
@@ -111,9 +113,12 @@ class StreamedModel:
         if any(SINGLE_PAIR.search(name) for name in tensors.origins):
             self._mapping += SINGLE_PAIRS
         self._tensors = tensors
+        self._patterns: dict[str, str] = {}  # of a converter, by the name that it matched
         self._sources = self._target_sources()
         self._parts = self._split_targets()
         self._stacks = self._narrow_stacks()
+        self._apart = {path: parts for path in self._stacks if (parts := self._parts_of(path))}
+        self._held: dict[str, list[list[torch.Tensor]]] = {}
         _fill_computed_buffers(self.model)
         self._load("rest")
 
@@ -123,9 +128,10 @@ class StreamedModel:
         own = {path: owner for path, owner in self._stacks.items() if path in self._parts[part]}
         self._load(part)
         try:
-            with widened(own):
+            with widened(own, self._held):
                 yield
         finally:
+            self._held.clear()
             for target in self._parts[part]:
                 module, _, name = target.rpartition(".")
                 owner = self.model.get_submodule(module)
@@ -150,13 +156,28 @@ class StreamedModel:
         sources: dict[str, list[str]] = {}
         taken = set()  # keys in the files
         for key, origin in self._tensors.origins.items():
-            target, _ = rename_source_key(key, renamings, converters, prefix, known)
+            target, pattern = rename_source_key(key, renamings, converters, prefix, known)
             if target not in known and key in known:
                 target = key
             if target in known and origin not in taken:
                 sources.setdefault(target, []).append(key)
                 taken.add(origin)
+                if pattern is not None:
+                    self._patterns[key] = pattern
         return sources
+
+    def _parts_of(self, path: str) -> list[list[str]] | None:
+        """The names of a stack's parts, by expert, where all that is done to them is to lay them
+        one below the other and to stack experts: that needs no copy. None for other stacks."""
+        by_pattern: dict[str, list[str]] = {}
+        for name in sorted(self._sources[path], key=dot_natural_key):
+            by_pattern.setdefault(self._patterns.get(name, ""), []).append(name)
+        for entry in self._mapping:
+            if isinstance(entry, WeightConverter) and by_pattern.keys() == {*entry.source_patterns}:
+                done = [(type(one), getattr(one, "dim", None)) for one in entry.operations]
+                if done in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]):
+                    return [by_pattern[pattern] for pattern in entry.source_patterns]
+        return None
 
     def _narrow_stacks(self) -> dict[str, nn.Module]:
         """The experts' stacks that are stored in one narrow type, made ready to be loaded in it."""
@@ -200,7 +221,9 @@ class StreamedModel:
         try:
             with self._tensors.opened(names) as opened:
                 for target in sorted({*targets} - missing):
-                    self._load_target({name: opened.pop(name) for name in self._sources[target]})
+                    own = {name: opened.pop(name) for name in self._sources[target]}
+                    if not self._hold(target, own):
+                        self._load_target(own)
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{self.folder}: {part} cannot be read",
@@ -216,6 +239,23 @@ class StreamedModel:
                 ", ".join(sorted(missing)[:3]),
                 "download the checkpoint again",
             )
+
+    def _hold(self, target: str, tensors: Mapping[str, Any]) -> bool:
+        """Take a stack as it is stored, expert by expert; False where it cannot be, or its parts do
+        not fit the model."""
+        if target not in self._apart:
+            return False
+        parts = [[tensors[name][...] for name in part] for part in self._apart[target]]
+        sizes = [{tuple(one.shape) for one in part} for part in parts]
+        experts, rows, columns = self.model.get_parameter(target).shape
+        alike = all(len(part) == experts for part in parts) and all(len(one) == 1 for one in sizes)
+        found = [size for one in sizes for size in one]
+        if not alike or {size[1:] for size in found} != {(columns,)}:
+            return False
+        if sum(size[0] for size in found) != rows:
+            return False
+        self._held[target] = parts
+        return True
 
     def _load_target(self, tensors: dict[str, Any]) -> None:
         info, _ = convert_and_load_state_dict_in_model(

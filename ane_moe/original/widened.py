@@ -4,7 +4,7 @@ Hugging Face's experts index their two stacks by the experts that were chosen, a
 bf16 and fp16 become fp32 exactly, so that what is computed is the same to the bit.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,15 +15,20 @@ NARROW = (torch.bfloat16, torch.float16)
 
 
 class Widened:
-    """A stack `[E,rows,columns]` in bf16 or fp16; indexed by an expert it gives fp32
-    `[rows,columns]`, valid until the next one is asked for."""
+    """Experts' matrices in bf16 or fp16, each made of parts that lie one below the other: for each
+    part a tensor `[rows,columns]` by expert, or a stack of them. Indexed by an expert it gives fp32
+    `[rows of all parts,columns]`, valid until the next one is asked for."""
 
-    def __init__(self, stack: torch.Tensor):
-        self._stack = stack
-        self._wide = torch.empty(stack.shape[1:], dtype=torch.float32)
+    def __init__(self, parts: Sequence[Sequence[torch.Tensor] | torch.Tensor]):
+        self._parts = parts
+        rows = [part[0].shape[0] for part in parts]
+        self._wide = torch.empty(sum(rows), parts[0][0].shape[1], dtype=torch.float32)
+        self._runs = self._wide.split(rows)
 
     def __getitem__(self, expert: Any) -> torch.Tensor:
-        return self._wide.copy_(self._stack[expert])
+        for run, part in zip(self._runs, self._parts, strict=True):
+            run.copy_(part[expert])
+        return self._wide
 
 
 def stacks(model: nn.Module) -> dict[str, nn.Module]:
@@ -38,14 +43,17 @@ def stacks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def widened(stacks: Mapping[str, nn.Module]) -> Iterator[None]:
+def widened(
+    stacks: Mapping[str, nn.Module], apart: Mapping[str, Sequence[Sequence[torch.Tensor]]]
+) -> Iterator[None]:
     """Inside the block narrow stacks, given by path with what owns them, are widened as they are
-    used. The parameters stay where they are: an attribute of the module itself goes before."""
-    owned = [(owner, path.rpartition(".")[2]) for path, owner in stacks.items()]
-    for owner, name in owned:
-        vars(owner)[name] = Widened(owner.get_parameter(name).data)
+    used; those in `apart` are no stacks in memory, but tensors by part and expert. The parameters
+    stay where they are: an attribute of the module itself goes before."""
+    owned = [(path, owner, path.rpartition(".")[2]) for path, owner in stacks.items()]
+    for path, owner, name in owned:
+        vars(owner)[name] = Widened(apart.get(path) or [owner.get_parameter(name).data])
     try:
         yield
     finally:
-        for owner, name in owned:
+        for _, owner, name in owned:
             del vars(owner)[name]
