@@ -11,8 +11,8 @@ side and their ratio.
 
 A decode step of a MoE shard of the conversion in OUT instead, in turns: every expert and those that
 are chosen alone, multiplied as stored and kept expanded, beside PyTorch's fp32 matrices of every
-expert. Wall and CPU milliseconds, and the bytes that each holds beside the file. Then what a token
-costs in the whole loop.
+expert. Wall and CPU milliseconds, and the bytes that each holds beside the file. Before that, what
+a token costs in the whole loop.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from ane_moe.loop.session import Session
 from ane_moe.loop.shards import load_shards, stored_bytes
-from ane_moe.manifest import read_manifest
+from ane_moe.manifest import Manifest, Shard, read_manifest
 from ane_moe.runtime import load_package, open_package
 from ane_moe.runtime.memory import Memory
 
@@ -133,10 +133,8 @@ def alternate(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def measure_shards(out: Path, repeats: int) -> None:
-    """The first shard of a conversion that has experts, then its whole loop."""
-    manifest = read_manifest(out)
-    shard = next(shard for shard in manifest.shards if shard.kind == "moe")
+def measure_experts(out: Path, shard: Shard, repeats: int) -> None:
+    """A decode step of one shard with experts."""
     stored, expanded = (
         open_package(out / shard.path, "reference", memory=Memory(limit)).function("decode")
         for limit in (0, 1 << 40)
@@ -171,6 +169,10 @@ def measure_shards(out: Path, repeats: int) -> None:
             f"{name:28} {walls[name]:8.1f} ms   {cpus[name]:8.1f} ms of CPU   "
             f"{beside / 1e6:8,.1f} MB beside the file"
         )
+
+
+def measure_loop(out: Path, manifest: Manifest, repeats: int) -> None:
+    """A token of the whole conversion, by the memory that weights may take."""
     whole = stored_bytes(out, manifest) / 1e6
     for limit in (0.0, whole * 1.2):
         session = Session(load_shards(out, "reference", memory_mb=limit))
@@ -224,7 +226,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     if options.shards:
-        return measure_shards(options.shards, options.repeats)
+        manifest = read_manifest(options.shards)
+        measure_loop(options.shards, manifest, options.repeats)
+        shard = next(shard for shard in manifest.shards if shard.kind == "moe")
+        return measure_experts(options.shards, shard, options.repeats)
     x = torch.randn(1, D, 1, 1)
     write = torch.zeros(1, 1, 1, S)
     write[..., 5] = 1

@@ -50,7 +50,8 @@ class StoredMatrix:
         """Keep it expanded, if there is memory for it."""
         with self._lock:
             if not self._kept and self._memory.take(self, self.nbytes):
-                self._kept = tuple(self._source.rows(*cut) for cut in self._cuts)
+                rows = (self._source.rows(*cut) for cut in self._cuts)
+                self._kept = tuple(block.clone() if self.nbytes else block for block in rows)
 
     def measure(self) -> None:
         """Note the norms of the rows in the next product."""

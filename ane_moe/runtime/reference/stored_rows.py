@@ -4,6 +4,8 @@ O = rows (output channels), I = columns (input channels), n = rows of a block. A
 multiple of 64 rows, so that elements of any number of bits begin at a byte.
 """
 
+import math
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +21,30 @@ from ane_moe.mlprogram.storage import Storage, decode
 
 class Rows(Protocol):
     def rows(self, first: int, last: int) -> Tensor:
-        """Rows `first` to `last`, fp32 `(n, I)`; may be a view of the file."""
+        """Rows `first` to `last`, fp32 `(n, I)`: a view of the file, or of memory that the next
+        rows in this thread take."""
+
+
+_SCRATCH = threading.local()
+
+
+def scratch(use: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory for one `use` in this thread, holding what the last one left. Megabytes asked of the
+    system anew cost more, in pages that it clears, than all that is done with them."""
+    held: Tensor | None = getattr(_SCRATCH, use, None)
+    count = math.prod(shape)
+    if held is None or held.numel() < count:
+        with torch.inference_mode(False):  # such tensors may be written to in either mode
+            held = torch.empty(count, dtype=dtype)
+        setattr(_SCRATCH, use, held)
+    return held[:count].view(shape)
+
+
+def _wide(rows: Tensor) -> Tensor:
+    """`rows` in fp32."""
+    if rows.dtype is torch.float32:
+        return rows
+    return scratch("wide", tuple(rows.shape), torch.float32).copy_(rows)
 
 
 @dataclass(frozen=True)
@@ -29,7 +54,7 @@ class Whole:
     values: Tensor
 
     def rows(self, first: int, last: int) -> Tensor:
-        return self.values[first:last].float()
+        return _wide(self.values[first:last])
 
 
 @dataclass(frozen=True)
@@ -50,7 +75,9 @@ class Scaled:
         if self.offset is not None:
             blocks.sub_(self.offset[along].float().unsqueeze(2))
         blocks.mul_(self.scale[along].float().unsqueeze(2))
-        return y.half().float() if self.narrow else y
+        if self.narrow:
+            y.copy_(scratch("narrow", tuple(y.shape), torch.float16).copy_(y))
+        return y
 
 
 @dataclass(frozen=True)
@@ -106,18 +133,24 @@ class Palettes:
         palette = ((torch.arange(first, last) // self.height - lowest) * across).unsqueeze(1)
         if across > 1:
             palette = palette + torch.arange(across).repeat_interleave(raw.shape[1] // across)
-        index = (raw.int() + (palette * 256).int()).flatten()
-        return _looked_up(table, index).view(last - first, -1)
+        index = scratch("index", tuple(raw.shape), torch.int32).copy_(raw)
+        index.add_((palette * 256).int())
+        y = scratch("wide", (index.numel(), each), torch.float32)
+        _look_up(table, index.flatten(), y)
+        return y.view(last - first, -1)
 
 
-def _looked_up(table: Tensor, index: Tensor) -> Tensor:
-    """Rows of `table (N, 1, 2, 4 or 8)`, fp32, taken as numbers of up to 16 bytes: as rows of a few
-    floats they would be copied one by one."""
+def _look_up(table: Tensor, index: Tensor, into: Tensor) -> None:
+    """Fill `into` with rows of `table (N, 1, 2, 4 or 8)`, fp32, taken as numbers of up to 16 bytes:
+    as rows of a few floats they would be copied one by one."""
     if table.shape[1] == 1:
-        return table.flatten().index_select(0, index.long())
-    if table.shape[1] == 2:
-        return table.view(torch.int64).flatten().index_select(0, index).view(torch.float32)
-    return table.view(torch.complex128).index_select(0, index).view(torch.float32)
+        index = scratch("long_index", tuple(index.shape), torch.int64).copy_(index)
+    else:
+        form = torch.int64 if table.shape[1] == 2 else torch.complex128
+        table, into = table.view(form), into.view(form)
+    if table.shape[1] == 1:
+        table, into = table.flatten(), into.flatten()
+    torch.index_select(table, 0, index, out=into)
 
 
 @dataclass(frozen=True)
