@@ -20,16 +20,12 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
-import threading
-import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
+from command_cost import Cost, cost_of
 
 MB = 1_000_000
 GB = 1_000_000_000
@@ -38,15 +34,6 @@ COPY, COLD, MLX = "cp -r", "fp16, no template kept", "mlx-lm, 4 bits"
 RATIOS = {"fp16": (1.5, COPY), "int8": (0.5, MLX), "lut4": (1.0, MLX)}
 MOST_SECONDS_PER_GB = 1.5  # of a further GB of checkpoint, as fp16
 MOST_PEAK_MB = 700  # two workers
-
-
-@dataclass(frozen=True)
-class Cost:
-    """One step: wall and CPU seconds, and the largest memory of all its processes together."""
-
-    seconds: float
-    cpu_seconds: float
-    peak_bytes: int
 
 
 def main() -> None:
@@ -169,43 +156,11 @@ def parse() -> argparse.Namespace:
 
 
 def measure(command: list[str]) -> Cost:
-    """What a command costs until its data is on the disk. Without the sync a copy may take anything
-    between the speed of memory and that of the disk, depending on what others have written."""
-    subprocess.run(["sync"], check=True)
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    peak, cpu, over = 0, dict[int, float](), threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not over.wait(0.05):
-            together = 0
-            for one in processes(process.pid):
-                try:
-                    times = one.cpu_times()
-                    cpu[one.pid] = times.user + times.system
-                    together += one.memory_full_info().pss
-                except psutil.Error:  # it ended
-                    continue
-            peak = max(peak, together)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    code = process.wait()
-    over.set()
-    watcher.join()
-    subprocess.run(["sync"], check=True)
-    if code:
-        raise SystemExit(f"{command} failed")
-    return Cost(time.perf_counter() - start, sum(cpu.values()), peak)
-
-
-def processes(pid: int) -> list[psutil.Process]:
-    try:
-        parent = psutil.Process(pid)
-        return [parent, *parent.children(recursive=True)]
-    except psutil.Error:
-        return []
+    """What a command costs until its data is on the disk; one that fails ends the measurement."""
+    cost = cost_of(command, sync=True)
+    if cost.code:
+        raise SystemExit(f"{command} failed: {cost.stderr[-500:]}")
+    return cost
 
 
 def plain_path(checkpoint: Path, scratch: Path) -> None:

@@ -15,26 +15,16 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from command_cost import Cost, cost_of
 
 GB = 1_000_000_000
 TARGET_SECONDS, TARGET_BYTES = 90, 4 * GB  # of `verify --checkpoint`, 2 layers of qwen3-30b-a3b
 CHILDREN = ("verify", "forward")
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Of one process: wall seconds, CPU seconds of all threads, and resident bytes at most."""
-
-    seconds: float
-    cpu_seconds: float
-    peak_bytes: int
 
 
 def main() -> None:
@@ -88,13 +78,10 @@ def bench(arguments: argparse.Namespace, layers: int) -> dict[str, Cost]:
 
 def measure(arguments: list[str]) -> Cost:
     """Run Python with `arguments`; a step that fails ends the measurement."""
-    started = time.monotonic()
-    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"{' '.join(arguments[:4])} failed")
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    return Cost(time.monotonic() - started, used.ru_utime + used.ru_stime, used.ru_maxrss * unit)
+    cost = cost_of([sys.executable, *arguments])
+    if cost.code:
+        sys.exit(f"{' '.join(arguments[:4])} failed: {cost.stderr[-500:]}")
+    return cost
 
 
 def run_verify(out: Path, checkpoint: Path, quick: bool) -> None:

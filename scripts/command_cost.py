@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import psutil
 
-SAMPLE_SECONDS = 0.1
+SAMPLE_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Cost:
     """Seconds and bytes as the operating system counts them. Pages that processes share count
     once."""
 
-    wall_seconds: float
+    seconds: float
     cpu_seconds: float
     peak_bytes: int
     code: int
@@ -50,14 +50,21 @@ def cost_of(command: Sequence[str], sync: bool = False) -> Cost:
 
 def _watch(process: "subprocess.Popen[str]", peak: list[int]) -> None:
     while process.poll() is None:
-        peak[0] = max(peak[0], tree_bytes(process.pid))
+        peak[0] = max(peak[0], sum(map(_resident, _processes(process.pid))))
         time.sleep(SAMPLE_SECONDS)
 
 
-def tree_bytes(pid: int) -> int:
-    """Proportional set size of a process and its children; 0 when it is gone."""
+def _processes(pid: int) -> list[psutil.Process]:
     try:
         parent = psutil.Process(pid)
-        return sum(one.memory_full_info().pss for one in (parent, *parent.children(recursive=True)))
+        return [parent, *parent.children(recursive=True)]
+    except psutil.Error:  # it ended
+        return []
+
+
+def _resident(process: psutil.Process) -> int:
+    try:
+        used = process.memory_full_info()
     except psutil.Error:
         return 0
+    return int(getattr(used, "pss", used.uss))  # macOS has no proportional size

@@ -51,7 +51,7 @@ class Row:
     """What a step cost, and the last line it printed."""
 
     name: str
-    wall_seconds: float
+    seconds: float
     cpu_seconds: float
     peak_bytes: int
     said: str
@@ -96,7 +96,7 @@ def measured(step: Step) -> Row:
         sys.exit(f"{step.name}: exit code {cost.code}\n{cost.stderr[-2000:]}")
     lines = [line.strip() for line in getattr(cost, step.figures).splitlines() if line.strip()]
     said = f"exit code {cost.code}; " * bool(cost.code) + (lines[-1] if lines else "")
-    return Row(step.name, cost.wall_seconds, cost.cpu_seconds, cost.peak_bytes, said)
+    return Row(step.name, cost.seconds, cost.cpu_seconds, cost.peak_bytes, said)
 
 
 def table(rows: list[Row], title: str) -> str:
@@ -109,7 +109,7 @@ def table(rows: list[Row], title: str) -> str:
     ]
     for row in rows:
         lines.append(
-            f"| {row.name} | {row.wall_seconds:,.1f} s | {row.cpu_seconds:,.1f} s "
+            f"| {row.name} | {row.seconds:,.1f} s | {row.cpu_seconds:,.1f} s "
             f"| {row.peak_bytes / 1e6:,.0f} MB | {row.said.replace(chr(124), chr(47))[:SHOWN]} |"
         )
     return "\n".join(lines)
@@ -157,7 +157,7 @@ def main(
         if step.name in done:
             continue
         rows.append(measured(step))
-        print(f"{rows[-1].name}: {rows[-1].wall_seconds:.1f} s: {rows[-1].said}", file=sys.stderr)
+        print(f"{rows[-1].name}: {rows[-1].seconds:.1f} s: {rows[-1].said}", file=sys.stderr)
         write_text(kept, json.dumps([asdict(row) for row in rows], indent=1))
         shutil.rmtree(scratch / "copy", ignore_errors=True)
     size = sum(path.stat().st_size for path in (scratch / "checkpoint").iterdir())
