@@ -19,6 +19,11 @@ FILE_NAME = "runtime_meta.json"
 FORMAT = 3
 
 
+def length_function(tokens: int) -> str:
+    """What an encoder's functions for so many tokens are called."""
+    return f"length_{tokens}"
+
+
 @dataclass(frozen=True)
 class ShardFunction:
     """One entry point: `tokens` is T, the number of tokens in a call, and `experts` those it
@@ -143,7 +148,14 @@ class Manifest:
     source: dict[str, str] = field(default_factory=dict)
     golden_key: str = ""  # of what goldens depend on
     left_out: dict[str, tuple[str, ...]] = field(default_factory=dict)  # tensors not used, by why
+    lengths: tuple[int, ...] = ()  # of an encoder: tokens that its functions take, rising
+    labels: tuple[str, ...] = ()  # of a token classifier: what its scores are of
     format: int = FORMAT
+
+    @property
+    def scores(self) -> int:
+        """Rows of the head: labels, or the vocabulary."""
+        return len(self.labels) or self.vocab
 
     def shards_of(self, kind: str, layer: int | None = None) -> list[Shard]:
         """Shards of one kind (and layer), ordered by part."""

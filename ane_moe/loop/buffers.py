@@ -10,7 +10,7 @@ import numpy as np
 
 from ane_moe.errors import UserError
 from ane_moe.manifest import Manifest
-from ane_moe.model.port import Port, Shape, slot_arguments
+from ane_moe.model.port import Port, Shape, band_reach, slot_arguments
 
 # Additive mask of a slot that may not be seen; exp of it is 0 in fp16 and fp32.
 HIDDEN = np.float16(-1e4)
@@ -57,15 +57,20 @@ def by_channel(array: np.ndarray) -> np.ndarray:
 
 
 def _mask(array: np.ndarray, slot: str, at: Placement) -> None:
-    """`(1, 1, T, S)`: open to each token itself and what precedes it inside the window; padding
-    sees cache slot 0."""
+    """`(1, 1, T, S)`: open to each token itself and what precedes it inside the window, or what
+    lies in a band around it; padding sees cache slot 0, and is seen by nobody."""
     (window,) = slot_arguments(slot)
     mask = array[0, 0]
     mask.fill(HIDDEN)
     mask[at.count :, 0] = 0
+    reach = band_reach(window)
     for token in range(at.count):
-        end = at.position + token + 1
-        mask[token, 0 if window == "all" else max(0, end - int(window)) : end] = 0
+        own = at.position + token
+        if reach is not None:
+            first, end = own - reach, min(own + reach + 1, at.end)
+        else:
+            first, end = 0 if window == "all" else own + 1 - int(window), own + 1
+        mask[token, max(0, first) : end] = 0
 
 
 def _write(array: np.ndarray, slot: str, at: Placement) -> None:

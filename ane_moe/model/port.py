@@ -9,6 +9,7 @@ in slots alone: whoever runs a model fills a function's input slots, calls it, a
     logits[0:16384]         scores of these vocabulary rows
     state.3.k_cache         what layer 3 keeps from call to call
     mask.all  mask.17       additive mask of what a token may see: all before it, or 17 with itself
+    mask.band_128           or 128 on either side of it
     rope.main.cos           rows of a rotary table
     write  keep             one-hot rows for the cache slots of the call's tokens; the untouched
     slots
@@ -26,6 +27,7 @@ Shape = tuple[int, ...]
 
 STREAM = "stream"
 FFN_INPUT = "ffn_input"
+MASK, BAND = "mask", "band_"
 GATES, LOGITS, STATE = "gates", "logits", "state"  # roots
 # Roots of the slots whose arrays have channels on axis 1 and tokens on the last: `--layout` turns
 # those, and nothing else.
@@ -103,6 +105,11 @@ def slot_root(slot: str) -> str:
 def slot_arguments(slot: str) -> list[str]:
     """`main` and `cos` of `rope.main.cos`."""
     return slot.split(".")[1:]
+
+
+def band_reach(window: str) -> int | None:
+    """128 of `band_128`, the argument of a mask; None of another one."""
+    return int(window.removeprefix(BAND)) if window.startswith(BAND) else None
 
 
 def slot_rows(slot: str) -> tuple[int, int]:
