@@ -11,10 +11,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 
 LLAMA_SHAPED = ("granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
-FAMILIES = ("granitemoe", "lfm2_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "zaya")
+DECODERS = ("granitemoe", "lfm2_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "zaya")
+FAMILIES = (*DECODERS, "openai_privacy_filter")
+CLASSES: dict[str, Any] = {"openai_privacy_filter": AutoModelForTokenClassification}
 
 # Seeds of models that are decided on the tests' prompts, where the first one is not.
 DECIDED = {"lfm2_moe": 1}
@@ -137,6 +144,29 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
         "tie_word_embeddings": True,
     },
+    "openai_privacy_filter": {
+        **COMMON,
+        "num_attention_heads": 6,
+        "intermediate_size": 40,
+        "num_local_experts": 9,
+        "num_experts_per_tok": 3,
+        "sliding_window": 5,
+        "rms_norm_eps": 1e-5,
+        "swiglu_limit": 0.7,  # so that both clamps cut something
+        "swiglu_alpha": 1.3,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 64,
+        },
+        "id2label": {number: f"label-{number}" for number in range(7)},
+        "pad_token_id": 0,
+        "tie_word_embeddings": False,
+    },
 }
 
 # Other settings under which a family's maths or layout differs: name -> (family, what differs).
@@ -187,7 +217,7 @@ def make_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     if "layer_types" in CONFIGS[family]:
         fields["layer_types"] = fields["layer_types"][: fields["num_hidden_layers"]]
     config = AutoConfig.for_model(family, **fields)
-    model = AutoModelForCausalLM.from_config(
+    model = CLASSES.get(family, AutoModelForCausalLM).from_config(
         config, attn_implementation="eager", experts_implementation="eager"
     )
     with torch.no_grad():
@@ -202,6 +232,8 @@ def make_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
                 parameter.normal_().mul_(3 * parameter.shape[1] ** -0.5)
             elif name.endswith("bias"):
                 parameter.copy_(0.1 * torch.randn_like(parameter))
+            elif name.endswith("sinks"):
+                parameter.normal_()
             else:
                 parameter.mul_(
                     4

@@ -53,13 +53,13 @@ def open_goldens(folder: Path, manifest: Manifest) -> dict[str, Golden]:
 def _whole(golden: Golden, manifest: Manifest) -> Golden:
     if (
         not golden.complete
-        or golden.logits.shape[1] != manifest.vocab
+        or golden.logits.shape[1] != manifest.scores
         or golden.n_layers != manifest.n_layers
     ):
         raise UserError(
             "the golden is not of this whole model",
             f"{len(golden.layers)} of {golden.n_layers} layers, "
-            f"{golden.logits.shape[1]} for {manifest.vocab} vocabulary entries",
+            f"{golden.logits.shape[1]} for {manifest.scores} scores",
             AGAIN,
         )
     return golden

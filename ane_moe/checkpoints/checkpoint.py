@@ -53,8 +53,9 @@ class TensorSource:
     """Where one of our tensors lies in a checkpoint, and what turns the stored values into it.
 
     Out of the stored tensor `key`, expected to have `stored_shape`: entry `index` of the first axis
-    (one expert of a fused tensor), then `rows` [first, last) of what is left, then the transpose,
-    then times `scale`. `weight` is our tensor's row: what it is for.
+    (one expert of a fused tensor), then `rows` [first, last) of what is left, then `columns` of the
+    last axis (first, last, step), then the transpose, then of each run of `pairs` rows the even
+    ones first, then times `scale`. `weight` is our tensor's row: what it is for.
     """
 
     name: WeightName
@@ -65,6 +66,8 @@ class TensorSource:
     transpose: bool = False
     scale: float = 1.0
     weight: Weight | None = None
+    columns: tuple[int, int, int] | None = None
+    pairs: int = 0
 
     @property
     def role(self) -> str | None:
@@ -79,10 +82,30 @@ class TensorSource:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of our tensor."""
-        return self._region_shape[::-1] if self.transpose else self._region_shape
+        columns = self.region_shape[-1]
+        if self.columns is not None:
+            columns = len(range(*self.columns))
+        kept = (*self.region_shape[:-1], columns)
+        return kept[::-1] if self.transpose else kept
 
     @property
-    def _region_shape(self) -> tuple[int, ...]:
+    def in_place(self) -> bool:
+        """Whether our tensor is the region that is read, element for element."""
+        return not (self.transpose or self.columns or self.pairs)
+
+    def arranged(self, region: np.ndarray) -> np.ndarray:
+        """A view of the region, of shape `region_shape`, whose elements are in our tensor's order;
+        its own shape may have more axes."""
+        view = region if self.columns is None else region[..., slice(*self.columns)]
+        view = view.T if self.transpose else view
+        if not self.pairs:
+            return view
+        assert view is region  # of an array in another order, `reshape` would give a copy
+        runs = view.reshape(-1, self.pairs // 2, 2, *view.shape[1:])
+        return runs.swapaxes(1, 2)
+
+    @property
+    def region_shape(self) -> tuple[int, ...]:
         left = self.stored_shape if self.index is None else self.stored_shape[1:]
         return left if self.rows is None else (self.rows[1] - self.rows[0], *left[1:])
 
@@ -92,12 +115,12 @@ class TensorSource:
         left = self.stored_shape if self.index is None else self.stored_shape[1:]
         first_row = 0 if self.rows is None else self.rows[0]
         start = (self.index or 0) * math.prod(left) + first_row * math.prod(left[1:])
-        return start, math.prod(self._region_shape)
+        return start, math.prod(self.region_shape)
 
     def part(self, first: int, last: int) -> Self:
-        """The source of rows [first, last) of this tensor, which may not be transposed."""
-        if self.transpose:
-            raise ValueError(f"{self.name} is stored transposed: its rows are not contiguous")
+        """The source of rows [first, last) of this tensor, which has to be stored as it is."""
+        if not self.in_place:
+            raise ValueError(f"{self.name} is stored in another order: its rows are apart")
         start = 0 if self.rows is None else self.rows[0]
         return replace(self, rows=(start + first, start + last))
 
@@ -168,7 +191,8 @@ class Checkpoint:
                 f"out must be contiguous fp16 {source.shape}, not {out.dtype} {out.shape}"
             )
         count = source.region[1]
-        flat = np.empty(count, np.float16) if out is None or source.transpose else out.reshape(-1)
+        direct = out is not None and source.in_place
+        flat = out.reshape(-1) if direct and out is not None else np.empty(count, np.float16)
         if hasher is not None:
             hasher.update(self._frame(source))
         for first, stored in self._chunks(source):
@@ -179,12 +203,10 @@ class Checkpoint:
             bits = np.bitwise_and(narrow.view(np.uint16), 0x7FFF, out=self._bits[: len(narrow)])
             if bits.max() >= FP16_INF_BITS:
                 raise self._not_finite(source)
-        if not source.transpose:
-            return flat.reshape(source.shape)
-        turned = flat.reshape(source.shape[::-1]).T
-        if out is None:
-            return np.ascontiguousarray(turned)
-        out[...] = turned
+        arranged = source.arranged(flat.reshape(source.region_shape))
+        if out is None or direct:
+            return np.ascontiguousarray(arranged).reshape(source.shape)
+        out.reshape(arranged.shape)[...] = arranged
         return out
 
     def digest(self, sources: Iterable[TensorSource]) -> str:
@@ -230,6 +252,8 @@ class Checkpoint:
             source.index,
             source.rows,
             source.transpose,
+            source.columns,
+            source.pairs,
             source.scale,
             bool(source.weight and source.weight.centred),
         )

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ane_moe.conversion.job import Job
-from ane_moe.conversion.plan import MB, ROUTERS, ConversionPlan
+from ane_moe.conversion.plan import MB, ROUTERS, ConversionPlan, ConvertOptions
 from ane_moe.emit.coreml.package import ContentKey
 from ane_moe.errors import UserError
 from ane_moe.files import sweep, write_text
@@ -46,8 +46,14 @@ def identity(job: Job) -> dict[str, str]:
     plan = job.plan
     return {
         "config": ContentKey(json.dumps(job.checkpoint.config, sort_keys=True)).digest(),
-        "options": repr(replace(plan.options, context=plan.context, layers=plan.layers)),
+        "options": repr(_settled(plan)),
     }
+
+
+def _settled(plan: ConversionPlan) -> ConvertOptions:
+    """The options with what was left to the model filled in."""
+    lengths = plan.lengths or None
+    return replace(plan.options, context=plan.context, layers=plan.layers, lengths=lengths)
 
 
 def _identity_on_disk(out: Path) -> dict[str, str] | None:

@@ -289,7 +289,8 @@ def _prompt_ids(job: Job, prompts: Path | None) -> list[list[int]]:
     from ane_moe.original.prompts import builtin_prompts, check_prompts, read_prompts
 
     if prompts is None:
-        return builtin_prompts(job.checkpoint.folder, job.spec.vocab, job.plan.context)
+        plan = job.plan
+        return builtin_prompts(job.checkpoint.folder, job.spec.vocab, plan.context, plan.lengths)
     ids = read_prompts(prompts, job.checkpoint.folder)
     check_prompts(ids, job.spec.vocab, job.plan.context)
     return ids
@@ -313,7 +314,9 @@ def _manifest(
         routing=options.routing,
         state=options.state,
         layout=options.layout,
-        prefill=options.prefill,
+        prefill=0 if plan.lengths else options.prefill,
+        lengths=plan.lengths,
+        labels=spec.head.labels,
         weights=options.recipe.name,
         compressed=plan.compressed,
         recipe=options.recipe.as_json(),

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ane_moe.checkpoints.checkpoint import TensorSource
 from ane_moe.errors import UserError
 from ane_moe.formats.recipe import INT8, Choice, Recipe, find_format
-from ane_moe.manifest import Shard, ShardFunction
+from ane_moe.manifest import Shard, ShardFunction, length_function
 from ane_moe.model.experts import ExpertGroupConfig, SharedExpertConfig
 from ane_moe.model.head import HeadConfig
 from ane_moe.model.mixer import MixerConfig
@@ -24,7 +24,7 @@ from ane_moe.model.routed import RoutedMixerConfig
 from ane_moe.model.spec import MlpSpec, ModelSpec, MoeSpec
 from ane_moe.model.stack import StackConfig, can_share
 from ane_moe.model.template_key import TemplateKey, function_name, weight_name
-from ane_moe.model.weight import HEAD, Directions, Place, Selection, Weight, WeightName
+from ane_moe.model.weight import HEAD, HEAD_BIAS, Directions, Place, Selection, Weight, WeightName
 
 MB = 1_000_000
 CACHE_STEP = 32  # a state's last axis must be a multiple of it (coremltools issue 2631)
@@ -34,16 +34,20 @@ MAX_PARTS = 3  # arrays of an encoded weight: indices or data, palettes or mask,
 MAX_HEAD_ROWS = 16_384  # widest axis of the M1 to M3 engines (ane-guide, appendix A)
 MIN_HEAD_PARTS = 2
 DEFAULT_CONTEXT = 2048
+DEFAULT_LENGTHS = (32, 128, 512)
 ROUTERS = "router"
 MAX_EXPERT_TOKENS = 1 << 14
+MAX_LENGTH = 1 << 12  # a mask of as many rows and columns takes 32 MB
 
 
 @dataclass(frozen=True)
 class ConvertOptions:
     """How to convert. `context` None: 2048 or the model's own if that is less. `prefill` 0: no
-    prefill functions. `layers` None: all. `max_shard_mb` limits MoE shards; it is in MB of 10^6
-    bytes. For sparse routing there is a function for each group of `experts_per_function` experts
-    and each token count in `expert_tokens`. Up to `layers_per_shard` whole layers share a shard
+    prefill functions. An encoder has functions for `lengths` tokens in their place (None: 32, 128
+    and 512, as far as its context goes). `layers` None: all. `max_shard_mb` limits MoE shards; it
+    is in MB of 10^6 bytes. For sparse routing there is a function for each group of
+    `experts_per_function` experts and each token count in `expert_tokens`. Up to
+    `layers_per_shard` whole layers share a shard
     where they fit into one of `max_shard_mb`. `recipe` says how the matrices are stored;
     `calibrate` is a text file or "builtin", whose passage through the model says which of their
     inputs matter; `budget_mb` (of 10^6 bytes, for all of OUT's weights) or `min_cosine` let it
@@ -67,6 +71,7 @@ class ConvertOptions:
     budget_mb: float | None = None
     min_cosine: float | None = None
     ignore_tensors: tuple[str, ...] = ()
+    lengths: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,12 @@ class ConversionPlan:
     @property
     def functions(self) -> tuple[tuple[str, int], ...]:
         """(name, tokens) of every package's functions, but for those of experts."""
-        return _functions(self.options)
+        return _functions(self.spec, self.options)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens that an encoder's functions take; nothing for a decoder."""
+        return _lengths(self.spec, self.options)
 
     @property
     def embed_format(self) -> str:
@@ -241,12 +251,41 @@ def make_plan(
 
 
 def _context(spec: ModelSpec, options: ConvertOptions) -> int:
+    if lengths := _lengths(spec, options):
+        if options.context is not None:
+            raise UserError(f"{spec.family} has no context to size", do="give --lengths instead")
+        return lengths[-1]
     context = min(DEFAULT_CONTEXT, spec.context) if options.context is None else options.context
     if not 1 <= context <= spec.context:
         raise UserError(
             f"a context of {context} tokens is not possible", f"the model's own is {spec.context}"
         )
     return context
+
+
+def _lengths(spec: ModelSpec, options: ConvertOptions) -> tuple[int, ...]:
+    lengths, limit = options.lengths, min(spec.context, MAX_LENGTH)
+    if not spec.is_encoder:
+        if lengths:
+            raise UserError(
+                f"{spec.family} takes tokens one after the other",
+                "lengths are of encoders",
+                "leave --lengths out, or give --context",
+            )
+        return ()
+    if lengths is None:
+        return tuple(length for length in DEFAULT_LENGTHS if length <= limit) or (limit,)
+    if (
+        not lengths
+        or list(lengths) != sorted(set(lengths))
+        or not 1 <= lengths[0] <= lengths[-1] <= limit
+    ):
+        raise UserError(
+            "the lengths are not possible",
+            ",".join(map(str, lengths)) or "none",
+            f"give rising numbers from 1 to {limit}",
+        )
+    return lengths
 
 
 def _require_expert_functions(options: ConvertOptions) -> None:
@@ -273,7 +312,9 @@ def _require_expert_functions(options: ConvertOptions) -> None:
         raise UserError("a shard needs a layer", str(options.layers_per_shard))
 
 
-def _functions(options: ConvertOptions) -> tuple[tuple[str, int], ...]:
+def _functions(spec: ModelSpec, options: ConvertOptions) -> tuple[tuple[str, int], ...]:
+    if spec.is_encoder:
+        return tuple((length_function(tokens), tokens) for tokens in _lengths(spec, options))
     return (("decode", 1), *((("prefill", options.prefill),) if options.prefill else ()))
 
 
@@ -462,22 +503,23 @@ class _Planner:
         return ExpertGroupConfig(self.spec.d_model, moe.expert, size, ranks, affine)
 
     def head(self) -> list[ShardPlan]:
-        least = max(MIN_HEAD_PARTS, math.ceil(self.spec.vocab / MAX_HEAD_ROWS))
-        sizes = even_parts(self.spec.vocab, least)
+        head, scores, kind, least = self.spec.head, self.spec.scores, "labels", 1
+        if not head.labels:
+            kind, least = "lm_head", max(MIN_HEAD_PARTS, math.ceil(scores / MAX_HEAD_ROWS))
+        sizes = even_parts(scores, least)
+        rank = 0 if head.labels else self._rank(HEAD)
         shards, first = [], 0
         for part, rows in enumerate(sizes):
-            copy = _Copy(HeadConfig(self.spec.d_model, self.spec.norm, rows, self._rank(HEAD)))
-            path, reason = (
-                f"lm_head/part_{part}.mlpackage",
-                f"at most {MAX_HEAD_ROWS} output rows a slice",
-            )
+            copy = _Copy(HeadConfig(self.spec.d_model, self.spec.norm, rows, rank, head.bias))
+            path = f"{kind}/part_{part}.mlpackage"
+            reason = f"at most {MAX_HEAD_ROWS} output rows a slice" if len(sizes) > 1 else ""
             facts = {
                 "part": part,
                 "parts": len(sizes),
                 "rows": (first, first + rows),
                 "reason": reason,
             }
-            shards.append(self._shard(path, "lm_head", None, copy, scope=HEAD.part, **facts))
+            shards.append(self._shard(path, kind, None, copy, scope=HEAD.part, **facts))
             first += rows
         return shards
 
@@ -514,7 +556,8 @@ class _Planner:
     def _shard(
         self, path: str, kind: str, layer: int | None, copy: _Copy, **facts: Any
     ) -> ShardPlan:
-        return self._package(path, kind, layer, {"": copy}, _functions(self.options), **facts)
+        functions = _functions(self.spec, self.options)
+        return self._package(path, kind, layer, {"": copy}, functions, **facts)
 
     def _package(
         self,
@@ -584,9 +627,8 @@ class _Planner:
             match row:
                 case Weight(path):
                     whole = self.sources[place.name(path)]
-                    sources[path] = (
-                        whole.part(*vocab_rows) if vocab_rows and whole.name == HEAD else whole
-                    )
+                    by_row = whole.name in (HEAD, HEAD_BIAS)
+                    sources[path] = whole.part(*vocab_rows) if vocab_rows and by_row else whole
                 case Selection(path, (count, total)):
                     sources[path] = OneHot(count, total, copy.experts[0])
                 case Directions(path, of, rank, side):

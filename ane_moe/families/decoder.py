@@ -22,6 +22,11 @@ ROPE = "main"  # these families have one rotary table
 def gqa(config: Config, **facts: Any) -> GqaSpec:
     """Attention from the usual fields; `facts` are the GqaSpec fields in which the family
     differs."""
+    return GqaSpec(**gqa_facts(config, **facts))
+
+
+def gqa_facts(config: Config, **facts: Any) -> dict[str, Any]:
+    """The fields of `gqa`."""
     d_model, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     kv_heads = config.integer("num_key_value_heads")
     if heads % kv_heads:
@@ -32,8 +37,9 @@ def gqa(config: Config, **facts: Any) -> GqaSpec:
         head_dim = d_model // heads
     else:
         raise config.missing("head_dim")
+    sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
     usual = {"scale": head_dim**-0.5, "rope": ROPE, "qk_norm_eps": config.number(*EPS)}
-    return GqaSpec(heads, kv_heads, head_dim, **{**usual, **facts})
+    return {**sizes, **usual, **facts}
 
 
 def mlp(config: Config, width: str) -> MlpSpec:
@@ -70,18 +76,20 @@ def decoder(
 ) -> ModelSpec:
     """The whole model around `layers`; `facts` are the ModelSpec fields in which the family
     differs."""
+    tied = config.flag("tie_word_embeddings", "tie_embedding")
+    usual: dict[str, Any] = {
+        "norm": NormSpec(eps=config.number(*EPS)),
+        "head": HeadSpec(tied, logit_scale=logit_scale),
+    }
     return ModelSpec(
         family=config.values["model_type"],
         d_model=config.integer("hidden_size"),
         vocab=config.integer("vocab_size"),
         context=config.integer("max_position_embeddings"),
         layers=tuple(layers),
-        head=HeadSpec(
-            tied=config.flag("tie_word_embeddings", "tie_embedding"), logit_scale=logit_scale
-        ),
         bos_id=next(iter(config.token_ids("bos_token_id")), None),
         eos_ids=config.token_ids("eos_token_id"),
-        **{"norm": NormSpec(eps=config.number(*EPS))} | facts,
+        **usual | facts,
     )
 
 

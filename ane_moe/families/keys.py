@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ane_moe.checkpoints.checkpoint import TensorSource
 from ane_moe.checkpoints.key_names import decoder_prefixes
 from ane_moe.errors import UserError
-from ane_moe.model.spec import ModelSpec, MoeSpec
+from ane_moe.model.spec import GqaSpec, ModelSpec, MoeSpec
 from ane_moe.model.weight import EMBEDDING, HEAD, Weight, WeightName
 from ane_moe.wording import counted, listed
 
@@ -22,11 +22,13 @@ class Fused:
     """One expert's share of a tensor that stacks all experts of a layer along its first axis.
 
     `part` of `parts` equal runs of rows: gate and up are the first and second half of one tensor.
+    `transposed`: matrices are stored with what enters them first, so that the runs are of columns.
     """
 
     key: str
     part: int = 0
     parts: int = 1
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,15 @@ class Rows:
     parts: int
 
 
-Entry = str | Fused | Rows
+@dataclass(frozen=True)
+class Paired:
+    """Rows of heads that are rotated in pairs of neighbours. Ours are half-split: of each head the
+    first of all pairs, then the second."""
+
+    key: str
+
+
+Entry = str | Fused | Rows | Paired
 KeyTable = Mapping[str, tuple[Entry, ...]]
 
 LAYER = "model.layers.{layer}"
@@ -111,19 +121,29 @@ def _source(spec: ModelSpec, name: WeightName, weight: Weight, entry: Entry) -> 
     if isinstance(entry, str):
         return TensorSource(name, entry.format(**numbers), weight.shape, scale=scale, weight=weight)
     assert name.layer is not None
-    ffn, rows = spec.layers[name.layer].ffn, weight.shape[0]
+    layer, rows, key = spec.layers[name.layer], weight.shape[0], entry.key.format(**numbers)
+    if isinstance(entry, Paired):
+        assert isinstance(layer.mixer, GqaSpec)
+        pairs = layer.mixer.head_dim
+        return TensorSource(name, key, weight.shape, scale=scale, weight=weight, pairs=pairs)
     stored: tuple[int, ...] = (entry.parts * rows, *weight.shape[1:])
+    run = None if entry.parts == 1 else (entry.part * rows, (entry.part + 1) * rows)
+    index = None
+    turned = isinstance(entry, Fused) and entry.transposed and len(stored) == 2
     if isinstance(entry, Fused):
-        assert isinstance(ffn, MoeSpec)
-        stored = (ffn.router.experts, *stored)
+        assert isinstance(layer.ffn, MoeSpec)
+        stored = (layer.ffn.router.experts, *(stored[::-1] if turned else stored))
+        index = name.expert
     return TensorSource(
         name,
-        entry.key.format(**numbers),
+        key,
         stored,
-        index=name.expert if isinstance(entry, Fused) else None,
-        rows=None if entry.parts == 1 else (entry.part * rows, (entry.part + 1) * rows),
+        index=index,
+        rows=None if turned else run,
+        transpose=turned,
         scale=scale,
         weight=weight,
+        columns=(*run, 1) if turned and run else None,
     )
 
 
@@ -131,6 +151,7 @@ SKELETON: KeyTable = {
     "embed.weight": ("model.embed_tokens.weight",),
     "head.norm.weight": ("model.norm.weight",),
     "head.rows.weight": ("lm_head.weight",),
+    "head.rows.bias": ("lm_head.bias",),
     "layers.{layer}.attn.norm.weight": (f"{LAYER}.input_layernorm.weight",),
     "layers.{layer}.attn.q_norm.weight": (f"{LAYER}.self_attn.q_norm.weight",),
     "layers.{layer}.attn.k_norm.weight": (f"{LAYER}.self_attn.k_norm.weight",),
@@ -151,11 +172,11 @@ def mlp_keys(ours: str, theirs: str) -> KeyTable:
     }
 
 
-def expert_keys(*forms: dict[str, Entry]) -> KeyTable:
+def expert_keys(*forms: dict[str, Entry], kind: str = "weight") -> KeyTable:
     """The experts, in the `forms` in which they may be stored: each says where gate, up and down
-    are."""
+    are. `kind`: weight or bias."""
     return {
-        f"layers.{{layer}}.ffn.experts.{{expert}}.{name}.weight": tuple(
+        f"layers.{{layer}}.ffn.experts.{{expert}}.{name}.{kind}": tuple(
             form[name] for form in forms
         )
         for name in ("gate", "up", "down")
@@ -178,12 +199,13 @@ def stacked_pairs(prefix: str) -> dict[str, Entry]:
     }
 
 
-def fused_experts(gate_up: str, down: str) -> dict[str, Entry]:
-    """Experts stacked in `gate_up` [experts, 2 * width, d] and `down` [experts, d, width]."""
+def fused_experts(gate_up: str, down: str, transposed: bool = False) -> dict[str, Entry]:
+    """Experts stacked in `gate_up` [experts, 2 * width, d] and `down` [experts, d, width], or with
+    the last two axes changed."""
     return {
-        "gate": Fused(f"{LAYER}.{gate_up}", part=0, parts=2),
-        "up": Fused(f"{LAYER}.{gate_up}", part=1, parts=2),
-        "down": Fused(f"{LAYER}.{down}"),
+        "gate": Fused(f"{LAYER}.{gate_up}", 0, 2, transposed),
+        "up": Fused(f"{LAYER}.{gate_up}", 1, 2, transposed),
+        "down": Fused(f"{LAYER}.{down}", transposed=transposed),
     }
 
 

@@ -15,6 +15,8 @@ class Taps:
     the modules of an affine residual, after the mixer and after the feed-forward block, with the
     names of what multiplies the added, and of what shifts and multiplies the stream. `entry`: the
     model shifts the embedding before the first layer (a multiplier alone goes into the table).
+    `head` is the model's module that gives scores. What experts give is multiplied by the number
+    that their block calls `experts_scale`.
     """
 
     ffn_norm: str = "post_attention_layernorm"
@@ -27,3 +29,5 @@ class Taps:
     added_scale: str = "hidden_states_scale"
     stream_bias: str = "residual_bias"
     stream_scale: str = "residual_scale"
+    head: str = "lm_head"
+    experts_scale: str = ""

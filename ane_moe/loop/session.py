@@ -53,7 +53,14 @@ class Session:
         self, shards: LoadedShards, *, concurrency: int = 1, predictor: str = "none"
     ) -> None:
         """For dispatched experts: `concurrency` of one layer run at once (the results do not depend
-        on it), and `predictor` (a key of prefetch.PREDICTORS) chooses those loaded ahead."""
+        on it), and `predictor` (a key of prefetch.PREDICTORS) chooses those loaded ahead. Raises
+        UserError for an encoder."""
+        if shards.manifest.lengths:
+            raise UserError(
+                f"{shards.folder} takes whole texts, and generates none",
+                f"a conversion of {shards.manifest.family}",
+                "give the conversion of a language model",
+            )
         self.shards = shards
         self.manifest = shards.manifest
         self.position = 0

@@ -168,7 +168,7 @@ def check_manifest(manifest: Manifest, folder: Path) -> None:
     for layer in manifest.layers:
         _check_layer(manifest, layer, folder)
     if is_whole(manifest):
-        _check_head([shard for shard in manifest.shards if shard.rows], manifest.vocab, folder)
+        _check_head([shard for shard in manifest.shards if shard.rows], manifest.scores, folder)
 
 
 def _check_layer(manifest: Manifest, layer: int, folder: Path) -> None:
@@ -182,15 +182,15 @@ def _check_layer(manifest: Manifest, layer: int, folder: Path) -> None:
         )
 
 
-def _check_head(head: list[Shard], vocab: int, folder: Path) -> None:
+def _check_head(head: list[Shard], scores: int, folder: Path) -> None:
     _require_parts(head, f"{folder}: lm_head")
     ends = [0, *(shard.rows[1] if shard.rows else -1 for shard in head)]
-    starts = [*(shard.rows[0] if shard.rows else -1 for shard in head), vocab]
+    starts = [*(shard.rows[0] if shard.rows else -1 for shard in head), scores]
     if ends != starts:
         raise UserError(
-            f"{folder}: the head's parts do not cover the vocabulary",
+            f"{folder}: the head's parts do not cover all scores",
             f"rows {[s.rows for s in head]}",
-            f"0 to {vocab} is needed; convert all of it",
+            f"0 to {scores} is needed; convert all of it",
         )
 
 

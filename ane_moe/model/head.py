@@ -1,4 +1,4 @@
-"""The language-model head as data."""
+"""The head of a language model or a token classifier as data."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,14 +12,15 @@ from ane_moe.model.weight import Row, with_directions
 class HeadConfig:
     d_model: int
     norm: NormSpec
-    vocab_rows: int
+    scores: int
     rank: int = 0
+    bias: bool = False
 
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""
-        whole = HeadSpec(tied=False).rows(self.vocab_rows, self.d_model)
+        whole = HeadSpec(tied=False, bias=self.bias).rows(self.scores, self.d_model)
         return with_directions(whole, {"rows": self.rank})
 
     def ports(self, tokens: int) -> Ports:
-        logits = Port("logits", (1, self.vocab_rows, 1, tokens), "logits[{rows}]")
+        logits = Port("logits", (1, self.scores, 1, tokens), "logits[{rows}]")
         return Ports((Port("x", (1, self.d_model, 1, tokens), STREAM),), (logits,))

@@ -9,19 +9,22 @@ def cache_states(kv_heads: int, head_dim: int, slots: int) -> tuple[Port, ...]:
     return tuple(Port(name, shape, f"state.{{0}}.{name}") for name in ("k_cache", "v_cache"))
 
 
+def rope_ports(rope: str | None, rotary: int, tokens: int) -> tuple[Port, ...]:
+    """The rows of a rotary table for the tokens of a call, where there is one."""
+    if not rotary:
+        return ()
+    shape: Shape = (1, 1, rotary, tokens)
+    return tuple(Port(name, shape, f"rope.{rope}.{name}") for name in ("cos", "sin"))
+
+
 def cache_ports(
     rope: str | None, rotary: int, window: int | None, slots: int, tokens: int
 ) -> tuple[Port, ...]:
     """What attention over a cache asks of the host: rotary rows, what may be seen, where to
     write."""
     row = (1, 1, tokens, slots)
-    rows = (
-        Port(name, (1, 1, rotary, tokens), f"rope.{rope}.{name}")
-        for name in ("cos", "sin")
-        if rotary
-    )
     return (
-        *rows,
+        *rope_ports(rope, rotary, tokens),
         Port("mask", row, f"mask.{window or 'all'}"),
         Port("write", row, "write"),
         Port("keep", (1, 1, 1, slots), "keep"),

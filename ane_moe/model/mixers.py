@@ -1,13 +1,15 @@
 """Mixers by the type of their spec: each mixer lists its configuration here."""
 
 from ane_moe.model.attention import AttentionConfig
+from ane_moe.model.band import BandConfig
 from ane_moe.model.cca import CcaConfig, CcaSpec
 from ane_moe.model.mixer import MixerConfig
 from ane_moe.model.short_conv import ShortConvConfig, ShortConvSpec
-from ane_moe.model.spec import GqaSpec
+from ane_moe.model.spec import BandSpec, GqaSpec
 
 CONFIGS: dict[type, type[MixerConfig]] = {
     GqaSpec: AttentionConfig,
+    BandSpec: BandConfig,
     CcaSpec: CcaConfig,
     ShortConvSpec: ShortConvConfig,
 }

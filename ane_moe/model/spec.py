@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from ane_moe.model.eda_router import EdaRouterSpec
-from ane_moe.model.weight import EMBEDDING, HEAD, Weight, WeightName
+from ane_moe.model.weight import EMBEDDING, HEAD, HEAD_BIAS, Weight, WeightName
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class GqaSpec:
     qk_norm_eps: float = 1e-6
     clip_qkv: float | None = None  # clamps q, k and v after the norm, before RoPE
     window: int | None = None  # tokens a query sees, itself included; None: all before it
+    # A score for each head beside those of the keys, which takes its share and gives no value.
+    sinks: bool = False
 
     def rows(self, d_model: int) -> Iterator[Weight]:
         """The tensors of a layer's attention, its norm first."""
@@ -68,6 +70,16 @@ class GqaSpec:
             per_head = self.qk_norm == "head"
             yield Weight("q_norm.weight", (self.head_dim if per_head else query,))
             yield Weight("k_norm.weight", (self.head_dim if per_head else key,))
+        if self.sinks:
+            yield Weight("sinks.weight", (self.heads,))
+
+
+@dataclass(frozen=True)
+class BandSpec(GqaSpec):
+    """Attention among the tokens of one call, without a cache: each sees itself and `reach` tokens
+    on either side."""
+
+    reach: int = 0
 
 
 class MixerSpec(Protocol):
@@ -92,8 +104,8 @@ class RouterSpec:
 
     Experts are weighted by their scores, a softmax over all or a sigmoid of each, gathered at the k
     chosen and multiplied by `scale`; with `renorm` divided by their sum plus `renorm_eps` before.
-    Softmax over only the k chosen logits is the same function as `renorm=True`. `bias` is added to
-    the scores for the choice alone.
+    Softmax over only the k chosen logits is the same function as `renorm=True`. `logit_bias` is a
+    part of the logits; `bias` is added to the scores for the choice alone.
     """
 
     experts: int
@@ -103,6 +115,7 @@ class RouterSpec:
     bias: bool = False
     renorm_eps: float = 0.0
     scale: float = 1.0
+    logit_bias: bool = False
 
     @property
     def classes(self) -> int:
@@ -122,28 +135,49 @@ class RouterSpec:
     @property
     def is_linear(self) -> bool:
         """Whether one matrix alone says which experts score highest."""
-        return not self.bias
+        return not (self.bias or self.logit_bias)
 
     def rows(self, d_model: int) -> Iterator[Weight]:
         yield Weight("weight", (self.experts, d_model))
+        if self.logit_bias:
+            yield Weight("bias", (self.experts,))
         if self.bias:
             yield Weight("choice_bias", (self.experts,), centred=True)
 
 
 @dataclass(frozen=True)
+class Clamp:
+    """The activation `(up + 1) * gate * sigmoid(alpha * gate)`, with a gate of at most `limit`, and
+    an up between it and its negative.
+
+    Source: transformers' `GptOssExperts`.
+    """
+
+    limit: float
+    alpha: float
+
+
+@dataclass(frozen=True)
 class MlpSpec:
-    """A gated MLP: `down(silu(gate(x)) * up(x))`, `width` channels wide inside."""
+    """A gated MLP: `down(silu(gate(x)) * up(x))`, or with the activation `clamp`; `width` channels
+    wide inside."""
 
     width: int
+    clamp: Clamp | None = None
+    bias: bool = False
 
     def rows(self, d_model: int, role: str) -> Iterator[Weight]:
-        """Its matrices, which a recipe calls `role`.gate, .up and .down."""
-        yield Weight("gate.weight", (self.width, d_model), f"{role}.gate", reads="x")
-        yield Weight("up.weight", (self.width, d_model), f"{role}.up", reads="x")
+        """Its matrices, which a recipe calls `role`.gate, .up and .down, and their biases."""
+        for name in ("gate", "up"):
+            yield Weight(f"{name}.weight", (self.width, d_model), f"{role}.{name}", reads="x")
+            if self.bias:
+                yield Weight(f"{name}.bias", (self.width,))
         down = f"{role}.down"
         yield Weight(
             "down.weight", (d_model, self.width), down, reads="hidden", fold="residual_scale"
         )
+        if self.bias:
+            yield Weight("down.bias", (d_model,), fold="residual_scale")
 
 
 @dataclass(frozen=True)
@@ -230,15 +264,22 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """Final norm and vocabulary projection; logits are multiplied by `logit_scale`."""
+    """Final norm and projection to the vocabulary or, of a token classifier, to its `labels`;
+    logits are multiplied by `logit_scale`."""
 
     tied: bool
     logit_scale: float = 1.0
+    labels: tuple[str, ...] = ()
+    bias: bool = False
 
-    def rows(self, vocab: int, d_model: int) -> Iterator[Weight]:
-        """The logit scale goes into the norm: the other weight may be the embedding's."""
+    def rows(self, count: int, d_model: int) -> Iterator[Weight]:
+        """Those of `count` scores. The logit scale goes into the norm: the other weight may be the
+        embedding's. Labels are few, and their rows stay fp16."""
         yield Weight("norm.weight", (d_model,), fold="logit_scale")
-        yield Weight(HEAD.path, (vocab, d_model), "head", reads="x")
+        role = None if self.labels else "head"
+        yield Weight(HEAD.path, (count, d_model), role, reads="x")
+        if self.bias:
+            yield Weight(HEAD_BIAS.path, (count,))
 
 
 @dataclass(frozen=True)
@@ -259,13 +300,23 @@ class ModelSpec:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 
+    @property
+    def scores(self) -> int:
+        """Rows of the head: labels, or the vocabulary."""
+        return len(self.head.labels) or self.vocab
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether all tokens are taken in at once, and nothing is kept."""
+        return any(isinstance(layer.mixer, BandSpec) for layer in self.layers)
+
     def weights(self) -> Iterator[tuple[WeightName, Weight]]:
         """Every tensor the model needs, in the order of the layers."""
         table = Weight(EMBEDDING.path, (self.vocab, self.d_model), "embedding", fold="embed_scale")
         yield EMBEDDING, table
         for number, layer in enumerate(self.layers):
             yield from layer.weights(number, self.d_model)
-        for row in self.head.rows(self.vocab, self.d_model):
+        for row in self.head.rows(self.scores, self.d_model):
             yield WeightName(None, HEAD.part, None, row.path), row
 
     def multiplier(self, fold: str) -> float:

@@ -118,6 +118,7 @@ class WeightName:
 
 EMBEDDING = WeightName(None, "embed", None, "weight")
 HEAD = WeightName(None, "head", None, "rows.weight")
+HEAD_BIAS = WeightName(None, "head", None, "rows.bias")
 
 
 def parse_name(text: str) -> WeightName:

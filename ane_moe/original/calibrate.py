@@ -16,7 +16,7 @@ import torch
 from ane_moe.checkpoints.checkpoint import Checkpoint
 from ane_moe.errors import UserError
 from ane_moe.formats.calibration import Calibration
-from ane_moe.model.spec import MlpSpec, ModelSpec, MoeSpec
+from ane_moe.model.spec import Clamp, MlpSpec, ModelSpec, MoeSpec
 from ane_moe.model.weight import HEAD, WeightName
 from ane_moe.opened import Model
 from ane_moe.original.capture import Walk
@@ -111,7 +111,7 @@ class _Collector:
         x = taps[0].parts.ffn_norm(middle[None])[0]  # (N, d)
         ffn = self._model.spec.layers[index].ffn
         if isinstance(ffn, MlpSpec):
-            self._mlp(WeightName(index, "ffn", None, ""), "mlp.", x)
+            self._mlp(WeightName(index, "ffn", None, ""), "mlp.", x, ffn)
             return
         chosen = np.concatenate(
             [golden.router_indices for golden in goldens if golden.router_indices is not None]
@@ -120,9 +120,9 @@ class _Collector:
         for expert in range(ffn.router.experts):
             if self.counts[index][expert]:
                 took_it = torch.from_numpy((chosen == expert).any(1))
-                self._mlp(WeightName(index, "ffn", expert, ""), "", x[took_it])
+                self._mlp(WeightName(index, "ffn", expert, ""), "", x[took_it], ffn.expert)
         if isinstance(ffn, MoeSpec) and ffn.shared is not None:
-            self._mlp(WeightName(index, "ffn", None, ""), "shared.", x)
+            self._mlp(WeightName(index, "ffn", None, ""), "shared.", x, ffn.shared.mlp)
 
     @torch.no_grad()
     def head(self, carried: list[torch.Tensor]) -> float:
@@ -136,17 +136,25 @@ class _Collector:
         norm = self._stream.model.get_submodule(key.removesuffix(".weight"))
         return cast(torch.Tensor, norm(x))
 
-    def _mlp(self, part: WeightName, prefix: str, x: torch.Tensor) -> None:
-        gate, up = (
-            self._weight(part.beside(f"{prefix}{matrix}.weight")) for matrix in ("gate", "up")
-        )
+    def _mlp(self, part: WeightName, prefix: str, x: torch.Tensor, spec: MlpSpec) -> None:
+        def projected(matrix: str) -> torch.Tensor:
+            y = x @ self._weight(part.beside(f"{prefix}{matrix}.weight")).T
+            return y + self._weight(part.beside(f"{prefix}{matrix}.bias")) if spec.bias else y
+
         self.moments[part.beside("x")] = _mean_squares(x)
-        hidden = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+        hidden = _activated(projected("gate"), projected("up"), spec.clamp)
         self.moments[part.beside(f"{prefix}hidden")] = _mean_squares(hidden)
 
     def _weight(self, name: WeightName) -> torch.Tensor:
         source = self._model.sources[name]
         return torch.from_numpy(self._model.checkpoint.read(source)).float() / source.scale
+
+
+def _activated(gate: torch.Tensor, up: torch.Tensor, clamp: Clamp | None) -> torch.Tensor:
+    if clamp is None:
+        return torch.nn.functional.silu(gate) * up
+    gate, up = gate.clamp(max=clamp.limit), up.clamp(-clamp.limit, clamp.limit)
+    return torch.sigmoid(clamp.alpha * gate) * gate * (up + 1)
 
 
 class _Ear:

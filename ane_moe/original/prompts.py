@@ -2,7 +2,9 @@
 no tokenizer."""
 
 import json
+from collections.abc import Sequence
 from importlib.resources import files
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,21 @@ LONGEST, SHORT = 100, 26
 RANDOM_LENGTHS = (LONGEST, SHORT, 1, SHORT)
 
 
-def builtin_prompts(checkpoint: Path, vocab: int, context: int) -> list[list[int]]:
+def builtin_prompts(
+    checkpoint: Path, vocab: int, context: int, lengths: Sequence[int] = ()
+) -> list[list[int]]:
     """Token ids of the built-in set, cut to `context`; random ids from a fixed seed without a
-    tokenizer."""
+    tokenizer. For the `lengths` of an encoder, in place of those: one that fills each of them, and
+    one that leaves room in all."""
+    prompts = _builtin(checkpoint, vocab)
+    if lengths:
+        text = list(chain.from_iterable(prompts))
+        short = lengths[0] // 2 + 1
+        return [list(islice(cycle(text), count)) for count in (short, *lengths)]
+    return [prompt[:context] for prompt in prompts]
+
+
+def _builtin(checkpoint: Path, vocab: int) -> list[list[int]]:
     tokenizer = _tokenizer(checkpoint)
     if tokenizer is None:
         rng = np.random.default_rng(0)
@@ -36,7 +50,7 @@ def builtin_prompts(checkpoint: Path, vocab: int, context: int) -> list[list[int
         prompts = [
             ids[: LONGEST if index == longest else SHORT] for index, ids in enumerate(tokens)
         ]
-    return [prompt[:context] for prompt in prompts]
+    return prompts
 
 
 def read_prompts(path: Path, source: Path) -> list[list[int]]:

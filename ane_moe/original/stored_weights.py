@@ -20,7 +20,7 @@ from ane_moe.formats.recipe import Choice, find_format, recipe_of
 from ane_moe.loop.embedding_table import open_embeddings
 from ane_moe.manifest import Manifest, Shard
 from ane_moe.mlprogram.reader import read_program
-from ane_moe.model.weight import EMBEDDING, HEAD, Place, WeightName
+from ane_moe.model.weight import EMBEDDING, HEAD, HEAD_BIAS, Place, WeightName
 from ane_moe.opened import Model
 from ane_moe.runtime.reference.weight_values import weight_values
 
@@ -85,7 +85,7 @@ def _joined(
     tensor, value = place.name(name), values[name]
     stem = name.removesuffix(".weight")
     into, out = values.get(f"{stem}.recover_in"), values.get(f"{stem}.recover_out")
-    rows = shard.rows if tensor == HEAD else None
+    rows = shard.rows if tensor in (HEAD, HEAD_BIAS) else None
     if into is None or out is None:
         return StoredWeight(tensor, rows, value, False)
     directions = out[:, :, 0, 0].astype(np.float32) @ into[:, :, 0, 0].astype(np.float32)
@@ -227,8 +227,8 @@ def _choice(manifest: Manifest, source: TensorSource) -> Choice:
 def _fill(stored: torch.Tensor, source: TensorSource, value: np.ndarray) -> None:
     """Put one of our tensors where the checkpoint has it, its folded multiplier taken out again."""
     start, count = source.region
-    flat = value.reshape(source.shape)
-    flat = flat.T if source.transpose else flat
     if source.scale != 1:
-        flat = flat.astype(np.float32) / source.scale
-    stored.numpy().reshape(-1)[start : start + count] = flat.reshape(-1)
+        value = value.astype(np.float32) / source.scale
+    region = stored.numpy().reshape(-1)[start : start + count].reshape(source.region_shape)
+    place = source.arranged(region)
+    place[...] = value.reshape(place.shape)

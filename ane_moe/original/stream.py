@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForTokenClassification
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -88,9 +88,16 @@ class OriginalTensors:
             }
 
 
+# transformers' classes, by the module that gives scores.
+CLASSES: dict[str, Any] = {
+    "lm_head": AutoModelForCausalLM,
+    "score": AutoModelForTokenClassification,
+}
+
+
 class StreamedModel:
-    """A causal language model in fp32, eager attention and eager experts, whose weights come and go
-    by part. Experts stay as narrow as they are stored (widened.py).
+    """A language model, or a token classifier, in fp32, eager attention and eager experts, whose
+    weights come and go by part. Experts stay as narrow as they are stored (widened.py).
 
     Raises UserError for a folder that is not a checkpoint, a quantised one, and missing or
     misshapen tensors.
@@ -99,8 +106,9 @@ class StreamedModel:
     def __init__(self, tensors: Tensors):
         self.folder = tensors.folder
         self.config = _config(tensors)
+        self.taps = load_family(self.config.model_type).TAPS
         with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(
+            self.model = CLASSES[self.taps.head].from_config(
                 self.config,
                 dtype=torch.float32,
                 attn_implementation="eager",
@@ -108,7 +116,6 @@ class StreamedModel:
                 trust_remote_code=False,
             ).eval()
         self.layers: nn.ModuleList = self.model.base_model.layers
-        self.taps = load_family(self.config.model_type).TAPS
         self._mapping: list[Any] = get_model_conversion_mapping(self.model)
         if any(SINGLE_PAIR.search(name) for name in tensors.origins):
             self._mapping += SINGLE_PAIRS
@@ -196,7 +203,7 @@ class StreamedModel:
         names = {id(module): name for name, module in self.model.named_modules()}
         ends = {
             "embed": names[id(self.model.get_input_embeddings())] + ".",
-            "head": names[id(self.model.get_output_embeddings())] + ".",
+            "head": f"{self.taps.head}.",
         }
         layers = names[id(self.layers)] + "."
         parts: dict[str, list[str]] = {part: [] for part in ("rest", *ends)}

@@ -58,6 +58,12 @@ class TappedLayer:
         )
 
     @property
+    def experts_scale(self) -> float:
+        """What multiplies what the experts give, inside their block."""
+        name = self.taps.experts_scale
+        return float(getattr(self.block, name)) if name else 1.0
+
+    @property
     def added_scale(self) -> torch.Tensor | float:
         """What multiplies the output of the feed-forward block on its way into the stream: by
         channel `[d]`, or one number."""

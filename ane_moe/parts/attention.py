@@ -1,13 +1,25 @@
 """Grouped-query attention over a KV cache that is written by mask."""
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ane_moe.model.attention import AttentionConfig
 from ane_moe.parts.kv_cache import attend, updated
 from ane_moe.parts.mixer import Mixer
 from ane_moe.parts.norm import RmsNorm
 from ane_moe.parts.projection import Projection
+from ane_moe.parts.residual import vector
 from ane_moe.parts.rope import rotate
+
+
+class Sinks(nn.Module):
+    """A score for each head, `(1, H, T, 1)`, shaped by a column of the mask `(1, 1, T, S)`."""
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.weight = vector(heads)
+
+    def forward(self, mask: Tensor) -> Tensor:
+        return mask[:, :, :, :1] * 0 + self.weight
 
 
 class Attention(Mixer):
@@ -29,13 +41,18 @@ class Attention(Mixer):
         elif m.qk_norm == "full":
             self.q_norm = RmsNorm(m.heads * m.head_dim, m.qk_norm_eps)
             self.k_norm = RmsNorm(m.kv_heads * m.head_dim, m.qk_norm_eps)
+        self.sinks = Sinks(m.heads) if m.sinks else None
 
     def mix(self, h: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         q, k, v = self._heads(h, inputs.get("cos"), inputs.get("sin"))
         keys = updated("k_cache", k, inputs, self.config.explicit)
         values = updated("v_cache", v, inputs, self.config.explicit)
-        attended = attend(q, keys, values, inputs["mask"], self.config.mixer.scale)
+        attended = self._attend(q, keys, values, inputs["mask"])
         return self.o(attended), {"k_cache": keys, "v_cache": values}
+
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        sinks = self.sinks(mask) if self.sinks is not None else None
+        return attend(q, keys, values, mask, self.config.mixer.scale, sinks)
 
     def _heads(
         self, h: Tensor, cos: Tensor | None, sin: Tensor | None

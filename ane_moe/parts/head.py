@@ -17,7 +17,7 @@ class Head(Block):
         super().__init__()
         self.config = config
         self.norm = RmsNorm(config.d_model, config.norm.eps)
-        self.rows = Projection(config.d_model, config.vocab_rows, rank=config.rank)
+        self.rows = Projection(config.d_model, config.scores, config.bias, config.rank)
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         return {"logits": self.rows(self.norm(inputs["x"]))}

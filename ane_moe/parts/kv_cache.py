@@ -17,8 +17,11 @@ def updated(name: str, new: Tensor, inputs: dict[str, Tensor], explicit: bool) -
     return cache.mul_(keep).add_(new @ write)
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Queries `(1, H, D, T)` over caches `(1, K, D, S)`: `(1, H D, 1, T)`.
+def attend(
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, sinks: Tensor | None = None
+) -> Tensor:
+    """Queries `(1, H, D, T)` over caches `(1, K, D, S)`: `(1, H D, 1, T)`. `sinks`, `(1, H, T, 1)`,
+    are scores of no key: of the weights, their share goes nowhere.
 
     A group's query heads are folded into the token axis, which keeps every product at rank 4
     without repeating keys and values. Decomposed: the fused operation returns inf and NaN on the
@@ -28,6 +31,13 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) 
     kv_heads, slots = keys.shape[1], keys.shape[3]
     q = (q * scale).transpose(2, 3).reshape(1, kv_heads, -1, head_dim)  # (1, K, G T, D)
     scores = (q @ keys).reshape(1, heads, -1, slots) + mask  # (1, H, T, S)
-    weights = torch.softmax(scores, dim=-1).reshape(1, kv_heads, -1, slots)  # (1, K, G T, S)
+    weights = torch.softmax(scores, dim=-1) if sinks is None else _beside(scores, sinks)
+    weights = weights.reshape(1, kv_heads, -1, slots)  # (1, K, G T, S)
     mixed = (weights @ values.transpose(2, 3)).reshape(1, heads, -1, head_dim)
     return mixed.transpose(2, 3).reshape(1, heads * head_dim, 1, -1)
+
+
+def _beside(scores: Tensor, sinks: Tensor) -> Tensor:
+    """The softmax of scores and sinks, the sinks' own column left out: it comes last, since slices
+    at a non-zero offset of the last axis saturate on the M1 and M2 engines."""
+    return torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[:, :, :, :-1]

@@ -10,10 +10,13 @@ from ane_moe.parts.norm import RmsNorm
 from ane_moe.parts.projection import Projection
 from ane_moe.parts.residual import residual
 
+# As good as no lower end for a gate: sigmoid(LOWEST) is 0. Open ends become infinite constants.
+LOWEST = -2e4
+
 
 class GatedMlp(nn.Module):
-    """`down(scale * silu(gate(x)) * up(x))`: `(1, d, 1, T) -> (1, d, 1, T)`, scale `(1, 1, 1, T)`
-    or none.
+    """`down(scale * silu(gate(x)) * up(x))`, or with the spec's clamped activation: `(1, d, 1, T)
+    -> (1, d, 1, T)`, scale `(1, 1, 1, T)` or none.
 
     silu is written out: the engine's own `silu` is off by about 1e-3 near zero, and Apple's
     model-authoring rules ask for `gate * sigmoid(gate)`; in just that order coremltools fuses the
@@ -23,14 +26,20 @@ class GatedMlp(nn.Module):
 
     def __init__(self, d_model: int, spec: MlpSpec, ranks: MlpRanks = (0, 0, 0)):
         super().__init__()
-        self.gate = Projection(d_model, spec.width, rank=ranks[0])
-        self.up = Projection(d_model, spec.width, rank=ranks[1])
-        self.down = Projection(spec.width, d_model, rank=ranks[2])
+        self.clamp = spec.clamp
+        self.gate = Projection(d_model, spec.width, spec.bias, rank=ranks[0])
+        self.up = Projection(d_model, spec.width, spec.bias, rank=ranks[1])
+        self.down = Projection(spec.width, d_model, spec.bias, rank=ranks[2])
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         gate = self.gate(x)
-        hidden = torch.sigmoid(gate) * self.up(x) * gate  # (1, I, 1, T)
-        return self.down(hidden if scale is None else hidden * scale)
+        if self.clamp is None:
+            hidden = torch.sigmoid(gate) * self.up(x) * gate  # (1, I, 1, T)
+        else:
+            limit = self.clamp.limit
+            gate, up = gate.clamp(LOWEST, limit), self.up(x).clamp(-limit, limit)
+            hidden = torch.sigmoid(gate * self.clamp.alpha) * (up + 1) * gate
+        return self.down(hidden if scale is None else hidden * scale, scale)
 
 
 class Dense(Block):

@@ -21,8 +21,11 @@ class Projection(nn.Module):
         self.recover_in = nn.Parameter(torch.empty(rank, inputs, 1, 1)) if rank else None
         self.recover_out = nn.Parameter(torch.empty(outputs, rank, 1, 1)) if rank else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """`scale`, `(1, 1, 1, T)`, is what has multiplied `x`, and so multiplies the bias too."""
         y = F.conv2d(x, self.weight)
         if self.recover_in is not None and self.recover_out is not None:
             y = y + F.conv2d(F.conv2d(x, self.recover_in), self.recover_out)
-        return y if self.bias is None else y + self.bias
+        if self.bias is None:
+            return y
+        return y + (self.bias if scale is None else self.bias * scale)

@@ -41,7 +41,7 @@ class Router(Projection):
     """Gates `(1, d, 1, T) -> (1, E, 1, T)`: zero outside the k chosen, or all scores if `soft`."""
 
     def __init__(self, d_model: int, spec: RouterSpec, soft: bool = False):
-        super().__init__(d_model, spec.experts)
+        super().__init__(d_model, spec.experts, spec.logit_bias)
         self.spec = spec
         self.soft = soft
         self.choice_bias = vector(spec.experts) if spec.bias and not soft else None

@@ -66,10 +66,12 @@ def capture(
     Raises UserError for a checkpoint of another model, or prompts that it does not take."""
     model = open_model(checkpoint, tuple(chain.from_iterable(manifest.left_out.values())))
     spec, folder = model.spec, model.checkpoint.folder
-    _require_same_model((len(spec.layers), spec.vocab, spec.d_model), manifest, out)
+    _require_same_model((len(spec.layers), spec.scores, spec.d_model), manifest, out)
     limit = min(manifest.context, spec.context)
     ids = (
-        read_prompts(prompts, checkpoint) if prompts else builtin_prompts(folder, spec.vocab, limit)
+        read_prompts(prompts, checkpoint)
+        if prompts
+        else builtin_prompts(folder, spec.vocab, limit, manifest.lengths)
     )
     check_prompts(ids, spec.vocab, limit)
     few = [ids[place] for place in sampled_prompts(ids)] if quick else ids
@@ -79,8 +81,8 @@ def capture(
 
 def _require_same_model(found: tuple[int, int, int], manifest: Manifest, out: Path) -> None:
     """A golden of another model is a mistake to name, not a failed gate."""
-    names = ("layers of the model", "vocabulary", "hidden size")
-    needed = (manifest.n_layers, manifest.vocab, manifest.d_model)
+    names = ("layers of the model", "scores", "hidden size")
+    needed = (manifest.n_layers, manifest.scores, manifest.d_model)
     wrong = [
         f"{name} {one} for {other}"
         for name, one, other in zip(names, found, needed, strict=True)

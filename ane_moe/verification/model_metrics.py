@@ -23,10 +23,14 @@ class PromptLogits:
 
 
 def compare_logits(
-    function: str, prompts: Iterable[PromptLogits], min_logit_cosine: float
+    function: str,
+    prompts: Iterable[PromptLogits],
+    min_logit_cosine: float,
+    *,
+    of_labels: bool = False,
 ) -> FunctionModelResult:
     """Pool all positions of all prompts. Perplexities are None when no prompt has a second token to
-    predict."""
+    predict, and for scores of labels."""
     same: list[np.ndarray] = []
     kl: list[np.ndarray] = []
     cosines: list[np.ndarray] = []
@@ -37,7 +41,7 @@ def compare_logits(
         same.append(golden.argmax(1) == shards.argmax(1))
         kl.append((np.exp(golden) * (golden - shards)).sum(1))
         cosines.append(token_cosines(one.golden, one.shards))
-        following = np.array(one.ids[1:], np.int64)
+        following = np.array([] if of_labels else one.ids[1:], np.int64)
         rows = np.arange(len(following))
         surprise.append((-golden[rows, following], -shards[rows, following]))
         if first is None and not same[-1].all():
@@ -45,10 +49,12 @@ def compare_logits(
     golden_nll, shards_nll = (np.concatenate(values) for values in zip(*surprise, strict=True))
     pooled = np.concatenate(cosines)
     logit_cosine = float(pooled.mean())
+    agreement = float(np.concatenate(same).mean())
     return FunctionModelResult(
         function=function,
         tokens=len(pooled),
-        top1_agreement=float(np.concatenate(same).mean()),
+        top1_agreement=agreement,
+        label_agreement=agreement if of_labels else None,
         mean_kl=float(np.concatenate(kl).mean()),
         perplexity_golden=float(np.exp(golden_nll.mean())) if golden_nll.size else None,
         perplexity_shards=float(np.exp(shards_nll.mean())) if shards_nll.size else None,

@@ -11,7 +11,9 @@ import numpy as np
 
 from ane_moe.loop.buffers import Ropes
 from ane_moe.loop.embedding_table import open_embeddings
+from ane_moe.loop.labels import context_each_side
 from ane_moe.loop.shards import LoadedShard
+from ane_moe.loop.windows import Window, windows_of
 from ane_moe.manifest import Manifest, Shard, ShardFunction
 from ane_moe.model.port import FFN_INPUT, GATES, slot_arguments, slot_root
 from ane_moe.original.golden import Golden
@@ -29,6 +31,9 @@ Routed = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 @dataclass(frozen=True)
 class Parity:
     """Runs the shards of `folder` on `golden` and yields a row per function.
+
+    An encoder's functions see each prompt in windows (windows.py), and count where all that a token
+    depends on is inside.
 
     Where prefill functions see every token, one-token calls (decode) see about
     `decode_tokens` of them (None: all): spread over the golden where nothing is kept from call to
@@ -59,7 +64,10 @@ class Parity:
         run, shards = StageRun(loaded, self.ropes), tuple(one.shard for one in loaded)
         routings: dict[int, list[Routed]] = {}
         for function in shards[0].functions:
-            rows, given, outcome = self._outcome(run, shards[0], function)
+            seen = self._outcome(run, shards[0], function)
+            if seen is None:
+                continue
+            rows, given, outcome = seen
             routed = self._routed(outcome.values, rows)
             yield from self._judged(shards, function, rows, given, outcome, routed)
             for layer, routing in routed.items():
@@ -110,11 +118,13 @@ class Parity:
 
     def _outcome(
         self, run: StageRun, shard: Shard, function: ShardFunction
-    ) -> tuple[np.ndarray, Values, Outcome]:
+    ) -> tuple[np.ndarray, Values, Outcome] | None:
         """The golden's rows that a function saw, what it is given for each of the golden's, and
-        what it wrote."""
+        what it wrote; None where no prompt fits it."""
         slots = GoldenSlots(self.golden)
         values = {slot: _fp16(slots.before(shard, slot)) for slot in run.reads}
+        if self.manifest.lengths:
+            return self._windows(run, shard, function, values)
         if not shard.states:
             rows = self._tokens(function)
             given = {slot: value[rows] for slot, value in values.items()}
@@ -132,6 +142,20 @@ class Parity:
                 )
             )
             pieces.append(np.arange(cut, span.stop))
+        return np.concatenate(pieces), values, _joined(outcomes)
+
+    def _windows(
+        self, run: StageRun, shard: Shard, function: ShardFunction, values: Values
+    ) -> tuple[np.ndarray, Values, Outcome] | None:
+        pieces, outcomes = [], []
+        reach = context_each_side([shard])
+        for window in windows_of(self.golden.spans, function.tokens, reach):
+            run.start()
+            given = {slot: value[window.first : window.last] for slot, value in values.items()}
+            outcomes.append(_kept(run.run(function.name, given), window))
+            pieces.append(np.arange(window.kept_first, window.kept_last))
+        if not pieces:
+            return None
         return np.concatenate(pieces), values, _joined(outcomes)
 
     def _routed(self, values: Values, rows: np.ndarray) -> dict[int, Routed]:
@@ -178,6 +202,11 @@ def decode_tail(manifest: Manifest, golden: Golden, decode_tokens: int | None) -
     if not manifest.prefill or decode_tokens is None:
         return None
     return max(1, decode_tokens // len(golden.prompts))
+
+
+def _kept(outcome: Outcome, window: Window) -> Outcome:
+    kept = slice(window.kept_first - window.first, window.kept_last - window.first)
+    return Outcome({slot: value[kept] for slot, value in outcome.values.items()}, outcome.finite)
 
 
 def _joined(outcomes: list[Outcome]) -> Outcome:

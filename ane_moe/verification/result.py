@@ -74,7 +74,8 @@ class Divergence:
 @dataclass(frozen=True)
 class FunctionModelResult:
     """The whole model through one kind of function, teacher-forced; KL in nats, golden against
-    shards."""
+    shards. Of a token classifier, the highest score is a label's: `label_agreement` is the share of
+    tokens that both give the same one, as `top1_agreement` is."""
 
     function: str
     tokens: int
@@ -87,6 +88,7 @@ class FunctionModelResult:
     first_differing_greedy_token: Divergence | None
     min_logit_cosine: float
     passed: bool
+    label_agreement: float | None = None
 
 
 @dataclass(frozen=True)

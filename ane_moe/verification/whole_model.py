@@ -15,7 +15,7 @@ from ane_moe.loop.buffers import Ropes
 from ane_moe.loop.embedding_table import EmbeddingTable
 from ane_moe.loop.experts import ExpertDispatch
 from ane_moe.loop.shards import Step
-from ane_moe.manifest import Manifest
+from ane_moe.manifest import Manifest, length_function
 from ane_moe.model.port import LOGITS, STREAM, slot_root, slot_rows
 from ane_moe.original.golden import Golden
 from ane_moe.verification.model_metrics import PromptLogits, compare_logits
@@ -27,9 +27,10 @@ CARRIED = ("stream", "carry")  # slots that go from stage to stage
 
 @dataclass
 class _Prompt:
-    """One prompt on its way: from row `cut` on it goes through the function of the pass, before it
-    through prefill."""
+    """The prompt `number` of a golden on its way: from row `cut` on it goes through the function of
+    the pass, before it through prefill."""
 
+    number: int
     ids: tuple[int, ...]
     cut: int
     values: dict[str, np.ndarray]  # [N,C] by slot
@@ -42,6 +43,7 @@ class ModelPass:
 
     function: str
     prompts: list[_Prompt] = field(default_factory=list)
+    of_labels: bool = False
 
     def advance(self, steps: Sequence[Step], ropes: Ropes, dispatch: ExpertDispatch | None) -> None:
         """Take every prompt through the next stage."""
@@ -85,13 +87,15 @@ class ModelPass:
 
     def result(self, golden: Golden, min_logit_cosine: float) -> FunctionModelResult:
         """The logits against a golden's, once every stage has been passed."""
-        return compare_logits(self.function, self._logits(golden), min_logit_cosine)
+        return compare_logits(
+            self.function, self._logits(golden), min_logit_cosine, of_labels=self.of_labels
+        )
 
     def _logits(self, golden: Golden) -> Iterator[PromptLogits]:
-        for number, (prompt, span) in enumerate(zip(self.prompts, golden.spans, strict=True)):
-            cut = prompt.cut
+        for prompt in self.prompts:
+            cut, span = prompt.cut, golden.spans[prompt.number]
             yield PromptLogits(
-                number, cut, prompt.ids[cut:], golden.logits[span][cut:], prompt.logits
+                prompt.number, cut, prompt.ids[cut:], golden.logits[span][cut:], prompt.logits
             )
 
 
@@ -102,20 +106,40 @@ def model_passes(
     tail: int | None,
 ) -> list[ModelPass]:
     """Decode over the last `tail` tokens of each prompt (None: all), after prefill; and prefill
-    over all of them, where there is any."""
+    over all of them, where there is any. For an encoder, each length over the prompts that it
+    holds."""
+    if manifest.lengths:
+        fitting = {
+            length: [number for number, ids in enumerate(prompts) if len(ids) <= length]
+            for length in manifest.lengths
+        }
+        return [
+            ModelPass(
+                length_function(length),
+                [_prompt(manifest, number, prompts[number], 0, embed) for number in numbers],
+                of_labels=bool(manifest.labels),
+            )
+            for length, numbers in fitting.items()
+            if numbers
+        ]
     cuts = {"decode": [0 if tail is None else max(0, len(ids) - tail) for ids in prompts]}
     if manifest.prefill:
         cuts["prefill"] = [0] * len(prompts)
     return [
         ModelPass(
             function,
-            [_prompt(manifest, ids, cut, embed) for ids, cut in zip(prompts, own, strict=True)],
+            [
+                _prompt(manifest, number, ids, cut, embed)
+                for number, (ids, cut) in enumerate(zip(prompts, own, strict=True))
+            ],
         )
         for function, own in cuts.items()
     ]
 
 
-def _prompt(manifest: Manifest, ids: tuple[int, ...], cut: int, embed: EmbeddingTable) -> _Prompt:
+def _prompt(
+    manifest: Manifest, number: int, ids: tuple[int, ...], cut: int, embed: EmbeddingTable
+) -> _Prompt:
     stream = np.stack([embed[identifier] for identifier in ids])
-    logits = np.empty((len(ids) - cut, manifest.vocab), np.float32)
-    return _Prompt(ids, cut, {STREAM: stream}, logits)
+    logits = np.empty((len(ids) - cut, manifest.scores), np.float32)
+    return _Prompt(number, ids, cut, {STREAM: stream}, logits)

@@ -17,7 +17,7 @@ from ane_moe.loop.generation import GenerateOptions, generate
 from ane_moe.loop.session import Session
 from ane_moe.loop.shards import load_shards
 from ane_moe.manifest import read_manifest
-from tests.models import DECIDED, FAMILIES, make_model, make_variant, save_checkpoint
+from tests.models import DECIDED, DECODERS, make_model, make_variant, save_checkpoint
 from tests.verification.tiny import tiny_conversion
 
 MARGIN = 1e-2  # where HF's best two logits are closer, fp16 may choose the other
@@ -72,7 +72,7 @@ def assert_agree(ids, expected, margins):
     assert decided >= MIN_DECIDED and ids[:decided] == expected[:decided]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DECODERS)
 def test_a_family_generates_the_ids_of_hugging_face(family, tmp_path):
     model = make_model(family, seed=DECIDED.get(family, 0))
     assert_agree(greedy(of_model(model, tmp_path)), *hugging_face(model, PROMPT))

@@ -1,5 +1,7 @@
 """Templates: every weight is where the traced block has it, or the conversion stops."""
 
+from dataclasses import replace
+
 import pytest
 
 from ane_moe.coreml_tools import Model_pb2, ct, validating_once
@@ -8,6 +10,7 @@ from ane_moe.emit.coreml.template import value_name
 from ane_moe.emit.coreml.token_count import MARKER, with_token_count
 from ane_moe.emit.coreml.tracing import ConversionError, make_template
 from ane_moe.model.attention import AttentionConfig
+from ane_moe.model.band import BandConfig
 from ane_moe.model.cca import CcaConfig, CcaSpec
 from ane_moe.model.eda_router import EdaRouterSpec
 from ane_moe.model.experts import ExpertGroupConfig, SharedExpertConfig
@@ -16,7 +19,16 @@ from ane_moe.model.mlp import DenseConfig
 from ane_moe.model.moe import MoeConfig
 from ane_moe.model.routed import RoutedMixerConfig
 from ane_moe.model.short_conv import ShortConvConfig, ShortConvSpec
-from ane_moe.model.spec import GqaSpec, MlpSpec, MoeSpec, NormSpec, RouterSpec, SharedSpec
+from ane_moe.model.spec import (
+    BandSpec,
+    Clamp,
+    GqaSpec,
+    MlpSpec,
+    MoeSpec,
+    NormSpec,
+    RouterSpec,
+    SharedSpec,
+)
 from ane_moe.model.stack import StackConfig
 from ane_moe.model.template_key import TemplateKey
 from ane_moe.parts.projection import Projection
@@ -29,6 +41,8 @@ MOE = MoeSpec(RouterSpec(4, 2), MlpSpec(24), SharedSpec(MlpSpec(8), gated=True))
 EDA = MoeSpec(EdaRouterSpec(4, 8, takes=True, eps=1e-5), MlpSpec(24))
 CCA = CcaSpec(4, 2, 8, 0.3, "main")
 GQA = GqaSpec(4, 2, 8, 0.3, "main", qkv_bias=True, o_bias=True, qk_norm="head", clip_qkv=3.0)
+BAND = BandSpec(4, 2, 8, 0.3, "main", qkv_bias=True, o_bias=True, sinks=True, reach=5)
+CLAMPED = MoeSpec(RouterSpec(4, 2, logit_bias=True), MlpSpec(24, Clamp(7.0, 1.702), bias=True))
 
 
 def operations(template, function):
@@ -45,7 +59,9 @@ def operations(template, function):
         MoeConfig(16, NORM, MOE, experts=4, first=True),
         MoeConfig(16, NORM, MOE, experts=2, first=False),
         DenseConfig(16, NORM, MlpSpec(24)),
-        HeadConfig(16, NORM, vocab_rows=20),
+        HeadConfig(16, NORM, 20),
+        BandConfig(16, NORM, BAND, rotary=4),
+        MoeConfig(16, NORM, CLAMPED, experts=4, first=True),
     ],
     ids=lambda block: type(block).__name__,
 )
@@ -100,12 +116,35 @@ def test_every_block_converts_with_all_its_weights_as_constants_of_both_function
                 ),
             )
         ),
-        HeadConfig(16, NORM, vocab_rows=20),
+        HeadConfig(16, NORM, 20),
+        HeadConfig(16, NORM, 5, bias=True),
+        AttentionConfig(16, NORM, replace(GQA, sinks=True), rotary=4, slots=32),
+        MoeConfig(16, NORM, CLAMPED, experts=2, first=False),
+        ExpertGroupConfig(16, CLAMPED.expert, 2),
     ],
     ids=lambda block: type(block).__name__,
 )
 def test_setting_the_token_count_gives_the_bytes_of_a_conversion_for_it(block, layout):
-    key = TemplateKey(block, (("decode", 1), ("t3", 3), ("prefill", 64)), layout)
+    assert_set_as_converted(block, layout, (("decode", 1), ("t3", 3), ("prefill", 64)))
+
+
+@pytest.mark.parametrize("layout", ["bc1s", "bct1"])
+@pytest.mark.parametrize(
+    "block",
+    [
+        BandConfig(16, NORM, BAND, rotary=4),
+        RoutedMixerConfig(BandConfig(16, NORM, BAND, rotary=4), CLAMPED.router),
+        StackConfig(((BandConfig(16, NORM, BAND), MoeConfig(16, NORM, CLAMPED, 4, True)),) * 2),
+    ],
+    ids=lambda block: type(block).__name__,
+)
+def test_a_block_that_is_as_high_as_it_is_wide_follows_the_token_count(block, layout):
+    """Of one token alone, a conversion for it would leave out slices that keep all."""
+    assert_set_as_converted(block, layout, (("length_3", 3), ("length_64", 64)))
+
+
+def assert_set_as_converted(block, layout, functions):
+    key = TemplateKey(block, functions, layout)
     unbound = trace.build_unbound(block)
     weights = {name: tuple(parameter.shape) for name, parameter in unbound.named_parameters()}
     traced = trace._trace(unbound, unbound.ports(1), layout)

@@ -123,7 +123,10 @@ def test_sizes_and_multipliers_are_those_of_the_config(name: str, tmp_path: Path
     assert spec.family == config.model_type
     assert (spec.vocab, spec.d_model) == model.model.embed_tokens.weight.shape
     assert spec.context == config.max_position_embeddings
-    assert spec.head.tied == (model.lm_head.weight is model.model.embed_tokens.weight)
+    head = model.score if spec.head.labels else model.lm_head
+    assert spec.head.tied == (head.weight is model.model.embed_tokens.weight)
+    assert spec.scores == len(head.weight)
+    assert spec.head.bias == (head.bias is not None)
     assert spec.head.logit_scale == 1 / getattr(config, "logits_scaling", 1)
     assert spec.embed_scale == getattr(config, "embedding_multiplier", 1)
     assert spec.residual_scale == getattr(config, "residual_multiplier", 1)

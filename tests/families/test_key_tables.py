@@ -95,12 +95,24 @@ OTHERS = {
         (r"layers\.(\d+)\.ffn\.router\.choice_bias", r"model.layers.\1.feed_forward.expert_bias"),
     ),
 }
+FILTER = r"model.layers.\1.mlp.experts"
+OTHERS["openai_privacy_filter"] = (
+    (r"head\.rows\.(weight|bias)", r"score.\1"),
+    (r"layers\.(\d+)\.attn\.sinks\.weight", r"model.layers.\1.self_attn.sinks"),
+    (r"layers\.(\d+)\.ffn\.router\.bias", r"model.layers.\1.mlp.router.bias"),
+    (r"layers\.(\d+)\.ffn\.experts\.\d+\.(?:gate|up)\.bias", f"{FILTER}.gate_up_proj_bias"),
+    (r"layers\.(\d+)\.ffn\.experts\.\d+\.down\.bias", f"{FILTER}.down_proj_bias"),
+)
 BIASED: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"qkv_bias": True},
     "lfm2_moe": {"conv_bias": True},
     "zaya": {},
 }
-BLOCKS = {"granitemoe": ("block_sparse_moe", "router"), "lfm2_moe": ("feed_forward", "gate")}
+BLOCKS = {
+    "granitemoe": ("block_sparse_moe", "router"),
+    "lfm2_moe": ("feed_forward", "gate"),
+    "openai_privacy_filter": ("mlp", "router"),
+}
 
 
 def build(name: str) -> PreTrainedModel:
@@ -116,10 +128,17 @@ def runtime_tensor(model: PreTrainedModel, name: str) -> torch.Tensor:
     tensor = model.state_dict()[key]
     if found := re.search(r"experts\.(\d+)\.(gate|up|down)", name):
         tensor = tensor[int(found[1])]
+        if family == "openai_privacy_filter" and tensor.dim() == 2:
+            tensor = tensor.T
         if found[2] != "down":
             tensor = tensor.chunk(2)[found[2] == "up"]
     if run := re.search(r"attn\.([bcu])\.weight", name):
         tensor = tensor.chunk(3)["bcu".index(run[1])]
+    if family == "openai_privacy_filter" and re.search(r"attn\.[qk]\.", name):
+        head = model.config.head_dim
+        order = [*range(0, head, 2), *range(1, head, 2)]  # firsts of all pairs, then seconds
+        heads = range(0, len(tensor), head)
+        tensor = tensor[[first + place for first in heads for place in order]]
     return tensor
 
 

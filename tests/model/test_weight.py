@@ -5,6 +5,7 @@ import math
 import pytest
 
 from ane_moe.model.attention import AttentionConfig
+from ane_moe.model.band import BandConfig
 from ane_moe.model.cca import CcaConfig, CcaSpec
 from ane_moe.model.eda_router import EdaRouterSpec
 from ane_moe.model.experts import ExpertGroupConfig, SharedExpertConfig
@@ -14,6 +15,8 @@ from ane_moe.model.moe import MoeConfig
 from ane_moe.model.routed import RoutedMixerConfig
 from ane_moe.model.short_conv import ShortConvConfig, ShortConvSpec
 from ane_moe.model.spec import (
+    BandSpec,
+    Clamp,
     GqaSpec,
     HeadSpec,
     LayerSpec,
@@ -34,6 +37,8 @@ GQA = GqaSpec(4, 2, 8, scale=1.0, rope=None, qkv_bias=True, o_bias=True, qk_norm
 FULL = GqaSpec(4, 2, 8, scale=1.0, rope=None, qk_norm="full")
 MOE = MoeSpec(RouterSpec(4, 2), MlpSpec(24), SharedSpec(MlpSpec(8), gated=True))
 EDA = MoeSpec(EdaRouterSpec(4, 6, takes=True, eps=1e-5), MlpSpec(24))
+BAND = BandSpec(4, 2, 8, scale=1.0, rope=None, qkv_bias=True, sinks=True, reach=3)
+CLAMPED = MoeSpec(RouterSpec(4, 2, logit_bias=True), MlpSpec(24, Clamp(7.0, 1.7), bias=True))
 CCA = CcaSpec(4, 2, 8, scale=1.0, rope="main")
 ATTENTION = AttentionConfig(D, NORM, GQA, 0, 32, ranks=(("q", 1), ("v", 2), ("o", 3)))
 DENSE = DenseConfig(D, NORM, MlpSpec(24), RANKS)
@@ -56,6 +61,9 @@ CONFIGS = [
     ExpertGroupConfig(D, MOE.expert, 2, affine=True),
     SharedExpertConfig(D, MOE.shared, RANKS),
     HeadConfig(D, NORM, 20, 2),
+    HeadConfig(D, NORM, 5, bias=True),
+    BandConfig(D, NORM, BAND, ranks=(("o", 2),)),
+    MoeConfig(D, NORM, CLAMPED, 4, True, False, RANKS),
 ]
 SPEC = ModelSpec(
     "any", D, 50, 64, NORM, (LayerSpec(GQA, MOE), LayerSpec(FULL, MlpSpec(40))), HeadSpec(False), {}

@@ -13,7 +13,7 @@ from ane_moe.formats.recipe import FP16
 from ane_moe.loop.generation import GenerateOptions, generate
 from ane_moe.loop.session import Session
 from ane_moe.loop.shards import load_shards
-from tests.models import DECIDED, FAMILIES, make_model, make_variant, save_checkpoint
+from tests.models import DECIDED, DECODERS, make_model, make_variant, save_checkpoint
 
 NEW_TOKENS = 32
 MARGIN = 1e-2  # where HF's best two logits are closer, fp16 may choose the other
@@ -70,7 +70,7 @@ def assert_logits_agree(model, session):
     assert np.median((logits * expected).sum(1) / norms) > COSINE
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DECODERS)
 def test_a_family_generates_the_ids_of_hugging_face(family, tmp_path):
     model = make_model(family, seed=DECIDED.get(family, 0))
     shards = load_shards(converted(model, tmp_path), "reference")
