@@ -10,6 +10,7 @@ import numpy as np
 from ane_moe.benchmark.result import CacheTiming, LoopTiming, latency
 from ane_moe.errors import UserError
 from ane_moe.loop.figures import CacheFigures, PhaseFigures
+from ane_moe.loop.labels import Labeller
 from ane_moe.loop.session import Session
 from ane_moe.manifest import Manifest
 from ane_moe.progress import Progress
@@ -104,6 +105,25 @@ def time_prefill(
     session.reset()
 
 
+def time_windows(
+    labeller: Labeller, ids: Sequence[int], lengths: Sequence[int], runs: int, progress: Progress
+) -> Iterator[LoopTiming]:
+    """Windows of the text `ids` (again and again) that fill an encoder's functions for each of
+    `lengths`; one run before those that count."""
+    for number, length in enumerate(lengths):
+        progress(f"window of {length} tokens", number, len(lengths))
+        text = list(islice(cycle(ids), length))
+        labeller.logits(text, length)
+        before = _copy(labeller.figures), _cache_copy(labeller.cache_figures)
+        seconds = []
+        for _ in range(runs):
+            started = perf_counter()
+            labeller.logits(text, length)
+            seconds.append(perf_counter() - started)
+        after = labeller.figures, labeller.cache_figures
+        yield _timing(0, length, runs, sum(seconds), seconds, after, before)
+
+
 def _require_room(session: Session, needed: Sequence[int]) -> None:
     if wrong := [count for count in needed if not 0 < count <= session.manifest.context]:
         raise UserError(
@@ -115,12 +135,16 @@ def _require_room(session: Session, needed: Sequence[int]) -> None:
 
 # Decode, prefill and cache figures so far: a session only ever adds to them.
 _Snapshot = tuple[PhaseFigures, PhaseFigures, CacheFigures | None]
+_Phase = tuple[PhaseFigures, CacheFigures | None]
 
 
 def _snapshot(session: Session) -> _Snapshot:
     figures = session.figures
-    cache = CacheFigures(**asdict(figures.cache)) if figures.cache else None
-    return _copy(figures.decode), _copy(figures.prefill), cache
+    return _copy(figures.decode), _copy(figures.prefill), _cache_copy(figures.cache)
+
+
+def _cache_copy(cache: CacheFigures | None) -> CacheFigures | None:
+    return CacheFigures(**asdict(cache)) if cache else None
 
 
 def _copy(phase: PhaseFigures) -> PhaseFigures:
@@ -138,8 +162,23 @@ def _row(
     after: PhaseFigures,
     before: _Snapshot,
 ) -> LoopTiming:
-    """The row of what happened since `before`: `runs` times `tokens` in `wall` seconds."""
     earlier = before[0] if after is session.figures.decode else before[1]
+    now, then = (after, session.figures.cache), (earlier, before[2])
+    return _timing(fill, tokens, runs, wall, seconds, now, then)
+
+
+def _timing(
+    fill: int,
+    tokens: int,
+    runs: int,
+    wall: float,
+    seconds: list[float],
+    now: _Phase,
+    then: _Phase,
+) -> LoopTiming:
+    """The row of what happened between `then` and `now`: `runs` times `tokens` in `wall`
+    seconds."""
+    (after, cache), (earlier, earlier_cache) = now, then
     each = 1000 / (tokens * runs)
     kinds = {
         name: each * (kind.seconds - (earlier.kinds[name].seconds if name in earlier.kinds else 0))
@@ -156,7 +195,7 @@ def _row(
         kinds_ms=kinds,
         load_ms=each * waiting,
         host_ms=each * max(0.0, wall - inside - waiting),
-        cache=_cache(session.figures.cache, before[2]),
+        cache=_cache(cache, earlier_cache),
     )
 
 

@@ -21,6 +21,7 @@ from ane_moe.benchmark.loop_timing import (
     default_lengths,
     time_decode,
     time_prefill,
+    time_windows,
 )
 from ane_moe.benchmark.output_check import AS_STORED, ORIGINAL, check_output, open_goldens
 from ane_moe.benchmark.result import BenchReport, LoadTiming, Memory, Side, Versus
@@ -28,6 +29,7 @@ from ane_moe.benchmark.surroundings import surroundings, thermal_state
 from ane_moe.benchmark.versus_mlx import run_mlx
 from ane_moe.conversion.workers import peak_memory_bytes
 from ane_moe.errors import UserError
+from ane_moe.loop.labels import Labeller
 from ane_moe.loop.session import Session
 from ane_moe.loop.shards import LoadedShards, load_shards
 from ane_moe.manifest import Manifest, read_manifest
@@ -41,7 +43,8 @@ DEFAULT_UNITS = "cpu_and_ne"
 @dataclass(frozen=True)
 class BenchOptions:
     """How to measure. `runs` warm calls of each function after `warmup`; `tokens` decoded at each
-    context fill of `fills`; prompts of `lengths` tokens (None: chosen by the context). `units`
+    context fill of `fills`; prompts of `lengths` tokens (None: chosen by the context). An encoder
+    has `lengths` of its own, and no fills. `units`
     None: cpu_and_ne on Core ML."""
 
     runs: int = 20
@@ -75,8 +78,8 @@ def bench(
     """
     options = options or BenchOptions()
     report_progress = progress or silent
-    _require_sensible(options)
     manifest = read_manifest(out)
+    _require_sensible(options, manifest)
     runtime = resolve_runtime(runtime)
     units = _units(options, runtime)
     goldens = open_goldens(out, manifest)
@@ -85,15 +88,13 @@ def bench(
     compiled = _compiled_before(out, manifest, runtime, runtime_options)
     conditions = surroundings(manifest, runtime, units, options.warmup, compiled)
     report_progress("loading", 0, 1)
-    session, load = _load(out, runtime, options, text[0], runtime_options)
-    checks = check_output(session, goldens, _limits(min_logit_cosine, manifest), report_progress)
+    model, load = _load(out, runtime, options, text[0], runtime_options)
+    checks = check_output(model, goldens, _limits(min_logit_cosine, manifest), report_progress)
     report = BenchReport(
         all(check.passed for check in checks), str(out), runtime, conditions, checks
     )
     if not report.passed:
         return report
-    fills = options.fills or default_fills(manifest, options.tokens, options.warmup)
-    lengths = options.lengths or default_lengths(manifest)
     report = replace(
         report,
         load=load,
@@ -108,20 +109,16 @@ def bench(
                 **runtime_options,
             )
         ),
-        decode=tuple(
-            time_decode(session, text, fills, options.tokens, options.warmup, report_progress)
-        ),
-        prefill=tuple(time_prefill(session, text, lengths, PREFILL_RUNS, report_progress)),
     )
-    if options.energy:
-        report_progress("energy", 0, 1)
-        report = _with_energy(report, session, text)
-    if options.vs_mlx:
-        report_progress("mlx-lm", 0, 1)
-        report = replace(report, versus=_versus(session, options, text, max(lengths)))
+    if isinstance(model, Labeller):
+        lengths = options.lengths or model.lengths
+        windows = time_windows(model, text, lengths, options.runs, report_progress)
+        report = replace(report, windows=tuple(windows))
+    else:
+        report = _with_loop(report, model, text, options, report_progress)
     report = replace(
         report,
-        memory=_memory(session.shards),
+        memory=_memory(model.shards),
         conditions=replace(conditions, thermal=thermal_state()),
     )
     beside = set_beside(report, out)
@@ -130,7 +127,31 @@ def bench(
     return replace(report, predicted_skipped=beside)
 
 
-def _require_sensible(options: BenchOptions) -> None:
+def _with_loop(
+    report: BenchReport,
+    session: Session,
+    text: list[int],
+    options: BenchOptions,
+    progress: Progress,
+) -> BenchReport:
+    """Decoding and prefill, and what else was asked for."""
+    manifest = session.manifest
+    fills = options.fills or default_fills(manifest, options.tokens, options.warmup)
+    lengths = options.lengths or default_lengths(manifest)
+    decode = time_decode(session, text, fills, options.tokens, options.warmup, progress)
+    report = replace(report, decode=tuple(decode))
+    prefill = time_prefill(session, text, lengths, PREFILL_RUNS, progress)
+    report = replace(report, prefill=tuple(prefill))
+    if options.energy:
+        progress("energy", 0, 1)
+        report = _with_energy(report, session, text)
+    if options.vs_mlx:
+        progress("mlx-lm", 0, 1)
+        report = replace(report, versus=_versus(session, options, text, max(lengths)))
+    return report
+
+
+def _require_sensible(options: BenchOptions, manifest: Manifest) -> None:
     for name in ("runs", "tokens", "concurrency"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 1", str(getattr(options, name)))
@@ -138,6 +159,14 @@ def _require_sensible(options: BenchOptions) -> None:
         raise UserError("--warmup must be 0 or more", str(options.warmup))
     if options.energy:
         require_powermetrics(shutil.which)
+    if not manifest.lengths:
+        return
+    decoding = {"--fills": options.fills, "--energy": options.energy, "--vs": options.vs_mlx}
+    if asked := [name for name, value in decoding.items() if value]:
+        raise UserError(f"{asked[0]} is of decoding", "an encoder, which decodes nothing")
+    if set(options.lengths or ()) - set(manifest.lengths):
+        there = ", ".join(map(str, manifest.lengths))
+        raise UserError("--lengths of an encoder are those of its functions", do=f"give {there}")
 
 
 def _units(options: BenchOptions, runtime: str) -> str | None:
@@ -168,7 +197,7 @@ def _compiled_before(
 
 def _load(
     out: Path, runtime: str, options: BenchOptions, first: int, runtime_options: dict[str, Any]
-) -> tuple[Session, LoadTiming]:
+) -> tuple[Session | Labeller, LoadTiming]:
     started = perf_counter()
     shards = load_shards(
         out,
@@ -177,13 +206,17 @@ def _load(
         memory_mb=options.memory_mb,
         **runtime_options,
     )
-    session = Session(shards, concurrency=options.concurrency, predictor=options.predictor)
+    model: Session | Labeller
+    if shards.manifest.lengths:
+        model = Labeller(shards, concurrency=options.concurrency)
+    else:
+        model = Session(shards, concurrency=options.concurrency, predictor=options.predictor)
     loaded = perf_counter()
-    session.decode(first)
+    model.logits([first]) if isinstance(model, Labeller) else model.decode(first)
     functions = sum(
         len(shard.functions) for shard in shards.manifest.shards if not shard.dispatched
     )
-    return session, LoadTiming(loaded - started, perf_counter() - loaded, functions)
+    return model, LoadTiming(loaded - started, perf_counter() - loaded, functions)
 
 
 def _limits(asked: float | None, manifest: Manifest) -> dict[str, float]:

@@ -1,15 +1,16 @@
 """No speed for wrong output: the loaded shards against the golden, before anything is timed."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ane_moe.benchmark.result import OutputCheck
 from ane_moe.errors import UserError
+from ane_moe.loop.labels import Labeller
 from ane_moe.loop.session import Session
-from ane_moe.manifest import Manifest
+from ane_moe.manifest import Manifest, length_function
 from ane_moe.original.golden import Golden, read_golden
 from ane_moe.original.prompts import check_prompts
 from ane_moe.progress import Progress
@@ -25,6 +26,8 @@ DECODE_TOKENS = 32  # checked through one-token calls where prefill covers every
 
 
 ORIGINAL, AS_STORED = "original", "as stored"
+# A prompt, the position from which a function ran, and its logits `[N,V]` from there on.
+_PromptRun = tuple[int, int, np.ndarray]
 
 
 def open_goldens(folder: Path, manifest: Manifest) -> dict[str, Golden]:
@@ -66,30 +69,38 @@ def _whole(golden: Golden, manifest: Manifest) -> Golden:
 
 
 def check_output(
-    session: Session,
+    model: Session | Labeller,
     goldens: Mapping[str, Golden],
     min_logit_cosine: Mapping[str, float],
     progress: Progress,
 ) -> tuple[OutputCheck, ...]:
     """Teacher-forced through the decode functions and, where there are any, the prefill functions,
-    each against every golden."""
-    functions = ("decode", *(("prefill",) if session.manifest.prefill else ()))
+    or through an encoder's of each length, each against every golden."""
+    original, of_labels = goldens[ORIGINAL], isinstance(model, Labeller)
+    runs: dict[str, Iterator[_PromptRun]] = {}
+    if isinstance(model, Labeller):
+        for length in model.lengths:
+            runs[length_function(length)] = _label(model, original, length, progress)
+    else:
+        for function in ("decode", *(("prefill",) if model.manifest.prefill else ())):
+            runs[function] = _run(model, original, function, progress)
     return tuple(
         check
-        for function in functions
-        for check in _check(session, function, goldens, min_logit_cosine, progress)
+        for function, own in runs.items()
+        for check in _check(function, list(own), goldens, min_logit_cosine, of_labels)
     )
 
 
 def _check(
-    session: Session,
     function: str,
+    runs: Sequence[_PromptRun],
     goldens: Mapping[str, Golden],
     min_logit_cosine: Mapping[str, float],
-    progress: Progress,
+    of_labels: bool,
 ) -> Iterator[OutputCheck]:
+    if not runs:  # no prompt is as short
+        return
     original = goldens[ORIGINAL]
-    runs = list(_run(session, original, function, progress))
     for name, golden in goldens.items():
         prompts = [
             PromptLogits(
@@ -99,11 +110,12 @@ def _check(
                 golden.logits[golden.spans[number]][cut:],
                 logits,
             )
-            for number, (cut, logits) in enumerate(runs)
+            for number, cut, logits in runs
         ]
         limit = min_logit_cosine[name]
         wrong = sum(_wrong_tokens(one, limit) for one in prompts)
-        yield OutputCheck(name, compare_logits(function, prompts, limit), wrong)
+        compared = compare_logits(function, prompts, limit, of_labels=of_labels)
+        yield OutputCheck(name, compared, wrong)
 
 
 def _wrong_tokens(one: PromptLogits, min_logit_cosine: float) -> int:
@@ -118,9 +130,7 @@ def _wrong_tokens(one: PromptLogits, min_logit_cosine: float) -> int:
 
 def _run(
     session: Session, golden: Golden, function: str, progress: Progress
-) -> Iterator[tuple[int, np.ndarray]]:
-    """For each prompt the position from which `function` ran, and its logits `[N,V]` from there
-    on."""
+) -> Iterator[_PromptRun]:
     tail = decode_tail(session.manifest, golden, DECODE_TOKENS) if function == "decode" else None
     for number, ids in enumerate(golden.prompts):
         progress(f"checking output, {function}", number, len(golden.prompts))
@@ -128,4 +138,14 @@ def _run(
         cut = 0 if tail is None else max(0, len(ids) - tail)
         if cut:
             session.prefill(ids[:cut])
-        yield cut, session.prefill_logits(ids[cut:], by=function)
+        yield number, cut, session.prefill_logits(ids[cut:], by=function)
+
+
+def _label(
+    labeller: Labeller, golden: Golden, length: int, progress: Progress
+) -> Iterator[_PromptRun]:
+    """The prompts that a length holds."""
+    for number, ids in enumerate(golden.prompts):
+        progress(f"checking output, {length} tokens", number, len(golden.prompts))
+        if len(ids) <= length:
+            yield number, 0, labeller.logits(ids, length)

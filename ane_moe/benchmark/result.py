@@ -103,7 +103,7 @@ class CacheTiming:
 class LoopTiming:
     """The whole token loop. Decode: `tokens` one by one after `fill` tokens of context, `latency`
     of one token. Prefill: `tokens` at once into an empty context, `latency` of all of them, up to
-    the last one's logits.
+    the last one's logits. Windows of an encoder: `tokens` at once, `latency` of all their scores.
 
     `kinds_ms` is time inside calls per token by shard kind (added up also where calls overlap),
     `load_ms` waiting for expert functions, `host_ms` everything else.
@@ -205,6 +205,7 @@ class BenchReport:
     functions: tuple[FunctionTiming, ...] = ()
     decode: tuple[LoopTiming, ...] = ()
     prefill: tuple[LoopTiming, ...] = ()
+    windows: tuple[LoopTiming, ...] = ()
     memory: Memory | None = None
     energy: Energy | None = None
     energy_skipped: str | None = None

@@ -115,6 +115,8 @@ def _figures(document: dict[str, Any]) -> Iterator[tuple[tuple[str, str], float]
         yield (f"decode after {row['fill']} tokens", "tok/s"), float(row["tok_s"])
     for row in document["prefill"]:
         yield (f"prefill of {row['tokens']} tokens", "tok/s"), float(row["tok_s"])
+    for row in document.get("windows", []):
+        yield (f"window of {row['tokens']} tokens", "tok/s"), float(row["tok_s"])
     yield ("loading", "s"), float(document["load"]["seconds"])
 
 

@@ -43,6 +43,14 @@ def convert(
     prefill: Annotated[
         int, typer.Option(help="Tokens of a prefill call; 0: decode functions only.")
     ] = 64,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="encoders: token counts to make functions for.",
+            metavar="LIST",
+            show_default="32,128,512",
+        ),
+    ] = None,
     max_shard_mb: Annotated[
         int, typer.Option(help="Split MoE layers into shards of at most this size.")
     ] = 220,
@@ -153,7 +161,7 @@ def convert(
         prepare(workers, "ane_moe.conversion.stamping")
     from ane_moe.conversion.pipeline import convert as run
     from ane_moe.conversion.pipeline import plan
-    from ane_moe.conversion.plan import MAX_EXPERT_TOKENS, ConvertOptions
+    from ane_moe.conversion.plan import MAX_EXPERT_TOKENS, MAX_LENGTH, ConvertOptions
     from ane_moe.demo import demo_checkpoint
     from ane_moe.forecast.concerns import concerns_of_options, concerns_of_plan
     from ane_moe.forecast.design import AUTO, sizes_of
@@ -207,6 +215,7 @@ def convert(
         budget_mb=budget_mb,
         min_cosine=min_cosine,
         ignore_tensors=tuple(ignore_tensors or ()),
+        lengths=None if lengths is None else parse_counts(lengths, "--lengths", 1, MAX_LENGTH),
     )
     if dry_run:
         conversion = plan(source, options)

@@ -28,6 +28,12 @@ def plan(
     prefill: Annotated[
         int, typer.Option(help="Tokens of a prefill call; 0: decode functions only.", min=0)
     ] = 64,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="encoders: token counts of functions.", metavar="LIST", show_default="32,128,512"
+        ),
+    ] = None,
     max_shard_mb: Annotated[
         int, typer.Option(help="Split MoE layers into shards of at most this size.", min=1)
     ] = 220,
@@ -39,6 +45,7 @@ def plan(
     Reads no weights.
     """
     from ane_moe.forecast.outlook import outlook
+    from ane_moe.number_lists import parse_counts
     from ane_moe.report.outlook_table import print_outlook
 
     recipes = tuple(name.strip() for name in compress.split(",") if name.strip())
@@ -50,5 +57,6 @@ def plan(
         context=context,
         prefill=prefill,
         max_shard_mb=max_shard_mb,
+        lengths=None if lengths is None else parse_counts(lengths, "--lengths", 1),
     )
     typer.echo(json.dumps(found.as_json(), indent=2)) if as_json else print_outlook(found)

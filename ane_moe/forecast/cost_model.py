@@ -65,7 +65,8 @@ def predict(
     """
     decode = workload.decode if traffic is None else _with_traffic(workload.decode, traffic)
     loaded = 0.0 if traffic is None else traffic.bytes_loaded_per_token
-    one = breakdown(decode, chip, loop=loop, loaded_bytes=loaded)
+    steps = workload.step_tokens
+    one = breakdown(decode, chip, loop=loop, steps=steps, loaded_bytes=loaded)
     chunk = breakdown(workload.prefill, chip, loop=loop, steps=workload.prefill_tokens)
     return Prediction(
         chip=chip.name,

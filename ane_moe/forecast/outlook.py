@@ -39,6 +39,7 @@ APPROXIMATE = (
     "hold "
     "other parts"
 )
+MINOR = 0.05  # of the weights that a step reads
 CLOSE = 1.1  # expected speeds nearer than this factor do not decide
 
 
@@ -55,8 +56,14 @@ class Choice:
 
     @property
     def stays(self) -> bool:
-        """Whether no rule takes any of it off the engine."""
-        return all(concern.verdict != "cpu" for concern in self.concerns)
+        """Whether no rule takes any of it off the engine, but for parts that hold few of the
+        weights that a step reads: those may run where they are."""
+        read = Counter[str]()
+        for call in self.workload.decode:
+            read[call.kind] += round(call.count.expected * call.stored_bytes)
+        minor = {kind for kind, size in read.items() if size < MINOR * read.total()}
+        off = (concern for concern in self.concerns if concern.verdict == "cpu")
+        return all(concern.kind in minor for concern in off)
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,7 @@ class Outlook:
     choices: tuple[Choice, ...]
     recommendation: str
     design: Design | None = None
+    lengths: tuple[int, ...] = ()
 
     @property
     def supported(self) -> bool:
@@ -95,6 +103,7 @@ class Outlook:
             "target": self.target,
             "os": self.os,
             "context": self.context,
+            "lengths": list(self.lengths),
             "weights": self.weights,
             "notes": list(self.notes),
             "choices": [_choice_json(choice) for choice in self.choices],
@@ -113,6 +122,7 @@ def outlook(
     context: int | None = None,
     prefill: int = 64,
     max_shard_mb: int = 220,
+    lengths: tuple[int, ...] | None = None,
 ) -> Outlook:
     """What `convert` would make of a checkpoint folder, a config.json, or a model of the Hugging
     Face Hub by its id.
@@ -133,6 +143,7 @@ def outlook(
         context=context,
         prefill=prefill,
         max_shard_mb=max_shard_mb,
+        lengths=lengths,
     )
 
 
@@ -147,6 +158,7 @@ def outlook_of(
     context: int | None = None,
     prefill: int = 64,
     max_shard_mb: int = 220,
+    lengths: tuple[int, ...] | None = None,
 ) -> Outlook:
     """`outlook` of a configuration that has been read; `folder` is that of its weights, if any."""
     place, model = find_target(target, os), _read_model(values, where, folder)
@@ -154,6 +166,7 @@ def outlook_of(
     if spec is None:
         return Outlook(model.name, model.refusal, target, os, None, None, model.notes, (), REFUSED)
     choices, tokens = [], None
+    of_encoder: tuple[int, ...] = ()
     for routing in ROUTINGS:
         for name in recipes:
             recipe = find_recipe(name)
@@ -163,9 +176,10 @@ def outlook_of(
                 prefill=prefill,
                 max_shard_mb=max_shard_mb,
                 recipe=recipe,
+                lengths=lengths,
             )
             kinds = plan_kinds(spec, options)
-            tokens = kinds.plan.context
+            tokens, of_encoder = kinds.plan.context, kinds.plan.lengths
             choices.append(_choice(kinds, place))
     advice = REFUSED if model.refusal else recommendation(choices)
     return Outlook(
@@ -178,7 +192,8 @@ def outlook_of(
         model.notes,
         tuple(choices),
         advice,
-        design(spec, place, context=context, prefill=prefill),
+        None if of_encoder else design(spec, place, context=context, prefill=prefill),
+        of_encoder,
     )
 
 

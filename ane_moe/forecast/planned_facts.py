@@ -18,7 +18,7 @@ from ane_moe.formats.stored_form import stored_form
 from ane_moe.manifest import ShardFunction
 from ane_moe.mlprogram.program import Operation, TensorType
 from ane_moe.mlprogram.weights import Part
-from ane_moe.model.port import STATE, STREAM, Port
+from ane_moe.model.port import MASK, STATE, STREAM, Port
 from ane_moe.model.template_key import TemplateKey, function_name, weight_name
 from ane_moe.model.weight import PARAMETER, Directions, Row, Shape, Weight
 from ane_moe.placement.facts import FunctionFacts, OpFacts, feature_facts
@@ -136,7 +136,7 @@ class _Graph:
 
     def facts(self, entry: ShardFunction) -> FunctionFacts:
         ports, states = entry.ports, len(entry.ports.states)
-        ops = [*self._convolutions(), *self._products(), *self._states(states)]
+        ops = [*self._convolutions(), *self._products(entry), *self._states(states)]
         total = self._count(states)
         stream = max((math.prod(port.shape) for port in ports.inputs if port.by_channel), default=1)
         rest = max(0, total - sum(op.count for op in ops))
@@ -191,11 +191,18 @@ class _Graph:
             op.parts = _parts(op.name, sizes[like])
             yield op
 
-    def _products(self) -> Iterator[OpFacts]:
+    def _products(self, entry: ShardFunction) -> Iterator[OpFacts]:
         """Of attention: each cache is written by a product, and its slots are read by another, over
-        all heads (as wide together as what `o` reads)."""
+        all heads (as wide together as what `o` reads). Without a cache, the tokens of the call are
+        the slots."""
         slots = max((shape[-1] for shape in self.shard.states.values()), default=0)
         widths = [weight.shape[1] for weight in self.weights if weight.stem == "o"]
+        if widths and not slots and any(port.root == MASK for port in entry.ports.inputs):
+            width = sum(widths) // len(widths)
+            flops = 2 * self.tokens * self.tokens * width
+            facts = _product() | {"reduction": self.tokens, "w": self.tokens, "flops": flops}
+            facts |= _moved(2 * width * self.tokens, width * self.tokens)
+            yield _op("matmul", 2 * len(widths), facts, "attention")
         if not (slots and widths):
             return
         written = sum(math.prod(shape) for shape in self.shard.states.values())

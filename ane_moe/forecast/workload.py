@@ -32,7 +32,8 @@ class Calls:
 
 @dataclass(frozen=True)
 class Workload:
-    """One step of decoding and one of prefill, and what all packages take.
+    """One step of decoding and one of prefill, and what all packages take. An encoder's step is a
+    window of `step_tokens`, the most that it takes, both ways.
 
     `package_bytes` are the weights in packages, without the embedding, which the host reads;
     `functions` counts those that a runtime loads of one package with all its weights (each wires a
@@ -50,6 +51,7 @@ class Workload:
     cache_bytes: int
     functions: int
     expert_bytes: int = 0
+    step_tokens: int = 1
 
     @property
     def disk_bytes(self) -> int:
@@ -59,12 +61,13 @@ class Workload:
     @property
     def calls_per_token(self) -> Range:
         """Core ML calls for one token of decoding."""
-        return add(call.count for call in self.decode)
+        return times(add(call.count for call in self.decode), 1 / self.step_tokens)
 
     @property
     def weight_bytes_per_token(self) -> Range:
         """Stored weight bytes read for one token of decoding."""
-        return add(times(call.count, call.stored_bytes) for call in self.decode)
+        read = add(times(call.count, call.stored_bytes) for call in self.decode)
+        return times(read, 1 / self.step_tokens)
 
 
 class ExpertTraffic(Protocol):
@@ -84,7 +87,12 @@ def workload_of(conversion: Path | Manifest) -> Workload:
     embed = find_format(manifest.embed_format).stored_bytes(manifest.vocab, manifest.d_model)
     k = {int(layer): facts["k"] for layer, facts in manifest.moe.items()}
     return assemble(
-        pieces_of(manifest.shards, k), manifest.routing, manifest.weights, manifest.prefill, embed
+        pieces_of(manifest.shards, k),
+        manifest.routing,
+        manifest.weights,
+        manifest.prefill,
+        embed,
+        manifest.lengths,
     )
 
 
@@ -94,29 +102,42 @@ def workload_of_plan(plan: ConversionPlan, repeats: Mapping[int, int] | None = N
     options, layers = plan.options, enumerate(plan.spec.layers)
     k = {number: layer.ffn.router.k for number, layer in layers if isinstance(layer.ffn, MoeSpec)}
     pieces = pieces_of(plan.shards, k, repeats)
-    return assemble(pieces, options.routing, options.recipe.name, options.prefill, plan.embed_bytes)
+    return assemble(
+        pieces,
+        options.routing,
+        options.recipe.name,
+        0 if plan.lengths else options.prefill,
+        plan.embed_bytes,
+        plan.lengths,
+    )
 
 
 def assemble(
-    pieces: Iterable[Piece], routing: str, format: str, prefill: int, embed_bytes: int
+    pieces: Iterable[Piece],
+    routing: str,
+    format: str,
+    prefill: int,
+    embed_bytes: int,
+    lengths: tuple[int, ...] = (),
 ) -> Workload:
     """Count the calls that a model of these packages makes. `prefill` 0: prompts are decoded token
-    by token."""
-    merged = merge(pieces)
+    by token. `lengths` are an encoder's."""
+    merged, step = merge(pieces), max(lengths, default=1)
     return Workload(
         routing=routing,
         format=format,
-        decode=tuple(call for piece, count in merged for call in _calls(piece, count, 1)),
+        decode=tuple(call for piece, count in merged for call in _calls(piece, count, step)),
         prefill=tuple(
-            call for piece, count in merged for call in _calls(piece, count, prefill or 1)
+            call for piece, count in merged for call in _calls(piece, count, prefill or step)
         ),
-        prefill_tokens=prefill or 1,
+        prefill_tokens=prefill or step,
         packages=sum(count * piece.packages for piece, count in merged),
         package_bytes=sum(count * piece.stored_bytes for piece, count in merged),
         embed_bytes=embed_bytes,
         cache_bytes=sum(count * piece.cache_bytes for piece, count in merged),
-        functions=2 if prefill else 1,
+        functions=len(lengths) or (2 if prefill else 1),
         expert_bytes=sum(count * piece.stored_bytes for piece, count in merged if piece.experts),
+        step_tokens=step,
     )
 
 

@@ -51,6 +51,7 @@ class Labeller:
         self.labels, self.lengths = manifest.labels, manifest.lengths
         self.context_each_side = context_each_side(manifest.shards)
         self.figures = PhaseFigures()
+        self.cache_figures = shards.cache.figures if shards.cache else None
         self._states = States(shards.loaded)
         cache = shards.cache
         dispatch = ExpertDispatch(shards.experts, cache, concurrency) if cache else None

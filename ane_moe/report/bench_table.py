@@ -19,6 +19,7 @@ KINDS = {
     "dense": "dense",
     "stack": "layers",
     "lm_head": "head",
+    "labels": "head",
 }
 
 
@@ -33,17 +34,23 @@ def bench_report(report: BenchReport, comparison: Comparison | None = None) -> R
                 style="bold red",
             ),
         )
-    parts += [
-        _functions(report),
-        _loop(report, "Decode; ms of a token, and where they go", report.decode, "context", "fill"),
-        _loop(
-            report,
+    parts.append(_functions(report))
+    loops = (
+        ("Decode; ms of a token, and where they go", report.decode, "context", "fill"),
+        (
             "Prefill; ms of the prompt, and where they go for a token",
             report.prefill,
             "prompt",
             "tokens",
         ),
-    ]
+        (
+            "Windows; ms of a window, and where they go for a token",
+            report.windows,
+            "window",
+            "tokens",
+        ),
+    )
+    parts += [_loop(report, title, rows, *count) for title, rows, *count in loops if rows]
     parts += [*_totals(report), *(_energy(report.energy) if report.energy else [])]
     parts += (
         [Text(f"no energy: {report.energy_skipped}", style="yellow")]
@@ -84,9 +91,10 @@ def _conditions(report: BenchReport) -> Iterable[Text]:
 
 def _check(check: OutputCheck) -> Text:
     model = check.model
+    what = "label" if model.of_labels else "greedy token"
     text = (
         f"output, {model.function}, golden {check.golden}: {model.tokens} tokens, logit cosine "
-        f"{model.logit_cosine:.6f} (at least {model.min_logit_cosine}), same greedy token "
+        f"{model.logit_cosine:.6f} (at least {model.min_logit_cosine}), same {what} "
         f"{model.top1_agreement:.1%}, clearly wrong {check.wrong_tokens}"
     )
     return Text(text, style="green" if check.passed else "red")

@@ -7,6 +7,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ane_moe.manifest import Manifest
 from ane_moe.placement.result import FunctionPlacement
 from ane_moe.report import plots
 from ane_moe.report.report_data import ReportData
@@ -164,6 +165,13 @@ def _plots(data: ReportData) -> dict[str, Markup]:
     return {name: Markup(svg) for name, svg in found.items()}
 
 
+def _calls(manifest: Manifest) -> dict[str, str]:
+    """How many tokens calls take."""
+    if manifest.lengths:
+        return {"tokens of a call": ", ".join(map(str, manifest.lengths))}
+    return {"context": str(manifest.context), "tokens of a prefill call": str(manifest.prefill)}
+
+
 def _settings(data: ReportData) -> dict[str, str]:
     manifest = data.manifest
     facts = {
@@ -172,8 +180,7 @@ def _settings(data: ReportData) -> dict[str, str]:
         "weights": manifest.weights,
         "state": manifest.state,
         "layout": manifest.layout,
-        "context": str(manifest.context),
-        "tokens of a prefill call": str(manifest.prefill),
+        **_calls(manifest),
     }
     if data.verify:
         facts |= {

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ane_moe.report.report_data import ReportData
+from ane_moe.verification.result import FunctionModelResult
 
 SPECIAL = str.maketrans({mark: f"\\{mark}" for mark in "\\`*_[]<>|#!"})
 
@@ -19,28 +20,7 @@ def render_markdown(data: ReportData) -> str:
         f"{manifest.context}.",
     ]
     if verify and verify.models:
-        rows = [
-            [
-                row.function,
-                row.tokens,
-                f"{row.top1_agreement:.2%}",
-                f"{row.mean_kl:.2e}",
-                _number(row.perplexity_golden),
-                _number(row.perplexity_shards),
-                f"{row.logit_cosine:.6f}",
-            ]
-            for row in verify.models
-        ]
-        head = [
-            "through",
-            "tokens",
-            "top-1",
-            "mean KL",
-            "perplexity, original",
-            "shards",
-            "logit cosine",
-        ]
-        parts += ["## Against the original model", _table(head, rows)]
+        parts += ["## Against the original model", _models(verify.models)]
     if verify and verify.shards:
         worst = min(
             (row for row in verify.shards if row.cosine is not None),
@@ -94,19 +74,48 @@ def _badge(data: ReportData) -> str:
     )
 
 
+def _models(models: Sequence[FunctionModelResult]) -> str:
+    of_labels = models[0].of_labels
+    rows = [
+        [
+            row.function,
+            row.tokens,
+            f"{row.top1_agreement:.2%}",
+            f"{row.mean_kl:.2e}",
+            *_perplexities(row),
+            f"{row.logit_cosine:.6f}",
+        ]
+        for row in models
+    ]
+    perplexity = [] if of_labels else ["perplexity, original", "shards"]
+    same = "same label" if of_labels else "top-1"
+    return _table(["through", "tokens", same, "mean KL", *perplexity, "logit cosine"], rows)
+
+
+def _perplexities(row: FunctionModelResult) -> list[str]:
+    """None of labels, which do not follow from each other."""
+    if row.of_labels:
+        return []
+    return [_number(row.perplexity_golden), _number(row.perplexity_shards)]
+
+
 def _speed(data: ReportData) -> Iterable[str]:
-    if data.bench and data.bench["decode"]:
+    rows = [*data.bench["decode"], *data.bench.get("windows", ())] if data.bench else []
+    if data.bench and rows:
         what = (
             "on the device"
             if data.bench["device_figures"]
             else "reference runtime on a CPU, NOT A DEVICE FIGURE"
         )
-        rows = [
-            [row["fill"], f"{row['tok_s']:.1f}", f"{row['latency']['median_ms']:.1f}"]
-            for row in data.bench["decode"]
-        ]
+        first, count = ("context", "fill") if data.bench["decode"] else ("a window", "tokens")
         yield f"## Speed, measured ({what})"
-        yield _table(["tokens of context", "tok/s", "median ms"], rows)
+        yield _table(
+            [f"tokens of {first}", "tok/s", "median ms"],
+            [
+                [row[count], f"{row['tok_s']:.1f}", f"{row['latency']['median_ms']:.1f}"]
+                for row in rows
+            ],
+        )
     if data.predicted:
         speed = data.predicted["decode"]["tok_s"]
         yield f"## Speed, predicted ({_text(data.predicted['chip'])})"

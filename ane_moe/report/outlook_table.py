@@ -39,7 +39,11 @@ def print_outlook(found: Outlook) -> None:
 def _forecast(console: Console, found: Outlook) -> None:
     size = f"{_weights(found.weights or 0)} weights in shards"
     where = f"on {found.target} under OS {found.os}{'' if found.supported else ', approximate'}"
-    _print(console, f"{found.model_type}, {size}, context {found.context}, {where}")
+    calls = f"context {found.context}"
+    if found.lengths:
+        lengths = ", ".join(map(str, found.lengths))
+        calls = f"windows of {lengths} tokens (figures: full ones of the most)"
+    _print(console, f"{found.model_type}, {size}, {calls}, {where}")
     marks = _marks(found)
     sizes = _table("MB", "shards", "calls/token", "MB/token", "convert", "see")
     memory = _unit(BYTES, (choice.prediction.memory_bytes for choice in found.choices))
@@ -119,11 +123,15 @@ def _size_cells(choice: Choice, marks: dict[tuple[str, str], str]) -> tuple[str,
     return (
         _amount(work.disk_bytes / 1e6),
         f"{work.packages}",
-        f"{work.calls_per_token.expected:.0f}",
+        _calls(work.calls_per_token.expected),
         _amount(work.weight_bytes_per_token.expected / 1e6),
         _duration(choice.conversion_seconds),
         " ".join(marks[concern.key] for concern in choice.concerns),
     )
+
+
+def _calls(each: float) -> str:
+    return f"{each:.0f}" if each >= 1 else f"{each:.2g}"
 
 
 def _speed_cells(choice: Choice, memory: float, load: float) -> tuple[str, ...]:

@@ -111,7 +111,7 @@ def _bench(path: Path) -> dict[str, Any]:
                 f"{path} is too large for a saved bench", f"{path.stat().st_size} bytes"
             )
         document = json.loads(path.read_text(encoding="utf-8"))
-        for row in document["decode"]:
+        for row in (*document["decode"], *document.get("windows", ())):
             _require_numbers(
                 row["latency"]["median_ms"], row["tok_s"], row["host_ms"], *row["kinds_ms"].values()
             )

@@ -144,25 +144,27 @@ def _routing(rows: tuple[RoutingResult, ...], mode: str) -> Table:
 
 
 def _models(rows: tuple[FunctionModelResult, ...]) -> Table:
+    of_labels = rows[0].of_labels
     table = _table(
-        "Whole model, teacher-forced (KL in nats, perplexity golden / shards)",
+        "Whole model (KL in nats)"
+        if of_labels
+        else "Whole model, teacher-forced (KL in nats, perplexity golden / shards)",
         "function",
         "tokens",
-        "top-1",
+        "same label" if of_labels else "top-1",
         "mean KL",
-        "golden",
-        "shards",
+        *(() if of_labels else ("golden", "shards")),
         "logit cosine",
         "margin",
     )
     for row in rows:
+        perplexities = (_plain(row.perplexity_golden), _plain(row.perplexity_shards))
         table.add_row(
             row.function,
             str(row.tokens),
             f"{row.top1_agreement:.2%}",
             _small(row.mean_kl),
-            _plain(row.perplexity_golden),
-            _plain(row.perplexity_shards),
+            *(() if of_labels else perplexities),
             _figure(row.logit_cosine),
             _signed(row.logit_cosine - row.min_logit_cosine),
             style=None if row.passed else "red",
@@ -173,8 +175,9 @@ def _models(rows: tuple[FunctionModelResult, ...]) -> Table:
 def _divergences(rows: tuple[FunctionModelResult, ...]) -> Iterable[Text]:
     for row in rows:
         if first := row.first_differing_greedy_token:
+            what = "label" if row.of_labels else "greedy token"
             yield Text(
-                f"first other greedy token, {row.function}: prompt {first.prompt}, position "
+                f"first other {what}, {row.function}: prompt {first.prompt}, position "
                 f"{first.position}; "
                 f"the golden prefers its own by {first.golden_margin:.2g} logits"
             )

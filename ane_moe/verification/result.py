@@ -90,6 +90,11 @@ class FunctionModelResult:
     passed: bool
     label_agreement: float | None = None
 
+    @property
+    def of_labels(self) -> bool:
+        """Whether its scores are a token classifier's."""
+        return self.label_agreement is not None
+
 
 @dataclass(frozen=True)
 class TokenizerResult:
