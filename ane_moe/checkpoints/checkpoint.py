@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
+from ane_moe.checkpoints import original_filter
 from ane_moe.checkpoints.alternating_zaya import is_alternating, native_config, native_name
 from ane_moe.checkpoints.folder import (
     CONFIG,
@@ -209,6 +210,16 @@ class Checkpoint:
         out.reshape(arranged.shape)[...] = arranged
         return out
 
+    def made(self, key: str) -> np.ndarray:
+        """A tensor that is made of a stored one, fp32, whole."""
+        tensor = self.tensors[key]
+        source = TensorSource(EMBEDDING, key, tensor.shape)
+        pieces = [
+            widened(stored, tensor.dtype) * np.float32(tensor.scale)
+            for _, stored in self._chunks(source)
+        ]
+        return np.concatenate(pieces).reshape(tensor.shape)
+
     def digest(self, sources: Iterable[TensorSource]) -> str:
         """sha256 (hex) over the stored bytes of `sources`, in order, each preceded by its name,
         place and transform."""
@@ -224,12 +235,13 @@ class Checkpoint:
             hasher.update(stored.data)
 
     def _narrow(self, stored: np.ndarray, source: TensorSource, narrow: np.ndarray) -> None:
-        dtype = self.tensors[source.key].dtype
+        tensor = self.tensors[source.key]
+        scale = source.scale * tensor.scale
         if source.weight and source.weight.centred:  # a short vector: all of it is in one piece
-            wide = widened(stored, dtype) * np.float32(source.scale)
+            wide = widened(stored, tensor.dtype) * np.float32(scale)
             narrow[...] = narrowed(wide - wide.max())
         else:
-            narrow_into(narrow, stored, dtype, source.scale)
+            narrow_into(narrow, stored, tensor.dtype, scale)
 
     def _chunks(self, source: TensorSource) -> Iterable[tuple[int, np.ndarray]]:
         """(first element, stored numbers) of each piece of `source`; valid until the next piece."""
@@ -255,6 +267,7 @@ class Checkpoint:
             source.columns,
             source.pairs,
             source.scale,
+            self.tensors[source.key].scale,
             bool(source.weight and source.weight.centred),
         )
         return repr(facts).encode() + b"\n"
@@ -294,10 +307,12 @@ class Checkpoint:
 
     def _not_finite(self, source: TensorSource) -> UserError:
         """Reads `source` once more to say what is wrong with it."""
+        tensor = self.tensors[source.key]
+        scale = source.scale * tensor.scale
         broken, largest, overflowing = 0, 0.0, 0
         for _, stored in self._chunks(source):
-            values = widened(stored, self.tensors[source.key].dtype).astype(np.float64)
-            finite = np.abs(values[np.isfinite(values)] * source.scale)
+            values = widened(stored, tensor.dtype).astype(np.float64)
+            finite = np.abs(values[np.isfinite(values)] * scale)
             broken += len(values) - len(finite)
             overflowing += int(np.isinf(narrowed(finite)).sum())
             largest = max(largest, float(finite.max(initial=0.0)))
@@ -329,19 +344,28 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             raise UserError(f"{folder} stores {count} twice", listed(twice))
         stored |= header
     _require_indexed(folder, stored)
-    names, alternating = model_names(stored), ""
+    names, alternating, original = model_names(stored), "", ""
     renamed = example(names) and f"other tensor names than transformers gives: {example(names)}"
     if is_alternating(config, names.values()):
         alternating = "attention and experts in layers of their own: read as transformers has them"
         config = native_config(config, str(folder / CONFIG))
         layers = 2 * config["num_hidden_layers"]
         names = {key: native_name(name, layers) for key, name in names.items()}
+    tensors = {names[key]: tensor for key, tensor in stored.items()}
+    if original_filter.is_original(tensors):
+        original = "the model's first form, with names of its own: read as transformers has it"
+        config = original_filter.native_config(config, tensors, str(folder / CONFIG))
+        tensors = original_filter.native_tensors(config, tensors)
     return Checkpoint(
         folder,
         config,
         read_json(generation) if generation.is_file() else {},
-        {names[key]: tensor for key, tensor in stored.items()},
-        tuple(filter(None, (renamed, alternating, passed_over(folder), adapter_beside(folder)))),
+        tensors,
+        tuple(
+            filter(
+                None, (renamed, alternating, original, passed_over(folder), adapter_beside(folder))
+            )
+        ),
     )
 
 

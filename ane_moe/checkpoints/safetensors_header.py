@@ -46,7 +46,8 @@ DTYPE_BITS = {
 @dataclass(frozen=True)
 class StoredTensor:
     """Where one tensor's bytes lie: `offset` is counted from the start of the file. `key` is its
-    name there."""
+    name there; of a tensor that is `made` of another one, by rows of it or times `scale`, only for
+    people."""
 
     key: str
     path: Path
@@ -54,6 +55,8 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     size: int
+    scale: float = 1.0
+    made: bool = False
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

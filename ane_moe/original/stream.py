@@ -66,7 +66,7 @@ class OriginalTensors:
     by that of key_names.py."""
 
     def __init__(self, checkpoint: Checkpoint):
-        self.folder, self.config = checkpoint.folder, checkpoint.config
+        self.folder, self.config, self._made = checkpoint.folder, checkpoint.config, checkpoint.made
         tensors = checkpoint.tensors
         self._stored = {tensor.key: tensor for tensor in tensors.values()} | tensors
         self.origins = {name: tensor.key for name, tensor in self._stored.items()}
@@ -82,10 +82,13 @@ class OriginalTensors:
                 file: stack.enter_context(safe_open(file, "pt", backend="pread"))
                 for file in sorted(files)
             }
-            yield {
-                name: opened[self._stored[name].path].get_slice(self._stored[name].key)
-                for name in names
-            }
+            yield {name: self._opened(opened, name) for name in names}
+
+    def _opened(self, files: Mapping[Path, Any], name: str) -> Any:
+        tensor = self._stored[name]
+        if tensor.made:
+            return torch.from_numpy(self._made(name))
+        return files[tensor.path].get_slice(tensor.key)
 
 
 # transformers' classes, by the module that gives scores.
