@@ -24,6 +24,7 @@ from typing import Annotated, Any, BinaryIO
 import torch
 import typer
 
+from ane_moe.checkpoints.original_filter import LABELS
 from ane_moe.families import load_family
 from ane_moe.families.config import Config
 from ane_moe.families.keys import find_tensors
@@ -242,6 +243,36 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eos_token_id": 7,
         "pad_token_id": 0,
     },
+    "privacy-filter": {
+        "architectures": ["OpenAIPrivacyFilterForTokenClassification"],
+        "model_type": "openai_privacy_filter",
+        "vocab_size": 200064,
+        "hidden_size": 640,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "intermediate_size": 640,
+        "num_local_experts": 128,
+        "num_experts_per_tok": 4,
+        "attention_bias": True,
+        "sliding_window": 128,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        "id2label": {str(number): label for number, label in enumerate(LABELS)},
+        "tie_word_embeddings": False,
+        "eos_token_id": 199999,
+        "pad_token_id": 199999,
+    },
 }
 
 
@@ -278,7 +309,7 @@ def planned_tensors(spec: ModelSpec) -> list[Tensor]:
         Tensor(
             source.key,
             source.stored_shape,
-            *_distribution(str(source.name), source.stored_shape, len(spec.layers)),
+            *_distribution(str(source.name), source.shape, len(spec.layers)),
             "router" in str(source.name),
         )
         for source in stored.values()
@@ -302,8 +333,7 @@ def _distribution(name: str, shape: tuple[int, ...], layers: int) -> tuple[float
         else 1.0
     )
     # A convolution reads its channels and taps.
-    read = math.prod(shape[1:]) if "experts" not in name else shape[-1]
-    return 0.0, gain * read**-0.5
+    return 0.0, gain * math.prod(shape[1:]) ** -0.5
 
 
 def write_checkpoint(

@@ -18,6 +18,7 @@ from ane_moe.checkpoints.checkpoint import open_checkpoint
 from ane_moe.families import describe, load_family
 from ane_moe.families.config import Config
 from ane_moe.model.weight import EMBEDDING, parse_name
+from tests.models import CLASSES
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "make_checkpoint.py"
 TOTAL_PARAMETERS = {  # billions, of the whole models, as their authors give them
@@ -28,6 +29,7 @@ TOTAL_PARAMETERS = {  # billions, of the whole models, as their authors give the
     "granite-3.1-1b-a400m": 1.3,
     "zaya1-8b": 8.84,
     "lfm2-8b-a1b": 8.34,
+    "privacy-filter": 1.4,
 }
 
 
@@ -99,7 +101,8 @@ def test_presets_have_the_size_of_the_real_models(script: ModuleType, like: str)
     total = sum(tensor.elements for tensor in script.planned_tensors(spec))
     assert total / 1e9 == pytest.approx(TOTAL_PARAMETERS[like], rel=0.03)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**preset))
+        kind = CLASSES.get(preset["model_type"], AutoModelForCausalLM)
+        model = kind.from_config(AutoConfig.for_model(**preset))
     stored = {name for name, _ in model.named_buffers()} & set(model.state_dict())
     parts = [*model.parameters(), *(model.get_buffer(name) for name in stored)]
     assert sum(part.numel() for part in parts) == total

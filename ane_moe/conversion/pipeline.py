@@ -23,7 +23,7 @@ from ane_moe.conversion.goldens import (
 from ane_moe.conversion.job import Job, open_job, plan_of
 from ane_moe.conversion.output_folder import MARKER, claim, identity, remove_strangers, require_disk
 from ane_moe.conversion.plan import MB, ConversionPlan, ConvertOptions, Recovery
-from ane_moe.conversion.side_files import write_routers
+from ane_moe.conversion.side_files import LABEL_FILES, copy_label_files, write_routers
 from ane_moe.conversion.stamping import (
     TOOLS,
     Done,
@@ -117,6 +117,7 @@ def convert(
     meter = _Meter(job.plan.disk_bytes, progress)
     try:
         tokenizer_files = write_tokenizer(tokenizer, out)
+        copy_label_files(job.checkpoint.folder, out)
         job = _calibrated(job, workers, meter)
         done, embed = _stamp(job, workers, meter)
         write_routers(job.checkpoint, job.sources, job.plan.routers, out)
@@ -344,7 +345,7 @@ def _complete(manifest: Manifest, job: Job) -> Manifest:
     golden, as_stored = (
         name if (out / name).exists() else None for name in (GOLDEN, GOLDEN_AS_STORED)
     )
-    named = (golden, as_stored, CALIBRATION, manifest.tokenizer_record)
+    named = (golden, as_stored, CALIBRATION, manifest.tokenizer_record, *LABEL_FILES)
     beside = [name for name in named if name and (out / name).exists()]
     loose = (*manifest.tokenizer, *job.plan.routers.values(), *beside)
     files = manifest.files | {name: sha256(out / name) for name in loose}

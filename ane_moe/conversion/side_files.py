@@ -1,6 +1,8 @@
-"""What a conversion holds beside its shards: the embedding table and the router tables."""
+"""What a conversion holds beside its shards: the embedding table, the router tables, and what
+decodes labels."""
 
 import hashlib
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from ane_moe.formats.recipe import find_format
 from ane_moe.model.weight import WeightName
 
 EMBED_CHUNK_BYTES = 1 << 20  # read, hashed and written while they are in the cache
+# Of a token classifier, where it has them: biases for what label may follow which.
+LABEL_FILES = ("viterbi_calibration.json",)
 LARGEST = 60_000  # below fp16's end; which experts score highest does not change with the scale
 
 
@@ -44,6 +48,15 @@ def write_embedding(
         for scale in scales:
             write(scale)
     return digest.hexdigest()
+
+
+def copy_label_files(checkpoint: Path, out: Path) -> None:
+    """Take over what the checkpoint has of LABEL_FILES; one that an earlier run left goes."""
+    for name in LABEL_FILES:
+        (out / name).unlink(missing_ok=True)
+        if (checkpoint / name).is_file():
+            with replaced(out / name) as temporary:
+                shutil.copyfile(checkpoint / name, temporary)
 
 
 def write_routers(

@@ -21,6 +21,7 @@ from ane_moe.errors import UserError
 from ane_moe.families import describe
 from ane_moe.loop.labels import Labeller
 from ane_moe.loop.shards import load_shards
+from ane_moe.manifest import read_manifest
 from ane_moe.verification.verify import verify
 from tests.models import make_model, save_checkpoint
 from tests.verification.tiny import tiny_conversion
@@ -126,8 +127,12 @@ def test_both_forms_are_one_model(model: PreTrainedModel, original: Path, tmp_pa
 def test_the_first_form_is_converted_and_proved(
     model: PreTrainedModel, original: Path, tmp_path: Path
 ) -> None:
+    biases = original / "viterbi_calibration.json"
+    biases.write_text('{"operating_points": {}}')
     out = tiny_conversion(original, tmp_path / "out", lengths=(24,), golden=True)
     assert verify(out).passed
+    assert (out / biases.name).read_bytes() == biases.read_bytes()
+    assert biases.name in read_manifest(out).files
     assert verify(out, checkpoint=original).passed
     labeller = Labeller(load_shards(out, "reference"))
     assert labeller.labels == LABELS
