@@ -264,12 +264,12 @@ class Checkpoint:
             source.index,
             source.rows,
             source.transpose,
-            source.columns,
-            source.pairs,
             source.scale,
-            self.tensors[source.key].scale,
             bool(source.weight and source.weight.centred),
         )
+        rare = (source.columns, source.pairs, self.tensors[source.key].scale)
+        if rare != (None, 0, 1.0):  # others keep the keys that they had
+            return repr((*facts, *rare)).encode() + b"\n"
         return repr(facts).encode() + b"\n"
 
     def _require_one_vocabulary(self, sources: Mapping[WeightName, TensorSource]) -> None:

@@ -111,13 +111,17 @@ class StreamedModel:
         self.config = _config(tensors)
         self.taps = load_family(self.config.model_type).TAPS
         with torch.device("meta"):
-            self.model = CLASSES[self.taps.head].from_config(
-                self.config,
-                dtype=torch.float32,
-                attn_implementation="eager",
-                experts_implementation="eager",
-                trust_remote_code=False,
-            ).eval()
+            self.model = (
+                CLASSES[self.taps.head]
+                .from_config(
+                    self.config,
+                    dtype=torch.float32,
+                    attn_implementation="eager",
+                    experts_implementation="eager",
+                    trust_remote_code=False,
+                )
+                .eval()
+            )
         self.layers: nn.ModuleList = self.model.base_model.layers
         self._mapping: list[Any] = get_model_conversion_mapping(self.model)
         if any(SINGLE_PAIR.search(name) for name in tensors.origins):

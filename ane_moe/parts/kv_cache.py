@@ -31,13 +31,14 @@ def attend(
     kv_heads, slots = keys.shape[1], keys.shape[3]
     q = (q * scale).transpose(2, 3).reshape(1, kv_heads, -1, head_dim)  # (1, K, G T, D)
     scores = (q @ keys).reshape(1, heads, -1, slots) + mask  # (1, H, T, S)
-    weights = torch.softmax(scores, dim=-1) if sinks is None else _beside(scores, sinks)
-    weights = weights.reshape(1, kv_heads, -1, slots)  # (1, K, G T, S)
+    weights = _softmax(scores, sinks).reshape(1, kv_heads, -1, slots)  # (1, K, G T, S)
     mixed = (weights @ values.transpose(2, 3)).reshape(1, heads, -1, head_dim)
     return mixed.transpose(2, 3).reshape(1, heads * head_dim, 1, -1)
 
 
-def _beside(scores: Tensor, sinks: Tensor) -> Tensor:
-    """The softmax of scores and sinks, the sinks' own column left out: it comes last, since slices
-    at a non-zero offset of the last axis saturate on the M1 and M2 engines."""
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Over the scores, and sinks where there are any, whose own column is left out: it comes last,
+    since slices at a non-zero offset of the last axis saturate on the M1 and M2 engines."""
+    if sinks is None:
+        return torch.softmax(scores, dim=-1)
     return torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[:, :, :, :-1]
