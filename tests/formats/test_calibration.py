@@ -35,22 +35,25 @@ def text(tmp_path_factory) -> Path:
     return path
 
 
+HEADS = ("lm_head", "score")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_moments_are_the_mean_squares_of_what_hugging_face_computes(family, tmp_path, text):
     model = make_model(family, num_hidden_layers=2)
     calibration = calibrate(open_model(save_checkpoint(model, tmp_path / "checkpoint")), text)
     heard: dict[str, list[torch.Tensor]] = {}
     for name, module in model.named_modules():
-        if name.endswith(("q_proj", "o_proj", "in_proj", "out_proj", "lm_head")):
+        if name.endswith(("q_proj", "o_proj", "in_proj", "out_proj", *HEADS)):
             module.register_forward_pre_hook(
                 lambda _, args, name=name: heard.setdefault(name, []).append(args[0][0])
             )
     with torch.no_grad():
         for ids in json.loads(PROMPTS):
             model(input_ids=torch.tensor([ids]), use_cache=False)
-    assert len(heard) >= 5 and "lm_head" in heard
+    assert len(heard) >= 5 and set(HEADS) & set(heard)
     for theirs, inputs in heard.items():
-        if theirs == "lm_head":
+        if theirs in HEADS:
             ours = "head.x"
         elif ".mlp." in theirs:  # a router's
             continue
@@ -68,8 +71,21 @@ def test_moments_are_the_mean_squares_of_what_hugging_face_computes(family, tmp_
     )
 
 
-def test_what_enters_down_is_what_the_expert_makes(tmp_path, text):
-    model = make_model("qwen3_moe", num_hidden_layers=1, mlp_only_layers=[])
+def silu_of(experts, expert, x):
+    gate, up = torch.nn.functional.linear(x, experts.gate_up_proj[expert]).chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def clamped_of(experts, expert, x):
+    return experts._apply_gate(x @ experts.gate_up_proj[expert] + experts.gate_up_proj_bias[expert])
+
+
+@pytest.mark.parametrize(
+    ("family", "hidden_of"), [("qwen3_moe", silu_of), ("openai_privacy_filter", clamped_of)]
+)
+def test_what_enters_down_is_what_the_expert_makes(family, hidden_of, tmp_path, text):
+    own = {"mlp_only_layers": []} if family == "qwen3_moe" else {}
+    model = make_model(family, num_hidden_layers=1, **own)
     checkpoint = save_checkpoint(model, tmp_path / "checkpoint")
     heard: list[tuple[torch.Tensor, ...]] = []
     block = model.model.layers[0].mlp
@@ -83,10 +99,7 @@ def test_what_enters_down_is_what_the_expert_makes(tmp_path, text):
         inputs = torch.cat([x[(chosen == expert).any(1)] for x, chosen, _ in heard])
         assert len(inputs) == count
         if count:
-            gate, up = torch.nn.functional.linear(inputs, block.experts.gate_up_proj[expert]).chunk(
-                2, -1
-            )
-            expected = (torch.nn.functional.silu(gate) * up).square().mean(0).detach().numpy()
+            expected = hidden_of(block.experts, expert, inputs).square().mean(0).detach().numpy()
             found = calibration.moments[hidden]
             assert np.allclose(
                 found, expected, rtol=2e-2, atol=1e-4 * expected.mean()
