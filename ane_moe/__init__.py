@@ -13,6 +13,7 @@ VERBS = {
     "verify": "ane_moe.verification.verify",
     "bench": "ane_moe.benchmark.measurement",
     "load_shards": "ane_moe.loop.shards",
+    "redact": "ane_moe.redaction.redactor",
 }
 __all__ = list(VERBS)
 

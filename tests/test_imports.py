@@ -15,6 +15,7 @@ FORBIDDEN = {
     "mlprogram": (*MADE_WITH, "runtime", "loop", "manifest"),
     "runtime": (*MADE_WITH, "loop", "manifest"),
     "loop": MADE_WITH,
+    "redaction": (*MADE_WITH, "torch", "transformers", "report", "commands"),
     "conversion": ("verification", "benchmark", "report"),
     "parts": ("families", "emit", "conversion"),
     "formats": ("families", "parts", "emit", "conversion"),

@@ -38,6 +38,21 @@ class Tokenizer:
         """Ids of `text`, with the special tokens the tokenizer adds by itself."""
         return list(self.loaded(text, verbose=False)["input_ids"])
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of `text`, as `encode` gives them, and which characters each stands for: first,
+        last + 1. Tokens of a part of a character stand for all of it, added ones for none.
+
+        Raises UserError where the tokenizer does not know.
+        """
+        if not self.loaded.is_fast:
+            raise UserError(
+                "the tokenizer does not tell which characters its tokens stand for",
+                type(self.loaded).__name__,
+                "convert again with a tokenizer.json",
+            )
+        encoded = self.loaded(text, verbose=False, return_offsets_mapping=True)
+        return list(encoded["input_ids"]), list(encoded["offset_mapping"])
+
     @property
     def has_chat_template(self) -> bool:
         return bool(self.loaded.chat_template)

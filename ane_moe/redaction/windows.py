@@ -1,0 +1,86 @@
+"""Windows: how a text longer than the model's functions take goes through them.
+
+A token's scores depend on tokens up to `context` away, on either side: each layer looks as far as
+its band, at tokens that have looked as far before, so band times depth. A window's token has the
+scores of the whole text when it lies that far from both ends of the window, or where those are the
+text's own ends. So windows keep their middles, and the middles join without a gap.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+class Scorer(Protocol):
+    """What gives scores to the tokens of one window (loop/labels.py is one)."""
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """The names of the scores, in their order."""
+        ...
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """The numbers of tokens that there are functions for."""
+        ...
+
+    @property
+    def context_each_side(self) -> int:
+        """How far away a token can matter to another's scores."""
+        ...
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Scores `[N, labels]`, float32, of 1 to max(lengths) tokens."""
+        ...
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens `first` to `last` go in; the scores of `keep_first` to `keep_last` are kept."""
+
+    first: int
+    last: int
+    keep_first: int
+    keep_last: int
+
+
+LEAST_KEPT = 8  # a window keeps at least this part of it, or long texts cost too much
+
+
+def context_within(length: int, context: int) -> int:
+    """The tokens on each side that windows of `length` give: `context`, or a quarter of the window
+    where that would leave next to nothing to keep."""
+    return context if length - 2 * context >= max(1, length // LEAST_KEPT) else length // 4
+
+
+def plan_windows(count: int, length: int, context: int) -> list[Window]:
+    """Windows of at most `length` tokens, whose kept parts join to `count` tokens."""
+    if count <= length:
+        return [Window(0, count, 0, count)] if count else []
+    around = context_within(length, context)
+    windows, kept = [], 0
+    while kept < count:
+        first = max(0, min(kept - around, count - length))
+        last = first + length
+        keep_last = count if last == count else last - around
+        windows.append(Window(first, last, kept, keep_last))
+        kept = keep_last
+    return windows
+
+
+def is_exact(scorer: Scorer) -> bool:
+    """Whether long texts get the scores that they would get in one piece."""
+    context = scorer.context_each_side
+    return context_within(max(scorer.lengths), context) == context
+
+
+def scores_of(scorer: Scorer, ids: Sequence[int]) -> np.ndarray:
+    """Scores `[N, labels]`, float32, of a text's tokens, however many they are."""
+    scores = np.empty((len(ids), len(scorer.labels)), np.float32)
+    for window in plan_windows(len(ids), max(scorer.lengths), scorer.context_each_side):
+        found = scorer.logits(ids[window.first : window.last])
+        kept = slice(window.keep_first - window.first, window.keep_last - window.first)
+        scores[window.keep_first : window.keep_last] = found[kept]
+    return scores
