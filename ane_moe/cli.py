@@ -17,9 +17,11 @@ from ane_moe.commands.generate import generate
 from ane_moe.commands.group import group
 from ane_moe.commands.inspect import inspect
 from ane_moe.commands.plan import plan
+from ane_moe.commands.redact import redact
 from ane_moe.commands.report import report
 from ane_moe.commands.run import run
 from ane_moe.commands.trace import trace
+from ane_moe.commands.unredact import unredact
 from ane_moe.commands.verify import verify
 from ane_moe.errors import UserError
 
@@ -34,6 +36,8 @@ for command in (
     convert,
     verify,
     generate,
+    redact,
+    unredact,
     bench,
     report,
     trace,

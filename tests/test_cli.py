@@ -10,7 +10,19 @@ import pytest
 from ane_moe.manifest import FILE_NAME
 from tests.models import make_model, save_checkpoint
 
-COMMANDS = ["plan", "convert", "verify", "generate", "inspect", "run", "diff", "demo", "cache"]
+COMMANDS = [
+    "plan",
+    "convert",
+    "verify",
+    "generate",
+    "redact",
+    "unredact",
+    "inspect",
+    "run",
+    "diff",
+    "demo",
+    "cache",
+]
 
 
 def ane_moe(*arguments):

@@ -162,7 +162,7 @@ def convert(
     from ane_moe.conversion.pipeline import convert as run
     from ane_moe.conversion.pipeline import plan
     from ane_moe.conversion.plan import MAX_EXPERT_TOKENS, MAX_LENGTH, ConvertOptions
-    from ane_moe.demo import demo_checkpoint
+    from ane_moe.demo import built_in
     from ane_moe.forecast.concerns import concerns_of_options, concerns_of_plan
     from ane_moe.forecast.design import AUTO, sizes_of
     from ane_moe.formats.recipe import find_recipe, recipe_of
@@ -189,7 +189,7 @@ def convert(
             )
         experts_per_function = str(groups.experts_per_function)
     place = find_target(target or DEFAULT_TARGET, system)
-    source = demo_checkpoint() if str(checkpoint) == "demo" else checkpoint
+    source = built_in(checkpoint)
     unsaid = AUTO if target else "1"
     asked = (
         experts_per_function or (unsaid if routing == "sparse" else "1"),

@@ -6,6 +6,13 @@ from typing import Annotated
 import typer
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Beside = Annotated[
+    bool,
+    typer.Option(
+        "--beside",
+        help="Write a file beside each (notes.redacted.txt, notes.restored.txt) instead of stdout.",
+    ),
+]
 Concurrency = Annotated[int, typer.Option(help="Experts of a layer to run at once.")]
 ExpertCacheMb = Annotated[
     float | None,
@@ -47,3 +54,13 @@ PrecisionName = Annotated[
     ),
 ]
 RuntimeName = Annotated[str, typer.Option(help="reference, coreml or auto.")]
+TextFile = Annotated[
+    Path | None,
+    typer.Option(help="Take the text from this file, and from those that TEXT then names."),
+]
+TextOrFiles = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="The text; after --file, more files.", metavar="[TEXT]", show_default="stdin"
+    ),
+]

@@ -50,14 +50,14 @@ def trace(
     """
     from rich.console import Console
 
-    from ane_moe.demo import demo_checkpoint
+    from ane_moe.demo import built_in
     from ane_moe.report.routing_table import trace_table
     from ane_moe.report.step_bar import step_bar
     from ane_moe.routing.recorder import record
     from ane_moe.routing.routing_trace import write_trace
     from ane_moe.routing.statistics import summarise
 
-    folder = demo_checkpoint() if str(source) == "demo" else source
+    folder = built_in(source)
     with step_bar() as progress:
         found = record(
             folder, text, window=window, max_tokens=max_tokens, runtime=runtime, progress=progress

@@ -1,4 +1,5 @@
-"""The built-in demo checkpoint: a tiny trained `qwen3_moe` model of Python source code."""
+"""The built-in demo checkpoints: a tiny trained `qwen3_moe` model of Python source code, and a tiny
+trained `openai_privacy_filter`."""
 
 import os
 import shutil
@@ -11,6 +12,17 @@ from ane_moe.errors import UserError
 def demo_checkpoint() -> Path:
     """Return the folder of the packaged checkpoint (read-only: copy it to change it)."""
     return Path(__file__).parent / "checkpoint"
+
+
+def privacy_checkpoint() -> Path:
+    """Return the folder of the packaged privacy filter (read-only)."""
+    return Path(__file__).parent / "privacy"
+
+
+def built_in(checkpoint: Path) -> Path:
+    """The packaged checkpoint that `demo` or `demo-privacy` names; any other path as it is."""
+    named = {"demo": demo_checkpoint, "demo-privacy": privacy_checkpoint}
+    return named.get(str(checkpoint), lambda: checkpoint)()
 
 
 def copy_demo(dest: Path) -> Path:

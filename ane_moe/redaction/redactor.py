@@ -14,7 +14,7 @@ from ane_moe.redaction.documents import Piece
 from ane_moe.redaction.placeholders import DEFAULT, Numbered, Placeholders, Plain, Template
 from ane_moe.redaction.spans import Span, find_kinds, kinds_of, probabilities, spans_of
 from ane_moe.redaction.viterbi import OUTSIDE, PRESETS, Biases, Decoder, read_biases
-from ane_moe.redaction.windows import Scorer, scores_of
+from ane_moe.redaction.windows import Scorer, is_exact, scores_of
 
 MARGIN = 2048  # characters that a piece of a long unit sees of its neighbours
 
@@ -71,7 +71,8 @@ class Redacted:
 
 
 class Redactor:
-    """Finds spans in texts. `labels` are the kinds of spans that are looked for."""
+    """Finds spans in texts. `labels` are the kinds of spans that are looked for; `approximate` says
+    whether a text was longer than the functions can take without a trace of the windows."""
 
     def __init__(
         self,
@@ -87,6 +88,7 @@ class Redactor:
         kinds = kinds_of(scorer.labels)
         wanted = find_kinds(kinds if labels is None else labels, scorer.labels)
         self.labels = tuple(kind for kind in kinds if kind in wanted)
+        self.approximate = False
 
     def find(self, text: str) -> Passage:
         """What is in `text`, spans in order and apart. Raises UserError for lone surrogates."""
@@ -95,6 +97,7 @@ class Redactor:
             return Passage(text, 0, (), ())
         ids, offsets = self.tokenizer.encode_with_offsets(text)
         scores = scores_of(self.scorer, ids)
+        self.approximate |= len(ids) > max(self.scorer.lengths) and not is_exact(self.scorer)
         path = self._decoder.decode(scores)
         found = (self._decoder.labels[one] for one in path)
         names = [name if name[2:] in self.labels else OUTSIDE for name in found]

@@ -139,6 +139,16 @@ def test_spans_are_those_of_hugging_faces_own_labels():
     assert len(expected) > 10
 
 
+def test_windows_that_are_too_short_are_noticed(found):
+    short = Redactor(Banded(lengths=(16,), band=16), byte_tokenizer())
+    redact(short, "a short text")
+    assert not short.approximate
+    redact(short, "a text of more than 16 tokens" * 9)
+    assert short.approximate
+    redact(found, "a text of more than 64 tokens" * 9)
+    assert not found.approximate
+
+
 def test_other_labels_are_left_alone(found):
     text = "some text that is long enough for spans of several labels " * 9
     every = redact(found, text)
