@@ -109,6 +109,8 @@ def redact(
     _require_one_of("--scheme", scheme, SCHEMES)
     _require_one_of("--unit", unit, ENDS)
     documents = sources(file, text)
+    if mapping and not mapping.parent.is_dir():
+        raise UserError(f"{mapping} cannot be written", "no such folder", "name another file")
     template = Template(placeholder)
     places = Numbered(template) if numbered or mapping else Plain(template)
     redactor = open_redactor(

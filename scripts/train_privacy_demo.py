@@ -1,0 +1,354 @@
+"""Train the packaged privacy filter and write its card.
+
+    python scripts/train_privacy_demo.py                  # tokenizer, training, measurement, card
+    python scripts/train_privacy_demo.py --evaluate-only  # measure the packaged weights again
+    python scripts/train_privacy_demo.py --sentences tests/demo  # the sets that the tests read
+
+The texts are generated (private_sentences.py), so that any machine has them. Every figure in the
+card is measured on the saved float16 weights, with the arithmetic in float32. Seeds fix all
+choices; the last bits still depend on the machine and on the number of threads.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import faker
+import torch
+import transformers
+from privacy_card import (
+    HARDEST,
+    NEW,
+    RECORD,
+    Record,
+    measure,
+    render_card,
+    sentences_of,
+    write_record,
+    write_text,
+)
+from private_sentences import LABELS, TRAINED, Draw, Entity, Sentence, draw_text
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import (
+    OpenAIPrivacyFilterConfig,
+    OpenAIPrivacyFilterForTokenClassification,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+CHECKPOINT = Path(__file__).resolve().parents[1] / "ane_moe" / "demo" / "privacy"
+END_OF_TEXT = "<|endoftext|>"
+IGNORED = -100  # the target of padding
+
+ARCHITECTURE: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 64,
+    "sliding_window": 16,
+    "initializer_range": 0.05,  # HF's 0.02 is for widths in the thousands
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the training depends on besides the templates. Lengths are in tokens."""
+
+    steps: int = 2200
+    batch_texts: int = 24
+    pool_batches: int = 8  # texts drawn at once and sorted by length, so that little is padding
+    most_sentences: int = 5  # of a text
+    most_tokens: int = 256
+    learning_rate: float = 3e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    gradient_clip: float = 1.0
+    balance_coefficient: float = 0.01
+    vocabulary: int = 2048
+    vocabulary_texts: int = 12_000
+    seed: int = 0
+
+
+def bioes_labels() -> list[str]:
+    """The labels of the published filter, in its order."""
+    return ["O", *(f"{tag}-{label}" for label in LABELS for tag in "BIES")]
+
+
+def train_tokenizer(texts: Iterator[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE: any text round-trips, none is unknown. Digits and punctuation stand
+    alone, so that a token never holds the end of an entity and what follows."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Punctuation("isolated"),
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def bioes_targets(entities: Sequence[Entity], offsets: Sequence[tuple[int, int]]) -> list[int]:
+    """The label of each token: its place among the tokens that overlap an entity."""
+    index = {label: place for place, label in enumerate(bioes_labels())}
+    targets = [0] * len(offsets)
+    for entity in entities:
+        inside = [
+            token
+            for token, (start, end) in enumerate(offsets)
+            if start < entity.end and end > entity.start
+        ]
+        if not inside:
+            continue  # behind what was cut off
+        tags = "S" if len(inside) == 1 else "B" + "I" * (len(inside) - 2) + "E"
+        for token, tag in zip(inside, tags, strict=True):
+            targets[token] = index[f"{tag}-{entity.label}"]
+    return targets
+
+
+def build_model(settings: Settings, end_of_text: int) -> OpenAIPrivacyFilterForTokenClassification:
+    config = OpenAIPrivacyFilterConfig(
+        **ARCHITECTURE,
+        vocab_size=settings.vocabulary,
+        eos_token_id=end_of_text,
+        pad_token_id=end_of_text,
+    )
+    assert list(config.id2label.values()) == bioes_labels()
+    return OpenAIPrivacyFilterForTokenClassification(config).float()
+
+
+def build_optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.AdamW:
+    """AdamW that decays matrices and leaves norms, biases and sinks alone."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
+
+
+def learning_rate_factor(step: int, settings: Settings) -> float:
+    """Linear warm-up, then a cosine down to a hundredth."""
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def drawn_texts(settings: Settings, draw: Draw) -> Iterator[Sentence]:
+    """Texts to train on, without end."""
+    while True:
+        yield draw_text(draw, TRAINED, draw.random.randint(1, settings.most_sentences))
+
+
+def batches(
+    tokenizer: PreTrainedTokenizerFast, settings: Settings
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield ids, attention masks and targets, each [texts, tokens], without end."""
+    draw = Draw(settings.seed + 1)
+    texts = drawn_texts(settings, draw)
+    while True:
+        pool = [next(texts) for _ in range(settings.batch_texts * settings.pool_batches)]
+        pool.sort(key=lambda text: len(text.text))
+        groups = [
+            pool[at : at + settings.batch_texts] for at in range(0, len(pool), settings.batch_texts)
+        ]
+        draw.random.shuffle(groups)
+        for group in groups:
+            yield collate(tokenizer, group, settings.most_tokens)
+
+
+def collate(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[Sentence], most_tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    encoded = tokenizer(
+        [text.text for text in texts],
+        return_offsets_mapping=True,
+        truncation=True,
+        max_length=most_tokens,
+    )
+    rows = [
+        (ids, bioes_targets(text.entities, offsets))
+        for ids, offsets, text in zip(
+            encoded["input_ids"], encoded["offset_mapping"], texts, strict=True
+        )
+    ]
+    longest = max(len(ids) for ids, _ in rows)
+    pad = tokenizer.pad_token_id
+    ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in rows])
+    mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in rows])
+    targets = torch.tensor([row + [IGNORED] * (longest - len(row)) for _, row in rows])
+    return ids, mask, targets
+
+
+def balance_loss(router_logits: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """Mean over layers of Mixtral's balance loss: each layer's router is to use all experts."""
+    experts, top_k = ARCHITECTURE["num_local_experts"], ARCHITECTURE["num_experts_per_tok"]
+    losses = [load_balancing_loss_func((one,), experts, top_k, mask) for one in router_logits]
+    return torch.stack([torch.as_tensor(loss) for loss in losses]).mean()
+
+
+def train(
+    model: OpenAIPrivacyFilterForTokenClassification,
+    tokenizer: PreTrainedTokenizerFast,
+    settings: Settings,
+) -> None:
+    """Train `model` in place, reporting to stderr."""
+    optimizer = build_optimizer(model, settings)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, settings)
+    )
+    started, tokens = time.monotonic(), 0
+    model.train()
+    source = batches(tokenizer, settings)
+    for step in range(1, settings.steps + 1):
+        ids, mask, targets = next(source)
+        output = model.model(input_ids=ids, attention_mask=mask, output_router_logits=True)
+        logits = model.score(output.last_hidden_state)  # [texts, tokens, labels]
+        right = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        balance = balance_loss(output.router_logits, mask)
+        (right + settings.balance_coefficient * balance).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        tokens += int(mask.sum())
+        if step % 50 == 0 or step == settings.steps:
+            elapsed = time.monotonic() - started
+            say(
+                f"step {step}/{settings.steps}  loss {right.item():.4f}  balance "
+                f"{balance.item():.3f}  {tokens / elapsed:.0f} tok/s  "
+                f"{elapsed * (settings.steps - step) / step:.0f} s left"
+            )
+
+
+def train_checkpoint(settings: Settings, folder: Path) -> None:
+    """Train tokenizer and model and save them in `folder`, the weights in float16."""
+    texts = drawn_texts(settings, Draw(settings.seed))
+    sample = (next(texts).text for _ in range(settings.vocabulary_texts))
+    tokenizer = train_tokenizer(sample, settings.vocabulary)
+    model = build_model(settings, tokenizer.eos_token_id)
+    say(f"{model.num_parameters():,} parameters")
+    train(model, tokenizer, settings)
+    model.half().save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner only
+    tokenizer.save_pretrained(folder)
+
+
+def evaluate_checkpoint(settings: Settings, seconds: float, folder: Path) -> Record:
+    """Measure the checkpoint as saved in `folder` and write its record and card there."""
+    model = OpenAIPrivacyFilterForTokenClassification.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    record = Record(
+        settings=asdict(settings),
+        architecture=ARCHITECTURE,
+        python=platform.python_version(),
+        torch=torch.__version__.split("+")[0],
+        transformers=transformers.__version__,
+        faker=faker.VERSION,
+        parameters=model.num_parameters(),
+        cpu_seconds=seconds,
+        results=measure(model.eval(), tokenizer),
+    )
+    write_record(record, folder)
+    return record
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Put `new` in the place of `old`; both must lie on one disk."""
+    retired = new.with_name(new.name + ".old")
+    if old.exists():
+        os.replace(old, retired)
+    os.replace(new, old)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=CHECKPOINT, help="checkpoint folder (default: the package's)"
+    )
+    parser.add_argument(
+        "--evaluate-only", action="store_true", help="measure OUT again and rewrite its card"
+    )
+    parser.add_argument(
+        "--sentences", type=Path, help="only write two of the measured sets into this folder"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU; default: %(default)s")
+    for name, default in asdict(Settings()).items():
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=type(default), default=default, help="default: %(default)s")
+    return parser.parse_args()
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Train and measure, or only measure, and report the outcome on stderr."""
+    arguments = vars(parse_arguments())
+    out: Path = arguments.pop("out")
+    evaluate_only: bool = arguments.pop("evaluate_only")
+    sentences: Path | None = arguments.pop("sentences")
+    torch.set_num_threads(arguments.pop("threads"))
+    if sentences is not None:
+        for name, measured in (("new", NEW), ("held_out", HARDEST)):
+            rows = (json.dumps(asdict(one), ensure_ascii=False) for one in sentences_of(measured))
+            text = "".join(f"{row}\n" for row in rows)
+            write_text(sentences / f"{name}_sentences.jsonl", text)
+    elif evaluate_only:
+        kept = json.loads((out / RECORD).read_text())
+        record = evaluate_checkpoint(Settings(**kept["settings"]), kept["cpu_seconds"], out)
+        say(render_card(record))
+    else:
+        settings = Settings(**arguments)
+        torch.manual_seed(settings.seed)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
+            folder = Path(temporary) / "checkpoint"
+            train_checkpoint(settings, folder)
+            record = evaluate_checkpoint(settings, cpu_seconds(), folder)
+            replace_folder(folder, out)
+        say(render_card(record))
+
+
+if __name__ == "__main__":
+    main()
