@@ -26,6 +26,7 @@ class Outcome:
     assumed: str
     fitted: bool
     series: str
+    unseen: bool
     measured_ms: tuple[float, float]
     predicted_ms: Range
 
@@ -81,6 +82,7 @@ def _outcome(row: dict[str, Any]) -> Outcome:
         row.get("assumed", ""),
         row.get("fitted", False),
         row.get("series", ""),
+        row.get("unseen", False),
         (measured[0], measured[1]),
         predicted.per_token_ms,
     )
@@ -88,7 +90,7 @@ def _outcome(row: dict[str, Any]) -> Outcome:
 
 def _calls(entry: dict[str, Any]) -> Calls:
     form, weights = find_format(entry["format"]), round(entry["mweights"] * 1e6)
-    stored = round(weights * form.bits_per_weight / 8)
+    stored = round(entry.get("stored_mb", weights * form.bits_per_weight / 8e6) * 1e6)
     count = Range(entry["count"], entry["count"], entry["count"])
     cache = round(entry.get("cache_mb", 0) * 1e6)
     tokens = entry.get("tokens", 1)
