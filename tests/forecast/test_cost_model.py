@@ -15,6 +15,7 @@ from ane_moe.errors import UserError
 from ane_moe.forecast.backtest import outcomes, summary
 from ane_moe.forecast.chips import Range, chip_names, find_chip
 from ane_moe.forecast.cost_model import PARTS, breakdown, predict
+from ane_moe.forecast.engine_speed import clock_factor
 from ane_moe.forecast.pieces import ExpertSet, Piece
 from ane_moe.forecast.workload import (
     Calls,
@@ -26,7 +27,15 @@ from ane_moe.forecast.workload import (
 from ane_moe.formats.recipe import find_format, find_recipe
 from ane_moe.manifest import Manifest
 from ane_moe.placement.targets import target_names
-from scripts.backtest_cost_model import COVERAGE, PAGE, held_out, table
+from scripts.backtest_cost_model import (
+    COVERAGE,
+    PAGE,
+    before,
+    held_out,
+    table,
+    unrelated,
+    unseen,
+)
 from tests.models import make_model, save_checkpoint
 
 ONCE = Range(1, 1, 1)
@@ -47,16 +56,17 @@ def test_a_call_takes_what_a_calculation_by_hand_says():
         {
             "weights": 9.5238,
             "compute": 0,
-            "calls": 0.35,
+            "calls": 0.41,
             "kv": 0.4878,
             "head": 0,
+            "clock": 0,
             "host": 0.3,
             "loads": 0,
         },
         rel=1e-3,
     )
-    assert one.per_token_ms.expected == pytest.approx(10.6616, rel=1e-3)
-    assert one.tok_s.expected == pytest.approx(1000 / 10.6616, rel=1e-3)
+    assert one.per_token_ms.expected == pytest.approx(10.7216, rel=1e-3)
+    assert one.tok_s.expected == pytest.approx(1000 / 10.7216, rel=1e-3)
 
 
 def test_prefill_is_bound_by_computing():
@@ -238,3 +248,77 @@ def test_the_ranges_hold_what_they_promise_and_the_page_says_so():
     assert re.search(r"<!-- back-test -->\n(.*)\n<!-- end of back-test -->", page, re.DOTALL)[
         1
     ] == table(rows)
+
+
+@pytest.mark.parametrize("choose", [unseen, unrelated, held_out])
+def test_the_model_is_better_than_the_one_before_it(choose):
+    """On rows that neither took anything from, first of all."""
+    rows = choose(outcomes())
+    then, now = summary(before(rows)), summary(rows)
+    assert len(rows) >= 15
+    assert now.median_error < then.median_error and now.coverage > then.coverage
+
+
+def test_a_row_that_nothing_was_taken_from_is_not_fitted():
+    assert all(not (row.fitted or row.series) for row in unseen(outcomes()))
+    assert all(row.source for row in outcomes())
+
+
+@pytest.mark.parametrize(
+    ("bits", "share"), [(16, 1), (8, 0.58), (6, 0.45), (4, 0.32), (3, 0.23), (2, 0.16)]
+)
+def test_weights_take_the_published_share_of_the_time_of_fp16(bits, share):
+    """On an M6, and on an M4 but for 3 bits, which are widened to 4 there."""
+    stored = 10**9 * bits // 8
+    rate = "fp16" if bits == 16 else "int8" if bits == 8 else "lut"
+    for name, published in (("m6", share), ("m4", 0.32 if bits == 3 else share)):
+        found = breakdown((Calls("dense", ONCE, stored, 10**9, rate),), find_chip(name), host=False)
+        plain = breakdown(
+            (Calls("dense", ONCE, 2 * 10**9, 10**9, "fp16"),), find_chip(name), host=False
+        )
+        ratio = found.parts["weights"].expected / plain.parts["weights"].expected
+        assert ratio == pytest.approx(published)
+
+
+def test_sparse_weights_take_the_time_of_their_bytes():
+    """Half of the weights left out, with a bit each for the mask: 0.56 of fp16's time."""
+    form = find_format("sparse50")
+    stored = round(10**9 * form.bits_per_weight / 8)
+    one, all_ = (
+        breakdown((Calls("dense", ONCE, size, 10**9, form.rate),), find_chip("m6"), host=False)
+        for size in (stored, 2 * 10**9)
+    )
+    assert one.parts["weights"].expected / all_.parts["weights"].expected == pytest.approx(
+        0.56, abs=0.01
+    )
+
+
+@pytest.mark.parametrize(("task_ms", "call_ms"), [(0.01, 0.17), (0.245, 0.178), (1, 0.351)])
+def test_a_call_costs_more_the_longer_its_task(task_ms, call_ms):
+    """The published sum of an M6: 31 us, and 0.139, 0.147 and 0.32 ms after the task."""
+    stored = round(task_ms * 150e6)
+    found = breakdown((Calls("dense", ONCE, stored, 1, "fp16"),), find_chip("m6"), host=False)
+    assert found.parts["calls"].expected == pytest.approx(call_ms, rel=1e-3)
+
+
+@pytest.mark.parametrize(("gap", "published_ms"), [(0.15, 2.1), (0.25, 3.45), (0.4, 4.45)])
+def test_a_gap_on_the_host_slows_the_engine_down(gap, published_ms):
+    """Calls of 1.27 ms of work and 0.35 ms beside it, on an M6; nobody saw it elsewhere."""
+    factor = clock_factor(gap, 1.27, "m6", "expected")
+    assert 1.27 * factor + 0.35 == pytest.approx(published_ms, rel=0.02)
+    assert clock_factor(0.05, 1.27, "m6", "expected") == 1
+    assert clock_factor(gap, 12.7, "m6", "expected") == 1  # a long task bears it
+    assert clock_factor(gap, 1.27, "m4", "expected") == 1 < clock_factor(gap, 1.27, "m4", "slow")
+
+
+def test_two_engines_serve_different_experts_only():
+    chip, experts = find_chip("m6"), Piece("experts", 10**9, 5 * 10**8, "fp16")
+    experts = replace(experts, experts=ExpertSet(128, 8, 1, (1,)))
+    rest = Piece("attn", 10**9, 5 * 10**8, "fp16")
+    workload = assemble([experts, rest], "sparse", "fp16", 0, 0)
+    one, two = (predict(workload, chip, concurrency=number).decode.parts for number in (1, 2))
+    alone = predict(assemble([rest], "sparse", "fp16", 0, 0), chip).decode.parts
+    of_experts = one["weights"].expected - alone["weights"].expected
+    gained = one["weights"].expected - two["weights"].expected
+    assert gained == pytest.approx(of_experts * (1 - 1 / 1.36))
+    assert find_chip("m4").range("concurrent_gain").expected < 1.1  # one engine
