@@ -66,6 +66,18 @@ def test_every_command_has_help(command):
     assert result.returncode == 0 and "Usage:" in result.stdout and not result.stderr
 
 
+@pytest.mark.parametrize("format", ["int4-block32", "lut8-v4"])
+def test_convert_refuses_formats_that_take_a_model_off_the_engine_of_a_mac(
+    checkpoint, tmp_path, format
+):
+    asked = ("convert", checkpoint, tmp_path / "out", "--compress", format, "--dry-run")
+    refused = ane_moe(*asked, "--target", "m4")
+    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
+    assert format in refused.stderr and "--allow-cpu" in refused.stderr
+    assert ane_moe(*asked, "--target", "m4", "--allow-cpu").returncode == 0
+    assert ane_moe(*asked).returncode == 0  # no target: warned of, not refused
+
+
 def test_convert_prints_json_alone_and_none_of_coremltools_warnings(converted):
     out, result = converted
     document = json.loads(result.stdout)

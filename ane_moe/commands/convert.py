@@ -150,6 +150,13 @@ def convert(
     system: Annotated[
         int, typer.Option("--os", help="The system whose placement rules to warn of: 15, 26 or 27.")
     ] = 26,
+    allow_cpu: Annotated[
+        bool,
+        typer.Option(
+            "--allow-cpu",
+            help="Weight formats that take the model off the engine of --target, too.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert a checkpoint into Core ML shards. Run it again to go on after an interruption."""
@@ -163,7 +170,11 @@ def convert(
     from ane_moe.conversion.pipeline import plan
     from ane_moe.conversion.plan import MAX_EXPERT_TOKENS, MAX_LENGTH, ConvertOptions
     from ane_moe.demo import built_in
-    from ane_moe.forecast.concerns import concerns_of_options, concerns_of_plan
+    from ane_moe.forecast.concerns import (
+        concerns_of_options,
+        concerns_of_plan,
+        require_engine_formats,
+    )
     from ane_moe.forecast.design import AUTO, sizes_of
     from ane_moe.formats.recipe import find_recipe, recipe_of
     from ane_moe.number_lists import parse_counts, parse_layers
@@ -189,6 +200,11 @@ def convert(
             )
         experts_per_function = str(groups.experts_per_function)
     place = find_target(target or DEFAULT_TARGET, system)
+    recipe = find_recipe(
+        compress, group=lut_group, vector=int(lut_vector or 0) or None, rank=recover_rank
+    )
+    if target and not allow_cpu:
+        require_engine_formats(recipe, place)
     source = built_in(checkpoint)
     unsaid = AUTO if target else "1"
     asked = (
@@ -207,9 +223,7 @@ def convert(
         expert_tokens=parse_counts(expert_tokens, "--expert-tokens", 1, MAX_EXPERT_TOKENS),
         experts_per_function=experts,
         layers_per_shard=layers_together,
-        recipe=find_recipe(
-            compress, group=lut_group, vector=int(lut_vector or 0) or None, rank=recover_rank
-        ),
+        recipe=recipe,
         groups={} if grouping is None else groups.layers,
         calibrate=calibrate,
         budget_mb=budget_mb,

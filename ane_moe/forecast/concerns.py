@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from ane_moe.conversion.plan import ConversionPlan, ConvertOptions
+from ane_moe.errors import UserError
 from ane_moe.forecast.planned_facts import PlannedFunction, facts_of_options, facts_of_plan
 from ane_moe.formats.recipe import Recipe
 from ane_moe.formats.stored_form import stored_form
@@ -66,6 +67,18 @@ def concerns_of_plan(plan: ConversionPlan, target: Target) -> tuple[Concern, ...
             rule = book.rules[finding.rule]
             found.append(_concern(what, rule) if what else _of_function(planned, rule))
     return distinct(sorted(found, key=lambda concern: concern.function_bytes is not None))
+
+
+def require_engine_formats(recipe: Recipe, target: Target) -> None:
+    """Raise UserError where a weight format of `recipe` takes a whole model off the engine of a
+    Mac."""
+    if target.device == "mac" and recipe.leaving_engine:
+        raise UserError(
+            f"weights per block and palettes of vectors take the whole model off {target.name}'s "
+            "Neural Engine",
+            ", ".join(recipe.leaving_engine),
+            "take int8 or lut4, or convert for the CPU with --allow-cpu",
+        )
 
 
 def concerns_of_options(options: ConvertOptions, target: Target) -> tuple[Concern, ...]:

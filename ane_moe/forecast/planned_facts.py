@@ -7,7 +7,7 @@ tells apart; of it there is the number alone.
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -88,8 +88,9 @@ def facts_of_options(options: ConvertOptions) -> FunctionFacts:
         stream = Port("", (1, 2, 1, tokens), STREAM)  # of any channels above one
         stream = stream.turned() if options.layout == "bct1" else stream
         features.append(_feature("input", stream))
-    unknown = {"weight_bytes": None, "flops": None}
-    return FunctionFacts("", _shared() | unknown | {"states": states}, features, ops)
+    facts = {"weight_bytes": None, "flops": None, "states": states}
+    facts |= _refused(map(stored_form, options.recipe.formats))
+    return FunctionFacts("", _shared() | facts, features, ops)
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class _Graph:
             "package_functions": len(self.shard.functions),
             "parallel_projections": self._parallel_projections(),
             "convolutions": sum(op.count for op in ops if op.operation.type == "conv"),
-            "per_block_weights": sum(" block " in weight.form for weight in self.weights),
+            **_refused(weight.form for weight in self.weights),
         }
         for op in ops:
             op.facts["function_ops"] = total
@@ -235,6 +236,15 @@ class _Graph:
 def _parts(name: str, size: int) -> tuple[Part, ...]:
     """The stored pieces of what an operation reads, as one: planned, so they lie nowhere yet."""
     return (((name, 0), size),) if size else ()
+
+
+def _refused(forms: Iterable[str]) -> dict[str, int]:
+    """How many weights are in forms that take a whole function off the engine."""
+    listed = list(forms)
+    return {
+        "per_block_weights": sum(" block " in form for form in listed),
+        "vector_palettes": sum("vectors of" in form for form in listed),
+    }
 
 
 def _shared() -> dict[str, Any]:

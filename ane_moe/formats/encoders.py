@@ -59,6 +59,12 @@ class Format:
         return 1
 
     @property
+    def leaves_engine(self) -> bool:
+        """Whether one such matrix takes the whole model off the engine: its compiler fails (751K,
+        on an M6: int4 in blocks, palettes of vectors)."""
+        return False
+
+    @property
     def bits_per_weight(self) -> float:
         """Bits of a weight, scales and palettes included, in a square matrix that stands for
         all."""
@@ -99,6 +105,10 @@ class Linear(Format):
     @property
     def stored_arrays(self) -> int:
         return 2  # data and scale
+
+    @property
+    def leaves_engine(self) -> bool:
+        return self.block > 0
 
     def _size(self, columns: int) -> int:
         return _divisor(columns, self.block) if self.block else columns
@@ -157,6 +167,10 @@ class Palette(Format):
     @property
     def stored_arrays(self) -> int:
         return 3 if self.scaled else 2  # indices, palettes, scales
+
+    @property
+    def leaves_engine(self) -> bool:
+        return self.vector > 1
 
     def _size(self, rows: int) -> int:
         """Rows that share a palette: the largest divisor of all rows within the group size."""

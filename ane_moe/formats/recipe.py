@@ -115,6 +115,11 @@ class Recipe:
         choices = (choice for table in tables for choice in _packaged(table))
         return tuple(sorted({choice.format for choice in choices} | set(self.overrides.values())))
 
+    @property
+    def leaving_engine(self) -> tuple[str, ...]:
+        """Of these, the formats that take a whole model off the engine."""
+        return tuple(name for name in self.formats if find_format(name).leaves_engine)
+
 
 def _packaged(table: Mapping[str, Choice]) -> list[Choice]:
     return [choice for role, choice in table.items() if role != "embedding"]

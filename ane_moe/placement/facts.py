@@ -54,6 +54,7 @@ FUNCTION_FACTS = frozenset(
         "parallel_projections",
         "convolutions",
         "per_block_weights",
+        "vector_palettes",
         "converter",
         "opset",
     }
@@ -177,6 +178,7 @@ def function_facts(program: Program, name: str) -> FunctionFacts:
         "parallel_projections": _parallel_projections(ops),
         "convolutions": sum(op.operation.type == "conv" for op in ops),
         "per_block_weights": sum(" block " in weight.format for weight in weights),
+        "vector_palettes": sum("vectors of" in weight.format for weight in weights),
     }
     for op in ops:
         op.facts |= shared | {"function_ops": len(ops)}

@@ -85,6 +85,18 @@ def with_per_block_weight(path: Path) -> Path:
     return save(path, body)
 
 
+def with_vector_palette(path: Path) -> Path:
+    """Each index stands for two weights of a column."""
+
+    def body(x):
+        indices = np.zeros((32, 64, 1, 1), types.np_uint4_dtype)
+        lut = half(1, 1, 1, 1, 16, 2)
+        weight = mb.constexpr_lut_to_dense(indices=indices, lut=lut, vector_axis=0)
+        return mb.conv(x=x, weight=weight)
+
+    return save(path, body)
+
+
 def with_dynamic_slice(path: Path) -> Path:
     return save(
         path,

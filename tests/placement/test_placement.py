@@ -24,7 +24,9 @@ from tests.placement.offenders import (
     OFFENDERS,
     with_fused_attention,
     with_large_weights,
+    with_per_block_weight,
     with_state,
+    with_vector_palette,
 )
 
 FINDING = {
@@ -72,6 +74,20 @@ def test_a_planted_offender_is_found_by_the_right_rule(tmp_path, make):
     assert report.passed == (make in CONTESTED)
     assert {item.verdict for item in found} == {"uncertain" if make in CONTESTED else "cpu"}
     assert all(item.against for item in found) == (make in CONTESTED)
+
+
+@pytest.mark.parametrize(
+    ("make", "rule"),
+    [(with_per_block_weight, "per-block-model"), (with_vector_palette, "vector-palette")],
+)
+def test_one_weight_that_an_m6_refuses_takes_the_whole_function_off(tmp_path, make, rule):
+    program = make(tmp_path / "net.mlpackage")
+    (found,) = (item for item in predicted(program, "m6").findings if item.rule == rule)
+    assert (found.op, found.verdict) == (None, "cpu")
+    assert predicted(program, "m6").verdict == "cpu"
+    assert rule not in rules_of(predicted(program, "m4"))  # nobody showed it there
+    with_plain = with_state(tmp_path / "plain.mlpackage", 256)
+    assert rule not in rules_of(predicted(with_plain, "m6"))
 
 
 def test_a_package_without_an_offender_breaks_no_rule(tmp_path):
