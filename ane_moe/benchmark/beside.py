@@ -48,7 +48,7 @@ class Beside:
         return {"chip": self.chip, "loop": self.loop, "note": self.note, "rows": rows}
 
 
-def set_beside(report: BenchReport, folder: Path) -> Beside | str:
+def set_beside(report: BenchReport, folder: Path, concurrency: int = 1) -> Beside | str:
     """The prediction for the chip that `report` was measured on; or why there is none."""
     chip, units = report.conditions.chip, report.conditions.units
     if not report.is_device:
@@ -57,9 +57,8 @@ def set_beside(report: BenchReport, folder: Path) -> Beside | str:
         return f"predictions are for the Neural Engine, and the units were {units}"
     if chip not in chip_names():
         return f"the cost model has no figures for {chip}"
-    return Beside(
-        chip, LOOP, tuple(_rows(report, predict(workload_of(folder), find_chip(chip), loop=LOOP)))
-    )
+    predicted = predict(workload_of(folder), find_chip(chip), loop=LOOP, concurrency=concurrency)
+    return Beside(chip, LOOP, tuple(_rows(report, predicted)))
 
 
 def _rows(report: BenchReport, prediction: Prediction) -> list[Row]:

@@ -186,15 +186,17 @@ def _timing(
     }
     inside = after.shard_seconds - earlier.shard_seconds
     waiting = after.load_seconds - earlier.load_seconds
+    calls = after.calls - earlier.calls
     return LoopTiming(
         fill=fill,
         tokens=tokens,
         tok_s=tokens * runs / wall,
         latency=latency(seconds),
-        calls_per_token=(after.calls - earlier.calls) / (tokens * runs),
+        calls_per_token=calls / (tokens * runs),
         kinds_ms=kinds,
         load_ms=each * waiting,
         host_ms=each * max(0.0, wall - inside - waiting),
+        gap_ms=1000 * max(0.0, wall - inside) / calls if calls else 0.0,
         cache=_cache(cache, earlier_cache),
     )
 

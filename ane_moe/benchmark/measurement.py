@@ -121,7 +121,7 @@ def bench(
         memory=_memory(model.shards),
         conditions=replace(conditions, thermal=thermal_state()),
     )
-    beside = set_beside(report, out)
+    beside = set_beside(report, out, options.concurrency)
     if isinstance(beside, Beside):
         return replace(report, predicted=beside.as_json())
     return replace(report, predicted_skipped=beside)

@@ -106,7 +106,8 @@ class LoopTiming:
     the last one's logits. Windows of an encoder: `tokens` at once, `latency` of all their scores.
 
     `kinds_ms` is time inside calls per token by shard kind (added up also where calls overlap),
-    `load_ms` waiting for expert functions, `host_ms` everything else.
+    `load_ms` waiting for expert functions, `host_ms` everything else; `gap_ms` is the host's part
+    and the waiting before each call.
     """
 
     fill: int
@@ -117,6 +118,7 @@ class LoopTiming:
     kinds_ms: dict[str, float]
     load_ms: float
     host_ms: float
+    gap_ms: float
     cache: CacheTiming | None = None
 
 

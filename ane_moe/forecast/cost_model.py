@@ -45,7 +45,8 @@ class Breakdown:
 @dataclass(frozen=True)
 class Prediction:
     """`memory_bytes` with everything loaded; `load_seconds` warm, `first_load_seconds` with Core
-    ML's compilation. `bound`: the part of decoding that rules."""
+    ML's compilation. `tokens_per_joule`: of decoding, for the whole machine. `bound`: the part of
+    decoding that rules."""
 
     chip: str
     loop: Loop
@@ -54,6 +55,7 @@ class Prediction:
     load_seconds: Range
     first_load_seconds: Range
     memory_bytes: Range
+    tokens_per_joule: Range
     bound: str
     note: str = NOTE
 
@@ -101,6 +103,7 @@ def predict(
         load_seconds=_seconds(workload.package_bytes, chip.range("load_gb_s")),
         first_load_seconds=_seconds(workload.package_bytes, chip.range("first_load_gb_s")),
         memory_bytes=memory(workload),
+        tokens_per_joule=_over(one.tok_s, chip.range("decode_watts")),
         bound=max(one.parts, key=lambda part: one.parts[part].expected),
     )
 
@@ -249,6 +252,10 @@ def _with_traffic(calls: tuple[Calls, ...], traffic: ExpertTraffic) -> tuple[Cal
 def _counted(call: Calls, factor: float) -> Calls:
     count = times(call.count, factor).expected
     return Calls(**{**vars(call), "count": Range(count, count, count)})
+
+
+def _over(rate: Range, watts: Range) -> Range:
+    return Range(rate.low / watts.high, rate.expected / watts.expected, rate.high / watts.low)
 
 
 def _seconds(size: int, rate: Range) -> Range:

@@ -17,6 +17,7 @@ from ane_moe.checkpoints.checkpoint import open_checkpoint
 from ane_moe.conversion.plan import ConvertOptions
 from ane_moe.errors import UserError
 from ane_moe.families import describe
+from ane_moe.forecast.compile_time import most_layers
 from ane_moe.forecast.layer_kinds import plan_kinds
 from ane_moe.forecast.planned_facts import PlannedFunction, facts_of_plan
 from ane_moe.model.spec import ModelSpec
@@ -26,7 +27,7 @@ from ane_moe.placement.rules import RuleBook, rule_book
 from ane_moe.placement.targets import Target
 
 MOST_EXPERTS = 16  # of a function: a call reads all of them for the few that were chosen
-MOST_LAYERS = 8  # of a shard
+MOST_LAYERS = 8  # of a shard; fewer where a chain of them takes long to compile
 AUTO = "auto"
 ROUTINGS: tuple[Literal["masked", "sparse"], ...] = ("masked", "sparse")
 
@@ -77,10 +78,13 @@ def design(
     """Judge every function of a model's masked and sparse conversions, and say what to put
     together. Raises UserError as `make_plan`."""
     book, rows = rule_book(target), []
+    most = MOST_LAYERS
     for routing in ROUTINGS:
         options = ConvertOptions(routing=routing, context=context, prefill=prefill)
-        planned = facts_of_plan(plan_kinds(spec, options).plan)
-        rows += [_designed(entry, routing, book) for entry in planned]
+        plan = plan_kinds(spec, options).plan
+        rows += [_designed(entry, routing, book) for entry in facts_of_plan(plan)]
+        if routing == "masked":
+            most = most_layers(plan, target.name, MOST_LAYERS)
     price = estimate_book(target).run.most_ms
     experts = [[row] for row in rows if row.is_one_expert and row.tokens == 1]
     layers: dict[int, list[DesignedFunction]] = {}
@@ -92,7 +96,7 @@ def design(
         target.os,
         tuple(rows),
         _together(experts, price, MOST_EXPERTS),
-        _together(layers.values(), price, MOST_LAYERS),
+        _together(layers.values(), price, most),
     )
 
 

@@ -16,11 +16,11 @@ UNCHANGED = Range(1, 1, 1)
 
 def share_of_fp16(bits: float, chip: str) -> Range:
     """The time of weights stored in `bits` each, over the time of as many in fp16."""
-    table = _tables()["format"]
-    if chip == table["chip"]:
-        points = [(row["bits"], _spread(row["share"], table["spread"])) for row in table["share"]]
+    facts = table("format")
+    if chip == facts["chip"]:
+        points = [(row["bits"], _spread(row["share"], facts["spread"])) for row in facts["share"]]
     else:
-        points = [(row["bits"], _range(row)) for row in table["elsewhere"]]
+        points = [(row["bits"], _range(row)) for row in facts["elsewhere"]]
     first, last = points[0], points[-1]
     if bits <= first[0]:
         return _scaled(first[1], bits / first[0])
@@ -29,24 +29,30 @@ def share_of_fp16(bits: float, chip: str) -> Range:
 
 def after_task_ms(task_ms: float, scenario: Scenario) -> float:
     """From the end of a task of `task_ms` to the return of its synchronous call, in ms."""
-    points = [(row["task"], _range(row)) for row in _tables()["after"]["ms"]]
+    points = [(row["task"], _range(row)) for row in table("after")["ms"]]
     return _between(points, task_ms).of_cost(scenario)
 
 
 def clock_factor(gap_ms: float, task_ms: float, chip: str, scenario: Scenario) -> float:
     """How many times longer a task of `task_ms` takes where each call comes `gap_ms` after the one
     before: the engine clocks down. On chips where nobody saw it, the slow end alone has it."""
-    table = _tables()["clock"]
-    if chip != table["chip"] and scenario != "slow":
+    facts = table("clock")
+    if chip != facts["chip"] and scenario != "slow":
         return 1.0
-    points = [(row["gap"], _range(row)) for row in table["factor"]]
-    borne = gap_ms * min(1.0, table["task_ms"] / task_ms) if task_ms else gap_ms
+    points = [(row["gap"], _range(row)) for row in facts["factor"]]
+    borne = gap_ms * min(1.0, facts["task_ms"] / task_ms) if task_ms else gap_ms
     return _between([(0.0, UNCHANGED), *points], borne).of_cost(scenario)
 
 
 def bearable_gap_ms() -> float:
     """The longest gap on the host before a call that leaves the engine its clock, in ms."""
-    return float(_tables()["clock"]["bearable_gap_ms"])
+    return float(table("clock")["bearable_gap_ms"])
+
+
+def table(name: str) -> dict[str, Any]:
+    """A table of `engine_speed.toml`."""
+    found: dict[str, Any] = _tables()[name]
+    return found
 
 
 def _between(points: list[tuple[float, Range]], x: float) -> Range:

@@ -73,6 +73,13 @@ def facts_of_plan(plan: ConversionPlan) -> Iterator[PlannedFunction]:
                 yield PlannedFunction(shard, entry, graph.facts(entry))
 
 
+def arithmetic_in_a_row(key: TemplateKey) -> float:
+    """Operations of a graph beside its convolutions, experts and twin norms once since they stand
+    side by side: about as many as follow one another."""
+    names = {_place(row.path) for row in key.block.rows()}
+    return sum(OPERATIONS.get(stem, 0) for _, _, stem in names if stem != "k_norm")
+
+
 def facts_of_options(options: ConvertOptions) -> FunctionFacts:
     """What options decide whatever the model: formats, states, layout. Sizes are not known."""
     states = STATES_OF_A_LAYER * options.layers_per_shard if options.state == "mlstate" else 0
@@ -111,12 +118,8 @@ def _weights(shard: ShardPlan, prefix: str, key: TemplateKey) -> tuple[_Weight, 
 
 
 def _weight(shard: ShardPlan, row: Row, name: str) -> _Weight:
-    parsed = PARAMETER.fullmatch(row.path)
-    assert parsed is not None
-    layer, part, expert, path = parsed.groups()
-    *_, owner, leaf = path.split(".")
-    stem = owner if leaf == "weight" else leaf
-    stem = f"experts.{stem}" if expert and f"experts.{stem}" in OPERATIONS else stem
+    layer, part, stem = _place(row.path)
+    owner = row.path.split(".")[-2]
     if isinstance(row, Weight):
         reads_input = row.reads in ("", "x")
     else:
@@ -124,6 +127,16 @@ def _weight(shard: ShardPlan, row: Row, name: str) -> _Weight:
     form = stored_form(shard.choices.get(name, Choice()).format)
     shape, size = shard.sources[name].shape, shard.payloads[name]
     return _Weight(stem, (layer, part), shape, form, size, reads_input)
+
+
+def _place(path: str) -> tuple[str | None, str | None, str]:
+    """The layer and the part of a parameter, and the last name of its path."""
+    parsed = PARAMETER.fullmatch(path)
+    assert parsed is not None
+    layer, part, expert, rest = parsed.groups()
+    *_, owner, leaf = rest.split(".")
+    stem = owner if leaf == "weight" else leaf
+    return layer, part, f"experts.{stem}" if expert and f"experts.{stem}" in OPERATIONS else stem
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from ane_moe.benchmark.result import BenchReport, Energy, LoopTiming, OutputCheck, Versus
 from ane_moe.benchmark.saved import Comparison
+from ane_moe.forecast.engine_speed import bearable_gap_ms
 
 MB = 1_000_000
 KINDS = {
@@ -51,6 +52,7 @@ def bench_report(report: BenchReport, comparison: Comparison | None = None) -> R
         ),
     )
     parts += [_loop(report, title, rows, *count) for title, rows, *count in loops if rows]
+    parts += [_gap(report.decode)] if report.is_device and report.decode else []
     parts += [*_totals(report), *(_energy(report.energy) if report.energy else [])]
     parts += (
         [Text(f"no energy: {report.energy_skipped}", style="yellow")]
@@ -148,6 +150,7 @@ def _loop(
         *waits,
         "host",
         "calls",
+        "gap",
         *cached,
     )
     for row in rows:
@@ -164,9 +167,20 @@ def _loop(
             _ms(row.latency.p95_ms),
             *map(_ms, parts),
             f"{row.calls_per_token:.2f}",
+            _ms(row.gap_ms),
             *([hits] if cached else []),
         )
     return table
+
+
+def _gap(rows: tuple[LoopTiming, ...]) -> Text:
+    """The longest of the decode loop, beside what an engine was seen to bear."""
+    longest, bearable = max(row.gap_ms for row in rows), bearable_gap_ms()
+    found = f"gap on the host before a call, decoding: measured {_ms(longest)} ms"
+    return Text(
+        f"{found}; an M6's engine clocks down above {bearable} ms (docs/cost-model.md)",
+        style="yellow" if longest > bearable else "",
+    )
 
 
 def _totals(report: BenchReport) -> Iterable[Text]:

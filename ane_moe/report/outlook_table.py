@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from ane_moe.forecast.chips import Range
+from ane_moe.forecast.chips import Range, find_chip
 from ane_moe.forecast.cost_model import NOTE
 from ane_moe.forecast.design import Design
 from ane_moe.forecast.outlook import Choice, Outlook
@@ -16,6 +16,7 @@ UNBOUNDED = 10_000
 # Units from the largest on; a column has one for all its rows.
 BYTES = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
 SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+DURATIONS = {"h": 3600.0, "min": 60.0} | SECONDS
 SOFT = "soft routing costs what masked costs, and is another function than the model's."
 LEAST = 0.1  # of a unit that a column's smallest figure may be
 
@@ -45,18 +46,26 @@ def _forecast(console: Console, found: Outlook) -> None:
         calls = f"windows of {lengths} tokens (figures: full ones of the most)"
     _print(console, f"{found.model_type}, {size}, {calls}, {where}")
     marks = _marks(found)
-    sizes = _table("MB", "shards", "calls/token", "MB/token", "convert", "see")
+    sizes = _table("disk", "shards", "calls/token", "MB/token", "convert", "see")
     memory = _unit(BYTES, (choice.prediction.memory_bytes for choice in found.choices))
     load = _unit(SECONDS, (choice.prediction.load_seconds for choice in found.choices))
-    speeds = _table("tok/s", "prefill tok/s", f"memory {memory}", f"load {load}", "bound by")
+    first = _unit(DURATIONS, (choice.prediction.first_load_seconds for choice in found.choices))
+    speeds = _table("tok/s", "prefill tok/s", f"memory {memory}", "bound by")
+    loads = _table(f"first load {first}", f"load {load}", "tok/J")
     for choice in found.choices:
         sizes.add_row(choice.routing, choice.recipe, *_size_cells(choice, marks))
-        cells = _speed_cells(choice, BYTES[memory], SECONDS[load])
-        speeds.add_row(choice.routing, choice.recipe, *cells)
+        speeds.add_row(choice.routing, choice.recipe, *_speed_cells(choice, BYTES[memory]))
+        cells = _load_cells(choice, DURATIONS[first], SECONDS[load])
+        loads.add_row(choice.routing, choice.recipe, *cells)
     _print_table(console, sizes)
     _print(console, f"\nPredicted, low-expected-high ({NOTE}):")
     _print_table(console, speeds)
-    _print(console, "\nMB are of 1e6 bytes; convert times are estimates from a Linux machine.")
+    _print(console, "\nLoading and energy, predicted likewise; the first load compiles:")
+    _print_table(console, loads)
+    _print(
+        console, "\ndisk is in MB (1e6 bytes); convert times are estimates from a Linux machine."
+    )
+    _print(console, f"tok/J: of the whole machine at {_watts(found.target)}")
     for key, mark in marks.items():
         _print(console, f"{mark} {_concern(found, *key)}")
 
@@ -102,6 +111,12 @@ def _print(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+def _watts(chip: str) -> str:
+    """Whose figure the power is."""
+    value = find_chip(chip).values["decode_watts"]
+    return f"{_range(value.range)} W, {value.confidence} ({value.source})"
+
+
 def _marks(found: Outlook) -> dict[tuple[str, str], str]:
     """A letter for each kind and rule that any choice meets."""
     met = dict.fromkeys(concern.key for choice in found.choices for concern in choice.concerns)
@@ -134,14 +149,22 @@ def _calls(each: float) -> str:
     return f"{each:.0f}" if each >= 1 else f"{each:.2g}"
 
 
-def _speed_cells(choice: Choice, memory: float, load: float) -> tuple[str, ...]:
+def _speed_cells(choice: Choice, memory: float) -> tuple[str, ...]:
     predicted = choice.prediction
     return (
         _range(predicted.decode.tok_s),
         _range(predicted.prefill.tok_s),
         _range(predicted.memory_bytes, memory),
-        _range(predicted.load_seconds, load),
         predicted.bound,
+    )
+
+
+def _load_cells(choice: Choice, first: float, load: float) -> tuple[str, ...]:
+    predicted = choice.prediction
+    return (
+        _range(predicted.first_load_seconds, first),
+        _range(predicted.load_seconds, load),
+        _range(predicted.tokens_per_joule),
     )
 
 

@@ -88,6 +88,8 @@ def test_the_parts_of_a_token_add_up_to_the_whole_and_calls_are_those_of_the_man
     for row in document["decode"] + document["prefill"]:
         parts = sum(row["kinds_ms"].values()) + row["load_ms"] + row["host_ms"]
         assert parts == pytest.approx(1000 / row["tok_s"], rel=1e-6)
+        outside = row["load_ms"] + row["host_ms"]
+        assert row["gap_ms"] == pytest.approx(outside / row["calls_per_token"])
     assert all(row["calls_per_token"] == shards for row in document["decode"])
     short, long = document[
         "prefill"
@@ -301,6 +303,7 @@ def test_the_prediction_stands_beside_what_was_measured(
     assert decode["within"] == expected.decode.per_token_ms.contains(decode["measured"])
     text = StringIO()
     Console(file=text, width=160).print(bench_report(warm))
+    assert "gap on the host before a call" in text.getvalue() and "0.15 ms" in text.getvalue()
     assert "Predicted for m4-max" in text.getvalue() and "NOT A DEVICE" not in text.getvalue()
 
 

@@ -418,11 +418,14 @@ def test_no_column_is_cut_in_80_columns(tmp_path, monkeypatch, config, target):
     monkeypatch.setenv("COLUMNS", "80")
     (tmp_path / "config.json").write_text(json.dumps(config))
     shown = CliRunner().invoke(app, ["plan", str(tmp_path), "--target", target]).stdout
-    sizes, speeds = shown.split("Predicted, low-expected-high")
+    sizes, speeds, loads = re.split(
+        "Predicted, low-expected-high|Loading and energy, predicted", shown
+    )
     figure = r"\d[\d.,]*[kM]?"
     for text, head, ranges in (
-        (sizes, "routing weights MB", 1),
-        (speeds, "routing weights tok/s", 4),
+        (sizes, "routing weights disk", 1),
+        (speeds, "routing weights tok/s", 3),
+        (loads, "routing weights first load", 3),
     ):
         rows = [line.rstrip() for line in text.splitlines() if re.match(r"(masked|sparse) ", line)]
         assert head in text and len(rows) == 8 and max(map(len, rows)) <= 80
@@ -437,13 +440,14 @@ def test_the_table_never_shows_a_speed_without_its_range(tmp_path, monkeypatch, 
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B))
     result = CliRunner().invoke(app, ["plan", str(tmp_path), "--compress", "fp16,int8,lut4-g8-v2"])
     assert result.exit_code == 0 and "predicted, not measured" in result.stdout
-    sizes, speeds = result.stdout.split("Predicted, low-expected-high")
+    texts = re.split("Predicted, low-expected-high|Loading and energy, predicted", result.stdout)
     rows = [
         [line for line in text.splitlines() if re.match(r"(masked|sparse) ", line)]
-        for text in (sizes, speeds)
+        for text in texts
     ]
-    assert [len(lines) for lines in rows] == [6, 6]
+    assert [len(lines) for lines in rows] == [6, 6, 6]
     assert all("not timed" in line for line in rows[0] if "lut4-g8-v2" in line)
     end = r"\d[\d.,]*"
-    assert all(len(re.findall(rf"{end}-{end}-{end}", line)) == 4 for line in rows[1])
+    assert all(len(re.findall(rf"{end}-{end}-{end}", line)) == 3 for line in rows[1])
+    assert all(len(re.findall(rf"{end}-{end}-{end}", line)) == 3 for line in rows[2])
     assert "…" not in result.stdout and max(len(line.rstrip()) for line in rows[0] + rows[1]) <= 80
