@@ -57,7 +57,7 @@ def table(rows: list[Outcome]) -> str:
         "|---|---|---|---|---|---|",
         sentence("held out", held_out(rows)),
         sentence("of these, unrelated to any figure of the model", unrelated(rows)),
-        sentence("of these, published after both models' figures", unseen(rows)),
+        sentence("of these, of experiments that gave neither model a figure", unseen(rows)),
         "",
         "| timing | chip | measured, ms a token | predicted: low / expected / high | error | | "
         "source | assumed |",
