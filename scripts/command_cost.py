@@ -1,6 +1,5 @@
 """What a command costs: wall time, processor time and peak memory of it and all its children."""
 
-import resource
 import subprocess
 import threading
 import time
@@ -33,25 +32,42 @@ def cost_of(command: Sequence[str], sync: bool = False) -> Cost:
     """
     if sync:
         subprocess.run(["sync"], check=True)
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    started = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    peak = [0]
-    watcher = threading.Thread(target=_watch, args=(process, peak))
+    watch = _Watch(process)
+    watcher = threading.Thread(target=watch.run)
     watcher.start()
     stdout, stderr = process.communicate()
     if sync:
         subprocess.run(["sync"], check=True)
     wall = time.monotonic() - started
     watcher.join()
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Cost(wall, cpu, peak[0], process.returncode, stdout, stderr)
+    cpu = sum(watch.cpu_seconds.values())
+    return Cost(wall, cpu, watch.peak_bytes, process.returncode, stdout, stderr)
 
 
-def _watch(process: "subprocess.Popen[str]", peak: list[int]) -> None:
-    while process.poll() is None:
-        peak[0] = max(peak[0], sum(map(_resident, _processes(process.pid))))
-        time.sleep(SAMPLE_SECONDS)
+class _Watch:
+    """Samples a process and its children while it runs. What the system adds up at the end leaves
+    out children of which nobody awaited the end."""
+
+    def __init__(self, process: "subprocess.Popen[str]"):
+        self.process = process
+        self.peak_bytes = 0
+        self.cpu_seconds: dict[int, float] = {}  # by process
+
+    def run(self) -> None:
+        while self.process.poll() is None:
+            together = sum(map(self._resident, _processes(self.process.pid)))
+            self.peak_bytes = max(self.peak_bytes, together)
+            time.sleep(SAMPLE_SECONDS)
+
+    def _resident(self, process: psutil.Process) -> int:
+        try:
+            times, used = process.cpu_times(), process.memory_full_info()
+        except psutil.Error:  # it ended
+            return 0
+        self.cpu_seconds[process.pid] = times.user + times.system
+        return int(getattr(used, "pss", used.uss))  # macOS has no proportional size
 
 
 def _processes(pid: int) -> list[psutil.Process]:
@@ -60,11 +76,3 @@ def _processes(pid: int) -> list[psutil.Process]:
         return [parent, *parent.children(recursive=True)]
     except psutil.Error:  # it ended
         return []
-
-
-def _resident(process: psutil.Process) -> int:
-    try:
-        used = process.memory_full_info()
-    except psutil.Error:
-        return 0
-    return int(getattr(used, "pss", used.uss))  # macOS has no proportional size
