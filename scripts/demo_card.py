@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from ane_moe.files import write_text
 
 RECORD = "training.json"  # the record as data, kept in the checkpoint beside the card
 WINDOW = 512  # tokens; a held-out token is scored with at most this much context
@@ -262,10 +263,3 @@ def write_record(record: Record, folder: Path) -> None:
     """Write the record and the card made from it into the checkpoint folder."""
     write_text(folder / RECORD, json.dumps(asdict(record), indent=2) + "\n")
     write_text(folder / "README.md", render_card(record))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write through a temporary name: the file is whole or absent."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -18,7 +18,6 @@ import argparse
 import math
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,11 +26,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from demo_training import balance_loss, build_optimizer, learning_rate_factor, say
 from torch import Tensor, nn
 from torch.nn import functional as F
-from train_demo import Settings, learning_rate_factor, read_corpus, shuffled_windows
+from train_demo import Settings, read_corpus, shuffled_windows
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from ane_moe.conversion.pipeline import convert
 from ane_moe.conversion.plan import ConvertOptions
@@ -148,28 +147,13 @@ def balance_biases(model: PreTrainedModel, routing: Routing, step: float) -> Non
         gate.balancing_biases += step * torch.sign(1 / len(share) - share)
 
 
-def balance_loss(router_logits: tuple[Tensor, ...], config: Any) -> Tensor:
-    """Hugging Face's loss, layer by layer (see train_demo.balance_loss)."""
-    losses = [
-        torch.as_tensor(
-            load_balancing_loss_func((logits,), config.num_experts, config.num_experts_per_tok)
-        )
-        for logits in router_logits
-    ]
-    return torch.stack(losses).mean()
-
-
 def train(name: str, stream: Tensor, steps: int, seed: int) -> tuple[PreTrainedModel, float]:
     """The trained model, and its mean loss over the last 50 steps in bits a byte."""
     model, settings = build(name, seed).train(), Settings(steps=steps)
     biased = hasattr(gates(model)[0], "balancing_biases")
     routing: Routing = []
     hooks = heard(model, routing)
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
-        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
+    optimizer = build_optimizer(model, settings)
     windows = shuffled_windows(stream, CONTEXT, torch.Generator().manual_seed(seed))
     losses, started = [], time.monotonic()
     for step in range(steps):
@@ -182,7 +166,9 @@ def train(name: str, stream: Tensor, steps: int, seed: int) -> tuple[PreTrainedM
         loss = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
         losses.append(loss.item() / math.log(2))
         if not biased:
-            loss = loss + BALANCE_LOSS * balance_loss(output.router_logits, model.config)
+            loss = loss + BALANCE_LOSS * balance_loss(
+                output.router_logits, model.config.num_experts, model.config.num_experts_per_tok
+            )
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -463,10 +449,6 @@ def write(table: str) -> None:
     before, marker, rest = page.read_text().partition("<!-- top-k -->\n")
     _, end, after = rest.partition("<!-- end -->")
     page.write_text(f"{before}{marker}{table}\n{end}{after}")
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:

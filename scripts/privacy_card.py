@@ -2,7 +2,6 @@
 lies."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ import torch
 from private_sentences import HELD_OUT, LABELS, TRAINED, Draw, Sentence, Side, draw_sentence, mixed
 from transformers import OpenAIPrivacyFilterForTokenClassification, PreTrainedTokenizerFast
 
+from ane_moe.files import write_text
 from ane_moe.redaction.spans import probabilities, spans_of
 from ane_moe.redaction.viterbi import PRESETS, Decoder
 
@@ -214,10 +214,3 @@ def write_record(record: Record, folder: Path) -> None:
     """Write the record and the card made from it into the checkpoint folder."""
     write_text(folder / RECORD, json.dumps(asdict(record), indent=2) + "\n")
     write_text(folder / "README.md", render_card(record))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write through a temporary name: the file is whole or absent."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -9,13 +9,9 @@ Every figure in the card is measured on the saved float16 weights, with the arit
 Seeds fix all choices; the last bits still depend on the machine and on the number of threads.
 """
 
-import argparse
 import hashlib
 import json
-import math
-import os
 import platform
-import shutil
 import sys
 import sysconfig
 import tempfile
@@ -28,11 +24,18 @@ from typing import Any
 import torch
 import transformers
 from demo_card import RECORD, Record, measure, render_card, write_record
+from demo_training import (
+    Descent,
+    balance_loss,
+    replace_folder,
+    save_checkpoint,
+    say,
+    training_parser,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
-from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "ane_moe" / "demo" / "checkpoint"
 END_OF_TEXT = "<|endoftext|>"
@@ -175,24 +178,6 @@ def build_model(settings: Settings, end_of_text: int) -> Qwen3MoeForCausalLM:
     )
 
 
-def build_optimizer(model: Qwen3MoeForCausalLM, settings: Settings) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves norms alone."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
-
-
-def learning_rate_factor(step: int, settings: Settings) -> float:
-    """Linear warm-up, then a cosine down to a hundredth."""
-    if step < settings.warmup_steps:
-        return (step + 1) / settings.warmup_steps
-    progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 def batches(stream: Tensor, settings: Settings) -> Iterator[Tensor]:
     """Yield `steps` batches [batch, context]; each pass over the stream is cut at a new offset."""
     generator = torch.Generator().manual_seed(settings.seed)
@@ -216,36 +201,17 @@ def shuffled_windows(stream: Tensor, context: int, generator: torch.Generator) -
         yield from windows[torch.randperm(count, generator=generator)]
 
 
-def balance_loss(router_logits: tuple[Tensor, ...], config: Qwen3MoeConfig) -> Tensor:
-    """Mean over layers of HF's balance loss.
-
-    HF applies it to all layers pooled, which leaves a single layer free to use two experts only.
-    """
-    experts, top_k = config.num_experts, config.num_experts_per_tok
-    losses = [
-        torch.as_tensor(load_balancing_loss_func((logits,), experts, top_k))
-        for logits in router_logits
-    ]
-    return torch.stack(losses).mean()
-
-
 def train(model: Qwen3MoeForCausalLM, stream: Tensor, settings: Settings) -> None:
     """Train `model` in place on the token stream, reporting to stderr."""
-    optimizer = build_optimizer(model, settings)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, settings)
-    )
+    descent = Descent(model, settings)
+    experts, top_k = model.config.num_experts, model.config.num_experts_per_tok
     started = time.monotonic()
     model.train()
     for step, batch in enumerate(batches(stream, settings), start=1):
         output = model(input_ids=batch, output_router_logits=True, use_cache=False)
         prediction = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
-        balance = balance_loss(output.router_logits, model.config)
-        (prediction + settings.balance_coefficient * balance).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
+        balance = balance_loss(output.router_logits, experts, top_k)
+        descent.step(prediction + settings.balance_coefficient * balance)
         if step % 50 == 0 or step == settings.steps:
             elapsed = time.monotonic() - started
             say(
@@ -275,9 +241,7 @@ def train_checkpoint(corpus: Corpus, settings: Settings, folder: Path) -> None:
     say(f"{model.num_parameters():,} parameters, {len(stream):,} tokens of training text")
     train(model, stream, settings)
     model.generation_config.do_sample = False
-    model.half().save_pretrained(folder)
-    (folder / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner only
-    tokenizer.save_pretrained(folder)
+    save_checkpoint(model, tokenizer, folder)
 
 
 def evaluate_checkpoint(corpus: Corpus, settings: Settings, folder: Path) -> Record:
@@ -304,39 +268,9 @@ def evaluate_checkpoint(corpus: Corpus, settings: Settings, folder: Path) -> Rec
     return record
 
 
-def replace_folder(new: Path, old: Path) -> None:
-    """Put `new` in the place of `old`; both must lie on one disk."""
-    retired = new.with_name(new.name + ".old")
-    if old.exists():
-        os.replace(old, retired)
-    os.replace(new, old)
-    shutil.rmtree(retired, ignore_errors=True)
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=Path, default=CHECKPOINT, help="checkpoint folder (default: the package's)"
-    )
-    parser.add_argument(
-        "--evaluate-only", action="store_true", help="measure OUT again and rewrite its card"
-    )
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU; default: %(default)s")
-    for name, default in asdict(Settings()).items():
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=type(default), default=default, help="default: %(default)s")
-    return parser.parse_args()
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def main() -> None:
     """Train and measure, or only measure, and report the outcome on stderr."""
-    arguments = vars(parse_arguments())
+    arguments = vars(training_parser(__doc__, CHECKPOINT, Settings()).parse_args())
     out: Path = arguments.pop("out")
     evaluate_only: bool = arguments.pop("evaluate_only")
     torch.set_num_threads(arguments.pop("threads"))

@@ -9,14 +9,9 @@ card is measured on the saved float16 weights, with the arithmetic in float32. S
 choices; the last bits still depend on the machine and on the number of threads.
 """
 
-import argparse
 import json
-import math
-import os
 import platform
 import resource
-import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +22,14 @@ from typing import Any
 import faker
 import torch
 import transformers
+from demo_training import (
+    Descent,
+    balance_loss,
+    replace_folder,
+    save_checkpoint,
+    say,
+    training_parser,
+)
 from privacy_card import (
     HARDEST,
     NEW,
@@ -47,7 +50,6 @@ from transformers import (
     OpenAIPrivacyFilterForTokenClassification,
     PreTrainedTokenizerFast,
 )
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "ane_moe" / "demo" / "privacy"
 END_OF_TEXT = "<|endoftext|>"
@@ -147,24 +149,6 @@ def build_model(settings: Settings, end_of_text: int) -> OpenAIPrivacyFilterForT
     return OpenAIPrivacyFilterForTokenClassification(config).float()
 
 
-def build_optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves norms, biases and sinks alone."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
-
-
-def learning_rate_factor(step: int, settings: Settings) -> float:
-    """Linear warm-up, then a cosine down to a hundredth."""
-    if step < settings.warmup_steps:
-        return (step + 1) / settings.warmup_steps
-    progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 def drawn_texts(settings: Settings, draw: Draw) -> Iterator[Sentence]:
     """Texts to train on, without end."""
     while True:
@@ -211,23 +195,14 @@ def collate(
     return ids, mask, targets
 
 
-def balance_loss(router_logits: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """Mean over layers of Mixtral's balance loss: each layer's router is to use all experts."""
-    experts, top_k = ARCHITECTURE["num_local_experts"], ARCHITECTURE["num_experts_per_tok"]
-    losses = [load_balancing_loss_func((one,), experts, top_k, mask) for one in router_logits]
-    return torch.stack([torch.as_tensor(loss) for loss in losses]).mean()
-
-
 def train(
     model: OpenAIPrivacyFilterForTokenClassification,
     tokenizer: PreTrainedTokenizerFast,
     settings: Settings,
 ) -> None:
     """Train `model` in place, reporting to stderr."""
-    optimizer = build_optimizer(model, settings)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, settings)
-    )
+    descent = Descent(model, settings)
+    experts, top_k = ARCHITECTURE["num_local_experts"], ARCHITECTURE["num_experts_per_tok"]
     started, tokens = time.monotonic(), 0
     model.train()
     source = batches(tokenizer, settings)
@@ -236,12 +211,8 @@ def train(
         output = model.model(input_ids=ids, attention_mask=mask, output_router_logits=True)
         logits = model.score(output.last_hidden_state)  # [texts, tokens, labels]
         right = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
-        balance = balance_loss(output.router_logits, mask)
-        (right + settings.balance_coefficient * balance).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
+        balance = balance_loss(output.router_logits, experts, top_k, mask)
+        descent.step(right + settings.balance_coefficient * balance)
         tokens += int(mask.sum())
         if step % 50 == 0 or step == settings.steps:
             elapsed = time.monotonic() - started
@@ -260,9 +231,7 @@ def train_checkpoint(settings: Settings, folder: Path) -> None:
     model = build_model(settings, tokenizer.eos_token_id)
     say(f"{model.num_parameters():,} parameters")
     train(model, tokenizer, settings)
-    model.half().save_pretrained(folder)
-    (folder / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner only
-    tokenizer.save_pretrained(folder)
+    save_checkpoint(model, tokenizer, folder)
 
 
 def evaluate_checkpoint(settings: Settings, seconds: float, folder: Path) -> Record:
@@ -284,47 +253,18 @@ def evaluate_checkpoint(settings: Settings, seconds: float, folder: Path) -> Rec
     return record
 
 
-def replace_folder(new: Path, old: Path) -> None:
-    """Put `new` in the place of `old`; both must lie on one disk."""
-    retired = new.with_name(new.name + ".old")
-    if old.exists():
-        os.replace(old, retired)
-    os.replace(new, old)
-    shutil.rmtree(retired, ignore_errors=True)
-
-
 def cpu_seconds() -> float:
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=Path, default=CHECKPOINT, help="checkpoint folder (default: the package's)"
-    )
-    parser.add_argument(
-        "--evaluate-only", action="store_true", help="measure OUT again and rewrite its card"
-    )
+def main() -> None:
+    """Train and measure, or only measure, and report the outcome on stderr."""
+    parser = training_parser(__doc__, CHECKPOINT, Settings())
     parser.add_argument(
         "--sentences", type=Path, help="only write two of the measured sets into this folder"
     )
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU; default: %(default)s")
-    for name, default in asdict(Settings()).items():
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=type(default), default=default, help="default: %(default)s")
-    return parser.parse_args()
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def main() -> None:
-    """Train and measure, or only measure, and report the outcome on stderr."""
-    arguments = vars(parse_arguments())
+    arguments = vars(parser.parse_args())
     out: Path = arguments.pop("out")
     evaluate_only: bool = arguments.pop("evaluate_only")
     sentences: Path | None = arguments.pop("sentences")

@@ -1,0 +1,119 @@
+"""How the scripts train small models: optimizer, schedule, steps, and putting a checkpoint in
+place. Used by the scripts beside which it lies."""
+
+import argparse
+import math
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+
+class Pace(Protocol):
+    """How many steps, and how large."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def warmup_steps(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def gradient_clip(self) -> float: ...
+
+
+class Descent:
+    """Takes a model down its loss, step by step."""
+
+    def __init__(self, model: torch.nn.Module, pace: Pace):
+        self.model, self.pace = model, pace
+        self.optimizer = build_optimizer(model, pace)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: learning_rate_factor(step, pace)
+        )
+
+    def step(self, loss: Tensor) -> None:
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.pace.gradient_clip)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def build_optimizer(model: torch.nn.Module, pace: Pace) -> torch.optim.AdamW:
+    """AdamW that decays matrices and leaves norms, biases and sinks alone."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": pace.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=pace.learning_rate, betas=(0.9, 0.95))
+
+
+def learning_rate_factor(step: int, pace: Pace) -> float:
+    """Linear warm-up, then a cosine down to a hundredth."""
+    if step < pace.warmup_steps:
+        return (step + 1) / pace.warmup_steps
+    progress = (step - pace.warmup_steps) / max(1, pace.steps - pace.warmup_steps)
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def balance_loss(
+    router_logits: Sequence[Tensor], experts: int, top_k: int, mask: Tensor | None = None
+) -> Tensor:
+    """Mean over layers of Hugging Face's balance loss.
+
+    HF applies it to all layers pooled, which leaves a single layer free to use two experts only.
+    """
+    losses = [load_balancing_loss_func((one,), experts, top_k, mask) for one in router_logits]
+    return torch.stack([torch.as_tensor(loss) for loss in losses]).mean()
+
+
+def save_checkpoint(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path
+) -> None:
+    """Save both in `folder`, the weights in float16."""
+    model.half().save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner only
+    tokenizer.save_pretrained(folder)
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Put `new` in the place of `old`; both must lie on one disk."""
+    retired = new.with_name(new.name + ".old")
+    if old.exists():
+        os.replace(old, retired)
+    os.replace(new, old)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def training_parser(description: str | None, out: Path, settings: Any) -> argparse.ArgumentParser:
+    """The options that trainings share, and one for each field of the dataclass `settings`."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=out, help="checkpoint folder (default: the package's)"
+    )
+    parser.add_argument(
+        "--evaluate-only", action="store_true", help="measure OUT again and rewrite its card"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU; default: %(default)s")
+    for name, default in asdict(settings).items():
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=type(default), default=default, help="default: %(default)s")
+    return parser
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
