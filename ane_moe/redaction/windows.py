@@ -7,10 +7,11 @@ text's own ends. So windows keep their middles, and the middles join without a g
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+
+from ane_moe.loop.windows import Window
 
 
 class Scorer(Protocol):
@@ -36,16 +37,6 @@ class Scorer(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Window:
-    """Tokens `first` to `last` go in; the scores of `keep_first` to `keep_last` are kept."""
-
-    first: int
-    last: int
-    keep_first: int
-    keep_last: int
-
-
 LEAST_KEPT = 8  # a window keeps at least this part of it, or long texts cost too much
 
 
@@ -64,9 +55,9 @@ def plan_windows(count: int, length: int, context: int) -> list[Window]:
     while kept < count:
         first = max(0, min(kept - around, count - length))
         last = first + length
-        keep_last = count if last == count else last - around
-        windows.append(Window(first, last, kept, keep_last))
-        kept = keep_last
+        kept_last = count if last == count else last - around
+        windows.append(Window(first, last, kept, kept_last))
+        kept = kept_last
     return windows
 
 
@@ -81,6 +72,6 @@ def scores_of(scorer: Scorer, ids: Sequence[int]) -> np.ndarray:
     scores = np.empty((len(ids), len(scorer.labels)), np.float32)
     for window in plan_windows(len(ids), max(scorer.lengths), scorer.context_each_side):
         found = scorer.logits(ids[window.first : window.last])
-        kept = slice(window.keep_first - window.first, window.keep_last - window.first)
-        scores[window.keep_first : window.keep_last] = found[kept]
+        kept = slice(window.kept_first - window.first, window.kept_last - window.first)
+        scores[window.kept_first : window.kept_last] = found[kept]
     return scores

@@ -21,11 +21,11 @@ def ids_of(count, vocab=300, seed=1):
 @settings(deadline=None)
 def test_kept_parts_join_and_windows_fit(count, length, context):
     windows = plan_windows(count, length, context)
-    kept = [(one.keep_first, one.keep_last) for one in windows]
+    kept = [(one.kept_first, one.kept_last) for one in windows]
     joined = [place for first, last in kept for place in range(first, last)]
     assert joined == list(range(count))
     for one in windows:
-        assert 0 <= one.first <= one.keep_first < one.keep_last <= one.last <= count
+        assert 0 <= one.first <= one.kept_first < one.kept_last <= one.last <= count
         assert one.last - one.first <= length
 
 
@@ -35,8 +35,8 @@ def test_tokens_have_their_context_or_the_texts_end(count, length, context):
     if length - 2 * context < max(1, length // 8):
         return
     for one in plan_windows(count, length, context):
-        assert one.first == 0 or one.keep_first - one.first >= context
-        assert one.last == count or one.last - one.keep_last >= context
+        assert one.first == 0 or one.kept_first - one.first >= context
+        assert one.last == count or one.last - one.kept_last >= context
 
 
 @pytest.mark.parametrize("offset", range(40))

@@ -8,7 +8,7 @@ Engine's published arithmetic is computed (`engine/`).
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from ane_moe.runtime.reference.scope import FOREIGN, STATES
 from ane_moe.runtime.reference.stored_matrix import WIDE_BYTES, Matrices, StoredMatrix
 
 Precision = Literal["fp32", "fp16", "engine"]
-PRECISIONS = ("fp32", "fp16", "engine")
+PRECISIONS = get_args(Precision)
 
 # What a slot holds from call to call.
 Weight = Tensor | TensorList | StoredMatrix | None
