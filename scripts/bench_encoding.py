@@ -3,7 +3,7 @@ machine.
 
     python scripts/bench_encoding.py [FORMAT ...]
 
-The figures of ane_moe/forecast/conversion_time.toml come from here.
+The figures of ane_moe/forecast/conversion_cost.toml come from here.
 """
 
 import os

@@ -3,14 +3,13 @@ placement."""
 
 import math
 import re
-import tomllib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ane_moe.checkpoints.checkpoint import TensorSource, open_checkpoint
+from ane_moe.checkpoints.checkpoint import open_checkpoint
 from ane_moe.conversion.plan import ConvertOptions
 from ane_moe.errors import UserError
 from ane_moe.families import describe, describe_config, supported
@@ -18,6 +17,7 @@ from ane_moe.families.approximate import EXPERTS, approximate, names_experts
 from ane_moe.forecast.chips import Range, find_chip
 from ane_moe.forecast.compile_time import compile_seconds
 from ane_moe.forecast.concerns import Concern, concerns_of_plan
+from ane_moe.forecast.conversion_cost import conversion_seconds
 from ane_moe.forecast.cost_model import NOTE, Prediction, predict
 from ane_moe.forecast.design import Design, design
 from ane_moe.forecast.layer_kinds import KindsPlan, plan_kinds
@@ -28,7 +28,6 @@ from ane_moe.model.spec import ModelSpec
 from ane_moe.model.weight import EMBEDDING
 from ane_moe.placement.targets import DEFAULT_OS, Target, find_target
 
-CONVERSION_TIME = Path(__file__).with_name("conversion_time.toml")
 CONFIG = "config.json"
 ROUTINGS: tuple[Literal["masked", "sparse"], ...] = ("masked", "sparse")
 DEFAULT_RECIPE = "int8"
@@ -346,7 +345,7 @@ def _choice(kinds: KindsPlan, target: Target) -> Choice:
         workload,
         _prediction(kinds, workload, target),
         concerns_of_plan(plan, target),
-        _conversion_seconds(kinds),
+        conversion_seconds(kinds),
     )
 
 
@@ -355,40 +354,6 @@ def _prediction(kinds: KindsPlan, workload: Workload, target: Target) -> Predict
     found = predict(workload, find_chip(target.name))
     first = add((found.first_load_seconds, compile_seconds(kinds, target.name)))
     return replace(found, first_load_seconds=first)
-
-
-def _conversion_seconds(kinds: KindsPlan) -> Range | None:
-    """Writing all weights, and encoding those of each format, which two workers share."""
-    times = tomllib.loads(CONVERSION_TIME.read_text())
-    sizes = _sizes_by_format(kinds)
-    whole = sum(sizes.values())
-    sizes.pop("fp16", None)
-    if any(_base(name) not in times["encode"] for name in sizes):
-        return None
-    seconds = [
-        whole / times["write"][end]
-        + sum(size / times["encode"][_base(name)][end] / 2 for name, size in sizes.items())
-        for end in ("high", "expected", "low")
-    ]
-    return Range(*seconds)
-
-
-def _sizes_by_format(kinds: KindsPlan) -> dict[str, float]:
-    """MB, in fp16, of the weights that each format stores."""
-    plan, sizes = kinds.plan, Counter[str]()
-    sizes[plan.embed_format] += plan.spec.vocab * plan.spec.d_model
-    for shard in plan.shards:
-        times = 1 if shard.layer is None else kinds.repeats[shard.layer]
-        for name, source in shard.sources.items():
-            if isinstance(source, TensorSource):
-                form = shard.choices[name].format if name in shard.choices else "fp16"
-                sizes[form] += times * math.prod(source.shape)
-    return {name: 2e-6 * count for name, count in sizes.items()}
-
-
-def _base(name: str) -> str:
-    """A palette's name without its group, which hardly changes the time."""
-    return re.sub(r"-g\d+$", "", name)
 
 
 def _speed(choice: Choice) -> Range:

@@ -14,12 +14,9 @@ from ane_moe.conversion.pipeline import ConvertReport
 from ane_moe.conversion.pipeline import Progress as Step
 from ane_moe.conversion.plan import MB, ConversionPlan, ShardPlan
 from ane_moe.forecast.concerns import Concern
+from ane_moe.forecast.conversion_cost import conversion_memory_bytes
 from ane_moe.placement.targets import Target
 from ane_moe.wording import counted, listed
-
-# Resident memory of a converting process beside its largest weight: torch, coremltools and one
-# traced graph. Measured by scripts/bench_convert.py, Linux x86-64, coremltools 9.0, torch 2.13.0.
-BASE_MEMORY_MB = 700
 
 
 class ConvertBar:
@@ -93,14 +90,9 @@ def plan_document(plan: ConversionPlan, concerns: Iterable[Concern] = ()) -> dic
         "notes": list(plan.source.notes),
         "left_out": {why: list(names) for why, names in plan.source.left_out.items()},
         "disk_bytes": plan.disk_bytes,
-        "memory_bytes_estimated": memory_bytes_estimated(plan),
+        "memory_bytes_estimated": conversion_memory_bytes(plan),
         "concerns": [dataclasses.asdict(concern) for concern in concerns],
     }
-
-
-def memory_bytes_estimated(plan: ConversionPlan) -> int:
-    """What one converting process will need: an estimate, not a measurement."""
-    return BASE_MEMORY_MB * MB + plan.largest_weight_bytes
 
 
 def print_plan(plan: ConversionPlan) -> None:
@@ -121,8 +113,8 @@ def print_plan(plan: ConversionPlan) -> None:
     console.print(table)
     console.print(
         f"disk {plan.disk_bytes / MB:,.0f} MB; memory about "
-        f"{memory_bytes_estimated(plan) / MB:,.0f} MB "
-        "a worker (estimated)"
+        f"{conversion_memory_bytes(plan) / MB:,.0f} MB "
+        "over all processes (estimated)"
     )
     _print_source(console, plan.source.notes, plan.source.left_out)
 
