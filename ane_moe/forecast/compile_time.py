@@ -2,38 +2,32 @@
 may have for it. A prediction: a range with a source (`engine_speed.toml`)."""
 
 import math
+from collections.abc import Iterable
 from itertools import pairwise
 
 from ane_moe.conversion.plan import ConversionPlan
 from ane_moe.forecast.chips import Range
 from ane_moe.forecast.engine_speed import table
-from ane_moe.forecast.layer_kinds import KindsPlan
-from ane_moe.forecast.planned_facts import arithmetic_in_a_row
-from ane_moe.forecast.workload import add, times
+from ane_moe.forecast.planned_facts import elementwise_in_a_row
+from ane_moe.forecast.workload import Chain, add, times
 
 NONE = Range(0, 0, 0)
 
 
 def chain_seconds(steps: float, chip: str) -> Range:
-    """Compiling one function with `steps` of arithmetic, on Core ML's cores; 0 on chips whose
-    compiler showed no such growth."""
+    """Compiling one function with `steps` elementwise operations in a row, on Core ML's cores; 0 on
+    chips whose compiler showed no such growth."""
     facts = table("compile")
     if chip != facts["chip"]:
         return NONE
-    share, slower = facts["in_a_row"], facts["efficiency_cores"]
-    ends = (slower * _seconds(steps * share[end]) for end in ("low", "expected", "high"))
+    compiled, slower = facts["steps_of_an_operation"], facts["efficiency_cores"]
+    ends = (slower * _seconds(steps * compiled[end]) for end in ("low", "expected", "high"))
     return Range(*ends)
 
 
-def compile_seconds(kinds: KindsPlan, chip: str) -> Range:
+def compile_seconds(chains: Iterable[Chain], chip: str) -> Range:
     """Compiling the chains of every function of a model, one after the other."""
-    each = []
-    for shard in kinds.plan.shards:
-        copies = 1 if shard.layer is None else kinds.repeats[shard.layer]
-        for key in shard.graphs.values():
-            one = chain_seconds(arithmetic_in_a_row(key), chip)
-            each.append(times(one, copies * len(key.functions)))
-    return add(each)
+    return add(times(chain_seconds(chain.steps, chip), chain.functions) for chain in chains)
 
 
 def most_layers(plan: ConversionPlan, chip: str, most: int) -> int:
@@ -43,7 +37,7 @@ def most_layers(plan: ConversionPlan, chip: str, most: int) -> int:
     for shard in plan.shards:
         if shard.layer is not None:
             graphs.setdefault(shard.layer, set()).update(shard.graphs.values())
-    longest = max((sum(map(arithmetic_in_a_row, keys)) for keys in graphs.values()), default=0)
+    longest = max((sum(map(elementwise_in_a_row, keys)) for keys in graphs.values()), default=0)
     limit = table("compile")["most_seconds"]
     fitting = (n for n in range(most, 1, -1) if chain_seconds(n * longest, chip).expected <= limit)
     return next(fitting, 1)

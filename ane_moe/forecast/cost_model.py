@@ -13,13 +13,14 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ane_moe.forecast.chips import SCENARIOS, Chip, Range, Scenario
+from ane_moe.forecast.compile_time import compile_seconds
 from ane_moe.forecast.engine_speed import (
     FP16_BITS,
     after_task_ms,
     clock_factor,
     share_of_fp16,
 )
-from ane_moe.forecast.workload import Calls, ExpertTraffic, Workload, times
+from ane_moe.forecast.workload import Calls, ExpertTraffic, Workload, add, times
 
 PARTS = ("weights", "compute", "calls", "kv", "head", "clock", "host", "loads")
 # These share the memory system: fast or slow together.
@@ -101,7 +102,7 @@ def predict(
         decode=one,
         prefill=chunk,
         load_seconds=_seconds(workload.package_bytes, chip.range("load_gb_s")),
-        first_load_seconds=_seconds(workload.package_bytes, chip.range("first_load_gb_s")),
+        first_load_seconds=_first_load(workload, chip),
         memory_bytes=memory(workload),
         tokens_per_joule=_over(one.tok_s, chip.range("decode_watts")),
         bound=max(one.parts, key=lambda part: one.parts[part].expected),
@@ -256,6 +257,12 @@ def _counted(call: Calls, factor: float) -> Calls:
 
 def _over(rate: Range, watts: Range) -> Range:
     return Range(rate.low / watts.high, rate.expected / watts.expected, rate.high / watts.low)
+
+
+def _first_load(workload: Workload, chip: Chip) -> Range:
+    """By the bytes, and what compiling long chains adds."""
+    read = _seconds(workload.package_bytes, chip.range("first_load_gb_s"))
+    return add((read, compile_seconds(workload.chains, chip.name)))
 
 
 def _seconds(size: int, rate: Range) -> Range:

@@ -5,7 +5,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,13 +15,12 @@ from ane_moe.errors import UserError
 from ane_moe.families import describe, describe_config, supported
 from ane_moe.families.approximate import EXPERTS, approximate, names_experts
 from ane_moe.forecast.chips import Range, find_chip
-from ane_moe.forecast.compile_time import compile_seconds
 from ane_moe.forecast.concerns import Concern, concerns_of_plan
 from ane_moe.forecast.conversion_cost import conversion_seconds
 from ane_moe.forecast.cost_model import NOTE, Prediction, predict
 from ane_moe.forecast.design import Design, design
 from ane_moe.forecast.layer_kinds import KindsPlan, plan_kinds
-from ane_moe.forecast.workload import Workload, add, workload_of_plan
+from ane_moe.forecast.workload import Workload, workload_of_plan
 from ane_moe.formats.recipe import find_recipe
 from ane_moe.json_file import read_json
 from ane_moe.model.spec import ModelSpec
@@ -343,17 +342,10 @@ def _choice(kinds: KindsPlan, target: Target) -> Choice:
         options.routing,
         options.recipe.name,
         workload,
-        _prediction(kinds, workload, target),
+        predict(workload, find_chip(target.name)),
         concerns_of_plan(plan, target),
         conversion_seconds(kinds),
     )
-
-
-def _prediction(kinds: KindsPlan, workload: Workload, target: Target) -> Prediction:
-    """With what compiling long chains adds to the first load."""
-    found = predict(workload, find_chip(target.name))
-    first = add((found.first_load_seconds, compile_seconds(kinds, target.name)))
-    return replace(found, first_load_seconds=first)
 
 
 def _speed(choice: Choice) -> Range:

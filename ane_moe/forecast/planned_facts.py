@@ -42,6 +42,15 @@ OPERATIONS: dict[str, float] = {
     "recover_out": 2,
     "state": 7.5,  # reads and writes, and the shapes they need
 }
+# Of these, how many elementwise ones stand on the longest way. A test counts them too.
+IN_A_ROW = {
+    "norm": 8,
+    "q_norm": 8,
+    "o": 5,
+    "router": 11,
+    "down": 4,
+    "experts.down": 6,  # with adding the experts in pairs
+}
 
 
 _Like = tuple[Shape, str]  # the shape and the stored form of a matrix
@@ -73,11 +82,11 @@ def facts_of_plan(plan: ConversionPlan) -> Iterator[PlannedFunction]:
                 yield PlannedFunction(shard, entry, graph.facts(entry))
 
 
-def arithmetic_in_a_row(key: TemplateKey) -> float:
-    """Operations of a graph beside its convolutions, experts and twin norms once since they stand
-    side by side: about as many as follow one another."""
+def elementwise_in_a_row(key: TemplateKey) -> int:
+    """About as many elementwise operations as follow one another in a graph: experts, and the twin
+    norms of q and k, stand side by side and count once."""
     names = {_place(row.path) for row in key.block.rows()}
-    return sum(OPERATIONS.get(stem, 0) for _, _, stem in names if stem != "k_norm")
+    return sum(IN_A_ROW.get(stem, 0) for _, _, stem in names)
 
 
 def facts_of_options(options: ConvertOptions) -> FunctionFacts:
@@ -166,6 +175,7 @@ class _Graph:
             "package_functions": len(self.shard.functions),
             "parallel_projections": self._parallel_projections(),
             "convolutions": sum(op.count for op in ops if op.operation.type == "conv"),
+            "elementwise_in_a_row": elementwise_in_a_row(self.key),
             **_refused(weight.form for weight in self.weights),
         }
         for op in ops:

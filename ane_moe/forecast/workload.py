@@ -1,18 +1,23 @@
 """What a token costs, counted in calls, bytes and weights; seconds are the cost model's
 business."""
 
+import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from ane_moe.conversion.plan import ConversionPlan
 from ane_moe.forecast.chips import Range
 from ane_moe.forecast.pieces import ExpertSet, Piece, merge, pieces_of
+from ane_moe.forecast.planned_facts import elementwise_in_a_row
 from ane_moe.formats.recipe import find_format
 from ane_moe.manifest import Manifest, read_manifest
+from ane_moe.mlprogram.reader import read_program
 from ane_moe.model.spec import MoeSpec
+from ane_moe.placement.facts import function_facts
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,14 @@ class Calls:
     rate: str
     tokens: int = 1
     cache_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Chain:
+    """`steps` elementwise operations in a row, in each of so many functions that are compiled."""
+
+    steps: int
+    functions: int
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,7 @@ class Workload:
     functions: int
     expert_bytes: int = 0
     step_tokens: int = 1
+    chains: tuple[Chain, ...] = ()
 
     @property
     def disk_bytes(self) -> int:
@@ -82,11 +96,13 @@ class ExpertTraffic(Protocol):
 
 
 def workload_of(conversion: Path | Manifest) -> Workload:
-    """The workload of a finished conversion. Raises UserError for a broken folder."""
+    """The workload of a finished conversion; of a manifest alone, without the chains of its
+    packages. Raises UserError for a broken folder."""
     manifest = read_manifest(conversion) if isinstance(conversion, Path) else conversion
+    chains = _chains_in(conversion, manifest) if isinstance(conversion, Path) else ()
     embed = find_format(manifest.embed_format).stored_bytes(manifest.vocab, manifest.d_model)
     k = {int(layer): facts["k"] for layer, facts in manifest.moe.items()}
-    return assemble(
+    workload = assemble(
         pieces_of(manifest.shards, k),
         manifest.routing,
         manifest.weights,
@@ -94,6 +110,7 @@ def workload_of(conversion: Path | Manifest) -> Workload:
         embed,
         manifest.lengths,
     )
+    return replace(workload, chains=chains)
 
 
 def workload_of_plan(plan: ConversionPlan, repeats: Mapping[int, int] | None = None) -> Workload:
@@ -102,7 +119,7 @@ def workload_of_plan(plan: ConversionPlan, repeats: Mapping[int, int] | None = N
     options, layers = plan.options, enumerate(plan.spec.layers)
     k = {number: layer.ffn.router.k for number, layer in layers if isinstance(layer.ffn, MoeSpec)}
     pieces = pieces_of(plan.shards, k, repeats)
-    return assemble(
+    workload = assemble(
         pieces,
         options.routing,
         options.recipe.name,
@@ -110,6 +127,7 @@ def workload_of_plan(plan: ConversionPlan, repeats: Mapping[int, int] | None = N
         plan.embed_bytes,
         plan.lengths,
     )
+    return replace(workload, chains=_chains_of(plan, repeats or {}))
 
 
 def assemble(
@@ -192,6 +210,25 @@ def add(ranges: Iterable[Range]) -> Range:
 
 def times(value: Range, factor: float) -> Range:
     return Range(value.low * factor, value.expected * factor, value.high * factor)
+
+
+def _chains_of(plan: ConversionPlan, repeats: Mapping[int, int]) -> tuple[Chain, ...]:
+    found = Counter[int]()
+    for shard in plan.shards:
+        copies = 1 if shard.layer is None else repeats.get(shard.layer, 1)
+        for key in shard.graphs.values():
+            found[elementwise_in_a_row(key)] += copies * len(key.functions)
+    return tuple(itertools.starmap(Chain, sorted(found.items())))
+
+
+def _chains_in(folder: Path, manifest: Manifest) -> tuple[Chain, ...]:
+    """Counted in the packages: their programs are read, and no weights."""
+    found = Counter[int]()
+    for shard in manifest.shards:
+        program = read_program(folder / shard.path)
+        for name in program.functions:
+            found[function_facts(program, name).facts["elementwise_in_a_row"]] += 1
+    return tuple(itertools.starmap(Chain, sorted(found.items())))
 
 
 def _padded(tokens: int, sizes: tuple[int, ...]) -> int:

@@ -8,7 +8,7 @@ are facts too, as `arg_<name>`.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,11 @@ OPSETS = {"CoreML5": 15, "CoreML6": 16, "CoreML7": 17, "CoreML8": 18, "CoreML9":
 AXES = {1: "w", 2: "cw", 3: "ccc", 4: "nchw", 5: "ndchw"}
 ELEMENT_BYTES = {"bool": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "fp16": 2}
 WIDE_BYTES = 4  # of other types: int32, fp32
+# Arithmetic on each element by itself: a compiler for two engines takes long for many in a row.
+ELEMENTWISE = """
+abs add ceil clip cos elu erf exp exp2 floor floor_div gelu inverse leaky_relu log maximum minimum
+mul pow real_div relu relu6 round rsqrt sigmoid sign silu sin softplus softsign sqrt square sub tanh
+"""
 RANDOM = "random_"  # operations of these types take nothing that is computed, and are no constants
 CONVERTER = "com.github.apple.coremltools.version"
 
@@ -53,6 +58,7 @@ FUNCTION_FACTS = frozenset(
         "widest_range",
         "parallel_projections",
         "convolutions",
+        "elementwise_in_a_row",
         "per_block_weights",
         "vector_palettes",
         "converter",
@@ -177,6 +183,7 @@ def function_facts(program: Program, name: str) -> FunctionFacts:
         "widest_range": max(ranges, default=1),
         "parallel_projections": _parallel_projections(ops),
         "convolutions": sum(op.operation.type == "conv" for op in ops),
+        "elementwise_in_a_row": elementwise_in_a_row(ops),
         "per_block_weights": sum(" block " in weight.format for weight in weights),
         "vector_palettes": sum("vectors of" in weight.format for weight in weights),
     }
@@ -186,6 +193,15 @@ def function_facts(program: Program, name: str) -> FunctionFacts:
         feature_facts(role, item.name, item.type) for role, group in roles for item in group
     ]
     return FunctionFacts(name, facts, features, ops)
+
+
+def elementwise_in_a_row(ops: Sequence[OpFacts]) -> int:
+    """The most elementwise operations on one way through a function, whatever lies between."""
+    elementwise, steps = set(ELEMENTWISE.split()), list[int]()
+    for op in ops:
+        before = max((steps[source] for source in op.sources), default=0)
+        steps.append(before + (op.operation.type in elementwise))
+    return max(steps, default=0)
 
 
 class _Walk:
