@@ -15,6 +15,7 @@ from ane_moe.families import load_family
 from ane_moe.families.config import Config
 from ane_moe.formats.recipe import FP16
 from ane_moe.mlprogram.blob import ALIGNMENT, HEADER, METADATA, SENTINEL, VERSION
+from ane_moe.model.template_key import TemplateKey
 
 FP16_CODE = 1
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -114,13 +115,17 @@ def distinct_shards(plan: ConversionPlan) -> list[ShardPlan]:
 
 def write_hollow(shard: ShardPlan, folder: Path) -> Path:
     """The shard's package, its weights never stored."""
-    ((prefix, key),) = shard.graphs.items()
+    (key,) = shard.graphs.values()
+    return write_graph(key, folder / shard.path)
+
+
+def write_graph(key: TemplateKey, path: Path) -> Path:
+    """A package of one graph, its weights never stored."""
     template = make_template(key)
-    path = folder / shard.path
     (path / WEIGHTS).parent.mkdir(parents=True)
     offsets = _hollow_blob(template.weights, path / WEIGHTS)
     places = {name: _Place(offset) for name, offset in offsets.items()}
-    (path / MODEL).write_bytes(_bound({prefix: template}, places).SerializeToString())
+    (path / MODEL).write_bytes(_bound({"": template}, places).SerializeToString())
     (path / "Manifest.json").write_text(_item_manifest("hollow"))
     return path
 
