@@ -17,6 +17,7 @@ from ane_moe.commands.generate import generate
 from ane_moe.commands.group import group
 from ane_moe.commands.inspect import inspect
 from ane_moe.commands.plan import plan
+from ane_moe.commands.probe import probe
 from ane_moe.commands.redact import redact
 from ane_moe.commands.report import report
 from ane_moe.commands.run import run
@@ -45,6 +46,7 @@ for command in (
     inspect,
     run,
     diff,
+    probe,
     demo,
     cache,
 ):

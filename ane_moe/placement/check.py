@@ -1,7 +1,8 @@
 """Placement of a whole conversion: measured where Core ML is, predicted elsewhere."""
 
+import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from ane_moe.placement.feedback import compare, feedback, write_feedback
 from ane_moe.placement.machine import matching_target, this_machine
 from ane_moe.placement.predicted import predict
 from ane_moe.placement.result import PlacementReport
-from ane_moe.placement.targets import Target
+from ane_moe.placement.targets import Target, find_target
 from ane_moe.runtime import resolve_runtime
 
 
@@ -38,16 +39,48 @@ def check_placement(
 
     measured = measure(packages, allow=allow, progress=progress, **options)
     predicted = predict(packages, matching_target(this_machine(), target))
+    measured = _compared(measured, predicted)
+    write_feedback(feedback(predicted, measured, packages), out)
+    return replace(measured, require_measured=require_measured)
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What Core ML made of the probes: the feedback file and its content, and how many operations
+    were placed."""
+
+    path: Path
+    document: dict[str, Any]
+    ops: int
+
+
+def probe_machine(
+    folder: Path, *, progress: Callable[[str, int, int], None] | None = None, **options: Any
+) -> Probed:
+    """Have Core ML place small packages that hold an operation for every estimate, and leave
+    `placement-feedback.json` in `folder`. `options` go to `measure`.
+
+    Raises UserError where Core ML is not there.
+    """
+    from ane_moe.placement.measured import measure
+    from ane_moe.placement.probes import write_probes
+    from ane_moe.runtime.coreml.runtime import require_core_ml
+
+    require_core_ml()
+    with tempfile.TemporaryDirectory() as scratch:
+        packages = write_probes(Path(scratch))
+        measured = measure(packages, progress=progress, numerics=False, **options)
+        predicted = predict(packages, matching_target(this_machine(), find_target()))
+        document = feedback(predicted, _compared(measured, predicted), packages)
+    ops = sum(len(row.ops) for row in measured.functions)
+    return Probed(write_feedback(document, folder), document, ops)
+
+
+def _compared(measured: PlacementReport, predicted: PlacementReport) -> PlacementReport:
+    """With what was predicted of each function, and how each rule fared."""
     expected = {(row.path, row.function): row.stretches for row in predicted.functions}
     functions = tuple(
         replace(row, expected=expected.get((row.path, row.function), ()))
         for row in measured.functions
     )
-    measured = replace(
-        measured,
-        functions=functions,
-        comparison=compare(predicted, measured),
-        require_measured=require_measured,
-    )
-    write_feedback(feedback(predicted, measured, packages), out)
-    return measured
+    return replace(measured, functions=functions, comparison=compare(predicted, measured))

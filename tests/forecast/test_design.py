@@ -10,6 +10,7 @@ from ane_moe.errors import UserError
 from ane_moe.families import describe_config
 from ane_moe.forecast.design import design
 from ane_moe.placement.targets import find_target
+from scripts.placement_design import MARKED, PAGE, table
 from tests.forecast.hub_configs import OLMOE, QWEN3_30B
 
 # One expert in a function for one token, from the estimates that the study of an M4 and an M6
@@ -34,6 +35,11 @@ def test_a_function_takes_as_many_experts_as_the_estimates_ask_for(model, chip):
     assert alone and found.experts_per_function == int(0.25 / saved_ms) + 1
     assert found.layers_per_shard == 1 and found.stays_on_cpu(64) == ()
     assert ("experts" in found.stays_on_cpu(1)) == (saved_ms < 0.25)
+
+
+def test_the_documented_table_is_what_the_script_prints():
+    page = MARKED.search(PAGE.read_text())
+    assert page and page[0] == f"{page[1]}{table()}\n{page[2]}"
 
 
 def dry_run(tmp_path, *options):
