@@ -8,33 +8,31 @@ for our users. Errors stay visible.
 
 import functools
 import logging
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
+from ane_moe.absent_modules import absent_modules
+
 logging.getLogger("coremltools").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="overflow encountered in cast", module="coremltools")
 
 # It imports scikit-learn, most of a second, for converters of its models: none of ours.
-_unwanted = "sklearn" not in sys.modules
-if _unwanted:
-    sys.modules["sklearn"] = None  # type: ignore[assignment]
-
-import coremltools as ct  # noqa: E402
-from coremltools.converters.mil.frontend.torch import ops as _torch_frontend  # noqa: E402
-from coremltools.converters.mil.mil.passes import pass_pipeline as _pass_pipeline  # noqa: E402
-from coremltools.libmilstoragepython import _BlobStorageReader as BlobReader  # noqa: E402
-from coremltools.libmilstoragepython import _BlobStorageWriter as BlobWriter  # noqa: E402
-from coremltools.proto import FeatureTypes_pb2, MIL_pb2, Model_pb2  # noqa: E402
-
-if _unwanted:
-    del sys.modules["sklearn"]
+with absent_modules("sklearn"):
+    import coremltools as ct
+    from coremltools import _deps
+    from coremltools.converters.mil.mil.passes import pass_pipeline as _pass_pipeline
+    from coremltools.libmilstoragepython import _BlobStorageReader as BlobReader
+    from coremltools.libmilstoragepython import _BlobStorageWriter as BlobWriter
+    from coremltools.proto import FeatureTypes_pb2, MIL_pb2, Model_pb2
 
 # coremltools offers no switch for its progress bars.
-_torch_frontend._tqdm = functools.partial(_torch_frontend._tqdm, disable=True)
 _pass_pipeline.tqdm = functools.partial(_pass_pipeline.tqdm, disable=True)
+if _deps._HAS_TORCH:  # not in a process that converts nothing: runtime/coreml/trial.py
+    from coremltools.converters.mil.frontend.torch import ops as _torch_frontend
+
+    _torch_frontend._tqdm = functools.partial(_torch_frontend._tqdm, disable=True)
 
 __all__ = [
     "BlobReader",

@@ -163,7 +163,7 @@ def _run_file(path: Path, root: Path, suite: Suite, options: argparse.Namespace)
         report.parent.mkdir(parents=True, exist_ok=True)
         report.unlink(missing_ok=True)
         log = scratch / "log"
-        script = Script(log=str(log), predict="wrong" if options.wrong else "ok")
+        script = Script(log=str(log), predict="wrong" if options.wrong else "ok", converts=True)
         (scratch / "tmp").mkdir()
         variables = {
             **os.environ,

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from ane_moe.errors import UserError
+from ane_moe.placement.measured import COMMAND
 from ane_moe.runtime.coreml import runtime as coreml
 from ane_moe.runtime.coreml import trial as child
 from ane_moe.runtime.coreml.modelc_cache import ModelCache
@@ -183,3 +184,14 @@ def test_an_interrupt_ends_the_child_too(act, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         child.try_function(TRIAL, PATIENCE_SECONDS)
     assert running.process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("command", [child.COMMAND, COMMAND])
+def test_a_child_imports_nothing_of_what_only_converting_needs(command):
+    program = (
+        "import runpy, sys; sys.stdin.close(); sys.stdin = []\n"
+        f"runpy.run_module({command[-1]!r}, run_name='__main__')\n"
+        "print(sorted({'coremltools', 'scipy', 'torch', 'transformers'} & sys.modules.keys()), file=sys.stderr)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.stderr.splitlines() == ["['coremltools']"], ended.stderr

@@ -10,17 +10,19 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ane_moe.errors import UserError
 from ane_moe.mlprogram.program import Program
 from ane_moe.mlprogram.reader import read_program
-from ane_moe.runtime.reference import runtime as reference
 from tests.standin import plans
 from tests.standin.script import current, fault, user_info
 from tests.standin.values import to_native, to_python
+
+if TYPE_CHECKING:  # torch, for what is run and not for what is planned
+    from ane_moe.runtime.reference.runtime import ReferenceFunction
 
 COMPILED = ".mlmodelc"
 NEWEST_SPECIFICATION = 10  # iOS 26, as MLMODEL_SPECIFICATION_VERSION_NEWEST in coremltools 9
@@ -254,12 +256,14 @@ def _compile(path: str, message: str) -> str:
     return str(compiled)
 
 
-def _load(compiled: str, function: str) -> reference.ReferenceFunction:
+def _load(compiled: str, function: str) -> "ReferenceFunction":
+    from ane_moe.runtime.reference.runtime import ReferenceFunction
+
     current().play("load", function)
     program = _program(compiled)
     if function and function not in program.functions:
         raise RuntimeError(user_info(f"Function {function} was not found in the model."))
-    return reference.ReferenceFunction(program, function or program.default_function)
+    return ReferenceFunction(program, function or program.default_function)
 
 
 def _program(compiled: str) -> Program:
@@ -275,7 +279,7 @@ def _program(compiled: str) -> Program:
 
 
 def _predict(
-    function: reference.ReferenceFunction,
+    function: "ReferenceFunction",
     compiled: str,
     inputs: dict[str, np.ndarray],
     state: _State | None,

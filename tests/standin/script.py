@@ -21,7 +21,7 @@ class Script:
     `predict` may also be `fp32` (outputs carry more than fp16 holds), `wrong` (3 + 2x), `missing`
     (no outputs) or `misshapen`.
     `plan` is a name in plans.PLANS or a plan itself. `log`: a file that each native step is
-    appended to.
+    appended to. `converts`: new processes may convert models, and take the time to import what for.
     """
 
     compile: str = "ok"
@@ -31,6 +31,7 @@ class Script:
     macos: str = "15.5"
     build: str = "24F74"
     log: str = ""
+    converts: bool = False
     messages: dict[str, str] = field(default_factory=dict)  # step -> text of its `error`
 
     def write(self, path: Path) -> None:

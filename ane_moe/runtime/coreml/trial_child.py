@@ -5,11 +5,12 @@ from typing import Any
 
 from ane_moe.errors import UserError
 from ane_moe.runtime.coreml.modelc_cache import ModelCache
-from ane_moe.runtime.coreml.runtime import load_function
 from ane_moe.runtime.coreml.trial import Trial, serve
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    from ane_moe.runtime.coreml.runtime import load_function  # coremltools, as `serve` imports it
+
     trial = Trial(**request)
     try:
         cache = ModelCache(Path(trial.cache_folder), trial.limit_bytes, trial.os_build)
