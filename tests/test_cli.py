@@ -1,12 +1,16 @@
 """The command line as a person meets it: exit codes, one clear line, JSON on stdout, talk on
 stderr."""
 
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 
 import pytest
 
+from ane_moe.cli import main
 from ane_moe.manifest import FILE_NAME
 from tests.models import make_model, save_checkpoint
 
@@ -25,7 +29,28 @@ COMMANDS = [
 ]
 
 
+@dataclass(frozen=True)
+class Ended:
+    """What a command left: as `subprocess.run` says it."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
 def ane_moe(*arguments):
+    """The command in this process, which has imported already what takes seconds."""
+    with (
+        redirect_stdout(io.StringIO()) as out,
+        redirect_stderr(io.StringIO()) as err,
+        pytest.raises(SystemExit) as ended,
+    ):
+        main([*map(str, arguments)])
+    return Ended(ended.value.code or 0, out.getvalue(), err.getvalue())
+
+
+def process(*arguments):
+    """The command in a process of its own."""
     command = [sys.executable, "-m", "ane_moe", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
@@ -39,7 +64,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def converted(checkpoint, tmp_path_factory):
     out = tmp_path_factory.mktemp("conversion") / "out"
-    result = ane_moe(
+    result = process(
         "convert", checkpoint, out, "--golden", "--prefill", 8, "--workers", 1, "--json"
     )
     assert result.returncode == 0, result.stderr
@@ -55,7 +80,7 @@ def test_help_names_every_command_and_loads_nothing_heavy():
         ).stdout.strip()
         == "[]"
     )
-    result = ane_moe("--help")
+    result = process("--help")
     assert result.returncode == 0
     assert all(command in result.stdout for command in COMMANDS)
 
@@ -157,10 +182,10 @@ def test_bad_input_is_one_clear_line_and_exit_2(
 
 def test_wrong_usage_exits_with_2():
     assert ane_moe("convert").returncode == 2
-    assert ane_moe("nonsense").returncode == 2
+    assert process("nonsense").returncode == 2
     assert ane_moe("convert", "a", "b", "--routing", "sideways").returncode == 2
 
 
 def test_debug_shows_where_an_error_comes_from():
-    result = ane_moe("--debug", "inspect", "nowhere.mlpackage")
+    result = process("--debug", "inspect", "nowhere.mlpackage")
     assert "Traceback" in result.stderr
