@@ -13,7 +13,7 @@ import pytest
 import torch
 from mil_writer import write_compiled
 
-from ane_moe.coreml_tools import ct
+from ane_moe.coreml_tools import ct, validating_once
 
 TARGETS = {
     "ios15": ct.target.iOS15,
@@ -73,14 +73,15 @@ def _converted(
 ) -> object:
     traced = torch.jit.trace(module.eval(), x)
     options = {"inputs": [ct.TensorType(name="x", shape=options.pop("shape", x.shape))], **options}
-    return ct.convert(
-        traced,
-        minimum_deployment_target=TARGETS[target],
-        compute_precision=PRECISIONS[precision],
-        outputs=[ct.TensorType(name="y")],
-        skip_model_load=True,
-        **options,
-    )
+    with validating_once():
+        return ct.convert(
+            traced,
+            minimum_deployment_target=TARGETS[target],
+            compute_precision=PRECISIONS[precision],
+            outputs=[ct.TensorType(name="y")],
+            skip_model_load=True,
+            **options,
+        )
 
 
 def _net(target: str, precision: str = "fp16", **options: object) -> Callable[[Path], None]:
