@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from ane_moe.coreml_tools import ct
 from ane_moe.parts.norm import RmsNorm
 from ane_moe.runtime import load_package
+from ane_moe.runtime.reference.engine.rounding import to_fp16
+from ane_moe.runtime.reference.engine.tables import look_up
 
 WIDTH, TERMS = 512, 2880
 EPS = 1e-6
@@ -152,6 +154,25 @@ def saved(form: Form, shape: tuple[int, ...], path: Path) -> Path:
     return path
 
 
+def print_gated_errors(draws: int = 200_000) -> None:
+    """Relative L2 error of `silu(gate) * up`, both normal, for gates of several sizes."""
+    torch.manual_seed(0)
+    print("\n| gates of | silu * up | sigmoid * up * gate | by tanh | rounded once |")
+    print("|---|---|---|---|---|")
+    for size in (0.25, 0.5, 1.0, 2.0, 4.0):
+        gate, up = to_fp16(torch.randn(draws) * size), to_fp16(torch.randn(draws))
+        exact = nn.functional.silu(gate.double()) * up.double()
+        half = to_fp16(0.5 * gate)
+        forms = (
+            look_up("silu", gate) * up,
+            to_fp16(look_up("sigmoid", gate) * up) * gate,
+            to_fp16(to_fp16(1 + look_up("tanh", half)) * half) * up,
+            exact.float(),
+        )
+        errors = [(to_fp16(form).double() - exact).norm() / exact.norm() for form in forms]
+        print(f"| {size:g} | " + " | ".join(f"{float(error):.1e}" for error in errors) + " |")
+
+
 def main() -> None:
     logging.getLogger("coremltools").setLevel(logging.ERROR)
     print("| what | form | largest error | largest value | Inf or NaN |\n|---|---|---|---|---|")
@@ -168,6 +189,7 @@ def main() -> None:
                     f"| {case.what} | {form.label} | {error:.2g} | {np.abs(exact).max():.4g} "
                     f"| {int((~finite).sum()) or ''} |"
                 )
+    print_gated_errors()
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ class GatedMlp(nn.Module):
     """`down(scale * silu(gate(x)) * up(x))`, or with the spec's clamped activation: `(1, d, 1, T)
     -> (1, d, 1, T)`, scale `(1, 1, 1, T)` or none.
 
-    silu is written out: the engine's own `silu` is off by about 1e-3 near zero, and Apple's
-    model-authoring rules ask for `gate * sigmoid(gate)`; in just that order coremltools fuses the
-    two back into `silu`, so `up` comes between. The scale (an expert's gate) acts before `down`, on
+    silu is written out: the engine's own `silu` is off by up to 1.5e-2, and by 1.7e-3 at zero,
+    where `gate * sigmoid(gate)`, which Apple's model-authoring rules ask for, is off by up to 7e-3
+    and right at zero (docs/runtime.md). In just that order coremltools fuses the two back into
+    `silu`, so `up` comes between. The scale (an expert's gate) acts before `down`, on
     fewer channels and smaller values.
     """
 
