@@ -150,6 +150,7 @@ class Manifest:
     left_out: dict[str, tuple[str, ...]] = field(default_factory=dict)  # tensors not used, by why
     lengths: tuple[int, ...] = ()  # of an encoder: tokens that its functions take, rising
     labels: tuple[str, ...] = ()  # of a token classifier: what its scores are of
+    stream_scale: float = 1.0  # what hidden states are multiplied by: embeddings, and all that adds
     format: int = FORMAT
 
     @property

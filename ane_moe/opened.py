@@ -1,8 +1,9 @@
 """A checkpoint opened and understood, once for all who read it."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from ane_moe.checkpoints.checkpoint import Checkpoint, TensorSource, open_checkpoint
 from ane_moe.families import describe
@@ -25,3 +26,17 @@ def open_model(path: Path, ignore: Collection[str] = ()) -> Model:
     that may be left over. Raises UserError."""
     checkpoint = open_checkpoint(path)
     return Model(checkpoint, *describe(checkpoint, ignore))
+
+
+M = TypeVar("M", bound=Model)
+
+
+def with_stream(model: M, scale: float) -> M:
+    """The same model, its stream times `scale` (in place of the one that it had): in the weights of
+    whatever writes to it."""
+    spec = model.spec.with_stream(scale)
+    sources = {
+        name: replace(source, scale=spec.multiplier(source.fold))
+        for name, source in model.sources.items()
+    }
+    return replace(model, spec=spec, sources=sources)

@@ -76,6 +76,11 @@ class TensorSource:
         return self.weight.role if self.weight else None
 
     @property
+    def fold(self) -> str:
+        """The multiplier of the model that `scale` is."""
+        return self.weight.fold if self.weight else ""
+
+    @property
     def reads(self) -> WeightName:
         """The activation that enters our tensor."""
         return self.name.beside(self.weight.reads if self.weight else "")

@@ -118,6 +118,14 @@ def convert(
             metavar="PATTERN",
         ),
     ] = None,
+    stream_scale: Annotated[
+        str,
+        typer.Option(
+            help="Divide hidden states by N, a power of two, which keeps them inside fp16 and "
+            "changes no result; auto: by what a golden or a calibration shows a need for.",
+            metavar="auto|off|N",
+        ),
+    ] = "auto",
     layers: Annotated[
         str | None, typer.Option(help="Convert only these, such as 0-3 or 0,5.", metavar="LIST")
     ] = None,
@@ -230,6 +238,7 @@ def convert(
         min_cosine=min_cosine,
         ignore_tensors=tuple(ignore_tensors or ()),
         lengths=None if lengths is None else parse_counts(lengths, "--lengths", 1, MAX_LENGTH),
+        stream_divisor=_divisor(stream_scale),
     )
     if dry_run:
         conversion = plan(source, options)
@@ -262,6 +271,16 @@ def convert(
     _print_all(warning(concern, place) for concern in final if concern not in concerns)
     document = report_document(report, final)
     typer.echo(json.dumps(document, indent=2)) if as_json else print_report(report)
+
+
+def _divisor(text: str) -> int | None:
+    """Of `auto` none: whoever converts finds it."""
+    known = {"auto": None, "off": 1}
+    if text in known:
+        return known[text]
+    if not text.isdecimal():
+        raise UserError("--stream-scale is not possible", repr(text), "give auto, off or a number")
+    return int(text)
 
 
 def _print_all(lines: Iterable[str]) -> None:

@@ -33,6 +33,12 @@ from ane_moe.conversion.stamping import (
     stamp_embedding,
     stamp_shard,
 )
+from ane_moe.conversion.stream_scale import (
+    DividedStream,
+    divided,
+    divided_stream,
+    wanted_divisor,
+)
 from ane_moe.conversion.templates import templates_of
 from ane_moe.conversion.workers import Pool, open_pool, peak_memory_bytes, run, start
 from ane_moe.emit.coreml.package import disk_error
@@ -68,13 +74,14 @@ class Progress:
 class ConvertReport:
     """`reused` shards were there already with the same content key. `golden_kept`:
     the goldens are those of an earlier run. `notes` are sentences on how the checkpoint was
-    read."""
+    read. `stream` is what became of hidden states that are too large for fp16."""
 
     folder: Path
     manifest: Manifest
     written: tuple[str, ...]
     reused: tuple[str, ...]
     peak_memory_bytes: int
+    stream: DividedStream
     golden_kept: bool = False
     notes: tuple[str, ...] = ()
 
@@ -104,8 +111,10 @@ def convert(
 
     `golden` also captures golden.safetensors from Hugging Face's own model, on the `prompts` of a
     file or the built-in set, unless an earlier run did so of the same weights and prompts and there
-    is no `overwrite`. Raises UserError for everything the user can mend; what is finished by then
-    stays and is reused.
+    is no `overwrite`. Where a golden or a calibration shows hidden states that come near the end of
+    fp16, they are divided by a power of two, and what was written before it was known is written
+    again. Raises UserError for everything the user can mend; what is finished by then stays and is
+    reused.
     """
     job = open_job(checkpoint, out, options or ConvertOptions())
     ids = _prompt_ids(job, prompts) if golden else None
@@ -119,18 +128,17 @@ def convert(
         tokenizer_files = write_tokenizer(tokenizer, out)
         copy_label_files(job.checkpoint.folder, out)
         job = _calibrated(job, workers, meter)
-        done, embed = _stamp(job, workers, meter)
-        write_routers(job.checkpoint, job.sources, job.plan.routers, out)
-        manifest = _manifest(job, done, embed.files, tokenizer_files)
-        if golden or (earlier and earlier.golden):
-            key = golden_key(job, [shard.content_key for shard in (*done, embed)])
-            manifest = replace(manifest, golden_key=key)
-        kept = keep_goldens(out, manifest, earlier, ids)
-        if kept is None and ids is not None:
-            manifest = write_goldens(job, manifest, ids, meter.golden)
-        elif kept is None:
-            remove_goldens(out)
-        manifest = _complete(kept or manifest, job)
+        # What an earlier golden says is a guess, until this run has kept or captured one.
+        job = divided(job, wanted_divisor(job, out / GOLDEN))
+        while True:
+            done, manifest, kept = _written(job, workers, meter, tokenizer_files, earlier, ids)
+            settled = divided(job, wanted_divisor(job, out / GOLDEN))
+            if settled is job:
+                break
+            job = settled
+            meter.begin_again()
+        manifest = _complete(manifest, job)
+        stream = divided_stream(job, out / GOLDEN)
         remove_strangers(out, manifest)
         manifest.write(out)
         (out / MARKER).unlink()
@@ -139,7 +147,33 @@ def convert(
     reused = tuple(sorted(shard.path for shard in done if shard.reused))
     written = tuple(sorted(shard.path for shard in done if not shard.reused))
     notes = job.plan.source.notes
-    return ConvertReport(out, manifest, written, reused, meter.peak, kept is not None, notes)
+    return ConvertReport(out, manifest, written, reused, meter.peak, stream, kept, notes)
+
+
+def _written(
+    job: Job,
+    workers: int,
+    meter: "_Meter",
+    tokenizer: TokenizerFiles,
+    earlier: Manifest | None,
+    prompts: list[list[int]] | None,
+) -> tuple[list[Done], Manifest, bool]:
+    """Shards, tables and goldens of a job: what was done, its manifest, and whether goldens were
+    kept. `prompts` are there if goldens were asked for."""
+    out = job.out
+    done, embed = _stamp(job, workers, meter)
+    write_routers(job.checkpoint, job.sources, job.plan.routers, out)
+    manifest = _manifest(job, done, embed.files, tokenizer)
+    if prompts is not None or (earlier and earlier.golden):
+        key = golden_key(job, [shard.content_key for shard in (*done, embed)])
+        manifest = replace(manifest, golden_key=key)
+    kept = keep_goldens(out, manifest, earlier, prompts)
+    if kept is not None:
+        return done, kept, True
+    if prompts is None:
+        remove_goldens(out)
+        return done, manifest, False
+    return done, write_goldens(job, manifest, prompts, meter.golden), False
 
 
 class _Meter:
@@ -163,6 +197,10 @@ class _Meter:
         self._peaks[os.getpid()] = peak_memory_bytes()
         self._peaks[process] = max(peak, self._peaks.get(process, 0))
         self._report(Progress(label, self._written, self._total, self.peak))
+
+    def begin_again(self) -> None:
+        """What was written is written anew."""
+        self._written = 0
 
     def golden(self, what: str, done: int, total: int) -> None:
         """Report the capture of goldens."""
@@ -336,6 +374,7 @@ def _manifest(
         versions={name: version(name) for name in TOOLS},
         source=identity(job),
         left_out=dict(plan.source.left_out),
+        stream_scale=spec.stream_scale,
     )
 
 

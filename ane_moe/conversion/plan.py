@@ -37,6 +37,7 @@ DEFAULT_CONTEXT = 2048
 DEFAULT_LENGTHS = (32, 128, 512)
 ROUTERS = "router"
 MAX_EXPERT_TOKENS = 1 << 14
+STREAM_DIVISORS = tuple(1 << power for power in range(16))
 MAX_LENGTH = 1 << 12  # a mask of as many rows and columns takes 32 MB
 
 
@@ -53,7 +54,8 @@ class ConvertOptions:
     inputs matter; `budget_mb` (of 10^6 bytes, for all of OUT's weights) or `min_cosine` let it
     choose formats. `groups` gives the experts of each function by layer, where they are not
     neighbours. `ignore_tensors` are patterns (as in a shell) of stored tensors that may be left
-    out."""
+    out. Hidden states are divided by `stream_divisor`, a power of two (None: by what a golden or a
+    calibration shows a need for)."""
 
     routing: Literal["masked", "soft", "sparse"] = "masked"
     state: Literal["mlstate", "explicit"] = "mlstate"
@@ -72,6 +74,7 @@ class ConvertOptions:
     min_cosine: float | None = None
     ignore_tensors: tuple[str, ...] = ()
     lengths: tuple[int, ...] | None = None
+    stream_divisor: int | None = None
 
 
 @dataclass(frozen=True)
@@ -230,6 +233,11 @@ def make_plan(
     functions, and for a shard that cannot be cut below 2 GiB.
     """
     _require_expert_functions(options)
+    if options.stream_divisor not in (None, *STREAM_DIVISORS):
+        raise UserError(
+            f"hidden states are not divided by {options.stream_divisor}",
+            do=f"give a power of two, up to {STREAM_DIVISORS[-1]}",
+        )
     context = _context(spec, options)
     layers = tuple(range(len(spec.layers))) if options.layers is None else options.layers
     if outside := [n for n in layers if not 0 <= n < len(spec.layers)]:

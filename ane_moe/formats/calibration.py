@@ -8,6 +8,8 @@ calibration.safetensors, N tokens:
     energy.layer_<L>            fp32 (2,)           mean squared lengths of what attention and
     feed-forward add
     energy.final                fp32 (1,)           and of the hidden state before the head
+    range.layer_<L>             fp32 (2,)           largest magnitudes of the hidden state, and of a
+    partial sum that is added to it
 
 An activation is called as the tensors that read it are, with the name of `Weight.reads` for a path:
 `layers.3.attn.x` enters q, k and v. An expert that no token chose has none.
@@ -27,17 +29,18 @@ from ane_moe.files import replaced
 from ane_moe.model.weight import WeightName
 
 FILE_NAME = "calibration.safetensors"
-METADATA = "ane_moe_calibration_2"
+METADATA = "ane_moe_calibration_3"
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """`moments` by activation, `counts` and `energies` by layer, over `tokens` tokens; `of` tells
-    what it was made from."""
+    """`moments` by activation, `counts`, `energies` and `ranges` by layer, over `tokens` tokens;
+    `of` tells what it was made from."""
 
     moments: Mapping[WeightName, np.ndarray]
     counts: Mapping[int, np.ndarray]
     energies: Mapping[int, np.ndarray]
+    ranges: Mapping[int, np.ndarray]
     final_energy: float
     tokens: int
     of: str
@@ -54,6 +57,9 @@ class Calibration:
         tensors |= {
             f"energy.layer_{layer}": pair.astype(np.float32)
             for layer, pair in self.energies.items()
+        }
+        tensors |= {
+            f"range.layer_{layer}": pair.astype(np.float32) for layer, pair in self.ranges.items()
         }
         tensors["energy.final"] = np.array([self.final_energy], np.float32)
         with replaced(path) as temporary:
@@ -101,6 +107,14 @@ class Moments:
                 "delete it and convert again",
             )
         return moments if moments.any() else None
+
+    def ranges(self) -> dict[int, tuple[float, float]]:
+        """Largest magnitudes by layer: of the hidden state, and of a partial sum that is added to
+        it."""
+        start = "range.layer_"
+        layers = sorted(int(n.removeprefix(start)) for n in self._names if n.startswith(start))
+        pairs = {layer: self._file.get_tensor(f"{start}{layer}").tolist() for layer in layers}
+        return {layer: (pair[0], pair[1]) for layer, pair in pairs.items()}
 
     def share(self, tensor: WeightName) -> float:
         """Share of the energy of the last hidden state that comes through a matrix: how much of a

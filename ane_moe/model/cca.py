@@ -48,7 +48,9 @@ class CcaSpec:
         yield Weight("norm.weight", (d_model,))
         for name, width in widths.items():
             yield Weight(f"{name}.weight", (width, d_model), f"attention.{name[0]}", reads="x")
-        yield Weight("o.weight", (d_model, query), "attention.o", reads="attended")
+        yield Weight(
+            "o.weight", (d_model, query), "attention.o", reads="attended", fold="residual_scale"
+        )
         yield Weight("by_channel.weight", (self.channels, 1, first))
         yield Weight("by_channel.bias", (self.channels,))
         yield Weight("by_head.weight", (self.channels, self.head_dim, second))

@@ -37,9 +37,11 @@ class ShortConvSpec:
         yield Weight("conv.weight", (d_model, 1, self.taps))
         if self.bias:
             yield Weight("conv.bias", (d_model,))
-        yield Weight("o.weight", (d_model, d_model), "attention.o", reads="attended")
+        yield Weight(
+            "o.weight", (d_model, d_model), "attention.o", reads="attended", fold="residual_scale"
+        )
         if self.bias:
-            yield Weight("o.bias", (d_model,))
+            yield Weight("o.bias", (d_model,), fold="residual_scale")
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ part lists the tensors it needs (`rows`), in the order in which its module has t
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, Self
 
 from ane_moe.model.eda_router import EdaRouterSpec
 from ane_moe.model.weight import EMBEDDING, HEAD, HEAD_BIAS, Weight, WeightName
+
+STREAM_SCALE = "stream_scale"  # the fold of what is shifted into the stream
 
 
 @dataclass(frozen=True)
@@ -210,13 +212,14 @@ FfnSpec = MlpSpec | MoeSpec
 def residual_rows(d_model: int) -> Iterator[Weight]:
     """The vectors of an affine residual: `(added + bias) * scale + (stream + bias) * scale`."""
     for name in ("added_scale", "added_bias", "stream_bias", "stream_scale"):
-        yield Weight(f"residual.{name}", (d_model,))
+        fold = STREAM_SCALE if name.endswith("bias") else ""
+        yield Weight(f"residual.{name}", (d_model,), fold=fold)
 
 
 def entry_rows(d_model: int) -> Iterator[Weight]:
     """The vectors that an embedding is shifted and scaled by before the first layer."""
-    for name in ("bias", "scale"):
-        yield Weight(f"entry.{name}", (d_model,))
+    yield Weight("entry.bias", (d_model,), fold=STREAM_SCALE)
+    yield Weight("entry.scale", (d_model,))
 
 
 @dataclass(frozen=True)
@@ -285,7 +288,11 @@ class HeadSpec:
 @dataclass(frozen=True)
 class ModelSpec:
     """One model. Every layer is `x += residual_scale * mixer(norm(x)); x += residual_scale *
-    ffn(norm(x))`."""
+    ffn(norm(x))`.
+
+    `stream_scale` multiplies x itself, everywhere, which no norm of it sees (`with_stream`): a
+    power of two, so that fp16 holds a stream that it would not hold as it is.
+    """
 
     family: str
     d_model: int
@@ -297,6 +304,7 @@ class ModelSpec:
     ropes: dict[str, RopeSpec]
     embed_scale: float = 1.0
     residual_scale: float = 1.0
+    stream_scale: float = 1.0
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 
@@ -322,8 +330,15 @@ class ModelSpec:
     def multiplier(self, fold: str) -> float:
         """The multiplier that a row asks for with `fold`; 1 where it asks for none."""
         multipliers = {
-            "embed_scale": self.embed_scale,
-            "residual_scale": self.residual_scale,
+            "embed_scale": self.embed_scale * self.stream_scale,
+            "residual_scale": self.residual_scale * self.stream_scale,
+            STREAM_SCALE: self.stream_scale,
             "logit_scale": self.head.logit_scale,
         }
         return multipliers[fold] if fold else 1.0
+
+    def with_stream(self, scale: float) -> Self:
+        """The same function, its stream times `scale` (in place of the one that it had). Norms of
+        the stream weigh their eps by the square; all others are of what a norm was before."""
+        eps = self.norm.eps * (scale / self.stream_scale) ** 2
+        return replace(self, norm=NormSpec(eps), stream_scale=scale)

@@ -21,6 +21,7 @@ from ane_moe.model.weight import HEAD, WeightName
 from ane_moe.opened import Model
 from ane_moe.original.capture import Walk
 from ane_moe.original.prompts import builtin_prompts, check_prompts, cut_passages, read_prompts
+from ane_moe.original.ranges import range_of
 from ane_moe.original.stream import OriginalTensors, StreamedModel
 from ane_moe.original.tap import Tap
 from ane_moe.progress import Progress, silent
@@ -63,7 +64,13 @@ def calibrate(model: Model, text: Path | None, progress: Progress | None = None)
         final_energy = collector.head(walk.carried)
     tokens, of = sum(map(len, passages)), calibration_digest(model.checkpoint, text)
     return Calibration(
-        collector.moments, collector.counts, collector.energies, final_energy, tokens, of
+        collector.moments,
+        collector.counts,
+        collector.energies,
+        collector.ranges,
+        final_energy,
+        tokens,
+        of,
     )
 
 
@@ -82,6 +89,7 @@ class _Collector:
         self.moments: dict[WeightName, np.ndarray] = {}
         self.counts: dict[int, np.ndarray] = {}
         self.energies: dict[int, np.ndarray] = {}
+        self.ranges: dict[int, np.ndarray] = {}
         modules = dict(stream.model.named_modules())
         for number, layer in enumerate(model.spec.layers):
             heard = self._heard[number] = {}
@@ -100,6 +108,8 @@ class _Collector:
         for name, inputs in self._heard.pop(index).items():
             self.moments[name] = _mean_squares(torch.cat(inputs))
         goldens = [tap.golden() for tap in taps]
+        reached = [range_of(index, golden) for golden in goldens]
+        self.ranges[index] = np.array([(one.stream, one.sums) for one in reached]).max(0)
         added = [
             np.concatenate([getattr(golden, name) for golden in goldens])
             for name in ("attn_delta", "ffn_delta")

@@ -107,7 +107,8 @@ class Walk:
             yield [self._through(layer, number) for number in range(len(self._ids))]
 
     def _through(self, layer: torch.nn.Module, number: int) -> Tap:
-        stream, tap = self.stream, Tap(layer, self.stream.taps)
+        stream = self.stream
+        tap = Tap(layer, stream.taps, stream.config.hidden_size)
         others = [other for other in stream.layers if other is not layer]
         outputs = dict.fromkeys(others, _handed_on(tap, self.carried[number]))
         with stream.stand_ins(outputs | {self._embedding: self._embedded[number]}), tap:

@@ -6,7 +6,7 @@ token, V = vocabulary.
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,11 @@ from ane_moe.files import replaced
 FILE_NAME = "golden.safetensors"
 FORMAT = 1
 OF_THE_LAYER = ("attn_stream", "ffn_stream")  # not of its tokens
+# Hidden states, and what is added to them.
+OF_THE_STREAM = (
+    *("x", "attn_delta", "ffn_delta", "entering", "sums"),
+    *("experts_delta", "expert_outputs", "shared_output"),
+)
 # One key: safetensors writes several in an order that changes from run to run.
 METADATA = "ane_moe_golden"
 
@@ -47,6 +52,9 @@ class LayerGolden:
 
     `carried_in` and `carried_out` are what the layer takes over from the one before it and hands on
     beside the hidden state, `[N,C]` by the name of the slot (`carry.NAME`).
+
+    `sums`, `[P]` for P prompts: the largest magnitude of a partial sum, its terms in the worst
+    order, of the products that are added to hidden states.
     """
 
     x: np.ndarray
@@ -65,6 +73,7 @@ class LayerGolden:
     ffn_stream: np.ndarray | None = None
     carried_in: Mapping[str, np.ndarray] = field(default_factory=dict)
     carried_out: Mapping[str, np.ndarray] = field(default_factory=dict)
+    sums: np.ndarray | None = None
 
     @property
     def middle(self) -> np.ndarray:
@@ -75,6 +84,14 @@ class LayerGolden:
     def y(self) -> np.ndarray:
         """Hidden state after the layer, `[N,d]`."""
         return self.middle + self.ffn_delta
+
+    def with_stream(self, scale: float) -> "LayerGolden":
+        """Of the same model with its hidden states times `scale`."""
+        arrays = arrays_of(self)
+        factors = {name: np.array(scale, np.float32) for name in OF_THE_STREAM}
+        factors |= dict.fromkeys(OF_THE_LAYER, np.array([[scale], [1]], np.float32))
+        scaled = {name: arrays[name] * by for name, by in factors.items() if name in arrays}
+        return layer_of(arrays | scaled)
 
 
 @dataclass(frozen=True)
@@ -89,6 +106,10 @@ class Golden:
     layers: Mapping[int, LayerGolden]
     logits: np.ndarray
     n_layers: int
+
+    def with_stream(self, scale: float) -> "Golden":
+        """Of the same model with its hidden states times `scale`."""
+        return self if scale == 1 else replace(self, layers=_ScaledLayers(self.layers, scale))
 
     @property
     def complete(self) -> bool:
@@ -147,6 +168,21 @@ def read_golden(path: Path) -> Golden:
             f"{path} cannot be read", f"{type(error).__name__}: {error}", _AGAIN
         ) from None
     return golden
+
+
+@dataclass(frozen=True)
+class _ScaledLayers(Mapping[int, LayerGolden]):
+    layers: Mapping[int, LayerGolden]
+    scale: float
+
+    def __getitem__(self, index: int) -> LayerGolden:
+        return self.layers[index].with_stream(self.scale)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
 
 
 class _StoredLayers(Mapping[int, LayerGolden]):

@@ -13,6 +13,7 @@ from torch import nn
 
 from ane_moe.families.taps import Taps
 from ane_moe.original.golden import LayerGolden
+from ane_moe.original.sums import PartialSums
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ class TappedLayer:
         channel `[d]`, or one number."""
         if self.taps.residuals:
             return self.layer.get_parameter(f"{self.taps.residuals[1]}.{self.taps.added_scale}")
+        return self.residual_multiplier
+
+    @property
+    def residual_multiplier(self) -> float:
+        """The number that multiplies what both blocks add."""
         return float(getattr(self.layer, "residual_multiplier", 1.0))
 
     @property
@@ -98,9 +104,10 @@ class TappedLayer:
 
 class Tap:
     """One run of a decoder layer: its input, the hidden state between its blocks, its router, its
-    output, and what it is handed and hands on beside them."""
+    output, and what it is handed and hands on beside them; and how large the sums get that are
+    added to the hidden state, `width` channels."""
 
-    def __init__(self, layer: nn.Module, taps: Taps):
+    def __init__(self, layer: nn.Module, taps: Taps, width: int):
         self.parts = TappedLayer(layer, taps)
         self.entering: Any = None  # what the embedding gave, where the model changes that first
         self.x: Any = None
@@ -109,6 +116,7 @@ class Tap:
         self.router: Any = None
         self.added: Any = None
         self.output: Any = None
+        self.sums = PartialSums(width)
 
     def __enter__(self) -> "Tap":
         parts = self.parts
@@ -133,6 +141,7 @@ class Tap:
                     lambda _, args, output: setattr(self, "added", first_of(output)[0])
                 )
             )
+        self.sums.__enter__()
         return self
 
     def __exit__(
@@ -141,6 +150,7 @@ class Tap:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.sums.__exit__(kind, error, trace)
         for handle in self._handles:
             handle.remove()
 
@@ -159,6 +169,7 @@ class Tap:
             entering=None if self.entering is None else self.entering.numpy(),
             attn_stream=None if streams is None else streams[0],
             ffn_stream=None if streams is None else streams[1],
+            sums=np.array([self.sums.largest * self.parts.residual_multiplier], np.float32),
         )
 
     def _routing(self) -> dict[str, Any]:

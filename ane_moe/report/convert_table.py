@@ -13,8 +13,10 @@ from rich.table import Table
 from ane_moe.conversion.pipeline import ConvertReport
 from ane_moe.conversion.pipeline import Progress as Step
 from ane_moe.conversion.plan import MB, ConversionPlan, ShardPlan
+from ane_moe.conversion.stream_scale import DividedStream
 from ane_moe.forecast.concerns import Concern
 from ane_moe.forecast.conversion_cost import conversion_memory_bytes
+from ane_moe.original.ranges import STREAM_LIMIT, SUM_LIMIT
 from ane_moe.placement.targets import Target
 from ane_moe.wording import counted, listed
 
@@ -129,6 +131,7 @@ def report_document(report: ConvertReport, concerns: Iterable[Concern] = ()) -> 
         "peak_memory_bytes": report.peak_memory_bytes,
         "golden": report.manifest.golden,
         "golden_kept": report.golden_kept,
+        "stream": dataclasses.asdict(report.stream),
         "notes": list(report.notes),
         "left_out": {why: list(names) for why, names in report.manifest.left_out.items()},
         "concerns": [dataclasses.asdict(concern) for concern in concerns],
@@ -146,9 +149,26 @@ def print_report(report: ConvertReport) -> None:
     )
     if report.golden_kept:
         console.print("goldens kept: an earlier run captured them of the same weights and prompts")
+    if line := stream_line(report.stream):
+        console.print(line, markup=False, soft_wrap=True)
     _print_source(console, report.notes, report.manifest.left_out)
     with_golden = "" if report.manifest.golden else " --checkpoint CHECKPOINT"
     console.print(f"next: ane-moe verify {report.folder}{with_golden}")
+
+
+def stream_line(stream: DividedStream) -> str:
+    """What became of hidden states that are large; empty where nothing did."""
+    if stream.divisor == 1:
+        return ""
+    line = f"hidden states divided by {stream.divisor}"
+    if widest := stream.widest:
+        line += (
+            f": in layer {widest.layer} they reach {widest.stream:,.0f} (fp16 ends at "
+            f"{STREAM_LIMIT:,.0f}), and sums that are added to them {widest.sums:,.0f} (the "
+            f"engine's at {SUM_LIMIT:,.0f})"
+        )
+    lost = f"{stream.rounded:,} of {counted(stream.weights, 'weight')} lost digits"
+    return f"{line}; {lost if stream.rounded else 'no weight lost a digit'}"
 
 
 def warning(concern: Concern, target: Target) -> str:

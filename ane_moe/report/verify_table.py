@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ane_moe.report.engine_table import engine_tables, engine_title, overflow_lines
+from ane_moe.report.range_table import range_tables
 from ane_moe.verification.result import (
     FunctionModelResult,
     RoutingResult,
@@ -50,6 +51,8 @@ def verify_report(report: VerifyReport) -> RenderableType:
         parts += [_models(report.models), *_divergences(report.models)]
     if report.engine:
         parts += engine_tables(report.engine)
+    if report.ranges:
+        parts += range_tables(report)
     if report.model_skipped:
         parts.append(Text(f"whole model not run: {report.model_skipped}"))
     if (line := tokenizer_line(report)) and (report.tokenizer is None or report.tokenizer.passed):

@@ -1,5 +1,6 @@
 """The goldens that a conversion is held against: those inside, or ones captured now."""
 
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from ane_moe.errors import UserError
 from ane_moe.kept import Kept
 from ane_moe.loop.experts import expert_layers
 from ane_moe.manifest import Manifest
-from ane_moe.opened import open_model
+from ane_moe.opened import open_model, with_stream
 from ane_moe.original.golden import Golden, read_golden
 from ane_moe.original.prompts import builtin_prompts, check_prompts, read_prompts
 from ane_moe.original.stored_model import Goldens, capture_goldens
@@ -49,7 +50,7 @@ def read_goldens(out: Path, manifest: Manifest, quick: bool) -> tuple[Goldens, i
         places = sampled_prompts(original.prompts)
         original = golden_of(original, places, manifest.layers)
         as_stored = as_stored and golden_of(as_stored, places, manifest.layers)
-    return Goldens(original, as_stored, manifest.compression), count
+    return _divided(Goldens(original, as_stored, manifest.compression), manifest), count
 
 
 def capture(
@@ -64,7 +65,8 @@ def capture(
     """Goldens of the checkpoint, and of what the conversion made of it; if `quick`, of a few
     prompts, which go through the layers of the manifest only. And how many prompts there are.
     Raises UserError for a checkpoint of another model, or prompts that it does not take."""
-    model = open_model(checkpoint, tuple(chain.from_iterable(manifest.left_out.values())))
+    opened = open_model(checkpoint, tuple(chain.from_iterable(manifest.left_out.values())))
+    model = with_stream(opened, manifest.stream_scale)
     spec, folder = model.spec, model.checkpoint.folder
     _require_same_model((len(spec.layers), spec.scores, spec.d_model), manifest, out)
     limit = min(manifest.context, spec.context)
@@ -76,7 +78,18 @@ def capture(
     check_prompts(ids, spec.vocab, limit)
     few = [ids[place] for place in sampled_prompts(ids)] if quick else ids
     through = manifest.layers if quick else None
-    return capture_goldens(model, out, manifest, few, kept, progress, through=through), len(ids)
+    goldens = capture_goldens(model, out, manifest, few, kept, progress, through=through)
+    return _divided(goldens, manifest), len(ids)
+
+
+def _divided(goldens: Goldens, manifest: Manifest) -> Goldens:
+    """With hidden states as large as the conversion's."""
+    scale, as_stored = manifest.stream_scale, goldens.as_stored
+    return replace(
+        goldens,
+        original=goldens.original.with_stream(scale),
+        as_stored=as_stored and as_stored.with_stream(scale),
+    )
 
 
 def _require_same_model(found: tuple[int, int, int], manifest: Manifest, out: Path) -> None:

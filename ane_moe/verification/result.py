@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ane_moe.original.ranges import LayerRange, needed_divisor
 from ane_moe.original.tokenizer_record import Difference
 from ane_moe.verification.engine_result import EngineReport
 
@@ -166,6 +167,10 @@ class VerifyReport:
 
     `sample` says what was looked at where that was not all. `reused_steps` were proved by an equal
     run that was broken off. `engine` is there where the results are by the engine's arithmetic.
+
+    `ranges` are how large the golden's hidden states get in the conversion, times the
+    `stream_scale` that it has folded in; with a `stream_divisor` they would stay well within what
+    fp16 and the engine hold.
     """
 
     passed: bool
@@ -187,6 +192,13 @@ class VerifyReport:
     sample: Sample | None = None
     reused_steps: int = 0
     engine: EngineReport | None = None
+    stream_scale: float = 1.0
+    ranges: tuple[LayerRange, ...] = ()
+
+    @property
+    def stream_divisor(self) -> int:
+        """What the model's own hidden states had to be divided by."""
+        return needed_divisor(self.ranges, self.stream_scale)
 
     @property
     def failures(self) -> int:
@@ -227,6 +239,7 @@ class VerifyReport:
             "model_by_function": by_function,
             "failures": self.failures,
             "cause": self.cause,
+            "stream_divisor": self.stream_divisor,
         }
 
 

@@ -16,6 +16,7 @@ PROMPTS = 2
 # What experts computed alone is not by token, or names tokens by their place among all of them.
 BESIDE_TOKENS = (
     *OF_THE_LAYER,
+    "sums",
     "ffn_input",
     "shared_output",
     "expert_tokens",

@@ -9,6 +9,7 @@ from typing import Any
 
 from ane_moe.kept import Kept, kept_beside
 from ane_moe.manifest import Manifest, read_manifest
+from ane_moe.original.ranges import ranges_of
 from ane_moe.original.stored_model import Goldens
 from ane_moe.progress import Progress, phase, silent
 from ane_moe.runtime import with_precision
@@ -106,6 +107,8 @@ def verify(
             sample=sample if quick else None,
             reused_steps=kept.reused,
             engine=engine,
+            stream_scale=manifest.stream_scale,
+            ranges=ranges_of(goldens.original),
         )
     return replace(report, passed=not report.failures)
 
