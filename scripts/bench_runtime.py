@@ -37,6 +37,7 @@ from ane_moe.loop.shards import load_shards, stored_bytes
 from ane_moe.manifest import Manifest, Shard, read_manifest
 from ane_moe.runtime import load_package, open_package
 from ane_moe.runtime.memory import Memory
+from ane_moe.runtime.reference.stored_rows import widened
 
 D, WIDTH, EXPERTS, K = 2048, 768, 16, 4
 HEADS, KV_HEADS, HEAD_DIM, S = 16, 4, 128, 2048
@@ -154,7 +155,10 @@ def measure_experts(out: Path, shard: Shard, repeats: int) -> None:
     }
     for function in (stored, expanded):
         function.predict(inputs)
-    matrices = [torch.cat(matrix._kept) for matrix in expanded._matrices()]
+    matrices = [
+        torch.cat([widened(block).clone() for block in matrix._blocks()])
+        for matrix in expanded._matrices()
+    ]
     columns = {matrix.shape[1]: torch.randn(matrix.shape[1], 1) for matrix in matrices}
     calls["PyTorch fp32, every expert"] = lambda: [m @ columns[m.shape[1]] for m in matrices]
     bytes_ = sum(path.stat().st_size for path in (out / shard.path).rglob("*") if path.is_file())

@@ -19,7 +19,7 @@ from tests.runtime.numpy_shards import D, expert_function, make_manifest
 
 EXPERTS, WIDTH, BUCKETS = 3, 20, (1, 4)
 PATH = "experts/layer_00.mlpackage"
-WEIGHT_BYTES = 4 * (3 * D * WIDTH)  # the reference runtime holds fp32
+WEIGHT_BYTES = 2 * (3 * D * WIDTH)  # the reference runtime holds fp16
 
 
 class Expert(torch.nn.Module):

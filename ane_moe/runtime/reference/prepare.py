@@ -37,7 +37,7 @@ from ane_moe.runtime.reference.steps import (
     target,
 )
 from ane_moe.runtime.reference.stored_matrix import Matrices
-from ane_moe.runtime.reference.stored_source import FLOATS, key_of, matrix_shape, source_of
+from ane_moe.runtime.reference.stored_source import FLOATS, NARROW, key_of, matrix_shape, source_of
 from ane_moe.runtime.reference.structural import STRUCTURAL
 from ane_moe.runtime.reference.zero_gates import lean
 
@@ -160,10 +160,11 @@ class _Planner:
         """The slot of a constant matrix `(O, I)` as it is stored."""
         if value not in self.stored:
             slot = self.stored[value] = self.new_slot()
+            dtype = torch_dtype(tensor_type(value, value.name).dtype)
 
             def load(slots: Slots) -> None:
                 slots[slot] = self.matrices.find(
-                    key_of(value), shape, lambda: source_of(value, shape)
+                    key_of(value), shape, lambda: source_of(value, shape), dtype
                 )
 
             self.add(self.setup, "const", value.name, load, (), (slot,))
@@ -310,9 +311,13 @@ class _Planner:
         missing = op.required - fixed.keys() - dynamic.keys()
         if missing:
             raise UserError("a required input is missing", ", ".join(sorted(missing)))
-        matrix = None if dynamic else self.matrix_input(op, fixed, types)
+        tensors = {name: arguments.get(name, []) for name in specs}
+        matrix = None if dynamic else self.matrix_input(op, fixed, types, tensors)
+        given = [value for values in tensors.values() for value in values]
+        # A product and nothing more: its kernel takes fp16 as it is.
+        product = matrix is not None and len(given) == 2 and _are_narrow([*given, *results])
         sources = [
-            self.source(spec, arguments.get(name, []), op, scope, name == matrix)
+            self.source(spec, tensors[name], op, scope, name == matrix, product)
             for name, spec in specs.items()
         ]
         targets = [
@@ -331,17 +336,22 @@ class _Planner:
         return bind(make_kernel(op, fixed), sources, targets), reads, sources, targets
 
     def matrix_input(
-        self, op: Op, parameters: Mapping[str, Any], types: list[ValueType]
+        self,
+        op: Op,
+        parameters: Mapping[str, Any],
+        types: list[ValueType],
+        tensors: Mapping[str, list[Value]],
     ) -> str | None:
-        """The input that the op takes as a matrix as it is stored, if it is one."""
+        """The input that the op takes as a matrix as it is stored, if there is one."""
         if op.matrix is None or not isinstance(self.arith, Exact):
             return None
         name, takes = op.matrix
         floats = all(isinstance(kind, TensorType) and kind.dtype in FLOATS for kind in types)
-        return name if floats and takes(**parameters) else None
+        stored = any(matrix_shape(value, op.matrix_rank) for value in tensors[name])
+        return name if floats and stored and takes(**parameters) else None
 
     def source(
-        self, spec: str, values: list[Value], op: Op, scope: Scope, as_stored: bool
+        self, spec: str, values: list[Value], op: Op, scope: Scope, as_stored: bool, product: bool
     ) -> Source:
         if spec.endswith("*") and values:
             return tuple(self.taken(value, op, scope) for value in values)
@@ -349,7 +359,9 @@ class _Planner:
         if value is None:
             return None
         shape = matrix_shape(value, op.matrix_rank) if as_stored else None
-        return self.taken(value, op, scope) if shape is None else self.matrix_slot(value, shape)
+        if shape is not None:
+            return self.matrix_slot(value, shape)
+        return self.slot(value) if product else self.taken(value, op, scope)
 
     def taken(self, value: Value, op: Op, scope: Scope) -> int:
         """The slot of a value in the form that the op's kernel takes."""
@@ -375,6 +387,12 @@ class _Planner:
             if isinstance(value, float) and name not in SHAPING:
                 fixed[name] = self.arith.parameter(value)
         return fixed, dynamic
+
+
+def _are_narrow(values: Sequence[Value]) -> bool:
+    """Whether all of them are of fp16."""
+    kinds = [value.type for value in values]
+    return all(isinstance(kind, TensorType) and kind.dtype == NARROW for kind in kinds)
 
 
 def only(spec: str, values: list[Value]) -> Value | None:

@@ -32,7 +32,7 @@ from ane_moe.runtime.reference.ops.table import OpTable
 from ane_moe.runtime.reference.pipeline import Observer, ReferencePipeline
 from ane_moe.runtime.reference.prepare import Plan, prepare
 from ane_moe.runtime.reference.scope import FOREIGN, STATES
-from ane_moe.runtime.reference.stored_matrix import WIDE_BYTES, Matrices, StoredMatrix
+from ane_moe.runtime.reference.stored_matrix import Matrices, StoredMatrix
 
 Precision = Literal["fp32", "fp16", "engine"]
 PRECISIONS = get_args(Precision)
@@ -262,10 +262,13 @@ class ReferencePackage:
         return function
 
     def resident_bytes(self, name: str) -> int:
-        """Memory that the expanded weights of a function take: fp32, whatever they are stored
-        as."""
+        """Memory that the expanded weights of a function take: fp16 but where the program says
+        fp32."""
         function = self._program.read((name,)).functions[name]
-        return sum(WIDE_BYTES * weight.elements for weight in weights_of(function))
+        return sum(
+            weight.elements * (4 if weight.format == "fp32" else 2)
+            for weight in weights_of(function)
+        )
 
 
 class ReferencePipelinePackage:

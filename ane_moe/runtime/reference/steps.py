@@ -141,8 +141,11 @@ def _finisher(into: Target) -> Callable[[Any], Tensor]:
     def finish(y: Any) -> Tensor:
         if type(y) is tuple:  # an op that splits, here into one
             y = _only(y)
-        if y.dtype is wide and y.shape == shape:
-            return y if wide is dtype else y.to(dtype)
+        if y.shape == shape:
+            if y.dtype is dtype:
+                return y
+            if y.dtype is wide:
+                return y.to(dtype)
         return fit(y)
 
     return finish

@@ -1,4 +1,4 @@
-"""Rows of a matrix as it is stored, expanded to fp32 a block at a time.
+"""Rows of a matrix as it is stored, expanded a block at a time to the numbers they stand for.
 
 O = rows (output channels), I = columns (input channels), n = rows of a block. A block begins at a
 multiple of 64 rows, so that elements of any number of bits begin at a byte.
@@ -21,11 +21,13 @@ from ane_moe.mlprogram.storage import Storage, decode
 
 class Rows(Protocol):
     def rows(self, first: int, last: int) -> Tensor:
-        """Rows `first` to `last`, fp32 `(n, I)`: a view of the file, or of memory that the next
-        rows in this thread take."""
+        """Rows `first` to `last`, `(n, I)`, in fp16 where that holds them, else in fp32: a view of
+        the file, or of memory that the next rows in this thread take."""
 
 
 _SCRATCH = threading.local()
+# What rows of so many bytes are copied as.
+ROW_FORMS = {4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
 def scratch(use: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -40,8 +42,8 @@ def scratch(use: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return held[:count].view(shape)
 
 
-def _wide(rows: Tensor) -> Tensor:
-    """`rows` in fp32."""
+def widened(rows: Tensor) -> Tensor:
+    """`rows` in fp32; may be of memory that the next ones in this thread take."""
     if rows.dtype is torch.float32:
         return rows
     return scratch("wide", tuple(rows.shape), torch.float32).copy_(rows)
@@ -49,12 +51,12 @@ def _wide(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Whole:
-    """Elements of whole bytes: fp32, fp16 or integers `(O, I)`."""
+    """Elements of whole bytes: fp32, fp16 or, of what is scaled, integers `(O, I)`."""
 
     values: Tensor
 
     def rows(self, first: int, last: int) -> Tensor:
-        return _wide(self.values[first:last])
+        return self.values[first:last]
 
 
 @dataclass(frozen=True)
@@ -69,15 +71,17 @@ class Scaled:
     narrow: bool
 
     def rows(self, first: int, last: int) -> Tensor:
-        y = self.data.rows(first, last)
-        along = torch.arange(first, last) // self.height
+        y = widened(self.data.rows(first, last))
         blocks = y.view(len(y), self.scale.shape[1], -1)
         if self.offset is not None:
-            blocks.sub_(self.offset[along].float().unsqueeze(2))
-        blocks.mul_(self.scale[along].float().unsqueeze(2))
-        if self.narrow:
-            y.copy_(scratch("narrow", tuple(y.shape), torch.float16).copy_(y))
-        return y
+            blocks.sub_(self._along(self.offset, first, last))
+        blocks.mul_(self._along(self.scale, first, last))
+        return scratch("narrow", tuple(y.shape), torch.float16).copy_(y) if self.narrow else y
+
+    def _along(self, values: Tensor, first: int, last: int) -> Tensor:
+        """Those of some rows, fp32 `(n, Si, 1)`."""
+        rows = slice(first, last) if self.height == 1 else torch.arange(first, last) // self.height
+        return values[rows].float().unsqueeze(2)
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ class Palettes:
         bits, across = self.codes.bits, self.lut.shape[1]
         each = 8 // bits
         digits = torch.arange(256).unsqueeze(1) >> (torch.arange(each) * bits)
-        some = self.lut[lowest:highest].float().flatten(0, 1)
+        some = self.lut[lowest:highest].flatten(0, 1)
         some = F.pad(some, (0, (1 << bits) - some.shape[1]))
         table = some[:, digits & ((1 << bits) - 1)].flatten(0, 1)  # (palettes * 256, each)
         raw = self.codes.bytes(first, last)
@@ -135,18 +139,19 @@ class Palettes:
             palette = palette + torch.arange(across).repeat_interleave(raw.shape[1] // across)
         index = scratch("index", tuple(raw.shape), torch.int32).copy_(raw)
         index.add_((palette * 256).int())
-        y = scratch("wide", (index.numel(), each), torch.float32)
+        use = "narrow" if table.dtype is torch.float16 else "wide"
+        y = scratch(use, (index.numel(), each), table.dtype)
         _look_up(table, index.flatten(), y)
         return y.view(last - first, -1)
 
 
 def _look_up(table: Tensor, index: Tensor, into: Tensor) -> None:
-    """Fill `into` with rows of `table (N, 1, 2, 4 or 8)`, fp32, taken as numbers of up to 16 bytes:
-    as rows of a few floats they would be copied one by one."""
+    """Fill `into` with rows of `table (N, 1, 2, 4 or 8)`, fp16 or fp32, taken as numbers of up to
+    16 bytes: as rows of a few floats they would be copied one by one."""
     if table.shape[1] == 1:
         index = scratch("long_index", tuple(index.shape), torch.int64).copy_(index)
     else:
-        form = torch.int64 if table.shape[1] == 2 else torch.complex128
+        form = ROW_FORMS[min(16, table.shape[1] * table.itemsize)]
         table, into = table.view(form), into.view(form)
     if table.shape[1] == 1:
         table, into = table.flatten(), into.flatten()
@@ -160,7 +165,7 @@ class Made:
     make: Callable[[], Tensor]
 
     def rows(self, first: int, last: int) -> Tensor:
-        return self.make()[first:last].float()
+        return self.make()[first:last]
 
 
 def mapped(array: np.ndarray) -> Tensor:

@@ -119,7 +119,7 @@ def _whole_numbers(value: Value, shape: Shape) -> Rows | None:
     codes = _codes(value, shape, dtype)
     if codes is None:
         return None
-    numbers = torch.arange(1 << STORAGE[dtype].bits)
+    numbers = torch.arange(1 << STORAGE[dtype].bits).float()
     if STORAGE[dtype].signed:
         numbers[len(numbers) // 2 :] -= len(numbers)
     return Palettes(codes, numbers.view(1, 1, -1), shape[0])
@@ -179,7 +179,8 @@ def _palettes(step: Expansion, shape: Shape, narrow: bool) -> Rows | None:
         return None
     if shape[1] // grid[1] * codes.bits % 8:
         return None
-    return Palettes(codes, _tensor(lut).view(*grid, entries), shape[0] // grid[0])
+    numbers = _tensor(lut).half() if narrow else _tensor(lut).float()
+    return Palettes(codes, numbers.view(*grid, entries), shape[0] // grid[0])
 
 
 def _grid(sizes: Sequence[int], shape: Shape) -> Shape | None:

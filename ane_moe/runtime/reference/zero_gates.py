@@ -139,7 +139,7 @@ def _norm_of(x: int, slot: int) -> Step:
     """The largest norm of a column of `x`."""
 
     def run(slots: Slots) -> None:
-        slots[slot] = torch.linalg.vector_norm(slots[x], dim=1).max().item()
+        slots[slot] = torch.linalg.vector_norm(slots[x], dim=1, dtype=torch.float32).max().item()
 
     return Step("norm", "", run, frozenset({x}), frozenset({slot}))
 
