@@ -4,6 +4,7 @@ loaded later."""
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def read_type(proto: Any) -> ValueType:
     shapes."""
     kind = proto.WhichOneof("type")
     if kind == "tensorType":
-        return _tensor_type(proto.tensorType)
+        return _tensor_type(proto.tensorType.SerializeToString())
     if kind == "stateType":
         wrapped = read_type(proto.stateType.wrappedType)
         if not isinstance(wrapped, TensorType):
@@ -110,7 +111,9 @@ def describe(kind: ValueType) -> str:
     return kind.kind
 
 
-def _tensor_type(proto: Any) -> ValueType:
+@lru_cache(maxsize=1024)  # functions have few types, and name each of them again and again
+def _tensor_type(serialized: bytes) -> ValueType:
+    proto = MIL_pb2.TensorType.FromString(serialized)
     if proto.dataType not in DTYPE_NAMES:
         raise UserError(
             "program uses an unknown element type",

@@ -7,6 +7,7 @@ Engine's published arithmetic is computed (`engine/`).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -240,7 +241,8 @@ class ReferencePackage:
     ):
         self.functions = program.functions
         self.default_function = program.default_function
-        self._program = program
+        # A function is often asked for right after its size.
+        self._read = lru_cache(maxsize=1)(lambda name: program.read((name,)))
         self._precision = precision
         self._matrices = Matrices(memory)
         self._ledger = ledger
@@ -252,10 +254,9 @@ class ReferencePackage:
         Raises UserError for an unknown name, a function that is not sound, or an op that is not
         executed.
         """
-        name = name or self._program.default_function
-        program = self._program.read((name,))
+        name = name or self.default_function
         function = ReferenceFunction(
-            program, name, self._precision, self._matrices, self._ledger, self._name
+            self._read(name), name, self._precision, self._matrices, self._ledger, self._name
         )
         if eager:
             function.load_weights()
@@ -264,7 +265,7 @@ class ReferencePackage:
     def resident_bytes(self, name: str) -> int:
         """Memory that the expanded weights of a function take: fp16 but where the program says
         fp32."""
-        function = self._program.read((name,)).functions[name]
+        function = self._read(name).functions[name]
         return sum(
             weight.elements * (4 if weight.format == "fp32" else 2)
             for weight in weights_of(function)
