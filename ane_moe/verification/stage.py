@@ -65,6 +65,10 @@ class StageRun:
         outputs = (port for entry in entries for port in entry.ports.outputs)
         self.reads = {port.slot for port in entries[0].ports.inputs if port.by_channel}
         self.writes = list(dict.fromkeys(port.slot for port in outputs if port.by_channel))
+        inputs = (port for entry in entries for port in entry.ports.inputs)
+        # Whether nothing depends on where a token stands or on others: a call may mix sequences.
+        alone = len(loaded) == len(steps) and not any(one.shard.states for one in loaded)
+        self.by_token = alone and all(port.by_channel for port in inputs)
         self.gives_scores = any(slot_root(slot) == LOGITS for slot in self.writes)
         self.start()
 

@@ -48,10 +48,12 @@ class ModelPass:
     def advance(self, steps: Sequence[Step], ropes: Ropes, dispatch: ExpertDispatch | None) -> None:
         """Take every prompt through the next stage."""
         run = StageRun(steps, ropes, dispatch)
+        if run.gives_scores and run.by_token:  # a head: calls are as full as they can be
+            return self._score(run, self.prompts)
         for prompt in self.prompts:
             run.start()
             if run.gives_scores:
-                self._score(run, prompt)
+                self._score(run, [prompt])
             else:
                 self._move(run, prompt)
 
@@ -67,11 +69,14 @@ class ModelPass:
             slot: np.concatenate([piece[slot] for piece in pieces]) for slot in written
         }
 
-    def _score(self, run: StageRun, prompt: _Prompt) -> None:
-        given = {slot: prompt.values[slot][prompt.cut :] for slot in run.reads}
+    def _score(self, run: StageRun, prompts: Sequence[_Prompt]) -> None:
+        tails = [{slot: one.values[slot][one.cut :] for slot in run.reads} for one in prompts]
+        given = {slot: np.concatenate([tail[slot] for tail in tails]) for slot in run.reads}
+        ends = np.cumsum([len(one.logits) for one in prompts])[:-1]
         for slot, scores in run.run(self.function, given).values.items():
             if slot_root(slot) == LOGITS:
-                prompt.logits[:, slice(*slot_rows(slot))] = scores
+                for one, own in zip(prompts, np.split(scores, ends), strict=True):
+                    one.logits[:, slice(*slot_rows(slot))] = own
 
     def state(self) -> list[dict[str, torch.Tensor]]:
         """What goes on to the next stage, by prompt."""
