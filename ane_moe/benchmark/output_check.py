@@ -76,7 +76,7 @@ def check_output(
 ) -> tuple[OutputCheck, ...]:
     """Teacher-forced through the decode functions and, where there are any, the prefill functions,
     or through an encoder's of each length, each against every golden."""
-    original, of_labels = goldens[ORIGINAL], isinstance(model, Labeller)
+    original, labels = goldens[ORIGINAL], model.manifest.labels
     runs: dict[str, Iterator[_PromptRun]] = {}
     if isinstance(model, Labeller):
         for length in model.lengths:
@@ -87,7 +87,7 @@ def check_output(
     return tuple(
         check
         for function, own in runs.items()
-        for check in _check(function, list(own), goldens, min_logit_cosine, of_labels)
+        for check in _check(function, list(own), goldens, min_logit_cosine, labels)
     )
 
 
@@ -96,7 +96,7 @@ def _check(
     runs: Sequence[_PromptRun],
     goldens: Mapping[str, Golden],
     min_logit_cosine: Mapping[str, float],
-    of_labels: bool,
+    labels: Sequence[str],
 ) -> Iterator[OutputCheck]:
     if not runs:  # no prompt is as short
         return
@@ -114,7 +114,7 @@ def _check(
         ]
         limit = min_logit_cosine[name]
         wrong = sum(_wrong_tokens(one, limit) for one in prompts)
-        compared = compare_logits(function, prompts, limit, of_labels=of_labels)
+        compared = compare_logits(function, prompts, limit, labels)
         yield OutputCheck(name, compared, wrong)
 
 

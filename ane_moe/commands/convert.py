@@ -178,11 +178,7 @@ def convert(
     from ane_moe.conversion.pipeline import plan
     from ane_moe.conversion.plan import MAX_EXPERT_TOKENS, MAX_LENGTH, ConvertOptions
     from ane_moe.demo import built_in
-    from ane_moe.forecast.concerns import (
-        concerns_of_options,
-        concerns_of_plan,
-        require_engine_formats,
-    )
+    from ane_moe.forecast.concerns import concerns_of_plan, require_engine_formats
     from ane_moe.forecast.design import AUTO, sizes_of
     from ane_moe.formats.recipe import find_recipe, recipe_of
     from ane_moe.number_lists import parse_counts, parse_layers
@@ -219,7 +215,8 @@ def convert(
         experts_per_function or (unsaid if routing == "sparse" else "1"),
         layers_per_shard or (unsaid if routing != "sparse" else "1"),
     )
-    experts, layers_together = sizes_of(source, asked, place, context, prefill)
+    windows = None if lengths is None else parse_counts(lengths, "--lengths", 1, MAX_LENGTH)
+    experts, layers_together = sizes_of(source, asked, place, context, prefill, windows)
     options = ConvertOptions(
         routing=routing,
         state=state,
@@ -237,17 +234,16 @@ def convert(
         budget_mb=budget_mb,
         min_cosine=min_cosine,
         ignore_tensors=tuple(ignore_tensors or ()),
-        lengths=None if lengths is None else parse_counts(lengths, "--lengths", 1, MAX_LENGTH),
+        lengths=windows,
         stream_divisor=_divisor(stream_scale),
     )
+    conversion = plan(source, options)
+    concerns = concerns_of_plan(conversion, place)
     if dry_run:
-        conversion = plan(source, options)
-        concerns = concerns_of_plan(conversion, place)
         _print_all(warning(concern, place) for concern in concerns)
         document = plan_document(conversion, concerns)
         typer.echo(json.dumps(document, indent=2)) if as_json else print_plan(conversion)
         return
-    concerns = concerns_of_options(options, place)
     try:
         with ConvertBar(warning(concern, place) for concern in concerns) as bar:
             report = run(
@@ -266,8 +262,11 @@ def convert(
             err=True,
         )
         raise typer.Exit(INTERRUPTED) from None
-    chosen = replace(options, recipe=recipe_of(report.manifest.weights, report.manifest.recipe))
-    final = concerns_of_options(chosen, place)  # a budget chose formats of its own
+    # A budget chose formats of its own.
+    chosen = recipe_of(report.manifest.weights, report.manifest.recipe)
+    final = concerns
+    if chosen != recipe:
+        final = concerns_of_plan(plan(source, replace(options, recipe=chosen)), place)
     _print_all(warning(concern, place) for concern in final if concern not in concerns)
     document = report_document(report, final)
     typer.echo(json.dumps(document, indent=2)) if as_json else print_report(report)

@@ -7,9 +7,9 @@ Every concern is a rule of `rules.toml` that holds for the facts of what would b
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from ane_moe.conversion.plan import ConversionPlan, ConvertOptions
+from ane_moe.conversion.plan import ConversionPlan
 from ane_moe.errors import UserError
-from ane_moe.forecast.planned_facts import PlannedFunction, facts_of_options, facts_of_plan
+from ane_moe.forecast.planned_facts import PlannedFunction, facts_of_plan
 from ane_moe.formats.recipe import Recipe
 from ane_moe.formats.stored_form import stored_form
 from ane_moe.placement.facts import FunctionFacts
@@ -79,15 +79,6 @@ def require_engine_formats(recipe: Recipe, target: Target) -> None:
             ", ".join(recipe.leaving_engine),
             "take int8 or lut4, or convert for the CPU with --allow-cpu",
         )
-
-
-def concerns_of_options(options: ConvertOptions, target: Target) -> tuple[Concern, ...]:
-    """What speaks against the weight formats, states and layout that `options` ask for, whatever
-    the model."""
-    book = rule_book(target)
-    met = _met(facts_of_options(options), book, options.recipe)
-    rules = ((what or "functions", book.rules[finding.rule]) for finding, what in met)
-    return distinct(_concern(kind, rule) for kind, rule in rules if rule.scope != "segment")
 
 
 def distinct(concerns: Iterable[Concern]) -> tuple[Concern, ...]:

@@ -73,23 +73,29 @@ class Design:
 
 
 def design(
-    spec: ModelSpec, target: Target, *, context: int | None = None, prefill: int = 64
+    spec: ModelSpec,
+    target: Target,
+    *,
+    context: int | None = None,
+    prefill: int = 64,
+    lengths: tuple[int, ...] | None = None,
 ) -> Design:
     """Judge every function of a model's masked and sparse conversions, and say what to put
-    together. Raises UserError as `make_plan`."""
+    together so that those of the fewest tokens are placed too. Raises UserError as `make_plan`."""
     book, rows = rule_book(target), []
-    most = MOST_LAYERS
+    most, fewest = MOST_LAYERS, 1
     for routing in ROUTINGS:
-        options = ConvertOptions(routing=routing, context=context, prefill=prefill)
+        options = ConvertOptions(routing=routing, context=context, prefill=prefill, lengths=lengths)
         plan = plan_kinds(spec, options).plan
         rows += [_designed(entry, routing, book) for entry in facts_of_plan(plan)]
         if routing == "masked":
             most = most_layers(plan, target.name, MOST_LAYERS)
+            fewest = min(tokens for _, tokens in plan.functions)
     price = estimate_book(target).run.most_ms
     experts = [[row] for row in rows if row.is_one_expert and row.tokens == 1]
     layers: dict[int, list[DesignedFunction]] = {}
     for row in rows:
-        if row.routing == "masked" and row.tokens == 1 and row.layer is not None:
+        if row.routing == "masked" and row.tokens == fewest and row.layer is not None:
             layers.setdefault(row.layer, []).append(row)
     return Design(
         target.name,
@@ -101,7 +107,12 @@ def design(
 
 
 def sizes_of(
-    checkpoint: Path, asked: tuple[str, str], target: Target, context: int | None, prefill: int
+    checkpoint: Path,
+    asked: tuple[str, str],
+    target: Target,
+    context: int | None,
+    prefill: int,
+    lengths: tuple[int, ...] | None,
 ) -> tuple[int, int]:
     """Experts of a function and layers of a shard: numbers as asked, or AUTO for what `design`
     says. Raises UserError for anything else."""
@@ -109,7 +120,7 @@ def sizes_of(
         experts, layers = map(_number, asked)
         return experts, layers
     spec, _ = describe(open_checkpoint(checkpoint))
-    found = design(spec, target, context=context, prefill=prefill)
+    found = design(spec, target, context=context, prefill=prefill, lengths=lengths)
     chosen = (found.experts_per_function, found.layers_per_shard)
     experts, layers = (
         best if text == AUTO else _number(text) for text, best in zip(asked, chosen, strict=True)

@@ -191,7 +191,7 @@ def outlook_of(
         model.notes,
         tuple(choices),
         advice,
-        None if of_encoder else design(spec, place, context=context, prefill=prefill),
+        design(spec, place, context=context, prefill=prefill, lengths=lengths),
         of_encoder,
     )
 

@@ -12,20 +12,19 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from ane_moe.conversion.plan import CACHE_STEP, ConversionPlan, ConvertOptions, ShardPlan
+from ane_moe.conversion.plan import ConversionPlan, ShardPlan
 from ane_moe.formats.recipe import Choice
 from ane_moe.formats.stored_form import stored_form
 from ane_moe.manifest import ShardFunction
 from ane_moe.mlprogram.program import Operation, TensorType
 from ane_moe.mlprogram.weights import Part
-from ane_moe.model.port import MASK, STATE, STREAM, Port
+from ane_moe.model.port import MASK, Port
 from ane_moe.model.template_key import TemplateKey, function_name, weight_name
 from ane_moe.model.weight import PARAMETER, Directions, Row, Shape, Weight
 from ane_moe.placement.facts import FunctionFacts, OpFacts, feature_facts
 
 CONVERTER = version("coremltools")
 OPSET = 18  # packages are for iOS 18 and macOS 15
-STATES_OF_A_LAYER = 2  # keys and values
 READS, WRITES = 3, 2  # operations of these types for each state
 INWARD = ("q", "k", "v", "gate", "up", "rows")  # projections that read the input of their part
 # How many operations come with a weight, by the last name of its path: the convolution, and what
@@ -87,26 +86,6 @@ def elementwise_in_a_row(key: TemplateKey) -> int:
     norms of q and k, stand side by side and count once."""
     names = {_place(row.path) for row in key.block.rows()}
     return sum(IN_A_ROW.get(stem, 0) for _, _, stem in names)
-
-
-def facts_of_options(options: ConvertOptions) -> FunctionFacts:
-    """What options decide whatever the model: formats, states, layout. Sizes are not known."""
-    states = STATES_OF_A_LAYER * options.layers_per_shard if options.state == "mlstate" else 0
-    cache = Port("", (1, 1, 1, CACHE_STEP), STATE)
-    ops = [
-        _op("conv", 1, _product() | {"weight_format": stored_form(name)}, name)
-        for name in options.recipe.formats
-    ]
-    if states:
-        ops += _state_ops(states)
-    features = [_feature("state", cache)] * states
-    for tokens in {1, options.prefill or 1}:
-        stream = Port("", (1, 2, 1, tokens), STREAM)  # of any channels above one
-        stream = stream.turned() if options.layout == "bct1" else stream
-        features.append(_feature("input", stream))
-    facts = {"weight_bytes": None, "flops": None, "states": states}
-    facts |= _refused(map(stored_form, options.recipe.formats))
-    return FunctionFacts("", _shared() | facts, features, ops)
 
 
 @dataclass(frozen=True)

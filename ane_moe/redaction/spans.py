@@ -1,6 +1,6 @@
 """Spans of a text: from labels of tokens to characters of the original."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +55,16 @@ def probabilities(scores: np.ndarray, path: np.ndarray) -> np.ndarray:
     return shifted[np.arange(len(path)), path] / shifted.sum(axis=1)
 
 
+def token_spans(names: Sequence[str]) -> Iterator[tuple[int, int, str]]:
+    """First token, last + 1 and kind of each span of legal BIOES labels."""
+    first = 0
+    for token, name in enumerate(names):
+        if name[0] in "BS":
+            first = token
+        if name[0] in "ES":
+            yield first, token + 1, name[2:]
+
+
 def spans_of(
     text: str, offsets: Offsets, names: Sequence[str], certain: np.ndarray
 ) -> tuple[Span, ...]:
@@ -65,13 +75,8 @@ def spans_of(
     character that tokens of two spans share belongs to the first.
     """
     found: list[Span] = []
-    first = 0
-    for token, name in enumerate(names):
-        if name[0] in "BS":
-            first = token
-        if name[0] not in "ES":
-            continue
-        covered = [pair for pair in offsets[first : token + 1] if pair[0] < pair[1]]
+    for first, last, label in token_spans(names):
+        covered = [pair for pair in offsets[first:last] if pair[0] < pair[1]]
         start = min((pair[0] for pair in covered), default=0)
         end = max((pair[1] for pair in covered), default=0)
         start = max(start, found[-1].end if found else 0)
@@ -79,7 +84,7 @@ def spans_of(
         start += len(inside) - len(inside.lstrip())
         end = start + len(inside.strip())
         if start < end:
-            found.append(Span(start, end, name[2:], float(certain[first : token + 1].mean())))
+            found.append(Span(start, end, label, float(certain[first:last].mean())))
     return tuple(found)
 
 

@@ -83,6 +83,14 @@ class Decoder:
         return path
 
 
+def decoder_of(labels: Sequence[str]) -> Decoder | None:
+    """The decoder of a label set, without biases; None unless that is BIOES."""
+    try:
+        return Decoder(labels)
+    except UserError:
+        return None
+
+
 def read_biases(folder: Path) -> Biases:
     """The model's own biases: the `default` operating point of its calibration file, zeros where
     the folder has none. Raises UserError for a file that cannot be understood."""

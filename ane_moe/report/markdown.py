@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ane_moe.report.report_data import ReportData
+from ane_moe.report.verify_table import span_figure
 from ane_moe.verification.result import FunctionModelResult
 
 SPECIAL = str.maketrans({mark: f"\\{mark}" for mark in "\\`*_[]<>|#!"})
@@ -82,20 +83,20 @@ def _models(models: Sequence[FunctionModelResult]) -> str:
             row.tokens,
             f"{row.top1_agreement:.2%}",
             f"{row.mean_kl:.2e}",
-            *_perplexities(row),
+            *_of_text(row),
             f"{row.logit_cosine:.6f}",
         ]
         for row in models
     ]
-    perplexity = [] if of_labels else ["perplexity, original", "shards"]
+    of_text = ["same spans"] if of_labels else ["perplexity, original", "shards"]
     same = "same label" if of_labels else "top-1"
-    return _table(["through", "tokens", same, "mean KL", *perplexity, "logit cosine"], rows)
+    return _table(["through", "tokens", same, "mean KL", *of_text, "logit cosine"], rows)
 
 
-def _perplexities(row: FunctionModelResult) -> list[str]:
-    """None of labels, which do not follow from each other."""
+def _of_text(row: FunctionModelResult) -> list[str]:
+    """Spans of labels, which do not follow from each other; else perplexities."""
     if row.of_labels:
-        return []
+        return [span_figure(row)]
     return [_number(row.perplexity_golden), _number(row.perplexity_shards)]
 
 

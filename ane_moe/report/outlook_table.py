@@ -29,7 +29,8 @@ def print_outlook(found: Outlook) -> None:
     if found.choices:
         _forecast(console, found)
     if found.design:
-        _designed(console, found.design)
+        smallest = "even a function of the fewest tokens" if found.lengths else "a decode function"
+        _designed(console, found.design, smallest)
     for note in found.notes:
         _print(console, f"note: {note}")
     if found.choices:
@@ -70,7 +71,7 @@ def _forecast(console: Console, found: Outlook) -> None:
         _print(console, f"{mark} {_concern(found, *key)}")
 
 
-def _designed(console: Console, design: Design) -> None:
+def _designed(console: Console, design: Design, smallest: str) -> None:
     """Each kind of function by its margin, and what to put together."""
     table = _table_of("function", "routing", "tokens", "margin ms", "Core ML's cost decision")
     rows = {(row.routing, row.kind, row.tokens, row.is_one_expert): row for row in design.functions}
@@ -83,7 +84,7 @@ def _designed(console: Console, design: Design) -> None:
     _print_table(console, table)
     _print(
         console,
-        f"To be placed on the engine, a decode function takes "
+        f"To be placed on the engine, {smallest} takes "
         f"--experts-per-function {design.experts_per_function} and "
         f"--layers-per-shard {design.layers_per_shard} (`auto` takes these).",
     )

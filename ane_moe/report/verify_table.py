@@ -156,7 +156,7 @@ def _models(rows: tuple[FunctionModelResult, ...]) -> Table:
         "tokens",
         "same label" if of_labels else "top-1",
         "mean KL",
-        *(() if of_labels else ("golden", "shards")),
+        *(("same spans",) if of_labels else ("golden", "shards")),
         "logit cosine",
         "margin",
     )
@@ -167,12 +167,17 @@ def _models(rows: tuple[FunctionModelResult, ...]) -> Table:
             str(row.tokens),
             f"{row.top1_agreement:.2%}",
             _small(row.mean_kl),
-            *(() if of_labels else perplexities),
+            *((span_figure(row),) if of_labels else perplexities),
             _figure(row.logit_cosine),
             _signed(row.logit_cosine - row.min_logit_cosine),
             style=None if row.passed else "red",
         )
     return table
+
+
+def span_figure(row: FunctionModelResult) -> str:
+    """How far the spans agree, of a token classifier."""
+    return "none" if row.span_agreement is None else f"{row.span_agreement:.2%}"
 
 
 def _divergences(rows: tuple[FunctionModelResult, ...]) -> Iterable[Text]:

@@ -1,11 +1,13 @@
 """The whole model, token by token: the shards' logits against the golden's. N = tokens, V =
 vocabulary."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from ane_moe.redaction.spans import token_spans
+from ane_moe.redaction.viterbi import Decoder, decoder_of
 from ane_moe.verification.metrics import token_cosines
 from ane_moe.verification.result import Divergence, FunctionModelResult
 
@@ -26,11 +28,12 @@ def compare_logits(
     function: str,
     prompts: Iterable[PromptLogits],
     min_logit_cosine: float,
-    *,
-    of_labels: bool = False,
+    labels: Sequence[str] = (),
 ) -> FunctionModelResult:
-    """Pool all positions of all prompts. Perplexities are None when no prompt has a second token to
-    predict, and for scores of labels."""
+    """Pool all positions of all prompts. `labels` are what the scores are of, where they are a
+    token classifier's. Perplexities are None when no prompt has a second token to predict, and for
+    scores of labels."""
+    spans = SpanAgreement(decoder_of(labels))
     same: list[np.ndarray] = []
     kl: list[np.ndarray] = []
     cosines: list[np.ndarray] = []
@@ -41,7 +44,8 @@ def compare_logits(
         same.append(golden.argmax(1) == shards.argmax(1))
         kl.append((np.exp(golden) * (golden - shards)).sum(1))
         cosines.append(token_cosines(one.golden, one.shards))
-        following = np.array([] if of_labels else one.ids[1:], np.int64)
+        spans.add(one)
+        following = np.array([] if labels else one.ids[1:], np.int64)
         rows = np.arange(len(following))
         surprise.append((-golden[rows, following], -shards[rows, following]))
         if first is None and not same[-1].all():
@@ -54,7 +58,8 @@ def compare_logits(
         function=function,
         tokens=len(pooled),
         top1_agreement=agreement,
-        label_agreement=agreement if of_labels else None,
+        label_agreement=agreement if labels else None,
+        span_agreement=spans.f1,
         mean_kl=float(np.concatenate(kl).mean()),
         perplexity_golden=float(np.exp(golden_nll.mean())) if golden_nll.size else None,
         perplexity_shards=float(np.exp(shards_nll.mean())) if shards_nll.size else None,
@@ -64,6 +69,39 @@ def compare_logits(
         min_logit_cosine=min_logit_cosine,
         passed=bool(logit_cosine >= min_logit_cosine),
     )
+
+
+@dataclass
+class SpanAgreement:
+    """How many spans the best legal labels of both scores give (`decoder`; None: labels give none),
+    and how many of them both do: in their first token, their last, and their kind."""
+
+    decoder: Decoder | None
+    both: int = 0
+    golden: int = 0
+    shards: int = 0
+
+    def add(self, one: PromptLogits) -> None:
+        """Count those of a prompt."""
+        if self.decoder is None:
+            return
+        golden, shards = map(self._spans, (one.golden, one.shards))
+        self.both += len(golden & shards)
+        self.golden += len(golden)
+        self.shards += len(shards)
+
+    @property
+    def f1(self) -> float | None:
+        """Of the shards' spans against the golden's; None where neither gives any."""
+        count = self.golden + self.shards
+        return 2 * self.both / count if count else None
+
+    def _spans(self, scores: np.ndarray) -> set[tuple[int, int, str]]:
+        assert self.decoder is not None
+        if not np.isfinite(scores).all():
+            return set()
+        names = [self.decoder.labels[one] for one in self.decoder.decode(scores)]
+        return set(token_spans(names))
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

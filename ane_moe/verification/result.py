@@ -76,7 +76,8 @@ class Divergence:
 class FunctionModelResult:
     """The whole model through one kind of function, teacher-forced; KL in nats, golden against
     shards. Of a token classifier, the highest score is a label's: `label_agreement` is the share of
-    tokens that both give the same one, as `top1_agreement` is."""
+    tokens that both give the same one, as `top1_agreement` is, and `span_agreement` F1 of the
+    shards' decoded spans against the golden's (None: there are none, or labels are not BIOES)."""
 
     function: str
     tokens: int
@@ -90,6 +91,7 @@ class FunctionModelResult:
     min_logit_cosine: float
     passed: bool
     label_agreement: float | None = None
+    span_agreement: float | None = None
 
     @property
     def of_labels(self) -> bool:

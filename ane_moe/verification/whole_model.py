@@ -43,7 +43,7 @@ class ModelPass:
 
     function: str
     prompts: list[_Prompt] = field(default_factory=list)
-    of_labels: bool = False
+    labels: tuple[str, ...] = ()
 
     def advance(self, steps: Sequence[Step], ropes: Ropes, dispatch: ExpertDispatch | None) -> None:
         """Take every prompt through the next stage."""
@@ -92,9 +92,7 @@ class ModelPass:
 
     def result(self, golden: Golden, min_logit_cosine: float) -> FunctionModelResult:
         """The logits against a golden's, once every stage has been passed."""
-        return compare_logits(
-            self.function, self._logits(golden), min_logit_cosine, of_labels=self.of_labels
-        )
+        return compare_logits(self.function, self._logits(golden), min_logit_cosine, self.labels)
 
     def _logits(self, golden: Golden) -> Iterator[PromptLogits]:
         for prompt in self.prompts:
@@ -122,7 +120,7 @@ def model_passes(
             ModelPass(
                 length_function(length),
                 [_prompt(manifest, number, prompts[number], 0, embed) for number in numbers],
-                of_labels=bool(manifest.labels),
+                labels=manifest.labels,
             )
             for length, numbers in fitting.items()
             if numbers

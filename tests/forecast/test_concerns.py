@@ -7,17 +7,30 @@ import pytest
 from typer.testing import CliRunner
 
 from ane_moe.cli import app
-from ane_moe.conversion.plan import ConvertOptions
+from ane_moe.conversion.plan import ConvertOptions, make_plan, sources_of
+from ane_moe.families import describe_config
 from ane_moe.forecast import concerns
-from ane_moe.forecast.concerns import concerns_of_options
+from ane_moe.forecast.concerns import Concern, concerns_of_plan
 from ane_moe.formats.recipe import find_recipe
 from ane_moe.placement.rules import RuleBook, load_rules
 from ane_moe.placement.targets import find_target
+from tests.forecast.hub_configs import PRIVACY_FILTER, QWEN3_30B
+
+SPEC = describe_config(QWEN3_30B | {"num_hidden_layers": 2, "num_experts": 8}, "config.json")
+FILTER = describe_config(PRIVACY_FILTER, "config.json")
+
+
+def of_options(target: str = "m4-max", os: int = 26, spec=SPEC, **options) -> list[Concern]:
+    """Without those that depend on how much work a function has."""
+    plan = make_plan(spec, sources_of(spec), ConvertOptions(**options))
+    sizes = {rule.id for rule in load_rules() if rule.scope == "segment"}
+    found = concerns_of_plan(plan, find_target(target, os))
+    return [one for one in found if one.rule.removeprefix("new-") not in sizes]
 
 
 def rules_met(target: str = "m4-max", os: int = 26, compress: str = "int8", **options) -> set[str]:
-    asked = ConvertOptions(recipe=find_recipe(compress), **options)
-    return {concern.rule for concern in concerns_of_options(asked, find_target(target, os))}
+    found = of_options(target, os, recipe=find_recipe(compress), **options)
+    return {concern.rule for concern in found}
 
 
 @pytest.mark.parametrize("compress", ["lut4", "lut4+scale", "tiny", "small", "sparse50+lut4"])
@@ -43,6 +56,10 @@ def test_states_are_warned_of_unless_the_caches_are_inputs():
     assert "many-states-iphone" in rules_met("iphone-a17", layers_per_shard=2)
 
 
+def test_an_encoder_has_no_states_to_be_warned_of():
+    assert of_options("m5-max", spec=FILTER) == []
+
+
 def test_tokens_on_an_axis_before_a_last_one_of_1_are_warned_of():
     assert rules_met(state="explicit", layout="bct1") == {"singleton-last-axis"}
     assert rules_met(state="explicit", layout="bct1", prefill=0) == set()
@@ -57,7 +74,7 @@ def test_a_rule_that_is_not_in_the_file_is_not_warned_of(monkeypatch):
 
 
 def test_a_warning_quotes_both_sides_and_says_what_to_do_instead():
-    (lut4,) = concerns_of_options(ConvertOptions(recipe=find_recipe("lut4")), find_target())
+    (lut4,) = of_options(recipe=find_recipe("lut4"))
     assert lut4.verdict == "uncertain" and lut4.state == "undecided"
     assert "against it: " in lut4.sentence and "instead: int8" in lut4.sentence
 

@@ -11,7 +11,7 @@ from ane_moe.families import describe_config
 from ane_moe.forecast.design import design
 from ane_moe.placement.targets import find_target
 from scripts.placement_design import MARKED, PAGE, table
-from tests.forecast.hub_configs import OLMOE, QWEN3_30B
+from tests.forecast.hub_configs import OLMOE, PRIVACY_FILTER, QWEN3_30B
 
 # One expert in a function for one token, from the estimates that the study of an M4 and an M6
 # prints: weights, what a weight saves (69.6 ps on an M4, 59.2 on an M1, 24.7 on an M5), 0.25 ms.
@@ -68,3 +68,15 @@ def test_plan_says_what_each_function_would_do(tmp_path):
     document = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
     assert document["design"]["experts_per_function"] == 3
     assert document["design"]["kind"] == "predicted"
+
+
+@pytest.mark.parametrize(("lengths", "fewest"), [(None, 32), ((64, 256), 64)])
+def test_an_encoder_is_designed_for_its_shortest_windows(lengths, fewest):
+    spec = describe_config(PRIVACY_FILTER, "config.json")
+    found = design(spec, find_target("m4", 27), lengths=lengths)
+    saved_ms = 3 * 640 * 640 * SAVED_PS["m4"] * 1e-9
+    assert found.experts_per_function == int(0.25 / saved_ms) + 1
+    masked = [row for row in found.functions if row.routing == "masked"]
+    assert min(row.tokens for row in masked) == fewest
+    assert "moe" not in found.stays_on_cpu(fewest) and "experts" in found.stays_on_cpu(1)
+    assert found.layers_per_shard == 1

@@ -14,7 +14,7 @@ from ane_moe.coreml_tools import Model_pb2
 from ane_moe.emit.coreml.package import MODEL
 from ane_moe.emit.coreml.template import value_name
 from ane_moe.families import describe
-from ane_moe.forecast.concerns import concerns_of_options
+from ane_moe.forecast.concerns import concerns_of_plan
 from ane_moe.forecast.workload import workload_of
 from ane_moe.formats.expand import expand
 from ane_moe.formats.recipe import find_format, find_recipe
@@ -110,7 +110,7 @@ def test_every_weight_of_the_package_is_the_one_meant(checkpoint, tmp_path, name
     target = find_target("m2")  # where states are undecided
     report = predict([(out / shard.path, shard.path) for shard in manifest.shards], target)
     findings = [finding for function in report.functions for finding in function.findings]
-    warned = {concern.rule for concern in concerns_of_options(options, target)}
+    warned = {concern.rule for concern in concerns_of_plan(plan(checkpoint, options), target)}
     if "block32" in name:
         warned.remove("per-block-weight")  # a row of this model is a single block
     assert "state-access" in warned and warned <= {finding.rule for finding in findings}

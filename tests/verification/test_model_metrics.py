@@ -76,3 +76,40 @@ def test_nan_logits_fail():
     given = prompts(0)
     given[0].shards[0, 0] = np.nan
     assert not compare_logits("decode", given, 0.5).passed
+
+
+BIOES = ("O", "B-name", "I-name", "E-name", "S-name")
+
+
+def scores_of(tags: str) -> np.ndarray:
+    """Scores of BIOES that prefer one tag for each token."""
+    return np.array([[4.0 * (label[0] == tag) for label in BIOES] for tag in tags], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("shards", "f1"),
+    [
+        ("OBIEOSO", 1.0),
+        ("OBEOOSO", 0.5),  # one ends early: of two each, one is the same
+        ("OBIEOOO", 2 / 3),
+        ("OOOOOOO", 0.0),
+    ],
+)
+def test_spans_agree_as_counted_by_hand(shards, f1):
+    golden = scores_of("OBIEOSO")
+    one = PromptLogits(0, 0, tuple(range(7)), golden, scores_of(shards))
+    assert compare_logits("length_8", [one], 0.5, BIOES).span_agreement == pytest.approx(f1)
+
+
+def test_labels_that_spell_no_spans_have_no_agreement_of_spans():
+    one = PromptLogits(0, 0, (1, 2), scores_of("OS"), scores_of("OS"))
+    other = compare_logits("length_8", [one], 0.5, ("a", "b", "c", "d", "e"))
+    assert other.span_agreement is None and other.label_agreement == 1
+    assert compare_logits("decode", [one], 0.5).span_agreement is None
+
+
+def test_scores_that_are_not_finite_give_no_spans():
+    broken = scores_of("OS")
+    broken[0, 0] = np.nan
+    one = PromptLogits(0, 0, (1, 2), scores_of("OS"), broken)
+    assert compare_logits("length_8", [one], 0.5, BIOES).span_agreement == 0
