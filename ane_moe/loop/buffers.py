@@ -3,7 +3,7 @@
 T = tokens in a call, S = cache width, d = d_model, r = rotated channels of a head, V = vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,15 +22,26 @@ Ropes = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Placement:
-    """A call's real tokens: `count` of them from `position` on; what follows up to T is padding."""
+    """A call's real tokens: `count` of them from `position` on; what follows up to T is padding.
+    `texts`: the lengths of several texts that share the call, each from position 0 on, one behind
+    the other (none: it is one)."""
 
     position: int
     count: int
     ropes: Ropes
+    texts: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
         return self.position + self.count
+
+    @property
+    def parts(self) -> Iterator[slice]:
+        """The columns of each text."""
+        first = 0
+        for length in self.texts or (self.count,):
+            yield slice(first, first + length)
+            first += length
 
 
 def rope_tables(manifest: Manifest) -> dict[str, np.ndarray]:
@@ -58,19 +69,20 @@ def by_channel(array: np.ndarray) -> np.ndarray:
 
 def _mask(array: np.ndarray, slot: str, at: Placement) -> None:
     """`(1, 1, T, S)`: open to each token itself and what precedes it inside the window, or what
-    lies in a band around it; padding sees cache slot 0, and is seen by nobody."""
+    lies in a band around it, of its own text; padding sees cache slot 0, and is seen by nobody."""
     (window,) = slot_arguments(slot)
     mask = array[0, 0]
     mask.fill(HIDDEN)
     mask[at.count :, 0] = 0
-    reach = band_reach(window)
+    if (reach := band_reach(window)) is not None:
+        for part in at.parts:
+            for token in range(part.start, part.stop):
+                mask[token, max(part.start, token - reach) : min(token + reach + 1, part.stop)] = 0
+        return
     for token in range(at.count):
         own = at.position + token
-        if reach is not None:
-            first, end = own - reach, min(own + reach + 1, at.end)
-        else:
-            first, end = 0 if window == "all" else own + 1 - int(window), own + 1
-        mask[token, max(0, first) : end] = 0
+        first = 0 if window == "all" else own + 1 - int(window)
+        mask[token, max(0, first) : own + 1] = 0
 
 
 def _write(array: np.ndarray, slot: str, at: Placement) -> None:
@@ -89,7 +101,9 @@ def _keep(array: np.ndarray, slot: str, at: Placement) -> None:
 
 def _rope(array: np.ndarray, slot: str, at: Placement) -> None:
     """`(1, 1, r/2, T)`."""
-    array[0, 0, :, : at.count] = at.ropes[slot][at.position : at.end].T
+    for part in at.parts:
+        rows = at.ropes[slot][at.position : at.position + part.stop - part.start]
+        array[0, 0, :, part] = rows.T
 
 
 def _shift(array: np.ndarray, slot: str, at: Placement) -> None:
@@ -141,10 +155,11 @@ class Slots:
         """A slot that functions fill, as `[C,T]`; the same memory."""
         return by_channel(self._arrays[slot])
 
-    def place(self, position: int, count: int) -> None:
-        """Move the host's own slots to `count` tokens from `position` on."""
+    def place(self, position: int, count: int, texts: tuple[int, ...] = ()) -> None:
+        """Move the host's own slots to `count` tokens from `position` on, or to `texts` of so many
+        tokens, which see nothing of each other."""
         self.count = count
-        at = Placement(position, count, self._ropes)
+        at = Placement(position, count, self._ropes, texts)
         for rule, array, slot in self._own:
             rule(array, slot, at)
 

@@ -65,10 +65,19 @@ class Labeller:
         Raises UserError for no tokens, more than the length takes, a length that there is none of,
         and ids outside the vocabulary.
         """
+        return self.packed([ids], length)
+
+    def packed(self, texts: Sequence[Sequence[int]], length: int | None = None) -> np.ndarray:
+        """`logits` of several texts in one call, one behind the other; they see nothing of each
+        other, and have the scores that each has alone.
+
+        Raises UserError as `logits`, of all tokens together.
+        """
+        ids = [one for text in texts for one in text]
         self._require(ids, length)
         started, count = perf_counter(), len(ids)
         lane = self._lane(length or next(each for each in self.lengths if each >= count))
-        lane.slots.place(0, count)
+        lane.slots.place(0, count, tuple(map(len, texts)))
         stream = lane.slots.columns(STREAM)
         stream[:, :count] = self.shards.embed[np.asarray(ids)].T
         stream[:, count:] = 0

@@ -11,6 +11,7 @@ from ane_moe.errors import UserError
 
 CHUNK = 1 << 20  # bytes read at once, at most
 LONGEST_PIECE = 1 << 15  # characters of a unit that are looked at together
+MOST_PIECES = 512  # that are given out together
 NUL_SHARE = 0.1  # UTF-16, and most of what is no text, has more of them; UTF-8 text hardly any
 
 # A unit ends behind a line break, or behind the first blank line after a paragraph.
@@ -49,21 +50,27 @@ def _decode(decoder: codecs.IncrementalDecoder, chunk: bytes, name: str, before:
         raise UserError(f"{name} is {kind}", f"byte {at} begins no character") from None
 
 
-def pieces(characters: Iterable[str], unit: str) -> Iterator[Piece]:
-    """The text in units (`line` or `paragraph`), the long ones in pieces of LONGEST_PIECE."""
+def pieces(characters: Iterable[str], unit: str) -> Iterator[list[Piece]]:
+    """The text in units (`line` or `paragraph`), the long ones in pieces of LONGEST_PIECE; together
+    those that end in what came at once."""
     ends, held = ENDS[unit], ""
     for some in characters:
         held += some
-        last = 0
+        last, batch = 0, list[Piece]()
         for end in ends.finditer(held):
-            yield from _cut(held[last : end.end()])
+            batch += _cut(held[last : end.end()])
             last = end.end()
+            if len(batch) >= MOST_PIECES:
+                yield batch
+                batch = []
         held = held[last:]
         while len(held) > 2 * LONGEST_PIECE:
-            yield Piece(held[:LONGEST_PIECE], False)
+            batch.append(Piece(held[:LONGEST_PIECE], False))
             held = held[LONGEST_PIECE:]
+        if batch:
+            yield batch
     if held:
-        yield from _cut(held)
+        yield [*_cut(held)]
 
 
 def _cut(unit: str) -> Iterator[Piece]:

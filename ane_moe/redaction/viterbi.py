@@ -58,6 +58,7 @@ class Decoder:
         self._transitions = np.array(pairs, np.float64)  # (L, L) from, to
         self._starts = np.array([_edge(tag in ("O", "B", "S")) for tag in tags])
         self._ends = np.array([_edge(tag in ("O", "E", "S")) for tag in tags])
+        self._plain = biases == Biases()  # what scores highest is best, where it is legal
 
     def decode(self, scores: np.ndarray) -> np.ndarray:
         """The indices `[N]` of the best legal sequence for `scores` `[N, L]`; the first of equals.
@@ -69,6 +70,9 @@ class Decoder:
         count, width = scores.shape
         if not count:
             return np.zeros(0, np.intp)
+        highest = scores.argmax(axis=1)
+        if self._plain and self._is_legal(highest):
+            return highest
         best = scores[0] + self._starts  # (L)
         came_from = np.empty((count, width), np.intp)
         columns = np.arange(width)
@@ -81,6 +85,10 @@ class Decoder:
         for token in range(count - 1, 0, -1):
             path[token - 1] = came_from[token, path[token]]
         return path
+
+    def _is_legal(self, path: np.ndarray) -> bool:
+        between = self._transitions[path[:-1], path[1:]]
+        return bool(np.isfinite(self._starts[path[0]] + self._ends[path[-1]] + between.sum()))
 
 
 def decoder_of(labels: Sequence[str]) -> Decoder | None:

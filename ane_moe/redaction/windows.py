@@ -6,7 +6,7 @@ scores of the whole text when it lies that far from both ends of the window, or 
 text's own ends. So windows keep their middles, and the middles join without a gap.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -34,6 +34,11 @@ class Scorer(Protocol):
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Scores `[N, labels]`, float32, of 1 to max(lengths) tokens."""
+        ...
+
+    def packed(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
+        """The scores of several texts that fit into one window, one behind the other: those that
+        each has alone."""
         ...
 
 
@@ -75,3 +80,35 @@ def scores_of(scorer: Scorer, ids: Sequence[int]) -> np.ndarray:
         kept = slice(window.kept_first - window.first, window.kept_last - window.first)
         scores[window.kept_first : window.kept_last] = found[kept]
     return scores
+
+
+def scores_of_all(scorer: Scorer, texts: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+    """`scores_of` each text, those that are short together in as few windows as their order
+    allows.
+
+    Such a window is of the shortest length that spans the model's context: longer ones spend more
+    on attention that the band hides than they save in calls.
+    """
+    longest, context = max(scorer.lengths), scorer.context_each_side
+    shared = min((one for one in scorer.lengths if one >= context), default=longest)
+    waiting, room = list[Sequence[int]](), 0
+    for ids in texts:
+        if len(ids) > room:
+            yield from _together(scorer, waiting)
+            waiting, room = [], shared
+        if len(ids) > shared:
+            yield scores_of(scorer, ids)
+            room = 0
+        else:
+            waiting.append(ids)
+            room -= len(ids)
+    yield from _together(scorer, waiting)
+
+
+def _together(scorer: Scorer, texts: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+    ends = np.cumsum([len(ids) for ids in texts], dtype=np.intp)
+    if not texts:
+        return
+    there = ends[-1] > 0
+    scores = scorer.packed([ids for ids in texts if len(ids)]) if there else scores_of(scorer, ())
+    yield from np.split(scores, ends[:-1])

@@ -151,7 +151,7 @@ def test_a_terminal_shows_the_original_in_colour_and_is_not_driven_by_it():
 
     found = open_redactor(None)
     passages = (
-        marked(one, Plain(Template())) for one in found.passages([Piece("a 12\x1b[2J\r\n", True)])
+        marked(one, Plain(Template())) for one in found.passages([[Piece("a 12\x1b[2J\r\n", True)]])
     )
     (view,) = view_form(passages, found.labels)
     assert "\x1b" not in view.plain and view.plain.startswith("a 12 account_number 100%")

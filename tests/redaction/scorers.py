@@ -16,7 +16,16 @@ PUBLISHED = tuple(OpenAIPrivacyFilterConfig().id2label.values())
 LARGE = 1_000_003
 
 
-class Banded:
+class Packing:
+    """Texts that share a window, each scored alone."""
+
+    def packed(self, texts):
+        assert all(texts) and sum(map(len, texts)) <= max(self.lengths)
+        self.packs = [*getattr(self, "packs", []), len(texts)]
+        return np.concatenate([self.logits(ids) for ids in texts])
+
+
+class Banded(Packing):
     """Scores of whole numbers that depend on ids up to `band * depth` away, and on each of them:
     no rounding, so windows are exact or they are not."""
 
@@ -43,7 +52,7 @@ class Banded:
         return (values % 997 / 100).astype(np.float32)
 
 
-class Digits:
+class Digits(Packing):
     """Labels every token of a digit as an account number: spans are runs of digits."""
 
     labels, lengths, context_each_side = PUBLISHED, (64,), 2
@@ -62,7 +71,7 @@ class Digits:
         return scores
 
 
-class HuggingFace:
+class HuggingFace(Packing):
     """Hugging Face's own model in fp32, as a scorer with windows of at most `length` tokens."""
 
     def __init__(self, model, length):

@@ -1,6 +1,7 @@
 """Bytes become texts to look at, and are all there."""
 
 import io
+from itertools import chain
 
 import pytest
 from hypothesis import given, settings
@@ -31,24 +32,28 @@ def test_characters_cut_anywhere_come_whole(text, step):
 @given(st.text(alphabet="a \t\r\n\u2028é"), st.sampled_from(["line", "paragraph"]))
 @settings(deadline=None)
 def test_pieces_join_to_the_text(text, unit):
-    found = list(pieces([text[:7], text[7:9], text[9:]], unit))
+    found = list(chain(*pieces([text[:7], text[7:9], text[9:]], unit)))
     assert "".join(piece.text for piece in found) == text
     assert all(piece.text for piece in found) and (not found or found[-1].ends)
 
 
 def test_units_are_lines_or_paragraphs_with_the_breaks_behind_them():
     text = "a\nb\r\n \t\r\nc\n\n\nd"
-    assert [one.text for one in pieces([text], "line")] == text.splitlines(keepends=True)
-    assert [one.text for one in pieces([text], "paragraph")] == ["a\nb\r\n \t\r\n", "c\n\n", "\nd"]
+    assert [one.text for one in chain(*pieces([text], "line"))] == text.splitlines(keepends=True)
+    assert [one.text for one in chain(*pieces([text], "paragraph"))] == [
+        "a\nb\r\n \t\r\n",
+        "c\n\n",
+        "\nd",
+    ]
 
 
 def test_long_units_come_in_pieces_in_flat_memory(monkeypatch):
     monkeypatch.setattr(documents, "LONGEST_PIECE", 10)
     longest = 0
-    for piece in pieces(("x" * 7 for _ in range(1000)), "line"):
+    for piece, *_ in pieces(("x" * 7 for _ in range(1000)), "line"):
         longest = max(longest, len(piece.text))
     assert longest == 10
-    found = list(pieces(["x" * 25 + "\ny"], "line"))
+    found = list(chain(*pieces(["x" * 25 + "\ny"], "line")))
     assert [(len(one.text), one.ends) for one in found] == [
         (10, False),
         (10, False),
@@ -58,7 +63,20 @@ def test_long_units_come_in_pieces_in_flat_memory(monkeypatch):
 
 
 def test_a_million_line_breaks_are_quick():
-    assert sum(len(one.text) for one in pieces(["\n" * 1_000_000, " " * 1_000_000], "paragraph"))
+    found = pieces(["\n" * 1_000_000, " " * 1_000_000], "paragraph")
+    assert sum(len(one.text) for batch in found for one in batch) == 2_000_000
+
+
+def test_what_came_at_once_is_given_out_before_more_is_read():
+    given = []
+
+    def lines():
+        for line in ("a\n", "b", "\nc\nd\n"):
+            given.append(line)
+            yield line
+
+    found = [([one.text for one in batch], len(given)) for batch in pieces(lines(), "line")]
+    assert found == [(["a\n"], 1), (["b\n", "c\n", "d\n"], 3)]
 
 
 @pytest.mark.parametrize(

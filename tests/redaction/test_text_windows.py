@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ane_moe.redaction.viterbi import Decoder
-from ane_moe.redaction.windows import is_exact, plan_windows, scores_of
+from ane_moe.redaction.windows import is_exact, plan_windows, scores_of, scores_of_all
 from tests.redaction.scorers import Banded, HuggingFace, tiny_model
 
 LONG = 5000  # tokens
@@ -82,3 +82,17 @@ def test_functions_too_short_for_the_context_say_so_and_cover_the_text():
     scorer, ids = Banded(lengths=(16,), band=128, depth=8), ids_of(200)
     assert not is_exact(scorer)
     assert scores_of(scorer, ids).shape == (200, 33)
+
+
+@given(st.lists(st.integers(0, 90), max_size=30))
+@settings(deadline=None)
+def test_short_texts_share_windows_and_keep_their_order(counts):
+    scorer = Banded()
+    texts = [ids_of(count, seed=number) for number, count in enumerate(counts)]
+    found = list(scores_of_all(scorer, texts))
+    assert len(found) == len(texts)
+    for ids, scores in zip(texts, found, strict=True):
+        assert np.array_equal(scores, scores_of(Banded(), ids))
+    short = [count for count in counts if count]
+    if 0 < sum(short) <= 16:
+        assert scorer.packs == [len(short)]

@@ -117,6 +117,20 @@ def test_what_a_length_pads_changes_no_score(labeller: Labeller) -> None:
         assert np.array_equal(labeller.logits(PROMPTS[0][:count]), short)
 
 
+def test_texts_that_share_a_call_have_the_scores_of_each_alone(
+    labeller: Labeller, model: PreTrainedModel
+) -> None:
+    texts = [PROMPTS[0][:9], PROMPTS[1][:1], PROMPTS[2][:14], PROMPTS[0][10:18]]
+    found = np.split(labeller.packed(texts), np.cumsum([len(ids) for ids in texts])[:-1])
+    for ids, scores in zip(texts, found, strict=True):
+        np.testing.assert_allclose(scores, labeller.logits(ids), atol=4e-3)
+        assert np.quantile(cosines(scores, expected_logits(model, ids)), 0.1) > COSINE
+    joined = labeller.logits([one for ids in texts for one in ids])
+    assert np.abs(joined[:9] - found[0]).max() > 0.05  # in one text they would see each other
+    with pytest.raises(UserError, match="33 tokens"):
+        labeller.packed([[3] * 20, [3] * 13])
+
+
 def test_a_window_leaves_nothing_to_the_next(labeller: Labeller) -> None:
     first = labeller.logits(PROMPTS[1])
     labeller.logits(PROMPTS[0][:12])
