@@ -61,6 +61,13 @@ FOREIGN = (
 )
 
 
+def folders_of(checkpoint: Path) -> tuple[Path, ...]:
+    """Where what belongs to a checkpoint's weights may lie, the nearest first: its folder, and the
+    repository's above `original/`, which holds weights alone."""
+    above = (checkpoint.parent,) if checkpoint.name == "original" else ()
+    return (checkpoint, *above)
+
+
 def require_folder(path: str | Path) -> Path:
     """The folder, if it has a config.json, and no Git LFS pointers for a tokenizer. Raises
     UserError, which says what it is, if not."""

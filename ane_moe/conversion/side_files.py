@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ane_moe.checkpoints.checkpoint import Checkpoint, Hasher, TensorSource
+from ane_moe.checkpoints.folder import folders_of
 from ane_moe.files import replaced
 from ane_moe.formats.recipe import find_format
 from ane_moe.model.weight import WeightName
@@ -54,9 +55,10 @@ def copy_label_files(checkpoint: Path, out: Path) -> None:
     """Take over what the checkpoint has of LABEL_FILES; one that an earlier run left goes."""
     for name in LABEL_FILES:
         (out / name).unlink(missing_ok=True)
-        if (checkpoint / name).is_file():
+        there = [one / name for one in folders_of(checkpoint) if (one / name).is_file()]
+        if there:
             with replaced(out / name) as temporary:
-                shutil.copyfile(checkpoint / name, temporary)
+                shutil.copyfile(there[0], temporary)
 
 
 def write_routers(

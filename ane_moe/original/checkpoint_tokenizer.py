@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ane_moe.checkpoints.folder import folders_of
 from ane_moe.errors import UserError
 from ane_moe.files import replaced
 from ane_moe.json_file import read_json
@@ -58,6 +59,7 @@ def read_tokenizer(checkpoint: Path) -> Tokenizer | None:
 
     Raises UserError when it cannot be read here, naming the missing package where that is why.
     """
+    checkpoint = next(filter(vocabulary_files, folders_of(checkpoint)), checkpoint)
     found = vocabulary_files(checkpoint)
     if not found:
         return None

@@ -6,6 +6,7 @@ transformers' convert_openai_privacy_filter_weights_to_hf.py reads.
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ane_moe.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ane_moe.checkpoints.original_filter import LABELS
+from ane_moe.demo import privacy_checkpoint
 from ane_moe.errors import UserError
 from ane_moe.families import describe
 from ane_moe.loop.labels import Labeller
@@ -142,6 +144,19 @@ def test_the_first_form_is_converted_and_proved(
         expected = model(torch.tensor([ids])).logits[0].numpy()
     norms = np.linalg.norm(logits, axis=1) * np.linalg.norm(expected, axis=1)
     assert np.quantile((logits * expected).sum(1) / norms, 0.1) > 0.9999
+
+
+def test_tokenizer_and_biases_come_from_the_repository_above(
+    model: PreTrainedModel, tmp_path: Path
+) -> None:
+    repository = save_checkpoint(model, tmp_path / "repository")
+    shutil.copy(privacy_checkpoint() / "tokenizer.json", repository)
+    (repository / "viterbi_calibration.json").write_text('{"operating_points": {}}')
+    for folder, kept in (("original", True), ("other", False)):
+        out = tmp_path / folder
+        tiny_conversion(save_original(model, repository / folder), out, lengths=(24,))
+        assert ("tokenizer.json" in read_manifest(out).files) == kept
+        assert ("viterbi_calibration.json" in read_manifest(out).files) == kept
 
 
 def test_a_band_of_two_widths_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
