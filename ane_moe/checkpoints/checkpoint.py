@@ -15,6 +15,7 @@ import numpy as np
 
 from ane_moe.checkpoints import original_filter
 from ane_moe.checkpoints.alternating_zaya import is_alternating, native_config, native_name
+from ane_moe.checkpoints.coded import decoded
 from ane_moe.checkpoints.folder import (
     CONFIG,
     SINGLE,
@@ -26,7 +27,10 @@ from ane_moe.checkpoints.folder import (
 )
 from ane_moe.checkpoints.key_names import example, model_names
 from ane_moe.checkpoints.left_out import left_out
-from ane_moe.checkpoints.safetensors_header import StoredTensor, read_header
+from ane_moe.checkpoints.packed import plain_tensors
+from ane_moe.checkpoints.packed.facts import plain_config, side_facts
+from ane_moe.checkpoints.safetensors_header import read_header
+from ane_moe.checkpoints.stored_tensor import StoredTensor
 from ane_moe.errors import UserError
 from ane_moe.half import STORED, narrow_into, narrowed, widened
 from ane_moe.json_file import read_json
@@ -136,7 +140,8 @@ class Checkpoint:
     """An open checkpoint. Cheap to open, holds no file open; not for use by several threads.
 
     `tensors` have the names of key_names.py; a StoredTensor's `key` is the one in the file.
-    `notes` are sentences for the user on how it was read.
+    `notes` are sentences for the user on how it was read; `forms` the quantised forms (packed/)
+    that were found in it.
     """
 
     folder: Path
@@ -144,6 +149,7 @@ class Checkpoint:
     generation: dict[str, Any]  # generation_config.json, empty when there is none
     tensors: dict[str, StoredTensor]
     notes: tuple[str, ...] = ()
+    forms: tuple[str, ...] = ()
     _raw: np.ndarray = field(init=False, repr=False)
     _bits: np.ndarray = field(init=False, repr=False)
 
@@ -253,6 +259,11 @@ class Checkpoint:
         tensor = self.tensors[source.key]
         stored = STORED[tensor.dtype]
         start, count = source.region
+        if tensor.codec is not None:
+            for first, numbers in decoded(tensor.codec, start, count):
+                for begin in range(0, len(numbers), CHUNK_ELEMENTS):
+                    yield first + begin, numbers[begin : begin + CHUNK_ELEMENTS]
+            return
         with tensor.path.open("rb", buffering=0) as stream:
             stream.seek(tensor.offset + start * stored.itemsize)
             for first in range(0, count, CHUNK_ELEMENTS):
@@ -361,16 +372,19 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         original = "the model's first form, with names of its own: read as transformers has it"
         config = original_filter.native_config(config, tensors, str(folder / CONFIG))
         tensors = original_filter.native_tensors(config, tensors)
+    tensors, forms = plain_tensors(config, side_facts(folder), tensors)
+    decoding = ""
+    if forms:
+        config = plain_config(config)
+        decoding = f"quantised ({', '.join(forms)}): decoded exactly while it is read"
+    said = (renamed, alternating, original, decoding, passed_over(folder), adapter_beside(folder))
     return Checkpoint(
         folder,
         config,
         read_json(generation) if generation.is_file() else {},
         tensors,
-        tuple(
-            filter(
-                None, (renamed, alternating, original, passed_over(folder), adapter_beside(folder))
-            )
-        ),
+        tuple(filter(None, said)),
+        tuple(forms),
     )
 
 

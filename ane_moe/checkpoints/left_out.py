@@ -17,6 +17,8 @@ KINDS = {
     "a projector of images or sound": r"^(model\.)?"
     r"((multi_?modal|mm|vision|audio)_projector|embed_(vision|audio))\.",
     "heads that predict further tokens": r"^(model\.)?mtp\.",
+    "scales of activations, which are not quantised here": r"\.(input|output|activation|[qkv])"
+    r"(_global)?_scale$",
     "a value head of reinforcement learning": r"^v_head\.",
 }
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ane_moe.checkpoints.safetensors_header import DTYPE_BITS, StoredTensor
+from ane_moe.checkpoints.safetensors_header import DTYPE_BITS
+from ane_moe.checkpoints.stored_tensor import StoredTensor
 from ane_moe.errors import UserError
 
 MARK = "block.0.attn.qkv.weight"

@@ -8,10 +8,10 @@ process's memory.
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ane_moe.checkpoints.stored_tensor import StoredTensor
 from ane_moe.errors import UserError
 from ane_moe.lfs import FETCH, is_lfs_pointer
 
@@ -41,22 +41,6 @@ DTYPE_BITS = {
     "F64": 64,
     "C64": 64,
 }
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where one tensor's bytes lie: `offset` is counted from the start of the file. `key` is its
-    name there; of a tensor that is `made` of another one, by rows of it or times `scale`, only for
-    people."""
-
-    key: str
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    size: int
-    scale: float = 1.0
-    made: bool = False
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

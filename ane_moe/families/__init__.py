@@ -12,10 +12,11 @@ from typing import Any, Protocol, cast
 
 from ane_moe.checkpoints.checkpoint import Checkpoint, TensorSource
 from ane_moe.checkpoints.folder import CONFIG, passed_over
+from ane_moe.checkpoints.packed.facts import SIDE_FILES
 from ane_moe.errors import UserError
 from ane_moe.families.config import Config
 from ane_moe.families.keys import KeyTable, find_tensors
-from ane_moe.families.quantised import SIDE_FILES, quantisation, side_file
+from ane_moe.families.quantised import is_read, quantisation, side_file
 from ane_moe.families.taps import Taps
 from ane_moe.json_file import read_json
 from ane_moe.model.spec import ModelSpec
@@ -23,8 +24,9 @@ from ane_moe.model.weight import WeightName
 
 PARTS = {"approximate", "config", "decoder", "keys", "quantised", "rope", "taps"}
 
-PLAIN_WEIGHTS = (
-    "supported: F16, BF16 and F32 weights; take the model it was made from, or dequantise it first"
+READABLE = (
+    "supported: F16, BF16 and F32 weights, FP8, MXFP4, NVFP4, compressed-tensors, GPTQ, AWQ, "
+    "bitsandbytes 4 bit and MLX; take the model it was made from, or dequantise it first"
 )
 
 
@@ -64,7 +66,7 @@ def describe_config(values: Mapping[str, Any], where: str = CONFIG) -> ModelSpec
     if not isinstance(model_type, str):
         raise config.missing("model_type")
     family = load_family(model_type)
-    if form := quantisation(config.values):
+    if (form := quantisation(config.values)) and not is_read(form):
         raise _quantised(where, form)
     return family.spec(config)
 
@@ -85,9 +87,11 @@ def describe(
         for key, value in checkpoint.generation.items()
         if key in ("bos_token_id", "eos_token_id")
     }
+    if form := quantisation(checkpoint.config):
+        raise _quantised(folder / CONFIG, form)
     spec = describe_config(checkpoint.config | ids, str(folder / CONFIG))
     for name in SIDE_FILES:
-        if (folder / name).is_file():
+        if (folder / name).is_file() and not checkpoint.forms:
             raise _quantised(folder, side_file(read_json(folder / name), name))
     try:
         sources = find_tensors(spec, checkpoint.tensors, load_family(spec.family).KEYS)
@@ -103,4 +107,4 @@ def describe(
 
 
 def _quantised(what: Path | str, form: str) -> UserError:
-    return UserError(f"{what} is quantised ({form})", do=PLAIN_WEIGHTS)
+    return UserError(f"{what} is quantised ({form})", do=READABLE)

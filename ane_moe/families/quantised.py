@@ -4,13 +4,10 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-# Files of ModelOpt, AutoGPTQ and AutoAWQ that say how weights were quantised, where config.json
-# does not.
-SIDE_FILES = {
-    "hf_quant_config.json": "modelopt",
-    "quantize_config.json": "gptq",
-    "quant_config.json": "awq",
-}
+from ane_moe.checkpoints.packed.facts import SIDE_FILES
+
+# Methods whose tensors are decoded (checkpoints/packed).
+READ = ("fp8", "mxfp4", "compressed-tensors", "gptq", "awq", "bitsandbytes 4", "modelopt", "mlx")
 # The end of a tensor's name, and who stores such tensors.
 TENSORS = {
     r"\.(absmax|quant_map|nested_absmax|SCB|quant_state\.bitsandbytes__\w+)$": "bitsandbytes",
@@ -39,6 +36,11 @@ def quantisation(config: Mapping[str, Any], tensors: Collection[str] = ()) -> st
         if any(re.search(pattern, tensor) for tensor in tensors):
             return f"{name}, by its tensors"
     return None
+
+
+def is_read(form: str) -> bool:
+    """Whether the form that `quantisation` named is one whose tensors are decoded."""
+    return form.startswith(READ)
 
 
 def side_file(content: Mapping[str, Any], name: str) -> str:

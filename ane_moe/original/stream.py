@@ -77,7 +77,8 @@ class OriginalTensors:
     @contextmanager
     def opened(self, names: Collection[str]) -> Iterator[dict[str, Any]]:
         with ExitStack() as stack:
-            files = {self._stored[name].path for name in names}
+            stored = [self._stored[name] for name in names]
+            files = {tensor.path for tensor in stored if not tensor.made}
             opened = {
                 file: stack.enter_context(safe_open(file, "pt", backend="pread"))
                 for file in sorted(files)

@@ -276,8 +276,14 @@ def without(config: dict, *names: str) -> dict:
 
 # What convert refuses at once, and what it says of it.
 REFUSED = {
-    "fp8": (QWEN3_30B | {"quantization_config": {"quant_method": "fp8"}}, "is quantised (fp8"),
-    "gptq": (QWEN3_30B | {"quantization_config": {"quant_method": "gptq"}}, "is quantised (gptq"),
+    "torchao": (
+        QWEN3_30B | {"quantization_config": {"quant_method": "torchao"}},
+        "is quantised (torchao",
+    ),
+    "bitsandbytes": (
+        QWEN3_30B | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+        "is quantised (bitsandbytes 8 bit",
+    ),
     "no norm_topk_prob": (without(QWEN3_30B, "norm_topk_prob"), "lacks norm_topk_prob"),
     "no rope_theta": (without(QWEN3_30B, "rope_theta"), "lacks rope_theta"),
     "no tie_word_embeddings": (
