@@ -1,10 +1,12 @@
 """The whole way at a real model's size: make, plan, convert, prove, generate, time, report.
 
     python scripts/full_size.py --like olmoe-1b-7b --scratch /tmp/full [--layers 4]
+                                [--llama-cpp PYTHON]
 
 Every step is a command of its own, as a user would type it; its wall time, processor time and peak
 memory are the operating system's. Beside them stand the alternatives: `cp` of the checkpoint, and
-Hugging Face's `generate` on the same weights. Weights are random, with a trained matrix's spectrum
+Hugging Face's `generate` on the same weights; with a Python that has llama-cpp-python and gguf, and
+OLMoE's geometry, llama.cpp too. Weights are random, with a trained matrix's spectrum
 and an uneven router. What is done is kept in the scratch folder, so that a run that was interrupted
 goes on; the last step prints a table in Markdown.
 """
@@ -58,7 +60,12 @@ class Row:
 
 
 def steps(
-    like: str, layers: int | None, scratch: Path, compress: str, tokens: int
+    like: str,
+    layers: int | None,
+    scratch: Path,
+    compress: str,
+    tokens: int,
+    llama_cpp: Path | None,
 ) -> Iterator[Step]:
     """Every step in order."""
     checkpoint, copy = scratch / "checkpoint", scratch / "copy"
@@ -87,6 +94,13 @@ def steps(
         child = (sys.executable, __file__, "--hugging-face", dtype, "--tokens", str(tokens))
         name = f"beside: Hugging Face `generate`, {dtype}, {tokens} tokens"
         yield Step(name, (*child, "--like", like, "--scratch", str(scratch)))
+    if llama_cpp is not None:
+        child = ("env", f"PYTHONPATH={SCRIPTS.parent}", str(llama_cpp))
+        script = (*child, str(SCRIPTS / "llama_cpp_speed.py"), str(checkpoint))
+        script = (*script, "--gguf", str(scratch / "q8_0.gguf"))
+        yield Step("beside: llama.cpp's Q8_0, written", (*script, "--tokens", "1"))
+        name = f"beside: llama.cpp's Q8_0, {tokens} tokens"
+        yield Step(name, (*script, "--tokens", str(tokens)))
 
 
 def measured(step: Step) -> Row:
@@ -142,6 +156,9 @@ def main(
     layers: Annotated[int | None, typer.Option(help="Layers to keep; all by default.")] = None,
     compress: Annotated[str, typer.Option(help="Weight format of the conversions.")] = "int8",
     tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 16,
+    llama_cpp: Annotated[
+        Path | None, typer.Option(help="A Python that has llama-cpp-python and gguf.")
+    ] = None,
     hugging_face_dtype: Annotated[
         str | None, typer.Option("--hugging-face", hidden=True, help="Run only this step.")
     ] = None,
@@ -153,7 +170,7 @@ def main(
     kept = scratch / "steps.json"
     rows = [Row(**row) for row in json.loads(kept.read_text())] if kept.is_file() else []
     done = {row.name for row in rows}
-    for step in steps(like, layers, scratch, compress, tokens):
+    for step in steps(like, layers, scratch, compress, tokens, llama_cpp):
         if step.name in done:
             continue
         rows.append(measured(step))
