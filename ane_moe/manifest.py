@@ -146,6 +146,7 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     # The digest of the checkpoint's config, and the options.
     source: dict[str, str] = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict)  # the model's name and commit on the Hub
     golden_key: str = ""  # of what goldens depend on
     left_out: dict[str, tuple[str, ...]] = field(default_factory=dict)  # tensors not used, by why
     lengths: tuple[int, ...] = ()  # of an encoder: tokens that its functions take, rising
@@ -157,6 +158,12 @@ class Manifest:
     def scores(self) -> int:
         """Rows of the head: labels, or the vocabulary."""
         return len(self.labels) or self.vocab
+
+    @property
+    def walked(self) -> range | None:
+        """The layers that the original computes for a golden; None for all of them."""
+        last = max(self.layers, default=-1) + 1
+        return None if last == self.n_layers else range(last)
 
     def shards_of(self, kind: str, layer: int | None = None) -> list[Shard]:
         """Shards of one kind (and layer), ordered by part."""

@@ -159,7 +159,7 @@ def test_the_plan_reads_no_weights(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["convert", "org/model", "out"], "hf download"),
+        (["convert", "no/such/model", "out"], "OWNER/NAME on the Hub"),
         (["convert", "{checkpoint}", "{checkpoint}"], "holds something else"),
         (["convert", "{checkpoint}", "out", "--context", "65"], "the model's own is 64"),
         (["convert", "{checkpoint}", "out", "--layers", "7"], "its layers are 0-0"),

@@ -25,6 +25,7 @@ from ane_moe.checkpoints.folder import (
     weight_files,
     weight_map,
 )
+from ane_moe.checkpoints.hub import local_folder, origin
 from ane_moe.checkpoints.key_names import example, model_names
 from ane_moe.checkpoints.left_out import left_out
 from ane_moe.checkpoints.packed import plain_tensors
@@ -141,7 +142,7 @@ class Checkpoint:
 
     `tensors` have the names of key_names.py; a StoredTensor's `key` is the one in the file.
     `notes` are sentences for the user on how it was read; `forms` the quantised forms (packed/)
-    that were found in it.
+    that were found in it; `origin` its name and commit on the Hub, where it is from there.
     """
 
     folder: Path
@@ -150,6 +151,7 @@ class Checkpoint:
     tensors: dict[str, StoredTensor]
     notes: tuple[str, ...] = ()
     forms: tuple[str, ...] = ()
+    origin: dict[str, str] = field(default_factory=dict)
     _raw: np.ndarray = field(init=False, repr=False)
     _bits: np.ndarray = field(init=False, repr=False)
 
@@ -345,11 +347,12 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Read the configuration and the headers of the checkpoint folder `path`; no weights yet.
+    """Read the configuration and the headers of the checkpoint folder `path`, or of a model that it
+    names on the Hub; no weights yet.
 
     Raises UserError when it is not a readable checkpoint in safetensors form.
     """
-    folder = require_folder(path)
+    folder = require_folder(local_folder(path))
     config = read_json(folder / CONFIG)
     generation = folder / "generation_config.json"
     stored: dict[str, StoredTensor] = {}
@@ -373,18 +376,21 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         config = original_filter.native_config(config, tensors, str(folder / CONFIG))
         tensors = original_filter.native_tensors(config, tensors)
     tensors, forms = plain_tensors(config, side_facts(folder), tensors)
-    decoding = ""
+    decoding, from_hub = "", origin(folder)
     if forms:
         config = plain_config(config)
         decoding = f"quantised ({', '.join(forms)}): decoded exactly while it is read"
-    said = (renamed, alternating, original, decoding, passed_over(folder), adapter_beside(folder))
+    fetched = from_hub and "{hub} at {revision}".format(**from_hub)
+    read = (fetched, renamed, alternating, original, decoding)
+    said = (*read, passed_over(folder), adapter_beside(folder))
     return Checkpoint(
         folder,
         config,
         read_json(generation) if generation.is_file() else {},
         tensors,
-        tuple(filter(None, said)),
+        tuple(str(sentence) for sentence in said if sentence),
         tuple(forms),
+        from_hub,
     )
 
 

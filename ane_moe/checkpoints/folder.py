@@ -134,9 +134,7 @@ def adapter_beside(folder: Path) -> str:
 def _not_a_folder(given: str, path: Path) -> UserError:
     wrong = f"{given} is not a checkpoint folder"
     if not path.exists():
-        hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", given)
-        do = f"download it first: hf download {given} --local-dir {path.name}" if hub_id else ""
-        return UserError(wrong, "nothing there", do)
+        return UserError(wrong, "nothing there", f"{MODEL_FOLDER}, or OWNER/NAME on the Hub")
     if is_lfs_pointer(path):
         return UserError(wrong, "a pointer of Git LFS", FETCH)
     kind = next((kind for kind in FOREIGN if kind.telling([path.name])), None)

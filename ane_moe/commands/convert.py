@@ -18,7 +18,11 @@ INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 
 def convert(
     checkpoint: Annotated[
-        Path, typer.Argument(help="A Hugging Face model folder, or `demo`.", metavar="CHECKPOINT")
+        Path,
+        typer.Argument(
+            help="A Hugging Face model folder, OWNER/NAME[@REVISION] on the Hub, or `demo`.",
+            metavar="CHECKPOINT",
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="The folder to write.", metavar="OUT")],
     routing: Annotated[
@@ -168,6 +172,7 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Convert a checkpoint into Core ML shards. Run it again to go on after an interruption."""
+    from ane_moe.checkpoints.hub import local_folder
     from ane_moe.conversion.workers import prepare
     from ane_moe.manifest import FILE_NAME
 
@@ -209,7 +214,10 @@ def convert(
     )
     if target and not allow_cpu:
         require_engine_formats(recipe, place)
-    source = built_in(checkpoint)
+    only = None if layers is None else parse_layers(layers)
+    walked = golden or calibrate or budget_mb or min_cosine  # through all layers before the last
+    needed = range(max(only) + 1) if only and walked else only
+    source = local_folder(built_in(checkpoint), () if dry_run else needed)
     unsaid = AUTO if target else "1"
     asked = (
         experts_per_function or (unsaid if routing == "sparse" else "1"),
@@ -224,7 +232,7 @@ def convert(
         context=context,
         prefill=prefill,
         max_shard_mb=max_shard_mb,
-        layers=None if layers is None else parse_layers(layers),
+        layers=only,
         expert_tokens=parse_counts(expert_tokens, "--expert-tokens", 1, MAX_EXPERT_TOKENS),
         experts_per_function=experts,
         layers_per_shard=layers_together,

@@ -50,6 +50,7 @@ def trace(
     """
     from rich.console import Console
 
+    from ane_moe.checkpoints.hub import local_folder
     from ane_moe.demo import built_in
     from ane_moe.report.routing_table import trace_table
     from ane_moe.report.step_bar import step_bar
@@ -57,7 +58,7 @@ def trace(
     from ane_moe.routing.routing_trace import write_trace
     from ane_moe.routing.statistics import summarise
 
-    folder = built_in(source)
+    folder = local_folder(built_in(source))
     with step_bar() as progress:
         found = record(
             folder, text, window=window, max_tokens=max_tokens, runtime=runtime, progress=progress

@@ -97,6 +97,7 @@ def verify(
     """
     from rich.console import Console
 
+    from ane_moe.checkpoints.hub import local_folder
     from ane_moe.manifest import read_manifest
     from ane_moe.placement.check import check_placement
     from ane_moe.placement.targets import find_target
@@ -106,6 +107,8 @@ def verify(
     from ane_moe.verification.verify import verify as run
 
     chip = find_target(target, system)
+    if checkpoint is not None:
+        checkpoint = local_folder(checkpoint, read_manifest(out).walked)
     placement_only = compute_plan and checkpoint is None and read_manifest(out).golden is None
     report = placement = None
     with step_bar() as progress:

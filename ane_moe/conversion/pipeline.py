@@ -373,6 +373,7 @@ def _manifest(
         moe=dict(_moe_facts(plan)),
         versions={name: version(name) for name in TOOLS},
         source=identity(job),
+        origin=job.checkpoint.origin,
         left_out=dict(plan.source.left_out),
         stream_scale=spec.stream_scale,
     )

@@ -2,7 +2,6 @@
 placement."""
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ane_moe.checkpoints.checkpoint import open_checkpoint
+from ane_moe.checkpoints.hub import hub_name, local_config
 from ane_moe.conversion.plan import ConvertOptions
 from ane_moe.errors import UserError
 from ane_moe.families import describe, describe_config, supported
@@ -308,31 +308,13 @@ def read_config(checkpoint: str | Path) -> tuple[dict[str, Any], str]:
     path = Path(checkpoint)
     file = path / CONFIG if path.is_dir() else path
     if not file.is_file():
-        if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(checkpoint)):
+        if (name := hub_name(checkpoint)) is None:
             raise UserError(
                 f"{checkpoint} has no config.json",
                 do="give a model folder, its config.json, or a Hub id",
             )
-        file = _from_hub(str(checkpoint))
+        file = local_config(name)
     return read_json(file), str(file)
-
-
-def _from_hub(name: str) -> Path:
-    """config.json of a model on the Hub, from its cache if it is there."""
-    import huggingface_hub as hub
-
-    if isinstance(cached := hub.try_to_load_from_cache(name, CONFIG), str):
-        return Path(cached)
-    try:
-        # Asks once; a download tries for half a minute.
-        hub.get_hf_file_metadata(hub.hf_hub_url(name, CONFIG))
-        return Path(hub.hf_hub_download(name, CONFIG))
-    except Exception as error:  # of many libraries: no network, no such model, no permission
-        raise UserError(
-            f"{CONFIG} of {name} cannot be fetched from the Hugging Face Hub",
-            str(error).strip().split("\n")[0][:200] or type(error).__name__,
-            "give a local folder or config.json",
-        ) from None
 
 
 def _choice(kinds: KindsPlan, target: Target) -> Choice:

@@ -391,7 +391,7 @@ def test_what_is_no_checkpoint_is_said_in_one_line(tmp_path: Path) -> None:
         return str(caught.value)
 
     assert "nothing there" in said(tmp_path / "absent")
-    assert "hf download Qwen/Qwen3-30B-A3B" in said("Qwen/Qwen3-30B-A3B")
+    assert "OWNER/NAME on the Hub" in said(tmp_path / "absent")
     (tmp_path / "file").write_text("x")
     assert "a file" in said(tmp_path / "file")
     assert "no config.json" in said(tmp_path)

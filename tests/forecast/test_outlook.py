@@ -240,11 +240,11 @@ def test_the_command_reads_folders_files_and_the_hub(tmp_path, monkeypatch):
         if "allenai/none" in url:
             raise OSError("no network\nmore")
 
-    def fetch(name: str, file: str) -> str:
+    def fetch(name: str, file: str, revision: str | None) -> str:
         asked.append((name, file))
         return str(tmp_path / "config.json")
 
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: None)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file, revision: None)
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", ask)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
     documents = []

@@ -1,0 +1,268 @@
+"""Checkpoints by their name on the Hugging Face Hub: `owner/name`, `owner/name@revision`, or the
+same after `hf://`.
+
+Only the files that a conversion reads are fetched, into the Hub's own cache, where interrupted
+downloads go on. Of a model of which a few layers are wanted, only those tensors are fetched that
+they need, by byte ranges, into files with holes under our own cache.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ane_moe.checkpoints.folder import CONFIG, INDEX, NOT_THE_MODEL, SINGLE, weight_files
+from ane_moe.checkpoints.safetensors_header import MAX_HEADER_BYTES, read_header
+from ane_moe.errors import UserError
+from ane_moe.files import replaced, write_text
+from ane_moe.json_file import read_json
+from ane_moe.user_cache import user_cache
+
+NAME = re.compile(
+    r"(?:hf:/{1,2})?(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?"
+)
+# Beside the weights: configuration, tokenizer, chat template.
+SMALL = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.vocab")
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>\w+)$")
+PARTIAL = re.compile(
+    r"/hub/(?P<owner>[^/]+?)--(?P<name>[^/]+)/(?P<revision>\w+)/(headers|layers[\d_]+)$"
+)
+FETCHED = "fetched.json"  # of a folder with holes: what has arrived, by file
+PIECE = 1 << 24  # bytes of a request
+DO = "no such folder is here; check its name and the network; gated ones need `hf auth login`"
+TRIES = 5  # again, where the line breaks
+
+
+@dataclass(frozen=True)
+class HubName:
+    """A model on the Hub; `revision` is a branch, a tag or a commit."""
+
+    repository: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.repository}@{self.revision}" if self.revision else self.repository
+
+
+def hub_name(given: str | Path) -> HubName | None:
+    """The model that is named; None for a path that is there, and for what is no name."""
+    found = NAME.fullmatch(str(given))
+    if found is None or Path(given).exists():
+        return None
+    return HubName(found["repository"], found["revision"])
+
+
+def local_folder(given: str | Path, layers: Sequence[int] | None = None) -> Path:
+    """A folder with the checkpoint: the path itself, or what is fetched where a model of the Hub is
+    named. With `layers`, tensors of other layers may be zeros in it; with none of them, all.
+
+    Raises UserError where there is no such model, no permission or no network and nothing in the
+    cache.
+    """
+    name = hub_name(given)
+    if name is None:
+        return Path(given)
+    return _said(name, lambda: _folder(name, layers))
+
+
+def local_config(name: HubName) -> Path:
+    """config.json of a model of the Hub, fetched alone. Raises UserError as `local_folder`."""
+    import huggingface_hub as hub
+
+    cached = hub.try_to_load_from_cache(name.repository, CONFIG, revision=name.revision)
+    if isinstance(cached, str):
+        return Path(cached)
+
+    def fetched() -> Path:
+        # Asks once; a download tries for half a minute.
+        hub.get_hf_file_metadata(hub.hf_hub_url(name.repository, CONFIG, revision=name.revision))
+        return Path(hub.hf_hub_download(name.repository, CONFIG, revision=name.revision))
+
+    return _said(name, fetched, f"{CONFIG} of {name}", "give a local folder or config.json")
+
+
+def origin(folder: Path) -> dict[str, str]:
+    """Repository and commit of a folder in the Hub's cache, or in ours; empty for others."""
+    path = folder.absolute().as_posix()
+    found = SNAPSHOT.search(path) or PARTIAL.search(path)
+    if found is None:
+        return {}
+    return {"hub": f"{found['owner']}/{found['name']}", "revision": found["revision"]}
+
+
+def _said(
+    name: HubName,
+    fetch: Callable[[], Path],
+    what: str = "",
+    do: str = DO,
+) -> Path:
+    try:
+        return fetch()
+    except UserError:
+        raise
+    except Exception as error:  # of many libraries: no network, no such model, no permission
+        raise UserError(
+            f"{what or name} cannot be fetched from the Hugging Face Hub",
+            str(error).strip().split("\n")[0][:200] or type(error).__name__,
+            do,
+        ) from None
+
+
+def _folder(name: HubName, layers: Sequence[int] | None) -> Path:
+    import huggingface_hub as hub
+    from huggingface_hub import constants
+
+    offline = constants.HF_HUB_OFFLINE
+
+    def snapshot(revision: str | None, patterns: list[str]) -> Path:
+        folder = hub.snapshot_download(
+            name.repository,
+            revision=revision,
+            allow_patterns=patterns,
+            ignore_patterns=["*/*"],
+            local_files_only=offline,
+        )
+        return Path(folder)
+
+    # By the branch's name first, so that the cache knows it without a network; by the commit then.
+    folder = snapshot(name.revision, list(SMALL))
+    commit = HubName(name.repository, folder.name)
+    if offline:
+        files = [path.name for path in folder.iterdir()]
+    else:
+        info = hub.HfApi().model_info(commit.repository, revision=commit.revision)
+        files = [sibling.rfilename for sibling in info.siblings or ()]
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{name} has no {CONFIG}", f"{len(files)} other files", "name another")
+    weights = _weights(folder, files)
+    if not weights:
+        raise UserError(
+            f"{name} has no safetensors weights", f"{len(files)} other files", "name another"
+        )
+    if layers is not None and not offline:
+        return _with_holes(commit, folder, weights, layers)
+    return snapshot(commit.revision, list(map(_literal, weights)))
+
+
+def _weights(folder: Path, files: list[str]) -> list[str]:
+    """The weight files that are read, out of the names of all (folder.weight_files)."""
+    if SINGLE in files:
+        return [SINGLE]
+    if INDEX in files:
+        found = read_json(folder / INDEX).get("weight_map")
+        names = set(found.values()) if isinstance(found, dict) else set()
+        return sorted(file for file in files if file in names and "/" not in file)
+    plain = (file for file in files if "/" not in file and file.endswith(".safetensors"))
+    return sorted(file for file in plain if not file.startswith(NOT_THE_MODEL))
+
+
+def _literal(file: str) -> str:
+    """A pattern, as in a shell, of one file."""
+    return re.sub(r"([*?[])", r"[\1]", file)
+
+
+def _with_holes(name: HubName, small: Path, weights: list[str], layers: Sequence[int]) -> Path:
+    """A folder with the `small` files and weight files of full size, in which only the tensors of
+    `layers`, and those outside all layers, have arrived; of no layers, only their headers."""
+    owned = name.repository.replace("/", "--")
+    held = "_".join(map(str, ("layers", *sorted(layers)))) if layers else "headers"
+    folder = user_cache() / "hub" / owned / str(name.revision) / held
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in small.iterdir():
+        if any(file.match(pattern) for pattern in SMALL):
+            (folder / file.name).write_bytes(file.read_bytes())
+    arrived = _Arrived(folder / FETCHED)
+    for weight_file in weights:
+        _fetch_tensors(name, folder / weight_file, set(layers), arrived)
+    weight_files(folder)  # says what is missing
+    return folder
+
+
+class _Arrived:
+    """How far each range of each file has been fetched; kept, so that a second run goes on."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        kept = read_json(path) if path.is_file() else {}
+        self.ends: dict[str, int] = {key: end for key, end in kept.items() if isinstance(end, int)}
+
+    def note(self, key: str, end: int) -> None:
+        self.ends[key] = end
+        write_text(self.path, json.dumps(self.ends))
+
+
+def _fetch_tensors(name: HubName, path: Path, layers: set[int], arrived: _Arrived) -> None:
+    import huggingface_hub as hub
+
+    url = hub.hf_hub_url(name.repository, path.name, revision=name.revision)
+    found = hub.get_hf_file_metadata(url)
+    place, size = found.location, found.size
+    if not size:
+        raise UserError(f"{url} has no size", "nothing to fetch", "name another revision")
+    if not path.is_file() or path.stat().st_size != size:
+        _header(place, path, size)
+    for first, last in _runs(path, layers) if layers else ():
+        key = f"{path.name}:{first}-{last}"
+        start = arrived.ends.get(key, first)
+        with path.open("r+b") as stream:
+            for begin in range(start, last, PIECE):
+                end = min(begin + PIECE, last)
+                stream.seek(begin)
+                stream.write(_range(place, begin, end))
+                stream.flush()
+                arrived.note(key, end)
+
+
+def _header(url: str, path: Path, size: int) -> None:
+    """A file of the whole size that holds the header alone."""
+    length = int.from_bytes(_range(url, 0, 8), "little")
+    if length > min(size - 8, MAX_HEADER_BYTES):
+        raise UserError(f"{url} is not a safetensors file", f"a header of {length} bytes")
+    with replaced(path) as partial, partial.open("wb") as stream:
+        stream.write(_range(url, 0, 8 + length))
+        stream.truncate(size)
+
+
+def _runs(path: Path, layers: set[int]) -> Iterator[tuple[int, int]]:
+    """The byte ranges [first, last) of tensors that are needed; those that touch are one."""
+    wanted = []
+    for tensor in read_header(path).values():
+        numbers = [int(number) for number in LAYER.findall(tensor.key)]
+        if not numbers or layers & set(numbers[:1]):
+            wanted.append((tensor.offset, tensor.offset + tensor.size))
+    run: tuple[int, int] | None = None
+    for first, last in sorted(wanted):
+        if run is not None and run[1] == first:
+            run = (run[0], last)
+            continue
+        if run is not None:
+            yield run
+        run = (first, last)
+    if run is not None:
+        yield run
+
+
+def _range(url: str, first: int, last: int) -> bytes:
+    """Bytes [first, last) of a file."""
+    from huggingface_hub.utils import build_hf_headers, http_backoff
+
+    headers = {**_headers(url, build_hf_headers()), "Range": f"bytes={first}-{last - 1}"}
+    response = http_backoff("GET", url, headers=headers, max_retries=TRIES)
+    response.raise_for_status()
+    if len(response.content) != last - first:
+        raise UserError(
+            f"{url} gave {len(response.content)} bytes", f"{last - first} asked for", "try again"
+        )
+    return bytes(response.content)
+
+
+def _headers(url: str, headers: dict[str, Any]) -> dict[str, Any]:
+    """Without the user's token where the file lies elsewhere than on the Hub."""
+    from huggingface_hub import constants
+
+    if url.startswith(constants.ENDPOINT):
+        return headers
+    return {name: value for name, value in headers.items() if name.lower() != "authorization"}

@@ -1,0 +1,170 @@
+"""Checkpoints by their names on the Hub, from a server of this machine that speaks its routes."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from typer.testing import CliRunner
+
+from ane_moe.checkpoints.checkpoint import open_checkpoint
+from ane_moe.checkpoints.hub import HubName, hub_name, local_folder
+from ane_moe.cli import app
+from ane_moe.errors import UserError
+from ane_moe.families import describe
+from ane_moe.forecast.outlook import outlook
+from ane_moe.manifest import read_manifest
+from ane_moe.verification.verify import verify
+from tests.checkpoints.hub_server import COMMIT, Hub, served
+from tests.models import make_model, save_checkpoint
+
+NAME = "someone/tiny-moe"
+UNREAD = ("original/consolidated.00.pth", "model.gguf", "README.md", "pytorch_model.bin")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hub") / "model"
+    model = make_model("qwen3_moe", num_hidden_layers=4, mlp_only_layers=[])
+    save_checkpoint(model, folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="60KB")
+    for name in UNREAD:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"not read")
+    return folder
+
+
+@pytest.fixture
+def hub(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    constants = huggingface_hub.constants
+    with served({NAME: saved}) as hub:
+        for module in (constants, huggingface_hub.hf_api, huggingface_hub.file_download):
+            if hasattr(module, "ENDPOINT"):
+                monkeypatch.setattr(module, "ENDPOINT", hub.endpoint)
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        for module in (constants, huggingface_hub.file_download):
+            if hasattr(module, "HUGGINGFACE_CO_URL_TEMPLATE"):
+                monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("ANE_MOE_CACHE", str(tmp_path / "own-cache"))
+        yield hub
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("owner/name", HubName("owner/name")),
+        ("owner/name@v1.0", HubName("owner/name", "v1.0")),
+        ("hf://owner/name@refs/pr/3", HubName("owner/name", "refs/pr/3")),
+        ("hf:/owner/name", HubName("owner/name")),  # as pathlib has it
+        ("name", None),
+        ("a/b/c", None),
+        ("../owner", None),
+        ("/owner/name", None),
+    ],
+)
+def test_names_and_paths_are_told_apart(given: str, name: HubName | None) -> None:
+    assert hub_name(given) == name
+
+
+def test_a_path_that_is_there_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("owner/name").mkdir(parents=True)
+    assert hub_name("owner/name") is None
+
+
+def test_a_model_is_converted_by_its_name(hub: Hub, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["convert", f"{NAME}@v1", str(out), "--context", "64", "--workers", "1"]
+    result = CliRunner().invoke(app, [*command, "--golden"])
+    assert result.exit_code == 0, result.output
+    assert read_manifest(out).origin == {"hub": NAME, "revision": COMMIT}
+    assert not {name for name, _, _ in hub.sent} & set(UNREAD)
+    assert verify(out, runtime="reference").passed
+
+
+def test_a_few_layers_fetch_their_tensors_alone(hub: Hub, saved: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["convert", NAME, str(out), "--context", "64", "--workers", "1", "--layers", "1,3"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert read_manifest(out).origin == {"hub": NAME, "revision": COMMIT}
+    weights = [file for file in saved.iterdir() if file.suffix == ".safetensors"]
+    fetched = sum(hub.bytes_of(file.name) for file in weights)
+    assert 0.4 < fetched / sum(file.stat().st_size for file in weights) < 0.75
+    whole = tmp_path / "whole"
+    local = ["convert", str(saved), str(whole), *command[3:]]
+    assert CliRunner().invoke(app, local).exit_code == 0
+    ours, theirs = read_manifest(out).files, read_manifest(whole).files
+    assert ours == theirs
+
+
+def test_a_plan_and_a_dry_run_fetch_no_weights(hub: Hub, saved: Path, tmp_path: Path) -> None:
+    found = outlook(NAME)
+    assert found.refusal == "" and [name for name, _, _ in hub.sent] == ["config.json"]
+    command = ["convert", NAME, str(tmp_path / "out"), "--context", "64", "--dry-run", "--json"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    weights = [file for file in saved.iterdir() if file.suffix == ".safetensors"]
+    headers = [int.from_bytes(file.read_bytes()[:8], "little") + 16 for file in weights]
+    assert sum(hub.bytes_of(file.name) for file in weights) == sum(headers)
+
+
+def test_a_download_that_broke_off_goes_on(
+    hub: Hub, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = range(4)
+    hub.break_after = 20_000  # of the next larger answer
+    monkeypatch.setattr("ane_moe.checkpoints.hub.TRIES", 0)
+    with pytest.raises(UserError, match="cannot be fetched"):
+        local_folder(NAME, layers)
+    hub.break_after, before = None, len(hub.sent)
+    folder = local_folder(NAME, layers)
+    for file in saved.glob("*.safetensors"):
+        assert (folder / file.name).read_bytes() == file.read_bytes()
+    rest = len(hub.sent)
+    assert local_folder(NAME, layers) == folder
+    again = [name for name, _, _ in hub.sent[rest:] if name.endswith(".safetensors")]
+    assert before and not again
+    describe(open_checkpoint(folder))
+
+
+def test_what_was_fetched_is_found_without_a_network(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = local_folder(NAME)
+    hub.models.clear()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert local_folder(NAME) == folder
+    with pytest.raises(UserError, match=r"other/model cannot be fetched"):
+        local_folder("other/model")
+
+
+def test_what_is_wrong_is_one_line(hub: Hub, saved: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "README.md").write_text("nothing")
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    shutil.copy(saved / "config.json", pickled)
+    (pickled / "pytorch_model.bin").write_bytes(b"")
+    hub.models |= {"someone/bare": bare, "someone/pickled": pickled}
+    reasons = {
+        "someone/none": "cannot be fetched",
+        f"{NAME}@no-such-branch": "cannot be fetched",
+        "someone/bare": "has no config.json",
+        "someone/pickled": "has no safetensors weights",
+    }
+    for name, reason in reasons.items():
+        result = CliRunner().invoke(app, ["convert", name, str(tmp_path / "out")])
+        assert isinstance(result.exception, UserError) and reason in str(result.exception), name
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_manifest_says_nothing_of_a_local_folder(saved: Path) -> None:
+    assert open_checkpoint(saved).origin == {}
+    assert json.loads((saved / "config.json").read_text())["model_type"] == "qwen3_moe"
