@@ -53,7 +53,12 @@ from ane_moe.model.spec import MoeSpec
 from ane_moe.model.template_key import TemplateKey
 from ane_moe.model.weight import EMBEDDING
 from ane_moe.opened import open_model
-from ane_moe.original.checkpoint_tokenizer import TokenizerFiles, read_tokenizer, write_tokenizer
+from ane_moe.original.checkpoint_tokenizer import (
+    TokenizerFiles,
+    read_tokenizer,
+    require_tokenizer,
+    write_tokenizer,
+)
 
 EMBED = "embed.bin"
 BUILTIN_TEXT = "builtin"
@@ -91,7 +96,7 @@ def plan(checkpoint: Path, options: ConvertOptions) -> ConversionPlan:
     UserError."""
     model = open_model(checkpoint, options.ignore_tensors)
     planned = plan_of(model, options)
-    read_tokenizer(model.checkpoint.folder)
+    require_tokenizer(model.checkpoint.folder)
     return planned
 
 
