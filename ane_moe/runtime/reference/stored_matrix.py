@@ -114,7 +114,7 @@ class StoredMatrix:
     def _measured(self, blocks: Iterator[Tensor]) -> Iterator[Tensor]:
         norms = []
         for block in blocks:
-            norms.append(torch.linalg.vector_norm(block, dim=1, dtype=torch.float32))
+            norms.append(torch.linalg.vector_norm(widened(block), dim=1))
             if len(norms) == len(self._cuts):
                 self.row_norms, self._measures = torch.cat(norms), False
             yield block
