@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from private_sentences import HELD_OUT, LABELS, TRAINED, Draw, Sentence, Side, draw_sentence, mixed
+from private_formats import Draw
+from private_sentences import HELD_OUT, LABELS, TRAINED, Sentence, Side, draw_sentence, mixed
 from transformers import OpenAIPrivacyFilterForTokenClassification, PreTrainedTokenizerFast
 
 from ane_moe.files import write_text
@@ -152,8 +153,9 @@ a checkpoint that was trained for it.
 {architecture[intermediate_size]} wide |
 | labels | O and B-, I-, E-, S- of the eight kinds of the published filter |
 | tokenizer | byte-level BPE, {settings[vocabulary]} tokens, trained on the training texts |
-| training texts | generated: Faker's entities in several locales and formats of ours, in templates of ours; \
-three sentences in ten hold nothing private |
+| training texts | generated: Faker's entities in {locales} locales and formats of ours, in {templates} templates \
+with choices in them, and records of keys; three sentences in ten hold nothing private |
+| augmentation | texts in one case; in every other batch words cut otherwise (BPE-dropout {settings[merge_dropout]:g}) |
 | training | {settings[steps]} AdamW steps of {settings[batch_texts]} texts of 1 to {settings[most_sentences]} \
 sentences; {cpu_minutes:.0f} CPU minutes in all |
 | learning rate | {settings[learning_rate]:g} after {settings[warmup_steps]} steps of warm-up, then a cosine |
@@ -179,7 +181,7 @@ By label, {hardest}, default decoder:
 |---|---:|---:|---:|---:|
 {by_label}
 
-Held-out templates share no sentence with the trained ones. Held-out formats are other ways of writing the same
+Held-out templates share no five words in a row with the trained ones, though one hand wrote both. Held-out formats are other ways of writing the same
 kinds (`+49 (0) 30 ...`, `the 3rd of May, 1987`, `xoxb-...`) and locales that Faker was never asked for in
 training; names of `en_IN`, `da_DK`, `fi_FI`, `ro_RO`, `hu_HU` and `pt_PT`.
 """
@@ -193,6 +195,8 @@ def render_card(record: Record) -> str:
         cpu_minutes=record.cpu_seconds / 60,
         sentences=SENTENCES,
         hardest=HARDEST,
+        locales=len(set(TRAINED.locales)),
+        templates=len(TRAINED.private) + len(TRAINED.clean),
         by_label="\n".join(label_row(*item) for item in hardest.by_label.items()),
     )
 

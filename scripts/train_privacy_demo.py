@@ -41,7 +41,8 @@ from privacy_card import (
     write_record,
     write_text,
 )
-from private_sentences import LABELS, TRAINED, Draw, Entity, Sentence, draw_text
+from private_formats import Draw
+from private_sentences import LABELS, TRAINED, Entity, Sentence, draw_text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
@@ -73,11 +74,12 @@ ARCHITECTURE: dict[str, Any] = {
 class Settings:
     """What the training depends on besides the templates. Lengths are in tokens."""
 
-    steps: int = 2200
+    steps: int = 3600
     batch_texts: int = 24
     pool_batches: int = 8  # texts drawn at once and sorted by length, so that little is padding
     most_sentences: int = 5  # of a text
     most_tokens: int = 256
+    merge_dropout: float = 0.1  # share of the tokenizer's merges left out, in every other batch
     learning_rate: float = 3e-3
     warmup_steps: int = 100
     weight_decay: float = 0.1
@@ -159,7 +161,7 @@ def batches(
     tokenizer: PreTrainedTokenizerFast, settings: Settings
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield ids, attention masks and targets, each [texts, tokens], without end."""
-    draw = Draw(settings.seed + 1)
+    draw, bpe = Draw(settings.seed + 1), tokenizer.backend_tokenizer.model
     texts = drawn_texts(settings, draw)
     while True:
         pool = [next(texts) for _ in range(settings.batch_texts * settings.pool_batches)]
@@ -168,7 +170,10 @@ def batches(
             pool[at : at + settings.batch_texts] for at in range(0, len(pool), settings.batch_texts)
         ]
         draw.random.shuffle(groups)
-        for group in groups:
+        for index, group in enumerate(groups):
+            # Words cut otherwise than they ever are, as unknown ones are (BPE-dropout, Provilkov
+            # and others 2020).
+            bpe.dropout = settings.merge_dropout if index % 2 else None
             yield collate(tokenizer, group, settings.most_tokens)
 
 
@@ -231,6 +236,7 @@ def train_checkpoint(settings: Settings, folder: Path) -> None:
     model = build_model(settings, tokenizer.eos_token_id)
     say(f"{model.num_parameters():,} parameters")
     train(model, tokenizer, settings)
+    tokenizer.backend_tokenizer.model.dropout = None
     save_checkpoint(model, tokenizer, folder)
 
 
