@@ -14,14 +14,21 @@ from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForTokenClassification,
     PreTrainedModel,
 )
 
+from tests.zoo import COMMON as ZOO
+from tests.zoo import ROWS, WITH_IMAGES
+
 LLAMA_SHAPED = ("granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 DECODERS = ("granitemoe", "lfm2_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "zaya")
 FAMILIES = (*DECODERS, "openai_privacy_filter")
-CLASSES: dict[str, Any] = {"openai_privacy_filter": AutoModelForTokenClassification}
+CLASSES: dict[str, Any] = {
+    "openai_privacy_filter": AutoModelForTokenClassification,
+    **dict.fromkeys(WITH_IMAGES, AutoModelForImageTextToText),
+}
 
 # Seeds of models that are decided on the tests' prompts, where the first one is not.
 DECIDED = {"lfm2_moe": 1}
@@ -169,6 +176,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 
+CONFIGS |= {
+    family: row.config if "text_config" in row.config else {**ZOO, **row.config}
+    for family, row in ROWS.items()
+}
+
 # Other settings under which a family's maths or layout differs: name -> (family, what differs).
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe tied": ("qwen3_moe", {"tie_word_embeddings": True}),
@@ -222,7 +234,9 @@ def make_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight") or name.endswith(("_scale", ".temp")):
+            if name.endswith(("norm.weight", "_layernorm.weight")) or name.endswith(
+                ("_scale", ".temp")
+            ):
                 parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
             elif (
                 "conv" in name and parameter.dim() == 3
@@ -234,12 +248,14 @@ def make_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
                 parameter.copy_(0.1 * torch.randn_like(parameter))
             elif name.endswith("sinks"):
                 parameter.normal_()
+            elif not parameter.any():  # AFMoE's router begins with zeros
+                parameter.normal_().mul_(0.08)
             else:
                 parameter.mul_(
                     4
                 )  # the usual init, 0.02, leaves so narrow a model's routing near uniform
         for name, buffer in model.named_buffers():
-            if name.endswith(("balancing_biases", "expert_bias")):
+            if name.endswith(("balancing_biases", "expert_bias", "correction_bias")):
                 buffer.copy_(0.1 * torch.randn_like(buffer))
     return model.eval()
 

@@ -60,8 +60,9 @@ class TensorSource:
 
     Out of the stored tensor `key`, expected to have `stored_shape`: entry `index` of the first axis
     (one expert of a fused tensor), then `rows` [first, last) of what is left, then `columns` of the
-    last axis (first, last, step), then the transpose, then of each run of `pairs` rows the even
-    ones first, then times `scale`. `weight` is our tensor's row: what it is for.
+    last axis (first, last, step), then the transpose, then of `runs` (size, first, last) of rows
+    those from first to last of each, then of each run of `pairs` rows the even ones first, then
+    times `scale`. `weight` is our tensor's row: what it is for.
     """
 
     name: WeightName
@@ -74,6 +75,7 @@ class TensorSource:
     weight: Weight | None = None
     columns: tuple[int, int, int] | None = None
     pairs: int = 0
+    runs: tuple[int, int, int] | None = None
 
     @property
     def role(self) -> str | None:
@@ -97,23 +99,32 @@ class TensorSource:
         if self.columns is not None:
             columns = len(range(*self.columns))
         kept = (*self.region_shape[:-1], columns)
-        return kept[::-1] if self.transpose else kept
+        kept = kept[::-1] if self.transpose else kept
+        if self.runs is None:
+            return kept
+        size, first, last = self.runs
+        return (kept[0] // size * (last - first), *kept[1:])
 
     @property
     def in_place(self) -> bool:
         """Whether our tensor is the region that is read, element for element."""
-        return not (self.transpose or self.columns or self.pairs)
+        return not (self.transpose or self.columns or self.pairs or self.runs)
 
     def arranged(self, region: np.ndarray) -> np.ndarray:
         """A view of the region, of shape `region_shape`, whose elements are in our tensor's order;
         its own shape may have more axes."""
         view = region if self.columns is None else region[..., slice(*self.columns)]
         view = view.T if self.transpose else view
-        if not self.pairs:
+        if not (self.pairs or self.runs):
             return view
         assert view is region  # of an array in another order, `reshape` would give a copy
-        runs = view.reshape(-1, self.pairs // 2, 2, *view.shape[1:])
-        return runs.swapaxes(1, 2)
+        if self.runs is not None:
+            size, first, last = self.runs
+            view = view.reshape(-1, size, *view.shape[1:])[:, first:last]
+        if not self.pairs:
+            return view
+        rest = view.shape[2:] if self.runs else view.shape[1:]
+        return view.reshape(-1, self.pairs // 2, 2, *rest).swapaxes(1, 2)
 
     @property
     def region_shape(self) -> tuple[int, ...]:
@@ -187,7 +198,9 @@ class Checkpoint:
         """The tensors that no source reads, by why that is right (left_out.py). Raises UserError
         for others."""
         used = {source.key for source in sources.values()}
-        return left_out(self.tensors.keys() - used, ignore, str(self.folder))
+        return left_out(
+            self.tensors.keys() - used, ignore, str(self.folder), _predicting(self.config)
+        )
 
     def read(
         self, source: TensorSource, out: np.ndarray | None = None, hasher: Hasher | None = None
@@ -286,8 +299,9 @@ class Checkpoint:
             bool(source.weight and source.weight.centred),
         )
         rare = (source.columns, source.pairs, self.tensors[source.key].scale)
-        if rare != (None, 0, 1.0):  # others keep the keys that they had
-            return repr((*facts, *rare)).encode() + b"\n"
+        runs = () if source.runs is None else (source.runs,)
+        if (*rare, *runs) != (None, 0, 1.0):  # others keep the keys that they had
+            return repr((*facts, *rare, *runs)).encode() + b"\n"
         return repr(facts).encode() + b"\n"
 
     def _require_one_vocabulary(self, sources: Mapping[WeightName, TensorSource]) -> None:
@@ -344,6 +358,14 @@ class Checkpoint:
             f"{counted(overflowing, 'value')} above 65504",
             OVERFLOW_ADVICE,
         )
+
+
+def _predicting(config: Mapping[str, Any]) -> range:
+    """The layers after the model's own, where its configuration counts any."""
+    own, further = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers")
+    if isinstance(own, int) and isinstance(further, int):
+        return range(own, own + further)
+    return range(0)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

@@ -8,7 +8,9 @@ from itertools import takewhile
 from ane_moe.errors import UserError
 from ane_moe.wording import counted, listed
 
+LAYER = re.compile(r"model\.layers\.(\d{1,4})\.")
 BY_OPTION = "--ignore-tensors"
+PREDICTING = "heads that predict further tokens"
 # What each part is, and the names of its tensors.
 KINDS = {
     "rotary buffers, which are computed": r"(^|\.)rotary_emb\.inv_freq$",
@@ -16,18 +18,24 @@ KINDS = {
     "an audio tower": r"^(model\.)?(audio_tower|audio_encoder|audio_model)\.",
     "a projector of images or sound": r"^(model\.)?"
     r"((multi_?modal|mm|vision|audio)_projector|embed_(vision|audio))\.",
-    "heads that predict further tokens": r"^(model\.)?mtp\.",
+    PREDICTING: r"^(model\.)?mtp\.",
     "scales of activations, which are not quantised here": r"\.(input|output|activation|[qkv])"
     r"(_global)?_scale$",
     "a value head of reinforcement learning": r"^v_head\.",
 }
 
 
+def is_beside(name: str) -> bool:
+    """Whether a tensor is of a part that text does not need."""
+    return any(re.search(pattern, name) for pattern in KINDS.values())
+
+
 def left_out(
-    extra: Collection[str], ignore: Collection[str], where: str
+    extra: Collection[str], ignore: Collection[str], where: str, predicting: range = range(0)
 ) -> dict[str, tuple[str, ...]]:
     """The `extra` tensors by why they are left out: the part they belong to, or that a pattern of
-    `ignore` (as in a shell) names them.
+    `ignore` (as in a shell) names them. `predicting` are layers after the model's own, which
+    predict further tokens (DeepSeek-V3, GLM-4.5).
 
     Raises UserError for a tensor that neither covers, and for a pattern that covers none.
     """
@@ -35,6 +43,8 @@ def left_out(
     unknown, idle = [], set(ignore)
     for name in sorted(extra):
         kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), None)
+        if (layer := LAYER.match(name)) and int(layer[1]) in predicting:
+            kind = PREDICTING
         asked = [pattern for pattern in ignore if fnmatchcase(name, pattern)]
         idle -= set(asked)
         if kind or asked:

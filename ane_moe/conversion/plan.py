@@ -14,12 +14,13 @@ from ane_moe.formats.recipe import INT8, Choice, Recipe, find_format
 from ane_moe.manifest import Shard, ShardFunction, length_function
 from ane_moe.model.experts import ExpertGroupConfig, SharedExpertConfig
 from ane_moe.model.head import HeadConfig
+from ane_moe.model.join import JoinConfig
 from ane_moe.model.mixer import MixerConfig
 from ane_moe.model.mixers import mixer_config
 from ane_moe.model.mlp import DenseConfig, MlpRanks
 from ane_moe.model.moe import MoeConfig
 from ane_moe.model.part import PartConfig
-from ane_moe.model.port import Ports
+from ane_moe.model.port import ADDED, STREAM, Ports
 from ane_moe.model.routed import RoutedMixerConfig
 from ane_moe.model.spec import MlpSpec, ModelSpec, MoeSpec
 from ane_moe.model.stack import StackConfig, can_share
@@ -207,13 +208,15 @@ class ConversionPlan:
 
     @property
     def routers(self) -> dict[int, str]:
-        """Paths of the router tables that guesses of the host read, by layer: where a matrix alone
-        says which experts score highest."""
+        """Paths of the router tables that guesses of the host read, by layer: where a matrix alone,
+        after a norm by the root of the mean square, says which experts score highest."""
         if self.options.routing != "sparse":
             return {}
         ffns = {n: self.spec.layers[n].ffn for n in self.layers}
         linear = (n for n, ffn in ffns.items() if isinstance(ffn, MoeSpec) and ffn.router.is_linear)
-        return {n: f"{ROUTERS}/layer_{n:02d}.bin" for n in linear}
+        normed = (n for n in linear if self.spec.layers[n].norms != "after")
+        told = normed if self.spec.norm.kind == "rms" else ()
+        return {n: f"{ROUTERS}/layer_{n:02d}.bin" for n in told}
 
 
 def sources_of(spec: ModelSpec) -> dict[WeightName, TensorSource]:
@@ -393,7 +396,9 @@ class _Planner:
         if isinstance(spec.ffn, MoeSpec):
             return self._moe(layer, spec.ffn, spec.ffn.router.experts, True)
         ranks = self._mlp_ranks(layer, "mlp.")
-        return DenseConfig(self.spec.d_model, self.spec.norm, spec.ffn, ranks, spec.affine)
+        return DenseConfig(
+            self.spec.d_model, self.spec.norm, spec.ffn, ranks, spec.affine, spec.norms
+        )
 
     def _mlp_ranks(self, layer: int, prefix: str = "", expert: int | None = None) -> MlpRanks:
         names = (
@@ -427,6 +432,7 @@ class _Planner:
             ranks=tuple((path, rank) for path, rank in ranks.items() if rank),
             affine=spec.affine,
             entry=spec.entry,
+            norms=spec.norms,
         )
 
     def attention(self, layer: int) -> ShardPlan:
@@ -444,7 +450,7 @@ class _Planner:
             path = f"dense/layer_{layer:02d}.mlpackage"
             return [self._shard(path, "dense", layer, _Copy(self._whole_ffn(layer)), scope="ffn")]
         if self.options.routing == "sparse":
-            return self.experts(layer, ffn)
+            return self.joined(layer, self.experts(layer, ffn))
         sizes, reason = self._split(layer, ffn)
         shards, first = [], 0
         for part, size in enumerate(sizes):
@@ -454,7 +460,7 @@ class _Planner:
             facts = {"scope": "ffn", "part": part, "parts": len(sizes), "reason": reason}
             shards.append(self._shard(path, "moe", layer, copy, **facts))
             first += size
-        return shards
+        return self.joined(layer, shards) if len(shards) > 1 else shards
 
     def experts(self, layer: int, moe: MoeSpec) -> list[ShardPlan]:
         """Packages of a layer's expert functions: as few as the size limit of a weight file
@@ -464,7 +470,8 @@ class _Planner:
         shared: dict[str, _Copy] = {}
         if moe.shared is not None:
             ranks = self._mlp_ranks(layer, "shared.")
-            shared["shared"] = _Copy(SharedExpertConfig(self.spec.d_model, moe.shared, ranks))
+            config = SharedExpertConfig(self.spec.d_model, moe.shared, ranks, self._target(layer))
+            shared["shared"] = _Copy(config)
 
         def package(path: str, copies: dict[str, _Copy], **facts: Any) -> ShardPlan:
             return self._package(path, "experts", layer, copies, functions, scope="ffn", **facts)
@@ -508,7 +515,23 @@ class _Planner:
 
     def _group(self, layer: int, moe: MoeSpec, size: int) -> ExpertGroupConfig:
         ranks, affine = self._mlp_ranks(layer, expert=0), self.spec.layers[layer].affine
-        return ExpertGroupConfig(self.spec.d_model, moe.expert, size, ranks, affine)
+        slot = self._target(layer)
+        return ExpertGroupConfig(self.spec.d_model, moe.expert, size, ranks, affine, slot)
+
+    def _target(self, layer: int) -> str:
+        """The slot that a layer's experts add to."""
+        return STREAM if self.spec.layers[layer].norms == "before" else ADDED
+
+    def joined(self, layer: int, shards: Sequence[ShardPlan]) -> list[ShardPlan]:
+        """Shards of a layer's experts and, if their sum is normed, what does that and adds it to
+        the stream: the last part."""
+        if self._target(layer) == STREAM:
+            return [*shards]
+        copy = _Copy(JoinConfig(self.spec.d_model, self.spec.norm))
+        path, parts = f"join/layer_{layer:02d}.mlpackage", len(shards) + 1
+        facts = {"scope": "ffn", "part": len(shards), "reason": "the sum of the experts is normed"}
+        join = self._shard(path, "join", layer, copy, **facts)
+        return [replace(shard, parts=parts) for shard in (*shards, join)]
 
     def head(self) -> list[ShardPlan]:
         head, scores, kind, least = self.spec.head, self.spec.scores, "labels", 1
@@ -534,9 +557,18 @@ class _Planner:
     def _moe(self, layer: int, moe: MoeSpec, experts: int, first: bool) -> MoeConfig:
         soft, ranks = self.options.routing == "soft", self._mlp_ranks(layer, expert=0)
         shared = (0, 0, 0) if moe.shared is None else self._mlp_ranks(layer, "shared.")
-        affine = self.spec.layers[layer].affine
+        affine, norms = self.spec.layers[layer].affine, self.spec.layers[layer].norms
         return MoeConfig(
-            self.spec.d_model, self.spec.norm, moe, experts, first, soft, ranks, shared, affine
+            self.spec.d_model,
+            self.spec.norm,
+            moe,
+            experts,
+            first,
+            soft,
+            ranks,
+            shared,
+            affine,
+            norms,
         )
 
     def _split(self, layer: int, moe: MoeSpec) -> tuple[list[int], str]:

@@ -51,9 +51,20 @@ def known_ranges(job: Job, golden: Path) -> tuple[LayerRange, ...]:
 
 
 def wanted_divisor(job: Job, golden: Path) -> int:
-    """What hidden states are to be divided by: as the options say, or as there is need."""
+    """What hidden states are to be divided by: as the options say, or as there is need.
+
+    Raises UserError where a number is asked for, and layers read hidden states without a norm.
+    """
     asked = job.plan.options.stream_divisor
-    return needed_divisor(known_ranges(job, golden)) if asked is None else asked
+    if job.spec.may_scale_stream:
+        return needed_divisor(known_ranges(job, golden)) if asked is None else asked
+    if asked not in (None, 1):
+        raise UserError(
+            f"{job.spec.family} reads hidden states without a norm",
+            f"--stream-scale {asked}",
+            "leave the option out",
+        )
+    return 1
 
 
 def divided(job: Job, divisor: int) -> Job:

@@ -16,13 +16,14 @@ from ane_moe.checkpoints.packed.facts import SIDE_FILES
 from ane_moe.errors import UserError
 from ane_moe.families.config import Config
 from ane_moe.families.keys import KeyTable, find_tensors
+from ane_moe.families.missing import nearest
 from ane_moe.families.quantised import is_read, quantisation, side_file
 from ane_moe.families.taps import Taps
 from ane_moe.json_file import read_json
 from ane_moe.model.spec import ModelSpec
 from ane_moe.model.weight import WeightName
 
-PARTS = {"approximate", "config", "decoder", "keys", "quantised", "rope", "taps"}
+PARTS = {"approximate", "config", "decoder", "keys", "missing", "quantised", "rope", "taps"}
 
 READABLE = (
     "supported: F16, BF16 and F32 weights, FP8, MXFP4, NVFP4, compressed-tensors, GPTQ, AWQ, "
@@ -47,10 +48,13 @@ def supported() -> list[str]:
 
 
 def load_family(model_type: str) -> Family:
-    """The family of one `model_type`; UserError, naming the supported ones, when there is none."""
+    """The family of one `model_type`; UserError when there is none, naming the supported ones, the
+    nearest of them and what that lacks."""
     if model_type not in supported():
         raise UserError(
-            f"model_type {model_type!r} is not supported", do=f"supported: {', '.join(supported())}"
+            f"model_type {model_type!r} is not supported",
+            nearest(model_type),
+            f"supported: {', '.join(supported())}",
         )
     return cast(Family, import_module(f"{__name__}.{model_type}"))
 
@@ -94,7 +98,8 @@ def describe(
         if (folder / name).is_file() and not checkpoint.forms:
             raise _quantised(folder, side_file(read_json(folder / name), name))
     try:
-        sources = find_tensors(spec, checkpoint.tensors, load_family(spec.family).KEYS)
+        shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+        sources = find_tensors(spec, shapes, load_family(spec.family).KEYS)
         checkpoint.require(sources, ignore)
     except UserError as error:
         if form := quantisation({}, checkpoint.tensors):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ane_moe.errors import UserError
-from ane_moe.families.config import MAX_EXPERTS, MAX_LAYERS, Config
+from ane_moe.families.config import CHOSEN, EXPERTS, MAX_EXPERTS, MAX_LAYERS, Config
 from ane_moe.model.spec import (
     FfnSpec,
     GqaSpec,
@@ -25,14 +25,6 @@ from ane_moe.model.spec import (
 
 ATTENTION = {"full_attention", "sliding_attention", "attention", "hybrid", "hybrid_sliding"}
 CONVOLUTION = {"conv", "short_conv"}
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-CHOSEN = (
-    "num_experts_per_tok",
-    "moe_k",
-    "top_k_experts",
-    "moe_topk",
-    "num_experts_per_token",
-)
 LEADING_DENSE = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 SHARED_COUNT = ("n_shared_experts", "moe_num_shared_experts", "num_shared_experts")
 SHARED_WIDTH = ("shared_expert_intermediate_size", "shared_intermediate_size")

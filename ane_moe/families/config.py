@@ -11,6 +11,9 @@ from ane_moe.errors import UserError
 MAX_LAYERS = 256  # bounds on counts that become that many objects, before any tensor is looked at
 MAX_EXPERTS = 1024
 MAX_SIZE = 1 << 26
+# What files call the number of experts, and of those chosen for a token.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+CHOSEN = ("num_experts_per_tok", "moe_k", "top_k_experts", "moe_topk", "num_experts_per_token")
 
 
 @dataclass(frozen=True)

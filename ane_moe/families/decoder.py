@@ -1,22 +1,31 @@
 """Reads the config fields that the Llama-shaped families share."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
-from ane_moe.families.config import MAX_EXPERTS, MAX_LAYERS, Config
+from ane_moe.families.config import CHOSEN, EXPERTS, MAX_EXPERTS, MAX_LAYERS, Config
 from ane_moe.families.rope import rope_config, rope_spec
 from ane_moe.model.spec import (
+    Clamp,
+    FfnSpec,
     GqaSpec,
     HeadSpec,
     LayerSpec,
     MlpSpec,
     ModelSpec,
+    MoeSpec,
     NormSpec,
+    RopeSpec,
     RouterSpec,
+    SharedSpec,
 )
 
 EPS = ("rms_norm_eps", "norm_eps")
 ROPE = "main"  # these families have one rotary table
+FULL, SLIDING = "full_attention", "sliding_attention"
+# gpt-oss's activation, which transformers' code had built in before config.json came to say it.
+ALPHA, LIMIT = 1.702, 7.0
 
 
 def gqa(config: Config, **facts: Any) -> GqaSpec:
@@ -48,19 +57,104 @@ def mlp(config: Config, width: str) -> MlpSpec:
     return MlpSpec(config.integer(width))
 
 
+def clamp(config: Config) -> Clamp:
+    """The clamped activation of gpt-oss."""
+    limit = config.number("swiglu_limit") if config.has("swiglu_limit") else LIMIT
+    return Clamp(limit, config.number("swiglu_alpha") if config.has("swiglu_alpha") else ALPHA)
+
+
 def router(config: Config, renorm: bool, **facts: Any) -> RouterSpec:
     """The router from the usual fields; `facts` are the RouterSpec fields in which the family
     differs."""
-    experts = config.integer("num_experts", "num_local_experts", at_most=MAX_EXPERTS)
-    k = config.integer("num_experts_per_tok")
+    experts = config.integer(*EXPERTS, at_most=MAX_EXPERTS)
+    chosen = [name for name in CHOSEN if config.has(name)]
+    k = config.integer(*CHOSEN)
     if k > experts:
-        raise config.wrong("num_experts_per_tok", f"at most the number of experts, {experts}")
+        raise config.wrong(chosen[0], f"at most the number of experts, {experts}")
     return RouterSpec(experts, k, renorm, **facts)
+
+
+def sigmoid_router(config: Config) -> RouterSpec:
+    """The router of DeepSeek-V3: sigmoid scores, a bias for the choice, groups, a factor.
+
+    Source: transformers' `DeepseekV3TopkRouter`, whose 1e-20 beside the sum is nothing: a sigmoid
+    that adds up to so little is 0 in fp16, and its expert is not chosen.
+    """
+    scale = config.number("routed_scaling_factor")
+    renorm = config.flag("norm_topk_prob")
+    chosen = router(config, renorm, score="sigmoid", bias=True, scale=scale)
+    groups, opened = config.integer("n_group"), config.integer("topk_group")
+    if chosen.experts % groups or (groups > 1 and chosen.experts < 2 * groups):
+        raise config.wrong("n_group", f"a divisor of the number of experts, {chosen.experts}")
+    if not chosen.k <= opened * (chosen.experts // groups) <= chosen.experts:
+        raise config.wrong("topk_group", f"at most {groups}, with {chosen.k} experts in them")
+    return replace(chosen, groups=groups, open_groups=opened)
+
+
+def shared_expert(config: Config, width: str, count: str) -> SharedSpec | None:
+    """What stands for `count` always-on experts of the field `width`: one as wide as all of
+    them."""
+    number = config.integer(count, at_least=0)
+    return SharedSpec(MlpSpec(number * config.integer(width))) if number else None
+
+
+def text_config(config: Config) -> Config:
+    """The language model's fields of a configuration that has them in one of its own, beside those
+    of other kinds of input."""
+    inner = config.values.get("text_config")
+    if not isinstance(inner, dict):
+        raise config.wrong("text_config", "an object")
+    outer = ("model_type", "tie_word_embeddings", "bos_token_id", "eos_token_id")
+    own = {name: config.values[name] for name in outer if config.has(name)}
+    return Config(inner | own, config.where)
 
 
 def n_layers(config: Config) -> int:
     """The number of layers."""
     return config.integer("num_hidden_layers", at_most=MAX_LAYERS)
+
+
+def layer_kinds(
+    config: Config,
+    field: str = "layer_types",
+    known: tuple[str, ...] = (FULL, SLIDING),
+    otherwise: Callable[[int], str] | None = None,
+) -> tuple[str, ...]:
+    """The kind of each layer out of the list `field`, or where the file has none by the rule
+    `otherwise`."""
+    count, kinds = n_layers(config), config.strings(field)
+    if not kinds and otherwise is not None:
+        kinds = tuple(map(otherwise, range(count)))
+    if len(kinds) != count or set(kinds) - set(known):
+        raise config.wrong(field, f"{count} of {' or '.join(known)}")
+    return kinds
+
+
+def layer_windows(
+    config: Config, otherwise: Callable[[int], str] | None = None
+) -> list[int | None]:
+    """Each layer's window, None where it sees all tokens before it."""
+    return [
+        config.integer("sliding_window") if kind == SLIDING else None
+        for kind in layer_kinds(config, otherwise=otherwise)
+    ]
+
+
+def leading_dense(
+    config: Config, moe: MoeSpec, field: str = "first_k_dense_replace"
+) -> list[FfnSpec]:
+    """The feed-forward block of each layer: dense ones of `intermediate_size` first, as many as
+    `field` says."""
+    dense, count = config.integer(field, at_least=0), n_layers(config)
+    return [mlp(config, "intermediate_size") if n < dense else moe for n in range(count)]
+
+
+def listed_dense(
+    config: Config, moe: MoeSpec, otherwise: Callable[[int], str] | None = None
+) -> list[FfnSpec]:
+    """The feed-forward block of each layer, as `mlp_layer_types` says."""
+    kinds = layer_kinds(config, "mlp_layer_types", ("dense", "sparse"), otherwise)
+    return [moe if kind == "sparse" else mlp(config, "intermediate_size") for kind in kinds]
 
 
 def full_attention(config: Config) -> None:
@@ -80,12 +174,12 @@ def decoder(
     usual: dict[str, Any] = {
         "norm": NormSpec(eps=config.number(*EPS)),
         "head": HeadSpec(tied, logit_scale=logit_scale),
+        "context": config.integer("max_position_embeddings"),
     }
     return ModelSpec(
         family=config.values["model_type"],
         d_model=config.integer("hidden_size"),
         vocab=config.integer("vocab_size"),
-        context=config.integer("max_position_embeddings"),
         layers=tuple(layers),
         bos_id=next(iter(config.token_ids("bos_token_id")), None),
         eos_ids=config.token_ids("eos_token_id"),
@@ -94,12 +188,44 @@ def decoder(
 
 
 def llama(
-    config: Config, layers: Iterable[LayerSpec], logit_scale: float = 1.0, **facts: Any
+    config: Config,
+    layers: Iterable[LayerSpec],
+    logit_scale: float = 1.0,
+    partial: bool = False,
+    **facts: Any,
 ) -> ModelSpec:
-    """A decoder with one rotary table for all of each head."""
+    """A decoder with one rotary table for all of each head, or with `partial` for as much of it as
+    the configuration says."""
     rope, layers = rope_config(config), tuple(layers)
-    rope.only("partial_rotary_factor", None, 1)
+    if not partial:
+        rope.only("partial_rotary_factor", None, 1)
     attention = (layer.mixer for layer in layers if isinstance(layer.mixer, GqaSpec))
     first = next(attention, None)
-    ropes = {ROPE: rope_spec(rope, first.head_dim)} if first else {}
+    ropes = {ROPE: rope_table(rope, first.head_dim)} if first else {}
     return decoder(config, layers, logit_scale, ropes=ropes, **facts)
+
+
+def rope_table(rope: Config, head_dim: int) -> RopeSpec:
+    """The table of heads of so many channels, of which all are rotated, or the first."""
+    factor = rope.number("partial_rotary_factor") if rope.has("partial_rotary_factor") else 1.0
+    rotated = int(head_dim * factor)
+    if rotated > head_dim or rotated % 2 or rotated != head_dim * factor:
+        raise rope.wrong("partial_rotary_factor", "an even number of channels of each head")
+    return rope_spec(rope, rotated)
+
+
+def ropes_by_kind(
+    config: Config, kinds: Iterable[str], head_dim: int, partial: bool = True
+) -> dict[str, RopeSpec]:
+    """A table for each kind of layer. A stray `rope_type` beside the kinds says nothing; YaRN's
+    `truncate` is read beside them, as transformers does."""
+    tables, ropes = config.values.get("rope_parameters"), {}
+    for kind in dict.fromkeys(kinds):
+        if not isinstance(tables, dict) or not isinstance(tables.get(kind), dict):
+            raise config.wrong("rope_parameters", f"an object for each kind of layer, {kind} too")
+        table = tables[kind] | {"truncate": tables.get("truncate", True)}
+        own = rope_config(Config({"rope_parameters": table}, config.where))
+        if not partial:
+            own.only("partial_rotary_factor", None, 1)
+        ropes[kind] = rope_table(own, head_dim)
+    return ropes

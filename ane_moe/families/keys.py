@@ -23,12 +23,14 @@ class Fused:
 
     `part` of `parts` equal runs of rows: gate and up are the first and second half of one tensor.
     `transposed`: matrices are stored with what enters them first, so that the runs are of columns.
+    `interleaved`: in place of runs every `parts`-th one, from `part` on; of columns, or of a bias.
     """
 
     key: str
     part: int = 0
     parts: int = 1
     transposed: bool = False
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,24 @@ class Paired:
     key: str
 
 
-Entry = str | Fused | Rows | Paired
+@dataclass(frozen=True)
+class Only:
+    """The one entry of a stored tensor's first axis."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Of each run of rows those that are of `part`. A run is made up of parts `of` so many rows as
+    those fields of the layer's mixer say; what is rotated may be in pairs of neighbours."""
+
+    key: str
+    of: tuple[str, ...]
+    part: str
+
+
+Entry = str | Fused | Rows | Paired | Only | Runs
 KeyTable = Mapping[str, tuple[Entry, ...]]
 
 LAYER = "model.layers.{layer}"
@@ -64,9 +83,10 @@ ORIGINS = {
 
 
 def find_tensors(
-    spec: ModelSpec, names: Collection[str], table: KeyTable
+    spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], table: KeyTable
 ) -> dict[WeightName, TensorSource]:
-    """A source for every tensor that `spec` needs, out of the checkpoint's keys `names`.
+    """A source for every tensor that `spec` needs, out of the checkpoint's keys, with their
+    `shapes`. Of forms that go by one name the first is taken whose shape fits.
 
     A tied head takes whichever of the two tensors is stored, each its own when both are:
     transformers does not tie stored tensors that differ (`tie_weights`). Raises UserError naming
@@ -76,14 +96,16 @@ def find_tensors(
         embed, head = table[str(EMBEDDING)], table[str(HEAD)]
         table = {**table, str(EMBEDDING): embed + head, str(HEAD): head + embed}
     sources: dict[WeightName, TensorSource] = {}
+    names = shapes.keys()
     missing: dict[WeightName, str] = {}  # the checkpoint's name by ours
     for name, weight in spec.weights():
         alternatives = [_source(spec, name, weight, entry) for entry in table[name.template]]
-        stored = next((source for source in alternatives if source.key in names), None)
-        if stored is None:
+        stored = [source for source in alternatives if source.key in names]
+        fitting = (source for source in stored if shapes.get(source.key) == source.stored_shape)
+        if not stored:
             missing[name] = alternatives[0].key
         else:
-            sources[name] = stored
+            sources[name] = next(fitting, stored[0])
     if missing:
         raise _missing(missing, {source.key for source in sources.values()}, names)
     return sources
@@ -120,6 +142,11 @@ def _source(spec: ModelSpec, name: WeightName, weight: Weight, entry: Entry) -> 
     scale = spec.multiplier(weight.fold)
     if isinstance(entry, str):
         return TensorSource(name, entry.format(**numbers), weight.shape, scale=scale, weight=weight)
+    if isinstance(entry, Only):
+        key, whole = entry.key.format(**numbers), (1, *weight.shape)
+        return TensorSource(name, key, whole, index=0, scale=scale, weight=weight)
+    if isinstance(entry, Runs):
+        return _run_source(spec, name, weight, entry)
     assert name.layer is not None
     layer, rows, key = spec.layers[name.layer], weight.shape[0], entry.key.format(**numbers)
     if isinstance(entry, Paired):
@@ -128,22 +155,45 @@ def _source(spec: ModelSpec, name: WeightName, weight: Weight, entry: Entry) -> 
         return TensorSource(name, key, weight.shape, scale=scale, weight=weight, pairs=pairs)
     stored: tuple[int, ...] = (entry.parts * rows, *weight.shape[1:])
     run = None if entry.parts == 1 else (entry.part * rows, (entry.part + 1) * rows)
+    columns: tuple[int, int, int] | None = None
     index = None
     turned = isinstance(entry, Fused) and entry.transposed and len(stored) == 2
     if isinstance(entry, Fused):
         assert isinstance(layer.ffn, MoeSpec)
         stored = (layer.ffn.router.experts, *(stored[::-1] if turned else stored))
         index = name.expert
+        if entry.interleaved and run:
+            columns, run = (entry.part, entry.parts * rows, entry.parts), None
+        elif turned and run:
+            columns, run = (*run, 1), None
     return TensorSource(
         name,
         key,
         stored,
         index=index,
-        rows=None if turned else run,
+        rows=run,
         transpose=turned,
         scale=scale,
         weight=weight,
-        columns=(*run, 1) if turned and run else None,
+        columns=columns,
+    )
+
+
+def _run_source(spec: ModelSpec, name: WeightName, weight: Weight, entry: Runs) -> TensorSource:
+    assert name.layer is not None
+    mixer = spec.layers[name.layer].mixer
+    sizes = {part: int(getattr(mixer, part)) for part in entry.of}
+    first = sum(sizes[part] for part in entry.of[: entry.of.index(entry.part)])
+    size, own = sum(sizes.values()), sizes[entry.part]
+    paired = entry.part == "rotated" and bool(getattr(mixer, "interleaved", False))
+    return TensorSource(
+        name,
+        entry.key.format(layer=name.layer),
+        (weight.shape[0] // own * size, *weight.shape[1:]),
+        scale=spec.multiplier(weight.fold),
+        weight=weight,
+        runs=(size, first, first + own),
+        pairs=own if paired else 0,
     )
 
 
@@ -199,13 +249,25 @@ def stacked_pairs(prefix: str) -> dict[str, Entry]:
     }
 
 
-def fused_experts(gate_up: str, down: str, transposed: bool = False) -> dict[str, Entry]:
+def fused_experts(
+    gate_up: str, down: str, transposed: bool = False, interleaved: bool = False
+) -> dict[str, Entry]:
     """Experts stacked in `gate_up` [experts, 2 * width, d] and `down` [experts, d, width], or with
     the last two axes changed."""
     return {
-        "gate": Fused(f"{LAYER}.{gate_up}", 0, 2, transposed),
-        "up": Fused(f"{LAYER}.{gate_up}", 1, 2, transposed),
+        "gate": Fused(f"{LAYER}.{gate_up}", 0, 2, transposed, interleaved),
+        "up": Fused(f"{LAYER}.{gate_up}", 1, 2, transposed, interleaved),
         "down": Fused(f"{LAYER}.{down}", transposed=transposed),
+    }
+
+
+def chunks(names: str, ours: str, theirs: str) -> KeyTable:
+    """Matrices of a layer, `names` of one letter or more apart by spaces, that are equal runs of
+    rows of one stored tensor."""
+    parts = names.split()
+    return {
+        f"layers.{{layer}}.{ours}.{name}.weight": (Rows(f"{LAYER}.{theirs}", part, len(parts)),)
+        for part, name in enumerate(parts)
     }
 
 
@@ -214,3 +276,32 @@ MLP_EXPERTS = expert_keys(
     each_expert("mlp.experts", "gate_proj", "up_proj", "down_proj"),
     fused_experts("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
 )
+
+# What DeepSeek-V3's router, experts and shared expert are called, in many families.
+DEEPSEEK_MOE: KeyTable = {
+    "layers.{layer}.ffn.router.weight": (f"{LAYER}.mlp.gate.weight",),
+    "layers.{layer}.ffn.router.choice_bias": (f"{LAYER}.mlp.gate.e_score_correction_bias",),
+    **MLP_EXPERTS,
+    **mlp_keys("ffn.shared", "mlp.shared_experts"),
+}
+DEEPSEEK_FFN: KeyTable = {**DEEPSEEK_MOE, **mlp_keys("ffn.mlp", "mlp")}
+
+
+def paired_queries() -> KeyTable:
+    """Queries and keys whose neighbouring channels are rotated together."""
+    return {
+        f"layers.{{layer}}.attn.{name}.{kind}": (Paired(f"{LAYER}.self_attn.{name}_proj.{kind}"),)
+        for name in "qk"
+        for kind in ("weight", "bias")
+    }
+
+
+def norm_biases(table: KeyTable) -> KeyTable:
+    """The biases beside the norms of a table."""
+    return {
+        ours.replace("norm.weight", "norm.bias"): tuple(
+            entry.replace("norm.weight", "norm.bias") for entry in entries if isinstance(entry, str)
+        )
+        for ours, entries in table.items()
+        if ours.endswith(".norm.weight")
+    }

@@ -2,31 +2,25 @@
 with sinks; experts with biases and a clamped activation, softmax over the chosen logits."""
 
 from ane_moe.families.config import Config
-from ane_moe.families.decoder import gqa_facts, llama, n_layers, router
+from ane_moe.families.decoder import clamp, gqa_facts, llama, n_layers, router
 from ane_moe.families.keys import (
     LAYER,
     SKELETON,
     KeyTable,
-    Paired,
     expert_keys,
     fused_experts,
+    paired_queries,
 )
 from ane_moe.families.taps import Taps
-from ane_moe.model.spec import BandSpec, Clamp, HeadSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec
+from ane_moe.model.spec import BandSpec, HeadSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec
 
-# What transformers' code had built in before config.json came to say it.
-ALPHA, LIMIT = 1.702, 7.0
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 
 KEYS: KeyTable = {
     **SKELETON,
     "head.rows.weight": ("score.weight",),
     "head.rows.bias": ("score.bias",),
-    **{
-        f"layers.{{layer}}.attn.{name}.{kind}": (Paired(f"{LAYER}.self_attn.{name}_proj.{kind}"),)
-        for name in "qk"
-        for kind in ("weight", "bias")
-    },
+    **paired_queries(),
     "layers.{layer}.attn.sinks.weight": (f"{LAYER}.self_attn.sinks",),
     "layers.{layer}.ffn.router.weight": (f"{LAYER}.mlp.router.weight",),
     "layers.{layer}.ffn.router.bias": (f"{LAYER}.mlp.router.bias",),
@@ -42,16 +36,10 @@ def spec(config: Config) -> ModelSpec:
         **gqa_facts(config, qkv_bias=bias, o_bias=bias, sinks=True),
         reach=config.integer("sliding_window"),
     )
-    limit = _built_in(config, "swiglu_limit", LIMIT)
-    clamp = Clamp(limit, _built_in(config, "swiglu_alpha", ALPHA))
-    expert = MlpSpec(config.integer("intermediate_size"), clamp, bias=True)
+    expert = MlpSpec(config.integer("intermediate_size"), clamp(config), bias=True)
     moe = MoeSpec(router(config, renorm=True, logit_bias=True), expert)
     head = HeadSpec(config.flag("tie_word_embeddings"), labels=_labels(config), bias=True)
     return llama(config, [LayerSpec(attention, moe)] * n_layers(config), head=head)
-
-
-def _built_in(config: Config, name: str, value: float) -> float:
-    return config.number(name) if config.has(name) else value
 
 
 def _labels(config: Config) -> tuple[str, ...]:

@@ -88,12 +88,15 @@ def _yarn_attention_factor(rope: Config, factor: float) -> float:
     if rope.has("attention_factor"):
         return rope.number("attention_factor")
 
-    def mscale(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
-
     if rope.values.get("mscale") and rope.values.get("mscale_all_dim"):
-        return mscale(rope.number("mscale")) / mscale(rope.number("mscale_all_dim"))
-    return mscale(1)
+        over = mscale(factor, rope.number("mscale_all_dim"))
+        return mscale(factor, rope.number("mscale")) / over
+    return mscale(factor, 1)
+
+
+def mscale(factor: float, weight: float) -> float:
+    """What YaRN multiplies attention by where a context grows by `factor`."""
+    return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 TYPES: dict[str, Callable[[Config, np.ndarray], tuple[np.ndarray, float]]] = {

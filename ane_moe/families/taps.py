@@ -8,20 +8,28 @@ class Taps:
     """Modules and parameters of a decoder layer, by their paths in it.
 
     `ffn_norm` is the norm before the feed-forward block: what enters it is the stream after the
-    mixer. The router is the module whose class is called so; its outputs begin with logits, weights
-    and choices. `score`, and the bias called `choice_bias` (of the router or of the block it is
-    in), make of logits what choices are made by. `skip`: a choice of weight 0 is of the class after
+    mixer. The router is the module whose class's name ends with `router`; its outputs begin with
+    logits, weights and choices. `score`, and the bias called `choice_bias` (of the router or of the
+    block it is in), make of logits what choices are made by. `groups`: what the router calls the
+    number of groups of experts, and that of groups chosen from, by the sum of the `group_best`
+    largest scores of each; a number that is null stands for 1. `shared` is an always-on expert
+    that stands beside the experts' block. `skip`: a choice of weight 0 is of the class after
     the last expert. `carry` is the name of what a layer hands on beside the stream. `residuals` are
     the modules of an affine residual, after the mixer and after the feed-forward block, with the
     names of what multiplies the added, and of what shifts and multiplies the stream. `entry`: the
     model shifts the embedding before the first layer (a multiplier alone goes into the table).
     `head` is the model's module that gives scores. What experts give is multiplied by the number
-    that their block calls `experts_scale`.
+    that their block calls `experts_scale`. `after` is the norm of what the feed-forward block adds,
+    where there is one.
     """
 
     ffn_norm: str = "post_attention_layernorm"
     score: str = "softmax"
     choice_bias: str = ""
+    router: str = "Router"
+    groups: tuple[str, str] | None = None
+    group_best: int = 2
+    shared: str = ""
     skip: bool = False
     carry: str = ""
     entry: bool = False
@@ -30,4 +38,11 @@ class Taps:
     stream_bias: str = "residual_bias"
     stream_scale: str = "residual_scale"
     head: str = "lm_head"
+    after: str = ""
     experts_scale: str = ""
+
+
+# The router of DeepSeek-V3, in many families.
+DEEPSEEK = Taps(
+    score="sigmoid", choice_bias="e_score_correction_bias", groups=("num_group", "topk_group")
+)

@@ -2,7 +2,7 @@
 to layer, one expert or none for each token, affine residuals."""
 
 from ane_moe.families.config import Config
-from ane_moe.families.decoder import decoder, mlp, n_layers
+from ane_moe.families.decoder import decoder, mlp, n_layers, ropes_by_kind
 from ane_moe.families.keys import (
     LAYER,
     SKELETON,
@@ -11,7 +11,6 @@ from ane_moe.families.keys import (
     fused_experts,
     stacked_pairs,
 )
-from ane_moe.families.rope import rope_config, rope_spec
 from ane_moe.families.taps import Taps
 from ane_moe.model.cca import CcaSpec
 from ane_moe.model.eda_router import EdaRouterSpec
@@ -90,7 +89,7 @@ def spec(config: Config) -> ModelSpec:
         LayerSpec(mixers[kind], _moe(config, first=number == 0), affine=True, entry=number == 0)
         for number, kind in enumerate(kinds)
     ]
-    ropes = {kind: rope_spec(_rope(config, kind), _rotated(config, kind)) for kind in mixers}
+    ropes = ropes_by_kind(config, mixers, config.integer("head_dim"))
     return decoder(config, layers, ropes=ropes)
 
 
@@ -112,20 +111,3 @@ def _moe(config: Config, first: bool) -> MoeSpec:
     width, eps = config.integer("router_hidden_size"), config.number("rms_norm_eps")
     router = EdaRouterSpec(config.integer("num_experts"), width, takes=not first, eps=eps)
     return MoeSpec(router, mlp(config, "moe_intermediate_size"))
-
-
-def _rope(config: Config, kind: str) -> Config:
-    """The rotary fields of one kind of layer. A stray `rope_type` beside the kinds says nothing."""
-    tables = config.values.get("rope_parameters")
-    if not isinstance(tables, dict) or not isinstance(tables.get(kind), dict):
-        raise config.wrong("rope_parameters", f"an object for each kind of layer, {kind} too")
-    return rope_config(Config({"rope_parameters": tables[kind]}, config.where))
-
-
-def _rotated(config: Config, kind: str) -> int:
-    rope = _rope(config, kind)
-    factor = rope.number("partial_rotary_factor") if rope.has("partial_rotary_factor") else 1.0
-    rotated = config.integer("head_dim") * factor
-    if rotated > config.integer("head_dim") or rotated % 2:
-        raise rope.wrong("partial_rotary_factor", "an even number of channels of each head")
-    return int(rotated)

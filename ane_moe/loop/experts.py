@@ -69,6 +69,12 @@ class ExpertLayer:
         return (*self.groups, *([self.shared] if self.shared else []))
 
     @cached_property
+    def target(self) -> str:
+        """The slot that they add to."""
+        function = next(iter(self.groups[0].functions.values()))
+        return function.ports.outputs[0].slot
+
+    @cached_property
     def _holder(self) -> dict[int, int]:
         return {
             expert: index for index, group in enumerate(self.groups) for expert in group.experts

@@ -124,17 +124,18 @@ class Dispatched:
     notice: Callable[[int, list[int], np.ndarray], None] | None  # of what was chosen
 
     def run(self, clock: CallClock) -> dict[str, np.ndarray]:
-        """Add what the chosen experts give to the stream."""
+        """Add what the chosen experts give to the stream, or to the slot that they name."""
         count = self.slots.count  # padding chooses nobody
         stream = self.slots.columns(STREAM)[:, :count]
+        target = self.slots.columns(self.dispatch.layers[self.layer].target)[:, :count]
         ffn_input = self.slots.columns(FFN_INPUT)[:, :count]
         gates = self.slots.columns(f"gates.{self.layer}")[:, :count]
         chosen = self.dispatch.chosen(self.layer, gates)
         if self.notice:
             self.notice(self.layer, chosen, stream[:, 0])
-        total = stream.astype(np.float32)
+        total = target.astype(np.float32)
         self.dispatch.add(self.layer, chosen, ffn_input, gates, total, clock)
-        stream[:] = total
+        target[:] = total
         return {}
 
 

@@ -41,11 +41,10 @@ class CcaSpec:
         return sum(self.taps) - 2
 
     def rows(self, d_model: int) -> Iterator[Weight]:
-        """The tensors of a layer's attention, its norm first."""
+        """The tensors of a layer's attention."""
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
         widths = {"q": query, "k": key, "v_current": key // 2, "v_delayed": key // 2}
         first, second = self.taps
-        yield Weight("norm.weight", (d_model,))
         for name, width in widths.items():
             yield Weight(f"{name}.weight", (width, d_model), f"attention.{name[0]}", reads="x")
         yield Weight(

@@ -16,6 +16,7 @@ class ExpertGroupConfig:
     size: int = 1
     ranks: MlpRanks = (0, 0, 0)
     affine: bool = False
+    slot: str = STREAM
 
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""
@@ -28,7 +29,7 @@ class ExpertGroupConfig:
         return "gate" if self.size == 1 else "gates"
 
     def ports(self, tokens: int) -> Ports:
-        ports = _added(self.d_model, tokens)
+        ports = _added(self.d_model, tokens, self.slot)
         gates = Port(self.gate_name, (1, self.size, 1, tokens), "gates.{0}")
         return Ports((*ports.inputs, gates), ports.outputs)
 
@@ -38,20 +39,21 @@ class SharedExpertConfig:
     d_model: int
     shared: SharedSpec
     ranks: MlpRanks = (0, 0, 0)
+    slot: str = STREAM
 
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""
         return shared_rows(self.shared, self.d_model, self.ranks)
 
     def ports(self, tokens: int) -> Ports:
-        return _added(self.d_model, tokens)
+        return _added(self.d_model, tokens, self.slot)
 
 
-def _added(d_model: int, tokens: int) -> Ports:
-    """What is given the normed stream, and added to the stream."""
+def _added(d_model: int, tokens: int, slot: str) -> Ports:
+    """What is given the normed stream, and added to a slot."""
     stream = (1, d_model, 1, tokens)
     ffn_input = Port("ffn_input", stream, FFN_INPUT)
-    return Ports((ffn_input,), (Port("y", stream, STREAM, "add"),))
+    return Ports((ffn_input,), (Port("y", stream, slot, "add"),))
 
 
 def expert_rows(expert: MlpSpec, d_model: int, count: int, ranks: MlpRanks) -> Iterator[Row]:

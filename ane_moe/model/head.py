@@ -18,7 +18,7 @@ class HeadConfig:
 
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""
-        whole = HeadSpec(tied=False, bias=self.bias).rows(self.scores, self.d_model)
+        whole = HeadSpec(tied=False, bias=self.bias).rows(self.scores, self.d_model, self.norm)
         return with_directions(whole, {"rows": self.rank})
 
     def ports(self, tokens: int) -> Ports:

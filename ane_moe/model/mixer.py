@@ -4,7 +4,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ane_moe.model.port import STREAM, Port, Ports
-from ane_moe.model.spec import MixerSpec, NormSpec, entry_rows, residual_rows
+from ane_moe.model.spec import (
+    MixerSpec,
+    Norms,
+    NormSpec,
+    after_rows,
+    before_rows,
+    entry_rows,
+    residual_rows,
+)
 from ane_moe.model.weight import Row, with_directions
 
 
@@ -12,7 +20,8 @@ from ane_moe.model.weight import Row, with_directions
 class MixerConfig:
     """`rotary` is the number of rotated channel pairs r (0: no RoPE); `slots` the cache width S;
     `explicit` makes what is kept plain inputs and outputs instead of Core ML state. `ranks` are the
-    directions kept apart from projections, by path. `affine` and `entry` are LayerSpec's."""
+    directions kept apart from projections, by path. `affine`, `entry` and `norms` are
+    LayerSpec's."""
 
     d_model: int
     norm: NormSpec
@@ -23,6 +32,7 @@ class MixerConfig:
     ranks: tuple[tuple[str, int], ...] = ()
     affine: bool = False
     entry: bool = False
+    norms: Norms = "before"
 
     @property
     def states(self) -> tuple[Port, ...]:
@@ -40,7 +50,9 @@ class MixerConfig:
         """The block's parameters, in its own order."""
         if self.entry:
             yield from entry_rows(self.d_model)
+        yield from before_rows(self.norm, self.d_model, self.norms)
         yield from with_directions(self.mixer.rows(self.d_model), dict(self.ranks))
+        yield from after_rows(self.norm, self.d_model, self.norms)
         if self.affine:
             yield from residual_rows(self.d_model)
 

@@ -4,6 +4,7 @@ from ane_moe.model.attention import AttentionConfig
 from ane_moe.model.band import BandConfig
 from ane_moe.model.cca import CcaConfig, CcaSpec
 from ane_moe.model.mixer import MixerConfig
+from ane_moe.model.mla import MlaConfig, MlaSpec
 from ane_moe.model.short_conv import ShortConvConfig, ShortConvSpec
 from ane_moe.model.spec import BandSpec, GqaSpec
 
@@ -12,6 +13,7 @@ CONFIGS: dict[type, type[MixerConfig]] = {
     BandSpec: BandConfig,
     CcaSpec: CcaConfig,
     ShortConvSpec: ShortConvConfig,
+    MlaSpec: MlaConfig,
 }
 
 

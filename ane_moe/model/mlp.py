@@ -4,8 +4,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ane_moe.model.port import STREAM, Port, Ports
-from ane_moe.model.spec import MlpSpec, NormSpec, residual_rows
-from ane_moe.model.weight import Row, Weight, with_directions
+from ane_moe.model.spec import (
+    MlpSpec,
+    Norms,
+    NormSpec,
+    after_rows,
+    before_rows,
+    residual_rows,
+)
+from ane_moe.model.weight import Row, with_directions
 
 MlpRanks = tuple[int, int, int]  # directions kept apart from gate, up and down
 
@@ -23,12 +30,14 @@ class DenseConfig:
     mlp: MlpSpec
     ranks: MlpRanks = (0, 0, 0)
     affine: bool = False
+    norms: Norms = "before"
 
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""
-        yield Weight("norm.weight", (self.d_model,))
+        yield from before_rows(self.norm, self.d_model, self.norms)
         for row in mlp_rows(self.mlp, self.d_model, "dense", self.ranks):
             yield row.under("mlp")
+        yield from after_rows(self.norm, self.d_model, self.norms)
         if self.affine:
             yield from residual_rows(self.d_model)
 

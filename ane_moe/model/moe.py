@@ -5,10 +5,17 @@ from dataclasses import dataclass, replace
 
 from ane_moe.model.experts import added_scale_row, expert_rows, shared_rows
 from ane_moe.model.mlp import MlpRanks
-from ane_moe.model.port import STREAM, Port, Ports
+from ane_moe.model.port import ADDED, STREAM, Port, Ports
 from ane_moe.model.router import router_ports, router_rows
-from ane_moe.model.spec import MoeSpec, NormSpec, residual_rows
-from ane_moe.model.weight import Row, Selection, Weight
+from ane_moe.model.spec import (
+    MoeSpec,
+    Norms,
+    NormSpec,
+    after_rows,
+    before_rows,
+    residual_rows,
+)
+from ane_moe.model.weight import Row, Selection
 
 
 @dataclass(frozen=True)
@@ -26,26 +33,35 @@ class MoeConfig:
     ranks: MlpRanks = (0, 0, 0)
     shared_ranks: MlpRanks = (0, 0, 0)
     affine: bool = False
+    norms: Norms = "before"
 
     @property
     def split(self) -> bool:
         return self.experts < self.moe.router.experts
 
+    @property
+    def joined(self) -> bool:
+        """Whether another function norms the sum of all parts, and adds it to the stream."""
+        return self.split and self.norms != "before"
+
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""
         d, moe = self.d_model, self.moe
-        yield Weight("norm.weight", (d,))
+        yield from before_rows(self.norm, d, self.norms)
         yield from (row.under("router") for row in router_rows(moe.router, d, self.soft))
         yield from expert_rows(moe.expert, d, self.experts, self.ranks)
         if self.split:
             yield Selection("select.weight", (self.experts, moe.router.classes))
         if moe.shared is not None and self.first:
             yield from shared_rows(moe.shared, d, self.shared_ranks)
+        if not self.joined:
+            yield from after_rows(self.norm, d, self.norms)
         if self.affine:
             yield from residual_rows(d) if self.first else (added_scale_row(d),)
 
     def ports(self, tokens: int) -> Ports:
         stream = Port("x", (1, self.d_model, 1, tokens), STREAM)
-        result = replace(stream, name="y", how="set" if self.first else "add")
+        slot = ADDED if self.joined else STREAM
+        result = replace(stream, name="y", slot=slot, how="set" if self.first else "add")
         routing = router_ports(self.moe.router, tokens)
         return Ports((stream, *routing.inputs), (result, *routing.outputs))

@@ -4,6 +4,7 @@ A slot is a named place of the host, as text `root.argument.argument`. Functions
 in slots alone: whoever runs a model fills a function's input slots, calls it, and puts its outputs.
 
     stream                  residual stream, (1, d, 1, T)
+    added                   what experts give where a norm comes after their sum, (1, d, 1, T)
     ffn_input  gates.3      what dispatched experts are given: the normed stream, gates of layer 3
     carry.router            what a layer hands to the next one beside the stream
     logits[0:16384]         scores of these vocabulary rows
@@ -27,11 +28,12 @@ Shape = tuple[int, ...]
 
 STREAM = "stream"
 FFN_INPUT = "ffn_input"
+ADDED = "added"
 MASK, BAND = "mask", "band_"
 GATES, LOGITS, STATE = "gates", "logits", "state"  # roots
 # Roots of the slots whose arrays have channels on axis 1 and tokens on the last: `--layout` turns
 # those, and nothing else.
-BY_CHANNEL = ("stream", "ffn_input", "gates", "carry", "logits")
+BY_CHANNEL = ("stream", "added", "ffn_input", "gates", "carry", "logits")
 
 
 @dataclass(frozen=True)

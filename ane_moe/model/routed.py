@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ane_moe.model.mixer import MixerConfig
-from ane_moe.model.port import FFN_INPUT, Port, Ports
+from ane_moe.model.port import ADDED, FFN_INPUT, Port, Ports
 from ane_moe.model.router import router_ports
-from ane_moe.model.spec import AnyRouterSpec, residual_rows
-from ane_moe.model.weight import Row, Weight
+from ane_moe.model.spec import AnyRouterSpec, before_rows, residual_rows
+from ane_moe.model.weight import Row
 
 
 @dataclass(frozen=True)
@@ -20,16 +20,20 @@ class RoutedMixerConfig:
         """The block's parameters, in its own order."""
         d = self.mixer.d_model
         yield from (row.under("attn") for row in self.mixer.rows())
-        yield Weight("ffn.norm.weight", (d,))
+        norm, norms = self.mixer.norm, self.mixer.norms
+        yield from (row.under("ffn") for row in before_rows(norm, d, norms))
         yield from (row.under("ffn.router") for row in self.router.rows(d))
         if self.affine:
             yield from (row.under("ffn") for row in residual_rows(d))
 
     def ports(self, tokens: int) -> Ports:
         ports, routing = self.mixer.ports(tokens), router_ports(self.router, tokens)
-        normed = Port("ffn_input", (1, self.mixer.d_model, 1, tokens), FFN_INPUT)
+        stream = (1, self.mixer.d_model, 1, tokens)
+        normed = [Port("ffn_input", stream, FFN_INPUT)]
+        if self.mixer.norms != "before":  # experts add to nothing, and are normed then
+            normed.append(Port("added", stream, ADDED))
         return replace(
             ports,
             inputs=(*ports.inputs, *routing.inputs),
-            outputs=(*ports.outputs, normed, *routing.outputs),
+            outputs=(*ports.outputs, *normed, *routing.outputs),
         )

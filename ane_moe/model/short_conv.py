@@ -28,8 +28,7 @@ class ShortConvSpec:
         return self.taps - 1
 
     def rows(self, d_model: int) -> Iterator[Weight]:
-        """The tensors of a layer's convolution, its norm first."""
-        yield Weight("norm.weight", (d_model,))
+        """The tensors of a layer's convolution."""
         for name in "bcu":
             yield Weight(f"{name}.weight", (d_model, d_model), "attention.q", reads="x")
             if self.bias:

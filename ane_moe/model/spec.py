@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol, Self
 
 from ane_moe.model.eda_router import EdaRouterSpec
+from ane_moe.model.sparse_mixer import SparseMixerSpec
 from ane_moe.model.weight import EMBEDDING, HEAD, HEAD_BIAS, Weight, WeightName
 
 STREAM_SCALE = "stream_scale"  # the fold of what is shifted into the stream
@@ -17,9 +18,17 @@ STREAM_SCALE = "stream_scale"  # the fold of what is shifted into the stream
 
 @dataclass(frozen=True)
 class NormSpec:
-    """An RMS normalisation over channels."""
+    """A normalisation over channels: by the root of the mean square, or as torch's LayerNorm."""
 
     eps: float = 1e-6
+    kind: Literal["rms", "layer"] = "rms"
+    bias: bool = False
+
+    def rows(self, d_model: int, fold: str = "", path: str = "norm") -> Iterator[Weight]:
+        """The tensors of a norm of so many channels, multiplied by what `fold` names."""
+        yield Weight(f"{path}.weight", (d_model,), fold=fold)
+        if self.bias:
+            yield Weight(f"{path}.bias", (d_model,), fold=fold)
 
 
 @dataclass(frozen=True)
@@ -47,18 +56,21 @@ class GqaSpec:
     rope: str | None  # name of a table in ModelSpec.ropes
     qkv_bias: bool = False
     o_bias: bool = False
-    # Per head, or over the whole projected vector.
-    qk_norm: Literal["none", "head", "full"] = "none"
+    # Per head, or over the whole projected vector; per head also after RoPE (HunYuan).
+    qk_norm: Literal["none", "head", "full", "rotated"] = "none"
     qk_norm_eps: float = 1e-6
     clip_qkv: float | None = None  # clamps q, k and v after the norm, before RoPE
     window: int | None = None  # tokens a query sees, itself included; None: all before it
     # A score for each head beside those of the keys, which takes its share and gives no value.
     sinks: bool = False
+    # What is attended to is multiplied by a function of a projection of the layer's input: each
+    # channel by one of its own, or each head.
+    gate: Literal["none", "sigmoid", "softplus"] = "none"
+    gate_by_head: bool = False
 
     def rows(self, d_model: int) -> Iterator[Weight]:
-        """The tensors of a layer's attention, its norm first."""
+        """The tensors of a layer's attention."""
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        yield Weight("norm.weight", (d_model,))
         for name, width in (("q", query), ("k", key), ("v", key)):
             yield Weight(f"{name}.weight", (width, d_model), f"attention.{name}", reads="x")
             if self.qkv_bias:
@@ -69,11 +81,14 @@ class GqaSpec:
         if self.o_bias:
             yield Weight("o.bias", (d_model,), fold="residual_scale")
         if self.qk_norm != "none":
-            per_head = self.qk_norm == "head"
+            per_head = self.qk_norm != "full"
             yield Weight("q_norm.weight", (self.head_dim if per_head else query,))
             yield Weight("k_norm.weight", (self.head_dim if per_head else key,))
         if self.sinks:
             yield Weight("sinks.weight", (self.heads,))
+        if self.gate != "none":
+            width = self.heads if self.gate_by_head else query
+            yield Weight("gate.weight", (width, d_model), "attention.q", reads="x")
 
 
 @dataclass(frozen=True)
@@ -97,7 +112,7 @@ class MixerSpec(Protocol):
         """Tokens that a token sees, itself included; None: all before it."""
 
     def rows(self, d_model: int) -> Iterator[Weight]:
-        """The tensors of a layer's mixer, its norm first."""
+        """The tensors of a layer's mixer, but for its norm."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +122,11 @@ class RouterSpec:
     Experts are weighted by their scores, a softmax over all or a sigmoid of each, gathered at the k
     chosen and multiplied by `scale`; with `renorm` divided by their sum plus `renorm_eps` before.
     Softmax over only the k chosen logits is the same function as `renorm=True`. `logit_bias` is a
-    part of the logits; `bias` is added to the scores for the choice alone.
+    part of the logits; `bias` is added to the scores for the choice alone. A sum below
+    `renorm_floor` counts as that (transformers' `Ernie4_5_MoeTopKRouter`). With `groups` of
+    neighbours only experts of the `open_groups` best are chosen from, those whose `group_best`
+    largest scores sum up highest (`DeepseekV3TopkRouter`, `DeepseekV2TopkRouter`). A tanh keeps
+    logits within `softcap` (`LagunaTopKRouter`).
     """
 
     experts: int
@@ -118,6 +137,11 @@ class RouterSpec:
     renorm_eps: float = 0.0
     scale: float = 1.0
     logit_bias: bool = False
+    renorm_floor: float = 0.0
+    groups: int = 1
+    open_groups: int = 1
+    group_best: int = 2
+    softcap: float | None = None
 
     @property
     def classes(self) -> int:
@@ -137,7 +161,7 @@ class RouterSpec:
     @property
     def is_linear(self) -> bool:
         """Whether one matrix alone says which experts score highest."""
-        return not (self.bias or self.logit_bias)
+        return not (self.bias or self.logit_bias or self.open_groups < self.groups)
 
     def rows(self, d_model: int) -> Iterator[Weight]:
         yield Weight("weight", (self.experts, d_model))
@@ -196,7 +220,7 @@ class SharedSpec:
             yield Weight("shared_gate.weight", (1, d_model))
 
 
-AnyRouterSpec = RouterSpec | EdaRouterSpec
+AnyRouterSpec = RouterSpec | EdaRouterSpec | SparseMixerSpec
 
 
 @dataclass(frozen=True)
@@ -207,6 +231,22 @@ class MoeSpec:
 
 
 FfnSpec = MlpSpec | MoeSpec
+
+
+# Where the norms of a layer's halves stand: before what reads the stream, after what is added to
+# it, or both.
+Norms = Literal["before", "after", "around"]
+
+
+def before_rows(norm: NormSpec, d_model: int, norms: Norms) -> Iterator[Weight]:
+    """The norm of what a half of a layer reads."""
+    return norm.rows(d_model) if norms != "after" else iter(())
+
+
+def after_rows(norm: NormSpec, d_model: int, norms: Norms) -> Iterator[Weight]:
+    """The norm of what a half of a layer adds."""
+    after = norm.rows(d_model, STREAM_SCALE, "residual.after")
+    return after if norms != "before" else iter(())
 
 
 def residual_rows(d_model: int) -> Iterator[Weight]:
@@ -226,18 +266,21 @@ def entry_rows(d_model: int) -> Iterator[Weight]:
 class LayerSpec:
     """`affine`: what the mixer and the feed-forward block add, and the stream itself, are each
     shifted and scaled by channel where they meet. `entry`: so is the embedding on its way into this
-    layer."""
+    layer. `norms`: where the norms of its halves stand."""
 
     mixer: MixerSpec
     ffn: FfnSpec
     affine: bool = False
     entry: bool = False
+    norms: Norms = "before"
 
-    def weights(self, number: int, d_model: int) -> Iterator[tuple[WeightName, Weight]]:
-        """The tensors of the layer `number` of a model."""
-        for row in self._mixer_rows(d_model):
+    def weights(
+        self, number: int, d_model: int, norm: NormSpec
+    ) -> Iterator[tuple[WeightName, Weight]]:
+        """The tensors of the layer `number` of a model with such norms."""
+        for row in self._mixer_rows(d_model, norm):
             yield WeightName(number, "attn", None, row.path), row
-        for row in self._ffn_rows(d_model):
+        for row in self._ffn_rows(d_model, norm):
             yield WeightName(number, "ffn", None, row.path), row
         if isinstance(self.ffn, MoeSpec):
             expert_rows = tuple(self.ffn.expert.rows(d_model, "experts"))
@@ -245,22 +288,25 @@ class LayerSpec:
                 for row in expert_rows:
                     yield WeightName(number, "ffn", expert, row.path), row
 
-    def _mixer_rows(self, d_model: int) -> Iterator[Weight]:
+    def _mixer_rows(self, d_model: int, norm: NormSpec) -> Iterator[Weight]:
         if self.entry:
             yield from entry_rows(d_model)
+        yield from before_rows(norm, d_model, self.norms)
         yield from self.mixer.rows(d_model)
+        yield from after_rows(norm, d_model, self.norms)
         if self.affine:
             yield from residual_rows(d_model)
 
-    def _ffn_rows(self, d_model: int) -> Iterator[Weight]:
+    def _ffn_rows(self, d_model: int, norm: NormSpec) -> Iterator[Weight]:
         """Those of experts aside."""
-        yield Weight("norm.weight", (d_model,))
+        yield from before_rows(norm, d_model, self.norms)
         if isinstance(self.ffn, MlpSpec):
             yield from (row.under("mlp") for row in self.ffn.rows(d_model, "dense"))
         else:
             yield from (row.under("router") for row in self.ffn.router.rows(d_model))
             if self.ffn.shared is not None:
                 yield from self.ffn.shared.rows(d_model)
+        yield from after_rows(norm, d_model, self.norms)
         if self.affine:
             yield from residual_rows(d_model)
 
@@ -275,20 +321,20 @@ class HeadSpec:
     labels: tuple[str, ...] = ()
     bias: bool = False
 
-    def rows(self, count: int, d_model: int) -> Iterator[Weight]:
+    def rows(self, count: int, d_model: int, norm: NormSpec) -> Iterator[Weight]:
         """Those of `count` scores. The logit scale goes into the norm: the other weight may be the
         embedding's. Labels are few, and their rows stay fp16."""
-        yield Weight("norm.weight", (d_model,), fold="logit_scale")
+        yield from norm.rows(d_model, "logit_scale")
         role = None if self.labels else "head"
         yield Weight(HEAD.path, (count, d_model), role, reads="x")
         if self.bias:
-            yield Weight(HEAD_BIAS.path, (count,))
+            yield Weight(HEAD_BIAS.path, (count,), fold="logit_scale")
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     """One model. Every layer is `x += residual_scale * mixer(norm(x)); x += residual_scale *
-    ffn(norm(x))`.
+    ffn(norm(x))`, but for what its LayerSpec says.
 
     `stream_scale` multiplies x itself, everywhere, which no norm of it sees (`with_stream`): a
     power of two, so that fp16 holds a stream that it would not hold as it is.
@@ -323,8 +369,8 @@ class ModelSpec:
         table = Weight(EMBEDDING.path, (self.vocab, self.d_model), "embedding", fold="embed_scale")
         yield EMBEDDING, table
         for number, layer in enumerate(self.layers):
-            yield from layer.weights(number, self.d_model)
-        for row in self.head.rows(self.scores, self.d_model):
+            yield from layer.weights(number, self.d_model, self.norm)
+        for row in self.head.rows(self.scores, self.d_model, self.norm):
             yield WeightName(None, HEAD.part, None, row.path), row
 
     def multiplier(self, fold: str) -> float:
@@ -337,8 +383,13 @@ class ModelSpec:
         }
         return multipliers[fold] if fold else 1.0
 
+    @property
+    def may_scale_stream(self) -> bool:
+        """Whether all that reads the stream norms it first."""
+        return all(layer.norms != "after" for layer in self.layers)
+
     def with_stream(self, scale: float) -> Self:
         """The same function, its stream times `scale` (in place of the one that it had). Norms of
         the stream weigh their eps by the square; all others are of what a norm was before."""
         eps = self.norm.eps * (scale / self.stream_scale) ** 2
-        return replace(self, norm=NormSpec(eps), stream_scale=scale)
+        return replace(self, norm=replace(self.norm, eps=eps), stream_scale=scale)

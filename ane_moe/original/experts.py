@@ -29,6 +29,7 @@ def with_experts(parts: TappedLayer, golden: LayerGolden) -> LayerGolden:
     whole: Any = first_of(block(ffn_input, *beside))
     handle.remove()
     flat = ffn_input[0]
+    whole = whole + parts.shared(ffn_input)
     shared = scale * (whole[0] - parts.experts_scale * routed[0].reshape(flat.shape))
     tokens = _shown(golden.router_indices, cast(int, experts.num_experts))
     each = torch.arange(len(tokens)).repeat_interleave(tokens.shape[1])[:, None]

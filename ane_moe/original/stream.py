@@ -17,7 +17,12 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForTokenClassification
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForTokenClassification,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -31,6 +36,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from ane_moe.checkpoints.checkpoint import Checkpoint
+from ane_moe.checkpoints.left_out import is_beside
 from ane_moe.errors import UserError
 from ane_moe.families import load_family
 from ane_moe.families.quantised import quantisation
@@ -92,10 +98,11 @@ class OriginalTensors:
         return files[tensor.path].get_slice(tensor.key)
 
 
-# transformers' classes, by the module that gives scores.
-CLASSES: dict[str, Any] = {
-    "lm_head": AutoModelForCausalLM,
-    "score": AutoModelForTokenClassification,
+# transformers' classes, by the module that gives scores, and whether there is a tower for images.
+CLASSES: dict[tuple[str, bool], Any] = {
+    ("lm_head", False): AutoModelForCausalLM,
+    ("lm_head", True): AutoModelForImageTextToText,
+    ("score", False): AutoModelForTokenClassification,
 }
 
 
@@ -109,13 +116,14 @@ class StreamedModel:
 
     def __init__(self, tensors: Tensors):
         self.folder = tensors.folder
-        self.config = _config(tensors)
-        self.taps = load_family(self.config.model_type).TAPS
+        whole = _config(tensors)
+        self.config = whole.get_text_config()
+        self.taps = load_family(whole.model_type).TAPS
         with torch.device("meta"):
             self.model = (
-                CLASSES[self.taps.head]
+                CLASSES[self.taps.head, whole is not self.config]
                 .from_config(
-                    self.config,
+                    whole,
                     dtype=torch.float32,
                     attn_implementation="eager",
                     experts_implementation="eager",
@@ -123,7 +131,8 @@ class StreamedModel:
                 )
                 .eval()
             )
-        self.layers: nn.ModuleList = self.model.base_model.layers
+        base = self.model.base_model
+        self.layers: nn.ModuleList = getattr(base, "language_model", base).layers
         self._mapping: list[Any] = get_model_conversion_mapping(self.model)
         if any(SINGLE_PAIR.search(name) for name in tensors.origins):
             self._mapping += SINGLE_PAIRS
@@ -216,6 +225,8 @@ class StreamedModel:
         layers = names[id(self.layers)] + "."
         parts: dict[str, list[str]] = {part: [] for part in ("rest", *ends)}
         for target in self.model.state_dict():
+            if is_beside(target):  # the towers of another kind of input, which nothing reads here
+                continue
             owners = [part for part, start in ends.items() if target.startswith(start)]
             if target.startswith(layers):
                 owners = [f"layer {target.removeprefix(layers).split('.')[0]}"]

@@ -30,7 +30,7 @@ class TappedLayer:
 
     @property
     def router(self) -> nn.Module | None:
-        return self._of_class("Router")
+        return self._of_class(self.taps.router)
 
     @property
     def experts(self) -> nn.Module | None:
@@ -52,11 +52,11 @@ class TappedLayer:
     @property
     def choice_bias(self) -> torch.Tensor | None:
         """What is added to scores for the choice alone, `[E]`."""
-        name = self.taps.choice_bias
+        path = self.taps.choice_bias
+        module, _, name = path.rpartition(".")
         holders = (self.router, self.block)
-        return next(
-            (getattr(holder, name) for holder in holders if name and hasattr(holder, name)), None
-        )
+        found = (holder.get_submodule(module) for holder in holders if holder is not None and path)
+        return next((getattr(owner, name) for owner in found if hasattr(owner, name)), None)
 
     @property
     def experts_scale(self) -> float:
@@ -76,6 +76,26 @@ class TappedLayer:
     def residual_multiplier(self) -> float:
         """The number that multiplies what both blocks add."""
         return float(getattr(self.layer, "residual_multiplier", 1.0))
+
+    def shared(self, ffn_input: torch.Tensor) -> torch.Tensor | float:
+        """What an expert beside the block gives, where there is one."""
+        module = getattr(self.layer, self.taps.shared, None) if self.taps.shared else None
+        return 0.0 if module is None else module(ffn_input)
+
+    def ranked(self, scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Scores `[N,E]` as they compete for the k chosen `[N,k]`: outside of the groups chosen
+        from, an expert is at least as far behind as its group is."""
+        if self.taps.groups is None:
+            return scores
+        groups, opened = (int(getattr(self.router, name) or 1) for name in self.taps.groups)
+        if opened == groups:
+            return scores
+        by_group = scores.unflatten(1, (groups, -1))
+        best = by_group.topk(self.taps.group_best, dim=-1).values.sum(-1)  # [N,G]
+        behind = (best.topk(opened, dim=1).values[:, -1:] - best).clamp(min=0)
+        last = scores.gather(1, chosen).amin(1, keepdim=True)
+        each = behind.repeat_interleave(scores.shape[1] // groups, dim=1)
+        return torch.where(each > 0, torch.minimum(scores, last - each), scores)
 
     @property
     def streams(self) -> tuple[np.ndarray, np.ndarray] | None:
@@ -175,15 +195,17 @@ class Tap:
     def _routing(self) -> dict[str, Any]:
         if self.router is None:
             return {}
-        taps, bias = self.parts.taps, self.parts.choice_bias
+        parts, taps, bias = self.parts, self.parts.taps, self.parts.choice_bias
         logits, weights, chosen = self.router[:3]
         probs = logits.sigmoid() if taps.score == "sigmoid" else logits.softmax(-1)
         if taps.skip:
             chosen = chosen.masked_fill(weights == 0, probs.shape[1] - 1)
-        apart = (self.added * self.parts.added_scale).numpy() if taps.residuals else None
+        normed = bool(taps.residuals or taps.after)
+        apart = (self.added * parts.added_scale).numpy() if normed else None
+        scores = parts.ranked(probs if bias is None else probs + bias, chosen)
         return {
             "router_probs": probs.numpy(),
-            "router_scores": None if bias is None else (probs + bias).numpy(),
+            "router_scores": None if scores is probs else scores.numpy(),
             "router_indices": chosen.numpy().astype(np.int32),
             "experts_delta": apart,
         }

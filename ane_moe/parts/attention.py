@@ -1,6 +1,8 @@
 """Grouped-query attention over a KV cache that is written by mask."""
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ane_moe.model.attention import AttentionConfig
 from ane_moe.parts.kv_cache import attend, updated
@@ -35,20 +37,35 @@ class Attention(Mixer):
         self.k = Projection(d, m.kv_heads * m.head_dim, m.qkv_bias, c.rank("k"))
         self.v = Projection(d, m.kv_heads * m.head_dim, m.qkv_bias, c.rank("v"))
         self.o = Projection(m.heads * m.head_dim, d, m.o_bias, c.rank("o"))
-        if m.qk_norm == "head":
+        if m.qk_norm in ("head", "rotated"):
             self.q_norm = RmsNorm(m.head_dim, m.qk_norm_eps, axis=2)
             self.k_norm = RmsNorm(m.head_dim, m.qk_norm_eps, axis=2)
         elif m.qk_norm == "full":
             self.q_norm = RmsNorm(m.heads * m.head_dim, m.qk_norm_eps)
             self.k_norm = RmsNorm(m.kv_heads * m.head_dim, m.qk_norm_eps)
         self.sinks = Sinks(m.heads) if m.sinks else None
+        if m.gate != "none":
+            width = m.heads if m.gate_by_head else m.heads * m.head_dim
+            self.gate = Projection(d, width, rank=c.rank("gate"))
 
     def mix(self, h: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         q, k, v = self._heads(h, inputs.get("cos"), inputs.get("sin"))
         keys = updated("k_cache", k, inputs, self.config.explicit)
         values = updated("v_cache", v, inputs, self.config.explicit)
-        attended = self._attend(q, keys, values, inputs["mask"])
+        attended = self._gated(self._attend(q, keys, values, inputs["mask"]), h)
         return self.o(attended), {"k_cache": keys, "v_cache": values}
+
+    def _gated(self, attended: Tensor, h: Tensor) -> Tensor:
+        """What is attended to, `(1, H D, 1, T)`, times the gate that `h` opens, if there is one."""
+        m = self.config.mixer
+        if m.gate == "none":
+            return attended
+        gate = self.gate(h)
+        gate = torch.sigmoid(gate) if m.gate == "sigmoid" else F.softplus(gate)
+        if not m.gate_by_head:
+            return attended * gate
+        by_head = attended.reshape(m.heads, m.head_dim, 1, -1) * gate.reshape(m.heads, 1, 1, -1)
+        return by_head.reshape(1, m.heads * m.head_dim, 1, -1)
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         sinks = self.sinks(mask) if self.sinks is not None else None
@@ -71,4 +88,6 @@ class Attention(Mixer):
             q, k = self.q_norm(q), self.k_norm(k)
         if cos is not None and sin is not None:
             q, k = (rotate(t, cos, sin, self.config.rotary, m.head_dim) for t in (q, k))
+        if m.qk_norm == "rotated":
+            q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v

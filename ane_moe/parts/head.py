@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ane_moe.model.head import HeadConfig
 from ane_moe.parts.block import Block
-from ane_moe.parts.norm import RmsNorm
+from ane_moe.parts.norm import make_norm
 from ane_moe.parts.projection import Projection
 
 
@@ -16,7 +16,7 @@ class Head(Block):
     def __init__(self, config: HeadConfig):
         super().__init__()
         self.config = config
-        self.norm = RmsNorm(config.d_model, config.norm.eps)
+        self.norm = make_norm(config.d_model, config.norm)
         self.rows = Projection(config.d_model, config.scores, config.bias, config.rank)
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:

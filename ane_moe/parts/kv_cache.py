@@ -18,10 +18,17 @@ def updated(name: str, new: Tensor, inputs: dict[str, Tensor], explicit: bool) -
 
 
 def attend(
-    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, sinks: Tensor | None = None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    scale: float,
+    sinks: Tensor | None = None,
+    width: int | None = None,
 ) -> Tensor:
-    """Queries `(1, H, D, T)` over caches `(1, K, D, S)`: `(1, H D, 1, T)`. `sinks`, `(1, H, T, 1)`,
-    are scores of no key: of the weights, their share goes nowhere.
+    """Queries `(1, H, D, T)` over caches `(1, K, D, S)`: `(1, H D, 1, T)`, or of values of another
+    `width` V, `(1, K, V, S)`: `(1, H V, 1, T)`. `sinks`, `(1, H, T, 1)`, are scores of no key: of
+    the weights, their share goes nowhere.
 
     A group's query heads are folded into the token axis, which keeps every product at rank 4
     without repeating keys and values. Decomposed: the fused operation returns inf and NaN on the
@@ -32,8 +39,9 @@ def attend(
     q = (q * scale).transpose(2, 3).reshape(1, kv_heads, -1, head_dim)  # (1, K, G T, D)
     scores = (q @ keys).reshape(1, heads, -1, slots) + mask  # (1, H, T, S)
     weights = _softmax(scores, sinks).reshape(1, kv_heads, -1, slots)  # (1, K, G T, S)
-    mixed = (weights @ values.transpose(2, 3)).reshape(1, heads, -1, head_dim)
-    return mixed.transpose(2, 3).reshape(1, heads * head_dim, 1, -1)
+    width = width or head_dim
+    mixed = (weights @ values.transpose(2, 3)).reshape(1, heads, -1, width)
+    return mixed.transpose(2, 3).reshape(1, heads * width, 1, -1)
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:

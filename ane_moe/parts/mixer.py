@@ -4,8 +4,7 @@ from torch import Tensor
 
 from ane_moe.model.mixer import MixerConfig
 from ane_moe.parts.block import Block
-from ane_moe.parts.norm import RmsNorm
-from ane_moe.parts.residual import Entry, residual
+from ane_moe.parts.residual import Entry, norms_of, residual
 
 
 class Mixer(Block):
@@ -18,9 +17,9 @@ class Mixer(Block):
         self.config = config
         if config.entry:
             self.entry = Entry(config.d_model)
-        self.norm = RmsNorm(config.d_model, config.norm.eps)
+        self.norm, after = norms_of(config.norm, config.d_model, config.norms)
         self.add_projections()
-        self.residual = residual(config.d_model, config.affine)
+        self.residual = residual(config.d_model, config.affine, after=after)
 
     def add_projections(self) -> None:
         """Make the parameters of `mix`."""

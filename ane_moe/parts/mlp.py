@@ -6,9 +6,8 @@ from torch import Tensor, nn
 from ane_moe.model.mlp import DenseConfig, MlpRanks
 from ane_moe.model.spec import MlpSpec
 from ane_moe.parts.block import Block
-from ane_moe.parts.norm import RmsNorm
 from ane_moe.parts.projection import Projection
-from ane_moe.parts.residual import residual
+from ane_moe.parts.residual import norms_of, residual
 
 # As good as no lower end for a gate: sigmoid(LOWEST) is 0. Open ends become infinite constants.
 LOWEST = -2e4
@@ -51,9 +50,9 @@ class Dense(Block):
     def __init__(self, config: DenseConfig):
         super().__init__()
         self.config = config
-        self.norm = RmsNorm(config.d_model, config.norm.eps)
+        self.norm, after = norms_of(config.norm, config.d_model, config.norms)
         self.mlp = GatedMlp(config.d_model, config.mlp, config.ranks)
-        self.residual = residual(config.d_model, config.affine)
+        self.residual = residual(config.d_model, config.affine, after=after)
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         x = inputs["x"]

@@ -7,9 +7,8 @@ from ane_moe.model.moe import MoeConfig
 from ane_moe.parts.block import Block
 from ane_moe.parts.experts import tree_sum
 from ane_moe.parts.mlp import GatedMlp
-from ane_moe.parts.norm import RmsNorm
 from ane_moe.parts.projection import Projection
-from ane_moe.parts.residual import residual
+from ane_moe.parts.residual import norms_of, residual
 from ane_moe.parts.router import make_router
 
 
@@ -23,7 +22,7 @@ class Moe(Block):
         super().__init__()
         self.config = config
         d, moe = config.d_model, config.moe
-        self.norm = RmsNorm(d, config.norm.eps)
+        self.norm, after = norms_of(config.norm, d, config.norms)
         self.router = make_router(d, moe.router, config.soft)
         self.experts = nn.ModuleList(
             GatedMlp(d, moe.expert, config.ranks) for _ in range(config.experts)
@@ -35,7 +34,9 @@ class Moe(Block):
             self.shared = GatedMlp(d, moe.shared.mlp, config.shared_ranks)
             if moe.shared.gated:
                 self.shared_gate = Projection(d, 1)
-        self.residual = residual(d, config.affine, alone=not config.first)
+        self.residual = residual(
+            d, config.affine, not config.first, None if config.joined else after
+        )
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         x = inputs["x"]
@@ -46,6 +47,8 @@ class Moe(Block):
         outputs = {"gates": gates, **handed_on}
         if not self.config.first:
             return {"y": self.residual.alone(tree_sum(parts)), **outputs}
+        if self.config.joined:
+            return {"y": tree_sum([*self._shared(h), *parts]), **outputs}
         # The stream comes last: it is larger than what is added to it, and fp16 rounds at the
         # larger term's scale.
         return {"y": self.residual(x, tree_sum([*self._shared(h), *parts])), **outputs}

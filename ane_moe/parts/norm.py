@@ -1,7 +1,9 @@
-"""RMS normalisation that stays inside fp16."""
+"""Normalisation that stays inside fp16."""
 
 import torch
 from torch import Tensor, nn
+
+from ane_moe.model.spec import NormSpec
 
 
 class RmsNorm(nn.Module):
@@ -30,3 +32,28 @@ class RmsNorm(nn.Module):
         root = torch.full((1, 1, 1, 1), self.root_eps, dtype=x.dtype) / largest
         power = (y * y).mean(self.axis, keepdim=True) + root * root
         return y * torch.rsqrt(power) * self.weight
+
+
+class LayerNorm(RmsNorm):
+    """`(x - mean(x)) / sqrt(var(x) + eps) * weight + bias`: RmsNorm of what differs from the mean,
+    which is taken of values no larger than 1."""
+
+    def __init__(self, channels: int, eps: float, bias: bool = True):
+        super().__init__(channels, eps)
+        self.bias = nn.Parameter(torch.empty(1, channels, 1, 1)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        largest = x.abs().amax(self.axis, keepdim=True).clamp(min=self.root_eps)
+        y = x / largest
+        y = y - y.mean(self.axis, keepdim=True)
+        root = torch.full((1, 1, 1, 1), self.root_eps, dtype=x.dtype) / largest
+        power = (y * y).mean(self.axis, keepdim=True) + root * root
+        normed = y * torch.rsqrt(power) * self.weight
+        return normed if self.bias is None else normed + self.bias
+
+
+def make_norm(channels: int, spec: NormSpec) -> RmsNorm:
+    """The module of a norm."""
+    if spec.kind == "layer":
+        return LayerNorm(channels, spec.eps, spec.bias)
+    return RmsNorm(channels, spec.eps)

@@ -4,11 +4,13 @@ from ane_moe.model.attention import AttentionConfig
 from ane_moe.model.band import BandConfig
 from ane_moe.model.cca import CcaConfig
 from ane_moe.model.mixer import MixerConfig
+from ane_moe.model.mla import MlaConfig
 from ane_moe.model.short_conv import ShortConvConfig
 from ane_moe.parts.attention import Attention
 from ane_moe.parts.band import BandAttention
 from ane_moe.parts.cca import Cca
 from ane_moe.parts.mixer import Mixer
+from ane_moe.parts.mla import Mla
 from ane_moe.parts.short_conv import ShortConv
 
 MIXERS: dict[type[MixerConfig], type[Mixer]] = {
@@ -16,6 +18,7 @@ MIXERS: dict[type[MixerConfig], type[Mixer]] = {
     BandConfig: BandAttention,
     CcaConfig: Cca,
     ShortConvConfig: ShortConv,
+    MlaConfig: Mla,
 }
 
 

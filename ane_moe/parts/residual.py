@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from ane_moe.model.spec import Norms, NormSpec
+from ane_moe.parts.norm import make_norm
+
 
 def vector(channels: int) -> nn.Parameter:
     """A weight by channel, as it meets a stream: `(1, C, 1, 1)`."""
@@ -22,6 +25,17 @@ class PlainResidual(nn.Module):
     def alone(self, added: Tensor) -> Tensor:
         """What is added, for whoever has not got the stream."""
         return added
+
+
+class NormedResidual(PlainResidual):
+    """`stream + norm(added)`; parts of what is added are summed up before."""
+
+    def __init__(self, d_model: int, norm: NormSpec):
+        super().__init__()
+        self.after = make_norm(d_model, norm)
+
+    def forward(self, stream: Tensor, added: Tensor) -> Tensor:
+        return stream + self.after(added)
 
 
 class AddedScale(PlainResidual):
@@ -53,8 +67,13 @@ class AffineResidual(AddedScale):
         return (stream + self.stream_bias) * self.stream_scale
 
 
-def residual(d_model: int, affine: bool, alone: bool = False) -> PlainResidual:
-    """The residual of a layer's half; `alone`: of a part of it that has not got the stream."""
+def residual(
+    d_model: int, affine: bool, alone: bool = False, after: NormSpec | None = None
+) -> PlainResidual:
+    """The residual of a layer's half; `alone`: of a part of it that has not got the stream.
+    `after`: the norm of what is added."""
+    if after is not None:
+        return NormedResidual(d_model, after)
     if not affine:
         return PlainResidual()
     return AddedScale(d_model) if alone else AffineResidual(d_model)
@@ -69,3 +88,9 @@ class Entry(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (x + self.bias) * self.scale
+
+
+def norms_of(norm: NormSpec, d_model: int, norms: Norms) -> tuple[nn.Module, NormSpec | None]:
+    """The norm of what a layer's half reads, and what the one of what it adds is like."""
+    before = nn.Identity() if norms == "after" else make_norm(d_model, norm)
+    return before, None if norms == "before" else norm

@@ -4,9 +4,8 @@ from torch import Tensor, nn
 
 from ane_moe.model.routed import RoutedMixerConfig
 from ane_moe.parts.block import Block
-from ane_moe.parts.norm import RmsNorm
 from ane_moe.parts.registry import make_mixer
-from ane_moe.parts.residual import residual
+from ane_moe.parts.residual import norms_of, residual
 from ane_moe.parts.router import make_router
 
 
@@ -16,14 +15,17 @@ class Routing(nn.Module):
     def __init__(self, config: RoutedMixerConfig):
         super().__init__()
         d = config.mixer.d_model
-        self.norm = RmsNorm(d, config.mixer.norm.eps)
+        self.norm, after = norms_of(config.mixer.norm, d, config.mixer.norms)
+        self.apart, self.normed = after is not None, config.mixer.norms != "after"
         self.router = make_router(d, config.router)
         self.residual = residual(d, config.affine)
 
     def forward(self, x: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        h = self.norm(x)
+        # Without a norm, one value would be two outputs, of which a program has but one.
+        h = self.norm(x) if self.normed else x + x * 0
         gates, handed_on = self.router.gates(h, inputs)
-        return {"ffn_input": h, "gates": gates, "y": self.residual.without(x), **handed_on}
+        outputs = {"ffn_input": h, "gates": gates, "y": self.residual.without(x), **handed_on}
+        return outputs | {"added": x * 0} if self.apart else outputs
 
 
 class RoutedMixer(Block):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ane_moe.model.eda_router import EdaRouterSpec
+from ane_moe.model.sparse_mixer import SparseMixerSpec
 from ane_moe.model.spec import AnyRouterSpec, RouterSpec
 from ane_moe.parts.norm import RmsNorm
 from ane_moe.parts.projection import Projection
@@ -18,8 +19,8 @@ FAR = 2e4
 LEAST = 2**-14
 
 
-def top_k_mask(logits: Tensor, k: int, experts: int) -> Tensor:
-    """1 at the k largest of axis 1, 0 elsewhere; the lowest index wins ties. `(1, E, 1, T) -> (1,
+def top_k_mask(logits: Tensor, k: int, experts: int, groups: int = 1) -> Tensor:
+    """1 at the k largest of axis 1, 0 elsewhere; the lowest index wins ties. `(G, E, 1, T) -> (G,
     E, 1, T)`.
 
     An expert is chosen when fewer than k others come before it, so all pairs are compared at once:
@@ -30,9 +31,9 @@ def top_k_mask(logits: Tensor, k: int, experts: int) -> Tensor:
     """
     # Of equal logits the one of lower index comes first.
     earlier = torch.ones(experts, experts).tril(-1) * LEAST
-    ahead = (logits.reshape(1, 1, experts, -1) - logits).clamp(
+    ahead = (logits.reshape(groups, 1, experts, -1) - logits).clamp(
         -1, 1
-    ) * 2**10  # (1, E, E, T): the other less this one
+    ) * 2**10  # (G, E, E, T): the other less this one
     wins = (ahead + earlier.to(logits.dtype).reshape(1, experts, experts, 1)).clamp(0, LEAST)
     return (k - wins.sum(2, keepdim=True) * 2**14).clamp(0, 1)
 
@@ -47,18 +48,37 @@ class Router(Projection):
         self.choice_bias = vector(spec.experts) if spec.bias and not soft else None
 
     def gates(self, x: Tensor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        return self._scaled(self._chosen(self(x))), {}
+        logits = self(x)
+        if self.spec.softcap is not None:
+            logits = torch.tanh(logits / self.spec.softcap) * self.spec.softcap
+        return self._scaled(self._chosen(logits)), {}
 
     def _chosen(self, logits: Tensor) -> Tensor:
         spec = self.spec
-        if spec.score == "softmax" and not spec.bias and not spec.renorm_eps:
+        plain = not (spec.bias or spec.renorm_eps or spec.renorm_floor)
+        if spec.score == "softmax" and plain and spec.open_groups == spec.groups:
             return self._softmax(logits)
         scores = torch.sigmoid(logits) if spec.score == "sigmoid" else torch.softmax(logits, dim=1)
         ranked = scores if self.choice_bias is None else scores + self.choice_bias
+        if spec.open_groups < spec.groups and not self.soft:
+            ranked = self._in_open_groups(ranked)
         gates = scores if self.soft else scores * top_k_mask(ranked, spec.k, spec.experts)
         if not spec.renorm:
             return gates
+        if spec.renorm_floor:
+            return gates / gates.sum(1, keepdim=True).clamp(min=max(spec.renorm_floor, LEAST))
         return gates / (gates.sum(1, keepdim=True) + spec.renorm_eps)
+
+    def _in_open_groups(self, ranked: Tensor) -> Tensor:
+        """Scores as they are in the groups that are chosen from, and far below elsewhere."""
+        groups, size = self.spec.groups, self.spec.experts // self.spec.groups
+        by_group = ranked.reshape(groups, size, 1, -1)
+        best = (by_group * top_k_mask(by_group, self.spec.group_best, size, groups)).sum(
+            1, keepdim=True
+        )
+        is_open = top_k_mask(best.reshape(1, groups, 1, -1), self.spec.open_groups, groups)
+        lowered = by_group + (is_open.reshape(groups, 1, 1, -1) - 1) * FAR
+        return lowered.reshape(1, self.spec.experts, 1, -1)
 
     def _softmax(self, logits: Tensor) -> Tensor:
         if self.soft:
@@ -99,8 +119,38 @@ class EdaRouter(nn.Module):
         return scores, {"carry_out": state}
 
 
-RouterModule = Router | EdaRouter
-ROUTERS: dict[type, Callable[..., RouterModule]] = {RouterSpec: Router, EdaRouterSpec: EdaRouter}
+class SparseMixer(Projection):
+    """Gates `(1, d, 1, T) -> (1, E, 1, T)` of two experts, or the softmax of all if `soft`."""
+
+    def __init__(self, d_model: int, spec: SparseMixerSpec, soft: bool = False):
+        super().__init__(d_model, spec.experts)
+        self.spec = spec
+        self.soft = soft
+
+    def gates(self, x: Tensor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = self(x)
+        if self.soft:
+            return torch.softmax(logits, dim=1), {}
+        first = top_k_mask(logits, 1, self.spec.experts)
+        second = top_k_mask(logits - first * FAR, 1, self.spec.experts)
+        gates = first * self._share(logits, first, 1 - first * 0)
+        return gates + second * self._share(logits, second, 1 - first), {}
+
+    def _share(self, logits: Tensor, chosen: Tensor, left: Tensor) -> Tensor:
+        """The weight of the chosen, `(1, 1, 1, T)`, among those `left` (1, else 0) and near."""
+        largest = (logits * chosen).sum(1, keepdim=True)
+        behind = largest - logits
+        reach = torch.maximum(logits.abs(), largest) * (2 * self.spec.jitter)
+        near = ((reach - behind).clamp(-LEAST, 0) + LEAST) * 2**14 * left
+        return 1 / (torch.exp(-behind.clamp(min=0)) * near).sum(1, keepdim=True)
+
+
+RouterModule = Router | EdaRouter | SparseMixer
+ROUTERS: dict[type, Callable[..., RouterModule]] = {
+    RouterSpec: Router,
+    EdaRouterSpec: EdaRouter,
+    SparseMixerSpec: SparseMixer,
+}
 
 
 def make_router(d_model: int, spec: AnyRouterSpec, soft: bool = False) -> RouterModule:

@@ -4,6 +4,7 @@ import torch
 
 from ane_moe.model.experts import ExpertGroupConfig, SharedExpertConfig
 from ane_moe.model.head import HeadConfig
+from ane_moe.model.join import JoinConfig
 from ane_moe.model.mixer import MixerConfig
 from ane_moe.model.mlp import DenseConfig
 from ane_moe.model.moe import MoeConfig
@@ -13,6 +14,7 @@ from ane_moe.model.stack import StackConfig
 from ane_moe.parts.block import Block
 from ane_moe.parts.experts import ExpertGroup, SharedExpert
 from ane_moe.parts.head import Head
+from ane_moe.parts.join import Join
 from ane_moe.parts.mlp import Dense
 from ane_moe.parts.moe import Moe
 from ane_moe.parts.registry import make_mixer
@@ -28,6 +30,7 @@ BLOCKS: dict[type, type[Block]] = {
     ExpertGroupConfig: ExpertGroup,
     SharedExpertConfig: SharedExpert,
     HeadConfig: Head,
+    JoinConfig: Join,
 }
 
 

@@ -17,6 +17,7 @@ KINDS = {
     "attn": "attention",
     "moe": "MoE",
     "experts": "experts",
+    "join": "sums",
     "dense": "dense",
     "stack": "layers",
     "lm_head": "head",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ane_moe.manifest import Shard
-from ane_moe.model.port import FFN_INPUT, STREAM, slot_arguments, slot_root
+from ane_moe.model.port import ADDED, FFN_INPUT, STREAM, slot_arguments, slot_root
 from ane_moe.original.golden import Golden, LayerGolden
 
 
@@ -17,6 +17,10 @@ class GoldenSlots:
 
     def before(self, shard: Shard, slot: str) -> np.ndarray:
         """What the shard is given, fp32 `[N,C]`."""
+        if slot == ADDED:
+            added = self._first(shard).experts_delta
+            assert added is not None
+            return added
         if slot != STREAM:
             (name,) = slot_arguments(slot)
             return self._first(shard).carried_in[name]
@@ -56,7 +60,8 @@ class GoldenSlots:
             delta, residuals = first.attn_delta, [first.attn_stream]
             if first.entering is not None:  # the stream is what has been made of that
                 before = given = first.x
-            if _leaves_experts_to_the_host(shard) and first.experts_delta is not None:
+            if _leaves_experts_to_the_host(shard) and first.ffn_stream is not None:
+                assert first.experts_delta is not None
                 delta = first.y - first.experts_delta - before
                 residuals.append(first.ffn_stream)
         else:

@@ -22,7 +22,7 @@ from ane_moe.verification.model_metrics import PromptLogits, compare_logits
 from ane_moe.verification.result import FunctionModelResult
 from ane_moe.verification.stage import StageRun, Values
 
-CARRIED = ("stream", "carry")  # slots that go from stage to stage
+CARRIED = ("stream", "added", "carry")  # slots that go from stage to stage
 
 
 @dataclass

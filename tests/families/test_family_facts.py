@@ -24,6 +24,7 @@ from tests.models import (
     save_checkpoint,
     with_old_config_names,
 )
+from tests.zoo import ROWS
 
 MODELS = [*LLAMA_SHAPED, *VARIANTS]
 
@@ -34,7 +35,7 @@ def build(name: str, folder: Path) -> tuple[PreTrainedModel, ModelSpec]:
 
 
 def test_the_supported_families_are_the_ones_under_test() -> None:
-    assert supported() == sorted(FAMILIES)
+    assert supported() == sorted([*FAMILIES, *ROWS])
 
 
 @pytest.mark.parametrize("name", MODELS)

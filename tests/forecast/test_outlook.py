@@ -213,8 +213,9 @@ def test_chips_and_formats_change_the_answer():
     )
     assert speed(fast) > 1.5 * speed(slow)
     assert fast.supported
-    strange = outlook_of(GPT_OSS_20B | {"layer_types": ["mamba"] * 24}, recipes=["fp16"])
-    assert "model_type 'gpt_oss' is not supported" in strange.refusal and not strange.supported
+    mamba = {"model_type": "new_moe", "layer_types": ["mamba"] * 24}
+    strange = outlook_of(GPT_OSS_20B | mamba, recipes=["fp16"])
+    assert "model_type 'new_moe' is not supported" in strange.refusal and not strange.supported
     assert any("mamba" in note for note in strange.notes)
 
 
@@ -292,11 +293,17 @@ REFUSED = {
     ),
     "no kv heads": (QWEN3_30B | {"num_key_value_heads": None}, "lacks num_key_value_heads"),
     "nested": (
-        {"model_type": "qwen3_vl_moe", "text_config": QWEN3_30B},
-        "'qwen3_vl_moe' is not supported",
+        {"model_type": "kimi_k25", "text_config": QWEN3_30B},
+        "'kimi_k25' is not supported",
     ),
-    "deepseek": (DEEPSEEK_V2_LITE, "'deepseek_v2' is not supported"),
-    "gpt-oss": (GPT_OSS_20B, "'gpt_oss' is not supported"),
+    "deepseek": (
+        DEEPSEEK_V2_LITE | {"model_type": "deepseek_v32"},
+        "'deepseek_v32' is not supported",
+    ),
+    "gpt-oss": (
+        GPT_OSS_20B | {"quantization_config": {"quant_method": "mxfp4"}},
+        "is quantised (mxfp4",
+    ),
     "unheard of": (OLMOE | {"model_type": "new_moe"}, "'new_moe' is not supported"),
 }
 

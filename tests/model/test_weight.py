@@ -10,6 +10,8 @@ from ane_moe.model.cca import CcaConfig, CcaSpec
 from ane_moe.model.eda_router import EdaRouterSpec
 from ane_moe.model.experts import ExpertGroupConfig, SharedExpertConfig
 from ane_moe.model.head import HeadConfig
+from ane_moe.model.join import JoinConfig
+from ane_moe.model.mla import MlaConfig, MlaSpec
 from ane_moe.model.mlp import DenseConfig
 from ane_moe.model.moe import MoeConfig
 from ane_moe.model.routed import RoutedMixerConfig
@@ -39,6 +41,7 @@ MOE = MoeSpec(RouterSpec(4, 2), MlpSpec(24), SharedSpec(MlpSpec(8), gated=True))
 EDA = MoeSpec(EdaRouterSpec(4, 6, takes=True, eps=1e-5), MlpSpec(24))
 BAND = BandSpec(4, 2, 8, scale=1.0, rope=None, qkv_bias=True, sinks=True, reach=3)
 CLAMPED = MoeSpec(RouterSpec(4, 2, logit_bias=True), MlpSpec(24, Clamp(7.0, 1.7), bias=True))
+MLA = MlaSpec(4, 6, 4, 8, 10, 12, scale=1.0, rope="main", bias=True)
 CCA = CcaSpec(4, 2, 8, scale=1.0, rope="main")
 ATTENTION = AttentionConfig(D, NORM, GQA, 0, 32, ranks=(("q", 1), ("v", 2), ("o", 3)))
 DENSE = DenseConfig(D, NORM, MlpSpec(24), RANKS)
@@ -64,6 +67,11 @@ CONFIGS = [
     HeadConfig(D, NORM, 5, bias=True),
     BandConfig(D, NORM, BAND, ranks=(("o", 2),)),
     MoeConfig(D, NORM, CLAMPED, 4, True, False, RANKS),
+    MlaConfig(D, NormSpec(kind="layer", bias=True), MLA, 2, 32, ranks=(("q_down", 2),)),
+    MoeConfig(D, NORM, MOE, 4, True, norms="around"),
+    MoeConfig(D, NORM, MOE, 2, True, norms="after"),
+    DenseConfig(D, NORM, MlpSpec(24), norms="around"),
+    JoinConfig(D, NORM),
 ]
 SPEC = ModelSpec(
     "any", D, 50, 64, NORM, (LayerSpec(GQA, MOE), LayerSpec(FULL, MlpSpec(40))), HeadSpec(False), {}

@@ -15,7 +15,7 @@ import math
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ class ContentKey:
     """
 
     def __init__(self, *facts: object):
-        self._sha = hashlib.sha256(repr(facts).encode())
+        self._sha = hashlib.sha256(repr(_told(facts)).encode())
 
     def update(self, data: Any) -> None:
         """Feed stored bytes."""
@@ -98,6 +98,18 @@ class ContentKey:
     def digest(self) -> str:
         """sha256, hex."""
         return self._sha.hexdigest()
+
+
+def _told(fact: object) -> object:
+    """What a key says of a fact. Fields of their default are left out, so that a field that comes
+    later leaves the keys of what has no use for it as they are."""
+    if is_dataclass(fact) and not isinstance(fact, type):
+        values = {field.name: (getattr(fact, field.name), field.default) for field in fields(fact)}
+        unusual = {name: _told(own) for name, (own, usual) in values.items() if own != usual}
+        return type(fact).__name__, unusual
+    if isinstance(fact, Mapping):
+        return {key: _told(value) for key, value in fact.items()}
+    return tuple(map(_told, fact)) if isinstance(fact, tuple | list) else fact
 
 
 def read_content_key(path: Path) -> str | None:

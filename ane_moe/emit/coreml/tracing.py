@@ -50,7 +50,12 @@ PASSES = [
 ]
 CONVERSION_DATE = "com.github.apple.coremltools.conversion_date"
 # MIL operation: torch operation that may consume a weight directly.
-CONSUMERS = {"conv": "aten::_convolution", "mul": "aten::mul", "add": "aten::add"}
+CONSUMERS = {
+    "conv": "aten::_convolution",
+    "mul": "aten::mul",
+    "add": "aten::add",
+    "reshape": "aten::reshape",
+}
 
 
 class ConversionError(Exception):

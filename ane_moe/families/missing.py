@@ -1,0 +1,64 @@
+"""Mixtures of experts that transformers has and no family describes: what is nearest, and what that
+lacks."""
+
+DSA, MLA, DELTA = "sparse attention by an index", "deepseek_v3", "gated delta-rule layers"
+# model_type -> (the supported one that is nearest, or nothing; what it has not got).
+MISSING: dict[str, tuple[str, str]] = {
+    "axk1": (MLA, "a norm after the experts alone"),
+    "axk2": (MLA, f"{DSA}, gated norms"),
+    "bailing_hybrid": (MLA, "linear attention (KDA)"),
+    "beam": ("afmoe", "a scale of what the experts give, a cap of logits"),
+    "cohere2_moe": ("ernie4_5_moe", "attention and experts that read the same norm"),
+    "dbrx": ("olmoe", "one matrix for q, k and v, and a layout of its own for experts"),
+    "deepseek_ocr2": ("deepseek_v2", "attention without a latent, an encoder of images"),
+    "deepseek_v32": (MLA, DSA),
+    "deepseek_v4": (MLA, "compressed attention, experts chosen by token, hyper-connections"),
+    "diffusion_gemma": ("", "Gemma 4's layer, decoding by diffusion"),
+    "dots3_note": (MLA, f"{DSA}, windows of latents"),
+    "ernie4_5_vl_moe": ("ernie4_5_moe", "experts for images beside those for text"),
+    "gemma4": ("afmoe", "a dense branch beside the experts, keys that are values, GELU"),
+    "glm5_next": (MLA, f"linear attention, {DSA}, hyper-connections"),
+    "glm_moe_dsa": (MLA, DSA),
+    "granitemoehybrid": ("granitemoeshared", "Mamba-2 layers"),
+    "hy_v3": ("glm4_moe", "the names of its tensors, sums in fp32"),
+    "hy_v4": (MLA, f"{DSA}, sinks over latents, hyper-connections"),
+    "inkling": ("", "convolutions around attention, routing together with shared experts"),
+    "inkling2": ("", "convolutions around attention, a softly capped activation"),
+    "jamba": ("mixtral", "Mamba layers"),
+    "jetmoe": ("granitemoe", "attention whose heads are experts"),
+    "kimi_k25": (MLA, "a nested configuration, beside a vision tower"),
+    "kimi_linear": (MLA, "linear attention (KDA)"),
+    "kolibri1": ("afmoe", "weights that are sigmoids of logits chosen with a bias"),
+    "llama4": ("mixtral", "gates on what enters experts, chunks, a temperature of attention"),
+    "longcat_flash": (MLA, "two attentions in a layer, experts that compute nothing"),
+    "mimo_v2_flash": ("gpt_oss", "values of another width than keys, and scaled"),
+    "minimax": ("mixtral", "lightning attention"),
+    "minimax_m3_vl": ("minimax_m2", "attention to chosen blocks, a clamped activation"),
+    "mistral4": (MLA, "softmax scores in groups"),
+    "mistral_large4": (MLA, f"{DSA}, a temperature of attention"),
+    "muse_spark": ("afmoe", "experts that work on a latent, a norm after each"),
+    "nemotron_h": ("", "Mamba-2 layers, one mixer or feed-forward block in a layer, no gate"),
+    "qwen3_5_moe": ("qwen2_moe", f"{DELTA}, attention gated by a part of the queries"),
+    "qwen3_next": ("qwen2_moe", f"{DELTA}, attention gated by a part of the queries"),
+    "qwen3_omni_moe": ("qwen3_moe", "a nested configuration, beside what hears and speaks"),
+    "qwen4_exp": ("qwen2_moe", f"{DELTA}, tables of n-grams, {DSA}"),
+    "step3p7": ("afmoe", "limits of the activation by layer, gates by head of its own form"),
+    "unlimited_ocr": ("deepseek_v2", "attention without a latent, an encoder of images"),
+}
+# What has experts, and is no decoder that routes tokens.
+ELSEWHERE = {
+    "doge": "experts are rows of embeddings, found by product keys",
+    "nllb_moe": "encoder and decoder; experts of limited capacity drop tokens",
+    "switch_transformers": "encoder and decoder; experts of limited capacity drop tokens",
+    "vitpose_backbone": "images; experts are chosen by data set",
+}
+
+
+def nearest(model_type: str) -> str:
+    """What is known of an unsupported type, as a sentence; nothing for a type that is not."""
+    if model_type in ELSEWHERE:
+        return f"it is no decoder that routes tokens ({ELSEWHERE[model_type]})"
+    if model_type not in MISSING:
+        return ""
+    like, lacks = MISSING[model_type]
+    return f"nearest is {like}, which lacks {lacks}" if like else f"missing: {lacks}"

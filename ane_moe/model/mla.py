@@ -1,0 +1,78 @@
+"""Multi-head latent attention (DeepSeek-V2 and later): the facts of the mixer, without torch.
+
+Source: arXiv 2405.04434, and transformers' `DeepseekV3Attention`, in the form of the paper's
+appendix: what makes keys of latents is applied to queries, and what makes values of them to what is
+attended to. So all heads share one key and one value, and the cache is as narrow as these.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ane_moe.model.kv_cache import cache_ports
+from ane_moe.model.mixer import MixerConfig
+from ane_moe.model.port import Port
+from ane_moe.model.weight import Weight
+
+
+@dataclass(frozen=True)
+class MlaSpec:
+    """Each token keeps a normed latent of `kv_rank` channels, of which every head makes a key of
+    `nope` and a value of `value` channels, and a rotated key of `rotated` channels that all heads
+    share. Queries pass a normed latent of their own, of `q_rank` channels, if there is one.
+    `interleaved`: the checkpoint pairs neighbouring channels."""
+
+    heads: int
+    nope: int
+    rotated: int
+    value: int
+    kv_rank: int
+    q_rank: int | None
+    scale: float
+    rope: str | None
+    bias: bool = False
+    interleaved: bool = True
+    latent_eps: float = 1e-6
+    window: None = None
+
+    @property
+    def kept(self) -> int:
+        """Channels that the cache holds of a token."""
+        return self.kv_rank + self.rotated
+
+    def rows(self, d_model: int) -> Iterator[Weight]:
+        """The tensors of a layer's attention."""
+        inner, reads = d_model, "x"
+        if self.q_rank:
+            yield Weight("q_down.weight", (self.q_rank, d_model), "attention.q", reads="x")
+            if self.bias:
+                yield Weight("q_down.bias", (self.q_rank,))
+            yield Weight("q_norm.weight", (self.q_rank,))
+            inner, reads = self.q_rank, "q_latent"
+        for name, each in (("q_nope", self.nope), ("q_rotated", self.rotated)):
+            width = self.heads * each
+            yield Weight(f"{name}.weight", (width, inner), "attention.q", reads=reads)
+        for name, width in (("latent", self.kv_rank), ("k_rotated", self.rotated)):
+            yield Weight(f"{name}.weight", (width, d_model), "attention.k", reads="x")
+            if self.bias:
+                yield Weight(f"{name}.bias", (width,))
+        yield Weight("latent_norm.weight", (self.kv_rank,))
+        yield Weight("key_of.weight", (self.heads * self.nope, self.kv_rank))
+        yield Weight("value_of.weight", (self.heads * self.value, self.kv_rank))
+        width = self.heads * self.value
+        yield Weight(
+            "o.weight", (d_model, width), "attention.o", reads="attended", fold="residual_scale"
+        )
+        if self.bias:
+            yield Weight("o.bias", (d_model,), fold="residual_scale")
+
+
+@dataclass(frozen=True)
+class MlaConfig(MixerConfig):
+    mixer: MlaSpec
+
+    @property
+    def states(self) -> tuple[Port, ...]:
+        return (Port("cache", (1, 1, self.mixer.kept, self.slots), "state.{0}.cache"),)
+
+    def host(self, tokens: int) -> tuple[Port, ...]:
+        return cache_ports(self.mixer.rope, self.rotary, None, self.slots, tokens)

@@ -1,0 +1,81 @@
+"""Multi-head latent attention, with what makes keys and values of latents on the other side."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ane_moe.model.mla import MlaConfig
+from ane_moe.parts.kv_cache import attend, updated
+from ane_moe.parts.mixer import Mixer
+from ane_moe.parts.norm import RmsNorm
+from ane_moe.parts.projection import Projection
+from ane_moe.parts.rope import rotate
+
+
+class ByHead(nn.Module):
+    """A matrix for each head, `(H W, C)`."""
+
+    def __init__(self, heads: int, width: int, channels: int):
+        super().__init__()
+        self.heads, self.width, self.channels = heads, width, channels
+        self.weight = nn.Parameter(torch.empty(heads * width, channels, 1, 1))
+
+    def backwards(self, x: Tensor) -> Tensor:
+        """`(1, H W, 1, T) -> (1, H, C, T)`: each head's transposed."""
+        matrices = self.weight.reshape(1, self.heads, self.width, self.channels)
+        return matrices.transpose(2, 3) @ x.reshape(1, self.heads, self.width, -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(1, H C, 1, T) -> (1, H W, 1, T)`."""
+        return F.conv2d(x, self.weight, groups=self.heads)
+
+
+class Mla(Mixer):
+    """`y = x + attention(norm(x))` over a cache of latents and of the key that all heads share."""
+
+    config: MlaConfig
+
+    def add_projections(self) -> None:
+        c, m, d = self.config, self.config.mixer, self.config.d_model
+        inner = d
+        if m.q_rank:
+            self.q_down = Projection(d, m.q_rank, m.bias, c.rank("q_down"))
+            self.q_norm = RmsNorm(m.q_rank, m.latent_eps)
+            inner = m.q_rank
+        self.q_nope = Projection(inner, m.heads * m.nope, rank=c.rank("q_nope"))
+        self.q_rotated = Projection(inner, m.heads * m.rotated, rank=c.rank("q_rotated"))
+        self.latent = Projection(d, m.kv_rank, m.bias, c.rank("latent"))
+        self.k_rotated = Projection(d, m.rotated, m.bias, c.rank("k_rotated"))
+        self.latent_norm = RmsNorm(m.kv_rank, m.latent_eps)
+        self.key_of = ByHead(m.heads, m.nope, m.kv_rank)
+        self.value_of = ByHead(m.heads, m.value, m.kv_rank)
+        self.o = Projection(m.heads * m.value, d, m.bias, c.rank("o"))
+
+    def mix(self, h: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        m = self.config.mixer
+        q, new = self._query(h, inputs), self._kept(h, inputs)
+        cache = updated("cache", new, inputs, self.config.explicit)
+        latents, mask = cache[:, :, : m.kv_rank], inputs["mask"]
+        attended = attend(q, cache, latents, mask, m.scale, width=m.kv_rank)
+        return self.o(self.value_of(attended)), {"cache": cache}
+
+    def _query(self, h: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """`(1, H, R + r, T)`: against latents, and against the key that is shared."""
+        m = self.config.mixer
+        inner = self.q_norm(self.q_down(h)) if m.q_rank else h
+        against = self.key_of.backwards(self.q_nope(inner))
+        rotated = self.q_rotated(inner).reshape(1, m.heads, m.rotated, -1)
+        return torch.cat([against, self._rotated(rotated, inputs)], dim=2)
+
+    def _kept(self, h: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """`(1, 1, R + r, T)`."""
+        m = self.config.mixer
+        latent = self.latent_norm(self.latent(h)).reshape(1, 1, m.kv_rank, -1)
+        key = self.k_rotated(h).reshape(1, 1, m.rotated, -1)
+        return torch.cat([latent, self._rotated(key, inputs)], dim=2)
+
+    def _rotated(self, heads: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        if "cos" not in inputs:
+            return heads
+        m = self.config.mixer
+        return rotate(heads, inputs["cos"], inputs["sin"], self.config.rotary, m.rotated)

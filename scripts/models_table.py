@@ -1,0 +1,170 @@
+"""Write the tables of docs/models.md: what is supported, of which parts, and how near it is to
+Hugging Face's own model; what is not, and why.
+
+    python scripts/models_table.py [--check]
+
+Only what stands between the markers is replaced. --check writes nothing and exits with 1 when the
+page is stale; deviations, which a processor's rounding decides, are not looked at.
+"""
+
+import argparse
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from ane_moe.checkpoints.checkpoint import open_checkpoint  # noqa: E402
+from ane_moe.families import describe, load_family, supported  # noqa: E402
+from ane_moe.families.missing import ELSEWHERE, MISSING  # noqa: E402
+from ane_moe.model.spec import (  # noqa: E402
+    BandSpec,
+    GqaSpec,
+    MlpSpec,
+    ModelSpec,
+    MoeSpec,
+    RouterSpec,
+)
+from tests.models import make_model, save_checkpoint  # noqa: E402
+from tests.torch_model import TorchModel  # noqa: E402
+from tests.zoo import ROWS  # noqa: E402
+
+PAGE = ROOT / "docs" / "models.md"
+BEGIN, END = "<!-- models: begin -->\n", "<!-- models: end -->\n"
+EXPERTS = re.compile(r"^class \w*(?:Experts|SparseMoeBlock|SparseMLP|MoE|Moe)\b", re.M)
+IDS = np.random.default_rng(0).integers(3, 211, 24).tolist()
+MIXERS = {
+    "CcaSpec": "compressed convolutional attention",
+    "ShortConvSpec": "short convolutions",
+    "MlaSpec": "latent attention",
+}
+ROUTERS = {"EdaRouterSpec": "router with a state", "SparseMixerSpec": "sparse mixer"}
+
+
+def with_experts() -> set[str]:
+    """The model types of the installed transformers whose code has experts."""
+    folder = Path(transformers.__file__).parent / "models"
+    files = folder.glob("*/modeling_*.py")
+    found = {file.parent.name for file in files if EXPERTS.search(file.read_text())}
+    return found | {"kimi_k25"}  # whose text model is another one's
+
+
+def parts(spec: ModelSpec) -> str:
+    """The parts of a model in words, those of its first layers first."""
+    words: list[str] = []
+    for layer in spec.layers:
+        words += _mixer(layer.mixer)
+        if isinstance(layer.ffn, MlpSpec):
+            words.append("dense layers")
+    moe = next(layer.ffn for layer in spec.layers if isinstance(layer.ffn, MoeSpec))
+    words += [*_router(moe.router), *_experts(moe)]
+    norms = spec.layers[0].norms
+    words += [f"norms {norms}"] if norms != "before" else []
+    words += ["LayerNorm"] if spec.norm.kind == "layer" else []
+    words += ["affine residuals"] if spec.layers[0].affine else []
+    scaled = (spec.embed_scale, spec.residual_scale, spec.head.logit_scale) != (1, 1, 1)
+    return ", ".join(dict.fromkeys(words + (["multipliers"] if scaled else [])))
+
+
+def _mixer(mixer: Any) -> list[str]:
+    if not isinstance(mixer, GqaSpec):
+        return [MIXERS[type(mixer).__name__], *(["windows"] if mixer.window else [])]
+    facts = {
+        "attention in a band" if isinstance(mixer, BandSpec) else "attention": True,
+        "windows": mixer.window,
+        "layers without rotation": mixer.rope is None,
+        f"q and k norms ({mixer.qk_norm})": mixer.qk_norm != "none",
+        "sinks": mixer.sinks,
+        f"{mixer.gate} gate": mixer.gate != "none",
+        "clipping": mixer.clip_qkv,
+    }
+    return [name for name, has in facts.items() if has]
+
+
+def _router(router: Any) -> list[str]:
+    if not isinstance(router, RouterSpec):
+        return [ROUTERS[type(router).__name__]]
+    facts = {
+        router.score: True,
+        "renormalised": router.renorm,
+        "choice bias": router.bias,
+        "groups": router.groups > 1,
+        "capped logits": router.softcap,
+    }
+    return [name for name, has in facts.items() if has]
+
+
+def _experts(moe: MoeSpec) -> list[str]:
+    facts = {
+        "clamped activation": moe.expert.clamp,
+        "gated shared expert": moe.shared and moe.shared.gated,
+        "shared expert": moe.shared and not moe.shared.gated,
+    }
+    return [name for name, has in facts.items() if has]
+
+
+def tiny(family: str, folder: Path) -> tuple[ModelSpec, str]:
+    """The architecture of a family's tiny model, and the largest deviation of our logits from
+    Hugging Face's, both in fp32, over all settings of the test table."""
+    worst, spec = 0.0, None
+    variants = ROWS[family].variants if family in ROWS else {}
+    for name, changes in {"": {}, **variants}.items():
+        model = make_model(family, **changes)
+        checkpoint = save_checkpoint(model, folder / family / (name or "usual").replace(" ", "-"))
+        spec = spec or describe(open_checkpoint(checkpoint))[0]
+        if spec.is_encoder:
+            return spec, "by `verify` alone"
+        with torch.no_grad():
+            expected = model(torch.tensor([IDS])).logits[0].numpy()
+        worst = max(worst, float(np.abs(TorchModel(checkpoint).logits(IDS) - expected).max()))
+    assert spec is not None
+    return spec, f"{worst:.0e}"
+
+
+def rows() -> list[str]:
+    lines = ["| model_type | of | parts | deviation |", "|---|---|---|---|"]
+    with tempfile.TemporaryDirectory() as folder:
+        for family in supported():
+            spec, deviation = tiny(family, Path(folder))
+            about = (sys.modules[load_family(family).spec.__module__].__doc__ or "").split(":")[0]
+            about = about.split("\n")[0].rstrip(",.")
+            lines.append(f"| `{family}` | {about} | {parts(spec)} | {deviation} |")
+    lines += ["", "| model_type | nearest | what is missing |", "|---|---|---|"]
+    for name, (like, lacks) in sorted(MISSING.items()):
+        lines.append(f"| `{name}` | {f'`{like}`' if like else ''} | {lacks} |")
+    lines += ["", "| model_type | why it is none of these |", "|---|---|"]
+    lines += [f"| `{name}` | {why} |" for name, why in sorted(ELSEWHERE.items())]
+    return lines
+
+
+def rendered(page: str) -> str:
+    """`page` with fresh tables."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return before + BEGIN + "\n".join(rows()) + "\n" + END + after
+
+
+def without_deviations(page: str) -> str:
+    return re.sub(r"\d+e-\d+ \|$", "|", page, flags=re.M)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true")
+    check, page = parser.parse_args().check, PAGE.read_text()
+    fresh = rendered(page)
+    if not check:
+        PAGE.write_text(fresh)
+    elif without_deviations(fresh) != without_deviations(page):
+        sys.exit(f"{PAGE} is stale: python scripts/models_table.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""Families of known parts, against Hugging Face's own models: our parts in fp32 torch, and every
+field of an architecture got slightly wrong."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ane_moe.checkpoints.checkpoint import open_checkpoint
+from ane_moe.families import describe
+from ane_moe.model.mla import MlaSpec
+from ane_moe.model.sparse_mixer import SparseMixerSpec
+from ane_moe.model.spec import GqaSpec, ModelSpec, MoeSpec, RouterSpec
+from tests.models import make_model, save_checkpoint, save_fused
+from tests.torch_model import TorchModel
+from tests.zoo import ROWS
+
+# Two fp32 implementations differ by rounding; logits of these models are 1 to 4.
+ROUNDING, WRONG = 2e-5, 2e-4
+IDS = np.random.default_rng(0).integers(3, 211, 24).tolist()
+CASES = [(family, variant) for family, row in ROWS.items() for variant in ("", *row.variants)]
+
+
+def build(family: str, variant: str = ""):
+    torch.set_num_threads(1)
+    return make_model(family, **(ROWS[family].variants[variant] if variant else {}))
+
+
+def expected(model) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor([IDS])).logits[0].numpy()
+
+
+@pytest.mark.parametrize(("family", "variant"), CASES)
+def test_parts_compute_what_hugging_face_computes(family, variant, tmp_path: Path) -> None:
+    """In calls of several tokens, then one by one."""
+    model = build(family, variant)
+    ours = TorchModel(save_checkpoint(model, tmp_path))
+    assert np.abs(ours.logits(IDS) - expected(model)).max() < ROUNDING
+
+
+@pytest.mark.parametrize("family", [family for family, row in ROWS.items() if row.fused])
+def test_both_forms_of_a_checkpoint_give_the_same_tensors(family: str, tmp_path: Path) -> None:
+    model = build(family)
+    one = open_checkpoint(save_checkpoint(model, tmp_path / "stored"))
+    other = open_checkpoint(save_fused(model, tmp_path / "fused"))
+    spec, sources = describe(one)
+    again, fused = describe(other)
+    assert spec == again
+    for name, source in sources.items():
+        assert np.array_equal(one.read(source), other.read(fused[name])), name
+
+
+# -- every field, slightly wrong -------------------------------------------------------------
+
+Change = Callable[[Any], dict[str, Any]]
+
+
+def of_layers(spec: ModelSpec, change: Change) -> ModelSpec:
+    return replace(spec, layers=tuple(replace(one, **change(one)) for one in spec.layers))
+
+
+def of_mixers(spec: ModelSpec, change: Change) -> ModelSpec:
+    """Of attention; `of_latents` is for the one with latents."""
+    return of_layers(
+        spec,
+        lambda layer: (
+            {"mixer": replace(layer.mixer, **change(layer.mixer))}
+            if isinstance(layer.mixer, GqaSpec)
+            else {}
+        ),
+    )
+
+
+def of_latents(spec: ModelSpec, change: Change) -> ModelSpec:
+    return of_layers(
+        spec,
+        lambda layer: (
+            {"mixer": replace(layer.mixer, **change(layer.mixer))}
+            if isinstance(layer.mixer, MlaSpec)
+            else {}
+        ),
+    )
+
+
+def of_moes(spec: ModelSpec, change: Change) -> ModelSpec:
+    layers = (
+        replace(one, ffn=replace(one.ffn, **change(one.ffn)))
+        if isinstance(one.ffn, MoeSpec)
+        else one
+        for one in spec.layers
+    )
+    return replace(spec, layers=tuple(layers))
+
+
+def of_routers(spec: ModelSpec, change: Change) -> ModelSpec:
+    return of_moes(
+        spec,
+        lambda moe: (
+            {"router": replace(moe.router, **change(moe.router))}
+            if isinstance(moe.router, RouterSpec)
+            else {}
+        ),
+    )
+
+
+def of_sparse_mixers(spec: ModelSpec, change: Change) -> ModelSpec:
+    return of_moes(
+        spec,
+        lambda moe: (
+            {"router": replace(moe.router, **change(moe.router))}
+            if isinstance(moe.router, SparseMixerSpec)
+            else {}
+        ),
+    )
+
+
+def of_norms(spec: ModelSpec, change: Change) -> ModelSpec:
+    return replace(spec, norm=replace(spec.norm, **change(spec.norm)))
+
+
+def of_ropes(spec: ModelSpec, change: Change) -> ModelSpec:
+    ropes = {name: replace(rope, **change(rope)) for name, rope in spec.ropes.items()}
+    return replace(spec, ropes=ropes)
+
+
+def without_last(rope):
+    """One pair of channels fewer is rotated."""
+    return {"inv_freq": rope.inv_freq[:-1]}
+
+
+MUTATIONS: dict[str, tuple[Callable[[ModelSpec, Change], ModelSpec], Change]] = {
+    "attention scale": (of_mixers, lambda m: {"scale": m.scale * 1.1}),
+    "wider window": (of_mixers, lambda m: {"window": m.window and m.window + 1}),
+    "narrower window": (of_mixers, lambda m: {"window": m.window and m.window - 1}),
+    "no window": (of_mixers, lambda m: {"window": None}),
+    "window everywhere": (of_mixers, lambda m: {"window": m.window or 4}),
+    "no rotation": (of_mixers, lambda m: {"rope": None}),
+    "no query and key norms": (of_mixers, lambda m: {"qk_norm": "none"}),
+    "norms before rotation": (
+        of_mixers,
+        lambda m: {"qk_norm": "head" if m.qk_norm == "rotated" else m.qk_norm},
+    ),
+    "norms after rotation": (
+        of_mixers,
+        lambda m: {"qk_norm": "rotated" if m.qk_norm == "head" else m.qk_norm},
+    ),
+    "eps of query and key norms": (
+        of_mixers,
+        lambda m: {"qk_norm_eps": m.qk_norm_eps + 0.1 * (m.qk_norm != "none")},
+    ),
+    "no sinks": (of_mixers, lambda m: {"sinks": False}),
+    "no query biases": (of_mixers, lambda m: {"qkv_bias": False}),
+    "no output bias": (of_mixers, lambda m: {"o_bias": False}),
+    "rotation angles": (of_ropes, lambda r: {"inv_freq": tuple(f * 1.1 for f in r.inv_freq)}),
+    "rotated channels": (of_ropes, without_last),
+    "attention factor": (of_ropes, lambda r: {"attention_factor": r.attention_factor * 1.1}),
+    "experts per token": (of_routers, lambda r: {"k": r.k - 1}),
+    "renormalisation": (of_routers, lambda r: {"renorm": not r.renorm}),
+    "score": (
+        of_routers,
+        lambda r: {"score": "softmax" if r.score == "sigmoid" else "sigmoid"},
+    ),
+    "no choice bias": (of_routers, lambda r: {"bias": False}),
+    "no logit bias": (of_routers, lambda r: {"logit_bias": False}),
+    "router scale": (of_routers, lambda r: {"scale": r.scale * 1.1}),
+    "no floor": (of_routers, lambda r: {"renorm_floor": 0.0}),
+    "no groups": (of_routers, lambda r: {"groups": 1, "open_groups": 1}),
+    "another number of groups": (
+        of_routers,
+        lambda r: {"open_groups": min(r.groups, r.open_groups + 1)},
+    ),
+    "no shared expert": (of_moes, lambda m: {"shared": None}),
+    "clamp": (
+        of_moes,
+        lambda m: {
+            "expert": replace(m.expert, clamp=m.expert.clamp and replace(m.expert.clamp, limit=9.0))
+        },
+    ),
+    "alpha": (
+        of_moes,
+        lambda m: {
+            "expert": replace(m.expert, clamp=m.expert.clamp and replace(m.expert.clamp, alpha=1.0))
+        },
+    ),
+    "no clamp": (of_moes, lambda m: {"expert": replace(m.expert, clamp=None)}),
+    "no expert biases": (of_moes, lambda m: {"expert": replace(m.expert, bias=False)}),
+    "eps": (of_norms, lambda n: {"eps": n.eps + 0.1}),
+    "kind of norm": (of_norms, lambda n: {"kind": "rms", "bias": False}),
+    "no norm biases": (of_norms, lambda n: {"bias": False}),
+    "no norms after": (
+        of_layers,
+        lambda one: {"norms": "before" if one.norms == "around" else one.norms},
+    ),
+    "no gate": (of_mixers, lambda m: {"gate": "none"}),
+    "another gate": (
+        of_mixers,
+        lambda m: {"gate": {"sigmoid": "softplus", "softplus": "sigmoid"}.get(m.gate, "none")},
+    ),
+    "no cap": (of_routers, lambda r: {"softcap": None}),
+    "groups by one more": (
+        of_routers,
+        lambda r: {"group_best": 3 - r.group_best if r.groups > 1 else r.group_best},
+    ),
+    "jitter": (of_sparse_mixers, lambda r: {"jitter": r.jitter / 4}),
+    "latent scale": (of_latents, lambda m: {"scale": m.scale * 1.1}),
+    "latent eps": (of_latents, lambda m: {"latent_eps": 0.1}),
+    "no latent biases": (of_latents, lambda m: {"bias": False}),
+    "latent rotation": (of_latents, lambda m: {"rope": None}),
+    "pairs of neighbours": (of_latents, lambda m: {"interleaved": not m.interleaved}),
+}
+# What cannot be told: a norm after the rotation takes the factor of all its channels out.
+SAME = {"hunyuan_v1_moe": {"attention factor"}}
+
+
+@pytest.mark.parametrize("family", ROWS)
+def test_every_field_counts(family: str, tmp_path: Path) -> None:
+    """A model that differs in one of them computes something else."""
+    model = build(family)
+    folder = save_checkpoint(model, tmp_path)
+    true, hugging_face = describe(open_checkpoint(folder))[0], expected(model)
+    tried, unseen = 0, []
+    for name, (of, change) in MUTATIONS.items():
+        wrong = of(true, change)
+        if wrong == true:
+            continue
+        off = np.abs(TorchModel(folder, wrong).logits(IDS, prefilled=len(IDS)) - hugging_face).max()
+        tried += 1
+        if off < WRONG and name not in SAME.get(family, ()):
+            unseen.append(name)
+    assert unseen == []
+    assert tried >= 9

@@ -1,0 +1,79 @@
+"""Whole conversions of families of known parts in fp16, proved by `verify`, and the ids that Hugging
+Face's own generate chooses."""
+
+import numpy as np
+import pytest
+import torch
+
+from ane_moe.loop.generation import GenerateOptions, generate
+from ane_moe.loop.session import Session
+from ane_moe.loop.shards import load_shards
+from ane_moe.verification.verify import verify
+from tests.models import make_model, save_checkpoint
+from tests.verification.tiny import tiny_conversion
+from tests.zoo import ROWS
+
+NEW_TOKENS = 4
+MARGIN = 1e-2  # where HF's best two logits are closer, fp16 may choose the other
+COSINE = 0.9999
+PROMPTS = [np.random.default_rng(seed).integers(3, 211, 30).tolist() for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", params=ROWS)
+def original(request, tmp_path_factory):
+    """A family's model, and its checkpoint with prompts beside it."""
+    model = make_model(request.param, seed=ROWS[request.param].seed)
+    folder = save_checkpoint(model, tmp_path_factory.mktemp(request.param) / "checkpoint")
+    (folder.parent / "prompts.json").write_text(str(PROMPTS))
+    return model, folder
+
+
+@pytest.mark.parametrize("routing", ["masked", "sparse"])
+def test_a_conversion_is_right(original, routing, tmp_path):
+    model, checkpoint = original
+    options = {"expert_tokens": (1, 16)} if routing == "sparse" else {}
+    out = tiny_conversion(checkpoint, tmp_path, routing=routing, prefill=16, context=64, **options)
+    report = verify(out, checkpoint=checkpoint, prompts=checkpoint.parent / "prompts.json")
+    assert not report.integrity
+    assert [row for row in report.shards if not row.passed] == []
+    assert {row.function for row in report.models} == {"decode", "prefill"}
+    for row in report.routing:
+        assert row.set_agreement == 1 or row.near_tie_flips
+    assert all(row.passed for row in report.models)
+    shards = load_shards(out, "reference")
+    assert_logits_agree(model, Session(shards))
+    if routing == "masked":
+        assert_greedy_ids_agree(model, Session(shards))
+
+
+def assert_logits_agree(model, session):
+    """The median over tokens, since a near tie in routing flips a few."""
+    with torch.no_grad():
+        expected = model(torch.tensor(PROMPTS[:1])).logits[0].numpy()
+    logits = session.prefill_logits(PROMPTS[0])
+    norms = np.linalg.norm(logits, axis=1) * np.linalg.norm(expected, axis=1)
+    assert np.median((logits * expected).sum(1) / norms) > COSINE
+
+
+def assert_greedy_ids_agree(model, session):
+    """Up to the first place where HF itself is nearly undecided."""
+    with torch.no_grad():
+        hugging_face = model.generate(
+            torch.tensor(PROMPTS[:1]),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    expected = hugging_face.sequences[0, len(PROMPTS[0]) :].tolist()
+    best = [torch.topk(step[0], 2).values for step in hugging_face.logits]
+    margins = np.array([float(first - second) for first, second in best])
+    decided = int(np.argmax(np.append(margins, 0) <= MARGIN))
+    generation = generate(session, PROMPTS[0], GenerateOptions(max_tokens=NEW_TOKENS))
+    ids = [piece.id for piece in generation]
+    assert decided >= 1 and ids[:decided] == expected[:decided]

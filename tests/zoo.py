@@ -1,0 +1,455 @@
+"""Families of known parts: one row each, a tiny model's configuration and other settings under
+which the maths or the layout differs."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Fields = dict[str, Any]
+WITH_IMAGES = ("aria", "glm4v_moe", "qwen3_vl_moe")
+
+COMMON: Fields = {
+    "vocab_size": 211,
+    "hidden_size": 72,  # not a multiple of 32
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,  # 4 x 16 is not 72
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "tie_word_embeddings": False,
+}
+FULL, SLIDING = "full_attention", "sliding_attention"
+YARN: Fields = {
+    "rope_type": "yarn",
+    "rope_theta": 150000.0,
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 64,
+}
+DEEPSEEK: Fields = {
+    "intermediate_size": 100,
+    "moe_intermediate_size": 40,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.7,
+}
+BY_KIND: Fields = {
+    FULL: {"rope_type": "default", "rope_theta": 500000.0},
+    SLIDING: {"rope_type": "default", "rope_theta": 10000.0},
+}
+LATENT: Fields = {
+    **DEEPSEEK,
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+    "kv_lora_rank": 24,
+    "q_lora_rank": 28,
+    "n_routed_experts": 12,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "attention_bias": True,
+}
+MSCALE: Fields = {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3}
+GRANITE: Fields = {
+    "intermediate_size": 24,
+    "num_local_experts": 9,
+    "num_experts_per_tok": 4,
+    "attention_bias": True,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.1,  # not 16 ** -0.5
+    "logits_scaling": 6.0,
+    "tie_word_embeddings": True,
+    "shared_intermediate_size": 52,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """`config`: what differs from COMMON; `variants`: by name, what differs from that. `seed`: of
+    a model whose routing is decided on the tests' prompts; near ties may fall otherwise in fp16."""
+
+    config: Fields
+    variants: dict[str, Fields] = field(default_factory=dict)
+    seed: int = 0
+    fused: bool = True  # transformers 5's own names are another form of its checkpoint
+
+
+ROWS: dict[str, Row] = {
+    "gpt_oss": Row(
+        {
+            "intermediate_size": 40,
+            "num_local_experts": 9,
+            "num_experts_per_tok": 3,
+            "sliding_window": 5,
+            "layer_types": [SLIDING, FULL],
+            "swiglu_limit": 0.7,  # so that both clamps cut something
+            "swiglu_alpha": 1.3,
+            "rope_parameters": YARN,
+        },
+        {"without attention biases": {"attention_bias": False}},
+    ),
+    "glm4_moe": Row(
+        {
+            **DEEPSEEK,
+            "n_routed_experts": 12,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "use_qk_norm": True,
+            "attention_bias": True,
+            "num_nextn_predict_layers": 1,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+        {
+            "plain": {"use_qk_norm": False, "attention_bias": False, "norm_topk_prob": False},
+            "one group": {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0},
+        },
+    ),
+    "ernie4_5_moe": Row(
+        {
+            "intermediate_size": 100,
+            "moe_intermediate_size": 40,
+            "moe_num_experts": 12,
+            "moe_k": 3,
+            "moe_num_shared_experts": 2,
+            "moe_layer_start_index": 1,
+            "moe_layer_end_index": -1,
+            "moe_layer_interval": 1,
+            "moe_norm_min": 0.4,  # more than many a sum
+            "tie_word_embeddings": True,
+        },
+        {
+            "usual": {
+                "moe_norm_min": 1e-12,
+                "moe_num_shared_experts": 0,
+                "moe_layer_interval": 2,
+                "moe_layer_start_index": 0,
+            }
+        },
+    ),
+    "mellum": Row(
+        {
+            "intermediate_size": 100,
+            "moe_intermediate_size": 40,
+            "num_experts": 12,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "attention_bias": True,
+            "layer_types": [SLIDING, FULL],
+            "mlp_layer_types": ["sparse", "dense"],
+            "sliding_window": 5,
+            "rope_parameters": BY_KIND,
+        },
+        {
+            "with yarn": {
+                "attention_bias": False,
+                "norm_topk_prob": False,
+                "rope_parameters": BY_KIND | {FULL: YARN},
+            }
+        },
+    ),
+    "granitemoeshared": Row(
+        GRANITE, {"without": {"shared_intermediate_size": 0, "tie_word_embeddings": False}}
+    ),
+    "granitemoe_swa": Row(
+        {
+            **GRANITE,
+            "sliding_window": 5,
+            "layer_types": [FULL, SLIDING],
+            "layer_rope_theta": [0, 500000.0],
+        },
+        {"one base": {"layer_rope_theta": None, "shared_intermediate_size": 0}},
+    ),
+    "dots1": Row(
+        {
+            **DEEPSEEK,
+            "n_routed_experts": 12,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "attention_bias": True,
+            "sliding_window": 5,
+            "max_window_layers": 1,
+        },
+        {"without windows": {"sliding_window": None, "attention_bias": False}},
+    ),
+    "minimax_m2": Row(
+        {
+            "intermediate_size": 40,
+            "num_local_experts": 12,
+            "num_experts_per_tok": 3,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
+    "solar_open": Row(
+        {**DEEPSEEK, "n_routed_experts": 12, "n_shared_experts": 1, "attention_bias": True},
+        {"with yarn": {"attention_bias": False, "rope_parameters": YARN}},
+    ),
+    "exaone_moe": Row(
+        {
+            **DEEPSEEK,
+            "num_experts": 12,
+            "num_shared_experts": 2,
+            "layer_types": [SLIDING, FULL],
+            "mlp_layer_types": ["dense", "sparse"],
+            "sliding_window": 5,
+        },
+        {"full": {"layer_types": [FULL] * 2, "mlp_layer_types": ["sparse"] * 2}},
+    ),
+    "flex_olmo": Row(
+        {
+            "num_attention_heads": 6,  # its q norm spans d_model
+            "num_key_value_heads": 3,
+            "head_dim": 12,
+            "intermediate_size": 40,
+            "num_experts": 12,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": False,
+            "attention_bias": True,
+        },
+        {"renormalised": {"norm_topk_prob": True, "attention_bias": False}},
+    ),
+    "afmoe": Row(
+        {
+            "intermediate_size": 100,
+            "moe_intermediate_size": 40,
+            "num_experts": 12,
+            "num_experts_per_tok": 3,
+            "num_shared_experts": 2,
+            "num_dense_layers": 1,
+            "layer_types": [SLIDING, FULL],
+            "sliding_window": 5,
+            "route_scale": 1.7,
+            "mup_enabled": True,
+        },
+        {"all sparse": {"num_dense_layers": 0, "mup_enabled": False, "num_shared_experts": 1}},
+    ),
+    "deepseek_v2": Row(
+        {
+            **LATENT,
+            "topk_method": "group_limited_greedy",
+            "rope_parameters": MSCALE,
+        },
+        {
+            "lite": {
+                "q_lora_rank": None,
+                "topk_method": "greedy",
+                "n_group": None,
+                "topk_group": None,
+                "attention_bias": False,
+            }
+        },
+    ),
+    "deepseek_v3": Row(
+        LATENT,
+        {
+            "half-split": {
+                "rope_interleave": False,
+                "q_lora_rank": None,
+                "rope_parameters": MSCALE,
+            },
+            "one group": {"n_group": 1, "topk_group": 1, "attention_bias": False},
+        },
+    ),
+    "glm4_moe_lite": Row(
+        {**LATENT, "rope_interleave": True, "mlp_layer_types": ["dense", "sparse"]},
+        {"one group": {"n_group": 1, "topk_group": 1, "q_lora_rank": None}},
+    ),
+    "aria": Row(
+        {
+            "text_config": {
+                **COMMON,
+                "intermediate_size": 40,
+                "moe_num_experts": 12,
+                "moe_topk": 3,
+                "moe_num_shared_experts": 2,
+                "attention_bias": True,
+            },
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            "tie_word_embeddings": False,
+        },
+        fused=False,
+    ),
+    "qwen3_vl_moe": Row(
+        {
+            "text_config": {
+                **COMMON,
+                "intermediate_size": 100,
+                "moe_intermediate_size": 40,
+                "num_experts": 12,
+                "num_experts_per_tok": 3,
+                "decoder_sparse_step": 1,
+                "mlp_only_layers": [0],
+                "attention_bias": True,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "mrope_section": [4, 2, 2],
+                    "mrope_interleaved": True,
+                },
+            },
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_heads": 2,
+                "out_hidden_size": 72,
+                "deepstack_visual_indexes": [0],
+                "num_position_embeddings": 16,
+            },
+            "tie_word_embeddings": False,
+        },
+        fused=False,
+    ),
+    "glm4v_moe": Row(
+        {
+            "text_config": {
+                **COMMON,
+                **DEEPSEEK,
+                "n_routed_experts": 12,
+                "n_shared_experts": 2,
+                "first_k_dense_replace": 1,
+                "attention_bias": True,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "partial_rotary_factor": 0.5,
+                    "mrope_section": [2, 1, 1],
+                },
+            },
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_heads": 2,
+                "out_hidden_size": 72,
+                "image_size": 28,
+            },
+            "tie_word_embeddings": False,
+        },
+        fused=False,
+    ),
+    "laguna": Row(
+        {
+            "intermediate_size": 100,
+            "moe_intermediate_size": 40,
+            "shared_expert_intermediate_size": 52,
+            "num_experts": 12,
+            "num_experts_per_tok": 3,
+            "layer_types": [SLIDING, FULL],
+            "mlp_layer_types": ["dense", "sparse"],
+            "num_attention_heads_per_layer": [6, 4],
+            "sliding_window": 5,
+            "moe_routed_scaling_factor": 1.7,
+            "moe_router_logit_softcapping": 1.5,
+            "gating": True,
+            "attention_bias": True,
+            "rope_parameters": {
+                FULL: BY_KIND[FULL] | {"partial_rotary_factor": 0.5},
+                SLIDING: BY_KIND[SLIDING],
+            },
+        },
+        {
+            "gates by channel": {
+                "gating": "per-element",
+                "attention_bias": False,
+                "moe_router_logit_softcapping": 0.0,
+                "mlp_layer_types": ["sparse", "sparse"],
+            }
+        },
+    ),
+    "flint": Row(
+        {
+            "intermediate_size": 100,
+            "moe_intermediate_size": 40,
+            "shared_expert_intermediate_size": 52,
+            "num_experts": 12,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [0],
+            "layer_types": [SLIDING, FULL],
+            "sliding_window": 5,
+            "attention_bias": True,
+        },
+        {
+            "plain": {
+                "attention_bias": False,
+                "norm_topk_prob": False,
+                "mlp_only_layers": [],
+            }
+        },
+    ),
+    "phimoe": Row(
+        {
+            "intermediate_size": 40,
+            "num_local_experts": 12,
+            "num_experts_per_tok": 2,
+            "router_jitter_noise": 0.2,  # so that others come near
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "sliding_window": 5,
+        },
+        {
+            "longrope": {
+                "attention_bias": False,
+                "lm_head_bias": False,
+                "sliding_window": None,
+                "router_jitter_noise": 0.01,
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 10000.0,
+                    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 1.7, 2.0, 2.5],
+                    "long_factor": [2.0] * 8,
+                    "short_mscale": 1.2,
+                    "long_mscale": 1.4,
+                    "original_max_position_embeddings": 64,
+                },
+            }
+        },
+        seed=1,
+    ),
+    "hunyuan_v1_moe": Row(
+        {
+            "intermediate_size": 40,
+            "num_experts": 9,
+            "moe_topk": 3,
+            "attention_bias": True,
+        },
+        {
+            "by layer": {"moe_topk": [3, 3], "attention_bias": False},
+            "scaled": {
+                "rope_parameters": {
+                    "rope_type": "dynamic",
+                    "rope_theta": 10000.0,
+                    "alpha": 1000.0,
+                    "factor": 1.0,
+                }
+            },
+        },
+    ),
+}
