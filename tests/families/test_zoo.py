@@ -43,6 +43,16 @@ def test_parts_compute_what_hugging_face_computes(family, variant, tmp_path: Pat
     assert np.abs(ours.logits(IDS) - expected(model)).max() < ROUNDING
 
 
+@pytest.mark.parametrize("family", ROWS)
+def test_hidden_states_can_be_divided(family: str, tmp_path: Path) -> None:
+    """By a power of two, which changes no result where norms read them."""
+    folder = save_checkpoint(build(family), tmp_path)
+    whole = TorchModel(folder)
+    divided = TorchModel(folder, whole.spec.with_stream(1 / 8))
+    same = np.abs(divided.logits(IDS) - whole.logits(IDS)).max() < ROUNDING
+    assert same == whole.spec.may_scale_stream
+
+
 @pytest.mark.parametrize("family", [family for family, row in ROWS.items() if row.fused])
 def test_both_forms_of_a_checkpoint_give_the_same_tensors(family: str, tmp_path: Path) -> None:
     model = build(family)
