@@ -247,3 +247,40 @@ def test_a_config_that_claims_codes_where_there_are_none_is_refused(tmp_path: Pa
     (plain / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"is quantised \(compressed-tensors\)"):
         describe(open_checkpoint(plain))
+
+
+def test_gpt_oss_is_read_from_mxfp4(tmp_path: Path) -> None:
+    """As openai's repositories have it: experts in blocks, all else bf16."""
+    model = make_model("gpt_oss", hidden_size=64, intermediate_size=96, num_hidden_layers=2)
+    plain = save_checkpoint(model, tmp_path / "plain")
+    tensors, packed = load_file(plain / "model.safetensors"), {}
+    seeded = torch.Generator().manual_seed(0)
+    for name, tensor in list(tensors.items()):
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            continue
+        experts, columns, rows = tensor.shape
+        size = (experts, rows, columns // 32)
+        blocks = torch.randint(0, 256, (*size, 16), dtype=torch.uint8, generator=seeded)
+        scales = torch.randint(118, 124, size, dtype=torch.uint8, generator=seeded)
+        packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        numbers = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+        tensors[name] = numbers.contiguous()
+    kept = {n: t for n, t in tensors.items() if f"{n}_blocks" not in packed}
+    quantised = tmp_path / "mxfp4"
+    quantised.mkdir()
+    config = json.loads((plain / "config.json").read_text())
+    facts = {"quantization_config": {"quant_method": "mxfp4"}}
+    (quantised / "config.json").write_text(json.dumps(config | facts))
+    save_file(kept | packed, quantised / "model.safetensors", {"format": "pt"})
+    save_file(tensors, plain / "model.safetensors", {"format": "pt"})
+    ours, theirs = open_checkpoint(quantised), open_checkpoint(plain)
+    (spec, sources), (plain_spec, plain_sources) = describe(ours), describe(theirs)
+    assert spec == plain_spec and len(packed) == 8
+    for name, source in sources.items():
+        assert np.array_equal(ours.read(source), theirs.read(plain_sources[name])), name
+    logits = []
+    for checkpoint in (ours, theirs):
+        out = tmp_path / f"{checkpoint.folder.name}.safetensors"
+        capture_golden(checkpoint, layers=(0, 1), prompts=[[5, 9, 2, 40]], out=out)
+        logits.append(read_golden(out).logits)
+    assert np.array_equal(*logits)
