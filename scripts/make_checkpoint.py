@@ -291,8 +291,8 @@ class Tensor:
         return math.prod(self.shape)
 
 
-class _AnyKey(frozenset[str]):
-    """A collection that holds every key, so that a family names each tensor by the first form it
+class _AnyKey(dict[str, tuple[int, ...]]):
+    """Holds every key, of no shape, so that a family names each tensor by the first form it
     knows."""
 
     def __contains__(self, key: object) -> bool:

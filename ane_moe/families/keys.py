@@ -96,18 +96,17 @@ def find_tensors(
         embed, head = table[str(EMBEDDING)], table[str(HEAD)]
         table = {**table, str(EMBEDDING): embed + head, str(HEAD): head + embed}
     sources: dict[WeightName, TensorSource] = {}
-    names = shapes.keys()
     missing: dict[WeightName, str] = {}  # the checkpoint's name by ours
     for name, weight in spec.weights():
         alternatives = [_source(spec, name, weight, entry) for entry in table[name.template]]
-        stored = [source for source in alternatives if source.key in names]
+        stored = [source for source in alternatives if source.key in shapes]
         fitting = (source for source in stored if shapes.get(source.key) == source.stored_shape)
         if not stored:
             missing[name] = alternatives[0].key
         else:
             sources[name] = next(fitting, stored[0])
     if missing:
-        raise _missing(missing, {source.key for source in sources.values()}, names)
+        raise _missing(missing, {source.key for source in sources.values()}, shapes)
     return sources
 
 

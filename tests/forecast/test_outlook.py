@@ -300,12 +300,27 @@ REFUSED = {
         DEEPSEEK_V2_LITE | {"model_type": "deepseek_v32"},
         "'deepseek_v32' is not supported",
     ),
-    "gpt-oss": (
-        GPT_OSS_20B | {"quantization_config": {"quant_method": "mxfp4"}},
-        "is quantised (mxfp4",
-    ),
     "unheard of": (OLMOE | {"model_type": "new_moe"}, "'new_moe' is not supported"),
 }
+
+
+def test_a_form_that_convert_decodes_is_no_obstacle(tmp_path):
+    """gpt-oss as it is published: experts in MXFP4."""
+    yarn = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0}
+    config = GPT_OSS_20B | {
+        "attention_bias": True,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 150000,
+        "rope_scaling": yarn | {"original_max_position_embeddings": 4096, "truncate": False},
+        "sliding_window": 128,
+        "swiglu_limit": 7.0,
+        "tie_word_embeddings": False,
+        "quantization_config": {"quant_method": "mxfp4"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = outlook(tmp_path, recipes=("int8",))
+    assert found.refusal == "" and found.choices
 
 
 @pytest.mark.parametrize("case", REFUSED)
