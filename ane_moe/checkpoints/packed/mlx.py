@@ -6,19 +6,16 @@ Source: `mlx.core.dequantize` and mlx-lm's `SwitchGLU`.
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
-from ane_moe.checkpoints.coded import FP4, Codes, Part, Scaled
+from ane_moe.checkpoints.coded import FP4, Codes, Scaled
+from ane_moe.checkpoints.expert_stack import unstacked
 from ane_moe.checkpoints.packed.group import Group, grid, groups
 from ane_moe.checkpoints.stored_tensor import StoredTensor
 
 NAME = "MLX"
 SCALES, OFFSETS = "scales", "biases"
 STACK = re.compile(r"(.+)\.switch_mlp\.(gate|up|down)_proj\.weight")
-# Of the families whose experts have other names than gate_proj, up_proj and down_proj.
-NUMBERED = {"gate": "w1", "up": "w3", "down": "w2"}
-NUMBERED_PARENTS = ("block_sparse_moe", "feed_forward")
 
 
 def plain(
@@ -61,21 +58,4 @@ def _unstacked(plain: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     found = STACK.fullmatch(name)
     if found is None or len(tensor.shape) != 3:
         return plain
-    parent, matrix = found.groups()
-    numbered = parent.rsplit(".", 1)[-1] in NUMBERED_PARENTS
-    end = NUMBERED[matrix] if numbered else f"{matrix}_proj"
-    experts, rows, columns = tensor.shape
-    size = tensor.size // experts
-    apart = {}
-    for expert in range(experts):
-        own = f"{parent}.experts.{expert}.{end}.weight"
-        apart[own] = replace(
-            tensor,
-            key=own,
-            shape=(rows, columns),
-            offset=tensor.offset + expert * size * (tensor.codec is None),
-            size=size,
-            made=True,
-            codec=tensor.codec and Part(tensor.codec, expert * rows),
-        )
-    return apart
+    return unstacked(tensor, *found.groups())
