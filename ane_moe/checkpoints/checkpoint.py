@@ -25,6 +25,7 @@ from ane_moe.checkpoints.folder import (
     weight_files,
     weight_map,
 )
+from ane_moe.checkpoints.gguf.model import gguf_file, open_gguf
 from ane_moe.checkpoints.hub import local_folder, origin
 from ane_moe.checkpoints.key_names import example, model_names
 from ane_moe.checkpoints.left_out import left_out
@@ -151,7 +152,8 @@ class TensorSource:
 class Checkpoint:
     """An open checkpoint. Cheap to open, holds no file open; not for use by several threads.
 
-    `tensors` have the names of key_names.py; a StoredTensor's `key` is the one in the file.
+    `folder` is the file where the model is in GGUF, the first of its parts. `tensors` have the
+    names of key_names.py; a StoredTensor's `key` is the one in the file.
     `notes` are sentences for the user on how it was read; `forms` the quantised forms (packed/)
     that were found in it; `origin` its name and commit on the Hub, where it is from there.
     """
@@ -169,6 +171,11 @@ class Checkpoint:
     def __post_init__(self) -> None:
         self._raw = np.empty(CHUNK_ELEMENTS * 4, np.uint8)
         self._bits = np.empty(CHUNK_ELEMENTS, np.uint16)
+
+    @property
+    def config_file(self) -> Path:
+        """What the configuration is read from, for people."""
+        return self.folder if self.folder.is_file() else self.folder / CONFIG
 
     def __reduce__(self) -> tuple[type["Checkpoint"], tuple[Any, ...]]:
         """Sent to another process without the reading buffers, which it makes anew."""
@@ -317,7 +324,7 @@ class Checkpoint:
         advice = "embedding and head are of two vocabularies: resize the model again, and save it"
         if len(rows) == 1:
             advice = f"the vocabulary was resized: set vocab_size to {min(rows)} in {CONFIG}"
-        stale = f"{self.folder / CONFIG}: vocab_size {self.config.get('vocab_size')} is stale"
+        stale = f"{self.config_file}: vocab_size {self.config.get('vocab_size')} is stale"
         raise UserError(stale, sizes, advice)
 
     def _require_sound(self, source: TensorSource) -> None:
@@ -369,12 +376,16 @@ def _predicting(config: Mapping[str, Any]) -> range:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Read the configuration and the headers of the checkpoint folder `path`, or of a model that it
-    names on the Hub; no weights yet.
+    """Read the configuration and the headers of the checkpoint folder `path`, of a GGUF file, or of
+    a model that it names on the Hub; no weights yet.
 
-    Raises UserError when it is not a readable checkpoint in safetensors form.
+    Raises UserError when it is not a readable checkpoint in safetensors or GGUF form.
     """
-    folder = require_folder(local_folder(path))
+    folder = local_folder(path)
+    if file := gguf_file(folder):
+        gguf = open_gguf(file)
+        return Checkpoint(file, gguf.config, gguf.generation, gguf.tensors, gguf.notes, gguf.kinds)
+    folder = require_folder(folder)
     config = read_json(folder / CONFIG)
     generation = folder / "generation_config.json"
     stored: dict[str, StoredTensor] = {}

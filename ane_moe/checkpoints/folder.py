@@ -46,7 +46,9 @@ FOREIGN = (
     ),
     Foreign((ADAPTER,), "an adapter, not a model", ADAPTER_ADVICE),
     Foreign(
-        ("*.gguf", "*.ggml"), "a GGUF model", "take the safetensors model that it was made from"
+        ("*.ggml",),
+        "a GGML model, older than GGUF",
+        "take a GGUF, or the safetensors model that it was made from",
     ),
     Foreign(
         ("params.json",),

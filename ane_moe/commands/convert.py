@@ -20,7 +20,8 @@ def convert(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            help="A Hugging Face model folder, OWNER/NAME[@REVISION] on the Hub, or `demo`.",
+            help="A Hugging Face model folder, a GGUF file, OWNER/NAME[@REVISION] on the Hub, or "
+            "`demo`.",
             metavar="CHECKPOINT",
         ),
     ],

@@ -12,7 +12,8 @@ def plan(
     checkpoint: Annotated[
         str,
         typer.Argument(
-            help="A model folder, a config.json, or a Hugging Face Hub id.", metavar="CHECKPOINT"
+            help="A model folder, a GGUF file, a config.json, or a Hugging Face Hub id.",
+            metavar="CHECKPOINT",
         ),
     ],
     target: Annotated[

@@ -84,7 +84,7 @@ def describe(
     `ignore` are patterns (as in a shell) of tensors that may be left over. Raises UserError for
     everything about the checkpoint that can be wrong without reading its weights.
     """
-    folder = checkpoint.folder
+    folder, where = checkpoint.folder, str(checkpoint.config_file)
     # `generate` takes its stop tokens from generation_config.json where there is one.
     ids = {
         key: value
@@ -92,8 +92,8 @@ def describe(
         if key in ("bos_token_id", "eos_token_id")
     }
     if form := quantisation(checkpoint.config):
-        raise _quantised(folder / CONFIG, form)
-    spec = describe_config(checkpoint.config | ids, str(folder / CONFIG))
+        raise _quantised(where, form)
+    spec = describe_config(checkpoint.config | ids, where)
     for name in SIDE_FILES:
         if (folder / name).is_file() and not checkpoint.forms:
             raise _quantised(folder, side_file(read_json(folder / name), name))

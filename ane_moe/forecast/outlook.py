@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ane_moe.checkpoints.checkpoint import open_checkpoint
+from ane_moe.checkpoints.gguf.model import gguf_file
 from ane_moe.checkpoints.hub import hub_name, local_config
 from ane_moe.conversion.plan import ConvertOptions
 from ane_moe.errors import UserError
@@ -236,7 +237,8 @@ def weights_in_shards(spec: ModelSpec) -> int:
 
 
 def _holds_weights(folder: Path) -> bool:
-    return folder.is_dir() and any(entry.suffix in WEIGHTS for entry in folder.iterdir())
+    files = folder.iterdir() if folder.is_dir() else (folder,)
+    return any(file.suffix in WEIGHTS for file in files)
 
 
 def recommendation(choices: Iterable[Choice]) -> str:
@@ -306,6 +308,9 @@ def _alternative(best: Choice, staying: Iterable[Choice]) -> str:
 def read_config(checkpoint: str | Path) -> tuple[dict[str, Any], str]:
     """The configuration of a folder, a file or a Hub id, and where it was read."""
     path = Path(checkpoint)
+    if gguf_file(path):
+        opened = open_checkpoint(path)
+        return opened.config, str(opened.config_file)
     file = path / CONFIG if path.is_dir() else path
     if not file.is_file():
         if (name := hub_name(checkpoint)) is None:

@@ -16,10 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from ane_moe.checkpoints.folder import folders_of
+from ane_moe.checkpoints.gguf.header import read_gguf
+from ane_moe.checkpoints.gguf.model import gguf_file
+from ane_moe.checkpoints.gguf.vocabulary import read_vocabulary
 from ane_moe.errors import UserError
 from ane_moe.files import replaced
 from ane_moe.json_file import read_json
 from ane_moe.loop.tokenizer import Tokenizer, read_saved
+from ane_moe.original.gguf_tokenizer import tokenizer_of
 from ane_moe.original.tokenizer_record import FILE_NAME as RECORD
 from ane_moe.original.tokenizer_record import differences, record_of
 from ane_moe.quiet_transformers import quiet_transformers
@@ -60,6 +64,9 @@ def require_tokenizer(checkpoint: Path) -> None:
     which looks at the others."""
     from tokenizers import Tokenizer as Pipeline
 
+    if gguf_file(checkpoint):
+        read_tokenizer(checkpoint)
+        return
     holder = next(filter(vocabulary_files, folders_of(checkpoint)), checkpoint)
     try:
         Pipeline.from_file(str(holder / PIPELINE))
@@ -73,6 +80,9 @@ def read_tokenizer(checkpoint: Path) -> Tokenizer | None:
 
     Raises UserError when it cannot be read here, naming the missing package where that is why.
     """
+    if file := gguf_file(checkpoint):
+        vocabulary = read_vocabulary(read_gguf(file).metadata)
+        return None if isinstance(vocabulary, str) else Tokenizer(tokenizer_of(vocabulary))
     checkpoint = next(filter(vocabulary_files, folders_of(checkpoint)), checkpoint)
     found = vocabulary_files(checkpoint)
     if not found:

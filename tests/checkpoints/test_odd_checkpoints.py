@@ -471,8 +471,7 @@ def made(folder: Path, *names: str) -> Path:
 
 FOREIGN: dict[str, tuple[tuple[str, ...], str]] = {
     "an adapter": (("adapter_config.json", "adapter_model.safetensors"), "holds an adapter"),
-    "GGUF": (("model-Q4_K_M.gguf",), "holds a GGUF model.*model-Q4_K_M.gguf.*safetensors model"),
-    "GGUF with config.json": (("config.json", "m.gguf"), "holds a GGUF model"),
+    "GGML": (("model-q4_0.ggml",), "holds a GGML model.*model-q4_0.ggml.*take a GGUF"),
     "Meta": (("params.json", "consolidated.00.pth"), "original layout"),
     "Mistral": (("params.json", "consolidated.safetensors", "config.json"), "original layout"),
     "pickled": (("config.json", "pytorch_model.bin"), "pickled weights.*save_pretrained"),
@@ -502,7 +501,7 @@ def test_the_cache_of_a_model_gives_the_snapshot_that_main_names(tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("model.gguf", "a GGUF model"),
+        ("model.ggml", "a GGML model"),
         ("config.json", "give its folder"),
         ("pytorch_model.bin", "pickled weights"),
     ],
