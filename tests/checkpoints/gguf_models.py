@@ -24,6 +24,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "olmoe": {"hidden_size": 96, "head_dim": 16, "clip_qkv": None},
     "mixtral": {"hidden_size": 96, "intermediate_size": 64},
     "granitemoe": {"hidden_size": 96, "head_dim": 24, "intermediate_size": 32},
+    "gpt_oss": {
+        "hidden_size": 96,
+        "intermediate_size": 64,
+        "swiglu_limit": 7.0,
+        "swiglu_alpha": 1.702,
+    },
     "lfm2_moe": {"hidden_size": 96, "routed_scaling_factor": 1.0},
 }
 ARCHITECTURES = {
@@ -32,6 +38,7 @@ ARCHITECTURES = {
     "olmoe": gguf.MODEL_ARCH.OLMOE,
     "mixtral": gguf.MODEL_ARCH.LLAMA,
     "granitemoe": gguf.MODEL_ARCH.GRANITE_MOE,
+    "gpt_oss": gguf.MODEL_ARCH.GPT_OSS,
     "lfm2_moe": gguf.MODEL_ARCH.LFM2MOE,
 }
 PERMUTED = ("mixtral", "granitemoe")
@@ -59,21 +66,31 @@ def save_both(
         tensors |= load_file(file)
         file.unlink()
     (plain / "model.safetensors.index.json").unlink(missing_ok=True)
-    stored = {name: _stored(name, tensor, kind) for name, tensor in tensors.items()}
+    stored = {name: _stored(name, _turned(name, each), kind) for name, each in tensors.items()}
     numbers = {
-        name: torch.from_numpy(gguf.quants.dequantize(data, own).astype(np.float32))
+        name: _turned(name, torch.from_numpy(gguf.quants.dequantize(data, own).astype(np.float32)))
         for name, (data, own) in stored.items()
     }
-    shaped = {name: number.reshape(tensors[name].shape) for name, number in numbers.items()}
+    shaped = {
+        name: number.reshape(tensors[name].shape).contiguous() for name, number in numbers.items()
+    }
     save_file(shaped, plain / "model.safetensors", {"format": "pt"})
     return write(folder / "model.gguf", config, stored, parts, fused, facts), plain
+
+
+def _turned(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """gpt-oss' experts the other way round."""
+    return tensor.mT.contiguous() if re.search(r"experts\.(gate_up|down)_proj$", name) else tensor
 
 
 def _stored(name: str, tensor: torch.Tensor, kind: Kind) -> tuple[np.ndarray, Kind]:
     """As llama.cpp chooses: vectors, routers and short convolutions stay fp32, rows that are no
     whole blocks fp16."""
     whole = (
-        tensor.squeeze().ndim < 2 or "conv.conv" in name or re.search(r"gate\.weight|router", name)
+        tensor.squeeze().ndim < 2
+        or "bias" in name
+        or "conv.conv" in name
+        or re.search(r"gate\.weight|router", name)
     )
     if whole:
         return tensor.float().numpy(), Kind.F32
@@ -138,6 +155,14 @@ def _laid_out(
                 yield f"{base}experts.{matrix}.weight", (np.ascontiguousarray(part), kind)
         elif name.endswith("output_linear.weight"):
             yield name.replace("output_linear", "experts.w2"), (data, kind)
+        elif found := re.fullmatch(r"(.+experts)\.gate_up_proj(_bias)?", name):
+            end = "bias" if found[2] else "weight"
+            for number, matrix in enumerate(("gate_proj", "up_proj")):
+                yield f"{found[1]}.{matrix}.{end}", (np.ascontiguousarray(data[:, number::2]), kind)
+        elif found := re.fullmatch(r"(.+experts\.down_proj)(_bias)?", name):
+            yield f"{found[1]}.{'bias' if found[2] else 'weight'}", (data, kind)
+        elif name.endswith("sinks"):
+            yield f"{name}.weight", (data, kind)
         elif name.endswith("shared_expert_gate.weight"):
             yield name, (data.reshape(-1), kind)
         elif name.endswith("expert_bias"):
@@ -174,11 +199,17 @@ def _metadata(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        if "beta_fast" in rope:
+            writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+            writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
     writer.add_layer_norm_rms_eps(config.get("rms_norm_eps") or config["norm_eps"])
     writer.add_expert_count(config.get("num_local_experts") or config["num_experts"])
     writer.add_expert_used_count(config["num_experts_per_tok"])
     if "moe_intermediate_size" in config:
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    if family == "gpt_oss":
+        writer.add_sliding_window(config["sliding_window"])
+        writer.add_expert_feed_forward_length(config["intermediate_size"])
     if family == "qwen2_moe":
         writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
     if family in PERMUTED:

@@ -159,7 +159,7 @@ def same(model: Checkpoint, plain: Checkpoint) -> None:
         assert np.array_equal(model.read(source), plain.read(plain_sources[name])), name
 
 
-@pytest.mark.parametrize("family", ["granitemoe", "lfm2_moe", "mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["gpt_oss", "granitemoe", "lfm2_moe", "mixtral", "qwen2_moe"])
 def test_the_golden_of_a_gguf_model_is_that_of_its_numbers(family: str, tmp_path: Path) -> None:
     logits = []
     for number, path in enumerate(save_both(make(family), tmp_path, Kind.Q8_0)):
@@ -309,7 +309,7 @@ def test_metadata_that_would_change_the_model_are_refused(
 
 def test_unknown_and_dense_architectures_are_called_by_name(tmp_path: Path) -> None:
     for name, said in (
-        ("gemma3", "'gemma3'; known: granitemoe, lfm2moe, llama"),
+        ("gemma3", "'gemma3'; known: gpt-oss, granitemoe, lfm2moe"),
         ("llama", "dense"),
     ):
         writer = gguf.GGUFWriter(tmp_path / "m.gguf", name)

@@ -11,6 +11,16 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Stacks:
+    """Tensors of a layer's experts where transformers has them together. `turned`: what enters a
+    matrix comes first, and gate and up alternate; biases are beside them."""
+
+    gate_up: str
+    down: str
+    turned: bool = False
+
+
+@dataclass(frozen=True)
 class Architecture:
     """`fields`: config.json's field by the metadata key after the architecture's name; `fixed`:
     fields that have one value, where no metadata give another; `agreeing`: metadata that must have
@@ -19,19 +29,22 @@ class Architecture:
     `names`: what a tensor of a layer is called there and in transformers, without `weight` and
     `bias`; `top`: the same outside of layers. `experts` is the module in which they lie, one by
     one; `stacks` the tensors into which they are put together, where transformers has them so.
-    `neighbours`: heads of queries and keys are rotated in pairs of neighbours.
+    `neighbours`: heads of queries and keys are rotated in pairs of neighbours. `kinds` of layers
+    follow each other in turn; `yarn`: fields of that kind of rotary table which no metadata give.
     """
 
     model_type: str
     fields: Mapping[str, str]
     names: Mapping[str, str]
     experts: str = ""
-    stacks: tuple[str, str] | None = None
+    stacks: Stacks | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
     agreeing: Mapping[str, Any] = field(default_factory=dict)
     biases: Mapping[str, str] = field(default_factory=dict)
     top: Mapping[str, str] = field(default_factory=dict)
     neighbours: bool = False
+    kinds: tuple[str, ...] = ()
+    yarn: Mapping[str, Any] = field(default_factory=dict)
 
 
 FIELDS = {
@@ -120,7 +133,7 @@ ARCHITECTURES = {
             "logit_scale": "logits_scaling",
         },
         ATTENTION | {"ffn_gate_inp": "block_sparse_moe.router.layer"},
-        stacks=(
+        stacks=Stacks(
             "block_sparse_moe.input_linear.weight",
             "block_sparse_moe.output_linear.weight",
         ),
@@ -128,6 +141,25 @@ ARCHITECTURES = {
         agreeing=SOFTMAX,
         biases={"attention_bias": "attn_q"},
         neighbours=True,
+    ),
+    "gpt-oss": Architecture(
+        "gpt_oss",
+        LOCAL
+        | {
+            "attention.sliding_window": "sliding_window",
+            "expert_feed_forward_length": "intermediate_size",
+        },
+        ATTENTION
+        | {
+            "attn_sinks": "self_attn.sinks",
+            "ffn_gate_inp": "mlp.router",
+            "post_attention_norm": "post_attention_layernorm",
+        },
+        stacks=Stacks("mlp.experts.gate_up_proj", "mlp.experts.down_proj", turned=True),
+        fixed=SILU | {"swiglu_limit": 7.0},
+        biases={"attention_bias": "attn_q"},
+        kinds=("sliding_attention", "full_attention"),
+        yarn={"truncate": False},
     ),
     "lfm2moe": Architecture(
         "lfm2_moe",

@@ -1,6 +1,7 @@
 """config.json of a GGUF file's model, out of its metadata."""
 
 from collections.abc import Collection, Mapping
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -58,11 +59,15 @@ def config_of(file: GgufFile, tensors: Mapping[str, StoredTensor]) -> dict[str, 
     config: dict[str, Any] = {"model_type": known.model_type, **known.fixed}
     config |= {field: facts[key] for key, field in known.fields.items() if key in facts}
     config |= _of_layers(config)
+    if known.kinds and isinstance(layers := config.get("num_hidden_layers"), int):
+        config["layer_types"] = list(islice(cycle(known.kinds), min(layers, MOST)))
     _require_known(file, known, facts, head_of(config))
     rope = {"rope_theta": ROPE_BASE, "rope_type": "default"}
     rope |= {field: facts[key] for key, field in ROPE.items() if key in facts}
     if rope["rope_type"] in UNSCALED:
         rope = {"rope_theta": rope["rope_theta"], "rope_type": "default"}
+    elif rope["rope_type"] == "yarn":
+        rope |= known.yarn
     config |= {field: _holds(tensors, name) for field, name in known.biases.items()}
     config |= {"rope_parameters": rope, "tie_word_embeddings": HEAD not in tensors}
     if EMBEDDING in tensors:
