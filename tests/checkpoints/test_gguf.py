@@ -1,6 +1,7 @@
 """GGUF files, read as the checkpoints they were made from: numbers against transformers' and gguf's
 decoders, whole models against the safetensors checkpoint of the same numbers."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,17 @@ def test_a_gguf_model_converts_and_verifies(
     assert "GGUF: Q8_0 decoded exactly" in " ".join((printed + said).split())
     code, printed, said = ran(capsys, "verify", out, "--checkpoint", path)
     assert code == 0, printed + said
+
+
+def test_a_plan_is_made_of_a_gguf_file_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planned = []
+    for path in save_both(make("olmoe", num_hidden_layers=2), tmp_path, Kind.Q8_0):
+        code, printed, said = ran(capsys, "plan", path, "--json")
+        assert code == 0, said
+        planned.append(json.loads(printed))
+    assert planned[0]["choices"] == planned[1]["choices"]
 
 
 # --- what is wrong with a file
