@@ -244,6 +244,8 @@ def make_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
                 parameter.normal_().div_(parameter[0].numel() ** 0.5)
             elif "gate.router_mlp" in name and parameter.dim() == 2:  # and routing hardly decided
                 parameter.normal_().mul_(3 * parameter.shape[1] ** -0.5)
+            elif name.endswith(("A_log", "dt_bias")):  # slow decays and fast ones
+                parameter.uniform_(-4, 1.5)
             elif name.endswith("bias"):
                 parameter.copy_(0.1 * torch.randn_like(parameter))
             elif name.endswith("sinks"):

@@ -63,7 +63,7 @@ class TorchModel:
         array = array if source.index is None else array[source.index]
         array = array if source.rows is None else array[slice(*source.rows)]
         array = source.arranged(np.ascontiguousarray(array)).reshape(source.shape)
-        array = array * np.float32(source.scale)
+        array = (array + np.float32(source.offset)) * np.float32(source.scale)
         return torch.from_numpy(np.ascontiguousarray(array))
 
     def _block(self, shard):

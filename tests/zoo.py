@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Fields = dict[str, Any]
-WITH_IMAGES = ("aria", "glm4v_moe", "qwen3_vl_moe")
+WITH_IMAGES = ("aria", "glm4v_moe", "qwen3_5_moe", "qwen3_vl_moe")
 
 COMMON: Fields = {
     "vocab_size": 211,
@@ -71,6 +71,32 @@ GRANITE: Fields = {
     "logits_scaling": 6.0,
     "tie_word_embeddings": True,
     "shared_intermediate_size": 52,
+}
+LINEAR = "linear_attention"
+DELTA: Fields = {
+    "layer_types": [LINEAR, FULL],
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 32,  # the last axis of a state
+    "linear_value_head_dim": 20,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "moe_intermediate_size": 40,
+    "shared_expert_intermediate_size": 52,
+    "num_experts": 12,
+    "num_experts_per_tok": 3,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.25,
+    },
+}
+DELTA_VISION: Fields = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "out_hidden_size": 72,
+    "num_position_embeddings": 16,
 }
 
 
@@ -451,5 +477,34 @@ ROWS: dict[str, Row] = {
                 }
             },
         },
+    ),
+    "qwen3_next": Row(
+        {
+            **DELTA,
+            "intermediate_size": 100,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "norm_topk_prob": True,
+        },
+        {
+            "other sizes": {
+                "layer_types": [FULL, LINEAR],
+                "linear_conv_kernel_dim": 2,
+                "linear_num_key_heads": 3,
+                "linear_num_value_heads": 3,
+                "mlp_only_layers": [0],
+                "norm_topk_prob": False,
+                "tie_word_embeddings": True,
+            }
+        },
+    ),
+    "qwen3_5_moe_text": Row(DELTA, {"one head": {"linear_num_key_heads": 1}}),
+    "qwen3_5_moe": Row(
+        {
+            "text_config": {**COMMON, **DELTA},
+            "vision_config": DELTA_VISION,
+            "tie_word_embeddings": False,
+        },
+        fused=False,
     ),
 }

@@ -63,7 +63,7 @@ class TensorSource:
     (one expert of a fused tensor), then `rows` [first, last) of what is left, then `columns` of the
     last axis (first, last, step), then the transpose, then of `runs` (size, first, last) of rows
     those from first to last of each, then of each run of `pairs` rows the even ones first, then
-    times `scale`. `weight` is our tensor's row: what it is for.
+    plus `offset`, times `scale`. `weight` is our tensor's row: what it is for.
     """
 
     name: WeightName
@@ -77,6 +77,7 @@ class TensorSource:
     columns: tuple[int, int, int] | None = None
     pairs: int = 0
     runs: tuple[int, int, int] | None = None
+    offset: float = 0.0
 
     @property
     def role(self) -> str | None:
@@ -273,6 +274,9 @@ class Checkpoint:
         if source.weight and source.weight.centred:  # a short vector: all of it is in one piece
             wide = widened(stored, tensor.dtype) * np.float32(scale)
             narrow[...] = narrowed(wide - wide.max())
+        elif source.offset:
+            wide = widened(stored, tensor.dtype) * np.float32(tensor.scale)
+            narrow[...] = narrowed((wide + np.float32(source.offset)) * np.float32(source.scale))
         else:
             narrow_into(narrow, stored, tensor.dtype, scale)
 
@@ -306,9 +310,10 @@ class Checkpoint:
             bool(source.weight and source.weight.centred),
         )
         rare = (source.columns, source.pairs, self.tensors[source.key].scale)
-        runs = () if source.runs is None else (source.runs,)
-        if (*rare, *runs) != (None, 0, 1.0):  # others keep the keys that they had
-            return repr((*facts, *rare, *runs)).encode() + b"\n"
+        rarer: tuple[object, ...] = () if source.runs is None else (source.runs,)
+        rarer += (source.offset,) if source.offset else ()
+        if (*rare, *rarer) != (None, 0, 1.0):  # others keep the keys that they had
+            return repr((*facts, *rare, *rarer)).encode() + b"\n"
         return repr(facts).encode() + b"\n"
 
     def _require_one_vocabulary(self, sources: Mapping[WeightName, TensorSource]) -> None:

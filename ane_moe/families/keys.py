@@ -58,6 +58,13 @@ class Only:
 
 
 @dataclass(frozen=True)
+class AroundOne:
+    """A multiplier of which the checkpoint has what differs from 1."""
+
+    key: str
+
+
+@dataclass(frozen=True)
 class Runs:
     """Of each run of rows those that are of `part`. A run is made up of parts `of` so many rows as
     those fields of the layer's mixer say; what is rotated may be in pairs of neighbours."""
@@ -67,7 +74,7 @@ class Runs:
     part: str
 
 
-Entry = str | Fused | Rows | Paired | Only | Runs
+Entry = str | Fused | Rows | Paired | Only | AroundOne | Runs
 KeyTable = Mapping[str, tuple[Entry, ...]]
 
 LAYER = "model.layers.{layer}"
@@ -144,6 +151,9 @@ def _source(spec: ModelSpec, name: WeightName, weight: Weight, entry: Entry) -> 
     if isinstance(entry, Only):
         key, whole = entry.key.format(**numbers), (1, *weight.shape)
         return TensorSource(name, key, whole, index=0, scale=scale, weight=weight)
+    if isinstance(entry, AroundOne):
+        key = entry.key.format(**numbers)
+        return TensorSource(name, key, weight.shape, scale=scale, weight=weight, offset=1.0)
     if isinstance(entry, Runs):
         return _run_source(spec, name, weight, entry)
     assert name.layer is not None

@@ -1,7 +1,7 @@
 """Mixtures of experts that transformers has and no family describes: what is nearest, and what that
 lacks."""
 
-DSA, MLA, DELTA = "sparse attention by an index", "deepseek_v3", "gated delta-rule layers"
+DSA, MLA = "sparse attention by an index", "deepseek_v3"
 # model_type -> (the supported one that is nearest, or nothing; what it has not got).
 MISSING: dict[str, tuple[str, str]] = {
     "axk1": (MLA, "a norm after the experts alone"),
@@ -38,10 +38,8 @@ MISSING: dict[str, tuple[str, str]] = {
     "mistral_large4": (MLA, f"{DSA}, a temperature of attention"),
     "muse_spark": ("afmoe", "experts that work on a latent, a norm after each"),
     "nemotron_h": ("", "Mamba-2 layers, one mixer or feed-forward block in a layer, no gate"),
-    "qwen3_5_moe": ("qwen2_moe", f"{DELTA}, attention gated by a part of the queries"),
-    "qwen3_next": ("qwen2_moe", f"{DELTA}, attention gated by a part of the queries"),
     "qwen3_omni_moe": ("qwen3_moe", "a nested configuration, beside what hears and speaks"),
-    "qwen4_exp": ("qwen2_moe", f"{DELTA}, tables of n-grams, {DSA}"),
+    "qwen4_exp": ("qwen3_next", f"tables of n-grams, {DSA}"),
     "step3p7": ("afmoe", "limits of the activation by layer, gates by head of its own form"),
     "unlimited_ocr": ("deepseek_v2", "attention without a latent, an encoder of images"),
 }

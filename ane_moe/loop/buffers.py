@@ -115,6 +115,12 @@ def _shift(array: np.ndarray, slot: str, at: Placement) -> None:
         array[0, 0, at.count + column, column] = 1
 
 
+def _real(array: np.ndarray, slot: str, at: Placement) -> None:
+    """`(1, 1, 1, T)`: 1 for the call's tokens, 0 for padding."""
+    array.fill(0)
+    array[..., : at.count] = 1
+
+
 Rule = Callable[[np.ndarray, str, Placement], None]
 RULES: dict[str, Rule] = {
     "mask": _mask,
@@ -122,6 +128,7 @@ RULES: dict[str, Rule] = {
     "keep": _keep,
     "rope": _rope,
     "shift": _shift,
+    "real": _real,
 }
 
 

@@ -3,6 +3,7 @@
 from ane_moe.model.attention import AttentionConfig
 from ane_moe.model.band import BandConfig
 from ane_moe.model.cca import CcaConfig, CcaSpec
+from ane_moe.model.delta_net import DeltaNetConfig, DeltaNetSpec
 from ane_moe.model.mixer import MixerConfig
 from ane_moe.model.mla import MlaConfig, MlaSpec
 from ane_moe.model.short_conv import ShortConvConfig, ShortConvSpec
@@ -14,6 +15,7 @@ CONFIGS: dict[type, type[MixerConfig]] = {
     CcaSpec: CcaConfig,
     ShortConvSpec: ShortConvConfig,
     MlaSpec: MlaConfig,
+    DeltaNetSpec: DeltaNetConfig,
 }
 
 

@@ -15,8 +15,9 @@ in slots alone: whoever runs a model fills a function's input slots, calls it, a
     write  keep             one-hot rows for the cache slots of the call's tokens; the untouched
     slots
     shift.2                 one-hot columns that keep the last 2 real tokens of a state and a call
+    real                    1 for the tokens of a call, 0 for padding
 
-The last four are made by the host, by rules of `loop/buffers.py`; functions fill the others.
+The last five are made by the host, by rules of `loop/buffers.py`; functions fill the others.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -68,6 +68,11 @@ class GqaSpec:
     gate: Literal["none", "sigmoid", "softplus"] = "none"
     gate_by_head: bool = False
 
+    @property
+    def gate_rows(self) -> int:
+        """Rows of each head's gate, where a checkpoint has those after the head's queries."""
+        return 1 if self.gate_by_head else self.head_dim
+
     def rows(self, d_model: int) -> Iterator[Weight]:
         """The tensors of a layer's attention."""
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim

@@ -132,7 +132,7 @@ class StoredTensors:
         self.dtypes: dict[str, torch.dtype] = {}
         for name, place in self._places.items():
             self._names.setdefault(place.key, []).append(name)
-            wide = place.scale != 1 or _choice(manifest, place).rank
+            wide = place.scale != 1 or place.offset or _choice(manifest, place).rank
             before = self.dtypes.get(place.key, torch.float16)
             self.dtypes[place.key] = torch.float32 if wide else before
         self.origins = {key: key for key in self._names}
@@ -225,10 +225,10 @@ def _choice(manifest: Manifest, source: TensorSource) -> Choice:
 
 
 def _fill(stored: torch.Tensor, source: TensorSource, value: np.ndarray) -> None:
-    """Put one of our tensors where the checkpoint has it, its folded multiplier taken out again."""
+    """Put one of our tensors where the checkpoint has it, what was folded in taken out again."""
     start, count = source.region
-    if source.scale != 1:
-        value = value.astype(np.float32) / source.scale
+    if source.scale != 1 or source.offset:
+        value = value.astype(np.float32) / source.scale - source.offset
     region = stored.numpy().reshape(-1)[start : start + count].reshape(source.region_shape)
     place = source.arranged(region)
     place[...] = value.reshape(place.shape)

@@ -13,10 +13,12 @@ MASKED = -1e4
 class Block(nn.Module):
     """Called with the inputs and states of its ports by keyword; returns its outputs by name.
 
-    `forward` never reads the token count: one trace serves every T.
+    `forward` never reads the token count: one trace serves every T. A block that computes calls of
+    different widths in different ways says so (`one_trace`), and is traced for each.
     """
 
     config: PartConfig
+    one_trace = True
 
     def ports(self, tokens: int) -> Ports:
         return self.config.ports(tokens)

@@ -3,12 +3,14 @@
 from ane_moe.model.attention import AttentionConfig
 from ane_moe.model.band import BandConfig
 from ane_moe.model.cca import CcaConfig
+from ane_moe.model.delta_net import DeltaNetConfig
 from ane_moe.model.mixer import MixerConfig
 from ane_moe.model.mla import MlaConfig
 from ane_moe.model.short_conv import ShortConvConfig
 from ane_moe.parts.attention import Attention
 from ane_moe.parts.band import BandAttention
 from ane_moe.parts.cca import Cca
+from ane_moe.parts.delta_net import DeltaNet
 from ane_moe.parts.mixer import Mixer
 from ane_moe.parts.mla import Mla
 from ane_moe.parts.short_conv import ShortConv
@@ -19,6 +21,7 @@ MIXERS: dict[type[MixerConfig], type[Mixer]] = {
     CcaConfig: Cca,
     ShortConvConfig: ShortConv,
     MlaConfig: Mla,
+    DeltaNetConfig: DeltaNet,
 }
 
 

@@ -37,6 +37,7 @@ class RoutedMixer(Block):
         super().__init__()
         self.config = config
         self.attn = make_mixer(config.mixer)
+        self.one_trace = self.attn.one_trace
         self.ffn = Routing(config)
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ class Stack(Block):
         self.config = config
         self._each = [StackedLayer(*layer) for layer in config.layers]
         self.layers = nn.ModuleList(self._each)
+        self.one_trace = all(layer.attn.one_trace for layer in self._each)
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         outputs: dict[str, Tensor] = {}

@@ -12,6 +12,7 @@ import torch
 
 from ane_moe.checkpoints.checkpoint import open_checkpoint
 from ane_moe.families import describe
+from ane_moe.model.delta_net import DeltaNetSpec
 from ane_moe.model.mla import MlaSpec
 from ane_moe.model.sparse_mixer import SparseMixerSpec
 from ane_moe.model.spec import GqaSpec, ModelSpec, MoeSpec, RouterSpec
@@ -19,8 +20,9 @@ from tests.models import make_model, save_checkpoint, save_fused
 from tests.torch_model import TorchModel
 from tests.zoo import ROWS
 
-# Two fp32 implementations differ by rounding; logits of these models are 1 to 4.
-ROUNDING, WRONG = 2e-5, 2e-4
+# Two fp32 implementations differ by rounding; logits of these models are 1 to 4. Hugging Face's own
+# chunks of a delta net are up to 2e-5 from what they give in fp64.
+ROUNDING, WRONG = 4e-5, 2e-4
 IDS = np.random.default_rng(0).integers(3, 211, 24).tolist()
 CASES = [(family, variant) for family, row in ROWS.items() for variant in ("", *row.variants)]
 
@@ -92,6 +94,17 @@ def of_latents(spec: ModelSpec, change: Change) -> ModelSpec:
         lambda layer: (
             {"mixer": replace(layer.mixer, **change(layer.mixer))}
             if isinstance(layer.mixer, MlaSpec)
+            else {}
+        ),
+    )
+
+
+def of_delta_nets(spec: ModelSpec, change: Change) -> ModelSpec:
+    return of_layers(
+        spec,
+        lambda layer: (
+            {"mixer": replace(layer.mixer, **change(layer.mixer))}
+            if isinstance(layer.mixer, DeltaNetSpec)
             else {}
         ),
     )
@@ -221,6 +234,16 @@ MUTATIONS: dict[str, tuple[Callable[[ModelSpec, Change], ModelSpec], Change]] = 
     "latent eps": (of_latents, lambda m: {"latent_eps": 0.1}),
     "no latent biases": (of_latents, lambda m: {"bias": False}),
     "latent rotation": (of_latents, lambda m: {"rope": None}),
+    "delta eps": (of_delta_nets, lambda m: {"eps": m.eps + 0.1}),
+    "one key head": (of_delta_nets, lambda m: {"key_heads": 1, "key_dim": m.queries}),
+    "narrower keys": (
+        of_delta_nets,
+        lambda m: (
+            {"key_heads": m.value_heads, "key_dim": m.queries // m.value_heads}
+            if m.queries % m.value_heads == 0
+            else {}
+        ),
+    ),
     "pairs of neighbours": (of_latents, lambda m: {"interleaved": not m.interleaved}),
 }
 # What cannot be told: a norm after the rotation takes the factor of all its channels out.

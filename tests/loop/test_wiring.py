@@ -160,6 +160,7 @@ def test_the_hosts_own_slots_at_a_position():
             "keep": (1, 1, 1, 6),
             "rope.main.cos": (1, 1, 2, 3),
             "shift.2": (1, 1, 5, 2),
+            "real": (1, 1, 1, 3),
         }.items()
     }
     slots.place(2, 2)  # two real tokens at positions 2 and 3, and one of padding
@@ -177,6 +178,7 @@ def test_the_hosts_own_slots_at_a_position():
     assert wanted["write"][0, 0].tolist() == [[0, 0, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0] * 6]
     assert wanted["keep"][0, 0, 0].tolist() == [1, 1, 0, 0, 1, 1]
     assert wanted["rope.main.cos"][0, 0, :, :2].tolist() == [[4, 6], [5, 7]]
+    assert wanted["real"][0, 0].tolist() == [[1, 1, 0]]
     # Of two kept columns and three of the call, the last two that are real: both of the call's.
     assert wanted["shift.2"][0, 0].T.tolist() == [[0, 0, 1, 0, 0], [0, 0, 0, 1, 0]]
 

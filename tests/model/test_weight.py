@@ -7,6 +7,7 @@ import pytest
 from ane_moe.model.attention import AttentionConfig
 from ane_moe.model.band import BandConfig
 from ane_moe.model.cca import CcaConfig, CcaSpec
+from ane_moe.model.delta_net import DeltaNetConfig, DeltaNetSpec
 from ane_moe.model.eda_router import EdaRouterSpec
 from ane_moe.model.experts import ExpertGroupConfig, SharedExpertConfig
 from ane_moe.model.head import HeadConfig
@@ -72,6 +73,7 @@ CONFIGS = [
     MoeConfig(D, NORM, MOE, 2, True, norms="after"),
     DenseConfig(D, NORM, MlpSpec(24), norms="around"),
     JoinConfig(D, NORM),
+    DeltaNetConfig(D, NORM, DeltaNetSpec(2, 4, 8, 6, 3, 1e-6), ranks=(("query", 2), ("z", 1))),
 ]
 SPEC = ModelSpec(
     "any", D, 50, 64, NORM, (LayerSpec(GQA, MOE), LayerSpec(FULL, MlpSpec(40))), HeadSpec(False), {}

@@ -70,11 +70,22 @@ def make_template(key: TemplateKey) -> Template:
     """
     block = build_unbound(key.block)
     weights = {name: tuple(parameter.shape) for name, parameter in block.named_parameters()}
-    traced = _trace(block, block.ports(1), key.layout)
-    program = _convert(traced, block.ports(MARKER), weights, key.layout)
-    return Template(
-        _join({name: with_token_count(program, tokens) for name, tokens in key.functions}), weights
-    )
+    if block.one_trace:
+        whole = _program(key, weights, 1, MARKER)
+        programs = {name: with_token_count(whole, tokens) for name, tokens in key.functions}
+    else:
+        programs = {name: _program(key, weights, tokens, tokens) for name, tokens in key.functions}
+    return Template(_join(programs), weights)
+
+
+def _program(
+    key: TemplateKey, weights: dict[str, Shape], traced_for: int, tokens: int
+) -> Model_pb2.Model:
+    """The block converted for calls of so many tokens. Tracing puts plain tensors where a block had
+    its parameters: each trace takes a fresh one."""
+    block = build_unbound(key.block)
+    traced = _trace(block, block.ports(traced_for), key.layout)
+    return _convert(traced, block.ports(tokens), weights, key.layout)
 
 
 class _Unbound(nn.Module):
@@ -117,8 +128,7 @@ def _declared(ports: Iterable[Port], layout: str) -> dict[str, Shape]:
 
 
 def _trace(block: Block, ports: Ports, layout: str) -> torch.jit.ScriptModule:
-    """Trace the block at one token. Blocks never read the token count, so the graph holds for
-    any."""
+    """Trace the block, at one token where the graph holds for any."""
     shapes = [*_declared(ports.inputs, layout).values()]
     shapes += [tuple(parameter.shape) for parameter in block.parameters()]
     # Stride 0: any shape in four bytes.

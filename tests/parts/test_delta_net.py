@@ -1,0 +1,151 @@
+"""Gated delta net, against transformers' own recurrence."""
+
+import numpy as np
+import pytest
+import torch
+from transformers.models.qwen3_next.modeling_qwen3_next import (
+    torch_recurrent_gated_delta_rule as recurrence,
+)
+
+from ane_moe.loop.buffers import RULES, Placement
+from ane_moe.model.delta_net import DeltaNetConfig, DeltaNetSpec
+from ane_moe.model.spec import NormSpec
+from ane_moe.parts import delta_net
+from ane_moe.parts.delta_net import UNIT, chunk, inverted, lost, one_step, softplus, unit
+from ane_moe.parts.unbound import build_unbound
+
+HEADS, KEY, VALUE, TOKENS = 3, 32, 20, 150
+SPEC = DeltaNetSpec(2, 6, KEY, VALUE, 4, 1e-6)
+CONFIG = DeltaNetConfig(24, NormSpec(), SPEC, slots=32, explicit=True)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def a_sequence(fastest: float, alike: bool):
+    """Queries, keys, values, logarithms of decays and betas, each `(1, N, H, ...)`. `alike`: keys
+    that hardly differ, all of which overwrite what was there."""
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, TOKENS, HEADS, width, generator=random) for width in (KEY, KEY, VALUE)
+    )
+    beta = torch.rand(1, TOKENS, HEADS, generator=random)
+    if alike:
+        k, beta = k[:, :1] + 0.01 * k, 0.95 + 0.05 * beta
+    return q, k, v, -fastest * torch.rand(1, TOKENS, HEADS, generator=random), beta
+
+
+def in_calls(sequence, tokens: int, dtype):
+    """Ours over calls of so many tokens, the last one padded with what must not count."""
+    q, k, v, decay, beta = sequence
+    rows = [x.permute(0, 2, 3, 1) for x in (q, k, v, beta[..., None], -UNIT * decay[..., None])]
+    memory, given = torch.zeros(1, HEADS, VALUE, KEY, dtype=dtype), []
+    for first in range(0, TOKENS, tokens):
+        count = min(tokens, TOKENS - first)
+        own = [x[..., first : first + count].to(dtype) for x in rows]
+        own = [torch.nn.functional.pad(x, (0, tokens - count)) for x in own]
+        for x in own[:3]:
+            x[..., count:] = 7
+        q, k, v, beta, decay = own
+        take_in = one_step if tokens == 1 else chunk
+        values, change = take_in(memory, unit(q), unit(k), v, beta, decay)
+        memory = memory + change
+        given.append(values[..., :count])
+    return torch.cat(given, dim=3).permute(0, 3, 1, 2) * KEY**-0.5, memory.transpose(2, 3)
+
+
+@pytest.mark.parametrize("alike", [False, True])
+@pytest.mark.parametrize("fastest", [0.01, 1.0, 20.0])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 64, TOKENS])
+def test_calls_of_any_width_compute_the_recurrence(tokens, fastest, alike):
+    sequence = a_sequence(fastest, alike)
+    q, k, v, decay, beta = sequence
+    expected, memory = recurrence(q, k, v, decay, beta, None, True, True)
+    for dtype, near in ((torch.float32, 2e-6), (torch.float16, 1e-2)):
+        given, kept = in_calls(sequence, tokens, dtype)
+        assert (given - expected).abs().max() < near * expected.abs().max()
+        assert (kept - memory).abs().max() < near * memory.abs().max()
+
+
+@pytest.mark.parametrize("wrong", ["inverted", "left", "lost", "unit"])
+def test_a_part_that_is_left_out_is_seen(wrong, monkeypatch):
+    sequence = a_sequence(1.0, alike=False)
+    q, k, v, decay, beta = sequence
+    expected, _ = recurrence(q, k, v, decay, beta, None, True, True)
+    instead = {
+        "inverted": lambda above, tokens: torch.eye(tokens).expand_as(above),
+        "left": torch.ones_like,
+        "lost": torch.zeros_like,
+        "unit": lambda x: x / x.shape[2] ** 0.5,
+    }
+    monkeypatch.setattr(delta_net, wrong, instead[wrong])
+    monkeypatch.setitem(globals(), wrong, instead[wrong])
+    given, _ = in_calls(sequence, 64, torch.float32)
+    assert (given - expected).abs().max() > 1e-2 * expected.abs().max()
+
+
+def test_an_inverse_stays_in_fp16_where_powers_would_not():
+    """Keys that are one: powers of the matrix pass 10^17, its inverse has no number above 1."""
+    above = torch.ones(64, 64).triu(1)
+    assert torch.linalg.matrix_power(above, 32).max() > 1e17
+    exact = np.linalg.inv(np.eye(64) + above.double().numpy())
+    assert np.abs(inverted(above.half()[None, None], 64)[0, 0].numpy() - exact).max() < 1e-3
+    random = (0.5 * torch.rand(64, 64, generator=torch.Generator().manual_seed(1))).triu(1)
+    exact = np.linalg.inv(np.eye(64) + random.double().numpy())
+    found = inverted(random.half()[None, None], 64)[0, 0].numpy()
+    assert np.abs(found - exact).max() < 2e-2 * np.abs(exact).max()
+
+
+def test_slow_decays_are_exact_in_fp16():
+    x = torch.linspace(-9, 30, 500).half()
+    exact = torch.nn.functional.softplus(x.double())
+    assert ((softplus(x) - exact) / exact).abs().max() < 4e-3
+    decay = torch.logspace(-4, 1.5, 200).half()
+    exact = torch.expm1(-decay.double())
+    assert ((lost(decay * UNIT) - exact) / exact).abs().max() < 3e-3
+    assert torch.exp(-decay[0]) == 1  # fp16 has no number for what is left
+
+
+def a_block(seed: int = 0):
+    block = build_unbound(CONFIG).to_empty(device="cpu").eval()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_(0, 0.4)
+    return block
+
+
+def call(block, x, position, tokens, states):
+    """A call of so many tokens; columns of padding hold what was there before."""
+    count = x.shape[3]
+    given = torch.nn.functional.pad(x, (0, tokens - count), value=11.0)
+    inputs = {"x": given, **states}
+    for port in block.ports(tokens).inputs:
+        if port.root in RULES:
+            array = np.zeros(port.shape, np.float32)
+            RULES[port.root](array, port.slot, Placement(position, count, {}))
+            inputs[port.name] = torch.from_numpy(array)
+    with torch.no_grad():
+        outputs = block(**inputs)
+    kept = {name: outputs[f"{name}_out"] for name in states}
+    return outputs["y"][..., :count], kept
+
+
+def test_padding_changes_neither_results_nor_states():
+    block, x = a_block(), torch.randn(1, 24, 1, 11)
+    empty = {port.name: torch.zeros(port.shape) for port in CONFIG.states}
+    whole, states = call(block, x, 0, 11, empty)
+    padded, padded_states = call(block, x, 0, 16, empty)
+    singles, one_by_one = [], empty
+    for token in range(11):
+        y, one_by_one = call(block, x[..., token : token + 1], token, 1, one_by_one)
+        singles.append(y)
+    for y, kept in ((padded, padded_states), (torch.cat(singles, dim=3), one_by_one)):
+        torch.testing.assert_close(y, whole, rtol=1e-4, atol=1e-5)
+        for name, state in states.items():
+            torch.testing.assert_close(kept[name], state, rtol=1e-4, atol=1e-5)
+    assert {name: state.abs().max() > 0.01 for name, state in states.items()} == dict.fromkeys(
+        states, True
+    )
