@@ -44,6 +44,7 @@ MIXERS = {
     "CcaSpec": "compressed convolutional attention",
     "ShortConvSpec": "short convolutions",
     "MlaSpec": "latent attention",
+    "DeltaNetSpec": "gated delta nets",
 }
 ROUTERS = {"EdaRouterSpec": "router with a state", "SparseMixerSpec": "sparse mixer"}
 

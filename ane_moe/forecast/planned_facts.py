@@ -39,6 +39,8 @@ OPERATIONS: dict[str, float] = {
     "experts.down": 7,  # with the gate that is cut out for it, too
     "shared_gate": 3,
     "recover_out": 2,
+    "value_norm": 12,
+    "rate": 55,  # with the step or chunk of a delta net
     "state": 7.5,  # reads and writes, and the shapes they need
 }
 # Of these, how many elementwise ones stand on the longest way. A test counts them too.

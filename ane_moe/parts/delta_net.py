@@ -24,9 +24,10 @@ from ane_moe.parts.residual import vector
 from ane_moe.parts.token_convolution import TokenConvolution
 
 LENGTH_EPS = 1e-6  # transformers' `l2norm`
-# Logarithms of decays are in sixteenths: sums of products have a resolution of 2^-16 on the engine.
+# Logarithms of decays are in sixteenths: sums of products have a resolution of 2^-16 on the engine,
+# and a limit of 32,768, which the most of 146 tokens keep.
 UNIT = 16
-MOST = 32  # exp(-32) is 0 in fp16
+MOST = 14  # exp(-14) is below 2^-20
 # Of the logarithm of a rate in these units; exp of more leaves fp16. Open ends become infinite
 # constants.
 RATES = (-16, 10)
@@ -69,8 +70,7 @@ class DeltaNet(Mixer):
         new = torch.cat([self.query(h), self.key(h), self.value(h)], dim=1)
         seen = joined("recent", new, m.history, inputs)
         mixed = silu(self.conv(seen))
-        q = self._by_head(unit(self._key_heads(mixed[:, : m.queries])))
-        k = self._by_head(unit(self._key_heads(mixed[:, m.queries : 2 * m.queries])))
+        q, k = self._queries_and_keys(mixed[:, : 2 * m.queries])
         v = mixed[:, 2 * m.queries :].reshape(1, m.value_heads, m.value_dim, -1)
         beta, decay = torch.sigmoid(self.beta(h)), self.decay(h)
         beta = beta.reshape(1, m.value_heads, 1, -1)
@@ -86,15 +86,14 @@ class DeltaNet(Mixer):
         }
         return self.o(self._gated(given, self.z(h))), kept
 
-    def _key_heads(self, channels: Tensor) -> Tensor:
-        """`(1, Hk Dk, 1, T) -> (Hk, 1, Dk, T)`."""
-        return channels.reshape(self.config.mixer.key_heads, 1, self.config.mixer.key_dim, -1)
-
-    def _by_head(self, heads: Tensor) -> Tensor:
-        """Each key head for the value heads that share it: `(Hk, 1, Dk, T) -> (1, H, Dk, T)`."""
+    def _queries_and_keys(self, channels: Tensor) -> tuple[Tensor, Tensor]:
+        """Of length 1, each for the value heads that share it: `(1, 2 Hk Dk, 1, T)` to two of `(1,
+        H, Dk, T)`."""
         m = self.config.mixer
+        heads = unit(channels.reshape(2 * m.key_heads, 1, m.key_dim, -1))
         shared = torch.ones(1, m.value_heads // m.key_heads, 1, 1, dtype=heads.dtype)
-        return (heads * shared).reshape(1, m.value_heads, m.key_dim, -1)
+        both = (heads * shared).reshape(1, 2 * m.value_heads, m.key_dim, -1)
+        return both[:, : m.value_heads], both[:, m.value_heads :]
 
     def _gated(self, given: Tensor, z: Tensor) -> Tensor:
         """`(1, H, Dv, T)` and `(1, H Dv, 1, T)` to `(1, H Dv, 1, T)`."""
