@@ -17,6 +17,7 @@ from ane_moe.model.spec import MlpSpec
 from ane_moe.parts.experts import tree_sum
 from ane_moe.parts.mlp import GatedMlp
 from ane_moe.runtime import load_package
+from ane_moe.runtime.reference.engine.arithmetic import Engine
 from ane_moe.runtime.reference.stored_matrix import StoredMatrix
 
 D, WIDTH, EXPERTS = 48, 80, 6
@@ -63,6 +64,14 @@ def converted(net: nn.Module, tokens: int, path: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
+def by_engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Experts in the engine's arithmetic, of five tokens."""
+    torch.manual_seed(0)
+    converted(Experts(), 5, path := tmp_path_factory.mktemp("engine") / "experts.mlpackage")
+    return load_package(path, runtime="reference", precision="engine")
+
+
+@pytest.fixture(scope="module")
 def functions(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Any]:
     """By the sign of the weights and tokens: with weights of one sign all products can be -0."""
     folder, made = tmp_path_factory.mktemp("experts"), {}
@@ -105,11 +114,15 @@ SCALES = st.sampled_from([0.0, 6e-8, 1e-3, 1.0, 5.0, 60.0, 3e3, 6e4, float("inf"
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**31), scale=SCALES)
 def test_not_a_bit_changes(
-    functions: dict[tuple[str, int], Any], data: st.DataObject, seed: int, scale: float
+    functions: dict[tuple[str, int], Any],
+    by_engine: Any,
+    data: st.DataObject,
+    seed: int,
+    scale: float,
 ) -> None:
     rng = np.random.default_rng(seed)
     np.seterr(all="ignore")
-    for (_, tokens), function in functions.items():
+    for (_, tokens), function in (*functions.items(), (("", 5), by_engine)):
         x = (rng.standard_normal((1, D, 1, tokens)) * scale).astype(np.float16)
         gates = data.draw(st.lists(GATES, min_size=EXPERTS, max_size=EXPERTS))
         by_token = np.repeat(np.array(gates, np.float16), tokens).reshape(1, EXPERTS, 1, tokens)
@@ -142,6 +155,29 @@ def test_only_chosen_experts_are_computed_once_their_weights_are_known(
     assert products(function, inputs_of(tokens, set())) == 0
     if tokens > 1:
         assert products(function, inputs_of(tokens, {0, 2})) == 2 * PRODUCTS
+
+
+def columns(function: Any, inputs: dict[str, np.ndarray]) -> int:
+    """Columns that a call multiplies in the engine's arithmetic."""
+    count, dot = 0, Engine._dot
+
+    def counted(self: Engine, w: torch.Tensor, x: torch.Tensor, start: None) -> torch.Tensor:
+        nonlocal count
+        count += x.shape[1]
+        return dot(self, w, x, start)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "_dot", counted)
+        function.predict(inputs)
+    return count
+
+
+def test_the_engines_arithmetic_takes_the_time_of_the_tokens_that_chose(by_engine: Any) -> None:
+    assert columns(by_engine, inputs_of(5, {0, 2, 3})) == 3 * PRODUCTS
+    assert columns(by_engine, inputs_of(5, set())) == 0
+    # Sums of the others could overflow, which the engine does not take back.
+    everything = inputs_of(5, {0}, scale=6e3)
+    assert columns(by_engine, everything) > 5 * (2 * EXPERTS - 1)
 
 
 def test_everything_is_computed_where_a_hidden_number_could_overflow(

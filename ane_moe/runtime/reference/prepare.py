@@ -22,7 +22,7 @@ from ane_moe.mlprogram.program import (
 from ane_moe.runtime.reference.dtypes import to_torch, torch_dtype
 from ane_moe.runtime.reference.op_error import OpError
 from ane_moe.runtime.reference.ops import TABLE
-from ane_moe.runtime.reference.ops.arithmetic import Arithmetic, Exact
+from ane_moe.runtime.reference.ops.arithmetic import Arithmetic
 from ane_moe.runtime.reference.ops.table import Kernel, Op, OpTable
 from ane_moe.runtime.reference.scope import FIRST, Expansion, Scope, Value, tensor_type
 from ane_moe.runtime.reference.steps import (
@@ -72,7 +72,8 @@ class Plan:
 def prepare(
     function: Function, arith: Arithmetic, matrices: Matrices, table: OpTable = TABLE
 ) -> Plan:
-    """Constant matrices stay as they are stored, in `matrices`, where sums are exact.
+    """Constant matrices stay as they are stored, in `matrices`, where the arithmetic takes
+    them so.
 
     Raises UserError for an op the runtime lacks and for operations that do not fit their op.
     """
@@ -115,7 +116,8 @@ class _Planner:
         read = frozenset(slot for step in top.steps.steps for slot in step.reads) | results
         made = frozenset(slot for step in self.setup.steps.steps for slot in step.writes)
         self.setup.steps.free_dead(read & made)
-        quick = lean(top.steps, results, frozenset(self.stored.values()), self.new_slot)
+        matrices = frozenset(self.stored.values())
+        quick = lean(top.steps, results, matrices, self.new_slot, self.arith.apart)
         return Plan(self.size, inputs, outputs, self.setup.steps, top.steps, quick, read & made)
 
     def new_slot(self) -> int:
@@ -343,7 +345,7 @@ class _Planner:
         tensors: Mapping[str, list[Value]],
     ) -> str | None:
         """The input that the op takes as a matrix as it is stored, if there is one."""
-        if op.matrix is None or not isinstance(self.arith, Exact):
+        if op.matrix is None or not self.arith.as_stored:
             return None
         name, takes = op.matrix
         floats = all(isinstance(kind, TensorType) and kind.dtype in FLOATS for kind in types)

@@ -60,6 +60,12 @@ class StoredMatrix:
         """Note the norms of the rows in the next product."""
         self._measures = True
 
+    def measure_now(self) -> None:
+        """Find the norms of the rows."""
+        self.measure()
+        for _ in self._blocks():
+            pass
+
     def times(self, columns: Tensor) -> Tensor:
         """`matrix @ columns`: fp16 or fp32 `(I, T) -> (O, T)`, or `(N, I, T) -> (N, O, T)`.
 
@@ -75,6 +81,11 @@ class StoredMatrix:
         for (first, last), block in zip(self._cuts, self._blocks(), strict=True):
             torch.mm(widened(block), wide, out=y[first:last])
         return y
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Runs of rows one after the other, as fp32."""
+        for (first, last), block in zip(self._cuts, self._blocks(), strict=True):
+            yield slice(first, last), widened(block)
 
     def applied(self, x: Tensor) -> Tensor:
         """`x @ matrix.T`: fp16 or fp32 `(..., I) -> (..., O)`, of the type that `times` gives."""

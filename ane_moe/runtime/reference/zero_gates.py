@@ -6,7 +6,12 @@ with a gate, and a convolution without bias. Where the gate is exactly zero and 
 the convolution gives zeros, whatever the chain computes. That it is finite is not assumed: by
 Cauchy's inequality a product with a row of weights is at most the norm of the row times the norm of
 the column, so a bound on the norm of `x` bounds each number of the chain. Above that bound, and
-until the norms of the rows are known (from the first call), everything is computed.
+until the norms of the rows are known (from the first call), everything is computed. The bound
+holds of partial sums in any order, too.
+
+Where the columns of a product are computed apart from each other, so are those of an expert: the
+columns of `x` whose gates are zero are made zeros, which take no time. A call is then so dear that
+the norms are found before it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +22,7 @@ from torch import Tensor
 
 from ane_moe.runtime.reference.steps import Slots, Step, Steps, Target
 
-LARGEST = 65504.0  # of fp16
+LARGEST = 32736.0  # fp16 and the engine's sums hold more
 ROUNDING = 1.001  # how much larger a rounded result can be, of fp16 and of sums in fp32
 # Powers of two between which the largest safe norm of an input is looked for, and the halvings.
 LOWEST, HIGHEST, HALVINGS = -10.0, 24.0, 10
@@ -51,6 +56,7 @@ class Gated:
     inner: Steps = field(default_factory=lambda: Steps(""))
     limit: float = -1.0  # norm of x up to which everything in the chain is finite
     known: bool = False  # the limit is
+    apart: bool = False  # columns are computed one by one
 
     @property
     def last(self) -> Step:
@@ -71,10 +77,22 @@ class Gated:
         """The convolution's result, by computing it or without."""
         if not self.known:
             self.prepare(slots)
-        if slots[self.norm] <= self.limit and not slots[self.gate].any():
+        if not slots[self.norm] <= self.limit:
+            self.inner.execute(slots)
+        elif not slots[self.gate].any():
             slots[self.result.slot] = torch.zeros(self.shape, dtype=self.result.dtype)
+        elif self.apart:
+            self._run_apart(slots)
         else:
             self.inner.execute(slots)
+
+    def _run_apart(self, slots: Slots) -> None:
+        """With only those columns of `x` that have a gate."""
+        x, chosen = slots[self.x], slots[self.gate].bool().any(1, keepdim=True)
+        if chosen.shape[2:] == x.shape[2:]:
+            slots[self.x] = torch.where(chosen, x, 0)
+        self.inner.execute(slots)
+        slots[self.x] = x
 
     def prepare(self, slots: Slots) -> None:
         """Find the limit, once the norms of all rows are known; until then ask for them."""
@@ -82,8 +100,8 @@ class Gated:
         matrices = [slots[_inputs(step)[1]] for step in convolutions]
         unknown = [matrix for matrix in matrices if matrix.row_norms is None]
         for matrix in unknown:
-            matrix.measure()
-        if unknown:
+            matrix.measure_now() if self.apart else matrix.measure()
+        if unknown and not self.apart:
             return
         self.known = True
         if not bool(matrices[-1].row_norms.isfinite().all()):
@@ -112,10 +130,15 @@ class Gated:
 
 
 def lean(
-    steps: Steps, results: frozenset[int], matrices: frozenset[int], new_slot: Callable[[], int]
+    steps: Steps,
+    results: frozenset[int],
+    matrices: frozenset[int],
+    new_slot: Callable[[], int],
+    apart: bool,
 ) -> Steps:
     """`steps` with each expert as one step, for calls in which nobody looks at what lies between.
-    `matrices` are the slots of constant matrices, `results` those that must be filled."""
+    `matrices` are the slots of constant matrices, `results` those that must be filled; `apart`:
+    columns of a product are computed apart from each other."""
     experts = _Finder(steps.steps, results, matrices).experts()
     norms: dict[int, int] = {}
     at = {id(expert.last): expert for expert in experts}
@@ -127,7 +150,7 @@ def lean(
             if expert.x not in norms:
                 norms[expert.x] = new_slot()
                 found.steps.append(_norm_of(expert.x, norms[expert.x]))
-            expert.norm = norms[expert.x]
+            expert.norm, expert.apart = norms[expert.x], apart
             found.steps.append(expert.step(steps.where))
         elif id(step) not in inside:
             found.steps.append(replace(step, frees=()))

@@ -1,6 +1,7 @@
 """The Neural Engine's arithmetic as a way to accumulate, beside exact sums and narrow ones."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from ane_moe.runtime.reference.engine.fixed_point import LIMIT, dot
 from ane_moe.runtime.reference.engine.ledger import NOWHERE, Ledger, Met, Site
 from ane_moe.runtime.reference.engine.rounding import LARGEST, decoded, to_fp16
 from ane_moe.runtime.reference.ops.arithmetic import Exact
+from ane_moe.runtime.reference.stored_matrix import StoredMatrix
 
 EXACT = Exact()
 
@@ -19,6 +21,9 @@ class Engine:
 
     With a ledger it also notes what every operation met, at the cost of two more products each.
     """
+
+    as_stored: ClassVar[bool] = True
+    apart: ClassVar[bool] = True
 
     ledger: Ledger | None = None
     site: Site = NOWHERE
@@ -56,10 +61,27 @@ class Engine:
         found = found.squeeze(-2) if row else found
         return found.squeeze(-1) if column else found
 
-    def contract(self, w: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`w [M,K] @ x [K,N] + bias [M]`, the bias being where the sum begins."""
-        w, x = decoded(w), decoded(x)
-        start = None if bias is None else decoded(bias)
+    def contract(self, w: Tensor | StoredMatrix, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`w [M,K] @ x [K,N] + bias [M]`, the bias being where the sum begins. Columns of zeros are
+        left out where there is none."""
+        x, start = decoded(x), None if bias is None else decoded(bias)
+        live = x.any(0)
+        if start is not None or bool(live.all()):
+            return self._contract(w, x, start)
+        y = torch.zeros(w.shape[0], x.shape[1])
+        if bool(live.any()):
+            y[:, live] = self._contract(w, x[:, live], None)
+        return y
+
+    def _contract(self, w: Tensor | StoredMatrix, x: Tensor, start: Tensor | None) -> Tensor:
+        if not isinstance(w, StoredMatrix):
+            return self._dot(decoded(w), x, start)
+        y = torch.empty(w.shape[0], x.shape[1])
+        for rows, block in w.blocks():
+            y[rows] = self._dot(decoded(block), x, None if start is None else start[rows])
+        return y
+
+    def _dot(self, w: Tensor, x: Tensor, start: Tensor | None) -> Tensor:
         sums = dot(w, x, start, count=self.ledger is not None)
         if self.ledger is not None and sums.total.numel():
             met = self.ledger.at(self.site, LIMIT)

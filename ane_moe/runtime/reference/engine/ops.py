@@ -21,6 +21,7 @@ from ane_moe.runtime.reference.engine.rounding import decoded
 from ane_moe.runtime.reference.ops import OPS
 from ane_moe.runtime.reference.ops.conv import pad_spatial, spatial_padding
 from ane_moe.runtime.reference.ops.table import Kernel, Maker, Op, OpTable
+from ane_moe.runtime.reference.stored_matrix import StoredMatrix
 
 Unary = Callable[[Tensor], Tensor]
 
@@ -38,18 +39,20 @@ def _conv(
 ) -> Kernel:
     """Every window as a column; the bias is where the sum begins."""
 
-    def kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        size = weight.shape[2:]
-        ones = [1] * len(size)
+    def kernel(x: Tensor, weight: Tensor | StoredMatrix, bias: Tensor | None) -> Tensor:
+        ones = [1] * (x.dim() - 2)
+        size = ones if isinstance(weight, StoredMatrix) else weight.shape[2:]
         stride, dilation = strides or ones, dilations or ones
         x = pad_spatial(x, spatial_padding(pad_type, pad, x.shape[2:], size, stride, dilation))
-        windows, spatial = _windows(x, size, stride, dilation, groups)
+        windows, spatial = _windows(x.float(), size, stride, dilation, groups)
         biases = [None] * groups if bias is None else bias.chunk(groups)
-        parts = [
-            arith.contract(rows.flatten(1), columns, begin)
-            for rows, columns, begin in zip(weight.chunk(groups), windows, biases, strict=True)
-        ]
-        whole = torch.cat(parts).reshape(len(weight), len(x), *spatial)
+        rows = (
+            (weight,)
+            if isinstance(weight, StoredMatrix)
+            else [own.flatten(1) for own in weight.chunk(groups)]
+        )
+        parts = map(arith.contract, rows, windows, biases)
+        whole = torch.cat(list(parts)).reshape(weight.shape[0], len(x), *spatial)
         return whole.transpose(0, 1)
 
     return kernel
@@ -68,9 +71,9 @@ def _windows(
 
 
 def _linear(arith: Engine) -> Kernel:
-    def kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        return arith.contract(weight, rows.t(), bias).t().reshape(*x.shape[:-1], len(weight))
+    def kernel(x: Tensor, weight: Tensor | StoredMatrix, bias: Tensor | None) -> Tensor:
+        rows = x.float().reshape(-1, x.shape[-1])
+        return arith.contract(weight, rows.t(), bias).t().reshape(*x.shape[:-1], -1)
 
     return kernel
 
@@ -220,7 +223,7 @@ def _engines(op: Op) -> Op:
     if op.name in OWN:
         return replace(op, make=_where_fp16(op, OWN[op.name]), half="widen")
     if op.name in SUMS:
-        return replace(op, make=_where_fp16(op, op.make), half="widen")
+        return replace(op, make=_where_fp16(op, op.make), half="widen", matrix=None)
     if op.name in ROUNDED:
         return replace(op, make=_where_fp16(op, _rounded(op.make)), half="widen")
     return replace(op, make=_exact(op.make)) if "arith" in op.parameters else op

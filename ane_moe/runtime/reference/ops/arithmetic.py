@@ -1,6 +1,6 @@
 """How sums are accumulated: exactly (fp32), or the way a narrow accumulator would."""
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -10,6 +10,12 @@ RUN = 32
 
 
 class Arithmetic(Protocol):
+    """`as_stored`: products take constant matrices as they are stored. `apart`: and no column of a
+    product hangs on another, to the bit."""
+
+    as_stored: ClassVar[bool]
+    apart: ClassVar[bool]
+
     def at(self, op: str, name: str) -> "Arithmetic":
         """The same for one operation, by its type and name."""
 
@@ -31,6 +37,9 @@ class Arithmetic(Protocol):
 
 class Exact:
     """fp32 throughout; integers in their own type."""
+
+    as_stored: ClassVar[bool] = True
+    apart: ClassVar[bool] = False
 
     def at(self, op: str, name: str) -> "Exact":
         return self
@@ -56,6 +65,9 @@ class Narrow:
 
     Values stay in fp32 tensors.
     """
+
+    as_stored: ClassVar[bool] = False
+    apart: ClassVar[bool] = False
 
     def at(self, op: str, name: str) -> "Narrow":
         return self
