@@ -1,5 +1,5 @@
-"""What fp16 costs a gated delta net over a long text: our part, rounded to fp16 after each operation,
-beside transformers' own module in fp32 with the same weights.
+"""What fp16 costs a gated delta net over a long text: our part, rounded to fp16 after each
+operation, beside transformers' own module in fp32 with the same weights.
 
     python scripts/measure_delta_net.py [--tokens 2048]
 
