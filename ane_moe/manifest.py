@@ -152,6 +152,8 @@ class Manifest:
     lengths: tuple[int, ...] = ()  # of an encoder: tokens that its functions take, rising
     labels: tuple[str, ...] = ()  # of a token classifier: what its scores are of
     stream_scale: float = 1.0  # what hidden states are multiplied by: embeddings, and all that adds
+    # By layer: what its values and its MLPs' linear branches are multiplied by.
+    inner: dict[str, dict[str, float]] = field(default_factory=dict)
     format: int = FORMAT
 
     @property

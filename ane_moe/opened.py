@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from ane_moe.checkpoints.checkpoint import Checkpoint, TensorSource, open_checkpoint
 from ane_moe.families import describe
-from ane_moe.model.spec import ModelSpec
+from ane_moe.model.spec import InnerScale, ModelSpec
 from ane_moe.model.weight import WeightName
 
 
@@ -31,12 +31,12 @@ def open_model(path: Path, ignore: Collection[str] = ()) -> Model:
 M = TypeVar("M", bound=Model)
 
 
-def with_stream(model: M, scale: float) -> M:
-    """The same model, its stream times `scale` (in place of the one that it had): in the weights of
-    whatever writes to it."""
-    spec = model.spec.with_stream(scale)
+def with_scales(model: M, stream: float, inner: Mapping[int, InnerScale]) -> M:
+    """The same model, its stream times `stream` and layers inside times `inner` (in place of those
+    that it had): in the weights of whatever writes and reads them."""
+    spec = replace(model.spec.with_stream(stream), inner=inner)
     sources = {
-        name: replace(source, scale=spec.multiplier(source.fold))
+        name: replace(source, scale=spec.multiplier(source.fold, name.layer))
         for name, source in model.sources.items()
     }
     return replace(model, spec=spec, sources=sources)

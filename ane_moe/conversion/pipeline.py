@@ -35,9 +35,9 @@ from ane_moe.conversion.stamping import (
 )
 from ane_moe.conversion.stream_scale import (
     DividedStream,
-    divided,
     divided_stream,
-    wanted_divisor,
+    scaled,
+    wanted_scales,
 )
 from ane_moe.conversion.templates import templates_of
 from ane_moe.conversion.workers import Pool, open_pool, peak_memory_bytes, run, start
@@ -117,9 +117,9 @@ def convert(
     `golden` also captures golden.safetensors from Hugging Face's own model, on the `prompts` of a
     file or the built-in set, unless an earlier run did so of the same weights and prompts and there
     is no `overwrite`. Where a golden or a calibration shows hidden states that come near the end of
-    fp16, they are divided by a power of two, and what was written before it was known is written
-    again. Raises UserError for everything the user can mend; what is finished by then stays and is
-    reused.
+    fp16, or numbers inside a layer that do, they are divided by a power of two, and what was
+    written before it was known is written again. Raises UserError for everything the user can mend;
+    what is finished by then stays and is reused.
     """
     job = open_job(checkpoint, out, options or ConvertOptions())
     ids = _prompt_ids(job, prompts) if golden else None
@@ -134,10 +134,10 @@ def convert(
         copy_label_files(job.checkpoint.folder, out)
         job = _calibrated(job, workers, meter)
         # What an earlier golden says is a guess, until this run has kept or captured one.
-        job = divided(job, wanted_divisor(job, out / GOLDEN))
+        job = scaled(job, wanted_scales(job, out / GOLDEN))
         while True:
             done, manifest, kept = _written(job, workers, meter, tokenizer_files, earlier, ids)
-            settled = divided(job, wanted_divisor(job, out / GOLDEN))
+            settled = scaled(job, wanted_scales(job, out / GOLDEN))
             if settled is job:
                 break
             job = settled
@@ -381,6 +381,7 @@ def _manifest(
         origin=job.checkpoint.origin,
         left_out=dict(plan.source.left_out),
         stream_scale=spec.stream_scale,
+        inner={str(layer): asdict(scale) for layer, scale in spec.inner.items()},
     )
 
 

@@ -56,7 +56,7 @@ class ConvertOptions:
     choose formats. `groups` gives the experts of each function by layer, where they are not
     neighbours. `ignore_tensors` are patterns (as in a shell) of stored tensors that may be left
     out. Hidden states are divided by `stream_divisor`, a power of two (None: by what a golden or a
-    calibration shows a need for)."""
+    calibration shows a need for); with 1 nothing inside layers is, either."""
 
     routing: Literal["masked", "soft", "sparse"] = "masked"
     state: Literal["mlstate", "explicit"] = "mlstate"

@@ -12,7 +12,7 @@ KEYS: KeyTable = {
     **chunks("gate up", "ffn.shared", "shared_mlp.input_linear.weight"),
     "layers.{layer}.ffn.shared.down.weight": (f"{LAYER}.shared_mlp.output_linear.weight",),
 }
-TAPS = Taps(shared="shared_mlp")
+TAPS = Taps(shared="shared_mlp", gate_up="input_linear", down="output_linear")
 
 
 def spec(config: Config) -> ModelSpec:

@@ -145,7 +145,7 @@ def _missing(
 
 def _source(spec: ModelSpec, name: WeightName, weight: Weight, entry: Entry) -> TensorSource:
     numbers = {"layer": name.layer, "expert": name.expert}
-    scale = spec.multiplier(weight.fold)
+    scale = spec.multiplier(weight.fold, name.layer)
     if isinstance(entry, str):
         return TensorSource(name, entry.format(**numbers), weight.shape, scale=scale, weight=weight)
     if isinstance(entry, Only):
@@ -199,7 +199,7 @@ def _run_source(spec: ModelSpec, name: WeightName, weight: Weight, entry: Runs) 
         name,
         entry.key.format(layer=name.layer),
         (weight.shape[0] // own * size, *weight.shape[1:]),
-        scale=spec.multiplier(weight.fold),
+        scale=spec.multiplier(weight.fold, name.layer),
         weight=weight,
         runs=(size, first, first + own),
         pairs=own if paired else 0,

@@ -51,7 +51,7 @@ KEYS: KeyTable = {
         fused_experts("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"),
     ),
 }
-TAPS = Taps(ffn_norm="ffn_norm", score="sigmoid", choice_bias="expert_bias")
+TAPS = Taps(ffn_norm="ffn_norm", score="sigmoid", choice_bias="expert_bias", up="w3", down="w2")
 
 
 def spec(config: Config) -> ModelSpec:

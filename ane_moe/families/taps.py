@@ -20,7 +20,8 @@ class Taps:
     model shifts the embedding before the first layer (a multiplier alone goes into the table).
     `head` is the model's module that gives scores. What experts give is multiplied by the number
     that their block calls `experts_scale`. `after` is the norm of what the feed-forward block adds,
-    where there is one.
+    where there is one. `values`, `up` and `down` are what the projections to an attention's values,
+    and those around a gated MLP's product, end in; `gate_up` gives both factors, the gate first.
     """
 
     ffn_norm: str = "post_attention_layernorm"
@@ -40,6 +41,10 @@ class Taps:
     head: str = "lm_head"
     after: str = ""
     experts_scale: str = ""
+    values: str = "v_proj"
+    up: str = "up_proj"
+    gate_up: str = "gate_up_proj"
+    down: str = "down_proj"
 
 
 # The router of DeepSeek-V3, in many families.

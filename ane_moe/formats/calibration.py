@@ -8,8 +8,7 @@ calibration.safetensors, N tokens:
     energy.layer_<L>            fp32 (2,)           mean squared lengths of what attention and
     feed-forward add
     energy.final                fp32 (1,)           and of the hidden state before the head
-    range.layer_<L>             fp32 (2,)           largest magnitudes of the hidden state, and of a
-    partial sum that is added to it
+    range.layer_<L>             fp32 (5,)           largest magnitudes (original/ranges.py)
 
 An activation is called as the tensors that read it are, with the name of `Weight.reads` for a path:
 `layers.3.attn.x` enters q, k and v. An expert that no token chose has none.
@@ -29,7 +28,7 @@ from ane_moe.files import replaced
 from ane_moe.model.weight import WeightName
 
 FILE_NAME = "calibration.safetensors"
-METADATA = "ane_moe_calibration_3"
+METADATA = "ane_moe_calibration_4"
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Calibration:
             for layer, pair in self.energies.items()
         }
         tensors |= {
-            f"range.layer_{layer}": pair.astype(np.float32) for layer, pair in self.ranges.items()
+            f"range.layer_{layer}": found.astype(np.float32) for layer, found in self.ranges.items()
         }
         tensors["energy.final"] = np.array([self.final_energy], np.float32)
         with replaced(path) as temporary:
@@ -108,13 +107,11 @@ class Moments:
             )
         return moments if moments.any() else None
 
-    def ranges(self) -> dict[int, tuple[float, float]]:
-        """Largest magnitudes by layer: of the hidden state, and of a partial sum that is added to
-        it."""
+    def ranges(self) -> dict[int, list[float]]:
+        """Largest magnitudes by layer, as a LayerRange has them."""
         start = "range.layer_"
         layers = sorted(int(n.removeprefix(start)) for n in self._names if n.startswith(start))
-        pairs = {layer: self._file.get_tensor(f"{start}{layer}").tolist() for layer in layers}
-        return {layer: (pair[0], pair[1]) for layer, pair in pairs.items()}
+        return {layer: self._file.get_tensor(f"{start}{layer}").tolist() for layer in layers}
 
     def share(self, tensor: WeightName) -> float:
         """Share of the energy of the last hidden state that comes through a matrix: how much of a

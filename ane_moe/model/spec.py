@@ -5,8 +5,8 @@ model's configuration. Sizes are in elements; `None` means the model does not ha
 part lists the tensors it needs (`rows`), in the order in which its module has them.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, Self
 
 from ane_moe.model.eda_router import EdaRouterSpec
@@ -14,6 +14,8 @@ from ane_moe.model.sparse_mixer import SparseMixerSpec
 from ane_moe.model.weight import EMBEDDING, HEAD, HEAD_BIAS, Weight, WeightName
 
 STREAM_SCALE = "stream_scale"  # the fold of what is shifted into the stream
+# The folds of an attention's values and of a gated MLP's linear branch, and of what reads them.
+VALUES, FROM_VALUES, UPS, FROM_UPS = "values", "from_values", "ups", "from_ups"
 
 
 @dataclass(frozen=True)
@@ -76,13 +78,14 @@ class GqaSpec:
     def rows(self, d_model: int) -> Iterator[Weight]:
         """The tensors of a layer's attention."""
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        for name, width in (("q", query), ("k", key), ("v", key)):
-            yield Weight(f"{name}.weight", (width, d_model), f"attention.{name}", reads="x")
+        values, out = ("", "residual_scale") if self.clip_qkv else (VALUES, FROM_VALUES)
+        for name, width, fold in (("q", query, ""), ("k", key, ""), ("v", key, values)):
+            yield Weight(
+                f"{name}.weight", (width, d_model), f"attention.{name}", reads="x", fold=fold
+            )
             if self.qkv_bias:
-                yield Weight(f"{name}.bias", (width,))
-        yield Weight(
-            "o.weight", (d_model, query), "attention.o", reads="attended", fold="residual_scale"
-        )
+                yield Weight(f"{name}.bias", (width,), fold=fold)
+        yield Weight("o.weight", (d_model, query), "attention.o", reads="attended", fold=out)
         if self.o_bias:
             yield Weight("o.bias", (d_model,), fold="residual_scale")
         if self.qk_norm != "none":
@@ -199,14 +202,14 @@ class MlpSpec:
 
     def rows(self, d_model: int, role: str) -> Iterator[Weight]:
         """Its matrices, which a recipe calls `role`.gate, .up and .down, and their biases."""
-        for name in ("gate", "up"):
-            yield Weight(f"{name}.weight", (self.width, d_model), f"{role}.{name}", reads="x")
+        ups, out = ("", "residual_scale") if self.clamp else (UPS, FROM_UPS)
+        for name, fold in (("gate", ""), ("up", ups)):
+            yield Weight(
+                f"{name}.weight", (self.width, d_model), f"{role}.{name}", reads="x", fold=fold
+            )
             if self.bias:
-                yield Weight(f"{name}.bias", (self.width,))
-        down = f"{role}.down"
-        yield Weight(
-            "down.weight", (d_model, self.width), down, reads="hidden", fold="residual_scale"
-        )
+                yield Weight(f"{name}.bias", (self.width,), fold=fold)
+        yield Weight("down.weight", (d_model, self.width), f"{role}.down", reads="hidden", fold=out)
         if self.bias:
             yield Weight("down.bias", (d_model,), fold="residual_scale")
 
@@ -337,12 +340,22 @@ class HeadSpec:
 
 
 @dataclass(frozen=True)
+class InnerScale:
+    """What values of an attention, and the linear branch of all gated MLPs of a layer, are
+    multiplied by; what reads them is divided by it. Powers of two, exact as `stream_scale`."""
+
+    values: float = 1.0
+    ups: float = 1.0
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """One model. Every layer is `x += residual_scale * mixer(norm(x)); x += residual_scale *
     ffn(norm(x))`, but for what its LayerSpec says.
 
     `stream_scale` multiplies x itself, everywhere, which no norm of it sees (`with_stream`): a
-    power of two, so that fp16 holds a stream that it would not hold as it is.
+    power of two, so that fp16 holds a stream that it would not hold as it is. `inner` does the same
+    inside layers.
     """
 
     family: str
@@ -356,6 +369,7 @@ class ModelSpec:
     embed_scale: float = 1.0
     residual_scale: float = 1.0
     stream_scale: float = 1.0
+    inner: Mapping[int, InnerScale] = field(default_factory=dict)
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 
@@ -378,11 +392,18 @@ class ModelSpec:
         for row in self.head.rows(self.scores, self.d_model, self.norm):
             yield WeightName(None, HEAD.part, None, row.path), row
 
-    def multiplier(self, fold: str) -> float:
-        """The multiplier that a row asks for with `fold`; 1 where it asks for none."""
+    def multiplier(self, fold: str, layer: int | None) -> float:
+        """The multiplier that a row of a layer asks for with `fold`; 1 where it asks for none."""
+        added, inner = self.residual_scale * self.stream_scale, InnerScale()
+        if layer is not None:
+            inner = self.inner.get(layer, inner)
         multipliers = {
             "embed_scale": self.embed_scale * self.stream_scale,
-            "residual_scale": self.residual_scale * self.stream_scale,
+            "residual_scale": added,
+            VALUES: inner.values,
+            FROM_VALUES: added / inner.values,
+            UPS: inner.ups,
+            FROM_UPS: added / inner.ups,
             STREAM_SCALE: self.stream_scale,
             "logit_scale": self.head.logit_scale,
         }

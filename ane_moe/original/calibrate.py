@@ -7,6 +7,7 @@ it.
 
 import hashlib
 import json
+from dataclasses import astuple
 from pathlib import Path
 from typing import cast
 
@@ -109,7 +110,7 @@ class _Collector:
             self.moments[name] = _mean_squares(torch.cat(inputs))
         goldens = [tap.golden() for tap in taps]
         reached = [range_of(index, golden) for golden in goldens]
-        self.ranges[index] = np.array([(one.stream, one.sums) for one in reached]).max(0)
+        self.ranges[index] = np.array([astuple(one)[1:] for one in reached]).max(0)
         added = [
             np.concatenate([getattr(golden, name) for golden in goldens])
             for name in ("attn_delta", "ffn_delta")

@@ -54,7 +54,9 @@ class LayerGolden:
     beside the hidden state, `[N,C]` by the name of the slot (`carry.NAME`).
 
     `sums`, `[P]` for P prompts: the largest magnitude of a partial sum, its terms in the worst
-    order, of the products that are added to hidden states.
+    order, of the products that are added to hidden states. `inner`, `[P,3]`: of those that give an
+    attention's values, and the linear branch of gated MLPs; and the largest number that enters the
+    last matrix of such an MLP.
     """
 
     x: np.ndarray
@@ -74,6 +76,7 @@ class LayerGolden:
     carried_in: Mapping[str, np.ndarray] = field(default_factory=dict)
     carried_out: Mapping[str, np.ndarray] = field(default_factory=dict)
     sums: np.ndarray | None = None
+    inner: np.ndarray | None = None
 
     @property
     def middle(self) -> np.ndarray:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ane_moe.families.taps import Taps
 from ane_moe.original.golden import LayerGolden
-from ane_moe.original.sums import PartialSums
+from ane_moe.original.sums import PartialSums, known_matrices
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Tap:
         self.router: Any = None
         self.added: Any = None
         self.output: Any = None
-        self.sums = PartialSums(width)
+        self.sums = PartialSums(width, known_matrices(layer, taps, self.parts.experts))
 
     def __enter__(self) -> "Tap":
         parts = self.parts
@@ -190,6 +190,7 @@ class Tap:
             attn_stream=None if streams is None else streams[0],
             ffn_stream=None if streams is None else streams[1],
             sums=np.array([self.sums.largest * self.parts.residual_multiplier], np.float32),
+            inner=np.array([[self.sums.values, self.sums.ups, self.sums.hidden]], np.float32),
         )
 
     def _routing(self) -> dict[str, Any]:

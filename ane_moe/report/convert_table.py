@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -158,8 +158,16 @@ def print_report(report: ConvertReport) -> None:
 
 def stream_line(stream: DividedStream) -> str:
     """What became of hidden states that are large; empty where nothing did."""
-    if stream.divisor == 1:
+    parts = [*_of_the_stream(stream), *_of_layers(stream)]
+    if not parts:
         return ""
+    lost = f"{stream.rounded:,} of {counted(stream.weights, 'weight')} lost digits"
+    return "; ".join((*parts, lost if stream.rounded else "no weight lost a digit"))
+
+
+def _of_the_stream(stream: DividedStream) -> Iterator[str]:
+    if stream.divisor == 1:
+        return
     line = f"hidden states divided by {stream.divisor}"
     if widest := stream.widest:
         line += (
@@ -167,8 +175,25 @@ def stream_line(stream: DividedStream) -> str:
             f"{STREAM_LIMIT:,.0f}), and sums that are added to them {widest.sums:,.0f} (the "
             f"engine's at {SUM_LIMIT:,.0f})"
         )
-    lost = f"{stream.rounded:,} of {counted(stream.weights, 'weight')} lost digits"
-    return f"{line}; {lost if stream.rounded else 'no weight lost a digit'}"
+    yield line
+
+
+def _of_layers(stream: DividedStream) -> Iterator[str]:
+    for layer, scale in stream.inner.items():
+        found = [one for one in stream.ranges if one.layer == layer]
+        values, ups, hidden = (
+            max(getattr(one, name) for one in found) for name in ("values", "ups", "hidden")
+        )
+        if scale.values != 1:
+            yield (
+                f"values of layer {layer} divided by {1 / scale.values:.0f}: their sums reach "
+                f"{values:,.0f}"
+            )
+        if scale.ups != 1:
+            yield (
+                f"up of layer {layer} divided by {1 / scale.ups:.0f}: its sums reach {ups:,.0f}, "
+                f"and what enters down {hidden:,.0f}"
+            )
 
 
 def warning(concern: Concern, target: Target) -> str:

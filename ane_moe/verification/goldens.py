@@ -8,7 +8,8 @@ from ane_moe.errors import UserError
 from ane_moe.kept import Kept
 from ane_moe.loop.experts import expert_layers
 from ane_moe.manifest import Manifest
-from ane_moe.opened import open_model, with_stream
+from ane_moe.model.spec import InnerScale
+from ane_moe.opened import open_model, with_scales
 from ane_moe.original.golden import Golden, read_golden
 from ane_moe.original.prompts import builtin_prompts, check_prompts, read_prompts
 from ane_moe.original.stored_model import Goldens, capture_goldens
@@ -66,7 +67,7 @@ def capture(
     prompts, which go through the layers of the manifest only. And how many prompts there are.
     Raises UserError for a checkpoint of another model, or prompts that it does not take."""
     opened = open_model(checkpoint, tuple(chain.from_iterable(manifest.left_out.values())))
-    model = with_stream(opened, manifest.stream_scale)
+    model = with_scales(opened, manifest.stream_scale, inner_scales(manifest))
     spec, folder = model.spec, model.checkpoint.folder
     _require_same_model((len(spec.layers), spec.scores, spec.d_model), manifest, out)
     limit = min(manifest.context, spec.context)
@@ -80,6 +81,10 @@ def capture(
     through = manifest.layers if quick else None
     goldens = capture_goldens(model, out, manifest, few, kept, progress, through=through)
     return _divided(goldens, manifest), len(ids)
+
+
+def inner_scales(manifest: Manifest) -> dict[int, InnerScale]:
+    return {int(layer): InnerScale(**scale) for layer, scale in manifest.inner.items()}
 
 
 def _divided(goldens: Goldens, manifest: Manifest) -> Goldens:

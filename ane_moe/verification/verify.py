@@ -9,6 +9,7 @@ from typing import Any
 
 from ane_moe.kept import Kept, kept_beside
 from ane_moe.manifest import Manifest, read_manifest
+from ane_moe.model.spec import InnerScale
 from ane_moe.original.ranges import ranges_of
 from ane_moe.original.stored_model import Goldens
 from ane_moe.progress import Progress, phase, silent
@@ -16,7 +17,7 @@ from ane_moe.runtime import with_precision
 from ane_moe.runtime.reference.engine.ledger import Ledger
 from ane_moe.verification.engine_report import engine_report
 from ane_moe.verification.engine_result import EngineReport
-from ane_moe.verification.goldens import capture, read_goldens, require_golden
+from ane_moe.verification.goldens import capture, inner_scales, read_goldens, require_golden
 from ane_moe.verification.integrity import check_integrity
 from ane_moe.verification.proof import Proof, Trial
 from ane_moe.verification.proof_key import proof_key
@@ -86,6 +87,7 @@ def verify(
         told("tokenizer", 0, 1)
         ids = compare_tokenizer(out, manifest, checkpoint)
         skipped, tokenizer = (ids, None) if isinstance(ids, str) else (None, ids)
+        inner = inner_scales(manifest)
         rest = phase(told, FILES if checkpoint is None else GOLDENS, 1)
         proof = Proof(out, manifest, runtime, options, decode_tokens, kept, quick, rest)
         trials = _trials(goldens, _gates(manifest, min_cosine, min_logit_cosine))
@@ -108,7 +110,10 @@ def verify(
             reused_steps=kept.reused,
             engine=engine,
             stream_scale=manifest.stream_scale,
-            ranges=ranges_of(goldens.original),
+            ranges=tuple(
+                one.scaled(inner.get(one.layer, InnerScale()))
+                for one in ranges_of(goldens.original)
+            ),
         )
     return replace(report, passed=not report.failures)
 

@@ -11,11 +11,22 @@ import pytest
 import torch
 
 from ane_moe.checkpoints.checkpoint import open_checkpoint
-from ane_moe.families import describe
+from ane_moe.families import describe, load_family
 from ane_moe.model.delta_net import DeltaNetSpec
 from ane_moe.model.mla import MlaSpec
 from ane_moe.model.sparse_mixer import SparseMixerSpec
-from ane_moe.model.spec import GqaSpec, ModelSpec, MoeSpec, RouterSpec
+from ane_moe.model.spec import (
+    FROM_UPS,
+    UPS,
+    VALUES,
+    GqaSpec,
+    InnerScale,
+    ModelSpec,
+    MoeSpec,
+    RouterSpec,
+)
+from ane_moe.original.sums import known_matrices
+from ane_moe.original.tap import TappedLayer
 from tests.models import make_model, save_checkpoint, save_fused
 from tests.torch_model import TorchModel
 from tests.zoo import ROWS
@@ -53,6 +64,39 @@ def test_hidden_states_can_be_divided(family: str, tmp_path: Path) -> None:
     divided = TorchModel(folder, whole.spec.with_stream(1 / 8))
     same = np.abs(divided.logits(IDS) - whole.logits(IDS)).max() < ROUNDING
     assert same == whole.spec.may_scale_stream
+
+
+@pytest.mark.parametrize("family", ROWS)
+def test_numbers_inside_layers_can_be_divided(family: str, tmp_path: Path) -> None:
+    """Where nothing but a product reads them: values of attention, and up of gated MLPs."""
+    folder = save_checkpoint(build(family), tmp_path)
+    whole = TorchModel(folder)
+    inner = {layer: InnerScale(1 / 8, 1 / 8) for layer in range(len(whole.spec.layers))}
+    divided = TorchModel(folder, replace(whole.spec, inner=inner))
+    assert np.abs(divided.logits(IDS) - whole.logits(IDS)).max() < ROUNDING
+    scales = {row.fold: divided.spec.multiplier(row.fold, 0) for _, row in whole.spec.weights()}
+    assert 1 / 8 in (scales.get(VALUES), scales.get(UPS))
+
+
+@pytest.mark.parametrize("family", ROWS)
+def test_the_sums_of_all_that_can_be_divided_are_heard(family: str, tmp_path: Path) -> None:
+    """In Hugging Face's layer there is a matrix for each."""
+    model = build(family)
+    spec, _ = describe(open_checkpoint(save_checkpoint(model, tmp_path)))
+    taps = load_family(family).TAPS
+    layers = [one for one in model.modules() if type(one).__name__.endswith("DecoderLayer")]
+    for number, (layer, ours) in enumerate(zip(layers, spec.layers, strict=True)):
+        known = known_matrices(layer, taps, TappedLayer(layer, taps).experts)
+        rows = [row for row in ours.weights(number, spec.d_model, spec.norm) if row[1].role]
+        folds = [row.fold for name, row in rows if name.expert is None]
+        of_experts = {row.fold for name, row in rows if name.expert is not None}
+        names = list(known.alone.values())
+        assert names.count("values") == folds.count(VALUES)
+        assert names.count("up") + names.count("gate_up") == folds.count(UPS)
+        assert names.count("down") == folds.count(FROM_UPS)
+        assert set(known.of_experts.values()) == (
+            {"gate_up", "down"} if UPS in of_experts else set()
+        )
 
 
 @pytest.mark.parametrize("family", [family for family, row in ROWS.items() if row.fused])

@@ -118,11 +118,13 @@ def test_moments_are_read_by_name_and_shared_by_matrices_with_one_input(tmp_path
         parse_name("layers.0.ffn.experts.2.x"): np.zeros(4),
     }
     counts, energies = {0: np.array([0, 3, 1])}, {0: np.array([2.0, 4.0])}
-    ranges = {0: np.array([500.0, 70.0])}
+    ranges = {0: np.array([500.0, 70.0, 3.0, 2.0, 1.0])}
     calibration = Calibration(moments, counts, energies, ranges, 8.0, 2, "x")
     calibration.write(tmp_path / FILE_NAME)
     read = Moments(tmp_path / FILE_NAME)
-    assert read.tokens == 2 and read.of == "x" and read.ranges() == {0: (500.0, 70.0)}
+    assert (
+        read.tokens == 2 and read.of == "x" and read.ranges() == {0: [500.0, 70.0, 3.0, 2.0, 1.0]}
+    )
 
     def find(tensor: str) -> np.ndarray | None:
         return read.find(model.sources[parse_name(tensor)].reads, 4)

@@ -16,8 +16,8 @@ from ane_moe.conversion.pipeline import convert
 from ane_moe.conversion.plan import ConvertOptions
 from ane_moe.formats.recipe import FP16
 from ane_moe.manifest import read_manifest
-from ane_moe.model.spec import ModelSpec
-from ane_moe.opened import open_model, with_stream
+from ane_moe.model.spec import InnerScale, ModelSpec
+from ane_moe.opened import open_model, with_scales
 from ane_moe.original.golden import read_golden
 from ane_moe.original.ranges import LayerRange, needed_divisor
 from ane_moe.original.sums import PartialSums
@@ -198,7 +198,8 @@ def test_digits_are_lost_only_below_the_normal_numbers_of_fp16(tmp_path, prompts
 
 def test_scales_replace_each_other(large):
     model = open_model(large)
-    assert with_stream(with_stream(model, 1 / 8), 1.0) == model
+    inner = {1: InnerScale(values=1 / 4, ups=1 / 2)}
+    assert with_scales(with_scales(model, 1 / 8, inner), 1.0, {}) == model
 
 
 @pytest.mark.parametrize(
