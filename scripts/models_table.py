@@ -54,7 +54,8 @@ def with_experts() -> set[str]:
     folder = Path(transformers.__file__).parent / "models"
     files = folder.glob("*/modeling_*.py")
     found = {file.parent.name for file in files if EXPERTS.search(file.read_text())}
-    return found | {"kimi_k25"}  # whose text model is another one's
+    # A model whose text model is another one's, and the text model alone of one.
+    return found | {"kimi_k25", "qwen3_5_moe_text"}
 
 
 def parts(spec: ModelSpec) -> str:

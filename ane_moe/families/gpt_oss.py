@@ -1,5 +1,5 @@
-"""gpt-oss (gpt-oss-20b, 120b), with plain weights: sinks and biases, windows in every other layer,
-experts with a clamped activation whose gate and up alternate."""
+"""gpt-oss (gpt-oss-20b, 120b): sinks and biases, windows in every other layer, experts with a
+clamped activation whose gate and up alternate."""
 
 from ane_moe.families.config import Config
 from ane_moe.families.decoder import clamp, gqa, layer_windows, llama, router

@@ -17,6 +17,7 @@ PROMPTS = 2
 BESIDE_TOKENS = (
     *OF_THE_LAYER,
     "sums",
+    "inner",
     "ffn_input",
     "shared_output",
     "expert_tokens",
