@@ -16,6 +16,7 @@ import torch
 
 from ane_moe.checkpoints.checkpoint import Checkpoint
 from ane_moe.errors import UserError
+from ane_moe.families.keys import LAYER
 from ane_moe.formats.calibration import Calibration
 from ane_moe.model.spec import Clamp, MlpSpec, ModelSpec, MoeSpec
 from ane_moe.model.weight import HEAD, WeightName
@@ -91,16 +92,17 @@ class _Collector:
         self.counts: dict[int, np.ndarray] = {}
         self.energies: dict[int, np.ndarray] = {}
         self.ranges: dict[int, np.ndarray] = {}
-        modules = dict(stream.model.named_modules())
         for number, layer in enumerate(model.spec.layers):
             heard = self._heard[number] = {}
+            start = LAYER.format(layer=number) + "."  # whatever the model is nested in
             for row in layer.mixer.rows(model.spec.d_model):
                 name = WeightName(number, "attn", None, row.path)
                 if (
                     row.reads and name.beside(row.reads) not in heard
                 ):  # one of those that read it says it
                     inputs = heard[name.beside(row.reads)] = []
-                    module = modules[model.sources[name].key.removesuffix(".weight")]
+                    path = model.sources[name].key.removeprefix(start).removesuffix(".weight")
+                    module = stream.layers[number].get_submodule(path)
                     module.register_forward_pre_hook(_Ear(inputs))
 
     @torch.no_grad()
@@ -144,8 +146,8 @@ class _Collector:
 
     def _final_norm(self, x: torch.Tensor) -> torch.Tensor:
         key = self._model.sources[HEAD.beside("norm.weight")].key
-        norm = self._stream.model.get_submodule(key.removesuffix(".weight"))
-        return cast(torch.Tensor, norm(x))
+        path = key.removeprefix("model.").removesuffix(".weight")
+        return cast(torch.Tensor, self._stream.decoder.get_submodule(path)(x))
 
     def _mlp(self, part: WeightName, prefix: str, x: torch.Tensor, spec: MlpSpec) -> None:
         def projected(matrix: str) -> torch.Tensor:

@@ -132,7 +132,8 @@ class StreamedModel:
                 .eval()
             )
         base = self.model.base_model
-        self.layers: nn.ModuleList = getattr(base, "language_model", base).layers
+        self.decoder: Any = getattr(base, "language_model", base)
+        self.layers: nn.ModuleList = self.decoder.layers
         self._mapping: list[Any] = get_model_conversion_mapping(self.model)
         if any(SINGLE_PAIR.search(name) for name in tensors.origins):
             self._mapping += SINGLE_PAIRS

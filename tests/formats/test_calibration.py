@@ -38,6 +38,23 @@ def text(tmp_path_factory) -> Path:
 HEADS = ("lm_head", "score")
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3_5_moe"])
+def test_a_language_model_inside_another_model_is_heard_too(family, tmp_path, text):
+    model = make_model(family)
+    calibration = calibrate(open_model(save_checkpoint(model, tmp_path / "checkpoint")), text)
+    heard: list[torch.Tensor] = []
+    model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, args: heard.append(args[0][0])
+    )
+    with torch.no_grad():
+        for ids in json.loads(PROMPTS):
+            model(input_ids=torch.tensor([ids]), use_cache=False)
+    expected = torch.cat(heard).double().square().mean(0)
+    moments = {str(name): values for name, values in calibration.moments.items()}
+    np.testing.assert_allclose(moments["head.x"], expected, rtol=1e-4)
+    assert "layers.0.attn.x" in moments and "layers.0.attn.attended" in moments
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_moments_are_the_mean_squares_of_what_hugging_face_computes(family, tmp_path, text):
     model = make_model(family, num_hidden_layers=2)
