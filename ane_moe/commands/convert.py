@@ -180,14 +180,16 @@ def convert(
     may_be_done = (out / FILE_NAME).exists() and not overwrite
     if not dry_run and not may_be_done:
         prepare(workers, "ane_moe.conversion.stamping")
-    from ane_moe.conversion.pipeline import convert as run
-    from ane_moe.conversion.pipeline import plan
+    from ane_moe.conversion.job import job_of, plan_of
+    from ane_moe.conversion.pipeline import carry_out
     from ane_moe.conversion.plan import MAX_EXPERT_TOKENS, MAX_LENGTH, ConvertOptions
     from ane_moe.demo import built_in
     from ane_moe.forecast.concerns import concerns_of_plan, require_engine_formats
     from ane_moe.forecast.design import AUTO, sizes_of
     from ane_moe.formats.recipe import find_recipe, recipe_of
     from ane_moe.number_lists import parse_counts, parse_layers
+    from ane_moe.opened import open_model
+    from ane_moe.original.checkpoint_tokenizer import require_tokenizer
     from ane_moe.placement.targets import DEFAULT_TARGET, find_target
     from ane_moe.report.convert_table import (
         ConvertBar,
@@ -225,7 +227,9 @@ def convert(
         layers_per_shard or (unsaid if routing != "sparse" else "1"),
     )
     windows = None if lengths is None else parse_counts(lengths, "--lengths", 1, MAX_LENGTH)
-    experts, layers_together = sizes_of(source, asked, place, context, prefill, windows)
+    left = tuple(ignore_tensors or ())
+    model = open_model(source, left)
+    experts, layers_together = sizes_of(model.spec, asked, place, context, prefill, windows)
     options = ConvertOptions(
         routing=routing,
         state=state,
@@ -242,23 +246,22 @@ def convert(
         calibrate=calibrate,
         budget_mb=budget_mb,
         min_cosine=min_cosine,
-        ignore_tensors=tuple(ignore_tensors or ()),
+        ignore_tensors=left,
         lengths=windows,
         stream_divisor=_divisor(stream_scale),
     )
-    conversion = plan(source, options)
-    concerns = concerns_of_plan(conversion, place)
+    job = job_of(model, out, options)
+    concerns = concerns_of_plan(job.plan, place)
     if dry_run:
+        require_tokenizer(job.checkpoint.folder)
         _print_all(warning(concern, place) for concern in concerns)
-        document = plan_document(conversion, concerns)
-        typer.echo(json.dumps(document, indent=2)) if as_json else print_plan(conversion)
+        document = plan_document(job.plan, concerns)
+        typer.echo(json.dumps(document, indent=2)) if as_json else print_plan(job.plan)
         return
     try:
         with ConvertBar(warning(concern, place) for concern in concerns) as bar:
-            report = run(
-                source,
-                out,
-                options,
+            report = carry_out(
+                job,
                 workers=workers,
                 golden=golden,
                 prompts=prompts,
@@ -275,7 +278,7 @@ def convert(
     chosen = recipe_of(report.manifest.weights, report.manifest.recipe)
     final = concerns
     if chosen != recipe:
-        final = concerns_of_plan(plan(source, replace(options, recipe=chosen)), place)
+        final = concerns_of_plan(plan_of(model, replace(options, recipe=chosen)), place)
     _print_all(warning(concern, place) for concern in final if concern not in concerns)
     document = report_document(report, final)
     typer.echo(json.dumps(document, indent=2)) if as_json else print_report(report)

@@ -107,9 +107,10 @@ def verify(
     from ane_moe.verification.verify import verify as run
 
     chip = find_target(target, system)
+    manifest = read_manifest(out)
     if checkpoint is not None:
-        checkpoint = local_folder(checkpoint, read_manifest(out).walked)
-    placement_only = compute_plan and checkpoint is None and read_manifest(out).golden is None
+        checkpoint = local_folder(checkpoint, manifest.walked)
+    placement_only = compute_plan and checkpoint is None and manifest.golden is None
     report = placement = None
     with step_bar() as progress:
         if not placement_only:

@@ -25,7 +25,11 @@ def plan_of(model: Model, options: ConvertOptions) -> ConversionPlan:
     return replace(plan, source=SourceFacts(checkpoint.notes, left_out))
 
 
+def job_of(model: Model, out: Path, options: ConvertOptions) -> Job:
+    """Plan the conversion of a model that is open. Raises UserError."""
+    return Job(**vars(model), plan=plan_of(model, options), out=out)
+
+
 def open_job(path: Path, out: Path, options: ConvertOptions) -> Job:
     """Open a checkpoint folder and plan its conversion. Raises UserError."""
-    model = open_model(path, options.ignore_tensors)
-    return Job(**vars(model), plan=plan_of(model, options), out=out)
+    return job_of(open_model(path, options.ignore_tensors), out, options)

@@ -111,8 +111,28 @@ def convert(
     overwrite: bool = False,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> ConvertReport:
-    """Convert `checkpoint` into the shard folder `out`; an interrupted conversion goes on where it
-    stopped.
+    """Open `checkpoint`, plan its conversion into the shard folder `out`, and `carry_out` that."""
+    job = open_job(checkpoint, out, options or ConvertOptions())
+    return carry_out(
+        job,
+        workers=workers,
+        golden=golden,
+        prompts=prompts,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def carry_out(
+    job: Job,
+    *,
+    workers: int = 1,
+    golden: bool = False,
+    prompts: Path | None = None,
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> ConvertReport:
+    """Write the job's shards into its folder; an interrupted conversion goes on where it stopped.
 
     `golden` also captures golden.safetensors from Hugging Face's own model, on the `prompts` of a
     file or the built-in set, unless an earlier run did so of the same weights and prompts and there
@@ -121,7 +141,7 @@ def convert(
     written before it was known is written again. Raises UserError for everything the user can mend;
     what is finished by then stays and is reused.
     """
-    job = open_job(checkpoint, out, options or ConvertOptions())
+    out = job.out
     ids = _prompt_ids(job, prompts) if golden else None
     _require_text(job.plan.options)
     tokenizer = read_tokenizer(job.checkpoint.folder)

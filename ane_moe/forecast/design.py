@@ -10,13 +10,10 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from ane_moe.checkpoints.checkpoint import open_checkpoint
 from ane_moe.conversion.plan import ConvertOptions
 from ane_moe.errors import UserError
-from ane_moe.families import describe
 from ane_moe.forecast.compile_time import most_layers
 from ane_moe.forecast.layer_kinds import plan_kinds
 from ane_moe.forecast.planned_facts import PlannedFunction, facts_of_plan
@@ -107,7 +104,7 @@ def design(
 
 
 def sizes_of(
-    checkpoint: Path,
+    spec: ModelSpec,
     asked: tuple[str, str],
     target: Target,
     context: int | None,
@@ -119,7 +116,6 @@ def sizes_of(
     if AUTO not in asked:
         experts, layers = map(_number, asked)
         return experts, layers
-    spec, _ = describe(open_checkpoint(checkpoint))
     found = design(spec, target, context=context, prefill=prefill, lengths=lengths)
     chosen = (found.experts_per_function, found.layers_per_shard)
     experts, layers = (

@@ -257,6 +257,17 @@ def test_the_pattern_offered_is_one_that_works(
     assert found == {"--ignore-tensors": tuple(extra)}
 
 
+def test_what_is_ignored_is_ignored_where_sizes_are_chosen_too(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store(folder, weights(folder) | {"extra.weight": torch.ones(3)})
+    command = ["convert", folder, tmp_path / "out", "--dry-run", "--target", "m4-max"]
+    code, printed = ran(capsys, *command)
+    assert code == 2 and "found: extra.weight" in printed
+    code, printed = ran(capsys, *command, "--ignore-tensors", "extra.*")
+    assert code == 0, printed
+
+
 def test_a_pattern_never_takes_a_tensor_that_is_needed(folder: Path) -> None:
     with pytest.raises(UserError, match=r"no tensor is left over .*'model\.norm\.\*'.*none left"):
         plan(folder, ConvertOptions(ignore_tensors=("model.norm.*",)))
