@@ -12,14 +12,13 @@ from typing import Any, Protocol, cast
 
 from ane_moe.checkpoints.checkpoint import Checkpoint, TensorSource
 from ane_moe.checkpoints.folder import CONFIG, passed_over
-from ane_moe.checkpoints.packed.facts import SIDE_FILES
+from ane_moe.checkpoints.packed.facts import quantisation_facts, side_facts
 from ane_moe.errors import UserError
 from ane_moe.families.config import Config
 from ane_moe.families.keys import KeyTable, find_tensors
 from ane_moe.families.missing import nearest
-from ane_moe.families.quantised import is_read, quantisation, side_file
+from ane_moe.families.quantised import described, is_read, quantisation
 from ane_moe.families.taps import Taps
-from ane_moe.json_file import read_json
 from ane_moe.model.spec import ModelSpec
 from ane_moe.model.weight import WeightName
 
@@ -94,9 +93,8 @@ def describe(
     if form := quantisation(checkpoint.config):
         raise _quantised(where, form)
     spec = describe_config(checkpoint.config | ids, where)
-    for name in SIDE_FILES:
-        if (folder / name).is_file() and not checkpoint.forms:
-            raise _quantised(folder, side_file(read_json(folder / name), name))
+    if not checkpoint.forms and (said := side_facts(folder)):
+        raise _quantised(folder, described(quantisation_facts({}, said)))
     try:
         shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
         sources = find_tensors(spec, shapes, load_family(spec.family).KEYS)

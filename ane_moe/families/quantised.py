@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ane_moe.checkpoints.packed.facts import SIDE_FILES
+from ane_moe.checkpoints.packed.facts import FIELDS
 
 # Methods whose tensors are decoded (checkpoints/packed).
 READ = ("fp8", "mxfp4", "compressed-tensors", "gptq", "awq", "bitsandbytes 4", "modelopt", "mlx")
@@ -28,10 +28,10 @@ def quantisation(config: Mapping[str, Any], tensors: Collection[str] = ()) -> st
 
     `config` is config.json; `tensors` are the names of the tensors, where they are known.
     """
-    for field in ("quantization_config", "compression_config", "quantization"):
+    for field in FIELDS:
         if facts := config.get(field):
             facts = facts if isinstance(facts, dict) else {}
-            return _described(facts, is_mlx=field == "quantization")
+            return described(facts, is_mlx=field == "quantization")
     for pattern, name in TENSORS.items():
         if any(re.search(pattern, tensor) for tensor in tensors):
             return f"{name}, by its tensors"
@@ -43,14 +43,8 @@ def is_read(form: str) -> bool:
     return form.startswith(READ)
 
 
-def side_file(content: Mapping[str, Any], name: str) -> str:
-    """What a file of SIDE_FILES says."""
-    facts = content.get("quantization")
-    inner = facts if isinstance(facts, dict) else {}
-    return _described({"quant_method": SIDE_FILES[name], **content, **inner})
-
-
-def _described(facts: Mapping[str, Any], is_mlx: bool = False) -> str:
+def described(facts: Mapping[str, Any], is_mlx: bool = False) -> str:
+    """The form of which these are the facts, in words."""
     method = facts.get("quant_method")
     if method is None:
         # mlx-lm writes its fields under both names, and gives no method.

@@ -60,11 +60,9 @@ class Flat:
 def plain(
     facts: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
 ) -> Iterator[tuple[tuple[str, ...], dict[str, StoredTensor]]]:
-    states = {name.split(STATE)[0]: name.split(STATE)[1] for name in tensors if STATE in name}
-    for base, kind in states.items():
-        own = {name: tensor for name, tensor in tensors.items() if name.startswith(base + "weight")}
+    for kind in sorted({name.split(STATE)[1] for name in tensors if STATE in name}):
         needed = (ABSMAX, CODE, STATE + kind)
-        for group in groups(own, "weight", NESTED, NESTED_CODE, needed=needed):
+        for group in groups(tensors, "weight", NESTED, NESTED_CODE, needed=needed):
             yield group.names, _plain(group, group[STATE + kind])
 
 
