@@ -16,7 +16,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -129,6 +129,31 @@ def table(rows: list[Row], title: str) -> str:
     return "\n".join(lines)
 
 
+def taken(steps: Iterable[Step], scratch: Path, clean: Callable[[Step], None]) -> list[Row]:
+    """Take the steps that an earlier run left, clean up after each, and keep what each cost."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    kept = scratch / "steps.json"
+    rows = [Row(**row) for row in json.loads(kept.read_text())] if kept.is_file() else []
+    done = {row.name for row in rows}
+    for step in steps:
+        if step.name in done:
+            continue
+        rows.append(measured(step))
+        print(f"{rows[-1].name}: {rows[-1].seconds:.1f} s: {rows[-1].said}", file=sys.stderr)
+        write_text(kept, json.dumps([asdict(row) for row in rows], indent=1))
+        clean(step)
+    return rows
+
+
+def title(what: str, checkpoint: Path) -> str:
+    """What was measured, and on what."""
+    size = sum(path.stat().st_size for path in checkpoint.iterdir())
+    return (
+        f"{what}, {size / 1e9:.1f} GB of bf16; {platform.system()}, {os.cpu_count()} cores, "
+        f"{psutil.virtual_memory().total / 1e9:.0f} GB, load {os.getloadavg()[1]:.1f} at the end."
+    )
+
+
 def hugging_face(checkpoint: Path, dtype: str, tokens: int) -> None:
     """Greedy text from Hugging Face's own model: prints its speed, without loading."""
     import time
@@ -166,24 +191,13 @@ def main(
     """Take a model of real size the whole way, and print what each step cost."""
     if hugging_face_dtype:
         return hugging_face(scratch / "checkpoint", hugging_face_dtype, tokens)
-    scratch.mkdir(parents=True, exist_ok=True)
-    kept = scratch / "steps.json"
-    rows = [Row(**row) for row in json.loads(kept.read_text())] if kept.is_file() else []
-    done = {row.name for row in rows}
-    for step in steps(like, layers, scratch, compress, tokens, llama_cpp):
-        if step.name in done:
-            continue
-        rows.append(measured(step))
-        print(f"{rows[-1].name}: {rows[-1].seconds:.1f} s: {rows[-1].said}", file=sys.stderr)
-        write_text(kept, json.dumps([asdict(row) for row in rows], indent=1))
-        shutil.rmtree(scratch / "copy", ignore_errors=True)
-    size = sum(path.stat().st_size for path in (scratch / "checkpoint").iterdir())
-    cut = "all layers" if layers is None else f"{layers} layers"
-    title = (
-        f"{like}, {cut}, {size / 1e9:.1f} GB of bf16; {platform.system()}, {os.cpu_count()} cores, "
-        f"{psutil.virtual_memory().total / 1e9:.0f} GB, load {os.getloadavg()[1]:.1f} at the end."
+    rows = taken(
+        steps(like, layers, scratch, compress, tokens, llama_cpp),
+        scratch,
+        lambda _: shutil.rmtree(scratch / "copy", ignore_errors=True),
     )
-    print(table(rows, title))
+    cut = "all layers" if layers is None else f"{layers} layers"
+    print(table(rows, title(f"{like}, {cut}", scratch / "checkpoint")))
 
 
 if __name__ == "__main__":

@@ -9,24 +9,17 @@ process each, on the same tokens. Weights are random. What is done is kept in th
 that a run that was interrupted goes on; the last step prints a table in Markdown.
 """
 
-import json
-import os
-import platform
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Annotated
 
-import psutil
 import torch
 import typer
-from full_size import ANE_MOE, SCRIPTS, Row, Step, measured, table
-
-from ane_moe.files import write_text
+from full_size import ANE_MOE, SCRIPTS, Step, table, taken, title
 
 LIKE = "privacy-filter"
 TOKENS = 512  # of the text that is scored: one full window
@@ -95,24 +88,14 @@ def main(
     """Take the filter the whole way, and print what each step cost."""
     if score_of:
         return score(scratch / "checkpoint", score_of)
-    scratch.mkdir(parents=True, exist_ok=True)
-    kept = scratch / "steps.json"
-    rows = [Row(**row) for row in json.loads(kept.read_text())] if kept.is_file() else []
-    done = {row.name for row in rows}
-    for step in steps(scratch, compress.split(","), layers):
-        if step.name in done:
-            continue
-        rows.append(measured(step))
-        print(f"{rows[-1].name}: {rows[-1].seconds:.1f} s: {rows[-1].said}", file=sys.stderr)
-        write_text(kept, json.dumps([asdict(row) for row in rows], indent=1))
-        if "--score" in step.command:
-            shutil.rmtree(step.command[3])
-    size = sum(path.stat().st_size for path in (scratch / "checkpoint").iterdir())
-    title = (
-        f"{LIKE}, {size / 1e9:.1f} GB of bf16; {platform.system()}, {os.cpu_count()} cores, "
-        f"{psutil.virtual_memory().total / 1e9:.0f} GB, load {os.getloadavg()[1]:.1f} at the end."
-    )
-    print(table(rows, title))
+    rows = taken(steps(scratch, compress.split(","), layers), scratch, _without_shards)
+    print(table(rows, title(LIKE, scratch / "checkpoint")))
+
+
+def _without_shards(step: Step) -> None:
+    """The last step of a conversion takes it away."""
+    if "--score" in step.command:
+        shutil.rmtree(step.command[3])
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     PYTHONPATH=. PYTHON scripts/llama_cpp_speed.py CHECKPOINT --gguf FILE [--tokens 16]
 
-`PYTHON` is one that has llama-cpp-python and gguf, which are no dependencies of this project. The
-checkpoint is OLMoE's geometry as make_checkpoint.py writes it; the file is written where it is
-missing, tensor by tensor. Q8_0 keeps int8 with a scale for 32 weights, so the bytes read for a
-token are those of our int8 and 6 % more.
+`PYTHON` is one that has llama-cpp-python, no dependency of this project, and gguf. The checkpoint
+is OLMoE's geometry as make_checkpoint.py writes it; the file is written where it is missing, tensor
+by tensor. Q8_0 keeps int8 with a scale for 32 weights, so the bytes read for a token are those of
+our int8 and 6 % more.
 """
 
 import argparse
@@ -17,37 +17,22 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 
+from ane_moe.checkpoints.gguf.architectures import ARCHITECTURES, TOP
 from ane_moe.checkpoints.safetensors_header import read_header
 from ane_moe.checkpoints.stored_tensor import StoredTensor
 from ane_moe.half import STORED, widened
 
 PROMPT = range(1000, 1032)
 EXPERTS = ("gate", "up", "down")
-ENDS = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
-OF_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate_inp": "mlp.gate",
-}
 WHOLE = ("norm", "gate_inp")  # what llama.cpp keeps in fp32
 
 
 def tensor_keys(config: dict) -> Iterator[tuple[str, list[str]]]:
     """llama.cpp's name of each tensor, and the checkpoint's tensors that it stacks."""
-    for name, key in ENDS.items():
+    for name, key in TOP.items():
         yield f"{name}.weight", [f"{key}.weight"]
     for layer in range(config["num_hidden_layers"]):
-        for name, key in OF_LAYER.items():
+        for name, key in ARCHITECTURES["olmoe"].names.items():
             yield f"blk.{layer}.{name}.weight", [f"model.layers.{layer}.{key}.weight"]
         for name in EXPERTS:
             start = f"model.layers.{layer}.mlp.experts"

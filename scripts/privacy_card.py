@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from private_formats import Draw
-from private_sentences import HELD_OUT, LABELS, TRAINED, Sentence, Side, draw_sentence, mixed
+from private_sentences import HELD_OUT, TRAINED, Sentence, Side, draw_sentence, mixed
 from transformers import OpenAIPrivacyFilterForTokenClassification, PreTrainedTokenizerFast
 
+from ane_moe.checkpoints.original_filter import KINDS
 from ane_moe.files import write_text
 from ane_moe.redaction.spans import probabilities, spans_of
 from ane_moe.redaction.viterbi import PRESETS, Decoder
@@ -130,7 +131,7 @@ def result_of(
         hides = [at in hidden for one in sentence.entities for at in range(one.start, one.end)]
         private, covered = private + len(hides), covered + sum(hides)
         empty, clean = empty + (not there), clean + (not there and not found)
-    by_label = {label: Score(*(counts[kind][label] for kind in counts)) for label in LABELS}
+    by_label = {label: Score(*(counts[kind][label] for kind in counts)) for label in KINDS}
     spans_of_all = Score(*(sum(counts[kind].values()) for kind in counts))
     return Result(name, preset, spans_of_all, by_label, covered / private, clean / empty)
 

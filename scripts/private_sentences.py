@@ -17,16 +17,6 @@ import private_formats
 from private_formats import FILLERS, WORDS, Draw, Format
 
 TEMPLATES = Path(__file__).with_name("private_templates.toml")
-LABELS = (
-    "account_number",
-    "private_address",
-    "private_date",
-    "private_email",
-    "private_person",
-    "private_phone",
-    "private_url",
-    "secret",
-)
 SHORT = {
     "ACCOUNT": "account_number",
     "ADDRESS": "private_address",

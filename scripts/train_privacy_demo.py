@@ -42,7 +42,7 @@ from privacy_card import (
     write_text,
 )
 from private_formats import Draw
-from private_sentences import LABELS, TRAINED, Entity, Sentence, draw_text
+from private_sentences import TRAINED, Entity, Sentence, draw_text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
@@ -51,6 +51,8 @@ from transformers import (
     OpenAIPrivacyFilterForTokenClassification,
     PreTrainedTokenizerFast,
 )
+
+from ane_moe.checkpoints.original_filter import LABELS
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "ane_moe" / "demo" / "privacy"
 END_OF_TEXT = "<|endoftext|>"
@@ -90,11 +92,6 @@ class Settings:
     seed: int = 0
 
 
-def bioes_labels() -> list[str]:
-    """The labels of the published filter, in its order."""
-    return ["O", *(f"{tag}-{label}" for label in LABELS for tag in "BIES")]
-
-
 def train_tokenizer(texts: Iterator[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE: any text round-trips, none is unknown. Digits and punctuation stand
     alone, so that a token never holds the end of an entity and what follows."""
@@ -124,7 +121,7 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int) -> PreTrainedTokenize
 
 def bioes_targets(entities: Sequence[Entity], offsets: Sequence[tuple[int, int]]) -> list[int]:
     """The label of each token: its place among the tokens that overlap an entity."""
-    index = {label: place for place, label in enumerate(bioes_labels())}
+    index = {label: place for place, label in enumerate(list(LABELS))}
     targets = [0] * len(offsets)
     for entity in entities:
         inside = [
@@ -147,7 +144,7 @@ def build_model(settings: Settings, end_of_text: int) -> OpenAIPrivacyFilterForT
         eos_token_id=end_of_text,
         pad_token_id=end_of_text,
     )
-    assert list(config.id2label.values()) == bioes_labels()
+    assert list(config.id2label.values()) == list(LABELS)
     return OpenAIPrivacyFilterForTokenClassification(config).float()
 
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from tests.zoo import COMMON as ZOO
-from tests.zoo import ROWS, WITH_IMAGES
+from tests.zoo import ROWS, SIZES, WITH_IMAGES, YARN
 
 LLAMA_SHAPED = ("granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 DECODERS = ("granitemoe", "lfm2_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "zaya")
@@ -33,18 +33,7 @@ CLASSES: dict[str, Any] = {
 # Seeds of models that are decided on the tests' prompts, where the first one is not.
 DECIDED = {"lfm2_moe": 1}
 
-COMMON = {
-    "vocab_size": 211,
-    "hidden_size": 72,  # not a multiple of 32
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,  # 4 x 16 is not 72
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-}
+COMMON = {**SIZES, "num_hidden_layers": 3}
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
@@ -161,15 +150,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-5,
         "swiglu_limit": 0.7,  # so that both clamps cut something
         "swiglu_alpha": 1.3,
-        "rope_parameters": {
-            "rope_type": "yarn",
-            "rope_theta": 150000.0,
-            "factor": 32.0,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "truncate": False,
-            "original_max_position_embeddings": 64,
-        },
+        "rope_parameters": YARN,
         "id2label": {number: f"label-{number}" for number in range(7)},
         "pad_token_id": 0,
         "tie_word_embeddings": False,

@@ -7,10 +7,9 @@ from typing import Any
 Fields = dict[str, Any]
 WITH_IMAGES = ("aria", "glm4v_moe", "qwen3_5_moe", "qwen3_vl_moe")
 
-COMMON: Fields = {
+SIZES: Fields = {
     "vocab_size": 211,
     "hidden_size": 72,  # not a multiple of 32
-    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,  # 4 x 16 is not 72
@@ -18,6 +17,10 @@ COMMON: Fields = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": None,
+}
+COMMON: Fields = {
+    **SIZES,
+    "num_hidden_layers": 2,
     "rms_norm_eps": 1e-5,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     "tie_word_embeddings": False,

@@ -3,6 +3,7 @@ field of an architecture got slightly wrong."""
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,38 +121,20 @@ def of_layers(spec: ModelSpec, change: Change) -> ModelSpec:
     return replace(spec, layers=tuple(replace(one, **change(one)) for one in spec.layers))
 
 
-def of_mixers(spec: ModelSpec, change: Change) -> ModelSpec:
-    """Of attention; `of_latents` is for the one with latents."""
+def of_mixers(spec: ModelSpec, change: Change, kind: type = GqaSpec) -> ModelSpec:
+    """Of one kind of mixers: attention, but for those below."""
     return of_layers(
         spec,
         lambda layer: (
             {"mixer": replace(layer.mixer, **change(layer.mixer))}
-            if isinstance(layer.mixer, GqaSpec)
+            if isinstance(layer.mixer, kind)
             else {}
         ),
     )
 
 
-def of_latents(spec: ModelSpec, change: Change) -> ModelSpec:
-    return of_layers(
-        spec,
-        lambda layer: (
-            {"mixer": replace(layer.mixer, **change(layer.mixer))}
-            if isinstance(layer.mixer, MlaSpec)
-            else {}
-        ),
-    )
-
-
-def of_delta_nets(spec: ModelSpec, change: Change) -> ModelSpec:
-    return of_layers(
-        spec,
-        lambda layer: (
-            {"mixer": replace(layer.mixer, **change(layer.mixer))}
-            if isinstance(layer.mixer, DeltaNetSpec)
-            else {}
-        ),
-    )
+of_latents = partial(of_mixers, kind=MlaSpec)
+of_delta_nets = partial(of_mixers, kind=DeltaNetSpec)
 
 
 def of_moes(spec: ModelSpec, change: Change) -> ModelSpec:

@@ -1,6 +1,5 @@
 """Numbers inside a layer that the engine's sums do not hold, and the division that mends them."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from ane_moe.conversion import stream_scale
 from ane_moe.conversion.pipeline import convert
 from ane_moe.conversion.plan import ConvertOptions
 from ane_moe.families.taps import Taps
-from ane_moe.formats.recipe import FP16
 from ane_moe.manifest import read_manifest
 from ane_moe.model.spec import FROM_UPS, FROM_VALUES, UPS, VALUES, InnerScale, ModelSpec
 from ane_moe.opened import open_model
@@ -21,19 +19,11 @@ from ane_moe.original.sums import PartialSums, known_matrices
 from ane_moe.report.convert_table import stream_line
 from ane_moe.verification.verify import verify
 from tests.models import make_model, save_checkpoint
+from tests.verification.overflowing import OPTIONS, prompts, reports  # noqa: F401
 from tests.verification.tiny import edit_tensors, tiny_checkpoint
 
-PROMPTS = [[5, 9, 11, 3, 20, 33], [7, 8, 9, 1]]
-OPTIONS = ConvertOptions(prefill=0, context=32, recipe=FP16)
 LARGER, SMALLER = 2.0**17, 2.0**-10
 FAMILIES = ("qwen2_moe", "granitemoe", "mixtral", "olmoe", "lfm2_moe")
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory):
-    path = tmp_path_factory.mktemp("prompts") / "prompts.json"
-    path.write_text(json.dumps(PROMPTS))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +40,6 @@ def large(tmp_path_factory):
 
     edit_tensors(folder, edit)
     return folder
-
-
-@pytest.fixture(scope="module")
-def reports(large, prompts, tmp_path_factory):
-    """As it is, and by default."""
-    folder, made = tmp_path_factory.mktemp("out"), {}
-    for name, divisor in {"before": 1, "after": None}.items():
-        options = replace(OPTIONS, stream_divisor=divisor)
-        made[name] = convert(large, folder / name, options, golden=True, prompts=prompts)
-    return made
 
 
 def test_before_sums_overflow_inside_layers(reports):

@@ -14,7 +14,6 @@ from rich.console import Console
 from ane_moe.cli import main
 from ane_moe.conversion.pipeline import convert
 from ane_moe.conversion.plan import ConvertOptions
-from ane_moe.formats.recipe import FP16
 from ane_moe.manifest import read_manifest
 from ane_moe.model.spec import InnerScale, ModelSpec
 from ane_moe.opened import open_model, with_scales
@@ -25,10 +24,9 @@ from ane_moe.report.convert_table import stream_line
 from ane_moe.report.verify_table import verify_report
 from ane_moe.verification.verify import verify
 from tests.models import make_model, save_checkpoint
+from tests.verification.overflowing import OPTIONS, prompts, reports  # noqa: F401
 from tests.verification.tiny import edit_tensors, tiny_checkpoint
 
-PROMPTS = [[5, 9, 11, 3, 20, 33], [7, 8, 9, 1]]
-OPTIONS = ConvertOptions(prefill=0, context=32, recipe=FP16)
 FACTOR = 2.0**17
 WRITERS = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")
 
@@ -46,26 +44,9 @@ def enlarge(folder: Path, factor: float = FACTOR) -> Path:
 
 
 @pytest.fixture(scope="module")
-def prompts(tmp_path_factory):
-    path = tmp_path_factory.mktemp("prompts") / "prompts.json"
-    path.write_text(json.dumps(PROMPTS))
-    return path
-
-
-@pytest.fixture(scope="module")
 def large(tmp_path_factory):
     """fp32 holds its hidden states, fp16 does not: as gpt-oss-120b's last layers."""
     return enlarge(tiny_checkpoint("qwen3_moe", tmp_path_factory.mktemp("checkpoint")))
-
-
-@pytest.fixture(scope="module")
-def reports(large, prompts, tmp_path_factory):
-    """As it is, and by default."""
-    folder, made = tmp_path_factory.mktemp("out"), {}
-    for name, divisor in {"before": 1, "after": None}.items():
-        options = replace(OPTIONS, stream_divisor=divisor)
-        made[name] = convert(large, folder / name, options, golden=True, prompts=prompts)
-    return made
 
 
 def test_before_it_overflows_and_says_what_would_help(reports):
