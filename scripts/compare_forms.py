@@ -50,7 +50,15 @@ MARKED = re.compile(r"(<!-- forms -->\n).*(<!-- end of forms -->)", re.DOTALL)
 CHIPS, SYSTEM = ("m1", "m4", "m5", "m6"), 27
 SLOTS = 2048  # of the caches
 FAR = 2e4
-MODELS = ("granite-3.1-1b-a400m", "qwen3-30b-a3b", "olmoe-1b-7b", "lfm2-8b-a1b", "zaya1-8b")
+MODELS = (
+    "granite-3.1-1b-a400m",
+    "qwen3-30b-a3b",
+    "qwen1.5-moe-a2.7b",
+    "mixtral-8x7b",
+    "olmoe-1b-7b",
+    "lfm2-8b-a1b",
+    "zaya1-8b",
+)
 PRODUCTS = ("conv", "matmul")
 OUR_NORM = RmsNorm.__init__
 
