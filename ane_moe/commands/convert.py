@@ -131,6 +131,10 @@ def convert(
             metavar="auto|off|N",
         ),
     ] = "auto",
+    roster: Annotated[
+        bool,
+        typer.Option("--roster", help="Let `generate --roster` disturb the choice of experts."),
+    ] = False,
     layers: Annotated[
         str | None, typer.Option(help="Convert only these, such as 0-3 or 0,5.", metavar="LIST")
     ] = None,
@@ -249,6 +253,7 @@ def convert(
         ignore_tensors=left,
         lengths=windows,
         stream_divisor=_divisor(stream_scale),
+        roster=roster,
     )
     job = job_of(model, out, options)
     concerns = concerns_of_plan(job.plan, place)

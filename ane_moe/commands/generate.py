@@ -50,6 +50,21 @@ def generate(
             )
         ),
     ] = "none",
+    roster: Annotated[
+        int | None,
+        typer.Option(
+            help="Take each token this many times, by experts chosen with noise, and average.",
+            metavar="N",
+        ),
+    ] = None,
+    tau: Annotated[float, typer.Option(help="roster: what the noise is multiplied by.")] = 0.1,
+    tau_schedule: Annotated[
+        Path | None,
+        typer.Option(help='roster: the same by layer, as {"0": 0.1}.', metavar="FILE.json"),
+    ] = None,
+    skip_layers: Annotated[
+        int, typer.Option(help="roster: no noise in so many first and last layers.", metavar="L")
+    ] = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON document on stdout at the end.")
     ] = False,
@@ -63,6 +78,7 @@ def generate(
     from ane_moe.loop.figures import figures_dict, figures_line
     from ane_moe.loop.generation import GenerateOptions
     from ane_moe.loop.generation import generate as start
+    from ane_moe.loop.roster import RosterOptions, RosterSession, read_schedule
     from ane_moe.loop.session import Session
     from ane_moe.loop.shards import load_shards
     from ane_moe.loop.tokenizer import load_tokenizer
@@ -81,7 +97,12 @@ def generate(
         )
     else:
         ids = tokenizer.encode_chat(text) if chat else tokenizer.encode(text)
-    session = Session(shards, concurrency=concurrency, predictor=predictor)
+    if roster is None:
+        session = Session(shards, concurrency=concurrency, predictor=predictor)
+    else:
+        schedule = {} if tau_schedule is None else read_schedule(tau_schedule)
+        how = RosterOptions(roster, tau, schedule, skip_layers, seed)
+        session = RosterSession(shards, how, concurrency=concurrency)
     options = GenerateOptions(max_tokens, temperature, top_p, seed, tuple(stop or ()))
     begun = (
         tokenizer.heal(ids, shards.manifest.vocab)

@@ -22,7 +22,7 @@ from ane_moe.model.moe import MoeConfig
 from ane_moe.model.part import PartConfig
 from ane_moe.model.port import ADDED, STREAM, Ports
 from ane_moe.model.routed import RoutedMixerConfig
-from ane_moe.model.spec import MlpSpec, ModelSpec, MoeSpec
+from ane_moe.model.spec import LayerSpec, MlpSpec, ModelSpec, MoeSpec, RouterSpec
 from ane_moe.model.stack import StackConfig, can_share
 from ane_moe.model.template_key import TemplateKey, function_name, weight_name
 from ane_moe.model.weight import HEAD, HEAD_BIAS, Directions, Place, Selection, Weight, WeightName
@@ -56,7 +56,8 @@ class ConvertOptions:
     choose formats. `groups` gives the experts of each function by layer, where they are not
     neighbours. `ignore_tensors` are patterns (as in a shell) of stored tensors that may be left
     out. Hidden states are divided by `stream_divisor`, a power of two (None: by what a golden or a
-    calibration shows a need for); with 1 nothing inside layers is, either."""
+    calibration shows a need for); with 1 nothing inside layers is, either. With
+    `roster` the host may disturb the choice of experts, for `generate --roster`."""
 
     routing: Literal["masked", "soft", "sparse"] = "masked"
     state: Literal["mlstate", "explicit"] = "mlstate"
@@ -76,6 +77,7 @@ class ConvertOptions:
     ignore_tensors: tuple[str, ...] = ()
     lengths: tuple[int, ...] | None = None
     stream_divisor: int | None = None
+    roster: bool = False
 
 
 @dataclass(frozen=True)
@@ -241,6 +243,8 @@ def make_plan(
             f"hidden states are not divided by {options.stream_divisor}",
             do=f"give a power of two, up to {STREAM_DIVISORS[-1]}",
         )
+    if options.roster:
+        spec = _disturbed(spec, options.routing)
     context = _context(spec, options)
     layers = tuple(range(len(spec.layers))) if options.layers is None else options.layers
     if outside := [n for n in layers if not 0 <= n < len(spec.layers)]:
@@ -259,6 +263,23 @@ def make_plan(
                 "Core ML's limit is 2 GiB a package",
             )
     return ConversionPlan(spec, options, context, width, layers, tuple(shards))
+
+
+def _disturbed(spec: ModelSpec, routing: str) -> ModelSpec:
+    """The model with routers that take noise. Raises UserError where none can."""
+    if routing == "soft":
+        raise UserError("soft routing chooses no experts", do="give another --routing")
+    routers = [layer.ffn.router for layer in spec.layers if isinstance(layer.ffn, MoeSpec)]
+    if spec.is_encoder or not all(isinstance(router, RouterSpec) for router in routers):
+        raise UserError(f"a roster is not possible with {spec.family}", do="leave --roster out")
+    return replace(spec, layers=tuple(_with_noise(layer) for layer in spec.layers))
+
+
+def _with_noise(layer: LayerSpec) -> LayerSpec:
+    ffn = layer.ffn
+    if not (isinstance(ffn, MoeSpec) and isinstance(ffn.router, RouterSpec)):
+        return layer
+    return replace(layer, ffn=replace(ffn, router=replace(ffn.router, noise=True)))
 
 
 def _context(spec: ModelSpec, options: ConvertOptions) -> int:

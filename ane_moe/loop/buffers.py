@@ -24,12 +24,15 @@ Ropes = Mapping[str, np.ndarray]
 class Placement:
     """A call's real tokens: `count` of them from `position` on; what follows up to T is padding.
     `texts`: the lengths of several texts that share the call, each from position 0 on, one behind
-    the other (none: it is one)."""
+    the other (none: it is one). `roster`: the tokens are one token, taken `count` times: all stand
+    at `position` and see what precedes it, and each itself, in cache slots one behind the other;
+    all but the first are written over by what comes next."""
 
     position: int
     count: int
     ropes: Ropes
     texts: tuple[int, ...] = ()
+    roster: bool = False
 
     @property
     def end(self) -> int:
@@ -80,9 +83,12 @@ def _mask(array: np.ndarray, slot: str, at: Placement) -> None:
                 mask[token, max(part.start, token - reach) : min(token + reach + 1, part.stop)] = 0
         return
     for token in range(at.count):
-        own = at.position + token
+        own = at.position if at.roster else at.position + token
         first = 0 if window == "all" else own + 1 - int(window)
         mask[token, max(0, first) : own + 1] = 0
+        if at.roster:
+            mask[token, at.position] = HIDDEN
+            mask[token, at.position + token] = 0
 
 
 def _write(array: np.ndarray, slot: str, at: Placement) -> None:
@@ -101,6 +107,9 @@ def _keep(array: np.ndarray, slot: str, at: Placement) -> None:
 
 def _rope(array: np.ndarray, slot: str, at: Placement) -> None:
     """`(1, 1, r/2, T)`."""
+    if at.roster:
+        array[0, 0, :, : at.count] = at.ropes[slot][at.position][:, None]
+        return
     for part in at.parts:
         rows = at.ropes[slot][at.position : at.position + part.stop - part.start]
         array[0, 0, :, part] = rows.T
@@ -121,6 +130,11 @@ def _real(array: np.ndarray, slot: str, at: Placement) -> None:
     array[..., : at.count] = 1
 
 
+def _noise(array: np.ndarray, slot: str, at: Placement) -> None:
+    """`(1, E, 1, T)`: none, until whoever takes samples puts it there (`loop/roster.py`)."""
+    array.fill(0)
+
+
 Rule = Callable[[np.ndarray, str, Placement], None]
 RULES: dict[str, Rule] = {
     "mask": _mask,
@@ -129,6 +143,7 @@ RULES: dict[str, Rule] = {
     "rope": _rope,
     "shift": _shift,
     "real": _real,
+    "noise": _noise,
 }
 
 
@@ -162,11 +177,13 @@ class Slots:
         """A slot that functions fill, as `[C,T]`; the same memory."""
         return by_channel(self._arrays[slot])
 
-    def place(self, position: int, count: int, texts: tuple[int, ...] = ()) -> None:
-        """Move the host's own slots to `count` tokens from `position` on, or to `texts` of so many
-        tokens, which see nothing of each other."""
+    def place(
+        self, position: int, count: int, texts: tuple[int, ...] = (), *, roster: bool = False
+    ) -> None:
+        """Move the host's own slots to `count` tokens from `position` on, to `texts` of so many
+        tokens, which see nothing of each other, or to one token taken `count` times."""
         self.count = count
-        at = Placement(position, count, self._ropes, texts)
+        at = Placement(position, count, self._ropes, texts, roster)
         for rule, array, slot in self._own:
             rule(array, slot, at)
 

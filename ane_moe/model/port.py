@@ -7,6 +7,7 @@ in slots alone: whoever runs a model fills a function's input slots, calls it, a
     added                   what experts give where a norm comes after their sum, (1, d, 1, T)
     ffn_input  gates.3      what dispatched experts are given: the normed stream, gates of layer 3
     carry.router            what a layer hands to the next one beside the stream
+    noise.gumbel.3          what is added to layer 3's scores of experts for the choice alone
     logits[0:16384]         scores of these vocabulary rows
     state.3.k_cache         what layer 3 keeps from call to call
     mask.all  mask.17       additive mask of what a token may see: all before it, or 17 with itself
@@ -17,7 +18,8 @@ in slots alone: whoever runs a model fills a function's input slots, calls it, a
     shift.2                 one-hot columns that keep the last 2 real tokens of a state and a call
     real                    1 for the tokens of a call, 0 for padding
 
-The last five are made by the host, by rules of `loop/buffers.py`; functions fill the others.
+The last five and noise are made by the host, by rules of `loop/buffers.py`; functions fill the
+others.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,7 +36,7 @@ MASK, BAND = "mask", "band_"
 GATES, LOGITS, STATE = "gates", "logits", "state"  # roots
 # Roots of the slots whose arrays have channels on axis 1 and tokens on the last: `--layout` turns
 # those, and nothing else.
-BY_CHANNEL = ("stream", "added", "ffn_input", "gates", "carry", "logits")
+BY_CHANNEL = ("stream", "added", "ffn_input", "gates", "carry", "noise", "logits")
 
 
 @dataclass(frozen=True)

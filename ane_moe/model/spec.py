@@ -134,7 +134,8 @@ class RouterSpec:
     `renorm_floor` counts as that (transformers' `Ernie4_5_MoeTopKRouter`). With `groups` of
     neighbours only experts of the `open_groups` best are chosen from, those whose `group_best`
     largest scores sum up highest (`DeepseekV3TopkRouter`, `DeepseekV2TopkRouter`). A tanh keeps
-    logits within `softcap` (`LagunaTopKRouter`).
+    logits within `softcap` (`LagunaTopKRouter`). With `noise` the host may add to what the choice
+    is made by, logits or scores; weights never see it (RoE, arXiv 2509.17238).
     """
 
     experts: int
@@ -150,6 +151,7 @@ class RouterSpec:
     open_groups: int = 1
     group_best: int = 2
     softcap: float | None = None
+    noise: bool = False
 
     @property
     def classes(self) -> int:

@@ -52,6 +52,12 @@ class StackConfig:
             for port in ports.outputs
             if port.root == "gates"
         ]
+        noise = [
+            _numbered(port, place)
+            for place, ports in enumerate(each)
+            for port in ports.inputs
+            if port.root == "noise"
+        ]
         # What routers hand on comes in at the first layer that takes it, and goes out at the last
         # that gives it.
         taken = [port for port in each[0].inputs if port.root == "carry"]
@@ -59,7 +65,8 @@ class StackConfig:
             port.slot: port for ports in each for port in ports.outputs if port.root == "carry"
         }
         ports = Ports(
-            (stream, *asked.values(), *taken), (replace(stream, name="y"), *gates, *given.values())
+            (stream, *asked.values(), *taken, *noise),
+            (replace(stream, name="y"), *gates, *given.values()),
         )
         return with_states(ports, tuple(states), first.explicit)
 

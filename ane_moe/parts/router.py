@@ -51,15 +51,16 @@ class Router(Projection):
         logits = self(x)
         if self.spec.softcap is not None:
             logits = torch.tanh(logits / self.spec.softcap) * self.spec.softcap
-        return self._scaled(self._chosen(logits)), {}
+        return self._scaled(self._chosen(logits, inputs.get("noise"))), {}
 
-    def _chosen(self, logits: Tensor) -> Tensor:
+    def _chosen(self, logits: Tensor, noise: Tensor | None) -> Tensor:
         spec = self.spec
         plain = not (spec.bias or spec.renorm_eps or spec.renorm_floor)
         if spec.score == "softmax" and plain and spec.open_groups == spec.groups:
-            return self._softmax(logits)
+            return self._softmax(logits, noise)
         scores = torch.sigmoid(logits) if spec.score == "sigmoid" else torch.softmax(logits, dim=1)
         ranked = scores if self.choice_bias is None else scores + self.choice_bias
+        ranked = ranked if noise is None else ranked + noise
         if spec.open_groups < spec.groups and not self.soft:
             ranked = self._in_open_groups(ranked)
         gates = scores if self.soft else scores * top_k_mask(ranked, spec.k, spec.experts)
@@ -80,10 +81,11 @@ class Router(Projection):
         lowered = by_group + (is_open.reshape(groups, 1, 1, -1) - 1) * FAR
         return lowered.reshape(1, self.spec.experts, 1, -1)
 
-    def _softmax(self, logits: Tensor) -> Tensor:
+    def _softmax(self, logits: Tensor, noise: Tensor | None) -> Tensor:
         if self.soft:
             return torch.softmax(logits, dim=1)
-        mask = top_k_mask(logits, self.spec.k, self.spec.experts)
+        ranked = logits if noise is None else logits + noise
+        mask = top_k_mask(ranked, self.spec.k, self.spec.experts)
         if self.spec.renorm:  # a softmax over the chosen logits alone
             return torch.softmax(logits + (mask - 1) * FAR, dim=1)
         return torch.softmax(logits, dim=1) * mask

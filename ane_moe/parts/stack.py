@@ -41,7 +41,8 @@ class Stack(Block):
         for place, layer in enumerate(self._each):
             kept = {name: inputs[f"{name}_{place}"] for name in layer.kept}
             attended = layer.attn(**(inputs | kept | {"x": x}))
-            fed = layer.ffn(x=attended["y"], **carried)
+            noise = {"noise": inputs[f"noise_{place}"]} if f"noise_{place}" in inputs else {}
+            fed = layer.ffn(x=attended["y"], **carried, **noise)
             x = fed["y"]
             numbered = {f"{name}_{place}_out": attended.get(f"{name}_out") for name in layer.kept}
             numbered[f"gates_{place}"] = fed.get("gates")
