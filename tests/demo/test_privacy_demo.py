@@ -18,9 +18,10 @@ from ane_moe import convert
 from ane_moe.conversion.plan import ConvertOptions
 from ane_moe.demo import built_in, privacy_checkpoint
 from ane_moe.demo.shards import privacy_shards
+from ane_moe.errors import UserError
 from ane_moe.formats.recipe import find_recipe
 from ane_moe.loop.tokenizer import Tokenizer
-from ane_moe.manifest import read_manifest
+from ane_moe.manifest import FILE_NAME, read_manifest
 from ane_moe.redaction.redactor import Redactor, open_redactor, redact
 from ane_moe.redaction.viterbi import CALIBRATION, PRESETS
 from tests.redaction.scorers import HuggingFace
@@ -134,6 +135,13 @@ def test_a_checkpoints_own_biases_go_along(tmp_path):
     assert CALIBRATION in read_manifest(tmp_path / "out").files
     transitions = open_redactor(tmp_path / "out")._decoder._transitions
     assert set(np.unique(transitions)) == {-np.inf, 0.5}
+
+
+def test_shards_without_a_tokenizer_are_refused(shards, tmp_path):
+    manifest = json.loads((shards / FILE_NAME).read_text())
+    (tmp_path / FILE_NAME).write_text(json.dumps(manifest | {"tokenizer": []}))
+    with pytest.raises(UserError, match="has no tokenizer; found: the checkpoint had none"):
+        open_redactor(tmp_path)
 
 
 def test_the_demo_is_converted_once(tmp_path, monkeypatch):
