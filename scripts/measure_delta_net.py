@@ -1,5 +1,5 @@
-"""What fp16 costs a gated delta net over a long text: our part, rounded to fp16 after each
-operation, beside transformers' own module in fp32 with the same weights.
+"""What fp16 costs a delta net over a long text: our part, rounded to fp16 after each operation,
+beside transformers' own module in fp32 with the same weights.
 
     python scripts/measure_delta_net.py [--tokens 2048]
 
@@ -9,13 +9,19 @@ all of them; `plain`: the memory's where it is multiplied by exp(g), which fp16 
 """
 
 import argparse
+import itertools
 import math
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
 from transformers import DynamicCache
+from transformers.models.kimi_linear.configuration_kimi_linear import KimiLinearConfig
+from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
 from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeTextConfig
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeGatedDeltaNet
 
@@ -23,19 +29,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from ane_moe.model.delta_net import DeltaNetConfig, DeltaNetSpec  # noqa: E402
+from ane_moe.model.kda import KdaConfig, KdaSpec  # noqa: E402
 from ane_moe.model.spec import NormSpec  # noqa: E402
 from ane_moe.parts import delta_net  # noqa: E402
 from ane_moe.parts.unbound import build_unbound  # noqa: E402
 
 D, LAST, EPS = 256, 256, 1e-6
 SPEC = DeltaNetSpec(2, 4, 128, 128, 4, EPS)  # two of Qwen3.5-35B-A3B's key heads
-CONFIG = Qwen3_5MoeTextConfig(
-    hidden_size=D,
-    linear_num_key_heads=SPEC.key_heads,
-    linear_num_value_heads=SPEC.value_heads,
-    layer_types=["linear_attention"],
-    num_hidden_layers=1,
-)
+KDA = KdaSpec(4, 4, 128, 128, 4, EPS, rank=128)  # four of Kimi-Linear-48B-A3B's heads
+LAYERS: dict[str, Any] = {"layer_types": ["linear_attention"], "num_hidden_layers": 1}
+
+
 WIDTHS = (1, 16, 64, 128)
 # What is left of a head's memory after a token without input, by its heads.
 DECAYS = {
@@ -45,30 +49,54 @@ DECAYS = {
 }
 
 
-def original(left: tuple[float, ...]) -> Qwen3_5MoeGatedDeltaNet:
-    """transformers' module with random weights that fp16 holds exactly."""
-    torch.manual_seed(0)
-    module = Qwen3_5MoeGatedDeltaNet(CONFIG, 0).eval()
-    with torch.no_grad():
+@dataclass(frozen=True)
+class Net:
+    """A kind of delta net: our part, and transformers' module with the names of its weights."""
+
+    config: DeltaNetConfig
+    theirs: Any
+    module: type
+    names: Callable[[Any], dict[str, torch.Tensor]]
+
+    @torch.no_grad()
+    def original(self, left: tuple[float, ...]) -> Any:
+        """transformers' module with random weights that fp16 holds exactly."""
+        torch.manual_seed(0)
+        module = self.module(self.theirs, 0).eval()
+        weights = self.names(module)
         for parameter in module.parameters():
-            parameter.copy_(parameter.normal_(0, D**-0.5).half())
+            parameter.normal_(0, D**-0.5)
         module.conv1d.weight.normal_(0, 0.5)
-        module.norm.weight.fill_(1)
-        # exp(A_log) softplus(dt_bias) is the decay; softplus of -4 is 0.018.
-        small = math.log1p(math.exp(-4))
-        module.dt_bias.fill_(-4)
-        module.A_log.copy_(torch.tensor([math.log(-math.log(one) / small) for one in left]))
+        weights["value_norm.weight"].fill_(1)
+        # exp(rate) softplus(bias) is the decay; softplus of -4 is 0.018.
+        small, rate = math.log1p(math.exp(-4)), weights["decay.rate"]
+        weights["decay.bias"].fill_(-4)
+        rates = torch.tensor([math.log(-math.log(one) / small) for one in left])
+        rate.copy_(rates.reshape(rate.shape))
         for parameter in module.parameters():
             parameter.copy_(parameter.half())
-    return module
+        return module
+
+    @torch.no_grad()
+    def ours(self, module: Any) -> Any:
+        """Our part with its weights, in fp16."""
+        block = build_unbound(self.config).to_empty(device="cpu").half().eval()
+        values = self.names(module) | {"norm.weight": torch.ones(D)}
+        for name, parameter in block.named_parameters():
+            parameter.copy_(values[name].reshape(parameter.shape))
+        return block
+
+    @torch.no_grad()
+    def expected(self, module: Any, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the module gives in fp32, and its memory in the end."""
+        cache = DynamicCache(config=self.theirs)
+        given = module(h[None], cache_params=cache)[0]
+        return given, cache.get_recurrent_state(0, state_idx=0).transpose(2, 3)
 
 
-def ours(module: Qwen3_5MoeGatedDeltaNet):
-    """Our part with its weights, in fp16."""
-    config = DeltaNetConfig(D, NormSpec(), SPEC, slots=32, explicit=True)
-    block = build_unbound(config).to_empty(device="cpu").half().eval()
+def by_head(module: Any) -> dict[str, torch.Tensor]:
     query, key, value = module.in_proj_qkv.weight.split([SPEC.queries, SPEC.keys, SPEC.values])
-    values = {
+    return {
         "query.weight": query,
         "key.weight": key,
         "value.weight": value,
@@ -80,12 +108,40 @@ def ours(module: Qwen3_5MoeGatedDeltaNet):
         "conv.weight": module.conv1d.weight,
         "value_norm.weight": module.norm.weight,
         "o.weight": module.out_proj.weight,
-        "norm.weight": torch.ones(D),
     }
-    with torch.no_grad():
-        for name, parameter in block.named_parameters():
-            parameter.copy_(values[name].reshape(parameter.shape))
-    return block
+
+
+def by_channel(module: Any) -> dict[str, torch.Tensor]:
+    gate, names = module.forget_gate, ("query", "key", "value")
+    convolutions = zip(names, module.conv1d.weight.chunk(3), strict=True)
+    return {
+        **{f"{name}.weight": getattr(module, f"{name[0]}_proj").weight for name in names},
+        **{f"{name}_conv.weight": weight for name, weight in convolutions},
+        "z_down.weight": module.g_a_proj.weight,
+        "z.weight": module.g_b_proj.weight,
+        "beta.weight": module.b_proj.weight,
+        "decay_down.weight": gate.f_a_proj.weight,
+        "decay.weight": gate.f_b_proj.weight,
+        "decay.bias": gate.dt_bias,
+        "decay.rate": gate.A_log,
+        "value_norm.weight": module.o_norm.weight,
+        "o.weight": module.o_proj.weight,
+    }
+
+
+FORM: dict[str, Any] = {"slots": 32, "explicit": True}
+QWEN = Qwen3_5MoeTextConfig(
+    hidden_size=D, linear_num_key_heads=SPEC.key_heads, linear_num_value_heads=4, **LAYERS
+)
+KIMI = KimiLinearConfig(hidden_size=D, linear_num_heads=4, **LAYERS)
+NETS = {
+    "head": Net(
+        DeltaNetConfig(D, NormSpec(), SPEC, **FORM), QWEN, Qwen3_5MoeGatedDeltaNet, by_head
+    ),
+    "channel": Net(
+        KdaConfig(D, NormSpec(), KDA, **FORM), KIMI, KimiLinearDeltaAttention, by_channel
+    ),
+}
 
 
 @torch.no_grad()
@@ -95,7 +151,7 @@ def through(block, h: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Ten
     rows = []
     ports = {port.name: port.shape for port in block.ports(width).inputs}
     given = {"shift": torch.zeros(ports["shift"]).half()}
-    for column in range(SPEC.history):
+    for column in range(block.config.mixer.history):
         given["shift"][0, 0, width + column, column] = 1
     if "real" in ports:
         given["real"] = torch.ones(ports["real"]).half()
@@ -104,14 +160,6 @@ def through(block, h: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Ten
         y, states = block.mix(x, given | states)
         rows.append(y[0, :, 0].T.float())
     return torch.cat(rows), states["memory"].float()
-
-
-@torch.no_grad()
-def expected(module, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same of transformers' module, in fp32."""
-    cache = DynamicCache(config=CONFIG)
-    given = module(h[None], cache_params=cache)[0]
-    return given, cache.get_recurrent_state(0, state_idx=0).transpose(2, 3)
 
 
 def off(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -123,19 +171,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     tokens = parser.parse_args().tokens
     torch.set_num_threads(1)
-    print("| left of the memory | tokens a call | last results | memory | plain |")
-    print("|---|---:|---:|---:|---:|")
-    for name, left in DECAYS.items():
-        module = original(left)
+    print("| decays by | left of the memory | tokens a call | last results | memory | plain |")
+    print("|---|---|---:|---:|---:|---:|")
+    for (kind, net), (name, left) in itertools.product(NETS.items(), DECAYS.items()):
+        module = net.original(left)
         h = torch.randn(tokens, D).half().float()
-        exact, memory = expected(module, h)
-        block = ours(module)
+        exact, memory = net.expected(module, h)
+        block = net.ours(module)
         for width in WIDTHS:
             given, kept = through(block, h, width)
             with patch.object(delta_net, "lost", lambda decay: delta_net.left(decay) - 1):
                 _, plain = through(block, h, width)
             errors = off(given[-LAST:], exact[-LAST:]), off(kept, memory), off(plain, memory)
-            print(f"| {name} | {width} | " + " | ".join(f"{one:.1e}" for one in errors) + " |")
+            found = " | ".join(f"{one:.1e}" for one in errors)
+            print(f"| {kind} | {name} | {width} | {found} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ MIXERS = {
     "ShortConvSpec": "short convolutions",
     "MlaSpec": "latent attention",
     "DeltaNetSpec": "gated delta nets",
+    "KdaSpec": "delta nets that decay by channel",
 }
 ROUTERS = {"EdaRouterSpec": "router with a state", "SparseMixerSpec": "sparse mixer"}
 

@@ -93,6 +93,14 @@ DELTA: Fields = {
         "partial_rotary_factor": 0.25,
     },
 }
+KDA: Fields = {
+    **LATENT,
+    "layer_types": [LINEAR, FULL],
+    "mlp_layer_types": ["sparse", "dense"],
+    "num_local_experts": 12,
+    "attention_bias": False,
+    "pad_token_id": 0,  # an embedding has to have it
+}
 DELTA_VISION: Fields = {
     "depth": 1,
     "hidden_size": 16,
@@ -509,5 +517,39 @@ ROWS: dict[str, Row] = {
             "tie_word_embeddings": False,
         },
         fused=False,
+    ),
+    "kimi_linear": Row(
+        {
+            **KDA,
+            "linear_head_dim": 32,
+            "linear_num_heads": 3,
+            "linear_conv_kernel_dim": 4,
+            "q_lora_rank": None,
+        },
+        {
+            "other sizes": {
+                "layer_types": [FULL, LINEAR],
+                "linear_num_heads": 1,
+                "linear_conv_kernel_dim": 2,
+                "q_lora_rank": 28,
+                "attention_bias": True,
+                "norm_topk_prob": False,
+                "n_group": 1,
+                "topk_group": 1,
+            }
+        },
+    ),
+    "bailing_hybrid": Row(
+        {**KDA, "head_dim": 32, "short_conv_kernel_size": 4, "kda_lower_bound": -3.0},
+        {
+            "unbounded": {
+                "kda_safe_gate": False,
+                "short_conv_kernel_size": 2,
+                "attention_bias": True,
+                "norm_topk_prob": False,
+                "layer_types": [FULL, LINEAR],
+                "rope_parameters": MSCALE,
+            }
+        },
     ),
 }

@@ -2,9 +2,9 @@
 are never trusted."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from ane_moe.errors import UserError
 
@@ -25,6 +25,12 @@ class Config:
 
     values: dict[str, Any]
     where: str = "config.json"
+
+    def renamed(self, names: Mapping[str, str], **absent: Any) -> Self:
+        """With the fields that go by other `names` (theirs: ours) under ours as well, and for
+        fields that are `absent` what the family's code takes them for."""
+        own = {ours: self.values[theirs] for theirs, ours in names.items() if self.has(theirs)}
+        return replace(self, values=absent | own | self.values)
 
     def has(self, name: str) -> bool:
         """Whether the file gives the field a value other than null."""

@@ -1,6 +1,7 @@
 """DeepSeek-V3 and what has its architecture (Moonlight-16B-A3B): latent attention, sigmoid scores
 with groups and a bias for the choice, shared experts, dense first layers."""
 
+from dataclasses import replace
 from typing import Any
 
 from ane_moe.families.config import Config
@@ -16,7 +17,7 @@ from ane_moe.families.keys import DEEPSEEK_FFN, LAYER, SKELETON, KeyTable, Runs
 from ane_moe.families.rope import mscale, rope_config, rope_spec
 from ane_moe.families.taps import DEEPSEEK, Taps
 from ane_moe.model.mla import MlaSpec
-from ane_moe.model.spec import FfnSpec, LayerSpec, ModelSpec, MoeSpec, RouterSpec
+from ane_moe.model.spec import FfnSpec, LayerSpec, ModelSpec, MoeSpec, RopeSpec, RouterSpec
 
 ATTENTION = f"{LAYER}.self_attn"
 QUERY, PAIR, SIDES = ("nope", "rotated"), ("kv_rank", "rotated"), ("nope", "value")
@@ -66,25 +67,36 @@ def experts(config: Config, router: RouterSpec) -> MoeSpec:
     return MoeSpec(router, mlp(config, "moe_intermediate_size"), shared)
 
 
+def latent_attention(config: Config, **facts: Any) -> MlaSpec:
+    """Latent attention from the usual fields; `facts` are the MlaSpec fields in which the family
+    differs."""
+    nope, rotated = config.integer("qk_nope_head_dim"), config.integer("qk_rope_head_dim")
+    usual: dict[str, Any] = {
+        "heads": config.integer("num_attention_heads"),
+        "nope": nope,
+        "rotated": rotated,
+        "value": config.integer("v_head_dim"),
+        "kv_rank": config.integer("kv_lora_rank"),
+        "q_rank": config.integer("q_lora_rank") if config.nullable("q_lora_rank") else None,
+        "scale": (nope + rotated) ** -0.5,
+        "rope": ROPE,
+        "bias": config.flag("attention_bias"),
+    }
+    return MlaSpec(**usual | facts)
+
+
+def rotated_latent_attention(config: Config, **facts: Any) -> tuple[MlaSpec, dict[str, RopeSpec]]:
+    """Latent attention and its rotary table."""
+    rope, mixer = rope_config(config), latent_attention(config, **facts)
+    rope.only("partial_rotary_factor", None, 1)
+    if rope.values["rope_type"] != "default" and rope.values.get("mscale_all_dim"):
+        scale = mscale(rope.number("factor"), rope.number("mscale_all_dim")) ** 2
+        mixer = replace(mixer, scale=mixer.scale * scale)
+    return mixer, {ROPE: rope_spec(rope, mixer.rotated)}
+
+
 def latent_model(config: Config, ffns: list[FfnSpec], **facts: Any) -> ModelSpec:
     """A decoder with latent attention; `facts` are the MlaSpec fields in which the family
     differs."""
-    rope, nope = rope_config(config), config.integer("qk_nope_head_dim")
-    rotated, scale = config.integer("qk_rope_head_dim"), 1.0
-    if rope.values["rope_type"] != "default" and rope.values.get("mscale_all_dim"):
-        scale = mscale(rope.number("factor"), rope.number("mscale_all_dim")) ** 2
-    mixer = MlaSpec(
-        heads=config.integer("num_attention_heads"),
-        nope=nope,
-        rotated=rotated,
-        value=config.integer("v_head_dim"),
-        kv_rank=config.integer("kv_lora_rank"),
-        q_rank=config.integer("q_lora_rank") if config.nullable("q_lora_rank") else None,
-        scale=scale * (nope + rotated) ** -0.5,
-        rope=ROPE,
-        bias=config.flag("attention_bias"),
-        **facts,
-    )
-    rope.only("partial_rotary_factor", None, 1)
-    ropes = {ROPE: rope_spec(rope, rotated)}
+    mixer, ropes = rotated_latent_attention(config, **facts)
     return decoder(config, [LayerSpec(mixer, ffn) for ffn in ffns], ropes=ropes)

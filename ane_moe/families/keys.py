@@ -7,7 +7,7 @@ found in more than one form.
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ane_moe.checkpoints.checkpoint import TensorSource
 from ane_moe.checkpoints.key_names import decoder_prefixes
@@ -58,6 +58,16 @@ class Only:
 
 
 @dataclass(frozen=True)
+class Framed:
+    """A vector that is stored with `before` axes of one entry before its own, and `after` behind
+    it."""
+
+    key: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
 class AroundOne:
     """A multiplier of which the checkpoint has what differs from 1."""
 
@@ -74,7 +84,7 @@ class Runs:
     part: str
 
 
-Entry = str | Fused | Rows | Paired | Only | AroundOne | Runs
+Entry = str | Fused | Rows | Paired | Only | Framed | AroundOne | Runs
 KeyTable = Mapping[str, tuple[Entry, ...]]
 
 LAYER = "model.layers.{layer}"
@@ -151,6 +161,9 @@ def _source(spec: ModelSpec, name: WeightName, weight: Weight, entry: Entry) -> 
     if isinstance(entry, Only):
         key, whole = entry.key.format(**numbers), (1, *weight.shape)
         return TensorSource(name, key, whole, index=0, scale=scale, weight=weight)
+    if isinstance(entry, Framed):
+        key, whole = entry.key.format(**numbers), (1,) * entry.before + weight.shape
+        return TensorSource(name, key, whole + (1,) * entry.after, scale=scale, weight=weight)
     if isinstance(entry, AroundOne):
         key = entry.key.format(**numbers)
         return TensorSource(name, key, weight.shape, scale=scale, weight=weight, offset=1.0)
@@ -302,6 +315,20 @@ def paired_queries() -> KeyTable:
         f"layers.{{layer}}.attn.{name}.{kind}": (Paired(f"{LAYER}.self_attn.{name}_proj.{kind}"),)
         for name in "qk"
         for kind in ("weight", "bias")
+    }
+
+
+def also_under(table: KeyTable, own: str, other: str) -> KeyTable:
+    """A table whose tensors may have `other` in the place of `own` in their names."""
+
+    def moved(entry: Entry) -> Entry:
+        if isinstance(entry, str):
+            return entry.replace(own, other)
+        return replace(entry, key=entry.key.replace(own, other))
+
+    return {
+        ours: tuple(dict.fromkeys((*map(moved, entries), *entries)))
+        for ours, entries in table.items()
     }
 
 

@@ -6,7 +6,6 @@ DSA, MLA = "sparse attention by an index", "deepseek_v3"
 MISSING: dict[str, tuple[str, str]] = {
     "axk1": (MLA, "a norm after the experts alone"),
     "axk2": (MLA, f"{DSA}, gated norms"),
-    "bailing_hybrid": (MLA, "linear attention (KDA)"),
     "beam": ("afmoe", "a scale of what the experts give, a cap of logits"),
     "cohere2_moe": ("ernie4_5_moe", "attention and experts that read the same norm"),
     "dbrx": ("olmoe", "one matrix for q, k and v, and a layout of its own for experts"),
@@ -27,7 +26,6 @@ MISSING: dict[str, tuple[str, str]] = {
     "jamba": ("mixtral", "Mamba layers"),
     "jetmoe": ("granitemoe", "attention whose heads are experts"),
     "kimi_k25": (MLA, "a nested configuration, beside a vision tower"),
-    "kimi_linear": (MLA, "linear attention (KDA)"),
     "kolibri1": ("afmoe", "weights that are sigmoids of logits chosen with a bias"),
     "llama4": ("mixtral", "gates on what enters experts, chunks, a temperature of attention"),
     "longcat_flash": (MLA, "two attentions in a layer, experts that compute nothing"),

@@ -85,19 +85,26 @@ class DeltaNetSpec:
 
     def rows(self, d_model: int) -> Iterator[Weight]:
         """The tensors of a layer's mixer."""
-        widths = {"query": self.queries, "key": self.keys, "value": self.values, "z": self.values}
-        roles = {"query": "q", "key": "k", "value": "v", "z": "gate"}
+        yield from self.projection_rows(d_model)
+        yield from self.gate_rows(d_model)
+        yield Weight("value_norm.weight", (self.value_dim,))
+        shape = (d_model, self.values)
+        yield Weight("o.weight", shape, "attention.o", reads="attended", fold="residual_scale")
+
+    def projection_rows(self, d_model: int) -> Iterator[Weight]:
+        """Of queries, keys and values."""
+        widths = {"query": self.queries, "key": self.keys, "value": self.values}
         for name, width in widths.items():
-            role = f"attention.{roles[name]}"
-            yield Weight(f"{name}.weight", (width, d_model), role, reads="x")
+            yield Weight(f"{name}.weight", (width, d_model), f"attention.{name[0]}", reads="x")
+
+    def gate_rows(self, d_model: int) -> Iterator[Weight]:
+        """Of what decays, writes and leaves, and of the convolution."""
+        yield Weight("z.weight", (self.values, d_model), "attention.gate", reads="x")
         yield Weight("beta.weight", (self.value_heads, d_model))
         yield Weight("decay.weight", (self.value_heads, d_model))
         yield Weight("decay.bias", (self.value_heads,))
         yield Weight("decay.rate", (self.value_heads,))
         yield Weight("conv.weight", (self.channels, 1, self.taps))
-        yield Weight("value_norm.weight", (self.value_dim,))
-        shape = (d_model, self.values)
-        yield Weight("o.weight", shape, "attention.o", reads="attended", fold="residual_scale")
 
 
 @dataclass(frozen=True)

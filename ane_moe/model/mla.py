@@ -19,7 +19,8 @@ class MlaSpec:
     """Each token keeps a normed latent of `kv_rank` channels, of which every head makes a key of
     `nope` and a value of `value` channels, and a rotated key of `rotated` channels that all heads
     share. Queries pass a normed latent of their own, of `q_rank` channels, if there is one.
-    `interleaved`: the checkpoint pairs neighbouring channels."""
+    `interleaved`: the checkpoint pairs neighbouring channels. `gated`: what each head attends to is
+    multiplied by the sigmoid of a projection of the layer's input."""
 
     heads: int
     nope: int
@@ -32,6 +33,7 @@ class MlaSpec:
     bias: bool = False
     interleaved: bool = True
     latent_eps: float = 1e-6
+    gated: bool = False
     window: None = None
 
     @property
@@ -64,6 +66,8 @@ class MlaSpec:
         )
         if self.bias:
             yield Weight("o.bias", (d_model,), fold="residual_scale")
+        if self.gated:
+            yield Weight("gate.weight", (self.heads, d_model), "attention.q", reads="x")
 
 
 @dataclass(frozen=True)

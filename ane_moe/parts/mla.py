@@ -50,6 +50,8 @@ class Mla(Mixer):
         self.key_of = ByHead(m.heads, m.nope, m.kv_rank)
         self.value_of = ByHead(m.heads, m.value, m.kv_rank)
         self.o = Projection(m.heads * m.value, d, m.bias, c.rank("o"))
+        if m.gated:
+            self.gate = Projection(d, m.heads, rank=c.rank("gate"))
 
     def mix(self, h: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         m = self.config.mixer
@@ -57,7 +59,16 @@ class Mla(Mixer):
         cache = updated("cache", new, inputs, self.config.explicit)
         latents, mask = cache[:, :, : m.kv_rank], inputs["mask"]
         attended = attend(q, cache, latents, mask, m.scale, width=m.kv_rank)
-        return self.o(self.value_of(attended)), {"cache": cache}
+        return self.o(self._gated(self.value_of(attended), h)), {"cache": cache}
+
+    def _gated(self, attended: Tensor, h: Tensor) -> Tensor:
+        """What is attended to, `(1, H V, 1, T)`, times each head's gate, if there is one."""
+        m = self.config.mixer
+        if not m.gated:
+            return attended
+        gate = torch.sigmoid(self.gate(h)).reshape(m.heads, 1, 1, -1)
+        by_head = attended.reshape(m.heads, m.value, 1, -1) * gate
+        return by_head.reshape(1, m.heads * m.value, 1, -1)
 
     def _query(self, h: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """`(1, H, R + r, T)`: against latents, and against the key that is shared."""

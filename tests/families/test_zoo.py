@@ -14,6 +14,7 @@ import torch
 from ane_moe.checkpoints.checkpoint import open_checkpoint
 from ane_moe.families import describe, load_family
 from ane_moe.model.delta_net import DeltaNetSpec
+from ane_moe.model.kda import KdaSpec
 from ane_moe.model.mla import MlaSpec
 from ane_moe.model.sparse_mixer import SparseMixerSpec
 from ane_moe.model.spec import (
@@ -127,7 +128,7 @@ def of_mixers(spec: ModelSpec, change: Change, kind: type = GqaSpec) -> ModelSpe
         spec,
         lambda layer: (
             {"mixer": replace(layer.mixer, **change(layer.mixer))}
-            if isinstance(layer.mixer, kind)
+            if type(layer.mixer) is kind
             else {}
         ),
     )
@@ -135,6 +136,7 @@ def of_mixers(spec: ModelSpec, change: Change, kind: type = GqaSpec) -> ModelSpe
 
 of_latents = partial(of_mixers, kind=MlaSpec)
 of_delta_nets = partial(of_mixers, kind=DeltaNetSpec)
+of_channel_nets = partial(of_mixers, kind=KdaSpec)
 
 
 def of_moes(spec: ModelSpec, change: Change) -> ModelSpec:
@@ -218,7 +220,7 @@ MUTATIONS: dict[str, tuple[Callable[[ModelSpec, Change], ModelSpec], Change]] = 
     "no choice bias": (of_routers, lambda r: {"bias": False}),
     "no logit bias": (of_routers, lambda r: {"logit_bias": False}),
     "router scale": (of_routers, lambda r: {"scale": r.scale * 1.1}),
-    "no floor": (of_routers, lambda r: {"renorm_floor": 0.0}),
+    "no floor of sums": (of_routers, lambda r: {"renorm_floor": 0.0}),
     "no groups": (of_routers, lambda r: {"groups": 1, "open_groups": 1}),
     "another number of groups": (
         of_routers,
@@ -271,7 +273,14 @@ MUTATIONS: dict[str, tuple[Callable[[ModelSpec, Change], ModelSpec], Change]] = 
             else {}
         ),
     ),
-    "pairs of neighbours": (of_latents, lambda m: {"interleaved": not m.interleaved}),
+    "channel net eps": (of_channel_nets, lambda m: {"eps": m.eps + 0.1}),
+    "no floor": (of_channel_nets, lambda m: {"floor": None}),
+    "floor": (of_channel_nets, lambda m: {"floor": 2 if m.floor is None else m.floor * 1.1}),
+    "pairs of neighbours": (
+        of_latents,
+        lambda m: {"interleaved": not m.interleaved if m.rope else m.interleaved},
+    ),
+    "no gate of latents": (of_latents, lambda m: {"gated": False}),
 }
 # What cannot be told: a norm after the rotation takes the factor of all its channels out.
 SAME = {"hunyuan_v1_moe": {"attention factor"}}

@@ -1,22 +1,30 @@
-"""Gated delta net, against transformers' own recurrence."""
+"""Delta nets that decay by head and by channel, against transformers' own recurrences."""
 
 import numpy as np
 import pytest
 import torch
+from transformers.models.kimi_linear.modeling_kimi_linear import recurrent_kimi_delta_attention
 from transformers.models.qwen3_next.modeling_qwen3_next import (
-    torch_recurrent_gated_delta_rule as recurrence,
+    torch_recurrent_gated_delta_rule as recurrent_by_head,
 )
 
 from ane_moe.loop.buffers import RULES, Placement
 from ane_moe.model.delta_net import DeltaNetConfig, DeltaNetSpec
+from ane_moe.model.kda import KdaConfig, KdaSpec
 from ane_moe.model.spec import NormSpec
 from ane_moe.parts import delta_net
 from ane_moe.parts.delta_net import UNIT, chunk, inverted, lost, one_step, softplus, unit
+from ane_moe.parts.kda import sigmoid
 from ane_moe.parts.unbound import build_unbound
 
 HEADS, KEY, VALUE, TOKENS = 3, 32, 20, 150
 SPEC = DeltaNetSpec(2, 6, KEY, VALUE, 4, 1e-6)
-CONFIG = DeltaNetConfig(24, NormSpec(), SPEC, slots=32, explicit=True)
+CONFIGS = [
+    DeltaNetConfig(24, NormSpec(), SPEC, slots=32, explicit=True),
+    KdaConfig(24, NormSpec(), KdaSpec(3, 3, KEY, KEY, 4, 1e-6, rank=8), slots=32, explicit=True),
+    KdaConfig(24, NormSpec(), KdaSpec(3, 3, KEY, KEY, 2, 1e-6, floor=5), slots=32, explicit=True),
+]
+BY_HEAD, BY_CHANNEL = "by head", "by channel"
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +32,7 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-def a_sequence(fastest: float, alike: bool):
+def a_sequence(fastest: float, alike: bool, decays: str = BY_HEAD):
     """Queries, keys, values, logarithms of decays and betas, each `(1, N, H, ...)`. `alike`: keys
     that hardly differ, all of which overwrite what was there."""
     random = torch.Generator().manual_seed(0)
@@ -34,13 +42,21 @@ def a_sequence(fastest: float, alike: bool):
     beta = torch.rand(1, TOKENS, HEADS, generator=random)
     if alike:
         k, beta = k[:, :1] + 0.01 * k, 0.95 + 0.05 * beta
-    return q, k, v, -fastest * torch.rand(1, TOKENS, HEADS, generator=random), beta
+    channels = (KEY,) if decays == BY_CHANNEL else ()
+    return q, k, v, -fastest * torch.rand(1, TOKENS, HEADS, *channels, generator=random), beta
+
+
+def recurrence(q, k, v, decay, beta):
+    """What transformers gives, and its memory."""
+    rule = recurrent_kimi_delta_attention if decay.dim() == 4 else recurrent_by_head
+    return rule(q, k, v, decay, beta, None, True, True)
 
 
 def in_calls(sequence, tokens: int, dtype):
     """Ours over calls of so many tokens, the last one padded with what must not count."""
     q, k, v, decay, beta = sequence
-    rows = [x.permute(0, 2, 3, 1) for x in (q, k, v, beta[..., None], -UNIT * decay[..., None])]
+    decay = decay if decay.dim() == 4 else decay[..., None]
+    rows = [x.permute(0, 2, 3, 1) for x in (q, k, v, beta[..., None], -UNIT * decay)]
     memory, given = torch.zeros(1, HEADS, VALUE, KEY, dtype=dtype), []
     for first in range(0, TOKENS, tokens):
         count = min(tokens, TOKENS - first)
@@ -56,24 +72,27 @@ def in_calls(sequence, tokens: int, dtype):
     return torch.cat(given, dim=3).permute(0, 3, 1, 2) * KEY**-0.5, memory.transpose(2, 3)
 
 
+@pytest.mark.parametrize("decays", [BY_HEAD, BY_CHANNEL])
 @pytest.mark.parametrize("alike", [False, True])
 @pytest.mark.parametrize("fastest", [0.01, 1.0, 20.0])
 @pytest.mark.parametrize("tokens", [1, 2, 7, 64, TOKENS])
-def test_calls_of_any_width_compute_the_recurrence(tokens, fastest, alike):
-    sequence = a_sequence(fastest, alike)
-    q, k, v, decay, beta = sequence
-    expected, memory = recurrence(q, k, v, decay, beta, None, True, True)
-    for dtype, near in ((torch.float32, 2e-6), (torch.float16, 1e-2)):
+def test_calls_of_any_width_compute_the_recurrence(tokens, fastest, alike, decays):
+    sequence = a_sequence(fastest, alike, decays)
+    expected, memory = recurrence(*sequence)
+    # Decays by channel are in the keys before these meet, whose rounding a system magnifies where
+    # keys are alike.
+    half = 2e-2 if alike and decays == BY_CHANNEL else 1e-2
+    for dtype, near in ((torch.float32, 2e-6), (torch.float16, half)):
         given, kept = in_calls(sequence, tokens, dtype)
         assert (given - expected).abs().max() < near * expected.abs().max()
         assert (kept - memory).abs().max() < near * memory.abs().max()
 
 
+@pytest.mark.parametrize("decays", [BY_HEAD, BY_CHANNEL])
 @pytest.mark.parametrize("wrong", ["inverted", "left", "lost", "unit"])
-def test_a_part_that_is_left_out_is_seen(wrong, monkeypatch):
-    sequence = a_sequence(1.0, alike=False)
-    q, k, v, decay, beta = sequence
-    expected, _ = recurrence(q, k, v, decay, beta, None, True, True)
+def test_a_part_that_is_left_out_is_seen(wrong, decays, monkeypatch):
+    sequence = a_sequence(1.0, alike=False, decays=decays)
+    expected, _ = recurrence(*sequence)
     instead = {
         "inverted": lambda above, tokens: torch.eye(tokens).expand_as(above),
         "left": torch.ones_like,
@@ -84,6 +103,14 @@ def test_a_part_that_is_left_out_is_seen(wrong, monkeypatch):
     monkeypatch.setitem(globals(), wrong, instead[wrong])
     given, _ = in_calls(sequence, 64, torch.float32)
     assert (given - expected).abs().max() > 1e-2 * expected.abs().max()
+
+
+def test_one_decay_for_all_channels_is_that_of_a_head():
+    q, k, v, decay, beta = a_sequence(1.0, alike=False)
+    by_head, _ = in_calls((q, k, v, decay, beta), 64, torch.float32)
+    spread = decay[..., None].expand(-1, -1, -1, KEY)
+    by_channel, _ = in_calls((q, k, v, spread, beta), 64, torch.float32)
+    assert (by_head - by_channel).abs().max() < 2e-6 * by_head.abs().max()
 
 
 def test_an_inverse_stays_in_fp16_where_powers_would_not():
@@ -108,8 +135,14 @@ def test_slow_decays_are_exact_in_fp16():
     assert torch.exp(-decay[0]) == 1  # fp16 has no number for what is left
 
 
-def a_block(seed: int = 0):
-    block = build_unbound(CONFIG).to_empty(device="cpu").eval()
+def test_small_shares_are_exact_in_fp16():
+    x = torch.linspace(-9, 30, 500).half()
+    exact = torch.sigmoid(x.double())
+    assert ((sigmoid(x) - exact) / exact).abs().max() < 4e-3
+
+
+def a_block(config, seed: int = 0):
+    block = build_unbound(config).to_empty(device="cpu").eval()
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in block.parameters():
@@ -133,9 +166,10 @@ def call(block, x, position, tokens, states):
     return outputs["y"][..., :count], kept
 
 
-def test_padding_changes_neither_results_nor_states():
-    block, x = a_block(), torch.randn(1, 24, 1, 11)
-    empty = {port.name: torch.zeros(port.shape) for port in CONFIG.states}
+@pytest.mark.parametrize("config", CONFIGS)
+def test_padding_changes_neither_results_nor_states(config):
+    block, x = a_block(config), torch.randn(1, 24, 1, 11)
+    empty = {port.name: torch.zeros(port.shape) for port in config.states}
     whole, states = call(block, x, 0, 11, empty)
     padded, padded_states = call(block, x, 0, 16, empty)
     singles, one_by_one = [], empty
