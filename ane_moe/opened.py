@@ -36,7 +36,7 @@ def with_scales(model: M, stream: float, inner: Mapping[int, InnerScale]) -> M:
     that it had): in the weights of whatever writes and reads them."""
     spec = replace(model.spec.with_stream(stream), inner=inner)
     sources = {
-        name: replace(source, scale=spec.multiplier(source.fold, name.layer))
+        name: replace(source, scale=spec.multiplier(source.fold, name.layer, name.part))
         for name, source in model.sources.items()
     }
     return replace(model, spec=spec, sources=sources)

@@ -46,6 +46,7 @@ MIXERS = {
     "MlaSpec": "latent attention",
     "DeltaNetSpec": "gated delta nets",
     "KdaSpec": "delta nets that decay by channel",
+    "LightningSpec": "lightning attention",
 }
 ROUTERS = {"EdaRouterSpec": "router with a state", "SparseMixerSpec": "sparse mixer"}
 
@@ -71,6 +72,7 @@ def parts(spec: ModelSpec) -> str:
     norms = spec.layers[0].norms
     words += [f"norms {norms}"] if norms != "before" else []
     words += ["LayerNorm"] if spec.norm.kind == "layer" else []
+    words += ["norms carried on"] if spec.layers[0].keeps else []
     words += ["affine residuals"] if spec.layers[0].affine else []
     scaled = (spec.embed_scale, spec.residual_scale, spec.head.logit_scale) != (1, 1, 1)
     return ", ".join(dict.fromkeys(words + (["multipliers"] if scaled else [])))

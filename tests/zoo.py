@@ -539,6 +539,35 @@ ROWS: dict[str, Row] = {
             }
         },
     ),
+    "minimax": Row(
+        {
+            "head_dim": 32,  # the last axis of a state
+            "intermediate_size": 40,
+            "num_local_experts": 12,
+            "num_experts_per_tok": 3,
+            "layer_types": [FULL, LINEAR],  # transformers' cache counts tokens in the first
+            "block_size": 8,
+            "sliding_window": 5,
+            "full_attn_alpha_factor": 1.4,
+            "full_attn_beta_factor": 0.8,
+            "linear_attn_alpha_factor": 1.7,
+            "linear_attn_beta_factor": 1.3,
+            "mlp_alpha_factor": 0.7,
+            "mlp_beta_factor": 1.6,
+        },
+        {
+            "plain": {
+                "sliding_window": None,
+                "layer_types": [LINEAR, FULL],
+                "tie_word_embeddings": True,
+                **{
+                    f"{half}_{name}_factor": 1.0
+                    for half in ("full_attn", "linear_attn", "mlp")
+                    for name in ("alpha", "beta")
+                },
+            }
+        },
+    ),
     "bailing_hybrid": Row(
         {**KDA, "head_dim": 32, "short_conv_kernel_size": 4, "kda_lower_bound": -3.0},
         {

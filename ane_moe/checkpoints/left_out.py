@@ -23,6 +23,8 @@ KINDS = {
     r"(_global)?_scale$",
     "a value head of reinforcement learning": r"^v_head\.",
 }
+# What transformers' own modules hold, and our parts compute.
+COMPUTED = {"factors of decays, which are computed": r"\.(query|key|diagonal)_decay$"}
 
 
 def is_beside(name: str) -> bool:
@@ -42,7 +44,8 @@ def left_out(
     kinds: dict[str, list[str]] = {}
     unknown, idle = [], set(ignore)
     for name in sorted(extra):
-        kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), None)
+        known = (KINDS | COMPUTED).items()
+        kind = next((kind for kind, pattern in known if re.search(pattern, name)), None)
         if (layer := LAYER.match(name)) and int(layer[1]) in predicting:
             kind = PREDICTING
         asked = [pattern for pattern in ignore if fnmatchcase(name, pattern)]

@@ -418,8 +418,18 @@ class _Planner:
             return self._moe(layer, spec.ffn, spec.ffn.router.experts, True)
         ranks = self._mlp_ranks(layer, "mlp.")
         return DenseConfig(
-            self.spec.d_model, self.spec.norm, spec.ffn, ranks, spec.affine, spec.norms
+            self.spec.d_model,
+            self.spec.norm,
+            spec.ffn,
+            ranks,
+            spec.affine,
+            spec.norms,
+            self._keeps(layer)[1],
         )
+
+    def _keeps(self, layer: int) -> tuple[float | None, float | None]:
+        """What mixer and feed-forward block multiply the normed stream by, where that is kept."""
+        return self.spec.layers[layer].keeps or (None, None)
 
     def _mlp_ranks(self, layer: int, prefix: str = "", expert: int | None = None) -> MlpRanks:
         names = (
@@ -454,6 +464,7 @@ class _Planner:
             affine=spec.affine,
             entry=spec.entry,
             norms=spec.norms,
+            keeps=self._keeps(layer)[0],
         )
 
     def attention(self, layer: int) -> ShardPlan:
@@ -461,7 +472,7 @@ class _Planner:
         routed = isinstance(spec.ffn, MoeSpec) and self.options.routing == "sparse"
         block: PartConfig = config
         if isinstance(spec.ffn, MoeSpec) and routed:
-            block = RoutedMixerConfig(config, spec.ffn.router, spec.affine)
+            block = RoutedMixerConfig(config, spec.ffn.router, spec.affine, self._keeps(layer)[1])
         path = f"attn/layer_{layer:02d}.mlpackage"
         return self._shard(path, "attn", layer, _Copy(block), scope="attn")
 
@@ -590,6 +601,7 @@ class _Planner:
             shared,
             affine,
             norms,
+            self._keeps(layer)[1],
         )
 
     def _split(self, layer: int, moe: MoeSpec) -> tuple[list[int], str]:

@@ -155,7 +155,7 @@ def _missing(
 
 def _source(spec: ModelSpec, name: WeightName, weight: Weight, entry: Entry) -> TensorSource:
     numbers = {"layer": name.layer, "expert": name.expert}
-    scale = spec.multiplier(weight.fold, name.layer)
+    scale = spec.multiplier(weight.fold, name.layer, name.part)
     if isinstance(entry, str):
         return TensorSource(name, entry.format(**numbers), weight.shape, scale=scale, weight=weight)
     if isinstance(entry, Only):
@@ -212,7 +212,7 @@ def _run_source(spec: ModelSpec, name: WeightName, weight: Weight, entry: Runs) 
         name,
         entry.key.format(layer=name.layer),
         (weight.shape[0] // own * size, *weight.shape[1:]),
-        scale=spec.multiplier(weight.fold, name.layer),
+        scale=spec.multiplier(weight.fold, name.layer, name.part),
         weight=weight,
         runs=(size, first, first + own),
         pairs=own if paired else 0,

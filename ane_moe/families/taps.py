@@ -20,8 +20,10 @@ class Taps:
     model shifts the embedding before the first layer (a multiplier alone goes into the table).
     `head` is the model's module that gives scores. What experts give is multiplied by the number
     that their block calls `experts_scale`. `after` is the norm of what the feed-forward block adds,
-    where there is one. `values`, `up` and `down` are what the projections to an attention's values,
-    and those around a gated MLP's product, end in; `gate_up` gives both factors, the gate first.
+    where there is one. `added_factor`: both blocks add to what their norms give, and the layer has
+    a number of this name that multiplies what the feed-forward block adds. `values`, `up` and
+    `down` are what the projections to an attention's values, and those around a gated MLP's
+    product, end in; `gate_up` gives both factors, the gate first.
     """
 
     ffn_norm: str = "post_attention_layernorm"
@@ -41,6 +43,7 @@ class Taps:
     head: str = "lm_head"
     after: str = ""
     experts_scale: str = ""
+    added_factor: str = ""
     values: str = "v_proj"
     up: str = "up_proj"
     gate_up: str = "gate_up_proj"

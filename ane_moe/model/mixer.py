@@ -20,7 +20,7 @@ from ane_moe.model.weight import Row, with_directions
 class MixerConfig:
     """`rotary` is the number of rotated channel pairs r (0: no RoPE); `slots` the cache width S;
     `explicit` makes what is kept plain inputs and outputs instead of Core ML state. `ranks` are the
-    directions kept apart from projections, by path. `affine`, `entry` and `norms` are
+    directions kept apart from projections, by path. `affine`, `entry`, `norms` and `keeps` are
     LayerSpec's."""
 
     d_model: int
@@ -33,6 +33,7 @@ class MixerConfig:
     affine: bool = False
     entry: bool = False
     norms: Norms = "before"
+    keeps: float | None = None
 
     @property
     def states(self) -> tuple[Port, ...]:

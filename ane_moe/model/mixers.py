@@ -5,6 +5,7 @@ from ane_moe.model.band import BandConfig
 from ane_moe.model.cca import CcaConfig, CcaSpec
 from ane_moe.model.delta_net import DeltaNetConfig, DeltaNetSpec
 from ane_moe.model.kda import KdaConfig, KdaSpec
+from ane_moe.model.lightning import LightningConfig, LightningSpec
 from ane_moe.model.mixer import MixerConfig
 from ane_moe.model.mla import MlaConfig, MlaSpec
 from ane_moe.model.short_conv import ShortConvConfig, ShortConvSpec
@@ -18,6 +19,7 @@ CONFIGS: dict[type, type[MixerConfig]] = {
     MlaSpec: MlaConfig,
     DeltaNetSpec: DeltaNetConfig,
     KdaSpec: KdaConfig,
+    LightningSpec: LightningConfig,
 }
 
 

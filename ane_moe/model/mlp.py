@@ -31,6 +31,7 @@ class DenseConfig:
     ranks: MlpRanks = (0, 0, 0)
     affine: bool = False
     norms: Norms = "before"
+    keeps: float | None = None
 
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""

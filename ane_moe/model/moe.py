@@ -34,6 +34,7 @@ class MoeConfig:
     shared_ranks: MlpRanks = (0, 0, 0)
     affine: bool = False
     norms: Norms = "before"
+    keeps: float | None = None
 
     @property
     def split(self) -> bool:

@@ -15,6 +15,7 @@ class RoutedMixerConfig:
     mixer: MixerConfig
     router: AnyRouterSpec
     affine: bool = False
+    keeps: float | None = None
 
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""

@@ -276,13 +276,17 @@ def entry_rows(d_model: int) -> Iterator[Weight]:
 class LayerSpec:
     """`affine`: what the mixer and the feed-forward block add, and the stream itself, are each
     shifted and scaled by channel where they meet. `entry`: so is the embedding on its way into this
-    layer. `norms`: where the norms of its halves stand."""
+    layer. `norms`: where the norms of its halves stand. `keeps`: the mixer, and the feed-forward
+    block, add to so many times the normed stream that they read, in place of the stream. `adds`:
+    what multiplies what each adds, beside the model's own factor."""
 
     mixer: MixerSpec
     ffn: FfnSpec
     affine: bool = False
     entry: bool = False
     norms: Norms = "before"
+    keeps: tuple[float, float] | None = None
+    adds: tuple[float, float] = (1.0, 1.0)
 
     def weights(
         self, number: int, d_model: int, norm: NormSpec
@@ -394,11 +398,13 @@ class ModelSpec:
         for row in self.head.rows(self.scores, self.d_model, self.norm):
             yield WeightName(None, HEAD.part, None, row.path), row
 
-    def multiplier(self, fold: str, layer: int | None) -> float:
-        """The multiplier that a row of a layer asks for with `fold`; 1 where it asks for none."""
+    def multiplier(self, fold: str, layer: int | None, part: str = "attn") -> float:
+        """The multiplier that a row of a `part` of a layer asks for with `fold`; 1 where it asks
+        for none."""
         added, inner = self.residual_scale * self.stream_scale, InnerScale()
         if layer is not None:
             inner = self.inner.get(layer, inner)
+            added *= self.layers[layer].adds[part == "ffn"]
         multipliers = {
             "embed_scale": self.embed_scale * self.stream_scale,
             "residual_scale": added,
@@ -413,8 +419,8 @@ class ModelSpec:
 
     @property
     def may_scale_stream(self) -> bool:
-        """Whether all that reads the stream norms it first."""
-        return all(layer.norms != "after" for layer in self.layers)
+        """Whether all that reads the stream norms it first, and none of it becomes the stream."""
+        return all(layer.norms != "after" and layer.keeps is None for layer in self.layers)
 
     def with_stream(self, scale: float) -> Self:
         """The same function, its stream times `scale` (in place of the one that it had). Norms of

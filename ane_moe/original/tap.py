@@ -75,7 +75,8 @@ class TappedLayer:
     @property
     def residual_multiplier(self) -> float:
         """The number that multiplies what both blocks add."""
-        return float(getattr(self.layer, "residual_multiplier", 1.0))
+        own = self.taps.added_factor or "residual_multiplier"
+        return float(getattr(self.layer, own, 1.0))
 
     def shared(self, ffn_input: torch.Tensor) -> torch.Tensor | float:
         """What an expert beside the block gives, where there is one."""
@@ -100,7 +101,10 @@ class TappedLayer:
     @property
     def streams(self) -> tuple[np.ndarray, np.ndarray] | None:
         """What shifts and multiplies the stream where mixer and feed-forward block add to it,
-        `[2,d]` each."""
+        `[2,d]` each. Where they add to what their norms give, nothing is left of it."""
+        if self.taps.added_factor:
+            (width,) = self.ffn_norm.get_parameter("weight").shape
+            return np.zeros((2, width), np.float32), np.zeros((2, width), np.float32)
         if self.taps.residuals is None:
             return None
         names = (self.taps.stream_bias, self.taps.stream_scale)
@@ -201,7 +205,7 @@ class Tap:
         probs = logits.sigmoid() if taps.score == "sigmoid" else logits.softmax(-1)
         if taps.skip:
             chosen = chosen.masked_fill(weights == 0, probs.shape[1] - 1)
-        normed = bool(taps.residuals or taps.after)
+        normed = bool(taps.residuals or taps.after or taps.added_factor)
         apart = (self.added * parts.added_scale).numpy() if normed else None
         scores = parts.ranked(probs if bias is None else probs + bias, chosen)
         return {

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ane_moe.model.mixer import MixerConfig
 from ane_moe.parts.block import Block
-from ane_moe.parts.residual import Entry, norms_of, residual
+from ane_moe.parts.residual import Entry, kept, norms_of, residual
 
 
 class Mixer(Block):
@@ -34,8 +34,9 @@ class Mixer(Block):
         x = inputs["x"]
         if self.config.entry:
             x = self.entry(x)
-        added, kept = self.mix(self.norm(x), inputs)
-        outputs = {"y": self.residual(x, added)}
+        h = self.norm(x)
+        added, states = self.mix(h, inputs)
+        outputs = {"y": self.residual(kept(x, h, self.config.keeps), added)}
         if self.config.explicit:
-            outputs |= {f"{name}_out": value for name, value in kept.items()}
+            outputs |= {f"{name}_out": value for name, value in states.items()}
         return outputs

@@ -7,7 +7,7 @@ from ane_moe.model.mlp import DenseConfig, MlpRanks
 from ane_moe.model.spec import MlpSpec
 from ane_moe.parts.block import Block
 from ane_moe.parts.projection import Projection
-from ane_moe.parts.residual import norms_of, residual
+from ane_moe.parts.residual import kept, norms_of, residual
 
 # As good as no lower end for a gate: sigmoid(LOWEST) is 0. Open ends become infinite constants.
 LOWEST = -2e4
@@ -56,4 +56,5 @@ class Dense(Block):
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         x = inputs["x"]
-        return {"y": self.residual(x, self.mlp(self.norm(x)))}
+        h = self.norm(x)
+        return {"y": self.residual(kept(x, h, self.config.keeps), self.mlp(h))}

@@ -8,7 +8,7 @@ from ane_moe.parts.block import Block
 from ane_moe.parts.experts import tree_sum
 from ane_moe.parts.mlp import GatedMlp
 from ane_moe.parts.projection import Projection
-from ane_moe.parts.residual import norms_of, residual
+from ane_moe.parts.residual import kept, norms_of, residual
 from ane_moe.parts.router import make_router
 
 
@@ -51,7 +51,8 @@ class Moe(Block):
             return {"y": tree_sum([*self._shared(h), *parts]), **outputs}
         # The stream comes last: it is larger than what is added to it, and fp16 rounds at the
         # larger term's scale.
-        return {"y": self.residual(x, tree_sum([*self._shared(h), *parts])), **outputs}
+        base = kept(x, h, self.config.keeps)
+        return {"y": self.residual(base, tree_sum([*self._shared(h), *parts])), **outputs}
 
     def _shared(self, h: Tensor) -> list[Tensor]:
         shared = self.config.moe.shared

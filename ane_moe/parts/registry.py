@@ -5,6 +5,7 @@ from ane_moe.model.band import BandConfig
 from ane_moe.model.cca import CcaConfig
 from ane_moe.model.delta_net import DeltaNetConfig
 from ane_moe.model.kda import KdaConfig
+from ane_moe.model.lightning import LightningConfig
 from ane_moe.model.mixer import MixerConfig
 from ane_moe.model.mla import MlaConfig
 from ane_moe.model.short_conv import ShortConvConfig
@@ -13,6 +14,7 @@ from ane_moe.parts.band import BandAttention
 from ane_moe.parts.cca import Cca
 from ane_moe.parts.delta_net import DeltaNet
 from ane_moe.parts.kda import Kda
+from ane_moe.parts.lightning import Lightning
 from ane_moe.parts.mixer import Mixer
 from ane_moe.parts.mla import Mla
 from ane_moe.parts.short_conv import ShortConv
@@ -25,6 +27,7 @@ MIXERS: dict[type[MixerConfig], type[Mixer]] = {
     MlaConfig: Mla,
     DeltaNetConfig: DeltaNet,
     KdaConfig: Kda,
+    LightningConfig: Lightning,
 }
 
 

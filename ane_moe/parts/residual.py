@@ -90,6 +90,15 @@ class Entry(nn.Module):
         return (x + self.bias) * self.scale
 
 
+def kept(stream: Tensor, normed: Tensor, keeps: float | None) -> Tensor:
+    """What a layer's half adds to: the stream, or `keeps` times what it reads of it. Never that
+    itself, since one value would be two outputs of a half whose experts the host calls, of which a
+    program has but one."""
+    if keeps is None:
+        return stream
+    return normed + stream * 0 if keeps == 1 else normed * keeps
+
+
 def norms_of(norm: NormSpec, d_model: int, norms: Norms) -> tuple[nn.Module, NormSpec | None]:
     """The norm of what a layer's half reads, and what the one of what it adds is like."""
     before = nn.Identity() if norms == "after" else make_norm(d_model, norm)

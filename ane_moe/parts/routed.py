@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from ane_moe.model.routed import RoutedMixerConfig
 from ane_moe.parts.block import Block
 from ane_moe.parts.registry import make_mixer
-from ane_moe.parts.residual import norms_of, residual
+from ane_moe.parts.residual import kept, norms_of, residual
 from ane_moe.parts.router import make_router
 
 
@@ -18,13 +18,14 @@ class Routing(nn.Module):
         self.norm, after = norms_of(config.mixer.norm, d, config.mixer.norms)
         self.apart, self.normed = after is not None, config.mixer.norms != "after"
         self.router = make_router(d, config.router)
-        self.residual = residual(d, config.affine)
+        self.residual, self.keeps = residual(d, config.affine), config.keeps
 
     def forward(self, x: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         # Without a norm, one value would be two outputs, of which a program has but one.
         h = self.norm(x) if self.normed else x + x * 0
         gates, handed_on = self.router.gates(h, inputs)
-        outputs = {"ffn_input": h, "gates": gates, "y": self.residual.without(x), **handed_on}
+        base = self.residual.without(kept(x, h, self.keeps))
+        outputs = {"ffn_input": h, "gates": gates, "y": base, **handed_on}
         return outputs | {"added": x * 0} if self.apart else outputs
 
 

@@ -15,6 +15,7 @@ from ane_moe.checkpoints.checkpoint import open_checkpoint
 from ane_moe.families import describe, load_family
 from ane_moe.model.delta_net import DeltaNetSpec
 from ane_moe.model.kda import KdaSpec
+from ane_moe.model.lightning import LightningSpec
 from ane_moe.model.mla import MlaSpec
 from ane_moe.model.sparse_mixer import SparseMixerSpec
 from ane_moe.model.spec import (
@@ -136,6 +137,7 @@ def of_mixers(spec: ModelSpec, change: Change, kind: type = GqaSpec) -> ModelSpe
 
 of_latents = partial(of_mixers, kind=MlaSpec)
 of_delta_nets = partial(of_mixers, kind=DeltaNetSpec)
+of_lightning = partial(of_mixers, kind=LightningSpec)
 of_channel_nets = partial(of_mixers, kind=KdaSpec)
 
 
@@ -280,6 +282,12 @@ MUTATIONS: dict[str, tuple[Callable[[ModelSpec, Change], ModelSpec], Change]] = 
         of_latents,
         lambda m: {"interleaved": not m.interleaved if m.rope else m.interleaved},
     ),
+    "eps of lightning": (of_lightning, lambda m: {"eps": m.eps + 0.1}),
+    "what a mixer keeps": (of_layers, lambda one: {"keeps": one.keeps and (1.1, one.keeps[1])}),
+    "what experts keep": (of_layers, lambda one: {"keeps": one.keeps and (one.keeps[0], 1.1)}),
+    "the stream is kept": (of_layers, lambda one: {"keeps": None}),
+    "what a mixer adds": (of_layers, lambda one: {"adds": (one.adds[0] * 1.1, one.adds[1])}),
+    "what experts add": (of_layers, lambda one: {"adds": (one.adds[0], one.adds[1] * 1.1)}),
     "no gate of latents": (of_latents, lambda m: {"gated": False}),
 }
 # What cannot be told: a norm after the rotation takes the factor of all its channels out.

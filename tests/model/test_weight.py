@@ -13,6 +13,7 @@ from ane_moe.model.experts import ExpertGroupConfig, SharedExpertConfig
 from ane_moe.model.head import HeadConfig
 from ane_moe.model.join import JoinConfig
 from ane_moe.model.kda import KdaConfig, KdaSpec
+from ane_moe.model.lightning import LightningConfig, LightningSpec
 from ane_moe.model.mla import MlaConfig, MlaSpec
 from ane_moe.model.mlp import DenseConfig
 from ane_moe.model.moe import MoeConfig
@@ -77,6 +78,7 @@ CONFIGS = [
     DeltaNetConfig(D, NORM, DeltaNetSpec(2, 4, 8, 6, 3, 1e-6), ranks=(("query", 2), ("z", 1))),
     KdaConfig(D, NORM, KdaSpec(2, 2, 8, 8, 3, 1e-6, rank=8), ranks=(("z_down", 2), ("z", 1))),
     KdaConfig(D, NORM, KdaSpec(2, 2, 8, 8, 3, 1e-6, floor=5.0)),
+    LightningConfig(D, NORM, LightningSpec(2, 8, 1e-6), ranks=(("gate", 2),), keeps=2.0),
 ]
 SPEC = ModelSpec(
     "any", D, 50, 64, NORM, (LayerSpec(GQA, MOE), LayerSpec(FULL, MlpSpec(40))), HeadSpec(False), {}

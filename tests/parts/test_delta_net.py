@@ -1,4 +1,5 @@
-"""Delta nets that decay by head and by channel, against transformers' own recurrences."""
+"""Delta nets that decay by head and by channel, against transformers' own recurrences; and what
+holds for lightning attention, too."""
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
 from ane_moe.loop.buffers import RULES, Placement
 from ane_moe.model.delta_net import DeltaNetConfig, DeltaNetSpec
 from ane_moe.model.kda import KdaConfig, KdaSpec
+from ane_moe.model.lightning import LightningConfig, LightningSpec
 from ane_moe.model.spec import NormSpec
 from ane_moe.parts import delta_net
 from ane_moe.parts.delta_net import UNIT, chunk, inverted, lost, one_step, softplus, unit
@@ -23,6 +25,7 @@ CONFIGS = [
     DeltaNetConfig(24, NormSpec(), SPEC, slots=32, explicit=True),
     KdaConfig(24, NormSpec(), KdaSpec(3, 3, KEY, KEY, 4, 1e-6, rank=8), slots=32, explicit=True),
     KdaConfig(24, NormSpec(), KdaSpec(3, 3, KEY, KEY, 2, 1e-6, floor=5), slots=32, explicit=True),
+    LightningConfig(24, NormSpec(), LightningSpec(3, KEY, 1e-6), slots=32, explicit=True),
 ]
 BY_HEAD, BY_CHANNEL = "by head", "by channel"
 
