@@ -568,6 +568,35 @@ ROWS: dict[str, Row] = {
             }
         },
     ),
+    "mimo_v2_flash": Row(
+        {
+            **DEEPSEEK,
+            "num_attention_heads": 8,
+            "head_dim": 24,
+            "v_head_dim": 20,
+            "n_routed_experts": 12,
+            "layer_types": [SLIDING, FULL],
+            "mlp_layer_types": ["sparse", "dense"],
+            "sliding_window": 5,
+            "attention_bias": True,
+            "attention_value_scale": 0.707,
+            "rope_parameters": {
+                kind: table | {"partial_rotary_factor": 0.334} for kind, table in BY_KIND.items()
+            },
+        },
+        {
+            "wide values": {
+                "v_head_dim": 28,
+                "attention_value_scale": None,
+                "attention_bias": False,
+                "layer_types": [FULL, FULL],
+                "n_group": 1,
+                "topk_group": 1,
+                "norm_topk_prob": False,
+                "routed_scaling_factor": None,
+            }
+        },
+    ),
     "bailing_hybrid": Row(
         {**KDA, "head_dim": 32, "short_conv_kernel_size": 4, "kda_lower_bound": -3.0},
         {

@@ -29,7 +29,6 @@ MISSING: dict[str, tuple[str, str]] = {
     "kolibri1": ("afmoe", "weights that are sigmoids of logits chosen with a bias"),
     "llama4": ("mixtral", "gates on what enters experts, chunks, a temperature of attention"),
     "longcat_flash": (MLA, "two attentions in a layer, experts that compute nothing"),
-    "mimo_v2_flash": ("gpt_oss", "values of another width than keys, and scaled"),
     "minimax_m3_vl": ("minimax_m2", "attention to chosen blocks, a clamped activation"),
     "mistral4": (MLA, "softmax scores in groups"),
     "mistral_large4": (MLA, f"{DSA}, a temperature of attention"),

@@ -14,7 +14,8 @@ class AttentionConfig(MixerConfig):
 
     @property
     def states(self) -> tuple[Port, ...]:
-        return cache_states(self.mixer.kv_heads, self.mixer.head_dim, self.slots)
+        m = self.mixer
+        return cache_states(m.kv_heads, m.head_dim, self.slots, m.value)
 
     def host(self, tokens: int) -> tuple[Port, ...]:
         return cache_ports(self.mixer.rope, self.rotary, self.mixer.window, self.slots, tokens)

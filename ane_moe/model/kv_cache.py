@@ -3,10 +3,12 @@
 from ane_moe.model.port import Port, Shape
 
 
-def cache_states(kv_heads: int, head_dim: int, slots: int) -> tuple[Port, ...]:
-    """The caches of a layer's keys and values, `(1, K, D, S)`."""
-    shape: Shape = (1, kv_heads, head_dim, slots)
-    return tuple(Port(name, shape, f"state.{{0}}.{name}") for name in ("k_cache", "v_cache"))
+def cache_states(kv_heads: int, key: int, slots: int, value: int | None = None) -> tuple[Port, ...]:
+    """The caches of a layer's keys and values, `(1, K, D, S)`, values maybe of another width."""
+    return tuple(
+        Port(name, (1, kv_heads, width, slots), f"state.{{0}}.{name}")
+        for name, width in (("k_cache", key), ("v_cache", value or key))
+    )
 
 
 def rope_ports(rope: str | None, rotary: int, tokens: int) -> tuple[Port, ...]:

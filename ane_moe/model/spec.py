@@ -69,23 +69,30 @@ class GqaSpec:
     # channel by one of its own, or each head.
     gate: Literal["none", "sigmoid", "softplus"] = "none"
     gate_by_head: bool = False
+    value_dim: int | None = None  # channels of a head's values, where they are not head_dim
+
+    @property
+    def value(self) -> int:
+        """Channels of a head's values."""
+        return self.value_dim or self.head_dim
 
     @property
     def gate_rows(self) -> int:
         """Rows of each head's gate, where a checkpoint has those after the head's queries."""
-        return 1 if self.gate_by_head else self.head_dim
+        return 1 if self.gate_by_head else self.value
 
     def rows(self, d_model: int) -> Iterator[Weight]:
         """The tensors of a layer's attention."""
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        value, attended = self.kv_heads * self.value, self.heads * self.value
         values, out = ("", "residual_scale") if self.clip_qkv else (VALUES, FROM_VALUES)
-        for name, width, fold in (("q", query, ""), ("k", key, ""), ("v", key, values)):
+        for name, width, fold in (("q", query, ""), ("k", key, ""), ("v", value, values)):
             yield Weight(
                 f"{name}.weight", (width, d_model), f"attention.{name}", reads="x", fold=fold
             )
             if self.qkv_bias:
                 yield Weight(f"{name}.bias", (width,), fold=fold)
-        yield Weight("o.weight", (d_model, query), "attention.o", reads="attended", fold=out)
+        yield Weight("o.weight", (d_model, attended), "attention.o", reads="attended", fold=out)
         if self.o_bias:
             yield Weight("o.bias", (d_model,), fold="residual_scale")
         if self.qk_norm != "none":
@@ -95,7 +102,7 @@ class GqaSpec:
         if self.sinks:
             yield Weight("sinks.weight", (self.heads,))
         if self.gate != "none":
-            width = self.heads if self.gate_by_head else query
+            width = self.heads if self.gate_by_head else attended
             yield Weight("gate.weight", (width, d_model), "attention.q", reads="x")
 
 

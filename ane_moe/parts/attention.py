@@ -35,8 +35,8 @@ class Attention(Mixer):
         c, m, d = self.config, self.config.mixer, self.config.d_model
         self.q = Projection(d, m.heads * m.head_dim, m.qkv_bias, c.rank("q"))
         self.k = Projection(d, m.kv_heads * m.head_dim, m.qkv_bias, c.rank("k"))
-        self.v = Projection(d, m.kv_heads * m.head_dim, m.qkv_bias, c.rank("v"))
-        self.o = Projection(m.heads * m.head_dim, d, m.o_bias, c.rank("o"))
+        self.v = Projection(d, m.kv_heads * m.value, m.qkv_bias, c.rank("v"))
+        self.o = Projection(m.heads * m.value, d, m.o_bias, c.rank("o"))
         if m.qk_norm in ("head", "rotated"):
             self.q_norm = RmsNorm(m.head_dim, m.qk_norm_eps, axis=2)
             self.k_norm = RmsNorm(m.head_dim, m.qk_norm_eps, axis=2)
@@ -45,7 +45,7 @@ class Attention(Mixer):
             self.k_norm = RmsNorm(m.kv_heads * m.head_dim, m.qk_norm_eps)
         self.sinks = Sinks(m.heads) if m.sinks else None
         if m.gate != "none":
-            width = m.heads if m.gate_by_head else m.heads * m.head_dim
+            width = m.heads if m.gate_by_head else m.heads * m.value
             self.gate = Projection(d, width, rank=c.rank("gate"))
 
     def mix(self, h: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -56,7 +56,7 @@ class Attention(Mixer):
         return self.o(attended), {"k_cache": keys, "v_cache": values}
 
     def _gated(self, attended: Tensor, h: Tensor) -> Tensor:
-        """What is attended to, `(1, H D, 1, T)`, times the gate that `h` opens, if there is one."""
+        """What is attended to, `(1, H V, 1, T)`, times the gate that `h` opens, if there is one."""
         m = self.config.mixer
         if m.gate == "none":
             return attended
@@ -64,17 +64,17 @@ class Attention(Mixer):
         gate = torch.sigmoid(gate) if m.gate == "sigmoid" else F.softplus(gate)
         if not m.gate_by_head:
             return attended * gate
-        by_head = attended.reshape(m.heads, m.head_dim, 1, -1) * gate.reshape(m.heads, 1, 1, -1)
-        return by_head.reshape(1, m.heads * m.head_dim, 1, -1)
+        by_head = attended.reshape(m.heads, m.value, 1, -1) * gate.reshape(m.heads, 1, 1, -1)
+        return by_head.reshape(1, m.heads * m.value, 1, -1)
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        sinks = self.sinks(mask) if self.sinks is not None else None
-        return attend(q, keys, values, mask, self.config.mixer.scale, sinks)
+        sinks, m = self.sinks(mask) if self.sinks is not None else None, self.config.mixer
+        return attend(q, keys, values, mask, m.scale, sinks, m.value_dim)
 
     def _heads(
         self, h: Tensor, cos: Tensor | None, sin: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Project, normalise, clip and rotate: `(1, H, D, T)`, `(1, K, D, T)`, `(1, K, D, T)`."""
+        """Project, normalise, clip and rotate: `(1, H, D, T)`, `(1, K, D, T)`, `(1, K, V, T)`."""
         m = self.config.mixer
         q, k, v = self.q(h), self.k(h), self.v(h)
         if m.qk_norm == "full":
@@ -83,7 +83,7 @@ class Attention(Mixer):
             q, k, v = (t.clamp(-m.clip_qkv, m.clip_qkv) for t in (q, k, v))
         q = q.reshape(1, m.heads, m.head_dim, -1)
         k = k.reshape(1, m.kv_heads, m.head_dim, -1)
-        v = v.reshape(1, m.kv_heads, m.head_dim, -1)
+        v = v.reshape(1, m.kv_heads, m.value, -1)
         if m.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if cos is not None and sin is not None:
