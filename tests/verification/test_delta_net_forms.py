@@ -1,4 +1,4 @@
-"""Conversions of gated delta nets in their other forms: states that are passed, tokens before the
+"""Conversions of delta nets and lightning attention in their other forms: states that are passed, tokens before the
 last axis, layers that share a shard, tensors beside the language model."""
 
 import numpy as np
@@ -20,20 +20,25 @@ from tests.verification.tiny import tiny_conversion
 IDS = np.random.default_rng(0).integers(3, 211, 21).tolist()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    torch.set_num_threads(1)
-    model = make_model("qwen3_next")
+    return save_checkpoint(make_model("qwen3_next"), tmp_path_factory.mktemp("delta"))
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "kimi_linear", "bailing_hybrid", "minimax"])
+def test_another_form_of_a_conversion_computes_the_same(family, tmp_path):
+    """Prefill in calls of 8, the last of them padded, then decode: both go on from one state."""
+    model = make_model(family)
     with torch.no_grad():
         expected = model(torch.tensor([IDS])).logits[0].numpy()
-    return save_checkpoint(model, tmp_path_factory.mktemp("delta")), expected
-
-
-def test_another_form_of_a_conversion_computes_the_same(original, tmp_path):
-    """Prefill in calls of 8, the last of them padded, then decode: both go on from one state."""
-    checkpoint, expected = original
+    checkpoint = save_checkpoint(model, tmp_path / "checkpoint")
     form = {"state": "explicit", "layout": "bct1", "layers_per_shard": 2}
-    out = tiny_conversion(checkpoint, tmp_path, prefill=8, context=64, **form)
+    out = tiny_conversion(checkpoint, tmp_path / "out", prefill=8, context=64, **form)
     shards = load_shards(out, "reference")
     assert_alike(Session(shards).prefill_logits(IDS), expected)
     session = Session(shards)
@@ -62,7 +67,7 @@ def assert_alike(logits, expected):
 def test_a_size_that_is_not_the_tensors_is_an_error(original, field, value, tmp_path):
     folder = tmp_path / "copy"
     folder.mkdir()
-    for file in original[0].iterdir():
+    for file in original.iterdir():
         (folder / file.name).symlink_to(file) if file.suffix == ".safetensors" else (
             folder / file.name
         ).write_bytes(file.read_bytes())
@@ -80,16 +85,16 @@ def test_a_size_that_is_not_the_tensors_is_an_error(original, field, value, tmp_
     ],
 )
 def test_what_the_parts_cannot_do_is_refused(original, changes, found, tmp_path):
-    (tmp_path / "config.json").write_bytes((original[0] / "config.json").read_bytes())
-    (tmp_path / "model.safetensors").symlink_to(original[0] / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((original / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").symlink_to(original / "model.safetensors")
     with pytest.raises(UserError, match=found):
         describe(open_checkpoint(edit_config(tmp_path, **changes)))
 
 
 def test_older_files_give_an_interval_in_place_of_layer_types(original, tmp_path):
-    spec = describe(open_checkpoint(original[0]))[0]
-    (tmp_path / "config.json").write_bytes((original[0] / "config.json").read_bytes())
-    (tmp_path / "model.safetensors").symlink_to(original[0] / "model.safetensors")
+    spec = describe(open_checkpoint(original))[0]
+    (tmp_path / "config.json").write_bytes((original / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").symlink_to(original / "model.safetensors")
     edit_config(tmp_path, remove=("layer_types",), full_attention_interval=2)
     assert describe(open_checkpoint(tmp_path))[0] == spec
 
