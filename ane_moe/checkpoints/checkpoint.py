@@ -32,7 +32,7 @@ from ane_moe.checkpoints.left_out import left_out
 from ane_moe.checkpoints.packed import plain_tensors
 from ane_moe.checkpoints.packed.facts import plain_config, side_facts
 from ane_moe.checkpoints.safetensors_header import read_header
-from ane_moe.checkpoints.stored_tensor import StoredTensor
+from ane_moe.checkpoints.stored_tensor import Codec, StoredTensor
 from ane_moe.errors import UserError
 from ane_moe.half import STORED, narrow_into, narrowed, widened
 from ane_moe.json_file import read_json
@@ -253,6 +253,28 @@ class Checkpoint:
             for _, stored in self._chunks(source)
         ]
         return np.concatenate(pieces).reshape(tensor.shape)
+
+    def taken_apart(self, source: TensorSource) -> dict[str, np.ndarray]:
+        """What one of our tensors is made of where it is stored in codes: `codes`, and `scales` and
+        `zeros` where there are any, each fp32 of shape `source.shape`, a number for each
+        element. What is folded into the tensor is in its scales."""
+        tensor = self.tensors[source.key]
+        pieces = tensor.codec.pieces if tensor.codec else None
+        if pieces is None:
+            raise ValueError(f"{source.name} is not stored in codes that can be taken apart")
+        found = {"codes": self._elements(source, pieces.codes)}
+        if pieces.scales is not None:
+            scales = self._elements(source, pieces.scales)
+            found["scales"] = scales * np.float32(source.scale * tensor.scale)
+        if pieces.zeros is not None:
+            found["zeros"] = self._elements(source, pieces.zeros)
+        return found
+
+    def _elements(self, source: TensorSource, codec: Codec) -> np.ndarray:
+        start, count = source.region
+        flat = np.concatenate([numbers for _, numbers in decoded(codec, start, count)])
+        arranged = source.arranged(flat.reshape(source.region_shape))
+        return np.ascontiguousarray(arranged).reshape(source.shape)
 
     def digest(self, sources: Iterable[TensorSource]) -> str:
         """sha256 (hex) over the stored bytes of `sources`, in order, each preceded by its name,

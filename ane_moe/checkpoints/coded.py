@@ -6,12 +6,12 @@ below the other. Arithmetic is fp32, in the order of the libraries that write su
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from ane_moe.checkpoints.stored_tensor import Codec, StoredTensor
+from ane_moe.checkpoints.stored_tensor import Codec, Pieces, StoredTensor
 from ane_moe.errors import UserError
 from ane_moe.half import widened
 
@@ -108,6 +108,8 @@ class Codes:
     columns: int
     values: tuple[float, ...]
     high_first: bool = False
+    together: int = 1
+    pieces: None = None
 
     def rows(self, first: int, last: int) -> np.ndarray:
         width = -(-self.columns * self.bits // 8)
@@ -138,6 +140,13 @@ class Grid:
     height: int
     width: int
     order: StoredTensor | None = None
+
+    @property
+    def alike(self) -> tuple[int, int]:
+        """Rows and columns with one number."""
+        if self.order is not None:
+            return self.height, 1
+        return self.height, 0 if self.across == 1 else self.width
 
     def rows(self, first: int, last: int, columns: int) -> np.ndarray:
         """The number of each element of rows [first, last)."""
@@ -172,6 +181,27 @@ class PackedZeros:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """The number of each element of a matrix that has one for each block, times or divided by one
+    for all."""
+
+    of: Grid | PackedZeros
+    columns: int
+    factor: StoredTensor | None = None
+    divisor: StoredTensor | None = None
+    together: int = 1
+    pieces: None = None
+
+    def rows(self, first: int, last: int) -> np.ndarray:
+        numbers = self.of.rows(first, last, self.columns)
+        if self.factor is not None:
+            numbers = numbers * real_numbers(self.factor)
+        if self.divisor is not None:
+            numbers = numbers / real_numbers(self.divisor)
+        return np.broadcast_to(numbers, (last - first, self.columns))
+
+
+@dataclass(frozen=True)
 class Scaled:
     """`(code - zero) * scale + offset`, each scale, zero and offset of a block of the matrix."""
 
@@ -191,15 +221,22 @@ class Scaled:
         numbers = self.codes.rows(first, last)
         if self.zeros is not None:
             numbers = numbers - self.zeros.rows(first, last, self.columns)
-        scales = self.scales.rows(first, last, self.columns)
-        if self.factor is not None:
-            scales = scales * real_numbers(self.factor)
-        if self.divisor is not None:
-            scales = scales / real_numbers(self.divisor)
-        numbers = numbers * scales
+        numbers = numbers * self._scales.rows(first, last)
         if self.offsets is not None:
             numbers = numbers + self.offsets.rows(first, last, self.columns)
         return numbers
+
+    @property
+    def _scales(self) -> Spread:
+        return Spread(self.scales, self.columns, self.factor, self.divisor)
+
+    @property
+    def pieces(self) -> Pieces:
+        whole = Pieces(self.codes, self.codes.values, *self.scales.alike)
+        if self.offsets is not None:
+            return whole
+        zeros = None if self.zeros is None else Spread(self.zeros, self.columns)
+        return replace(whole, scales=self._scales, zeros=zeros)
 
 
 @dataclass(frozen=True)
@@ -222,6 +259,14 @@ class Turned:
         matrices = [self.inner.rows(e * self.height, (e + 1) * self.height).T for e in experts]
         return np.concatenate(matrices)
 
+    @property
+    def pieces(self) -> Pieces | None:
+        inner = self.inner.pieces
+        if inner is None:
+            return None
+        turned = inner.through(lambda codec: Turned(codec, self.height))
+        return replace(turned, height=inner.width, width=inner.height)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -240,6 +285,11 @@ class Part:
 
     def rows(self, first: int, last: int) -> np.ndarray:
         return self.inner.rows(self.start + first, self.start + last)
+
+    @property
+    def pieces(self) -> Pieces | None:
+        inner = self.inner.pieces
+        return inner and inner.through(lambda codec: Part(codec, self.start))
 
 
 def decoded(codec: Codec, start: int, count: int) -> Iterator[tuple[int, np.ndarray]]:

@@ -1,6 +1,7 @@
 """Where one tensor of a checkpoint lies, and what gives its numbers where they are codes."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +21,33 @@ class Codec(Protocol):
 
     def rows(self, first: int, last: int) -> np.ndarray:
         """Rows [first, last), fp32, `(last - first, columns)`."""
+
+    @property
+    def pieces(self) -> "Pieces | None":
+        """What the numbers are made of; None where that is of a form of its own."""
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """`(code - zero) * scale`, or some other sum that scales by block, taken apart.
+
+    `codes` and, where they are all there is to it, `scales` and `zeros` give a number for each
+    element. `values` are those that codes may have. Of `height` rows and `width` columns all have
+    one scale; 0 stands for all of them.
+    """
+
+    codes: Codec
+    values: tuple[float, ...]
+    height: int
+    width: int
+    scales: Codec | None = None
+    zeros: Codec | None = None
+
+    def through(self, change: Callable[[Codec], Codec]) -> "Pieces":
+        """The pieces of what `change` makes of whole numbers."""
+        changed = (one and change(one) for one in (self.scales, self.zeros))
+        scales, zeros = changed
+        return replace(self, codes=change(self.codes), scales=scales, zeros=zeros)
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,9 @@ def convert(
     compress: Annotated[
         str,
         typer.Option(
-            help="Weight format, preset (safe, small, tiny) or .toml recipe.", metavar="FORMAT"
+            help="Weight format, preset (safe, small, tiny) or .toml recipe; as-stored: the codes "
+            "of a quantised checkpoint, carried over.",
+            metavar="FORMAT",
         ),
     ] = "int8",
     lut_group: Annotated[
@@ -256,6 +258,9 @@ def convert(
         roster=roster,
     )
     job = job_of(model, out, options)
+    stored = job.plan.options.recipe  # with the forms that the checkpoint has
+    if target and not allow_cpu:
+        require_engine_formats(stored, place)
     concerns = concerns_of_plan(job.plan, place)
     if dry_run:
         require_tokenizer(job.checkpoint.folder)
@@ -282,7 +287,7 @@ def convert(
     # A budget chose formats of its own.
     chosen = recipe_of(report.manifest.weights, report.manifest.recipe)
     final = concerns
-    if chosen != recipe:
+    if chosen != stored:
         final = concerns_of_plan(plan_of(model, replace(options, recipe=chosen)), place)
     _print_all(warning(concern, place) for concern in final if concern not in concerns)
     document = report_document(report, final)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ane_moe.conversion.as_stored import notes, with_stored_forms
 from ane_moe.conversion.plan import ConversionPlan, ConvertOptions, SourceFacts, make_plan
 from ane_moe.opened import Model, open_model
 
@@ -21,8 +22,10 @@ def plan_of(model: Model, options: ConvertOptions) -> ConversionPlan:
     """What `convert` would write, and how the checkpoint was read. Raises UserError."""
     checkpoint = model.checkpoint
     left_out = checkpoint.left_out(model.sources, options.ignore_tensors)
-    plan = make_plan(model.spec, model.sources, options)
-    return replace(plan, source=SourceFacts(checkpoint.notes, left_out))
+    recipe = with_stored_forms(options.recipe, checkpoint, model.sources)
+    plan = make_plan(model.spec, model.sources, replace(options, recipe=recipe))
+    said = (*checkpoint.notes, *notes(options.recipe, checkpoint, model.sources))
+    return replace(plan, source=SourceFacts(said, left_out))
 
 
 def job_of(model: Model, out: Path, options: ConvertOptions) -> Job:

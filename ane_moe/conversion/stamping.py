@@ -19,8 +19,11 @@ from ane_moe.conversion.side_files import write_embedding
 from ane_moe.conversion.workers import peak_memory_bytes
 from ane_moe.emit.coreml.package import ContentKey, Weight, file_hashes, read_content_key, stamp
 from ane_moe.emit.coreml.template import Template
+from ane_moe.errors import UserError
 from ane_moe.files import sha256
+from ane_moe.formats.as_stored import AsStored, Codes
 from ane_moe.formats.calibration import Moments
+from ane_moe.formats.encoded import Encoded
 from ane_moe.formats.recipe import Choice, find_format
 from ane_moe.model.port import Shape
 
@@ -128,6 +131,9 @@ def _values(job: ShardJob, key: ContentKey) -> Iterator[tuple[str, Weight]]:
                 shard.choices.get(name, Choice()),
             )
             form, m = find_format(choice.format), None
+            if isinstance(form, AsStored):
+                yield name, _carried(job.checkpoint, source, form, weight)
+                continue
             if moments and choice != Choice():
                 m = moments.find(source.reads, source.shape[1])
             if rank := ranks.get(source, 0):
@@ -136,6 +142,21 @@ def _values(job: ShardJob, key: ContentKey) -> Iterator[tuple[str, Weight]]:
                 apart[source] = split_directions(weight, rank, m)
                 weight = apart[source].remainder
             yield name, form.encode(weight, m) or weight
+
+
+def _carried(
+    checkpoint: Checkpoint, source: TensorSource, form: AsStored, weight: np.ndarray
+) -> Encoded:
+    codec = checkpoint.tensors[source.key].codec
+    assert codec is not None and codec.pieces is not None
+    try:
+        return form.carry(
+            weight, Codes(values=codec.pieces.values, **checkpoint.taken_apart(source))
+        )
+    except UserError as error:
+        raise UserError(
+            f"{source.key} ({source.name}): {error.what}", error.found, error.do
+        ) from None
 
 
 def stamp_embedding(checkpoint: Checkpoint, source: TensorSource, path: Path, form: str) -> Done:

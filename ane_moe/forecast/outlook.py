@@ -22,7 +22,8 @@ from ane_moe.forecast.cost_model import NOTE, Prediction, predict
 from ane_moe.forecast.design import Design, design
 from ane_moe.forecast.layer_kinds import KindsPlan, plan_kinds
 from ane_moe.forecast.workload import Workload, workload_of_plan
-from ane_moe.formats.recipe import find_recipe
+from ane_moe.formats.encoders import AS_STORED
+from ane_moe.formats.recipe import Recipe, find_recipe
 from ane_moe.json_file import read_json
 from ane_moe.model.spec import ModelSpec
 from ane_moe.model.weight import EMBEDDING
@@ -170,6 +171,7 @@ def outlook_of(
     for routing in ROUTINGS:
         for name in recipes:
             recipe = find_recipe(name)
+            _require_known(recipe)
             options = ConvertOptions(
                 routing=routing,
                 context=context,
@@ -205,6 +207,15 @@ class _Model:
     spec: ModelSpec | None
     refusal: str = ""
     notes: tuple[str, ...] = ()
+
+
+def _require_known(recipe: Recipe) -> None:
+    if AS_STORED in recipe.formats:
+        raise UserError(
+            f"how much {recipe.name} takes is up to the tensors of the checkpoint",
+            "a plan from its configuration",
+            f"see `ane-moe convert CHECKPOINT OUT --dry-run --compress {recipe.name}`",
+        )
 
 
 def _read_model(values: dict[str, Any], where: str, folder: Path | None) -> _Model:

@@ -23,6 +23,7 @@ CHUNK_OF_SUMS = 1 << 19  # the same, where a sum may depend on it
 # The levels of Apple's on-device model (its 2025 foundation model report).
 APPLE_LEVELS = (-1.5, -0.5, 0.5, 1.5)
 INFINITE = 0x7C00
+SAMPLE_SIDE = 64  # more rows and columns than any group or block has
 TYPICAL_SIDE = 4096  # of the square matrix that stands for all
 DEFAULT_GROUP = 16  # coremltools' guide: 8 or 16 output channels a palette
 
@@ -48,6 +49,10 @@ class Format:
         Raises ValueError for NaN and Inf.
         """
         return None
+
+    def sample(self) -> Encoded | None:
+        """Some matrix in this format: of zeros, which need no fit, that may take torch."""
+        return self.encode(np.zeros((SAMPLE_SIDE, SAMPLE_SIDE), np.float16))
 
     def stored_bytes(self, rows: int, columns: int) -> int:
         """Payload of a matrix of this shape in the weight file; no weights are needed."""
@@ -242,6 +247,9 @@ class Sparse(Format):
     percent: int = 50
     rest: Format = Format()
 
+    def sample(self) -> Encoded | None:
+        return self.encode(np.ones((SAMPLE_SIDE, SAMPLE_SIDE), np.float16))  # zeros are left out
+
     def encode(self, weight: np.ndarray, moments: np.ndarray | None = None) -> Encoded:
         rows, columns = _require_finite(weight)
         kept = _kept(weight, self.percent)
@@ -284,8 +292,10 @@ class Sparse(Format):
         return _packed(rows * columns, 1) + _packed(kept, _bits(self.rest)) + whole - plain
 
 
+AS_STORED = "as-stored"  # stands for the form of each matrix in the checkpoint (as_stored.py)
 FORMATS: dict[str, Format] = {
     "fp16": Format(),
+    AS_STORED: Format(AS_STORED),
     "int8": Linear("int8", bits=8),
     "int4-channel": Linear("int4-channel", bits=4),
     "apple2": FixedPalette("apple2"),
@@ -305,13 +315,13 @@ def parse_format(text: str) -> Format:
         rest = parse_format(found[2] or "fp16")
         extended = isinstance(rest, Palette) and (rest.vector > 1 or rest.scaled)
         blocks = isinstance(rest, Linear) and rest.block > 0
-        if isinstance(rest, Sparse | FixedPalette) or extended or blocks:
+        if isinstance(rest, Sparse | FixedPalette) or rest.name == AS_STORED or extended or blocks:
             raise UserError(
                 f"{rest.name} cannot be joined with sparsity",
                 do="join fp16, int8, int4-channel or lut2-8",
             )
         return Sparse(name, percent=int(found[1]), rest=rest)
-    base = re.match(r"int\d(-channel|-block32)|apple2|[a-z]+\d+", name)
+    base = re.match(rf"int\d(-channel|-block32)|apple2|{AS_STORED}|[a-z]+\d+", name)
     form = FORMATS.get(base[0]) if base else None
     options = OPTIONS.fullmatch(name[len(base[0]) :]) if base else None
     if (

@@ -27,13 +27,15 @@ from pathlib import Path
 from typing import Any
 
 from ane_moe.errors import UserError
-from ane_moe.formats.encoders import Format, parse_format
+from ane_moe.formats.as_stored import parse_as_stored
+from ane_moe.formats.encoders import AS_STORED, Format, parse_format
 from ane_moe.model.weight import WeightName
 from ane_moe.number_lists import parse_layers
 
 PRESETS = Path(__file__).parent / "recipes"
 MAX_FILE_BYTES = 1 << 20
 MAX_RANK = 1024
+WHOLE = ("fp16", AS_STORED)  # which no directions are kept apart of
 EMBEDDING_FORMATS = ("fp16", "int8")  # of which the host makes single rows
 # A role is named by group and matrix; the rows of a part say which of them a tensor has
 # (`Weight.role`).
@@ -108,6 +110,10 @@ class Recipe:
             "overrides": dict(self.overrides),
         }
 
+    def of_stored(self, name: WeightName, role: str | None) -> bool:
+        """Whether the tensor `name` is to be carried over as the checkpoint has it."""
+        return role is not None and self.by_role(role, name.layer).format == AS_STORED
+
     @property
     def formats(self) -> tuple[str, ...]:
         """Every weight format that a package may hold (the host reads the embedding)."""
@@ -127,8 +133,8 @@ def _packaged(table: Mapping[str, Choice]) -> list[Choice]:
 
 @cache
 def find_format(name: str) -> Format:
-    """`parse_format`, remembered."""
-    return parse_format(name)
+    """The format of a name that a recipe or a conversion has, remembered. Raises UserError."""
+    return parse_as_stored(name) or parse_format(name)
 
 
 def recipe_of(name: str, data: Mapping[str, Any]) -> Recipe:
@@ -178,7 +184,7 @@ def _completed(recipe: Recipe, group: str | None, vector: int | None, rank: int 
             size = {None: "", "tensor": "-tensor"}.get(group, f"-g{group}")
             name = found[1] + size + (f"-v{vector}" if vector else "") + (found[2] or "")
         return Choice(
-            parse_format(name).name, choice.rank if rank is None or name == "fp16" else rank
+            parse_format(name).name, choice.rank if rank is None or name in WHOLE else rank
         )
 
     roles = {
@@ -269,6 +275,8 @@ def _choice(value: Any, path: Path) -> Choice:
         raise UserError(
             f"the recipe {path}: format is a name and rank 0 to {MAX_RANK}", repr(value)
         )
+    if form == AS_STORED and rank:
+        raise UserError(f"the recipe {path}: {AS_STORED} keeps no directions apart", repr(value))
     return Choice(parse_format(form).name, rank)
 
 

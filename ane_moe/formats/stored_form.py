@@ -4,10 +4,7 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from ane_moe.formats.encoded import Expansion, Stored
-from ane_moe.formats.encoders import Sparse
 from ane_moe.formats.recipe import find_format
 from ane_moe.mlprogram.program import (
     Argument,
@@ -20,7 +17,6 @@ from ane_moe.mlprogram.program import (
 )
 from ane_moe.mlprogram.weights import weights_of
 
-SIDE = 64  # of the sample matrix: more rows and columns than any group or block has
 NOWHERE = Path("weight.bin")
 
 
@@ -30,9 +26,7 @@ def stored_form(name: str) -> str:
 
     Found by encoding a sample and reading it back. Raises UserError where there is no such format.
     """
-    form = find_format(name)
-    # Zeros need no fit, which may take torch; a sparse format leaves them out, and has ones.
-    encoded = form.encode(np.full((SIDE, SIDE), isinstance(form, Sparse), np.float16))
+    encoded = find_format(name).sample()
     if encoded is None:
         return "fp16"
     operations = tuple(_operation(number, step) for number, step in enumerate(encoded.expansions))

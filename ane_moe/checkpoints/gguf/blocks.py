@@ -4,12 +4,12 @@ Blocks are decoded by the `gguf` package, whose arithmetic is that of ggml's `de
 """
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ane_moe.checkpoints.coded import stored_bytes
-from ane_moe.checkpoints.stored_tensor import Codec, StoredTensor
+from ane_moe.checkpoints.coded import E8M0, FP4, SIGNED, stored_bytes
+from ane_moe.checkpoints.stored_tensor import Codec, Pieces, StoredTensor
 from ane_moe.errors import UserError
 from ane_moe.half import STORED, widened
 
@@ -64,6 +64,16 @@ TYPES = {
     41: TensorType("Q1_0", 128, 18, decoded=False),
 }
 BY_NAME = {kind.name: kind for kind in TYPES.values()}
+# Of blocks that are a scale and numbers, what each code means before it is scaled (ggml's
+# `dequantize_row_*`).
+LEVELS: dict[str, tuple[float, ...]] = {
+    "Q4_0": tuple(map(float, range(-8, 8))),
+    "Q8_0": SIGNED,
+    "IQ4_NL": tuple(
+        map(float, (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))
+    ),
+    "MXFP4": tuple(2 * value for value in FP4),
+}
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,47 @@ class Rows:
             return dequantised(stored.reshape(last - first, width), kind.name)
         numbers = stored.view(STORED[kind.name]).reshape(last - first, self.columns)
         return widened(numbers, kind.name)
+
+    @property
+    def pieces(self) -> Pieces | None:
+        if self.tensor.dtype not in LEVELS:
+            return None
+        codes, scales = (Piece(self, name) for name in ("codes", "scales"))
+        block = BY_NAME[self.tensor.dtype].block
+        return Pieces(codes, LEVELS[self.tensor.dtype], 1, block, scales)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Codes or scales of rows of blocks that are nothing else: a scale, then a number for each
+    element, of 4 bits those of the block's first half before those of its second."""
+
+    of: Rows
+    name: str
+    together: int = 1
+    pieces: None = None
+
+    @property
+    def columns(self) -> int:
+        return self.of.columns
+
+    def rows(self, first: int, last: int) -> np.ndarray:
+        kind = BY_NAME[self.of.tensor.dtype]
+        across = self.columns // kind.block
+        start = first * across * kind.size
+        stored = stored_bytes(self.of.tensor, start, (last - first) * across * kind.size)
+        blocks = stored.reshape(-1, kind.size)
+        exponents = kind.name == "MXFP4"
+        width = 1 if exponents else 2
+        if self.name == "scales":
+            raw = np.ascontiguousarray(blocks[:, :width])
+            halves = np.array(E8M0, np.float32) / 2
+            scales = halves[raw] if exponents else widened(raw.view(STORED["F16"]), "F16")
+            return np.repeat(scales, kind.block, axis=1).reshape(last - first, -1)
+        codes = blocks[:, width:]
+        if codes.shape[1] < kind.block:
+            codes = np.concatenate([codes & 15, codes >> 4], axis=1)
+        return np.array(LEVELS[kind.name], np.float32)[codes].reshape(last - first, -1)
 
 
 @dataclass(frozen=True)
@@ -104,6 +155,11 @@ class HalfSplit:
         pairs = self.inner.rows(first, last).reshape(-1, self.head // 2, 2, self.columns)
         return pairs.swapaxes(1, 2).reshape(last - first, self.columns)
 
+    @property
+    def pieces(self) -> Pieces | None:
+        inner = self.inner.pieces
+        return inner and inner.through(lambda codec: HalfSplit(codec, self.head))
+
 
 @dataclass(frozen=True)
 class Joined:
@@ -125,6 +181,17 @@ class Joined:
         both = (codec.rows(first // 2, last // 2) for codec in (self.upper, self.lower))
         stacks = [rows.reshape(-1, self.height, self.columns) for rows in both]
         return np.concatenate(stacks, axis=1).reshape(last - first, self.columns)
+
+    @property
+    def pieces(self) -> Pieces | None:
+        upper, lower = self.upper.pieces, self.lower.pieces
+        if not upper or not lower or not upper.scales or not lower.scales:
+            return None
+        if (upper.values, upper.width) != (lower.values, lower.width):
+            return None
+        codes = Joined(upper.codes, lower.codes, self.height)
+        scales = Joined(upper.scales, lower.scales, self.height)
+        return replace(upper, codes=codes, scales=scales)
 
 
 def dequantised(blocks: np.ndarray, kind: str) -> np.ndarray:

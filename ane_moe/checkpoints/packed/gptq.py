@@ -13,7 +13,7 @@ import numpy as np
 
 from ane_moe.checkpoints.coded import real_numbers, stored_numbers, unpacked
 from ane_moe.checkpoints.packed.group import Group, groups
-from ane_moe.checkpoints.stored_tensor import StoredTensor
+from ane_moe.checkpoints.stored_tensor import Pieces, StoredTensor
 
 NAME = "GPTQ or AWQ"
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where the eight of a word are
@@ -31,7 +31,8 @@ class InputsFirst:
     inputs: int
     awq: bool
     less: int  # by which stored zero points are too small
-    order: StoredTensor | None = None
+    order: StoredTensor | None = None  # which run each input is of
+    shuffled: bool = False  # whether runs may be of inputs that are not neighbours
 
     @property
     def columns(self) -> int:
@@ -42,16 +43,30 @@ class InputsFirst:
         return self.outputs
 
     def rows(self, first: int, last: int) -> np.ndarray:
-        codes = self._codes().astype(np.float32)  # (inputs, outputs)
-        words = stored_numbers(self.zeros).reshape(self.zeros.shape)
-        zeros = self._in_order(unpacked(words.view(np.uint8), self.bits, self.outputs))
-        scales = real_numbers(self.scales).reshape(self.scales.shape)
-        if self.order is None:
-            run = np.arange(self.inputs) // (self.inputs // len(scales))
+        numbers = (self.of("codes") - self.of("zeros")) * self.of("scales")
+        return np.ascontiguousarray(numbers.T)
+
+    @property
+    def pieces(self) -> Pieces:
+        codes, zeros, scales = (Piece(self, name) for name in ("codes", "zeros", "scales"))
+        runs = self.scales.shape[0]
+        width = 1 if self.shuffled else 0 if runs == 1 else self.inputs // runs
+        values = tuple(map(float, range(1 << self.bits)))
+        return Pieces(codes, values, 1, width, scales, zeros)
+
+    def of(self, piece: str) -> np.ndarray:
+        """Codes, zero points or scales of all elements, fp32 `(inputs, outputs)`."""
+        if piece == "codes":
+            return self._codes().astype(np.float32)
+        if piece == "zeros":
+            words = stored_numbers(self.zeros).reshape(self.zeros.shape)
+            zeros = self._in_order(unpacked(words.view(np.uint8), self.bits, self.outputs))
+            by_run = zeros.astype(np.float32) + np.float32(self.less)
         else:
-            run = stored_numbers(self.order)
-        shifted = zeros.astype(np.float32) + np.float32(self.less)
-        return np.ascontiguousarray(((codes - shifted[run]) * scales[run]).T)
+            by_run = real_numbers(self.scales).reshape(self.scales.shape)
+        if self.order is None:
+            return by_run[np.arange(self.inputs) // (self.inputs // len(by_run))]
+        return by_run[stored_numbers(self.order)]
 
     def _codes(self) -> np.ndarray:
         words = stored_numbers(self.words).reshape(self.words.shape)
@@ -64,6 +79,26 @@ class InputsFirst:
         if not self.awq:
             return codes
         return codes.reshape(len(codes), -1, 8)[:, :, AWQ_ORDER].reshape(len(codes), -1)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Codes, zero points or scales of a matrix."""
+
+    matrix: InputsFirst
+    name: str
+    pieces: None = None
+
+    @property
+    def columns(self) -> int:
+        return self.matrix.columns
+
+    @property
+    def together(self) -> int:
+        return self.matrix.together
+
+    def rows(self, first: int, last: int) -> np.ndarray:
+        return np.ascontiguousarray(self.matrix.of(self.name).T)
 
 
 def plain(
@@ -91,7 +126,8 @@ def _plain(group: Group, facts: Mapping[str, Any]) -> dict[str, StoredTensor]:
     group.require(order is None or order.shape == (inputs,), "g_idx does not fit the inputs")
     group.require(not awq or bits == 4, "AWQ of other than 4 bits")
     first_form = not awq and facts.get("checkpoint_format") != "gptq_v2"
+    shuffled = order is not None and facts.get("desc_act") is not False
     codec = InputsFirst(
-        words, zeros, scales, bits, outputs, inputs, awq, less=int(first_form), order=order
+        words, zeros, scales, bits, outputs, inputs, awq, int(first_form), order, shuffled
     )
     return group.plain("weight", codec, (outputs, inputs))

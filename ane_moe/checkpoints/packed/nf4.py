@@ -5,15 +5,16 @@ Source: `bitsandbytes.functional.dequantize_4bit`.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from ane_moe.checkpoints.coded import Codes, real_numbers, stored_bytes, stored_numbers
 from ane_moe.checkpoints.packed.group import Group, groups
-from ane_moe.checkpoints.stored_tensor import StoredTensor
+from ane_moe.checkpoints.stored_tensor import Pieces, StoredTensor
 
 NAME = "bitsandbytes 4 bit"
 ABSMAX, CODE = "weight.absmax", "weight.quant_map"
@@ -47,6 +48,13 @@ class Flat:
         scales = self._scales(lowest, highest)
         which = np.arange(start, end) // self.run - lowest
         return self.codes.rows(first, last) * scales[which].reshape(last - first, -1)
+
+    @property
+    def pieces(self) -> Pieces:
+        ones = replace(self.codes, values=(1.0,) * 16)
+        # Runs begin and end at multiples of this in every row.
+        width = math.gcd(self.run, self.columns)
+        return Pieces(self.codes, self.codes.values, 1, width, replace(self, codes=ones))
 
     def _scales(self, first: int, last: int) -> np.ndarray:
         if self.nested is None or self.nested_code is None:
