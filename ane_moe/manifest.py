@@ -124,7 +124,8 @@ class Manifest:
     prefill: int  # tokens per prefill call, 0 when there is no prefill function
     weights: str  # the name of the recipe, which may be a format's
     compressed: bool  # whether anything is stored otherwise than as fp16
-    embed: str  # path of the [vocab, d_model] table (loop/embedding_table.py)
+    # Path of the [vocab, d_model] table (loop/embedding_table.py); None: embeddings enter, no ids.
+    embed: str | None
     ropes: dict[str, dict[str, Any]]
     shards: tuple[Shard, ...]
     embed_format: str = "fp16"  # fp16 | int8
@@ -152,6 +153,8 @@ class Manifest:
     lengths: tuple[int, ...] = ()  # of an encoder: tokens that its functions take, rising
     labels: tuple[str, ...] = ()  # of a token classifier: what its scores are of
     stream_scale: float = 1.0  # what hidden states are multiplied by: embeddings, and all that adds
+    # What embeddings that are given are multiplied by, besides; None where it was not yet noted.
+    embed_scale: float | None = None
     # By layer: what its values and its MLPs' linear branches are multiplied by.
     inner: dict[str, dict[str, float]] = field(default_factory=dict)
     format: int = FORMAT
@@ -222,13 +225,15 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(
             f"{path} cannot be read", f"{type(error).__name__}: {error}", "convert again"
         ) from None
-    for relative in [s.path for s in manifest.shards] + [
-        manifest.embed,
-        *manifest.files,
-        *manifest.tokenizer,
-    ]:
+    shard_paths = [shard.path for shard in manifest.shards]
+    for relative in (*shard_paths, *manifest.files, *manifest.tokenizer):
         _require_inside(relative, path)
-    for single in (manifest.golden, manifest.golden_as_stored, manifest.tokenizer_record):
+    for single in (
+        manifest.embed,
+        manifest.golden,
+        manifest.golden_as_stored,
+        manifest.tokenizer_record,
+    ):
         if single is not None:
             _require_inside(single, path)
     return manifest

@@ -38,6 +38,10 @@ def convert(
         Literal["mlstate", "explicit"],
         typer.Option(help="KV cache as Core ML state, or as inputs and outputs."),
     ] = "mlstate",
+    inputs: Annotated[
+        Literal["ids", "embeds"],
+        typer.Option(help="embeds: embeddings enter; the embedding table is left out."),
+    ] = "ids",
     layout: Annotated[
         Literal["bc1s", "bct1"],
         typer.Option(help="Axis order of the streams: [1,C,1,T] or [1,C,T,1]."),
@@ -256,6 +260,7 @@ def convert(
         lengths=windows,
         stream_divisor=_divisor(stream_scale),
         roster=roster,
+        inputs=inputs,
     )
     job = job_of(model, out, options)
     stored = job.plan.options.recipe  # with the forms that the checkpoint has

@@ -24,6 +24,13 @@ def generate(
         Path | None, typer.Option(help="File with the text to continue, UTF-8.")
     ] = None,
     prompt_ids: Annotated[str | None, typer.Option(help="Token ids to continue, as 1,2,3.")] = None,
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(
+            help="Embeddings to continue in place of a text's: floats (tokens, width).",
+            metavar="FILE.npy",
+        ),
+    ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompt into the checkpoint's chat template.")
     ] = False,
@@ -75,6 +82,7 @@ def generate(
     stdin when none is given. Without a tokenizer, ids go in (--prompt-ids) and come out. A last
     token of white space is taken back, and the first new one must begin with it.
     """
+    from ane_moe.loop.embeddings_file import read_embeddings
     from ane_moe.loop.figures import figures_dict, figures_line
     from ane_moe.loop.generation import GenerateOptions
     from ane_moe.loop.generation import generate as start
@@ -84,13 +92,17 @@ def generate(
     from ane_moe.loop.tokenizer import load_tokenizer
     from ane_moe.runtime import with_precision
 
-    text = _prompt_text(prompt, prompt_file, prompt_ids)
+    _require_one(prompt, prompt_file, prompt_ids, embeddings)
+    numbered = prompt_ids is not None or embeddings is not None
+    text = None if numbered else _prompt_text(prompt, prompt_file)
     limit = None if expert_cache_mb is None else int(expert_cache_mb * 1_000_000)
     chosen, computed = with_precision(runtime, precision)
     shards = load_shards(out, chosen, expert_cache_bytes=limit, memory_mb=memory_mb, **computed)
     tokenizer = load_tokenizer(out, shards.manifest)
+    width = shards.manifest.d_model
+    rows = None if embeddings is None else read_embeddings(embeddings, width)
     if text is None:
-        ids = _parse_ids(prompt_ids or "")
+        ids = [] if prompt_ids is None else _parse_ids(prompt_ids)
     elif tokenizer is None:
         raise UserError(
             f"{out} has no tokenizer", "the checkpoint had none", "give --prompt-ids 1,2,3"
@@ -109,9 +121,8 @@ def generate(
         if tokenizer and text is not None and not chat
         else None
     )
-    generation = start(
-        session, ids[:-1] if begun else ids, options, tokenizer.decode if tokenizer else None, begun
-    )
+    given, decode = ids[:-1] if begun else ids, tokenizer.decode if tokenizer else None
+    generation = start(session, given, options, decode, begun, rows)
     try:
         for piece in generation:
             if not as_json:
@@ -136,18 +147,17 @@ def generate(
         typer.echo(f"{figures_line(result.figures)}; ended by: {result.finish_reason}", err=True)
 
 
-def _prompt_text(
-    prompt: str | None, prompt_file: Path | None, prompt_ids: str | None
-) -> str | None:
-    """The prompt from the one place that was named, stdin when none was; None when it is ids."""
-    if sum(source is not None for source in (prompt, prompt_file, prompt_ids)) > 1:
+def _require_one(*prompts: object) -> None:
+    if sum(prompt is not None for prompt in prompts) > 1:
         raise UserError(
             "the prompt is given more than once",
             "",
-            "use one of --prompt, --prompt-file, --prompt-ids",
+            "use one of --prompt, --prompt-file, --prompt-ids, --embeddings",
         )
-    if prompt_ids is not None:
-        return None
+
+
+def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
+    """The prompt from the place that was named, stdin when none was."""
     if prompt is not None:
         return prompt
     if prompt_file is None and sys.stdin.isatty():

@@ -27,7 +27,8 @@ def golden_key(job: Job, content_keys: Iterable[str]) -> str:
     facts = (job.checkpoint.config, plan.layers, plan.context, plan.options.routing)
     key = ContentKey(facts, sorted(content_keys))
     weights = [source for shard in plan.shards for source in shard.sources.values()]
-    held = {EMBEDDING, *(source.name for source in weights if isinstance(source, TensorSource))}
+    table = {EMBEDDING} if plan.options.inputs == "ids" else set()
+    held = {*table, *(source.name for source in weights if isinstance(source, TensorSource))}
     for name, source in job.sources.items():
         after = name.layer is not None and name.layer > max(plan.layers)
         if name not in held and not after:

@@ -188,9 +188,10 @@ def _written(
     out = job.out
     done, embed = _stamp(job, workers, meter)
     write_routers(job.checkpoint, job.sources, job.plan.routers, out)
-    manifest = _manifest(job, done, embed.files, tokenizer)
+    manifest = _manifest(job, done, embed, tokenizer)
     if prompts is not None or (earlier and earlier.golden):
-        key = golden_key(job, [shard.content_key for shard in (*done, embed)])
+        written = [*done, embed] if embed else done
+        key = golden_key(job, [one.content_key for one in written])
         manifest = replace(manifest, golden_key=key)
     kept = keep_goldens(out, manifest, earlier, prompts)
     if kept is not None:
@@ -252,15 +253,15 @@ def _calibrated(job: Job, workers: int, meter: _Meter) -> Job:
         return _with_formats(pool, job, meter)
 
 
-def _stamp(job: Job, workers: int, meter: _Meter) -> tuple[list[Done], Done]:
-    """Every shard, written or found finished, and the embedding table."""
+def _stamp(job: Job, workers: int, meter: _Meter) -> tuple[list[Done], Done | None]:
+    """Every shard, written or found finished, and the embedding table, where there is one."""
     with ThreadPoolExecutor(workers) as threads:  # hashing frees the interpreter's lock
         done = _finished(threads, job, meter)
     idle = len(done) == len(job.plan.shards)  # processes take seconds to import
     with open_pool(1 if idle else workers, stamping.__name__) as pool:
         embedding = _start_embedding(pool, job)
         done += _stamp_rest(pool, job, {shard.path for shard in done}, meter)
-        return done, meter.shard(embedding.result())
+        return done, meter.shard(embedding.result()) if embedding else None
 
 
 def _calibration(job: Job, meter: _Meter) -> Path | None:
@@ -316,8 +317,11 @@ def _matrix_bytes(plan: ConversionPlan) -> int:
     return total
 
 
-def _start_embedding(pool: Pool, job: Job) -> Future[Done]:
-    """Begin to write the embedding table beside the shards."""
+def _start_embedding(pool: Pool, job: Job) -> Future[Done] | None:
+    """Begin to write the embedding table beside the shards, unless it is left out."""
+    if job.plan.options.inputs == "embeds":
+        (job.out / EMBED).unlink(missing_ok=True)
+        return None
     source = job.sources[EMBEDDING]
     checkpoint = job.checkpoint.holding({source.key})
     return start(pool, stamp_embedding, checkpoint, source, job.out / EMBED, job.plan.embed_format)
@@ -361,12 +365,13 @@ def _prompt_ids(job: Job, prompts: Path | None) -> list[list[int]]:
 
 
 def _manifest(
-    job: Job, done: list[Done], files: dict[str, str], tokenizer: TokenizerFiles
+    job: Job, done: list[Done], embed: Done | None, tokenizer: TokenizerFiles
 ) -> Manifest:
     """The manifest but for what lies beside the shards."""
     spec, plan, options = job.spec, job.plan, job.plan.options
     keys = {shard.path: shard.content_key for shard in done}
-    files = files | {name: digest for shard in done for name, digest in shard.files.items()}
+    written = [*done, embed] if embed else done
+    files = {name: digest for one in written for name, digest in one.files.items()}
     return Manifest(
         family=spec.family,
         d_model=spec.d_model,
@@ -384,7 +389,8 @@ def _manifest(
         weights=options.recipe.name,
         compressed=plan.compressed,
         recipe=options.recipe.as_json(),
-        embed=EMBED,
+        embed=EMBED if embed is not None else None,
+        embed_scale=spec.embed_scale,
         embed_format=plan.embed_format,
         ropes={name: asdict(rope) for name, rope in spec.ropes.items()},
         shards=tuple(shard.finished(keys[shard.path]) for shard in plan.shards),

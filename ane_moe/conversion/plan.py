@@ -57,7 +57,8 @@ class ConvertOptions:
     neighbours. `ignore_tensors` are patterns (as in a shell) of stored tensors that may be left
     out. Hidden states are divided by `stream_divisor`, a power of two (None: by what a golden or a
     calibration shows a need for); with 1 nothing inside layers is, either. With
-    `roster` the host may disturb the choice of experts, for `generate --roster`."""
+    `roster` the host may disturb the choice of experts, for `generate --roster`. Where `inputs` are
+    "embeds", the embedding table is left out."""
 
     routing: Literal["masked", "soft", "sparse"] = "masked"
     state: Literal["mlstate", "explicit"] = "mlstate"
@@ -78,6 +79,7 @@ class ConvertOptions:
     lengths: tuple[int, ...] | None = None
     stream_divisor: int | None = None
     roster: bool = False
+    inputs: Literal["ids", "embeds"] = "ids"
 
 
 @dataclass(frozen=True)
@@ -173,10 +175,14 @@ class ConversionPlan:
 
     @property
     def embed_format(self) -> str:
+        if self.options.inputs == "embeds":
+            return "fp16"
         return self.options.recipe.by_role("embedding").format
 
     @property
     def embed_bytes(self) -> int:
+        if self.options.inputs == "embeds":
+            return 0
         return find_format(self.embed_format).stored_bytes(self.spec.vocab, self.spec.d_model)
 
     @property

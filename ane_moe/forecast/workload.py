@@ -100,7 +100,8 @@ def workload_of(conversion: Path | Manifest) -> Workload:
     packages. Raises UserError for a broken folder."""
     manifest = read_manifest(conversion) if isinstance(conversion, Path) else conversion
     chains = _chains_in(conversion, manifest) if isinstance(conversion, Path) else ()
-    embed = find_format(manifest.embed_format).stored_bytes(manifest.vocab, manifest.d_model)
+    table = find_format(manifest.embed_format).stored_bytes(manifest.vocab, manifest.d_model)
+    embed = 0 if manifest.embed is None else table
     k = {int(layer): facts["k"] for layer, facts in manifest.moe.items()}
     workload = assemble(
         pieces_of(manifest.shards, k),

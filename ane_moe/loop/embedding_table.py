@@ -30,12 +30,25 @@ class Int8Table:
         )
 
 
-EmbeddingTable = np.ndarray | Int8Table
+class NoTable:
+    """Of a conversion that embeddings enter."""
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        raise UserError(
+            "this conversion has no embedding table",
+            "it was made with --inputs embeds",
+            "give embeddings, of one call, in place of tokens",
+        )
+
+
+EmbeddingTable = np.ndarray | Int8Table | NoTable
 
 
 def open_embeddings(folder: Path, manifest: Manifest) -> EmbeddingTable:
     """The table of a conversion, read only. Raises UserError when its size or its format is
     wrong."""
+    if manifest.embed is None:
+        return NoTable()
     path, vocab, d = folder / manifest.embed, manifest.vocab, manifest.d_model
     if manifest.embed_format not in ROW_BYTES:
         raise UserError(

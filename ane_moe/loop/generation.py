@@ -59,6 +59,7 @@ class Generation:
         options: GenerateOptions,
         decode: Decode | None = None,
         begun: Begun | None = None,
+        embeddings: np.ndarray | None = None,
     ) -> None:
         if options.max_tokens < 1:
             raise UserError("max-tokens must be at least 1", str(options.max_tokens))
@@ -70,6 +71,7 @@ class Generation:
             )
         self._session = session
         self._prompt_ids = list(prompt_ids)
+        self._embeddings = embeddings
         self._options = options
         self._sampler = Sampler(options.temperature, options.top_p, options.seed)
         self._begun = begun
@@ -93,7 +95,10 @@ class Generation:
 
     def _run(self) -> Iterator[Piece]:
         session, figures = self._session, self._session.figures
-        logits = session.prefill(self._prompt_ids)
+        if self._embeddings is None:
+            logits = session.prefill(self._prompt_ids)
+        else:
+            logits = session.prefill_embeddings(self._embeddings)
         if self._begun:
             logits = np.where(self._begun.allowed, logits, -np.inf)
         phase: PhaseFigures = figures.prefill
@@ -143,11 +148,13 @@ def generate(
     options: GenerateOptions | None = None,
     decode: Decode | None = None,
     begun: Begun | None = None,
+    embeddings: np.ndarray | None = None,
 ) -> Generation:
-    """Continue `prompt_ids`; `decode` turns ids into text (without it the text stays empty). The
-    first new token completes the one that was `begun`.
+    """Continue `prompt_ids`, or `embeddings` fp32 `(T, d)` in their place; `decode` turns ids into
+    text (without it the text stays empty). The first new token completes the one that was `begun`.
 
     Raises UserError at once for senseless options, and from the iteration for a prompt that is
     empty, has ids outside the vocabulary or does not fit into the context.
     """
-    return Generation(session, prompt_ids, options or GenerateOptions(), decode, begun)
+    chosen = options or GenerateOptions()
+    return Generation(session, prompt_ids, chosen, decode, begun, embeddings)

@@ -3,7 +3,7 @@
 T = tokens in a call, V = vocabulary, d = d_model.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -93,13 +93,40 @@ class Session:
         the context.
         """
         self._require(ids)
+        rows = (self._rows(chunk) for chunk in _chunks(ids, self._prefill.tokens))
+        return self._prefilled(rows, len(ids))
+
+    def prefill_embeddings(self, embeddings: np.ndarray) -> np.ndarray:
+        """The same of embeddings, fp32 `[n,d]`, in place of the ids': what Hugging Face calls
+        `inputs_embeds`, which a model may multiply.
+
+        Raises UserError when there are none, when they do not fit into the context, or into fp16,
+        or when the conversion does not say what they are multiplied by.
+        """
+        self._require_room(len(embeddings))
+        scale = self.manifest.embed_scale
+        if scale is None:
+            raise UserError(
+                "this conversion does not say what embeddings are multiplied by",
+                "one of an earlier version",
+                "convert again",
+            )
+        factor = np.float32(scale * self.manifest.stream_scale)
+        with np.errstate(over="ignore"):
+            rows = (np.asarray(embeddings, np.float32) * factor).astype(np.float16)
+        if not np.isfinite(rows).all():
+            raise UserError("the embeddings overflow fp16", f"times {factor:g}")
+        tokens = self._prefill.tokens
+        chunks = (rows[first : first + tokens] for first in range(0, len(rows), tokens))
+        return self._prefilled(chunks, len(rows))
+
+    def _prefilled(self, chunks: Iterable[np.ndarray], tokens: int) -> np.ndarray:
         started = perf_counter()
-        clock = self._prefill_clock
-        lane = self._prefill
-        for chunk in _chunks(ids, lane.tokens):
-            self._forward(lane, chunk, clock)
-        self._head_of(lane, len(chunk) - 1, clock)
-        return self._done(clock, len(ids), started)
+        clock, lane = self._prefill_clock, self._prefill
+        for rows in chunks:
+            self._forward(lane, rows, clock)
+        self._head_of(lane, len(rows) - 1, clock)
+        return self._done(clock, tokens, started)
 
     def decode(self, identifier: int) -> np.ndarray:
         """Take in one token and return its logits, fp32 `[V]`. Raises UserError as `prefill`
@@ -107,7 +134,7 @@ class Session:
         self._require([identifier])
         started = perf_counter()
         clock = self._decode_clock
-        self._forward(self._decode, [identifier], clock)
+        self._forward(self._decode, self._rows([identifier]), clock)
         self._head_of(self._decode, 0, clock)
         return self._done(clock, 1, started)
 
@@ -127,7 +154,7 @@ class Session:
         clock = self._prefill_clock
         first = 0
         for chunk in _chunks(ids, self._prefill.tokens):
-            self._forward(self._prefill, chunk, clock)
+            self._forward(self._prefill, self._rows(chunk), clock)
             for rows, scores in self._prefill.logits(clock):
                 logits[first : first + len(chunk), rows] = scores[:, : len(chunk)].T
             first += len(chunk)
@@ -163,16 +190,19 @@ class Session:
         self.figures.prefetch = PrefetchFigures(name)
         return Prefetch(predictor, dispatch, self.figures.prefetch)
 
-    def _forward(self, lane: _Lane, ids: Sequence[int], clock: CallClock) -> None:
-        """Run every layer on at most T tokens, leaving the last hidden states in the lane's
-        stream."""
-        lane.slots.place(self.position, len(ids))
+    def _rows(self, ids: Sequence[int]) -> np.ndarray:
+        """Embeddings of ids, fp16 `[n,d]`."""
+        return self.shards.embed[np.asarray(ids)]
+
+    def _forward(self, lane: _Lane, rows: np.ndarray, clock: CallClock) -> None:
+        """Run every layer on the embeddings `[n,d]` of at most T tokens, leaving the last hidden
+        states in the lane's stream."""
+        lane.slots.place(self.position, len(rows))
         stream = lane.slots.columns(STREAM)
-        for token, identifier in enumerate(ids):
-            stream[:, token] = self.shards.embed[identifier]
-        stream[:, len(ids) :] = 0
+        stream[:, : len(rows)] = rows.T
+        stream[:, len(rows) :] = 0
         lane.body.run(clock)
-        self.position += len(ids)
+        self.position += len(rows)
 
     def _head_of(self, lane: _Lane, column: int, clock: CallClock) -> None:
         """Logits of one column of a lane's stream, by the decode functions of the head."""
@@ -183,10 +213,7 @@ class Session:
             self._logits[rows] = scores[:, 0]
 
     def _require(self, ids: Sequence[int]) -> None:
-        if len(ids) == 0:
-            raise UserError(
-                "there are no tokens to take in", "an empty prompt", "give at least one token"
-            )
+        self._require_room(len(ids))
         wrong = next(
             (identifier for identifier in ids if not 0 <= identifier < self.manifest.vocab), None
         )
@@ -196,10 +223,16 @@ class Session:
                 str(wrong),
                 f"ids go from 0 to {self.manifest.vocab - 1}",
             )
-        if len(ids) > self.room:
+
+    def _require_room(self, tokens: int) -> None:
+        if tokens == 0:
+            raise UserError(
+                "there are no tokens to take in", "an empty prompt", "give at least one token"
+            )
+        if tokens > self.room:
             raise UserError(
                 "the tokens do not fit into the context",
-                f"{len(ids)} tokens at position {self.position} of {self.manifest.context}",
+                f"{tokens} tokens at position {self.position} of {self.manifest.context}",
                 "shorten the prompt, or convert with a larger --context",
             )
 

@@ -127,6 +127,12 @@ class Golden:
         ]
 
 
+def embedded(golden: Golden) -> np.ndarray:
+    """What the embedding gave for every token, fp32 `[N,d]`."""
+    first = golden.layers[0]
+    return first.x if first.entering is None else first.entering
+
+
 def write_golden(golden: Golden, out: Path) -> None:
     """Write a golden atomically, as safetensors."""
     tensors = {

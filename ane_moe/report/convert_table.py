@@ -104,9 +104,8 @@ def print_plan(plan: ConversionPlan) -> None:
     table = Table("shards", "count", "MB each", "MB", "why", box=None)
     for (path, size, reason), count in _rows(plan.shards).items():
         table.add_row(path, str(count), f"{size / MB:,.1f}", f"{count * size / MB:,.0f}", reason)
-    table.add_row(
-        "embed.bin", "1", f"{plan.embed_bytes / MB:,.1f}", f"{plan.embed_bytes / MB:,.0f}", ""
-    )
+    if size := plan.embed_bytes:
+        table.add_row("embed.bin", "1", f"{size / MB:,.1f}", f"{size / MB:,.0f}", "")
     console = Console()
     console.print(
         f"{plan.spec.family}, {len(plan.layers)} of {len(plan.spec.layers)} layers, "

@@ -11,7 +11,7 @@ import numpy as np
 
 from ane_moe.errors import UserError
 from ane_moe.files import is_hidden, sha256
-from ane_moe.loop.embedding_table import Int8Table, open_embeddings
+from ane_moe.loop.embedding_table import Int8Table, NoTable, open_embeddings
 from ane_moe.loop.shards import check_manifest
 from ane_moe.manifest import Manifest, Shard
 from ane_moe.mlprogram.program import Block, Constant, Program
@@ -53,8 +53,8 @@ def check_integrity(
             problems += found
     finally:
         threads.shutdown(cancel_futures=True)
-    if manifest.embed not in suspect:
-        problems += _bad_table(folder, manifest)
+    if manifest.embed is not None and manifest.embed not in suspect:
+        problems += _bad_table(folder, manifest, manifest.embed)
     return tuple(problems)
 
 
@@ -146,10 +146,11 @@ def _finite(values: np.ndarray) -> bool:
     )
 
 
-def _bad_table(folder: Path, manifest: Manifest) -> Iterator[Problem]:
+def _bad_table(folder: Path, manifest: Manifest, embed: str) -> Iterator[Problem]:
     try:
         table = open_embeddings(folder, manifest)
+        assert not isinstance(table, NoTable)
         if not _finite(table.scales if isinstance(table, Int8Table) else table):
-            yield Problem(manifest.embed, "NaN or Inf in the embedding table")
+            yield Problem(embed, "NaN or Inf in the embedding table")
     except UserError as error:
-        yield Problem(manifest.embed, str(error))
+        yield Problem(embed, str(error))

@@ -16,7 +16,7 @@ from ane_moe.loop.shards import LoadedShard
 from ane_moe.loop.windows import Window, windows_of
 from ane_moe.manifest import Manifest, Shard, ShardFunction
 from ane_moe.model.port import FFN_INPUT, GATES, slot_arguments, slot_root
-from ane_moe.original.golden import Golden
+from ane_moe.original.golden import Golden, embedded
 from ane_moe.verification.expert_parity import ExpertParity
 from ane_moe.verification.gate import NOT_FINITE, judge
 from ane_moe.verification.golden_slots import GoldenSlots
@@ -48,15 +48,13 @@ class Parity:
     ropes: Ropes
     experts: ExpertParity | None = None  # where the host dispatches them
 
-    def embed(self) -> ShardResult:
-        """The embedding table against the input of layer 0."""
-        table = open_embeddings(self.folder, self.manifest)
-        rows = table[np.concatenate(self.golden.prompts)]
-        first = self.golden.layers[0]
-        x = first.x if first.entering is None else first.entering
-        return judge(
-            self.manifest.embed, "embed", None, "lookup", np.zeros_like(x), rows, x, self.min_cosine
-        )
+    def embed(self) -> Iterator[ShardResult]:
+        """The embedding table, where there is one, against the input of layer 0."""
+        if self.manifest.embed is None:
+            return
+        table, x = open_embeddings(self.folder, self.manifest), embedded(self.golden)
+        rows, nothing = table[np.concatenate(self.golden.prompts)], np.zeros_like(x)
+        yield judge(self.manifest.embed, "embed", None, "lookup", nothing, rows, x, self.min_cosine)
 
     def stage(self, loaded: Sequence[LoadedShard]) -> Iterator[ShardResult | RoutingResult]:
         """Rows of shards that work together: each function by the slots it writes, then the routing

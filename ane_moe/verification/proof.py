@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 from ane_moe.kept import Kept
@@ -17,7 +18,7 @@ from ane_moe.loop.embedding_table import open_embeddings
 from ane_moe.loop.experts import ExpertDispatch, expert_layers, open_cache
 from ane_moe.loop.shards import LoadedShard, check_shard
 from ane_moe.manifest import Manifest, Shard
-from ane_moe.original.golden import Golden
+from ane_moe.original.golden import Golden, embedded
 from ane_moe.progress import Progress
 from ane_moe.runtime import open_package
 from ane_moe.verification.expert_parity import ExpertParity
@@ -62,7 +63,7 @@ class Proof:
         parities = [self._parity(trial, ropes, dispatch) for trial in trials]
         passes = [] if self.why_no_model(golden) else self._passes(golden)
         rows: list[list[Row]] = [
-            [parity.embed()] if 0 in self.manifest.layers else [] for parity in parities
+            [*parity.embed()] if 0 in self.manifest.layers else [] for parity in parities
         ]
         listed = stages(self.manifest)
         sizes = [self._bytes(stage) for stage in listed]
@@ -151,9 +152,13 @@ class Proof:
 
     def _passes(self, golden: Golden) -> list[ModelPass]:
         tail = decode_tail(self.manifest, golden, self.decode_tokens)
-        return model_passes(
-            self.manifest, golden.prompts, open_embeddings(self.out, self.manifest), tail
-        )
+        table = open_embeddings(self.out, self.manifest)
+        if self.manifest.embed is None:
+            given = embedded(golden).astype(np.float16)
+            streams = [given[span] for span in golden.spans]
+        else:
+            streams = [table[np.asarray(ids)] for ids in golden.prompts]
+        return model_passes(self.manifest, golden.prompts, streams, tail)
 
     def _dispatch(self) -> ExpertDispatch | None:
         """What runs the expert functions, where there are any, in a share of the memory that is

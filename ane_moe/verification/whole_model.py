@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from ane_moe.loop.buffers import Ropes
-from ane_moe.loop.embedding_table import EmbeddingTable
 from ane_moe.loop.experts import ExpertDispatch
 from ane_moe.loop.shards import Step
 from ane_moe.manifest import Manifest, length_function
@@ -105,12 +104,12 @@ class ModelPass:
 def model_passes(
     manifest: Manifest,
     prompts: Sequence[tuple[int, ...]],
-    embed: EmbeddingTable,
+    streams: Sequence[np.ndarray],
     tail: int | None,
 ) -> list[ModelPass]:
     """Decode over the last `tail` tokens of each prompt (None: all), after prefill; and prefill
     over all of them, where there is any. For an encoder, each length over the prompts that it
-    holds."""
+    holds. `streams` are the embeddings of each prompt, fp16 `(N, d)`."""
     if manifest.lengths:
         fitting = {
             length: [number for number, ids in enumerate(prompts) if len(ids) <= length]
@@ -119,7 +118,7 @@ def model_passes(
         return [
             ModelPass(
                 length_function(length),
-                [_prompt(manifest, number, prompts[number], 0, embed) for number in numbers],
+                [_prompt(manifest, number, prompts[number], 0, streams) for number in numbers],
                 labels=manifest.labels,
             )
             for length, numbers in fitting.items()
@@ -132,7 +131,7 @@ def model_passes(
         ModelPass(
             function,
             [
-                _prompt(manifest, number, ids, cut, embed)
+                _prompt(manifest, number, ids, cut, streams)
                 for number, (ids, cut) in enumerate(zip(prompts, own, strict=True))
             ],
         )
@@ -141,8 +140,11 @@ def model_passes(
 
 
 def _prompt(
-    manifest: Manifest, number: int, ids: tuple[int, ...], cut: int, embed: EmbeddingTable
+    manifest: Manifest,
+    number: int,
+    ids: tuple[int, ...],
+    cut: int,
+    streams: Sequence[np.ndarray],
 ) -> _Prompt:
-    stream = np.stack([embed[identifier] for identifier in ids])
     logits = np.empty((len(ids) - cut, manifest.scores), np.float32)
-    return _Prompt(number, ids, cut, {STREAM: stream}, logits)
+    return _Prompt(number, ids, cut, {STREAM: streams[number]}, logits)

@@ -277,9 +277,9 @@ def test_stage_by_stage_gives_the_logits_of_the_token_loop_to_the_bit(
     prompts = [tuple(rng.integers(3, 61, length).tolist()) for length in (37, 9)]
     shards = load_shards(out, "reference")
     dispatch = ExpertDispatch(shards.experts, shards.cache) if shards.cache else None
-    passes = model_passes(
-        shards.manifest, prompts, shards.embed, tail=5 if shards.manifest.prefill else None
-    )
+    streams = [shards.embed[np.asarray(ids)] for ids in prompts]
+    tail = 5 if shards.manifest.prefill else None
+    passes = model_passes(shards.manifest, prompts, streams, tail)
     steps = list(shards.steps)
     for number, stage in enumerate(stages(shards.manifest)):
         if isinstance(stage, int):
