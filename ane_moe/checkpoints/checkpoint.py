@@ -411,7 +411,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     folder = local_folder(path)
     if file := gguf_file(folder):
         gguf = open_gguf(file)
-        return Checkpoint(file, gguf.config, gguf.generation, gguf.tensors, gguf.notes, gguf.kinds)
+        from_hub = origin(file)
+        notes = gguf.notes
+        if from_hub:
+            notes = ("{hub} at {revision}".format(**from_hub), *notes)
+        facts = (gguf.config, gguf.generation, gguf.tensors, notes, gguf.kinds, from_hub)
+        return Checkpoint(file, *facts)
     folder = require_folder(folder)
     config = read_json(folder / CONFIG)
     generation = folder / "generation_config.json"

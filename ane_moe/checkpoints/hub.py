@@ -1,5 +1,5 @@
 """Checkpoints by their name on the Hugging Face Hub: `owner/name`, `owner/name@revision`, or the
-same after `hf://`.
+same after `hf://`; with `:KIND` a GGUF file of that kind (`owner/name-GGUF:Q4_K_M`).
 
 Only the files that a conversion reads are fetched, into the Hub's own cache, where interrupted
 downloads go on. Of a model of which a few layers are wanted, only those tensors are fetched that
@@ -22,6 +22,7 @@ from ane_moe.user_cache import user_cache
 
 NAME = re.compile(
     r"(?:hf:/{1,2})?(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?"
+    r"(?::(?P<kind>\w[\w.-]*))?"
 )
 # Beside the weights: configuration, tokenizer, chat template.
 SMALL = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.vocab")
@@ -30,6 +31,11 @@ SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P
 PARTIAL = re.compile(
     r"/hub/(?P<owner>[^/]+?)--(?P<name>[^/]+)/(?P<revision>\w+)/(headers|layers[\d_]+)$"
 )
+# A GGUF model's name, its kind of quantisation at the end, and which part of it a file is.
+GGUF = re.compile(r"(?P<model>.+?)(?:-(?P<part>\d{5})-of-\d{5})?\.gguf")
+GGUF_KIND = re.compile(r"(?:.*[-._/])?((?:UD-)?(?:I?Q\d|TQ\d|MXFP4|NVFP4|BF16|F16|F32)\w*)", re.I)
+NO_MODEL = ("mmproj", "imatrix")  # GGUF files that stand beside one
+GGUF_HEADER_BYTES = 1 << 26  # with a vocabulary of 200,000 about a sixth of it
 FETCHED = "fetched.json"  # of a folder with holes: what has arrived, by file
 PIECE = 1 << 24  # bytes of a request
 DO = "no such folder is here; check its name and the network; gated ones need `hf auth login`"
@@ -38,13 +44,16 @@ TRIES = 5  # again, where the line breaks
 
 @dataclass(frozen=True)
 class HubName:
-    """A model on the Hub; `revision` is a branch, a tag or a commit."""
+    """A model on the Hub; `revision` is a branch, a tag or a commit, `kind` of its GGUF files the
+    one that is meant."""
 
     repository: str
     revision: str | None = None
+    kind: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.repository}@{self.revision}" if self.revision else self.repository
+        at, of = self.revision and f"@{self.revision}", self.kind and f":{self.kind}"
+        return f"{self.repository}{at or ''}{of or ''}"
 
 
 def hub_name(given: str | Path) -> HubName | None:
@@ -52,12 +61,13 @@ def hub_name(given: str | Path) -> HubName | None:
     found = NAME.fullmatch(str(given))
     if found is None or Path(given).exists():
         return None
-    return HubName(found["repository"], found["revision"])
+    return HubName(found["repository"], found["revision"], found["kind"])
 
 
 def local_folder(given: str | Path, layers: Sequence[int] | None = None) -> Path:
-    """A folder with the checkpoint: the path itself, or what is fetched where a model of the Hub is
-    named. With `layers`, tensors of other layers may be zeros in it; with none of them, all.
+    """A folder with the checkpoint, or a GGUF file: the path itself, or what is fetched where a
+    model of the Hub is named. With `layers`, tensors of other layers may be zeros in it; with none
+    of them, all.
 
     Raises UserError where there is no such model, no permission or no network and nothing in the
     cache.
@@ -86,8 +96,10 @@ def local_config(name: HubName) -> Path:
 
 def origin(folder: Path) -> dict[str, str]:
     """Repository and commit of a folder in the Hub's cache, or in ours; empty for others."""
-    path = folder.absolute().as_posix()
-    found = SNAPSHOT.search(path) or PARTIAL.search(path)
+    path = folder.absolute()
+    places = [one.as_posix() for one in (path, *path.parents)]
+    matches = (SNAPSHOT.search(place) or PARTIAL.search(place) for place in places)
+    found = next((match for match in matches if match), None)
     if found is None:
         return {}
     return {"hub": f"{found['owner']}/{found['name']}", "revision": found["revision"]}
@@ -131,10 +143,14 @@ def _folder(name: HubName, layers: Sequence[int] | None) -> Path:
     folder = snapshot(name.revision, list(SMALL))
     commit = HubName(name.repository, folder.name)
     if offline:
-        files = [path.name for path in folder.iterdir()]
+        there = (path for path in folder.rglob("*") if path.is_file())
+        files = [path.relative_to(folder).as_posix() for path in there]
     else:
         info = hub.HfApi().model_info(commit.repository, revision=commit.revision)
         files = [sibling.rfilename for sibling in info.siblings or ()]
+    plain = any(file.endswith(".safetensors") for file in files)
+    if parts := _gguf_parts(name, files) if name.kind or not plain else []:
+        return _gguf(commit, parts, header=layers is not None and not layers and not offline)
     if not (folder / CONFIG).is_file():
         raise UserError(f"{name} has no {CONFIG}", f"{len(files)} other files", "name another")
     weights = _weights(folder, files)
@@ -145,6 +161,69 @@ def _folder(name: HubName, layers: Sequence[int] | None) -> Path:
     if layers is not None and not offline:
         return _with_holes(commit, folder, weights, layers)
     return snapshot(commit.revision, list(map(_literal, weights)))
+
+
+def _gguf_parts(name: HubName, files: list[str]) -> list[str]:
+    """The files of the GGUF model that is meant, the first of its parts first; none where there is
+    no such model. Raises UserError where several are there and none is named, or another."""
+    models: dict[str, list[str]] = {}
+    for file in sorted(files):
+        found = GGUF.fullmatch(file)
+        if found and not file.rpartition("/")[2].startswith(NO_MODEL):
+            models.setdefault(found["model"], []).append(file)
+    kinds = {model: _kind(model) for model in models}
+    wanted = (name.kind or "").lower()
+    meant = [model for model, kind in kinds.items() if wanted in ("", kind.lower())]
+    if len(meant) == 1:
+        return models[meant[0]]
+    if not models and not name.kind:
+        return []
+    asked = f"no GGUF model of kind {name.kind}" if name.kind else "several GGUF models"
+    if name.kind and meant:
+        asked = f"several GGUF models of kind {name.kind}"
+    do = f"name one: {name.repository}:KIND"
+    raise UserError(f"{name} has {asked}", ", ".join(sorted(set(kinds.values()))) or "none", do)
+
+
+def _kind(model: str) -> str:
+    """The kind at the end of a GGUF model's name, or the name."""
+    found = GGUF_KIND.fullmatch(model)
+    return found[1] if found else model.rpartition("/")[2]
+
+
+def _gguf(name: HubName, parts: list[str], header: bool) -> Path:
+    """The first of the files, all fetched, or files of full size that hold their `header`s
+    alone."""
+    import huggingface_hub as hub
+    from huggingface_hub import constants
+
+    if not header:
+        paths = [
+            hub.hf_hub_download(
+                name.repository,
+                part,
+                revision=name.revision,
+                local_files_only=constants.HF_HUB_OFFLINE,
+            )
+            for part in parts
+        ]
+        return Path(paths[0])
+    owned = name.repository.replace("/", "--")
+    folder = user_cache() / "hub" / owned / str(name.revision) / "headers"
+    for part in parts:
+        found = hub.get_hf_file_metadata(
+            hub.hf_hub_url(name.repository, part, revision=name.revision)
+        )
+        path, size = folder / part, found.size or 0
+        if path.is_file() and path.stat().st_size == size:
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(path) as partial, partial.open("wb") as stream:
+            for first in range(0, min(size, GGUF_HEADER_BYTES), PIECE):
+                last = min(first + PIECE, size, GGUF_HEADER_BYTES)
+                stream.write(_range(found.location, first, last))
+            stream.truncate(size)
+    return folder / parts[0]
 
 
 def _weights(folder: Path, files: list[str]) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from gguf import GGMLQuantizationType as Kind
 from typer.testing import CliRunner
 
 from ane_moe.checkpoints.checkpoint import open_checkpoint
@@ -17,6 +18,7 @@ from ane_moe.families import describe
 from ane_moe.forecast.outlook import outlook
 from ane_moe.manifest import read_manifest
 from ane_moe.verification.verify import verify
+from tests.checkpoints.gguf_models import make, save_both
 from tests.checkpoints.hub_server import COMMIT, Hub, served
 from tests.models import make_model, save_checkpoint
 
@@ -61,6 +63,8 @@ def hub(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         ("owner/name@v1.0", HubName("owner/name", "v1.0")),
         ("hf://owner/name@refs/pr/3", HubName("owner/name", "refs/pr/3")),
         ("hf:/owner/name", HubName("owner/name")),  # as pathlib has it
+        ("owner/name-GGUF:Q4_K_M", HubName("owner/name-GGUF", None, "Q4_K_M")),
+        ("owner/name@v1:IQ4_NL", HubName("owner/name", "v1", "IQ4_NL")),
         ("name", None),
         ("a/b/c", None),
         ("../owner", None),
@@ -163,6 +167,59 @@ def test_what_is_wrong_is_one_line(hub: Hub, saved: Path, tmp_path: Path) -> Non
         result = CliRunner().invoke(app, ["convert", name, str(tmp_path / "out")])
         assert isinstance(result.exception, UserError) and reason in str(result.exception), name
         assert not (tmp_path / "out").exists()
+
+
+def gguf_models(folder: Path) -> dict[str, Path]:
+    """Repositories as they are published: one file, several kinds, parts in a folder."""
+    file, _ = save_both(make("qwen3_moe", num_hidden_layers=2), folder, Kind.Q8_0)
+    parts, _ = save_both(make("qwen3_moe", num_hidden_layers=2), folder / "in", Kind.F16, parts=2)
+    one, several = folder / "one", folder / "several"
+    one.mkdir()
+    (several / "F16").mkdir(parents=True)
+    shutil.copy(file, one / "tiny-Q8_0.gguf")
+    (one / "mmproj-F16.gguf").write_bytes(b"a vision tower")
+    shutil.copy(file, several / "tiny-Q8_0.gguf")
+    shutil.copy(file, several / "tiny.i1-IQ4_XS.gguf")
+    for part in parts.parent.glob("*.gguf"):
+        shutil.copy(part, several / "F16" / part.name.replace("model-", "tiny-F16-"))
+    return {"someone/one-GGUF": one, "someone/several-GGUF": several}
+
+
+def test_a_gguf_model_is_fetched_by_its_name_and_kind(hub: Hub, tmp_path: Path) -> None:
+    hub.models |= gguf_models(tmp_path)
+    (tmp_path / "several" / "model.safetensors").write_bytes(b"not read")
+    expected = {
+        "someone/one-GGUF": "tiny-Q8_0.gguf",
+        "someone/one-GGUF:q8_0": "tiny-Q8_0.gguf",
+        "someone/several-GGUF:Q8_0": "tiny-Q8_0.gguf",
+        "someone/several-GGUF@v1:iq4_xs": "tiny.i1-IQ4_XS.gguf",
+        "someone/several-GGUF:F16": "F16/tiny-F16-00001-of-00002.gguf",
+    }
+    for name, file in expected.items():
+        path = local_folder(name)
+        assert path.as_posix().endswith(f"/{COMMIT}/{file}"), name
+        checkpoint = open_checkpoint(path)
+        describe(checkpoint)
+        assert checkpoint.origin == {"hub": name.split("@")[0].split(":")[0], "revision": COMMIT}
+    assert not {name for name, _, _ in hub.sent} & {"model.safetensors", "mmproj-F16.gguf"}
+    before = len(hub.sent)
+    assert open_checkpoint(local_folder("someone/several-GGUF:F16", ())).config["num_experts"]
+    assert {name for name, _, _ in hub.sent[before:]} == {
+        f"F16/tiny-F16-0000{part}-of-00002.gguf" for part in (1, 2)
+    }
+
+
+def test_a_gguf_model_that_is_not_told_apart_is_one_line(hub: Hub, tmp_path: Path) -> None:
+    hub.models |= gguf_models(tmp_path)
+    reasons = {
+        "someone/several-GGUF": "has several GGUF models; found: F16, IQ4_XS, Q8_0; name one:",
+        "someone/several-GGUF:Q5_K_M": "no GGUF model of kind Q5_K_M; found: F16, IQ4_XS, Q8_0;",
+        f"{NAME}:Q4_K_M": "no GGUF model of kind Q4_K_M",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(UserError) as caught:
+            local_folder(name)
+        assert reason in str(caught.value) and "\n" not in str(caught.value), name
 
 
 def test_the_manifest_says_nothing_of_a_local_folder(saved: Path) -> None:
