@@ -89,7 +89,7 @@ class RosterSession(Session):
         for slot, experts, scale in self._noise:
             noise = scale * self._random.gumbel(size=(experts, count - 1))
             lane.slots.columns(slot)[:, 1:count] = noise
-        lane.slots.columns(STREAM)[:, :count] = self.shards.embed[identifier][:, None]
+        lane.slots.columns(STREAM)[:, :count] = self._rows([identifier]).T
         lane.slots.columns(STREAM)[:, count:] = 0
         lane.body.run(clock)
         self.position += 1
