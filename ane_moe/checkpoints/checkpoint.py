@@ -188,27 +188,32 @@ class Checkpoint:
         return replace(self, tensors={key: self.tensors[key] for key in keys})
 
     def require(
-        self, sources: Mapping[WeightName, TensorSource], ignore: Collection[str] = ()
+        self,
+        sources: Mapping[WeightName, TensorSource],
+        ignore: Collection[str] = (),
+        beside: Mapping[str, str] | None = None,
     ) -> None:
         """Check, before anything is read, that `sources` and the stored tensors agree.
 
         Raises UserError for tensors nobody reads (but see `left_out`), and for a wrong shape or an
         unsupported dtype.
         """
-        self.left_out(sources, ignore)
+        self.left_out(sources, ignore, beside)
         self._require_one_vocabulary(sources)
         for source in sources.values():
             self._require_sound(source)
 
     def left_out(
-        self, sources: Mapping[WeightName, TensorSource], ignore: Collection[str] = ()
+        self,
+        sources: Mapping[WeightName, TensorSource],
+        ignore: Collection[str] = (),
+        beside: Mapping[str, str] | None = None,
     ) -> dict[str, tuple[str, ...]]:
         """The tensors that no source reads, by why that is right (left_out.py). Raises UserError
         for others."""
-        used = {source.key for source in sources.values()}
-        return left_out(
-            self.tensors.keys() - used, ignore, str(self.folder), _predicting(self.config)
-        )
+        extra = self.tensors.keys() - {source.key for source in sources.values()}
+        predicting = _predicting(self.config)
+        return left_out(extra, ignore, str(self.folder), predicting, beside)
 
     def read(
         self, source: TensorSource, out: np.ndarray | None = None, hasher: Hasher | None = None

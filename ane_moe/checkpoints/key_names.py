@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Iterable
 
 MODEL, HEAD = "model.", "lm_head.weight"
+THINKER = "thinker."  # of models with another decoder that speaks: the one that writes
 FIRST_NORMS = ("layers.0.input_layernorm.weight", "layers.0.operator_norm.weight")
 # Modules that torch and FSDP put around others, at any depth; they compute nothing.
 WRAPPER = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -24,6 +25,8 @@ def model_names(stored: Collection[str]) -> dict[str, str]:
     """
     plain = {name: WRAPPER.sub("", name) for name in stored}
     bases, heads = decoder_prefixes(plain.values()), _prefixes(plain.values(), HEAD)
+    if THINKER + MODEL in bases:
+        bases, heads = {THINKER + MODEL}, {THINKER}
     base = next(iter(bases)) if len(bases) == 1 else MODEL
     head = next(iter(heads)) if len(heads) == 1 else ""
     renamed = {name: _renamed(inner, base, head) for name, inner in plain.items()}

@@ -1,7 +1,7 @@
 """Tensors beside a language model that transformers too leaves out when it loads that alone."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from itertools import takewhile
 
@@ -14,10 +14,13 @@ PREDICTING = "heads that predict further tokens"
 # What each part is, and the names of its tensors.
 KINDS = {
     "rotary buffers, which are computed": r"(^|\.)rotary_emb\.inv_freq$",
-    "a vision tower": r"^(model\.)?(visual|vision_tower|vision_model|vision_encoder)\.",
-    "an audio tower": r"^(model\.)?(audio_tower|audio_encoder|audio_model)\.",
+    "a vision tower": r"^((thinker|model)\.)?"
+    r"(visual|vision_tower|vision_model|vision_encoder|sam_model|qwen2_model)\.",
+    "an audio tower": r"^((thinker|model)\.)?(audio_tower|audio_encoder|audio_model)\.",
     "a projector of images or sound": r"^(model\.)?"
-    r"((multi_?modal|mm|vision|audio)_projector|embed_(vision|audio))\.",
+    r"(((multi_?modal|mm|vision|audio)_)?projector|embed_(vision|audio))\.",
+    "what speaks": r"^(talker|code2wav)\.",
+    "what stands between the views of an image": r"^(model\.)?(view_sep[ae]rator|image_newline)$",
     PREDICTING: r"^(model\.)?mtp\.",
     "scales of activations, which are not quantised here": r"\.(input|output|activation|[qkv])"
     r"(_global)?_scale$",
@@ -33,19 +36,23 @@ def is_beside(name: str) -> bool:
 
 
 def left_out(
-    extra: Collection[str], ignore: Collection[str], where: str, predicting: range = range(0)
+    extra: Collection[str],
+    ignore: Collection[str],
+    where: str,
+    predicting: range = range(0),
+    beside: Mapping[str, str] | None = None,
 ) -> dict[str, tuple[str, ...]]:
     """The `extra` tensors by why they are left out: the part they belong to, or that a pattern of
     `ignore` (as in a shell) names them. `predicting` are layers after the model's own, which
-    predict further tokens (DeepSeek-V3, GLM-4.5).
+    predict further tokens (DeepSeek-V3, GLM-4.5). `beside` are KINDS of one family more.
 
     Raises UserError for a tensor that neither covers, and for a pattern that covers none.
     """
     kinds: dict[str, list[str]] = {}
+    known = KINDS | COMPUTED | dict(beside or {})
     unknown, idle = [], set(ignore)
     for name in sorted(extra):
-        known = (KINDS | COMPUTED).items()
-        kind = next((kind for kind, pattern in known if re.search(pattern, name)), None)
+        kind = next((kind for kind, pattern in known.items() if re.search(pattern, name)), None)
         if (layer := LAYER.match(name)) and int(layer[1]) in predicting:
             kind = PREDICTING
         asked = [pattern for pattern in ignore if fnmatchcase(name, pattern)]

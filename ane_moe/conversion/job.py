@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ane_moe.conversion.as_stored import notes, with_stored_forms
 from ane_moe.conversion.plan import ConversionPlan, ConvertOptions, SourceFacts, make_plan
+from ane_moe.families import beside
 from ane_moe.opened import Model, open_model
 
 
@@ -21,7 +22,7 @@ class Job(Model):
 def plan_of(model: Model, options: ConvertOptions) -> ConversionPlan:
     """What `convert` would write, and how the checkpoint was read. Raises UserError."""
     checkpoint = model.checkpoint
-    left_out = checkpoint.left_out(model.sources, options.ignore_tensors)
+    left_out = checkpoint.left_out(model.sources, options.ignore_tensors, beside(model.spec.family))
     recipe = with_stored_forms(options.recipe, checkpoint, model.sources)
     plan = make_plan(model.spec, model.sources, replace(options, recipe=recipe))
     said = (*checkpoint.notes, *notes(options.recipe, checkpoint, model.sources))

@@ -222,7 +222,7 @@ class ConversionPlan:
             return {}
         ffns = {n: self.spec.layers[n].ffn for n in self.layers}
         linear = (n for n, ffn in ffns.items() if isinstance(ffn, MoeSpec) and ffn.router.is_linear)
-        normed = (n for n in linear if self.spec.layers[n].norms != "after")
+        normed = (n for n in linear if self.spec.layers[n].norms_of_ffn != "after")
         told = normed if self.spec.norm.kind == "rms" else ()
         return {n: f"{ROUTERS}/layer_{n:02d}.bin" for n in told}
 
@@ -429,8 +429,9 @@ class _Planner:
             spec.ffn,
             ranks,
             spec.affine,
-            spec.norms,
+            spec.norms_of_ffn,
             self._keeps(layer)[1],
+            spec.parallel,
         )
 
     def _keeps(self, layer: int) -> tuple[float | None, float | None]:
@@ -471,6 +472,7 @@ class _Planner:
             entry=spec.entry,
             norms=spec.norms,
             keeps=self._keeps(layer)[0],
+            alone=spec.parallel,
         )
 
     def attention(self, layer: int) -> ShardPlan:
@@ -478,7 +480,10 @@ class _Planner:
         routed = isinstance(spec.ffn, MoeSpec) and self.options.routing == "sparse"
         block: PartConfig = config
         if isinstance(spec.ffn, MoeSpec) and routed:
-            block = RoutedMixerConfig(config, spec.ffn.router, spec.affine, self._keeps(layer)[1])
+            norms, keeps = spec.norms_of_ffn, self._keeps(layer)[1]
+            whole = replace(config, alone=False)  # experts add to the stream with that
+            router, apart = spec.ffn.router, spec.parallel
+            block = RoutedMixerConfig(whole, router, spec.affine, keeps, norms, apart)
         path = f"attn/layer_{layer:02d}.mlpackage"
         return self._shard(path, "attn", layer, _Copy(block), scope="attn")
 
@@ -558,7 +563,7 @@ class _Planner:
 
     def _target(self, layer: int) -> str:
         """The slot that a layer's experts add to."""
-        return STREAM if self.spec.layers[layer].norms == "before" else ADDED
+        return STREAM if self.spec.layers[layer].norms_of_ffn == "before" else ADDED
 
     def joined(self, layer: int, shards: Sequence[ShardPlan]) -> list[ShardPlan]:
         """Shards of a layer's experts and, if their sum is normed, what does that and adds it to
@@ -595,7 +600,7 @@ class _Planner:
     def _moe(self, layer: int, moe: MoeSpec, experts: int, first: bool) -> MoeConfig:
         soft, ranks = self.options.routing == "soft", self._mlp_ranks(layer, expert=0)
         shared = (0, 0, 0) if moe.shared is None else self._mlp_ranks(layer, "shared.")
-        affine, norms = self.spec.layers[layer].affine, self.spec.layers[layer].norms
+        whole = self.spec.layers[layer]
         return MoeConfig(
             self.spec.d_model,
             self.spec.norm,
@@ -605,9 +610,10 @@ class _Planner:
             soft,
             ranks,
             shared,
-            affine,
-            norms,
+            whole.affine,
+            whole.norms_of_ffn,
             self._keeps(layer)[1],
+            whole.parallel,
         )
 
     def _split(self, layer: int, moe: MoeSpec) -> tuple[list[int], str]:

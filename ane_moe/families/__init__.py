@@ -32,7 +32,9 @@ READABLE = (
 
 class Family(Protocol):
     """What a family's module offers: `KEYS` says what our tensors (`ModelSpec.weights`) are called
-    in a checkpoint, `TAPS` where Hugging Face's model has what goldens keep."""
+    in a checkpoint, `TAPS` where Hugging Face's model has what goldens keep. It may have `BESIDE`,
+    what `beside` gives, and `as_stored(spec, names)`, the architecture of a checkpoint that may
+    lack tensors which transformers does without."""
 
     KEYS: KeyTable
     TAPS: Taps
@@ -56,6 +58,11 @@ def load_family(model_type: str) -> Family:
             f"supported: {', '.join(supported())}",
         )
     return cast(Family, import_module(f"{__name__}.{model_type}"))
+
+
+def beside(model_type: str) -> Mapping[str, str]:
+    """Patterns of tensors that the files of a family have and nobody reads, by what they are."""
+    return getattr(load_family(model_type), "BESIDE", {})
 
 
 def describe_config(values: Mapping[str, Any], where: str = CONFIG) -> ModelSpec:
@@ -95,10 +102,13 @@ def describe(
     spec = describe_config(checkpoint.config | ids, where)
     if not checkpoint.forms and (said := side_facts(folder)):
         raise _quantised(folder, described(quantisation_facts({}, said)))
+    family = load_family(spec.family)
+    if hasattr(family, "as_stored"):
+        spec = family.as_stored(spec, checkpoint.tensors)
     try:
         shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-        sources = find_tensors(spec, shapes, load_family(spec.family).KEYS)
-        checkpoint.require(sources, ignore)
+        sources = find_tensors(spec, shapes, family.KEYS)
+        checkpoint.require(sources, ignore, beside(spec.family))
     except UserError as error:
         if form := quantisation({}, checkpoint.tensors):
             raise _quantised(folder, form) from None

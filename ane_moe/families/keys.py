@@ -52,7 +52,15 @@ class Paired:
 
 @dataclass(frozen=True)
 class Only:
-    """The one entry of a stored tensor's first axis."""
+    """The first entry, of the one or more, of a stored tensor's first axis."""
+
+    key: str
+    of: int = 1
+
+
+@dataclass(frozen=True)
+class Turned:
+    """A matrix that is stored with what enters it first."""
 
     key: str
 
@@ -84,7 +92,7 @@ class Runs:
     part: str
 
 
-Entry = str | Fused | Rows | Paired | Only | Framed | AroundOne | Runs
+Entry = str | Fused | Rows | Paired | Only | Framed | Turned | AroundOne | Runs
 KeyTable = Mapping[str, tuple[Entry, ...]]
 
 LAYER = "model.layers.{layer}"
@@ -159,11 +167,14 @@ def _source(spec: ModelSpec, name: WeightName, weight: Weight, entry: Entry) -> 
     if isinstance(entry, str):
         return TensorSource(name, entry.format(**numbers), weight.shape, scale=scale, weight=weight)
     if isinstance(entry, Only):
-        key, whole = entry.key.format(**numbers), (1, *weight.shape)
+        key, whole = entry.key.format(**numbers), (entry.of, *weight.shape)
         return TensorSource(name, key, whole, index=0, scale=scale, weight=weight)
     if isinstance(entry, Framed):
         key, whole = entry.key.format(**numbers), (1,) * entry.before + weight.shape
         return TensorSource(name, key, whole + (1,) * entry.after, scale=scale, weight=weight)
+    if isinstance(entry, Turned):
+        key, turned_shape = entry.key.format(**numbers), weight.shape[::-1]
+        return TensorSource(name, key, turned_shape, transpose=True, scale=scale, weight=weight)
     if isinstance(entry, AroundOne):
         key = entry.key.format(**numbers)
         return TensorSource(name, key, weight.shape, scale=scale, weight=weight, offset=1.0)

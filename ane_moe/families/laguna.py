@@ -36,7 +36,6 @@ KEYS: KeyTable = {
 TAPS = Taps(
     score="sigmoid",
     choice_bias="e_score_correction_bias",
-    experts_scale="routed_scaling_factor",
 )
 
 

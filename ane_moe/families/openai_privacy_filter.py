@@ -27,7 +27,7 @@ KEYS: KeyTable = {
     **expert_keys(fused_experts(GATE_UP, DOWN, transposed=True)),
     **expert_keys(fused_experts(f"{GATE_UP}_bias", f"{DOWN}_bias"), kind="bias"),
 }
-TAPS = Taps(head="score", experts_scale="num_experts")
+TAPS = Taps(head="score")
 
 
 def spec(config: Config) -> ModelSpec:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ane_moe.model.port import STREAM, Port, Ports
+from ane_moe.model.port import ADDED, STREAM, Port, Ports
 from ane_moe.model.spec import (
     MixerSpec,
     Norms,
@@ -21,7 +21,7 @@ class MixerConfig:
     """`rotary` is the number of rotated channel pairs r (0: no RoPE); `slots` the cache width S;
     `explicit` makes what is kept plain inputs and outputs instead of Core ML state. `ranks` are the
     directions kept apart from projections, by path. `affine`, `entry`, `norms` and `keeps` are
-    LayerSpec's."""
+    LayerSpec's. `alone`: it gives what it adds, and not the stream with that."""
 
     d_model: int
     norm: NormSpec
@@ -34,6 +34,7 @@ class MixerConfig:
     entry: bool = False
     norms: Norms = "before"
     keeps: float | None = None
+    alone: bool = False
 
     @property
     def states(self) -> tuple[Port, ...]:
@@ -59,7 +60,8 @@ class MixerConfig:
 
     def ports(self, tokens: int) -> Ports:
         stream = Port("x", (1, self.d_model, 1, tokens), STREAM)
-        ports = Ports((stream, *self.host(tokens)), (replace(stream, name="y"),))
+        result = replace(stream, name="y", slot=ADDED if self.alone else STREAM)
+        ports = Ports((stream, *self.host(tokens)), (result,))
         return with_states(ports, self.states, self.explicit)
 
 

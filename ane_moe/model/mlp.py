@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ane_moe.model.port import STREAM, Port, Ports
+from ane_moe.model.port import STREAM, Port, Ports, beside_ports
 from ane_moe.model.spec import (
     MlpSpec,
     Norms,
@@ -32,6 +32,7 @@ class DenseConfig:
     affine: bool = False
     norms: Norms = "before"
     keeps: float | None = None
+    parallel: bool = False
 
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""
@@ -44,4 +45,5 @@ class DenseConfig:
 
     def ports(self, tokens: int) -> Ports:
         stream = Port("x", (1, self.d_model, 1, tokens), STREAM)
-        return Ports((stream,), (replace(stream, name="y"),))
+        beside = beside_ports(stream, self.parallel)
+        return Ports((stream, *beside), (replace(stream, name="y"),))

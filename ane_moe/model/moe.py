@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from ane_moe.model.experts import added_scale_row, expert_rows, shared_rows
 from ane_moe.model.mlp import MlpRanks
-from ane_moe.model.port import ADDED, STREAM, Port, Ports
+from ane_moe.model.port import ADDED, STREAM, Port, Ports, beside_ports
 from ane_moe.model.router import router_ports, router_rows
 from ane_moe.model.spec import (
     MoeSpec,
@@ -21,8 +21,8 @@ from ane_moe.model.weight import Row, Selection
 @dataclass(frozen=True)
 class MoeConfig:
     """`experts` is how many of the layer's experts this part computes; `first` marks the part that
-    carries the residual and the shared expert. Parts of equal size share one graph: which experts
-    they hold is a weight."""
+    carries the residual and the shared expert, and in a layer whose halves are `parallel` what the
+    mixer adds. Parts of equal size share one graph: which experts they hold is a weight."""
 
     d_model: int
     norm: NormSpec
@@ -35,6 +35,7 @@ class MoeConfig:
     affine: bool = False
     norms: Norms = "before"
     keeps: float | None = None
+    parallel: bool = False
 
     @property
     def split(self) -> bool:
@@ -65,4 +66,5 @@ class MoeConfig:
         slot = ADDED if self.joined else STREAM
         result = replace(stream, name="y", slot=slot, how="set" if self.first else "add")
         routing = router_ports(self.moe.router, tokens)
-        return Ports((stream, *routing.inputs), (result, *routing.outputs))
+        beside = beside_ports(stream, self.parallel and self.first)
+        return Ports((stream, *beside, *routing.inputs), (result, *routing.outputs))

@@ -4,7 +4,8 @@ A slot is a named place of the host, as text `root.argument.argument`. Functions
 in slots alone: whoever runs a model fills a function's input slots, calls it, and puts its outputs.
 
     stream                  residual stream, (1, d, 1, T)
-    added                   what experts give where a norm comes after their sum, (1, d, 1, T)
+    added                   what experts give where a norm comes after their sum, or a mixer whose
+                            layer's other half reads the stream as it was, (1, d, 1, T)
     ffn_input  gates.3      what dispatched experts are given: the normed stream, gates of layer 3
     carry.router            what a layer hands to the next one beside the stream
     noise.gumbel.3          what is added to layer 3's scores of experts for the choice alone
@@ -96,6 +97,11 @@ class Ports:
             return tuple(port.turned() if layout == "bct1" else port for port in placed)
 
         return Ports(bound(self.inputs), bound(self.outputs), bound(self.states))
+
+
+def beside_ports(stream: Port, parallel: bool) -> tuple[Port, ...]:
+    """What a feed-forward block takes beside the `stream` where the mixer is `parallel` to it."""
+    return (replace(stream, name="added", slot=ADDED),) if parallel else ()
 
 
 def shapes_of(ports: Iterable[Port]) -> dict[str, Shape]:

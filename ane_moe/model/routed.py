@@ -6,23 +6,27 @@ from dataclasses import dataclass, replace
 from ane_moe.model.mixer import MixerConfig
 from ane_moe.model.port import ADDED, FFN_INPUT, Port, Ports
 from ane_moe.model.router import router_ports
-from ane_moe.model.spec import AnyRouterSpec, before_rows, residual_rows
+from ane_moe.model.spec import AnyRouterSpec, Norms, before_rows, residual_rows
 from ane_moe.model.weight import Row
 
 
 @dataclass(frozen=True)
 class RoutedMixerConfig:
+    """`affine`, `parallel`, and as `norms` those of the feed-forward block, are LayerSpec's."""
+
     mixer: MixerConfig
     router: AnyRouterSpec
     affine: bool = False
     keeps: float | None = None
+    norms: Norms = "before"
+    parallel: bool = False
 
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""
         d = self.mixer.d_model
         yield from (row.under("attn") for row in self.mixer.rows())
-        norm, norms = self.mixer.norm, self.mixer.norms
-        yield from (row.under("ffn") for row in before_rows(norm, d, norms))
+        before = before_rows(self.mixer.norm, d, self.norms)
+        yield from (row.under("ffn") for row in before)
         yield from (row.under("ffn.router") for row in self.router.rows(d))
         if self.affine:
             yield from (row.under("ffn") for row in residual_rows(d))
@@ -31,7 +35,7 @@ class RoutedMixerConfig:
         ports, routing = self.mixer.ports(tokens), router_ports(self.router, tokens)
         stream = (1, self.mixer.d_model, 1, tokens)
         normed = [Port("ffn_input", stream, FFN_INPUT)]
-        if self.mixer.norms != "before":  # experts add to nothing, and are normed then
+        if self.norms != "before":  # experts add to nothing, and are normed then
             normed.append(Port("added", stream, ADDED))
         return replace(
             ports,

@@ -16,6 +16,7 @@ from ane_moe.model.weight import EMBEDDING, HEAD, HEAD_BIAS, Weight, WeightName
 STREAM_SCALE = "stream_scale"  # the fold of what is shifted into the stream
 # The folds of an attention's values and of a gated MLP's linear branch, and of what reads them.
 VALUES, FROM_VALUES, UPS, FROM_UPS = "values", "from_values", "ups", "from_ups"
+SHARED_FROM_UPS = "shared_from_ups"  # the latter of shared experts
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ class RouterSpec:
     Experts are weighted by their scores, a softmax over all or a sigmoid of each, gathered at the k
     chosen and multiplied by `scale`; with `renorm` divided by their sum plus `renorm_eps` before.
     Softmax over only the k chosen logits is the same function as `renorm=True`. `logit_bias` is a
-    part of the logits; `bias` is added to the scores for the choice alone. A sum below
+    part of the logits; `bias` is added for the choice alone, to the scores, or to the logits if the
+    choice is `by_logits` (`Kolibri1TopKRouter`). A sum below
     `renorm_floor` counts as that (transformers' `Ernie4_5_MoeTopKRouter`). With `groups` of
     neighbours only experts of the `open_groups` best are chosen from, those whose `group_best`
     largest scores sum up highest (`DeepseekV3TopkRouter`, `DeepseekV2TopkRouter`). A tanh keeps
@@ -159,6 +161,7 @@ class RouterSpec:
     group_best: int = 2
     softcap: float | None = None
     noise: bool = False
+    by_logits: bool = False
 
     @property
     def classes(self) -> int:
@@ -232,7 +235,8 @@ class SharedSpec:
 
     def rows(self, d_model: int) -> Iterator[Weight]:
         for row in self.mlp.rows(d_model, "shared"):
-            yield row.under("shared")
+            fold = SHARED_FROM_UPS if row.fold == FROM_UPS else row.fold
+            yield replace(row, fold=fold).under("shared")
         if self.gated:
             yield Weight("shared_gate.weight", (1, d_model))
 
@@ -283,9 +287,11 @@ def entry_rows(d_model: int) -> Iterator[Weight]:
 class LayerSpec:
     """`affine`: what the mixer and the feed-forward block add, and the stream itself, are each
     shifted and scaled by channel where they meet. `entry`: so is the embedding on its way into this
-    layer. `norms`: where the norms of its halves stand. `keeps`: the mixer, and the feed-forward
-    block, add to so many times the normed stream that they read, in place of the stream. `adds`:
-    what multiplies what each adds, beside the model's own factor."""
+    layer. `norms`: where the norms of its halves stand, `ffn_norms` where those of the feed-forward
+    block do if that differs. `keeps`: the mixer, and the feed-forward block, add to so many times
+    the normed stream that they read, in place of the stream. `adds`: what multiplies what each
+    adds, beside the model's own factor. `parallel`: both halves read the stream as it enters the
+    layer."""
 
     mixer: MixerSpec
     ffn: FfnSpec
@@ -294,6 +300,13 @@ class LayerSpec:
     norms: Norms = "before"
     keeps: tuple[float, float] | None = None
     adds: tuple[float, float] = (1.0, 1.0)
+    ffn_norms: Norms | None = None
+    parallel: bool = False
+
+    @property
+    def norms_of_ffn(self) -> Norms:
+        """Where the norms of the feed-forward block stand."""
+        return self.ffn_norms or self.norms
 
     def weights(
         self, number: int, d_model: int, norm: NormSpec
@@ -320,14 +333,14 @@ class LayerSpec:
 
     def _ffn_rows(self, d_model: int, norm: NormSpec) -> Iterator[Weight]:
         """Those of experts aside."""
-        yield from before_rows(norm, d_model, self.norms)
+        yield from before_rows(norm, d_model, self.norms_of_ffn)
         if isinstance(self.ffn, MlpSpec):
             yield from (row.under("mlp") for row in self.ffn.rows(d_model, "dense"))
         else:
             yield from (row.under("router") for row in self.ffn.router.rows(d_model))
             if self.ffn.shared is not None:
                 yield from self.ffn.shared.rows(d_model)
-        yield from after_rows(norm, d_model, self.norms)
+        yield from after_rows(norm, d_model, self.norms_of_ffn)
         if self.affine:
             yield from residual_rows(d_model)
 
@@ -368,7 +381,7 @@ class ModelSpec:
 
     `stream_scale` multiplies x itself, everywhere, which no norm of it sees (`with_stream`): a
     power of two, so that fp16 holds a stream that it would not hold as it is. `inner` does the same
-    inside layers.
+    inside layers. What shared experts give is multiplied by `shared_scale`.
     """
 
     family: str
@@ -381,6 +394,7 @@ class ModelSpec:
     ropes: dict[str, RopeSpec]
     embed_scale: float = 1.0
     residual_scale: float = 1.0
+    shared_scale: float = 1.0
     stream_scale: float = 1.0
     inner: Mapping[int, InnerScale] = field(default_factory=dict)
     bos_id: int | None = None
@@ -419,6 +433,7 @@ class ModelSpec:
             FROM_VALUES: added / inner.values,
             UPS: inner.ups,
             FROM_UPS: added / inner.ups,
+            SHARED_FROM_UPS: added / inner.ups * self.shared_scale,
             STREAM_SCALE: self.stream_scale,
             "logit_scale": self.head.logit_scale,
         }
@@ -427,7 +442,8 @@ class ModelSpec:
     @property
     def may_scale_stream(self) -> bool:
         """Whether all that reads the stream norms it first, and none of it becomes the stream."""
-        return all(layer.norms != "after" and layer.keeps is None for layer in self.layers)
+        told = ((layer.norms, layer.ffn_norms, layer.keeps) for layer in self.layers)
+        return all("after" not in norms and keeps is None for *norms, keeps in told)
 
     def with_stream(self, scale: float) -> Self:
         """The same function, its stream times `scale` (in place of the one that it had). Norms of

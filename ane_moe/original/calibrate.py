@@ -120,8 +120,8 @@ class _Collector:
         self.energies[index] = np.array(
             [(delta.astype(np.float64) ** 2).sum(1).mean() for delta in added]
         )
-        middle = torch.from_numpy(np.concatenate([golden.middle for golden in goldens]))
-        x = taps[0].parts.ffn_norm(middle[None])[0]  # (N, d)
+        read = torch.from_numpy(np.concatenate([golden.read_by_ffn for golden in goldens]))
+        x = taps[0].parts.ffn_norm(read[None])[0]  # (N, d)
         ffn = self._model.spec.layers[index].ffn
         if isinstance(ffn, MlpSpec):
             self._mlp(WeightName(index, "ffn", None, ""), "mlp.", x, ffn)

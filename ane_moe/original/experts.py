@@ -22,15 +22,14 @@ def with_experts(parts: TappedLayer, golden: LayerGolden) -> LayerGolden:
     experts, block, scale = parts.experts, parts.block, parts.added_scale
     if experts is None or block is None or golden.router_indices is None:
         return golden
-    ffn_input = parts.ffn_norm(torch.from_numpy(golden.middle)[None])
+    ffn_input = parts.ffn_norm(torch.from_numpy(golden.read_by_ffn)[None])
     beside = [torch.from_numpy(carried)[None] for carried in golden.carried_in.values()]
-    routed: list[torch.Tensor] = []
-    handle = experts.register_forward_hook(lambda _, args, output: routed.append(output))
-    whole: Any = first_of(block(ffn_input, *beside))
-    handle.remove()
+    silent = experts.register_forward_hook(lambda _, args, output: torch.zeros_like(output))
+    with parts.without_norm_after():
+        inside: Any = first_of(block(ffn_input, *beside)).reshape(ffn_input.shape)
+    silent.remove()
     flat = ffn_input[0]
-    whole = whole + parts.shared(ffn_input)
-    shared = scale * (whole[0] - parts.experts_scale * routed[0].reshape(flat.shape))
+    shared = scale * (inside + parts.shared(ffn_input))[0]
     tokens = _shown(golden.router_indices, cast(int, experts.num_experts))
     each = torch.arange(len(tokens)).repeat_interleave(tokens.shape[1])[:, None]
     outputs = scale * experts(flat[tokens.reshape(-1)], each, torch.ones(len(each), 1))

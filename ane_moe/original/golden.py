@@ -23,7 +23,7 @@ FORMAT = 1
 OF_THE_LAYER = ("attn_stream", "ffn_stream")  # not of its tokens
 # Hidden states, and what is added to them.
 OF_THE_STREAM = (
-    *("x", "attn_delta", "ffn_delta", "entering", "sums"),
+    *("x", "attn_delta", "ffn_delta", "entering", "ffn_reads", "sums"),
     *("experts_delta", "expert_outputs", "shared_output"),
 )
 # One key: safetensors writes several in an order that changes from run to run.
@@ -45,7 +45,8 @@ class LayerGolden:
     `router_scores` are what experts are chosen by, where that is not the probabilities.
     `experts_delta` is what experts and shared expert add, where the layer also changes the stream
     that they add to. `entering` is what the embedding gave, where the model changes that before the
-    first layer. All `[N,E]` or `[N,d]`.
+    first layer; `ffn_reads` what the feed-forward block reads, where that is not the stream after
+    the attention. All `[N,E]` or `[N,d]`.
 
     `attn_stream` and `ffn_stream`, `[2,d]`: bias and scale of the stream where the blocks' outputs
     meet it, if it has them.
@@ -71,6 +72,7 @@ class LayerGolden:
     router_scores: np.ndarray | None = None
     experts_delta: np.ndarray | None = None
     entering: np.ndarray | None = None
+    ffn_reads: np.ndarray | None = None
     attn_stream: np.ndarray | None = None
     ffn_stream: np.ndarray | None = None
     carried_in: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -82,6 +84,11 @@ class LayerGolden:
     def middle(self) -> np.ndarray:
         """Hidden state between attention and feed-forward, `[N,d]`."""
         return self.x + self.attn_delta
+
+    @property
+    def read_by_ffn(self) -> np.ndarray:
+        """What the norm before the feed-forward block reads, `[N,d]`."""
+        return self.middle if self.ffn_reads is None else self.ffn_reads
 
     @property
     def y(self) -> np.ndarray:

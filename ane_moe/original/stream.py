@@ -98,11 +98,11 @@ class OriginalTensors:
         return files[tensor.path].get_slice(tensor.key)
 
 
-# transformers' classes, by the module that gives scores, and whether there is a tower for images.
-CLASSES: dict[tuple[str, bool], Any] = {
-    ("lm_head", False): AutoModelForCausalLM,
-    ("lm_head", True): AutoModelForImageTextToText,
-    ("score", False): AutoModelForTokenClassification,
+# transformers' classes, by the module that gives scores; the first that knows a configuration is
+# that of all it describes.
+CLASSES: dict[str, tuple[Any, ...]] = {
+    "lm_head": (AutoModelForImageTextToText, AutoModelForCausalLM),
+    "score": (AutoModelForTokenClassification,),
 }
 
 
@@ -119,9 +119,10 @@ class StreamedModel:
         whole = _config(tensors)
         self.config = whole.get_text_config()
         self.taps = load_family(whole.model_type).TAPS
+        whole = getattr(whole, self.taps.inside) if self.taps.inside else whole
         with torch.device("meta"):
             self.model = (
-                CLASSES[self.taps.head, whole is not self.config]
+                _class(self.taps.head, whole)
                 .from_config(
                     whole,
                     dtype=torch.float32,
@@ -257,6 +258,7 @@ class StreamedModel:
                 str(error),
                 "download the checkpoint again",
             ) from None
+        missing = {target for target in missing if not self._is_filled(target)}
         tied = self.model.all_tied_weights_keys
         if any(target in tied or target in tied.values() for target in targets):
             self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
@@ -266,6 +268,16 @@ class StreamedModel:
                 ", ".join(sorted(missing)[:3]),
                 "download the checkpoint again",
             )
+
+    def _is_filled(self, target: str) -> bool:
+        """Whether a tensor without sources of its own came with another, or is one that
+        transformers too does without: a bias of zeros."""
+        module, _, name = target.rpartition(".")
+        owner = self.model.get_submodule(module)
+        lacking = self.model._keys_to_ignore_on_load_missing or ()
+        if name in owner._buffers and any(re.search(pattern, target) for pattern in lacking):
+            setattr(owner, name, torch.zeros(getattr(owner, name).shape))
+        return not getattr(owner, name).is_meta
 
     def _hold(self, target: str, tensors: Mapping[str, Any]) -> bool:
         """Take a stack as it is stored, expert by expert; False where it cannot be, or its parts do
@@ -320,6 +332,10 @@ def _config(tensors: Tensors) -> Any:
             f"{type(error).__name__}: {error}",
             "give a folder with config.json and *.safetensors",
         ) from None
+
+
+def _class(head: str, config: Any) -> Any:
+    return next(one for one in CLASSES[head] if type(config) in one._model_mapping)
 
 
 def _fill_computed_buffers(model: Any) -> None:

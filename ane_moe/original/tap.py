@@ -3,6 +3,8 @@
 T = tokens, d = d_model, E = experts (and the class that skips them), k = experts per token.
 """
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ane_moe.families.taps import Taps
 from ane_moe.original.golden import LayerGolden
@@ -59,12 +62,6 @@ class TappedLayer:
         return next((getattr(owner, name) for owner in found if hasattr(owner, name)), None)
 
     @property
-    def experts_scale(self) -> float:
-        """What multiplies what the experts give, inside their block."""
-        name = self.taps.experts_scale
-        return float(getattr(self.block, name)) if name else 1.0
-
-    @property
     def added_scale(self) -> torch.Tensor | float:
         """What multiplies the output of the feed-forward block on its way into the stream: by
         channel `[d]`, or one number."""
@@ -80,7 +77,7 @@ class TappedLayer:
 
     def shared(self, ffn_input: torch.Tensor) -> torch.Tensor | float:
         """What an expert beside the block gives, where there is one."""
-        module = getattr(self.layer, self.taps.shared, None) if self.taps.shared else None
+        module = self._named(self.taps.shared)
         return 0.0 if module is None else module(ffn_input)
 
     def ranked(self, scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
@@ -97,6 +94,20 @@ class TappedLayer:
         last = scores.gather(1, chosen).amin(1, keepdim=True)
         each = behind.repeat_interleave(scores.shape[1] // groups, dim=1)
         return torch.where(each > 0, torch.minimum(scores, last - each), scores)
+
+    @property
+    def after(self) -> nn.Module | None:
+        """The norm of what the feed-forward block adds."""
+        return self._named(self.taps.after)
+
+    @contextmanager
+    def without_norm_after(self) -> Iterator[None]:
+        """Inside the block, the norm of what is added hands on what it is given."""
+        with ExitStack() as stack:
+            if norm := self.after:
+                hook = norm.register_forward_hook(lambda _, args, output: args[0])
+                stack.callback(hook.remove)
+            yield
 
     @property
     def streams(self) -> tuple[np.ndarray, np.ndarray] | None:
@@ -118,6 +129,9 @@ class TappedLayer:
             for path in self.taps.residuals
         )
         return mixer, ffn
+
+    def _named(self, path: str) -> nn.Module | None:
+        return dict(self.layer.named_modules()).get(path) if path else None
 
     def _of_class(self, ending: str) -> nn.Module | None:
         return next(
@@ -146,9 +160,7 @@ class Tap:
         parts = self.parts
         self._handles = [
             parts.layer.register_forward_pre_hook(self._hear_input),
-            parts.ffn_norm.register_forward_pre_hook(
-                lambda _, args: setattr(self, "middle", args[0][0])
-            ),
+            self._hear_middle(),
             parts.layer.register_forward_hook(
                 lambda _, args, output: setattr(self, "output", output)
             ),
@@ -160,11 +172,7 @@ class Tap:
                 )
             )
         if parts.experts is not None and parts.block is not None:
-            self._handles.append(
-                parts.block.register_forward_hook(
-                    lambda _, args, output: setattr(self, "added", first_of(output)[0])
-                )
-            )
+            self._handles.append(self._hear_added(parts.block))
         self.sums.__enter__()
         return self
 
@@ -177,6 +185,26 @@ class Tap:
         self.sums.__exit__(kind, error, trace)
         for handle in self._handles:
             handle.remove()
+
+    def _hear_middle(self) -> RemovableHandle:
+        parts = self.parts
+        if beside := parts.taps.beside:
+            return parts.layer.get_submodule(beside).register_forward_hook(
+                lambda _, args, output: setattr(self, "middle", self.x + first_of(output)[0])
+            )
+        return parts.ffn_norm.register_forward_pre_hook(
+            lambda _, args: setattr(self, "middle", args[0][0])
+        )
+
+    def _hear_added(self, block: nn.Module) -> RemovableHandle:
+        """Before the norm of what is added, which may stand in the block."""
+        if norm := self.parts.after:
+            return norm.register_forward_pre_hook(
+                lambda _, args: setattr(self, "added", args[0][0])
+            )
+        return block.register_forward_hook(
+            lambda _, args, output: setattr(self, "added", first_of(output)[0])
+        )
 
     def _hear_input(self, _layer: nn.Module, arguments: tuple[Any, ...]) -> None:
         self.x = arguments[0][0]
@@ -191,6 +219,7 @@ class Tap:
             **self._routing(),
             **self._carries(),
             entering=None if self.entering is None else self.entering.numpy(),
+            ffn_reads=self.x.numpy() if self.parts.taps.beside else None,
             attn_stream=None if streams is None else streams[0],
             ffn_stream=None if streams is None else streams[1],
             sums=np.array([self.sums.largest * self.parts.residual_multiplier], np.float32),
@@ -207,7 +236,8 @@ class Tap:
             chosen = chosen.masked_fill(weights == 0, probs.shape[1] - 1)
         normed = bool(taps.residuals or taps.after or taps.added_factor)
         apart = (self.added * parts.added_scale).numpy() if normed else None
-        scores = parts.ranked(probs if bias is None else probs + bias, chosen)
+        ranked = logits if taps.by_logits else probs
+        scores = parts.ranked(ranked if bias is None else ranked + bias, chosen)
         return {
             "router_probs": probs.numpy(),
             "router_scores": None if scores is probs else scores.numpy(),

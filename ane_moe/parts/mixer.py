@@ -8,7 +8,7 @@ from ane_moe.parts.residual import Entry, kept, norms_of, residual
 
 
 class Mixer(Block):
-    """`y = residual(x, mix(norm(x)))`, and what it keeps."""
+    """`y = residual(x, mix(norm(x)))`, or `mix(norm(x))` alone, and what it keeps."""
 
     config: MixerConfig
 
@@ -36,7 +36,8 @@ class Mixer(Block):
             x = self.entry(x)
         h = self.norm(x)
         added, states = self.mix(h, inputs)
-        outputs = {"y": self.residual(kept(x, h, self.config.keeps), added)}
+        alone, base = self.config.alone, kept(x, h, self.config.keeps)
+        outputs = {"y": added if alone else self.residual(base, added)}
         if self.config.explicit:
             outputs |= {f"{name}_out": value for name, value in states.items()}
         return outputs

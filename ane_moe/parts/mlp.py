@@ -57,4 +57,6 @@ class Dense(Block):
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         x = inputs["x"]
         h = self.norm(x)
-        return {"y": self.residual(kept(x, h, self.config.keeps), self.mlp(h))}
+        added = self.mlp(h)
+        base = kept(x, h, self.config.keeps)
+        return {"y": self.residual(base, added + inputs["added"] if self.config.parallel else added)}

@@ -49,10 +49,12 @@ class Moe(Block):
             return {"y": self.residual.alone(tree_sum(parts)), **outputs}
         if self.config.joined:
             return {"y": tree_sum([*self._shared(h), *parts]), **outputs}
+        beside = [inputs["added"]] if self.config.parallel else []
         # The stream comes last: it is larger than what is added to it, and fp16 rounds at the
         # larger term's scale.
         base = kept(x, h, self.config.keeps)
-        return {"y": self.residual(base, tree_sum([*self._shared(h), *parts])), **outputs}
+        added = tree_sum([*self._shared(h), *parts, *beside])
+        return {"y": self.residual(base, added), **outputs}
 
     def _shared(self, h: Tensor) -> list[Tensor]:
         shared = self.config.moe.shared

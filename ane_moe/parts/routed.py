@@ -15,8 +15,8 @@ class Routing(nn.Module):
     def __init__(self, config: RoutedMixerConfig):
         super().__init__()
         d = config.mixer.d_model
-        self.norm, after = norms_of(config.mixer.norm, d, config.mixer.norms)
-        self.apart, self.normed = after is not None, config.mixer.norms != "after"
+        self.norm, after = norms_of(config.mixer.norm, d, config.norms)
+        self.apart, self.normed = after is not None, config.norms != "after"
         self.router = make_router(d, config.router)
         self.residual, self.keeps = residual(d, config.affine), config.keeps
 
@@ -30,7 +30,8 @@ class Routing(nn.Module):
 
 
 class RoutedMixer(Block):
-    """`y = x + mix(norm(x))`, and the feed-forward norm and router on `y`."""
+    """`y = x + mix(norm(x))`, and the feed-forward norm and router on `y`; on `x` where the halves
+    of the layer are parallel."""
 
     config: RoutedMixerConfig
 
@@ -43,4 +44,6 @@ class RoutedMixer(Block):
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         outputs: dict[str, Tensor] = self.attn(**inputs)
+        if self.config.parallel:
+            return self.ffn(inputs["x"], inputs) | outputs
         return outputs | self.ffn(outputs["y"], inputs)

@@ -59,7 +59,8 @@ class Router(Projection):
         if spec.score == "softmax" and plain and spec.open_groups == spec.groups:
             return self._softmax(logits, noise)
         scores = torch.sigmoid(logits) if spec.score == "sigmoid" else torch.softmax(logits, dim=1)
-        ranked = scores if self.choice_bias is None else scores + self.choice_bias
+        ranked = logits if spec.by_logits else scores
+        ranked = ranked if self.choice_bias is None else ranked + self.choice_bias
         ranked = ranked if noise is None else ranked + noise
         if spec.open_groups < spec.groups and not self.soft:
             ranked = self._in_open_groups(ranked)

@@ -20,6 +20,7 @@ class StackedLayer(nn.Module):
         self.attn = make_mixer(mixer)
         self.ffn = Moe(ffn) if isinstance(ffn, MoeConfig) else Dense(ffn)
         self.kept = [port.name for port in mixer.states]
+        self.parallel = mixer.alone
 
 
 class Stack(Block):
@@ -42,7 +43,8 @@ class Stack(Block):
             kept = {name: inputs[f"{name}_{place}"] for name in layer.kept}
             attended = layer.attn(**(inputs | kept | {"x": x}))
             noise = {"noise": inputs[f"noise_{place}"]} if f"noise_{place}" in inputs else {}
-            fed = layer.ffn(x=attended["y"], **carried, **noise)
+            between = {"x": x, "added": attended["y"]} if layer.parallel else {"x": attended["y"]}
+            fed = layer.ffn(**between, **carried, **noise)
             x = fed["y"]
             numbered = {f"{name}_{place}_out": attended.get(f"{name}_out") for name in layer.kept}
             numbered[f"gates_{place}"] = fed.get("gates")

@@ -18,7 +18,8 @@ class GoldenSlots:
     def before(self, shard: Shard, slot: str) -> np.ndarray:
         """What the shard is given, fp32 `[N,C]`."""
         if slot == ADDED:
-            added = self._first(shard).experts_delta
+            first = self._first(shard)
+            added = first.experts_delta if first.ffn_reads is None else first.attn_delta
             assert added is not None
             return added
         if slot != STREAM:
@@ -28,7 +29,7 @@ class GoldenSlots:
             return self.golden.layers[max(self.golden.layers)].y
         first = self._first(shard)
         if shard.scope == "ffn":
-            return first.middle
+            return first.read_by_ffn
         return first.x if first.entering is None else first.entering
 
     def expected(
@@ -41,6 +42,9 @@ class GoldenSlots:
         root = slot_root(slot)
         if slot == STREAM:
             return self._stream(shard, given)
+        if slot == ADDED and shard.scope == "attn" and not _leaves_experts_to_the_host(shard):
+            added = self._first(shard).attn_delta
+            return np.zeros_like(added), added
         if root == "logits":
             logits = self.golden.logits[:, slice(*(shard.rows or (0, None)))]
             return np.zeros_like(logits), logits
@@ -54,6 +58,8 @@ class GoldenSlots:
         """Where a residual shifts and scales the stream, that is no contribution of the shard's."""
         first, last = self._first(shard), self._last(shard)
         before = self.before(shard, STREAM)
+        if shard.scope == "ffn" and first.ffn_reads is not None:
+            return (before if given is None else given) + first.attn_delta, first.ffn_delta
         if shard.scope == "ffn":
             delta, residuals = first.ffn_delta, [first.ffn_stream]
         elif shard.scope:

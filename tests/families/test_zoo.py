@@ -20,6 +20,7 @@ from ane_moe.model.mla import MlaSpec
 from ane_moe.model.sparse_mixer import SparseMixerSpec
 from ane_moe.model.spec import (
     FROM_UPS,
+    SHARED_FROM_UPS,
     UPS,
     VALUES,
     GqaSpec,
@@ -96,7 +97,7 @@ def test_the_sums_of_all_that_can_be_divided_are_heard(family: str, tmp_path: Pa
         names = list(known.alone.values())
         assert names.count("values") == folds.count(VALUES)
         assert names.count("up") + names.count("gate_up") == folds.count(UPS)
-        assert names.count("down") == folds.count(FROM_UPS)
+        assert names.count("down") == folds.count(FROM_UPS) + folds.count(SHARED_FROM_UPS)
         assert set(known.of_experts.values()) == (
             {"gate_up", "down"} if UPS in of_experts else set()
         )
@@ -171,6 +172,10 @@ def of_sparse_mixers(spec: ModelSpec, change: Change) -> ModelSpec:
             else {}
         ),
     )
+
+
+def replace_model(spec: ModelSpec, change: Change) -> ModelSpec:
+    return replace(spec, **change(spec))
 
 
 def of_norms(spec: ModelSpec, change: Change) -> ModelSpec:
@@ -260,6 +265,13 @@ MUTATIONS: dict[str, tuple[Callable[[ModelSpec, Change], ModelSpec], Change]] = 
         of_routers,
         lambda r: {"group_best": 3 - r.group_best if r.groups > 1 else r.group_best},
     ),
+    "choice by scores": (of_routers, lambda r: {"by_logits": False}),
+    "no norm after experts": (
+        of_layers,
+        lambda one: {"ffn_norms": one.ffn_norms and "before"},
+    ),
+    "one half after the other": (of_layers, lambda one: {"parallel": False}),
+    "whole shared experts": (replace_model, lambda m: {"shared_scale": 1.0}),
     "jitter": (of_sparse_mixers, lambda r: {"jitter": r.jitter / 4}),
     "latent scale": (of_latents, lambda m: {"scale": m.scale * 1.1}),
     "latent eps": (of_latents, lambda m: {"latent_eps": 0.1}),
