@@ -57,7 +57,7 @@ def with_experts() -> set[str]:
     files = folder.glob("*/modeling_*.py")
     found = {file.parent.name for file in files if EXPERTS.search(file.read_text())}
     # A model whose text model is another one's, and the text model alone of one.
-    return found | {"kimi_k25", "qwen3_5_moe_text"}
+    return found | {"kimi_k25", "mistral3", "qwen3_5_moe_text"}
 
 
 def parts(spec: ModelSpec) -> str:
@@ -71,10 +71,13 @@ def parts(spec: ModelSpec) -> str:
     words += [*_router(moe.router), *_experts(moe)]
     norms = spec.layers[0].norms
     words += [f"norms {norms}"] if norms != "before" else []
+    words += ["norm after experts"] if any(layer.ffn_norms for layer in spec.layers) else []
+    words += ["halves side by side"] if spec.layers[0].parallel else []
     words += ["LayerNorm"] if spec.norm.kind == "layer" else []
     words += ["norms carried on"] if spec.layers[0].keeps else []
     words += ["affine residuals"] if spec.layers[0].affine else []
-    scaled = (spec.embed_scale, spec.residual_scale, spec.head.logit_scale) != (1, 1, 1)
+    scales = (spec.embed_scale, spec.residual_scale, spec.shared_scale, spec.head.logit_scale)
+    scaled = any(scale != 1 for scale in scales)
     return ", ".join(dict.fromkeys(words + (["multipliers"] if scaled else [])))
 
 
@@ -100,6 +103,7 @@ def _router(router: Any) -> list[str]:
         router.score: True,
         "renormalised": router.renorm,
         "choice bias": router.bias,
+        "choice by logits": router.by_logits,
         "groups": router.groups > 1,
         "capped logits": router.softcap,
     }

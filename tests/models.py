@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoModelForTokenClassification,
     PreTrainedModel,
 )
@@ -27,7 +28,7 @@ DECODERS = ("granitemoe", "lfm2_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_mo
 FAMILIES = (*DECODERS, "openai_privacy_filter")
 CLASSES: dict[str, Any] = {
     "openai_privacy_filter": AutoModelForTokenClassification,
-    **dict.fromkeys(WITH_IMAGES, AutoModelForImageTextToText),
+    **dict.fromkeys((*WITH_IMAGES, "qwen3_omni_moe"), AutoModelForImageTextToText),
 }
 
 # Seeds of models that are decided on the tests' prompts, where the first one is not.
@@ -210,6 +211,8 @@ def make_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     if "layer_types" in CONFIGS[family]:
         fields["layer_types"] = fields["layer_types"][: fields["num_hidden_layers"]]
     config = AutoConfig.for_model(family, **fields)
+    if family == "qwen3_omni_moe":
+        config = config.thinker_config
     model = CLASSES.get(family, AutoModelForCausalLM).from_config(
         config, attn_implementation="eager", experts_implementation="eager"
     )
@@ -251,8 +254,29 @@ def make_variant(variant: str, seed: int = 0) -> PreTrainedModel:
 
 def save_checkpoint(model: PreTrainedModel, folder: Path) -> Path:
     """Save `model` as users have it: experts as the family's own repositories store them."""
+    if model.config.model_type == "qwen3_omni_moe_thinker":
+        return _save_thinker(model, folder)
     model.save_pretrained(folder)
+    if model.config.model_type == "kimi_k25":
+        _rename(folder, ".model.blocks.", ".model.layers.")
     return folder
+
+
+def _save_thinker(model: PreTrainedModel, folder: Path) -> Path:
+    """As a part of the model that also hears and speaks."""
+    config = AutoConfig.for_model("qwen3_omni_moe", enable_audio_output=False)
+    config.thinker_config = model.config
+    whole = AutoModelForMultimodalLM.from_config(config)
+    whole.thinker = model
+    whole.save_pretrained(folder)
+    return folder
+
+
+def _rename(folder: Path, wrong: str, right: str) -> None:
+    """Undo what transformers' reversed renaming, which is meant for a tower, does to the rest."""
+    file = folder / "model.safetensors"
+    tensors = {key.replace(wrong, right): tensor for key, tensor in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
 
 
 def save_fused(model: PreTrainedModel, folder: Path) -> Path:

@@ -5,7 +5,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Fields = dict[str, Any]
-WITH_IMAGES = ("aria", "glm4v_moe", "qwen3_5_moe", "qwen3_vl_moe")
+WITH_IMAGES = (  # or counted among those that have by transformers
+    "aria",
+    "deepseek_ocr2",
+    "glm4v_moe",
+    "kimi_k25",
+    "mistral3",
+    "mistral4",
+    "qwen3_5_moe",
+    "qwen3_vl_moe",
+)
 
 SIZES: Fields = {
     "vocab_size": 211,
@@ -63,6 +72,39 @@ LATENT: Fields = {
     "attention_bias": True,
 }
 MSCALE: Fields = {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3}
+MISTRAL: Fields = {
+    **LATENT,
+    "head_dim": 20,
+    "rope_interleave": True,
+    "rope_parameters": MSCALE | {"llama_4_scaling_beta": 0.1},
+}
+OCR: Fields = {
+    **COMMON,
+    "hidden_size": 64,  # as wide as its heads
+    "intermediate_size": 100,
+    "moe_intermediate_size": 40,
+    "n_routed_experts": 12,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "mlp_layer_types": ["dense", "sparse"],
+    "topk_method": "group_limited_greedy",
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.7,
+    "attention_bias": True,
+}
+SAM: Fields = {
+    "hidden_size": 16,
+    "output_channels": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 16,
+    "window_size": 2,
+    "global_attn_indexes": [0],
+    "mlp_dim": 16,
+    "downsample_channels": [8, 16],
+}
 GRANITE: Fields = {
     "intermediate_size": 24,
     "num_local_experts": 9,
@@ -609,5 +651,109 @@ ROWS: dict[str, Row] = {
                 "rope_parameters": MSCALE,
             }
         },
+    ),
+    "hy_v3": Row(
+        {
+            "intermediate_size": 100,
+            "moe_intermediate_size": 40,
+            "num_experts": 12,
+            "num_experts_per_tok": 3,
+            "num_shared_experts": 2,
+            "router_scaling_factor": 1.7,
+            "mlp_layer_types": ["dense", "sparse"],
+            "attention_bias": True,
+        },
+        {"all sparse": {"mlp_layer_types": ["sparse", "sparse"], "attention_bias": False}},
+    ),
+    "mistral4": Row(
+        MISTRAL,
+        {
+            "one group": {
+                "rope_interleave": False,
+                "n_group": 1,
+                "topk_group": 1,
+                "norm_topk_prob": False,
+                "q_lora_rank": None,
+                "attention_bias": False,
+                "first_k_dense_replace": 0,
+            }
+        },
+    ),
+    "mistral3": Row(
+        {
+            "text_config": {"model_type": "mistral4", **COMMON, **MISTRAL},
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            "tie_word_embeddings": False,
+        },
+        {
+            "plain queries": {
+                "text_config": {"model_type": "mistral4", **COMMON, **MISTRAL, "q_lora_rank": None}
+            }
+        },
+        fused=False,
+    ),
+    "kimi_k25": Row(
+        {
+            "text_config": {**COMMON, **LATENT},
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "pos_emb_height": 4,
+                "pos_emb_width": 4,
+                "rope_parameters": {"rope_type": "axial", "rope_theta": 10000.0},
+            },
+            "projection_hidden_size": 16,
+            "tie_word_embeddings": False,
+        },
+        {
+            "one group": {
+                "text_config": {
+                    **COMMON,
+                    **LATENT,
+                    "n_group": 1,
+                    "topk_group": 1,
+                    "attention_bias": False,
+                }
+            }
+        },
+        fused=False,
+    ),
+    "deepseek_ocr2": Row(
+        {
+            "text_config": OCR,
+            "vision_config": {
+                "sam_config": SAM,
+                "encoder_config": {
+                    "vocab_size": 8,
+                    "hidden_size": 16,
+                    "intermediate_size": 16,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "num_key_value_heads": 1,
+                },
+            },
+            "tie_word_embeddings": False,
+        },
+        {
+            "greedy": {
+                "text_config": {
+                    **OCR,
+                    "topk_method": "greedy",
+                    "n_group": None,
+                    "topk_group": None,
+                    "attention_bias": False,
+                }
+            }
+        },
+        fused=False,
     ),
 }
