@@ -8,6 +8,7 @@ Fields = dict[str, Any]
 WITH_IMAGES = (  # or counted among those that have by transformers
     "aria",
     "deepseek_ocr2",
+    "ernie4_5_vl_moe",
     "glm4v_moe",
     "kimi_k25",
     "mistral3",
@@ -150,6 +151,60 @@ DELTA_VISION: Fields = {
     "num_heads": 2,
     "out_hidden_size": 72,
     "num_position_embeddings": 16,
+}
+THINKER: Fields = {
+    "vision_start_token_id": 151652,
+    "text_config": {
+        **COMMON,
+        "intermediate_size": 100,
+        "moe_intermediate_size": 40,
+        "num_experts": 12,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [0],
+        "attention_bias": True,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [4, 2, 2],
+            "mrope_interleaved": True,
+        },
+    },
+    "audio_config": {
+        "num_mel_bins": 8,
+        "encoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 16,
+        "d_model": 16,
+        "output_dim": 72,
+        "downsample_hidden_size": 8,
+    },
+    "vision_config": {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 72,
+        "deepstack_visual_indexes": [0],
+        "num_position_embeddings": 16,
+    },
+}
+ERNIE_TEXT: Fields = {
+    **COMMON,
+    "intermediate_size": 100,
+    "moe_intermediate_size": [40, 24],
+    "moe_num_experts": 12,
+    "moe_k": 3,
+    "moe_num_shared_experts": 2,
+    "moe_norm_min": 0.4,  # more than many a sum
+    "mlp_layer_types": ["dense", "sparse"],
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [3, 3, 2],
+    },
 }
 
 
@@ -751,6 +806,54 @@ ROWS: dict[str, Row] = {
                     "n_group": None,
                     "topk_group": None,
                     "attention_bias": False,
+                }
+            }
+        },
+        fused=False,
+    ),
+    "axk1": Row(
+        {**LATENT, "rope_interleave": True, "mlp_layer_types": ["dense", "sparse"]},
+        {
+            "all sparse": {
+                "mlp_layer_types": ["sparse", "sparse"],
+                "rope_interleave": False,
+                "n_group": 1,
+                "topk_group": 1,
+                "attention_bias": False,
+            }
+        },
+    ),
+    "qwen3_omni_moe": Row(
+        {"thinker_config": THINKER, "enable_audio_output": False},
+        {
+            "plain": {
+                "thinker_config": THINKER
+                | {
+                    "text_config": THINKER["text_config"]
+                    | {"attention_bias": False, "norm_topk_prob": False, "mlp_only_layers": []}
+                }
+            }
+        },
+        fused=False,
+    ),
+    "ernie4_5_vl_moe": Row(
+        {
+            "text_config": ERNIE_TEXT,
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_heads": 2,
+            },
+            "tie_word_embeddings": True,
+        },
+        {
+            "usual": {
+                "text_config": ERNIE_TEXT
+                | {
+                    "moe_norm_min": 1e-12,
+                    "moe_num_shared_experts": 0,
+                    "mlp_layer_types": ["sparse", "sparse"],
                 }
             }
         },

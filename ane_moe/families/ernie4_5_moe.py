@@ -31,12 +31,7 @@ TAPS = Taps(choice_bias="moe_statics.e_score_correction_bias")
 
 
 def spec(config: Config) -> ModelSpec:
-    bias = config.flag("use_bias")
-    if bias:
-        raise config.wrong("use_bias", "false")
-    chosen = router(config, renorm=True, bias=True, renorm_floor=config.number("moe_norm_min"))
-    shared = shared_expert(config, "moe_intermediate_size", "moe_num_shared_experts")
-    moe = MoeSpec(chosen, mlp(config, "moe_intermediate_size"), shared)
+    moe = experts(config)
     first = config.integer("moe_layer_start_index", at_least=0)
     last = config.integer("moe_layer_end_index", at_least=-1)
     last = n_layers(config) - 1 if last == -1 else last
@@ -48,3 +43,12 @@ def spec(config: Config) -> ModelSpec:
         for number in range(n_layers(config))
     ]
     return llama(config, [LayerSpec(gqa(config), ffn) for ffn in ffns])
+
+
+def experts(config: Config) -> MoeSpec:
+    """The experts of all ERNIE 4.5 models."""
+    if config.flag("use_bias"):
+        raise config.wrong("use_bias", "false")
+    chosen = router(config, renorm=True, bias=True, renorm_floor=config.number("moe_norm_min"))
+    shared = shared_expert(config, "moe_intermediate_size", "moe_num_shared_experts")
+    return MoeSpec(chosen, mlp(config, "moe_intermediate_size"), shared)

@@ -4,7 +4,6 @@ lacks."""
 DSA, MLA = "sparse attention by an index", "deepseek_v3"
 # model_type -> (the supported one that is nearest, or nothing; what it has not got).
 MISSING: dict[str, tuple[str, str]] = {
-    "axk1": (MLA, "a norm after the experts alone"),
     "axk2": (MLA, f"{DSA}, gated norms"),
     "beam": ("afmoe", "queries scaled by position, residuals weighted by depth, biased gates"),
     "cohere2_moe": ("ernie4_5_moe", "attention and experts that read the same norm"),
@@ -13,7 +12,6 @@ MISSING: dict[str, tuple[str, str]] = {
     "deepseek_v4": (MLA, "compressed attention, experts chosen by token, hyper-connections"),
     "diffusion_gemma": ("", "Gemma 4's layer, decoding by diffusion"),
     "dots3_note": (MLA, f"{DSA}, windows of latents"),
-    "ernie4_5_vl_moe": ("ernie4_5_moe", "experts for images beside those for text"),
     "gemma4": ("afmoe", "a dense branch beside the experts, keys that are values, GELU"),
     "glm5_next": (MLA, f"linear attention, {DSA}, hyper-connections"),
     "glm_moe_dsa": (MLA, DSA),
@@ -30,7 +28,6 @@ MISSING: dict[str, tuple[str, str]] = {
     "mistral_large4": (MLA, f"{DSA}, a temperature of attention"),
     "muse_spark": ("afmoe", "experts that work on a latent, a norm after each"),
     "nemotron_h": ("", "Mamba-2 layers, one mixer or feed-forward block in a layer, no gate"),
-    "qwen3_omni_moe": ("qwen3_moe", "a nested configuration, beside what hears and speaks"),
     "qwen4_exp": ("qwen3_next", f"tables of n-grams, {DSA}"),
     "step3p7": ("afmoe", "limits of the activation by layer, gates by head of its own form"),
     "unlimited_ocr": ("deepseek_ocr2", "windows that see all of the prompt too"),
