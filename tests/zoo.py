@@ -811,6 +811,18 @@ ROWS: dict[str, Row] = {
         },
         fused=False,
     ),
+    "kolibri1": Row(
+        {
+            "moe_intermediate_size": 40,
+            "shared_expert_intermediate_size": 52,
+            "num_experts": 12,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "layer_types": [SLIDING, FULL],
+            "sliding_window": 5,
+        },
+        {"as they are": {"norm_topk_prob": False, "layer_types": [SLIDING, SLIDING]}},
+    ),
     "axk1": Row(
         {**LATENT, "rope_interleave": True, "mlp_layer_types": ["dense", "sparse"]},
         {

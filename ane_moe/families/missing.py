@@ -21,7 +21,6 @@ MISSING: dict[str, tuple[str, str]] = {
     "inkling2": ("", "convolutions around attention, a softly capped activation"),
     "jamba": ("mixtral", "Mamba layers"),
     "jetmoe": ("granitemoe", "attention whose heads are experts"),
-    "kolibri1": ("afmoe", "weights that are sigmoids of logits chosen with a bias"),
     "llama4": ("mixtral", "gates on what enters experts, chunks, a temperature of attention"),
     "longcat_flash": (MLA, "two attentions in a layer, experts that compute nothing"),
     "minimax_m3_vl": ("minimax_m2", "attention to chosen blocks, a clamped activation"),
