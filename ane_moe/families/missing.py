@@ -6,7 +6,6 @@ DSA, MLA = "sparse attention by an index", "deepseek_v3"
 MISSING: dict[str, tuple[str, str]] = {
     "axk2": (MLA, f"{DSA}, gated norms"),
     "beam": ("afmoe", "queries scaled by position, residuals weighted by depth, biased gates"),
-    "cohere2_moe": ("ernie4_5_moe", "attention and experts that read the same norm"),
     "dbrx": ("olmoe", "one matrix for q, k and v, and a layout of its own for experts"),
     "deepseek_v32": (MLA, DSA),
     "deepseek_v4": (MLA, "compressed attention, experts chosen by token, hyper-connections"),
