@@ -58,5 +58,6 @@ class Dense(Block):
         x = inputs["x"]
         h = self.norm(x)
         added = self.mlp(h)
-        base = kept(x, h, self.config.keeps)
-        return {"y": self.residual(base, added + inputs["added"] if self.config.parallel else added)}
+        if self.config.parallel:
+            added = added + inputs["added"]
+        return {"y": self.residual(kept(x, h, self.config.keeps), added)}

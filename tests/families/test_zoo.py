@@ -298,8 +298,17 @@ MUTATIONS: dict[str, tuple[Callable[[ModelSpec, Change], ModelSpec], Change]] = 
     "what a mixer keeps": (of_layers, lambda one: {"keeps": one.keeps and (1.1, one.keeps[1])}),
     "what experts keep": (of_layers, lambda one: {"keeps": one.keeps and (one.keeps[0], 1.1)}),
     "the stream is kept": (of_layers, lambda one: {"keeps": None}),
-    "what a mixer adds": (of_layers, lambda one: {"adds": (one.adds[0] * 1.1, one.adds[1])}),
-    "what experts add": (of_layers, lambda one: {"adds": (one.adds[0], one.adds[1] * 1.1)}),
+    # A norm after a block takes such a factor out.
+    "what a mixer adds": (
+        of_layers,
+        lambda one: {"adds": (one.adds[0] * (1.1 if one.norms == "before" else 1), one.adds[1])},
+    ),
+    "what experts add": (
+        of_layers,
+        lambda one: {
+            "adds": (one.adds[0], one.adds[1] * (1.1 if one.norms_of_ffn == "before" else 1))
+        },
+    ),
     "no gate of latents": (of_latents, lambda m: {"gated": False}),
 }
 # What cannot be told: a norm after the rotation takes the factor of all its channels out.
