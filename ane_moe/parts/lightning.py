@@ -56,5 +56,14 @@ class Lightning(Mixer):
             change = memory * lost(decay) + v * k.transpose(2, 3)
             given = (memory + change) @ q
         normed = self.mixed_norm(given.reshape(1, m.channels, 1, -1))
-        kept = memory + change if self.config.explicit else memory.add_(change)
-        return self.o(torch.sigmoid(self.gate(h)) * normed), {"memory": kept}
+        return self.o(torch.sigmoid(self.gate(h)) * normed), self.kept(change, inputs)
+
+    def kept(self, change: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The memory and what was rounded away of it, which is tried again with the next change."""
+        memory, rest = inputs["memory"], inputs["rest"]
+        due = change + rest
+        done = (memory + due) - memory  # of numbers near each other, exact
+        if self.config.explicit:
+            return {"memory": memory + done, "rest": due - done}
+        left_over = due - done
+        return {"memory": memory.add_(done), "rest": rest.mul_(0).add_(left_over)}

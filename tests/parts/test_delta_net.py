@@ -169,6 +169,22 @@ def call(block, x, position, tokens, states):
     return outputs["y"][..., :count], kept
 
 
+def test_a_sum_of_thousands_of_tokens_notices_the_next_one():
+    """What is rounded away of lightning attention's memory comes back."""
+    config = CONFIGS[-1]
+    block = a_block(config)
+    block.slope.weight.data.fill_(0)
+    states = {port.name: torch.zeros(port.shape).half() for port in config.states}
+    change = 0.3 * torch.rand(states["memory"].shape, generator=torch.Generator().manual_seed(0))
+    plain = states["memory"]
+    for _ in range(6000):
+        states = block.kept(change.half(), states)
+        plain = plain + change.half()
+    exact = 6000 * change.half().double()
+    assert ((states["memory"] - exact).abs() <= 1).all()  # steps of fp16 up to 2048
+    assert ((plain - exact).abs() > 100).any()
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 def test_padding_changes_neither_results_nor_states(config):
     block, x = a_block(config), torch.randn(1, 24, 1, 11)
@@ -183,6 +199,4 @@ def test_padding_changes_neither_results_nor_states(config):
         torch.testing.assert_close(y, whole, rtol=1e-4, atol=1e-5)
         for name, state in states.items():
             torch.testing.assert_close(kept[name], state, rtol=1e-4, atol=1e-5)
-    assert {name: state.abs().max() > 0.01 for name, state in states.items()} == dict.fromkeys(
-        states, True
-    )
+    assert [name for name, state in states.items() if state.abs().max() < 0.01] in ([], ["rest"])
