@@ -196,3 +196,22 @@ PRIVACY_FILTER: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": 199999,
 }
+
+LONGCAT_FLASH: dict[str, Any] = {
+    "model_type": "longcat_flash",
+    "expert_ffn_hidden_size": 2048,
+    "ffn_hidden_size": 12288,
+    "hidden_size": 6144,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 131072,
+    "moe_topk": 12,
+    "n_routed_experts": 512,
+    "num_attention_heads": 64,
+    "num_layers": 28,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "vocab_size": 131072,
+    "zero_expert_num": 256,
+}

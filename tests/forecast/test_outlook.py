@@ -26,6 +26,7 @@ from tests.forecast.hub_configs import (
     DEEPSEEK_V2_LITE,
     GPT_OSS_20B,
     LFM2_8B_A1B,
+    LONGCAT_FLASH,
     OLMOE,
     QWEN3_30B,
     QWEN3_235B,
@@ -163,6 +164,18 @@ def test_latent_attention_and_shared_experts_are_counted():
     assert "latent attention is counted as attention of the same size" in near.notes
     sparse = found(DEEPSEEK_V2_LITE, "sparse")
     assert {call.kind: call.count.expected for call in sparse.decode}["shared"] == 26
+
+
+def test_layers_of_two_attentions_are_counted_as_two():
+    """LongCat-Flash has 560e9 weights, of which 27e9 are active on average; 12 of 768 experts are
+    chosen, a third of which compute nothing."""
+    near = approximate(LONGCAT_FLASH)
+    assert weights_in_shards(near.spec) / 1e9 == pytest.approx(560, rel=0.005)
+    sparse = [layer for layer in near.spec.layers if not isinstance(layer.ffn, MlpSpec)]
+    assert (len(near.spec.layers), len(sparse), sparse[0].ffn.router.k) == (56, 28, 8)
+    assert any(note.startswith("experts that compute nothing") for note in near.notes)
+    active = found(LONGCAT_FLASH, "sparse").weight_bytes_per_token.expected
+    assert active / 1e9 == pytest.approx(27, rel=0.2)
 
 
 @pytest.mark.parametrize(
