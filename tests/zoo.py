@@ -15,6 +15,7 @@ WITH_IMAGES = (  # or counted among those that have by transformers
     "mistral4",
     "qwen3_5_moe",
     "qwen3_vl_moe",
+    "unlimited_ocr",
 )
 
 SIZES: Fields = {
@@ -93,6 +94,12 @@ OCR: Fields = {
     "topk_group": 2,
     "routed_scaling_factor": 1.7,
     "attention_bias": True,
+}
+PROMPT_WINDOWS: Fields = {
+    **OCR,
+    "num_key_value_heads": 4,  # transformers' own eager attention repeats no heads here
+    "layer_types": ["reference_sliding_attention", FULL],
+    "sliding_window": 2,  # fewer than are generated
 }
 SAM: Fields = {
     "hidden_size": 16,
@@ -905,6 +912,30 @@ ROWS: dict[str, Row] = {
                     "moe_num_shared_experts": 0,
                     "mlp_layer_types": ["sparse", "sparse"],
                 }
+            }
+        },
+        fused=False,
+    ),
+    "unlimited_ocr": Row(
+        {
+            "text_config": PROMPT_WINDOWS,
+            "vision_config": {
+                "sam_config": SAM,
+                "encoder_config": {
+                    "hidden_size": 16,
+                    "intermediate_size": 16,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "image_size": 28,
+                    "patch_size": 14,
+                },
+            },
+            "tie_word_embeddings": False,
+        },
+        {
+            "full": {
+                "text_config": PROMPT_WINDOWS
+                | {"layer_types": [FULL] * 2, "topk_method": "greedy", "attention_bias": False}
             }
         },
         fused=False,

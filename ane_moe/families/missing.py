@@ -28,7 +28,6 @@ MISSING: dict[str, tuple[str, str]] = {
     "nemotron_h": ("", "Mamba-2 layers, one mixer or feed-forward block in a layer, no gate"),
     "qwen4_exp": ("qwen3_next", f"tables of n-grams, {DSA}"),
     "step3p7": ("afmoe", "limits of the activation by layer, gates by head of its own form"),
-    "unlimited_ocr": ("deepseek_ocr2", "windows that see all of the prompt too"),
 }
 # What has experts, and is no decoder that routes tokens.
 ELSEWHERE = {

@@ -10,7 +10,7 @@ import numpy as np
 
 from ane_moe.errors import UserError
 from ane_moe.manifest import Manifest
-from ane_moe.model.port import Port, Shape, band_reach, slot_arguments
+from ane_moe.model.port import Port, Shape, band_reach, prompt_window, slot_arguments
 
 # Additive mask of a slot that may not be seen; exp of it is 0 in fp16 and fp32.
 HIDDEN = np.float16(-1e4)
@@ -26,13 +26,15 @@ class Placement:
     `texts`: the lengths of several texts that share the call, each from position 0 on, one behind
     the other (none: it is one). `roster`: the tokens are one token, taken `count` times: all stand
     at `position` and see what precedes it, and each itself, in cache slots one behind the other;
-    all but the first are written over by what comes next."""
+    all but the first are written over by what comes next. `prompt`: the tokens of the prompt (None:
+    all are)."""
 
     position: int
     count: int
     ropes: Ropes
     texts: tuple[int, ...] = ()
     roster: bool = False
+    prompt: int | None = None
 
     @property
     def end(self) -> int:
@@ -84,11 +86,19 @@ def _mask(array: np.ndarray, slot: str, at: Placement) -> None:
         return
     for token in range(at.count):
         own = at.position if at.roster else at.position + token
-        first = 0 if window == "all" else own + 1 - int(window)
-        mask[token, max(0, first) : own + 1] = 0
+        if prompt_window(window) is not None:
+            mask[token, : own + 1 if at.prompt is None else min(at.prompt, own + 1)] = 0
+        mask[token, _first_seen(window, own) : own + 1] = 0
         if at.roster:
             mask[token, at.position] = HIDDEN
             mask[token, at.position + token] = 0
+
+
+def _first_seen(window: str, own: int) -> int:
+    """The first token of the window of the token `own`."""
+    if window == "all":
+        return 0
+    return max(0, own + 1 - (prompt_window(window) or int(window)))
 
 
 def _write(array: np.ndarray, slot: str, at: Placement) -> None:
@@ -178,12 +188,19 @@ class Slots:
         return by_channel(self._arrays[slot])
 
     def place(
-        self, position: int, count: int, texts: tuple[int, ...] = (), *, roster: bool = False
+        self,
+        position: int,
+        count: int,
+        texts: tuple[int, ...] = (),
+        *,
+        roster: bool = False,
+        prompt: int | None = None,
     ) -> None:
         """Move the host's own slots to `count` tokens from `position` on, to `texts` of so many
-        tokens, which see nothing of each other, or to one token taken `count` times."""
+        tokens, which see nothing of each other, or to one token taken `count` times. `prompt`: the
+        tokens of the prompt, once it has been taken in."""
         self.count = count
-        at = Placement(position, count, self._ropes, texts, roster)
+        at = Placement(position, count, self._ropes, texts, roster, prompt)
         for rule, array, slot in self._own:
             rule(array, slot, at)
 

@@ -73,7 +73,10 @@ class RosterSession(Session):
         self._require(ids)
         if len(ids) > 1:
             super().prefill(ids[:-1])
-        return self.decode(ids[-1])
+        self.prompt = None if self.prompt == self.position else self.prompt
+        logits = self.decode(ids[-1])
+        self._end_prompt()
+        return logits
 
     def decode(self, identifier: int) -> np.ndarray:
         logits = self.samples(identifier)
@@ -85,7 +88,7 @@ class RosterSession(Session):
         self._require([identifier])
         started, clock, lane = perf_counter(), self._decode_clock, self._prefill
         count = min(self._samples, self.manifest.cache_width - self.position)
-        lane.slots.place(self.position, count, roster=True)
+        lane.slots.place(self.position, count, roster=True, prompt=self.prompt)
         for slot, experts, scale in self._noise:
             noise = scale * self._random.gumbel(size=(experts, count - 1))
             lane.slots.columns(slot)[:, 1:count] = noise

@@ -64,6 +64,7 @@ class Session:
         self.shards = shards
         self.manifest = shards.manifest
         self.position = 0
+        self.prompt: int | None = None  # tokens that were taken in before the first was generated
         self.figures = Figures(shards.runtime)
         self._states = States(shards.loaded)
         dispatch = self._dispatch(concurrency)
@@ -83,7 +84,7 @@ class Session:
 
     def reset(self) -> None:
         """Forget everything said so far; the figures stay."""
-        self.position = 0
+        self.position, self.prompt = 0, None
         self._states.clear()
 
     def prefill(self, ids: Sequence[int]) -> np.ndarray:
@@ -125,6 +126,7 @@ class Session:
         clock, lane = self._prefill_clock, self._prefill
         for rows in chunks:
             self._forward(lane, rows, clock)
+        self._end_prompt()
         self._head_of(lane, len(rows) - 1, clock)
         return self._done(clock, tokens, started)
 
@@ -158,6 +160,7 @@ class Session:
             for rows, scores in self._prefill.logits(clock):
                 logits[first : first + len(chunk), rows] = scores[:, : len(chunk)].T
             first += len(chunk)
+        self._end_prompt()
         self._done(clock, len(ids), started)
         return logits
 
@@ -197,12 +200,16 @@ class Session:
     def _forward(self, lane: _Lane, rows: np.ndarray, clock: CallClock) -> None:
         """Run every layer on the embeddings `[n,d]` of at most T tokens, leaving the last hidden
         states in the lane's stream."""
-        lane.slots.place(self.position, len(rows))
+        lane.slots.place(self.position, len(rows), prompt=self.prompt)
         stream = lane.slots.columns(STREAM)
         stream[:, : len(rows)] = rows.T
         stream[:, len(rows) :] = 0
         lane.body.run(clock)
         self.position += len(rows)
+
+    def _end_prompt(self) -> None:
+        """What follows is generated, or answers to that."""
+        self.prompt = self.position if self.prompt is None else self.prompt
 
     def _head_of(self, lane: _Lane, column: int, clock: CallClock) -> None:
         """Logits of one column of a lane's stream, by the decode functions of the head."""

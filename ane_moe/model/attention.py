@@ -18,4 +18,5 @@ class AttentionConfig(MixerConfig):
         return cache_states(m.kv_heads, m.head_dim, self.slots, m.value)
 
     def host(self, tokens: int) -> tuple[Port, ...]:
-        return cache_ports(self.mixer.rope, self.rotary, self.mixer.window, self.slots, tokens)
+        m = self.mixer
+        return cache_ports(m.rope, self.rotary, m.window, self.slots, tokens, m.sees_prompt)

@@ -1,6 +1,6 @@
 """The ports of a KV cache, as grouped-query mixers share it."""
 
-from ane_moe.model.port import Port, Shape
+from ane_moe.model.port import PROMPT, Port, Shape
 
 
 def cache_states(kv_heads: int, key: int, slots: int, value: int | None = None) -> tuple[Port, ...]:
@@ -20,14 +20,19 @@ def rope_ports(rope: str | None, rotary: int, tokens: int) -> tuple[Port, ...]:
 
 
 def cache_ports(
-    rope: str | None, rotary: int, window: int | None, slots: int, tokens: int
+    rope: str | None,
+    rotary: int,
+    window: int | None,
+    slots: int,
+    tokens: int,
+    sees_prompt: bool = False,
 ) -> tuple[Port, ...]:
     """What attention over a cache asks of the host: rotary rows, what may be seen, where to
     write."""
-    row = (1, 1, tokens, slots)
+    row, kind = (1, 1, tokens, slots), PROMPT if sees_prompt and window else ""
     return (
         *rope_ports(rope, rotary, tokens),
-        Port("mask", row, f"mask.{window or 'all'}"),
+        Port("mask", row, f"mask.{kind}{window or 'all'}"),
         Port("write", row, "write"),
         Port("keep", (1, 1, 1, slots), "keep"),
     )

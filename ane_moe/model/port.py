@@ -13,6 +13,7 @@ in slots alone: whoever runs a model fills a function's input slots, calls it, a
     state.3.k_cache         what layer 3 keeps from call to call
     mask.all  mask.17       additive mask of what a token may see: all before it, or 17 with itself
     mask.band_128           or 128 on either side of it
+    mask.prompt_17          all before it in a prompt; after that the prompt, and 17 with itself
     rope.main.cos           rows of a rotary table
     write  keep             one-hot rows for the cache slots of the call's tokens; the untouched
     slots
@@ -33,7 +34,7 @@ Shape = tuple[int, ...]
 STREAM = "stream"
 FFN_INPUT = "ffn_input"
 ADDED = "added"
-MASK, BAND = "mask", "band_"
+MASK, BAND, PROMPT = "mask", "band_", "prompt_"
 GATES, LOGITS, STATE = "gates", "logits", "state"  # roots
 # Roots of the slots whose arrays have channels on axis 1 and tokens on the last: `--layout` turns
 # those, and nothing else.
@@ -121,6 +122,11 @@ def slot_arguments(slot: str) -> list[str]:
 def band_reach(window: str) -> int | None:
     """128 of `band_128`, the argument of a mask; None of another one."""
     return int(window.removeprefix(BAND)) if window.startswith(BAND) else None
+
+
+def prompt_window(window: str) -> int | None:
+    """17 of `prompt_17`, the argument of a mask; None of another one."""
+    return int(window.removeprefix(PROMPT)) if window.startswith(PROMPT) else None
 
 
 def slot_rows(slot: str) -> tuple[int, int]:

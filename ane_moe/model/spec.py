@@ -64,6 +64,7 @@ class GqaSpec:
     qk_norm_eps: float = 1e-6
     clip_qkv: float | None = None  # clamps q, k and v after the norm, before RoPE
     window: int | None = None  # tokens a query sees, itself included; None: all before it
+    sees_prompt: bool = False  # the window is of generated tokens alone, which see all of a prompt
     # A score for each head beside those of the keys, which takes its share and gives no value.
     sinks: bool = False
     # What is attended to is multiplied by a function of a projection of the layer's input: each

@@ -178,9 +178,11 @@ def test_stacked_experts_on_disk_are_read_as_well(name: str, tmp_path: Path) -> 
 def test_transformers_gives_every_key_of_the_tables_to_a_tensor_of_its_model(family: str) -> None:
     conversions = get_checkpoint_conversion_mapping(family) or []
     conversions = [*conversions, *(get_checkpoint_conversion_mapping(f"{family}_text") or [])]
+    model = make_model(family)
+    decoder = type(getattr(model.base_model, "language_model", model)).__name__
+    conversions += get_checkpoint_conversion_mapping(decoder) or []
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    model = make_model(family)
     dense = make_model(family, mlp_only_layers=[0]) if family.startswith("qwen") else model
     biased: dict[str, Any] = BIASED.get(family, {"attention_bias": True})
     models = [model, dense, make_model(family, **biased)]

@@ -198,6 +198,7 @@ MUTATIONS: dict[str, tuple[Callable[[ModelSpec, Change], ModelSpec], Change]] = 
     "narrower window": (of_mixers, lambda m: {"window": m.window and m.window - 1}),
     "no window": (of_mixers, lambda m: {"window": None}),
     "window everywhere": (of_mixers, lambda m: {"window": m.window or 4}),
+    "windows of prompts too": (of_mixers, lambda m: {"sees_prompt": False}),
     "no rotation": (of_mixers, lambda m: {"rope": None}),
     "no query and key norms": (of_mixers, lambda m: {"qk_norm": "none"}),
     "norms before rotation": (
@@ -312,7 +313,11 @@ MUTATIONS: dict[str, tuple[Callable[[ModelSpec, Change], ModelSpec], Change]] = 
     "no gate of latents": (of_latents, lambda m: {"gated": False}),
 }
 # What cannot be told: a norm after the rotation takes the factor of all its channels out.
-SAME = {"hunyuan_v1_moe": {"attention factor"}}
+# In one forward pass all is a prompt, and windows are of what is generated.
+SAME = {
+    "hunyuan_v1_moe": {"attention factor"},
+    "unlimited_ocr": {"wider window", "narrower window", "no window"},
+}
 
 
 @pytest.mark.parametrize("family", ROWS)
