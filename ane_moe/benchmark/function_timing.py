@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ane_moe.benchmark.result import FunctionTiming, latency
-from ane_moe.loop.buffers import RULES, Ropes, Slots, rope_tables
+from ane_moe.loop.buffers import Ropes, Slots, rope_tables
 from ane_moe.manifest import Manifest, Shard, ShardFunction
 from ane_moe.progress import Progress
 from ane_moe.runtime import open_package
@@ -89,6 +89,6 @@ def example_inputs(entry: ShardFunction, ropes: Ropes) -> dict[str, np.ndarray]:
     inputs = {port.name: slots.array(port) for port in entry.ports.inputs}
     slots.place(0, entry.tokens)
     for port in entry.ports.inputs:
-        if port.by_channel and port.root not in RULES:
+        if port.by_channel:
             inputs[port.name][:] = rng.standard_normal(port.shape)
     return inputs

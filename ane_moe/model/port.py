@@ -38,7 +38,7 @@ MASK, BAND, PROMPT = "mask", "band_", "prompt_"
 GATES, LOGITS, STATE = "gates", "logits", "state"  # roots
 # Roots of the slots whose arrays have channels on axis 1 and tokens on the last: `--layout` turns
 # those, and nothing else.
-BY_CHANNEL = ("stream", "added", "ffn_input", "gates", "carry", "noise", "logits")
+BY_CHANNEL = ("stream", "added", "ffn_input", "gates", "carry", "logits")
 
 
 @dataclass(frozen=True)

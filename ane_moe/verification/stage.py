@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ane_moe.loop.buffers import RULES, Ropes, Slots
+from ane_moe.loop.buffers import Ropes, Slots
 from ane_moe.loop.experts import ExpertDispatch
 from ane_moe.loop.figures import CallClock, PhaseFigures
 from ane_moe.loop.shards import LoadedShard, Step, call_order
@@ -63,8 +63,7 @@ class StageRun:
         self._lanes = {name: wiring.lane(steps, name, Slots(ropes)) for name in names}
         entries = [one.shard.functions[0] for one in loaded]
         outputs = (port for entry in entries for port in entry.ports.outputs)
-        given = (port for port in entries[0].ports.inputs if port.root not in RULES)
-        self.reads = {port.slot for port in given if port.by_channel}
+        self.reads = {port.slot for port in entries[0].ports.inputs if port.by_channel}
         self.writes = list(dict.fromkeys(port.slot for port in outputs if port.by_channel))
         inputs = (port for entry in entries for port in entry.ports.inputs)
         # Whether nothing depends on where a token stands or on others: a call may mix sequences.
