@@ -5,13 +5,39 @@ import os
 import tempfile
 from pathlib import Path
 
+import pytest
+
 from ane_moe.user_cache import VARIABLE
+from tests.slow_set import MARK, parse_slow
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--slow", metavar="all|N/M", help="the widest sweeps too: all, or part N of M")
 
 
 def pytest_configure(config) -> None:
     if not hasattr(config, "workerinput"):  # workers of pytest-xdist inherit the variable
         config.cache_of_tests = tempfile.TemporaryDirectory(prefix="ane-moe-tests-")
         os.environ[VARIABLE] = str(Path(config.cache_of_tests.name))
+    try:
+        config.slow_set = parse_slow(config.getoption("--slow"))
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def pytest_report_header(config) -> str:
+    return f"slow tests: {config.slow_set}"
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    left = [
+        item
+        for item in items
+        if item.get_closest_marker(MARK) and not config.slow_set.holds(item.nodeid)
+    ]
+    config.hook.pytest_deselected(items=left)
+    apart = set(left)
+    items[:] = [item for item in items if item not in apart]
 
 
 def pytest_unconfigure(config) -> None:

@@ -33,7 +33,11 @@ def original(request, tmp_path_factory):
     return model, folder
 
 
-@pytest.mark.parametrize("routing", ["masked", "sparse"])
+# Other tests convert every kind of part for sparse routing.
+SPARSE = pytest.param("sparse", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("routing", ["masked", SPARSE])
 def test_a_conversion_is_right(original, routing, tmp_path):
     model, checkpoint = original
     options = {"expert_tokens": (1, 16)} if routing == "sparse" else {}
