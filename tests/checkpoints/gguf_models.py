@@ -17,6 +17,7 @@ from transformers.core_model_loading import dot_natural_key
 
 from tests.models import make_model, save_checkpoint
 
+ONE_GROUP = {"n_group": 1, "topk_group": 1}
 # What a GGUF cannot hold, or blocks of 32 do not fit, of tests/models.py.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"mlp_only_layers": [], "hidden_size": 96, "moe_intermediate_size": 64},
@@ -31,6 +32,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "swiglu_alpha": 1.702,
     },
     "lfm2_moe": {"hidden_size": 96, "routed_scaling_factor": 1.0},
+    "glm4_moe": {"hidden_size": 96, "moe_intermediate_size": 64, "num_nextn_predict_layers": 1}
+    | ONE_GROUP,
+    "dots1": {"hidden_size": 96, "moe_intermediate_size": 64, "sliding_window": None} | ONE_GROUP,
+    "minimax_m2": {"hidden_size": 96, "intermediate_size": 64},
 }
 ARCHITECTURES = {
     "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
@@ -40,7 +45,11 @@ ARCHITECTURES = {
     "granitemoe": gguf.MODEL_ARCH.GRANITE_MOE,
     "gpt_oss": gguf.MODEL_ARCH.GPT_OSS,
     "lfm2_moe": gguf.MODEL_ARCH.LFM2MOE,
+    "glm4_moe": gguf.MODEL_ARCH.GLM4_MOE,
+    "dots1": gguf.MODEL_ARCH.DOTS1,
+    "minimax_m2": gguf.MODEL_ARCH.MINIMAXM2,
 }
+SIGMOID = ("lfm2_moe", "glm4_moe", "dots1", "minimax_m2")
 PERMUTED = ("mixtral", "granitemoe")
 EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
 
@@ -144,7 +153,7 @@ def _laid_out(
             stack = stacks.setdefault(f"{base}.{matrix}.weight", [])
             assert len(stack) == int(number)
             stack.append(data)
-            experts = config.get("num_local_experts") or config["num_experts"]
+            experts = _experts(config)
             if len(stack) == experts:
                 yield f"{base}.{matrix}.weight", (np.stack(stack), kind)
         elif name.endswith("input_linear.weight") and fused:
@@ -167,11 +176,18 @@ def _laid_out(
             yield name, (data.reshape(-1), kind)
         elif name.endswith("expert_bias"):
             yield f"{name}.bias", (data, kind)
+        elif name.endswith("e_score_correction_bias"):
+            yield f"blk.{name.split('.')[2]}.exp_probs_b.bias", (data, kind)
         elif "conv.conv" in name:
             yield name, (data[:, 0], kind)
         else:
             permuted = config["model_type"] in PERMUTED and re.search(r"\.[qk]_proj\.", name)
             yield name, (_permuted(config, name, data) if permuted else data, kind)
+
+
+def _experts(config: Mapping[str, Any]) -> int:
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    return next(config[name] for name in names if config.get(name))
 
 
 def _permuted(config: Mapping[str, Any], name: str, data: np.ndarray) -> np.ndarray:
@@ -182,7 +198,12 @@ def _permuted(config: Mapping[str, Any], name: str, data: np.ndarray) -> np.ndar
 
 def _metadata(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     family = config["model_type"]
-    writer.add_block_count(config["num_hidden_layers"])
+    further = config.get("num_nextn_predict_layers") or 0
+    writer.add_block_count(config["num_hidden_layers"] + further)
+    if further:
+        writer.add_nextn_predict_layers(further)
+        name = f"blk.{config['num_hidden_layers']}.nextn.eh_proj.weight"  # which is left out
+        writer.add_tensor(name, np.zeros((2, 4), np.float32))
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
@@ -203,7 +224,7 @@ def _metadata(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
             writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
             writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
     writer.add_layer_norm_rms_eps(config.get("rms_norm_eps") or config["norm_eps"])
-    writer.add_expert_count(config.get("num_local_experts") or config["num_experts"])
+    writer.add_expert_count(_experts(config))
     writer.add_expert_used_count(config["num_experts_per_tok"])
     if "moe_intermediate_size" in config:
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
@@ -222,9 +243,19 @@ def _metadata(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
         writer.add_embedding_scale(config["embedding_multiplier"])
         writer.add_residual_scale(config["residual_multiplier"])
         writer.add_logit_scale(config["logits_scaling"])
+    if family in SIGMOID:
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    if "partial_rotary_factor" in rope and family in SIGMOID:
+        writer.add_rope_dimension_count(int(config["head_dim"] * rope["partial_rotary_factor"]))
+    if family == "minimax_m2":
+        writer.add_expert_feed_forward_length(config["intermediate_size"])
+    if family in ("glm4_moe", "dots1"):
+        writer.add_expert_shared_count(config["n_shared_experts"])
+        writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+        writer.add_expert_weights_scale(config["routed_scaling_factor"])
+        writer.add_expert_weights_norm(config["norm_topk_prob"])
     if family == "lfm2_moe":
         writer.add_leading_dense_block_count(config["num_dense_layers"])
-        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
         writer.add_vocab_size(config["vocab_size"])
         writer.add_shortconv_l_cache(config["conv_L_cache"])
     writer.add_bos_token_id(config["bos_token_id"])

@@ -321,7 +321,7 @@ def test_metadata_that_would_change_the_model_are_refused(
 
 def test_unknown_and_dense_architectures_are_called_by_name(tmp_path: Path) -> None:
     for name, said in (
-        ("gemma3", "'gemma3'; known: gpt-oss, granitemoe, lfm2moe"),
+        ("gemma3", "'gemma3'; known: dots1, glm4moe, gpt-oss"),
         ("llama", "dense"),
     ):
         writer = gguf.GGUFWriter(tmp_path / "m.gguf", name)

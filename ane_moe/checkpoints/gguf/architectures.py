@@ -31,6 +31,8 @@ class Architecture:
     one; `stacks` the tensors into which they are put together, where transformers has them so.
     `neighbours`: heads of queries and keys are rotated in pairs of neighbours. `kinds` of layers
     follow each other in turn; `yarn`: fields of that kind of rotary table which no metadata give.
+    `partial`: a part of each head is rotated. `normed`: the field that says whether queries and
+    keys are.
     """
 
     model_type: str
@@ -45,6 +47,8 @@ class Architecture:
     neighbours: bool = False
     kinds: tuple[str, ...] = ()
     yarn: Mapping[str, Any] = field(default_factory=dict)
+    partial: bool = False
+    normed: str = ""
 
 
 FIELDS = {
@@ -84,7 +88,60 @@ ROUTED = {**ATTENTION, "ffn_gate_inp": "mlp.gate"}
 SILU = {"hidden_act": "silu"}
 SOFTMAX, SIGMOID = ({"expert_gating_func": number, "expert_group_count": 1} for number in (1, 2))
 
+# DeepSeek-V3's router in one group, shared experts, dense first layers.
+CHOSEN = {
+    **{key: name for key, name in FIELDS.items() if key != "expert_count"},
+    **WIDTH,
+    "expert_count": "n_routed_experts",
+    "expert_shared_count": "n_shared_experts",
+    "leading_dense_block_count": "first_k_dense_replace",
+    "expert_weights_scale": "routed_scaling_factor",
+    "expert_weights_norm": "norm_topk_prob",
+}
+CHOOSING = {
+    **ROUTED,
+    **MLP,
+    "exp_probs_b": "mlp.gate.e_score_correction_bias",
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+}
+ONE_GROUP = {"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "routed_scaling_factor": 1.0}
+
 ARCHITECTURES = {
+    "glm4moe": Architecture(
+        "glm4_moe",
+        CHOSEN | {"nextn_predict_layers": "num_nextn_predict_layers"},
+        CHOOSING | {"post_attention_norm": "post_attention_layernorm"},
+        experts="mlp",
+        fixed=SILU | ONE_GROUP,
+        agreeing=SIGMOID,
+        biases={"attention_bias": "attn_q"},
+        partial=True,
+        normed="use_qk_norm",
+    ),
+    "dots1": Architecture(
+        "dots1",
+        CHOSEN,
+        CHOOSING,
+        experts="mlp",
+        fixed=SILU | ONE_GROUP | {"sliding_window": None},
+        agreeing=SIGMOID,
+        biases={"attention_bias": "attn_q"},
+    ),
+    "minimax-m2": Architecture(
+        "minimax_m2",
+        LOCAL | {"expert_feed_forward_length": "intermediate_size"},
+        {
+            **ATTENTION,
+            "ffn_gate_inp": "block_sparse_moe.gate",
+            "exp_probs_b": "block_sparse_moe.e_score_correction_bias",
+        },
+        experts="block_sparse_moe",
+        fixed=SILU,
+        agreeing=SIGMOID,
+        partial=True,
+    ),
     "qwen3moe": Architecture(
         "qwen3_moe",
         FIELDS | WIDTH,

@@ -62,12 +62,18 @@ def config_of(file: GgufFile, tensors: Mapping[str, StoredTensor]) -> dict[str, 
     if known.kinds and isinstance(layers := config.get("num_hidden_layers"), int):
         config["layer_types"] = list(islice(cycle(known.kinds), min(layers, MOST)))
     _require_known(file, known, facts, head_of(config))
-    rope = {"rope_theta": ROPE_BASE, "rope_type": "default"}
+    config |= _further_layers(config)
+    if known.normed:
+        config[known.normed] = any(name.endswith(".attn_q_norm.weight") for name in tensors)
+    rope: dict[str, Any] = {"rope_theta": ROPE_BASE, "rope_type": "default"}
     rope |= {field: facts[key] for key, field in ROPE.items() if key in facts}
     if rope["rope_type"] in UNSCALED:
         rope = {"rope_theta": rope["rope_theta"], "rope_type": "default"}
     elif rope["rope_type"] == "yarn":
         rope |= known.yarn
+    rotated, head = facts.get("rope.dimension_count"), head_of(config)
+    if known.partial and isinstance(rotated, int) and head:
+        rope["partial_rotary_factor"] = rotated / head
     config |= {field: _holds(tensors, name) for field, name in known.biases.items()}
     config |= {"rope_parameters": rope, "tie_word_embeddings": HEAD not in tensors}
     if EMBEDDING in tensors:
@@ -108,10 +114,20 @@ def _of_layers(config: Mapping[str, Any]) -> dict[str, Any]:
     return one
 
 
+def _further_layers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """llama.cpp counts the layers that predict further tokens among a model's."""
+    layers, further = (config.get(n) for n in ("num_hidden_layers", "num_nextn_predict_layers"))
+    if isinstance(layers, int) and isinstance(further, int):
+        return {"num_hidden_layers": layers - further}
+    return {}
+
+
 def _require_known(
     file: GgufFile, known: Architecture, facts: Mapping[str, Any], head: Any
 ) -> None:
     agreeing = {**dict.fromkeys(OF_HEAD, head), **AGREEING, **known.agreeing}
+    if known.partial and isinstance(head, int):
+        agreeing["rope.dimension_count"] = facts.get("rope.dimension_count")
     for key, value in facts.items():
         if key in agreeing and not np.array_equal(value, agreeing[key]):
             raise UserError(

@@ -59,6 +59,8 @@ def _native(
         own = known.names[stem] if stem in BARE else f"{known.names[stem]}.{kind}"
         rotated = known.neighbours and stem in ROTATED
         yield f"{start}.{own}", _half_split(tensor, config) if rotated else _shaped(stem, tensor)
+    elif isinstance(last := config.get("num_hidden_layers"), int) and int(layer) >= last:
+        yield f"{start}.{stem}.{kind}", tensor  # of what predicts further tokens
     else:
         yield name, tensor
 
