@@ -77,7 +77,7 @@ def parity_of(decoder, golden, folder, windows, decode_tokens=None, **options):
 def rows_of(parity_and_shards):
     parity, loaded = parity_and_shards
     by_path = {one.shard.path: one for one in loaded}
-    yield parity.embed()
+    yield from parity.embed()
     for stage in stages(parity.manifest):
         yield from parity.stage([by_path[shard.path] for shard in stage])
 
