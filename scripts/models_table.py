@@ -57,7 +57,7 @@ def with_experts() -> set[str]:
     files = folder.glob("*/modeling_*.py")
     found = {file.parent.name for file in files if EXPERTS.search(file.read_text())}
     # A model whose text model is another one's, and the text model alone of one.
-    return found | {"kimi_k25", "mistral3", "qwen3_5_moe_text"}
+    return found | {"gemma4_text", "kimi_k25", "llama4_text", "mistral3", "qwen3_5_moe_text"}
 
 
 def parts(spec: ModelSpec) -> str:
@@ -76,6 +76,8 @@ def parts(spec: ModelSpec) -> str:
     words += ["LayerNorm"] if spec.norm.kind == "layer" else []
     words += ["norms carried on"] if spec.layers[0].keeps else []
     words += ["affine residuals"] if spec.layers[0].affine else []
+    words += ["scaled layers"] if spec.layers[0].scaled else []
+    words += ["capped scores"] if spec.head.softcap else []
     scales = (spec.embed_scale, spec.residual_scale, spec.shared_scale, spec.head.logit_scale)
     scaled = any(scale != 1 for scale in scales)
     return ", ".join(dict.fromkeys(words + (["multipliers"] if scaled else [])))
@@ -87,11 +89,15 @@ def _mixer(mixer: Any) -> list[str]:
     facts = {
         "attention in a band" if isinstance(mixer, BandSpec) else "attention": True,
         "windows": mixer.window,
+        "chunks": mixer.chunk,
+        "a temperature": mixer.temperature,
         "layers without rotation": mixer.rope is None,
         f"q and k norms ({mixer.qk_norm})": mixer.qk_norm != "none",
         "sinks": mixer.sinks,
         f"{mixer.gate} gate": mixer.gate != "none",
         "clipping": mixer.clip_qkv,
+        "normed values": mixer.v_norm,
+        "keys as values": mixer.keys_are_values,
     }
     return [name for name, has in facts.items() if has]
 
@@ -106,13 +112,19 @@ def _router(router: Any) -> list[str]:
         "choice by logits": router.by_logits,
         "groups": router.groups > 1,
         "capped logits": router.softcap,
+        "weighed experts": router.weighed,
     }
     return [name for name, has in facts.items() if has]
 
 
 def _experts(moe: MoeSpec) -> list[str]:
     facts = {
+        "a norm of the router": moe.router_norm,
         "clamped activation": moe.expert.clamp,
+        "gates on what enters experts": moe.expert.gate_enters,
+        "limits of the activation": moe.expert.limit,
+        "GELU": moe.expert.activation == "gelu",
+        "a dense MLP beside": moe.beside,
         "gated shared expert": moe.shared and moe.shared.gated,
         "shared expert": moe.shared and not moe.shared.gated,
     }

@@ -6,6 +6,7 @@ part can be wrong unseen: norm weights are not 1, biases not 0, routing is not u
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -218,9 +219,7 @@ def make_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("norm.weight", "_layernorm.weight")) or name.endswith(
-                ("_scale", ".temp")
-            ):
+            if re.search(r"norm(_\w)?\.weight$|[_.]scale$|\.temp$", name):
                 parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
             elif (
                 "conv" in name and parameter.dim() == 3
@@ -243,6 +242,8 @@ def make_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
         for name, buffer in model.named_buffers():
             if name.endswith(("balancing_biases", "expert_bias", "correction_bias")):
                 buffer.copy_(0.1 * torch.randn_like(buffer))
+            elif name.endswith("layer_scalar"):
+                buffer.uniform_(0.5, 1.5)
     return model.eval()
 
 

@@ -9,12 +9,15 @@ WITH_IMAGES = (  # or counted among those that have by transformers
     "aria",
     "deepseek_ocr2",
     "ernie4_5_vl_moe",
+    "gemma4",
     "glm4v_moe",
     "kimi_k25",
+    "llama4",
     "mistral3",
     "mistral4",
     "qwen3_5_moe",
     "qwen3_vl_moe",
+    "step3p7",
     "unlimited_ocr",
 )
 
@@ -124,6 +127,45 @@ GRANITE: Fields = {
     "logits_scaling": 6.0,
     "tie_word_embeddings": True,
     "shared_intermediate_size": 52,
+}
+GEMMA: Fields = {
+    "intermediate_size": 100,
+    "moe_intermediate_size": 40,
+    "num_experts": 12,
+    "top_k_experts": 3,
+    "global_head_dim": 24,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "attention_bias": True,
+    "enable_moe_block": True,
+    "hidden_size_per_layer_input": 0,
+    "layer_types": [SLIDING, FULL],
+    "sliding_window": 5,
+    "final_logit_softcapping": 3.0,
+    "pad_token_id": 0,
+    "rope_parameters": {
+        FULL: {
+            "rope_type": "proportional",
+            "rope_theta": 500000.0,
+            "partial_rotary_factor": 0.5,
+        },
+        SLIDING: {"rope_type": "default", "rope_theta": 10000.0},
+    },
+}
+CHUNKED = "chunked_attention"
+LLAMA: Fields = {
+    "num_hidden_layers": 3,
+    "intermediate_size": 40,
+    "intermediate_size_mlp": 100,
+    "num_local_experts": 9,
+    "num_experts_per_tok": 1,
+    "moe_layers": [0, 2],
+    "layer_types": [CHUNKED, CHUNKED, FULL],
+    "no_rope_layers": [1, 1, 0],
+    "attention_chunk_size": 5,
+    "attention_bias": True,
+    "floor_scale": 3,
+    "attn_scale": 0.4,
 }
 LINEAR = "linear_attention"
 DELTA: Fields = {
@@ -612,6 +654,132 @@ ROWS: dict[str, Row] = {
                 "tie_word_embeddings": True,
             }
         },
+    ),
+    "gemma4_text": Row(
+        GEMMA,
+        {
+            "plain": {
+                "attention_k_eq_v": False,
+                "attention_bias": False,
+                "final_logit_softcapping": None,
+                "tie_word_embeddings": True,
+            }
+        },
+        fused=False,
+    ),
+    "gemma4": Row(
+        {
+            "text_config": {**COMMON, **GEMMA},
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 8,
+                "position_embedding_size": 16,
+            },
+            "audio_config": None,
+            "tie_word_embeddings": False,
+        },
+        fused=False,
+    ),
+    "dbrx": Row(
+        {
+            "d_model": 72,
+            "num_attention_heads": 6,  # 6 x 12 is 72, as it has to be
+            "head_dim": 12,
+            "attn_config": {"kv_n_heads": 3, "clip_qkv": 0.7, "rope_theta": 500.0},
+            "ffn_config": {
+                "ffn_hidden_size": 40,
+                "moe_num_experts": 9,
+                "moe_top_k": 3,
+                "moe_normalize_expert_weights": 1.0,
+            },
+        },
+        {
+            "plain": {
+                "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.5, "rope_theta": 500.0},
+                "ffn_config": {
+                    "ffn_hidden_size": 24,
+                    "moe_num_experts": 5,
+                    "moe_top_k": 2,
+                    "moe_normalize_expert_weights": None,
+                },
+            }
+        },
+        fused=False,
+    ),
+    "step3p7": Row(
+        {
+            "text_config": {
+                **COMMON,
+                "num_hidden_layers": 3,
+                "intermediate_size": 100,
+                "moe_intermediate_size": 40,
+                "share_expert_dim": 52,
+                "n_routed_experts": 12,
+                "num_experts_per_tok": 3,
+                "num_sliding_attention_heads": 6,
+                "sliding_window": 5,
+                "layer_types": [SLIDING, FULL, FULL],
+                "mlp_layer_types": ["dense", "sparse", "sparse"],
+                "moe_router_scaling_factor": 1.7,
+                "swiglu_limits": [0.0, 0.2, 0.0],
+                "swiglu_limits_shared": [0.3, 0.4, 0.0],
+                "query_pre_attn_scalar": 20,
+                "pad_token_id": 0,
+                "rope_parameters": BY_KIND | {FULL: BY_KIND[FULL] | {"partial_rotary_factor": 0.5}},
+            },
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+        },
+        fused=False,
+    ),
+    "llama4_text": Row(
+        LLAMA,
+        {
+            "several experts": {
+                "num_experts_per_tok": 3,
+                "moe_layers": [0, 1, 2],
+                "use_qk_norm": False,
+                "attention_bias": False,
+                "attn_temperature_tuning": False,
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "rope_theta": 10000.0,
+                    "factor": 16.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 1.0,
+                    "original_max_position_embeddings": 64,
+                },
+            }
+        },
+        fused=False,
+    ),
+    "llama4": Row(
+        {
+            "text_config": {**COMMON, **LLAMA},
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 64,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+                "vision_output_dim": 16,
+                "projector_input_dim": 16,
+                "projector_output_dim": 16,
+            },
+            "tie_word_embeddings": False,
+        },
+        fused=False,
     ),
     "qwen3_5_moe_text": Row(DELTA, {"one head": {"linear_num_key_heads": 1}}),
     "qwen3_5_moe": Row(

@@ -401,6 +401,8 @@ class Checkpoint:
 
 def _predicting(config: Mapping[str, Any]) -> range:
     """The layers after the model's own, where its configuration counts any."""
+    text = config.get("text_config")
+    config = text if isinstance(text, dict) else config
     own, further = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers")
     if isinstance(own, int) and isinstance(further, int):
         return range(own, own + further)

@@ -18,7 +18,7 @@ KINDS = {
     r"(visual|vision_tower|vision_model|vision_encoder|sam_model|qwen2_model)\.",
     "an audio tower": r"^((thinker|model)\.)?(audio_tower|audio_encoder|audio_model)\.",
     "a projector of images or sound": r"^(model\.)?"
-    r"(((multi_?modal|mm|vision|audio)_)?projector|embed_(vision|audio))\.",
+    r"(((multi_?modal|mm|vision|audio|vit_large)_)?projector|embed_(vision|audio))\.",
     "what speaks": r"^(talker|code2wav)\.",
     "what stands between the views of an image": r"^(model\.)?(view_sep[ae]rator|image_newline)$",
     PREDICTING: r"^(model\.)?mtp\.",

@@ -432,6 +432,7 @@ class _Planner:
             spec.norms_of_ffn,
             self._keeps(layer)[1],
             spec.parallel,
+            spec.scaled,
         )
 
     def _keeps(self, layer: int) -> tuple[float | None, float | None]:
@@ -477,13 +478,12 @@ class _Planner:
 
     def attention(self, layer: int) -> ShardPlan:
         config, spec = self._mixer(layer), self.spec.layers[layer]
-        routed = isinstance(spec.ffn, MoeSpec) and self.options.routing == "sparse"
         block: PartConfig = config
-        if isinstance(spec.ffn, MoeSpec) and routed:
+        if isinstance(ffn := spec.ffn, MoeSpec) and self.options.routing == "sparse":
             norms, keeps = spec.norms_of_ffn, self._keeps(layer)[1]
             whole = replace(config, alone=False)  # experts add to the stream with that
-            router, apart = spec.ffn.router, spec.parallel
-            block = RoutedMixerConfig(whole, router, spec.affine, keeps, norms, apart)
+            facts = (spec.affine, keeps, norms, spec.parallel, ffn.router_norm)
+            block = RoutedMixerConfig(whole, ffn.router, *facts)
         path = f"attn/layer_{layer:02d}.mlpackage"
         return self._shard(path, "attn", layer, _Copy(block), scope="attn")
 
@@ -570,7 +570,10 @@ class _Planner:
         the stream: the last part."""
         if self._target(layer) == STREAM:
             return [*shards]
-        copy = _Copy(JoinConfig(self.spec.d_model, self.spec.norm))
+        spec = self.spec.layers[layer]
+        beside = spec.ffn.beside if isinstance(spec.ffn, MoeSpec) else None
+        ranks = self._beside_ranks(layer)
+        copy = _Copy(JoinConfig(self.spec.d_model, self.spec.norm, beside, ranks, spec.scaled))
         path, parts = f"join/layer_{layer:02d}.mlpackage", len(shards) + 1
         facts = {"scope": "ffn", "part": len(shards), "reason": "the sum of the experts is normed"}
         join = self._shard(path, "join", layer, copy, **facts)
@@ -584,7 +587,7 @@ class _Planner:
         rank = 0 if head.labels else self._rank(HEAD)
         shards, first = [], 0
         for part, rows in enumerate(sizes):
-            copy = _Copy(HeadConfig(self.spec.d_model, self.spec.norm, rows, rank, head.bias))
+            copy = _Copy(self._head_config(rows, rank))
             path = f"{kind}/part_{part}.mlpackage"
             reason = f"at most {MAX_HEAD_ROWS} output rows a slice" if len(sizes) > 1 else ""
             facts = {
@@ -596,6 +599,10 @@ class _Planner:
             shards.append(self._shard(path, kind, None, copy, scope=HEAD.part, **facts))
             first += rows
         return shards
+
+    def _head_config(self, rows: int, rank: int) -> HeadConfig:
+        head = self.spec.head
+        return HeadConfig(self.spec.d_model, self.spec.norm, rows, rank, head.bias, head.softcap)
 
     def _moe(self, layer: int, moe: MoeSpec, experts: int, first: bool) -> MoeConfig:
         soft, ranks = self.options.routing == "soft", self._mlp_ranks(layer, expert=0)
@@ -614,7 +621,14 @@ class _Planner:
             whole.norms_of_ffn,
             self._keeps(layer)[1],
             whole.parallel,
+            whole.scaled,
+            self._beside_ranks(layer),
         )
+
+    def _beside_ranks(self, layer: int) -> MlpRanks:
+        ffn = self.spec.layers[layer].ffn
+        there = isinstance(ffn, MoeSpec) and ffn.beside is not None
+        return self._mlp_ranks(layer, "beside.mlp.") if there else (0, 0, 0)
 
     def _split(self, layer: int, moe: MoeSpec) -> tuple[list[int], str]:
         """Experts per part, and why: the fewest parts within the limit, equal ones where that costs

@@ -70,7 +70,9 @@ def write_routers(
     """Write each layer's router, fp16 `[E,d]` with the norm's weight folded in, to its path below
     `out`."""
     for layer, path in paths.items():
-        names = (WeightName(layer, "ffn", None, f"{name}.weight") for name in ("router", "norm"))
+        weight = WeightName(layer, "ffn", None, "router.weight")
+        own = weight.beside("router_norm.weight")
+        names = (weight, own if own in sources else weight.beside("norm.weight"))
         router, norm = (checkpoint.read(sources[name]).astype(np.float32) for name in names)
         table = router * norm
         table /= max(1.0, float(np.abs(table).max()) / LARGEST)

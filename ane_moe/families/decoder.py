@@ -51,10 +51,11 @@ def gqa_facts(config: Config, **facts: Any) -> dict[str, Any]:
     return {**sizes, **usual, **facts}
 
 
-def mlp(config: Config, width: str) -> MlpSpec:
-    """A gated MLP whose inner width is the field `width`."""
+def mlp(config: Config, width: str, **facts: Any) -> MlpSpec:
+    """A gated MLP whose inner width is the field `width`; `facts` are the MlpSpec fields in which
+    the family differs."""
     config.only("hidden_act", "silu", "swish")
-    return MlpSpec(config.integer(width))
+    return MlpSpec(config.integer(width), **facts)
 
 
 def clamp(config: Config) -> Clamp:
@@ -107,6 +108,21 @@ def text_config(config: Config) -> Config:
     outer = ("model_type", "tie_word_embeddings", "bos_token_id", "eos_token_id")
     own = {name: config.values[name] for name in outer if config.has(name)}
     return Config(inner | own, config.where)
+
+
+def of_layer(config: Config, number: int) -> Config | None:
+    """The fields with those in them that `per_layer_config` gives for one layer, as transformers
+    saves them; None where the file has no such field."""
+    name = "per_layer_config"
+    if not config.has(name):
+        return None
+    given = config.values[name]
+    listed = given.items() if isinstance(given, dict) else ()
+    found = (fields for key, fields in listed if key.isdigit() and int(key) == number)
+    own: Any = next(found, {})
+    if not isinstance(given, dict) or not isinstance(own, dict):
+        raise config.wrong(name, "an object of fields for each layer")
+    return Config(config.values | own, config.where)
 
 
 def n_layers(config: Config) -> int:
@@ -207,6 +223,8 @@ def llama(
 
 def rope_table(rope: Config, head_dim: int) -> RopeSpec:
     """The table of heads of so many channels, of which all are rotated, or the first."""
+    if rope.values["rope_type"] == "proportional":
+        return rope_spec(rope, head_dim)
     factor = rope.number("partial_rotary_factor") if rope.has("partial_rotary_factor") else 1.0
     rotated = int(head_dim * factor)
     if rotated > head_dim or rotated % 2 or rotated != head_dim * factor:

@@ -34,6 +34,15 @@ class Fused:
 
 
 @dataclass(frozen=True)
+class Stacked:
+    """One expert's run of rows of a matrix in which those of all experts are one below the other;
+    `transposed`: with what leaves an expert first."""
+
+    key: str
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
 class Rows:
     """`part` of `parts` equal runs of rows of one stored tensor."""
 
@@ -92,7 +101,7 @@ class Runs:
     part: str
 
 
-Entry = str | Fused | Rows | Paired | Only | Framed | Turned | AroundOne | Runs
+Entry = str | Fused | Stacked | Rows | Paired | Only | Framed | Turned | AroundOne | Runs
 KeyTable = Mapping[str, tuple[Entry, ...]]
 
 LAYER = "model.layers.{layer}"
@@ -180,6 +189,8 @@ def _source(spec: ModelSpec, name: WeightName, weight: Weight, entry: Entry) -> 
         return TensorSource(name, key, weight.shape, scale=scale, weight=weight, offset=1.0)
     if isinstance(entry, Runs):
         return _run_source(spec, name, weight, entry)
+    if isinstance(entry, Stacked):
+        return _stacked_source(spec, name, weight, entry)
     assert name.layer is not None
     layer, rows, key = spec.layers[name.layer], weight.shape[0], entry.key.format(**numbers)
     if isinstance(entry, Paired):
@@ -209,6 +220,24 @@ def _source(spec: ModelSpec, name: WeightName, weight: Weight, entry: Entry) -> 
         scale=scale,
         weight=weight,
         columns=columns,
+    )
+
+
+def _stacked_source(
+    spec: ModelSpec, name: WeightName, weight: Weight, entry: Stacked
+) -> TensorSource:
+    assert name.layer is not None and name.expert is not None
+    ffn = spec.layers[name.layer].ffn
+    assert isinstance(ffn, MoeSpec)
+    rows, columns = weight.shape[::-1] if entry.transposed else weight.shape
+    return TensorSource(
+        name,
+        entry.key.format(layer=name.layer),
+        (ffn.router.experts * rows, columns),
+        rows=(name.expert * rows, (name.expert + 1) * rows),
+        transpose=entry.transposed,
+        scale=spec.multiplier(weight.fold, name.layer, name.part),
+        weight=weight,
     )
 
 

@@ -6,12 +6,10 @@ DSA, MLA = "sparse attention by an index", "deepseek_v3"
 MISSING: dict[str, tuple[str, str]] = {
     "axk2": (MLA, f"{DSA}, gated norms"),
     "beam": ("afmoe", "queries scaled by position, residuals weighted by depth, biased gates"),
-    "dbrx": ("olmoe", "one matrix for q, k and v, and a layout of its own for experts"),
     "deepseek_v32": (MLA, DSA),
     "deepseek_v4": (MLA, "compressed attention, experts chosen by token, hyper-connections"),
     "diffusion_gemma": ("", "Gemma 4's layer, decoding by diffusion"),
     "dots3_note": (MLA, f"{DSA}, windows of latents"),
-    "gemma4": ("afmoe", "a dense branch beside the experts, keys that are values, GELU"),
     "glm5_next": (MLA, f"linear attention, {DSA}, hyper-connections"),
     "glm_moe_dsa": (MLA, DSA),
     "granitemoehybrid": ("granitemoeshared", "Mamba-2 layers"),
@@ -20,14 +18,12 @@ MISSING: dict[str, tuple[str, str]] = {
     "inkling2": ("", "convolutions around attention, a softly capped activation"),
     "jamba": ("mixtral", "Mamba layers"),
     "jetmoe": ("granitemoe", "attention whose heads are experts"),
-    "llama4": ("mixtral", "gates on what enters experts, chunks, a temperature of attention"),
     "longcat_flash": (MLA, "two attentions in a layer, experts that compute nothing"),
     "minimax_m3_vl": ("minimax_m2", "attention to chosen blocks, a clamped activation"),
     "mistral_large4": (MLA, f"{DSA}, a temperature of attention"),
     "muse_spark": ("afmoe", "experts that work on a latent, a norm after each"),
     "nemotron_h": ("", "Mamba-2 layers, one mixer or feed-forward block in a layer, no gate"),
     "qwen4_exp": ("qwen3_next", f"tables of n-grams, {DSA}"),
-    "step3p7": ("afmoe", "limits of the activation by layer, gates by head of its own form"),
 }
 # What has experts, and is no decoder that routes tokens.
 ELSEWHERE = {

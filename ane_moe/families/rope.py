@@ -62,7 +62,7 @@ def _llama3(rope: Config, frequencies: np.ndarray) -> tuple[np.ndarray, float]:
     between blended."""
     low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
     turns = rope.integer("original_max_position_embeddings") * frequencies / (2 * math.pi)
-    kept = np.clip((turns - low) / (high - low), 0, 1)
+    kept = np.clip((turns - low) / (high - low or 1e-9), 0, 1)  # Llama 4 has nothing between
     return frequencies * (kept + (1 - kept) / rope.number("factor")), 1.0
 
 
@@ -99,9 +99,18 @@ def mscale(factor: float, weight: float) -> float:
     return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
 
 
+def _proportional(rope: Config, frequencies: np.ndarray) -> tuple[np.ndarray, float]:
+    """Gemma 4: all pairs have their places in the table; those beyond the factor do not turn."""
+    factor = rope.number("partial_rotary_factor") if rope.has("partial_rotary_factor") else 1.0
+    turning = np.arange(len(frequencies)) < int(factor * 2 * len(frequencies) // 2)
+    scale = rope.number("factor") if rope.has("factor") else 1.0
+    return np.where(turning, frequencies / scale, 0.0), 1.0
+
+
 TYPES: dict[str, Callable[[Config, np.ndarray], tuple[np.ndarray, float]]] = {
     "default": _default,
     "linear": _linear,
     "llama3": _llama3,
     "yarn": _yarn,
+    "proportional": _proportional,
 }

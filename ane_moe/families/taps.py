@@ -9,24 +9,28 @@ class Taps:
 
     `ffn_norm` is the norm before the feed-forward block: what enters it is the stream after the
     mixer. The router is the module whose class's name ends with `router`; its outputs begin with
-    logits, weights and choices. `score`, and the bias called `choice_bias` (of the router or of the
-    block it is in), make of logits what choices are made by; `by_logits` the bias alone does.
-    `groups`: what the router calls the number of groups of experts, and that of groups chosen from,
-    by the sum of the `group_best` largest scores of each; a number that is null stands for 1.
-    `shared` is an always-on expert that stands beside the experts' block. `skip`: a choice of
-    weight 0 is of the class after the last expert. `carry` is the name of what a layer hands on
-    beside the stream. `residuals` are the modules of an affine residual, after the mixer and after
-    the feed-forward block, with the names of what multiplies the added, and of what shifts and
-    multiplies the stream. `entry`: the model shifts the embedding before the first layer (a
-    multiplier alone goes into the table). `beside` is the mixer where the feed-forward block reads
-    what it reads, and both add to that. `head` is the model's module that gives scores. What
-    experts give is multiplied by the number that their block calls `experts_scale`. `after` is the
-    norm of what the feed-forward block adds, where there is one. `added_factor`: both blocks add to
-    what their norms give, and the layer has a number of this name that multiplies what the
-    feed-forward block adds. `values`, `up` and `down` are what the projections to an attention's
-    values, and those around a gated MLP's product, end in; `gate_up` gives both factors, the gate
-    first. `inside` is the part of the configuration that is of the model which reads and writes
-    text.
+    logits (scores, with no `score`), weights and choices. `score`, and the bias called
+    `choice_bias` (of the router or of the block it is in), make of logits what choices are made by;
+    `by_logits` the bias alone does. `groups`: what the router calls the number of groups of
+    experts, and that of groups chosen from, by the sum of the `group_best` largest scores of each;
+    a number that is null stands for 1. `shared` is an always-on expert that stands beside the
+    experts' block. `skip`: a choice of weight 0 is of the class after the last expert. `carry` is
+    the name of what a layer hands on beside the stream. `residuals` are the modules of an affine
+    residual, after the mixer and after the feed-forward block, with the names of what multiplies
+    the added, and of what shifts and multiplies the stream. `entry`: the model shifts the embedding
+    before the first layer (a multiplier alone goes into the table). `beside` is the mixer where the
+    feed-forward block reads what it reads, and both add to that. `head` is the model's module that
+    gives scores. What experts give is multiplied by the number that their block calls
+    `experts_scale`. `after` is the norm of what the feed-forward block adds, where there is one;
+    `layer_scale` the number that multiplies the stream after the layer, `beside_norm` the norm
+    before an MLP next to the experts. `added_factor`: both blocks add to what their norms give, and
+    the layer has a number of this name that multiplies what the feed-forward block adds. `values`,
+    `up` and `down` are what the projections to an attention's values, and those around a gated
+    MLP's product, end in; `gate_up` gives both factors, the gate first. `inside` is the part of the
+    configuration that is of the model which reads and writes text. `layers` is what the decoder
+    calls its layers. Routers whose outputs have nothing but logits `logits`-th in them choose the
+    `top_k` largest. With `sorted_inputs` experts are called with tokens alone, as many for each
+    expert, times its gate.
     """
 
     ffn_norm: str = "post_attention_layernorm"
@@ -48,6 +52,11 @@ class Taps:
     head: str = "lm_head"
     inside: str = ""
     after: str = ""
+    layer_scale: str = ""
+    beside_norm: str = ""
+    layers: str = "layers"
+    logits: int | None = None
+    sorted_inputs: bool = False
     experts_scale: str = ""
     added_factor: str = ""
     values: str = "v_proj"

@@ -10,7 +10,15 @@ import numpy as np
 
 from ane_moe.errors import UserError
 from ane_moe.manifest import Manifest
-from ane_moe.model.port import Port, Shape, band_reach, prompt_window, slot_arguments
+from ane_moe.model.port import (
+    PASSED,
+    Port,
+    Shape,
+    band_reach,
+    chunk_size,
+    prompt_window,
+    slot_arguments,
+)
 
 # Additive mask of a slot that may not be seen; exp of it is 0 in fp16 and fp32.
 HIDDEN = np.float16(-1e4)
@@ -88,17 +96,19 @@ def _mask(array: np.ndarray, slot: str, at: Placement) -> None:
         own = at.position if at.roster else at.position + token
         if prompt_window(window) is not None:
             mask[token, : own + 1 if at.prompt is None else min(at.prompt, own + 1)] = 0
-        mask[token, _first_seen(window, own) : own + 1] = 0
+        mask[token, max(0, _first_seen(window, own)) : own + 1] = 0
         if at.roster:
             mask[token, at.position] = HIDDEN
             mask[token, at.position + token] = 0
 
 
 def _first_seen(window: str, own: int) -> int:
-    """The first token of the window of the token `own`."""
+    """The first token that one of this position sees; what precedes the text does not count."""
     if window == "all":
         return 0
-    return max(0, own + 1 - (prompt_window(window) or int(window)))
+    if (size := chunk_size(window)) is not None:
+        return own - own % size
+    return own + 1 - (prompt_window(window) or int(window))
 
 
 def _write(array: np.ndarray, slot: str, at: Placement) -> None:
@@ -145,6 +155,14 @@ def _noise(array: np.ndarray, slot: str, at: Placement) -> None:
     array.fill(0)
 
 
+def _passed(array: np.ndarray, slot: str, at: Placement) -> None:
+    """`(1, 1, 1, T)`: log(1 + n) for the n whole runs of tokens that end with a token or before."""
+    (steps,) = slot_arguments(slot)
+    array.fill(0)
+    positions = np.full(at.count, at.position) if at.roster else np.arange(at.position, at.end)
+    array[0, 0, 0, : at.count] = np.log1p((positions + 1) // int(steps))
+
+
 Rule = Callable[[np.ndarray, str, Placement], None]
 RULES: dict[str, Rule] = {
     "mask": _mask,
@@ -154,6 +172,7 @@ RULES: dict[str, Rule] = {
     "shift": _shift,
     "real": _real,
     "noise": _noise,
+    PASSED: _passed,
 }
 
 

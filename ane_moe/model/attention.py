@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from ane_moe.model.kv_cache import cache_ports, cache_states
 from ane_moe.model.mixer import MixerConfig
-from ane_moe.model.port import Port
-from ane_moe.model.spec import GqaSpec
+from ane_moe.model.port import CHUNK, PASSED, PROMPT, Port
+from ane_moe.model.spec import GqaSpec, Temperature
 
 
 @dataclass(frozen=True)
@@ -18,5 +18,18 @@ class AttentionConfig(MixerConfig):
         return cache_states(m.kv_heads, m.head_dim, self.slots, m.value)
 
     def host(self, tokens: int) -> tuple[Port, ...]:
-        m = self.mixer
-        return cache_ports(m.rope, self.rotary, m.window, self.slots, tokens, m.sees_prompt)
+        m, seen = self.mixer, seen_of(self.mixer)
+        ports = cache_ports(m.rope, self.rotary, seen, self.slots, tokens)
+        return ports if m.temperature is None else (*ports, passed_port(m.temperature, tokens))
+
+
+def seen_of(mixer: GqaSpec) -> int | str | None:
+    """What a token sees, as the argument of a mask."""
+    if mixer.chunk is not None:
+        return f"{CHUNK}{mixer.chunk}"
+    return f"{PROMPT}{mixer.window}" if mixer.sees_prompt and mixer.window else mixer.window
+
+
+def passed_port(temperature: Temperature, tokens: int) -> Port:
+    """What a temperature grows by, for each token."""
+    return Port(PASSED, (1, 1, 1, tokens), f"{PASSED}.{temperature.steps}")

@@ -15,6 +15,7 @@ class HeadConfig:
     scores: int
     rank: int = 0
     bias: bool = False
+    softcap: float | None = None
 
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""

@@ -1,10 +1,12 @@
-"""What follows the parts of a layer whose sum is normed before it meets the stream, as data."""
+"""What follows the parts of a layer whose sum is normed before it meets the stream, as data: with
+it goes what stands beside the experts."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ane_moe.model.mlp import MlpRanks, mlp_rows
 from ane_moe.model.port import ADDED, STREAM, Port, Ports
-from ane_moe.model.spec import NormSpec, after_rows
+from ane_moe.model.spec import MlpSpec, NormSpec, after_rows, beside_rows
 from ane_moe.model.weight import Row
 
 
@@ -12,10 +14,16 @@ from ane_moe.model.weight import Row
 class JoinConfig:
     d_model: int
     norm: NormSpec
+    beside: MlpSpec | None = None
+    ranks: MlpRanks = (0, 0, 0)
+    scaled: bool = False
 
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""
-        return after_rows(self.norm, self.d_model, "after")
+        if self.beside is not None:
+            rows = mlp_rows(self.beside, self.d_model, "dense", self.ranks)
+            yield from beside_rows(rows, self.norm, self.d_model)
+        yield from after_rows(self.norm, self.d_model, "after", self.scaled)
 
     def ports(self, tokens: int) -> Ports:
         stream = (1, self.d_model, 1, tokens)

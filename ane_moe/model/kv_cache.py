@@ -1,6 +1,6 @@
 """The ports of a KV cache, as grouped-query mixers share it."""
 
-from ane_moe.model.port import PROMPT, Port, Shape
+from ane_moe.model.port import Port, Shape
 
 
 def cache_states(kv_heads: int, key: int, slots: int, value: int | None = None) -> tuple[Port, ...]:
@@ -20,19 +20,14 @@ def rope_ports(rope: str | None, rotary: int, tokens: int) -> tuple[Port, ...]:
 
 
 def cache_ports(
-    rope: str | None,
-    rotary: int,
-    window: int | None,
-    slots: int,
-    tokens: int,
-    sees_prompt: bool = False,
+    rope: str | None, rotary: int, seen: int | str | None, slots: int, tokens: int
 ) -> tuple[Port, ...]:
     """What attention over a cache asks of the host: rotary rows, what may be seen, where to
     write."""
-    row, kind = (1, 1, tokens, slots), PROMPT if sees_prompt and window else ""
+    row = (1, 1, tokens, slots)
     return (
         *rope_ports(rope, rotary, tokens),
-        Port("mask", row, f"mask.{kind}{window or 'all'}"),
+        Port("mask", row, f"mask.{seen or 'all'}"),
         Port("write", row, "write"),
         Port("keep", (1, 1, 1, slots), "keep"),
     )

@@ -33,13 +33,14 @@ class DenseConfig:
     norms: Norms = "before"
     keeps: float | None = None
     parallel: bool = False
+    scaled: bool = False
 
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""
         yield from before_rows(self.norm, self.d_model, self.norms)
         for row in mlp_rows(self.mlp, self.d_model, "dense", self.ranks):
             yield row.under("mlp")
-        yield from after_rows(self.norm, self.d_model, self.norms)
+        yield from after_rows(self.norm, self.d_model, self.norms, self.scaled)
         if self.affine:
             yield from residual_rows(self.d_model)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ane_moe.model.experts import added_scale_row, expert_rows, shared_rows
-from ane_moe.model.mlp import MlpRanks
+from ane_moe.model.mlp import MlpRanks, mlp_rows
 from ane_moe.model.port import ADDED, STREAM, Port, Ports, beside_ports
 from ane_moe.model.router import router_ports, router_rows
 from ane_moe.model.spec import (
@@ -13,7 +13,9 @@ from ane_moe.model.spec import (
     NormSpec,
     after_rows,
     before_rows,
+    beside_rows,
     residual_rows,
+    router_norm_rows,
 )
 from ane_moe.model.weight import Row, Selection
 
@@ -36,6 +38,8 @@ class MoeConfig:
     norms: Norms = "before"
     keeps: float | None = None
     parallel: bool = False
+    scaled: bool = False
+    beside_ranks: MlpRanks = (0, 0, 0)
 
     @property
     def split(self) -> bool:
@@ -50,6 +54,7 @@ class MoeConfig:
         """The block's parameters, in its own order."""
         d, moe = self.d_model, self.moe
         yield from before_rows(self.norm, d, self.norms)
+        yield from router_norm_rows(self.norm, d, moe.router_norm)
         yield from (row.under("router") for row in router_rows(moe.router, d, self.soft))
         yield from expert_rows(moe.expert, d, self.experts, self.ranks)
         if self.split:
@@ -57,7 +62,10 @@ class MoeConfig:
         if moe.shared is not None and self.first:
             yield from shared_rows(moe.shared, d, self.shared_ranks)
         if not self.joined:
-            yield from after_rows(self.norm, d, self.norms)
+            if moe.beside is not None:
+                rows = mlp_rows(moe.beside, d, "dense", self.beside_ranks)
+                yield from beside_rows(rows, self.norm, d)
+            yield from after_rows(self.norm, d, self.norms, self.scaled)
         if self.affine:
             yield from residual_rows(d) if self.first else (added_scale_row(d),)
 

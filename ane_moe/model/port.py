@@ -14,13 +14,15 @@ in slots alone: whoever runs a model fills a function's input slots, calls it, a
     mask.all  mask.17       additive mask of what a token may see: all before it, or 17 with itself
     mask.band_128           or 128 on either side of it
     mask.prompt_17          all before it in a prompt; after that the prompt, and 17 with itself
+    mask.chunk_64           or those before it in its own run of 64
     rope.main.cos           rows of a rotary table
     write  keep             one-hot rows for the cache slots of the call's tokens; the untouched
     slots
     shift.2                 one-hot columns that keep the last 2 real tokens of a state and a call
     real                    1 for the tokens of a call, 0 for padding
+    passed.64               log(1 + n) for n whole runs of 64 tokens up to each token
 
-The last five and noise are made by the host, by rules of `loop/buffers.py`; functions fill the
+The last six and noise are made by the host, by rules of `loop/buffers.py`; functions fill the
 others.
 """
 
@@ -34,7 +36,8 @@ Shape = tuple[int, ...]
 STREAM = "stream"
 FFN_INPUT = "ffn_input"
 ADDED = "added"
-MASK, BAND, PROMPT = "mask", "band_", "prompt_"
+MASK, BAND, CHUNK, PROMPT = "mask", "band_", "chunk_", "prompt_"
+PASSED = "passed"
 GATES, LOGITS, STATE = "gates", "logits", "state"  # roots
 # Roots of the slots whose arrays have channels on axis 1 and tokens on the last: `--layout` turns
 # those, and nothing else.
@@ -122,6 +125,11 @@ def slot_arguments(slot: str) -> list[str]:
 def band_reach(window: str) -> int | None:
     """128 of `band_128`, the argument of a mask; None of another one."""
     return int(window.removeprefix(BAND)) if window.startswith(BAND) else None
+
+
+def chunk_size(window: str) -> int | None:
+    """64 of `chunk_64`, the argument of a mask; None of another one."""
+    return int(window.removeprefix(CHUNK)) if window.startswith(CHUNK) else None
 
 
 def prompt_window(window: str) -> int | None:

@@ -6,7 +6,13 @@ from dataclasses import dataclass, replace
 from ane_moe.model.mixer import MixerConfig
 from ane_moe.model.port import ADDED, FFN_INPUT, Port, Ports
 from ane_moe.model.router import router_ports
-from ane_moe.model.spec import AnyRouterSpec, Norms, before_rows, residual_rows
+from ane_moe.model.spec import (
+    AnyRouterSpec,
+    Norms,
+    before_rows,
+    residual_rows,
+    router_norm_rows,
+)
 from ane_moe.model.weight import Row
 
 
@@ -20,13 +26,15 @@ class RoutedMixerConfig:
     keeps: float | None = None
     norms: Norms = "before"
     parallel: bool = False
+    router_norm: bool = False
 
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""
         d = self.mixer.d_model
         yield from (row.under("attn") for row in self.mixer.rows())
-        before = before_rows(self.mixer.norm, d, self.norms)
-        yield from (row.under("ffn") for row in before)
+        norm = self.mixer.norm
+        yield from (row.under("ffn") for row in before_rows(norm, d, self.norms))
+        yield from (row.under("ffn") for row in router_norm_rows(norm, d, self.router_norm))
         yield from (row.under("ffn.router") for row in self.router.rows(d))
         if self.affine:
             yield from (row.under("ffn") for row in residual_rows(d))

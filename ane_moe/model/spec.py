@@ -5,18 +5,20 @@ model's configuration. Sizes are in elements; `None` means the model does not ha
 part lists the tensors it needs (`rows`), in the order in which its module has them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, Self
+from typing import Literal, Protocol, Self, TypeVar
 
 from ane_moe.model.eda_router import EdaRouterSpec
 from ane_moe.model.sparse_mixer import SparseMixerSpec
-from ane_moe.model.weight import EMBEDDING, HEAD, HEAD_BIAS, Weight, WeightName
+from ane_moe.model.weight import EMBEDDING, HEAD, HEAD_BIAS, Row, Weight, WeightName
 
+AnyRow = TypeVar("AnyRow", Weight, Row)
 STREAM_SCALE = "stream_scale"  # the fold of what is shifted into the stream
 # The folds of an attention's values and of a gated MLP's linear branch, and of what reads them.
 VALUES, FROM_VALUES, UPS, FROM_UPS = "values", "from_values", "ups", "from_ups"
 SHARED_FROM_UPS = "shared_from_ups"  # the latter of shared experts
+INVERSE_ROOT = "inverse_root"  # the fold of 1 / sqrt(d_model)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,18 @@ class RopeSpec:
 
 
 @dataclass(frozen=True)
+class Temperature:
+    """Queries are multiplied by `1 + scale * log(1 + n)`, n whole runs of `steps` tokens up to and
+    with their own.
+
+    Source: transformers' `Llama4TextAttention` (arXiv 2501.19399).
+    """
+
+    steps: int
+    scale: float
+
+
+@dataclass(frozen=True)
 class GqaSpec:
     """Grouped-query attention with a KV cache (multi-head attention when `kv_heads == heads`)."""
 
@@ -59,18 +73,23 @@ class GqaSpec:
     rope: str | None  # name of a table in ModelSpec.ropes
     qkv_bias: bool = False
     o_bias: bool = False
-    # Per head, or over the whole projected vector; per head also after RoPE (HunYuan).
-    qk_norm: Literal["none", "head", "full", "rotated"] = "none"
+    # Per head, or over the whole projected vector; per head also after RoPE (HunYuan), or then
+    # without weights (Llama 4).
+    qk_norm: Literal["none", "head", "full", "rotated", "unit"] = "none"
     qk_norm_eps: float = 1e-6
     clip_qkv: float | None = None  # clamps q, k and v after the norm, before RoPE
     window: int | None = None  # tokens a query sees, itself included; None: all before it
     sees_prompt: bool = False  # the window is of generated tokens alone, which see all of a prompt
+    chunk: int | None = None  # tokens see those before them in their own run of so many
+    temperature: Temperature | None = None
     # A score for each head beside those of the keys, which takes its share and gives no value.
     sinks: bool = False
     # What is attended to is multiplied by a function of a projection of the layer's input: each
     # channel by one of its own, or each head.
     gate: Literal["none", "sigmoid", "softplus"] = "none"
     gate_by_head: bool = False
+    v_norm: bool = False  # values too are normed per head, without weights
+    keys_are_values: bool = False  # what is projected to keys, before their norm, is values too
     value_dim: int | None = None  # channels of a head's values, where they are not head_dim
 
     @property
@@ -83,12 +102,30 @@ class GqaSpec:
         """Rows of each head's gate, where a checkpoint has those after the head's queries."""
         return 1 if self.gate_by_head else self.value
 
+    @property
+    def query_rows(self) -> int:
+        """Rows of the matrix that gives queries."""
+        return self.heads * self.head_dim
+
+    @property
+    def key_rows(self) -> int:
+        """Rows of the matrix that gives keys."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def value_rows(self) -> int:
+        """Rows of the matrix that gives values."""
+        return self.kv_heads * self.value
+
     def rows(self, d_model: int) -> Iterator[Weight]:
         """The tensors of a layer's attention."""
-        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        value, attended = self.kv_heads * self.value, self.heads * self.value
-        values, out = ("", "residual_scale") if self.clip_qkv else (VALUES, FROM_VALUES)
+        query, key, value = self.query_rows, self.key_rows, self.value_rows
+        attended = self.heads * self.value
+        fixed = self.clip_qkv or self.v_norm or self.keys_are_values
+        values, out = ("", "residual_scale") if fixed else (VALUES, FROM_VALUES)
         for name, width, fold in (("q", query, ""), ("k", key, ""), ("v", value, values)):
+            if name == "v" and self.keys_are_values:
+                continue
             yield Weight(
                 f"{name}.weight", (width, d_model), f"attention.{name}", reads="x", fold=fold
             )
@@ -97,7 +134,7 @@ class GqaSpec:
         yield Weight("o.weight", (d_model, attended), "attention.o", reads="attended", fold=out)
         if self.o_bias:
             yield Weight("o.bias", (d_model,), fold="residual_scale")
-        if self.qk_norm != "none":
+        if self.qk_norm not in ("none", "unit"):
             per_head = self.qk_norm != "full"
             yield Weight("q_norm.weight", (self.head_dim if per_head else query,))
             yield Weight("k_norm.weight", (self.head_dim if per_head else key,))
@@ -145,7 +182,8 @@ class RouterSpec:
     neighbours only experts of the `open_groups` best are chosen from, those whose `group_best`
     largest scores sum up highest (`DeepseekV3TopkRouter`, `DeepseekV2TopkRouter`). A tanh keeps
     logits within `softcap` (`LagunaTopKRouter`). With `noise` the host may add to what the choice
-    is made by, logits or scores; weights never see it (RoE, arXiv 2509.17238).
+    is made by, logits or scores; weights never see it (RoE, arXiv 2509.17238). `weighed`: in the
+    end each expert has a weight of its own (`Gemma4TextRouter`).
     """
 
     experts: int
@@ -163,6 +201,7 @@ class RouterSpec:
     softcap: float | None = None
     noise: bool = False
     by_logits: bool = False
+    weighed: bool = False
 
     @property
     def classes(self) -> int:
@@ -190,6 +229,8 @@ class RouterSpec:
             yield Weight("bias", (self.experts,))
         if self.bias:
             yield Weight("choice_bias", (self.experts,), centred=True)
+        if self.weighed:
+            yield Weight("expert_scale", (self.experts,))
 
 
 @dataclass(frozen=True)
@@ -206,16 +247,22 @@ class Clamp:
 
 @dataclass(frozen=True)
 class MlpSpec:
-    """A gated MLP: `down(silu(gate(x)) * up(x))`, or with the activation `clamp`; `width` channels
-    wide inside."""
+    """A gated MLP: `down(activation(gate(x)) * up(x))`, or with the activation `clamp`; `width`
+    channels wide inside. GELU is the one approximated by tanh. `gate_enters`: the gate of an expert
+    multiplies what enters it, in place of what it gives. `limit`: silu(gate(x)) is at most that,
+    and up(x) between it and its negative (`Step3p7Experts`)."""
 
     width: int
     clamp: Clamp | None = None
     bias: bool = False
+    activation: Literal["silu", "gelu"] = "silu"
+    gate_enters: bool = False
+    limit: float | None = None
 
     def rows(self, d_model: int, role: str) -> Iterator[Weight]:
         """Its matrices, which a recipe calls `role`.gate, .up and .down, and their biases."""
-        ups, out = ("", "residual_scale") if self.clamp else (UPS, FROM_UPS)
+        fixed = self.clamp or self.limit
+        ups, out = ("", "residual_scale") if fixed else (UPS, FROM_UPS)
         for name, fold in (("gate", ""), ("up", ups)):
             yield Weight(
                 f"{name}.weight", (self.width, d_model), f"{role}.{name}", reads="x", fold=fold
@@ -247,9 +294,15 @@ AnyRouterSpec = RouterSpec | EdaRouterSpec | SparseMixerSpec
 
 @dataclass(frozen=True)
 class MoeSpec:
+    """`beside`: a gated MLP next to the experts. It reads the stream by a norm of its own; what it
+    gives and what they give are each normed, before they are summed. `router_norm`: so does the
+    router, which is given the root-th part of it (`Gemma4TextRouter`)."""
+
     router: AnyRouterSpec
     expert: MlpSpec
     shared: SharedSpec | None = None
+    beside: MlpSpec | None = None
+    router_norm: bool = False
 
 
 FfnSpec = MlpSpec | MoeSpec
@@ -265,10 +318,28 @@ def before_rows(norm: NormSpec, d_model: int, norms: Norms) -> Iterator[Weight]:
     return norm.rows(d_model) if norms != "after" else iter(())
 
 
-def after_rows(norm: NormSpec, d_model: int, norms: Norms) -> Iterator[Weight]:
-    """The norm of what a half of a layer adds."""
-    after = norm.rows(d_model, STREAM_SCALE, "residual.after")
-    return after if norms != "before" else iter(())
+def after_rows(
+    norm: NormSpec, d_model: int, norms: Norms, scaled: bool = False
+) -> Iterator[Weight]:
+    """The norm of what a half of a layer adds, and what multiplies the stream then."""
+    if norms == "before":
+        return
+    if scaled:
+        yield Weight("residual.scale", (1,))
+    yield from norm.rows(d_model, STREAM_SCALE, "residual.after")
+
+
+def router_norm_rows(norm: NormSpec, d_model: int, own: bool) -> Iterator[Weight]:
+    """The norm of what a router reads, where that is its own."""
+    return norm.rows(d_model, INVERSE_ROOT, "router_norm") if own else iter(())
+
+
+def beside_rows(mlp: Iterable[AnyRow], norm: NormSpec, d_model: int) -> Iterator[AnyRow]:
+    """An MLP of these rows next to the experts, and the norms of both."""
+    yield from norm.rows(d_model, path="beside.norm")
+    yield from (row.under("beside.mlp") for row in mlp)
+    yield from norm.rows(d_model, STREAM_SCALE, "beside.after")
+    yield from norm.rows(d_model, STREAM_SCALE, "beside.experts_after")
 
 
 def residual_rows(d_model: int) -> Iterator[Weight]:
@@ -292,7 +363,8 @@ class LayerSpec:
     block do if that differs. `keeps`: the mixer, and the feed-forward block, add to so many times
     the normed stream that they read, in place of the stream. `adds`: what multiplies what each
     adds, beside the model's own factor. `parallel`: both halves read the stream as it enters the
-    layer."""
+    layer. `scaled`: where there are norms after, the stream is multiplied by a number of the layer
+    in the end."""
 
     mixer: MixerSpec
     ffn: FfnSpec
@@ -303,6 +375,7 @@ class LayerSpec:
     adds: tuple[float, float] = (1.0, 1.0)
     ffn_norms: Norms | None = None
     parallel: bool = False
+    scaled: bool = False
 
     @property
     def norms_of_ffn(self) -> Norms:
@@ -338,10 +411,13 @@ class LayerSpec:
         if isinstance(self.ffn, MlpSpec):
             yield from (row.under("mlp") for row in self.ffn.rows(d_model, "dense"))
         else:
+            yield from router_norm_rows(norm, d_model, self.ffn.router_norm)
             yield from (row.under("router") for row in self.ffn.router.rows(d_model))
             if self.ffn.shared is not None:
                 yield from self.ffn.shared.rows(d_model)
-        yield from after_rows(norm, d_model, self.norms_of_ffn)
+            if self.ffn.beside is not None:
+                yield from beside_rows(self.ffn.beside.rows(d_model, "dense"), norm, d_model)
+        yield from after_rows(norm, d_model, self.norms_of_ffn, self.scaled)
         if self.affine:
             yield from residual_rows(d_model)
 
@@ -349,12 +425,13 @@ class LayerSpec:
 @dataclass(frozen=True)
 class HeadSpec:
     """Final norm and projection to the vocabulary or, of a token classifier, to its `labels`;
-    logits are multiplied by `logit_scale`."""
+    logits are multiplied by `logit_scale`, and kept within `softcap` by a tanh."""
 
     tied: bool
     logit_scale: float = 1.0
     labels: tuple[str, ...] = ()
     bias: bool = False
+    softcap: float | None = None
 
     def rows(self, count: int, d_model: int, norm: NormSpec) -> Iterator[Weight]:
         """Those of `count` scores. The logit scale goes into the norm: the other weight may be the
@@ -436,6 +513,7 @@ class ModelSpec:
             FROM_UPS: added / inner.ups,
             SHARED_FROM_UPS: added / inner.ups * self.shared_scale,
             STREAM_SCALE: self.stream_scale,
+            INVERSE_ROOT: self.d_model**-0.5,
             "logit_scale": self.head.logit_scale,
         }
         return multipliers[fold] if fold else 1.0

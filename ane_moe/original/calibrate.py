@@ -16,9 +16,8 @@ import torch
 
 from ane_moe.checkpoints.checkpoint import Checkpoint
 from ane_moe.errors import UserError
-from ane_moe.families.keys import LAYER
 from ane_moe.formats.calibration import Calibration
-from ane_moe.model.spec import Clamp, MlpSpec, ModelSpec, MoeSpec
+from ane_moe.model.spec import MlpSpec, ModelSpec, MoeSpec
 from ane_moe.model.weight import HEAD, WeightName
 from ane_moe.opened import Model
 from ane_moe.original.capture import Walk
@@ -94,14 +93,14 @@ class _Collector:
         self.ranges: dict[int, np.ndarray] = {}
         for number, layer in enumerate(model.spec.layers):
             heard = self._heard[number] = {}
-            start = LAYER.format(layer=number) + "."  # whatever the model is nested in
+            start = f".{stream.taps.layers}.{number}."  # whatever the model is nested in
             for row in layer.mixer.rows(model.spec.d_model):
                 name = WeightName(number, "attn", None, row.path)
                 if (
                     row.reads and name.beside(row.reads) not in heard
                 ):  # one of those that read it says it
                     inputs = heard[name.beside(row.reads)] = []
-                    path = model.sources[name].key.removeprefix(start).removesuffix(".weight")
+                    path = model.sources[name].key.partition(start)[2].removesuffix(".weight")
                     module = stream.layers[number].get_submodule(path)
                     module.register_forward_pre_hook(_Ear(inputs))
 
@@ -130,12 +129,19 @@ class _Collector:
             [golden.router_indices for golden in goldens if golden.router_indices is not None]
         )
         self.counts[index] = np.bincount(chosen.reshape(-1), minlength=ffn.router.classes)
+        gates = torch.from_numpy(np.concatenate([one.router_probs for one in goldens]))
         for expert in range(ffn.router.experts):
             if self.counts[index][expert]:
                 took_it = torch.from_numpy((chosen == expert).any(1))
-                self._mlp(WeightName(index, "ffn", expert, ""), "", x[took_it], ffn.expert)
+                own = x[took_it]
+                if ffn.expert.gate_enters:
+                    own = own * gates[took_it, expert, None]
+                self._mlp(WeightName(index, "ffn", expert, ""), "", own, ffn.expert)
         if isinstance(ffn, MoeSpec) and ffn.shared is not None:
             self._mlp(WeightName(index, "ffn", None, ""), "shared.", x, ffn.shared.mlp)
+        if isinstance(ffn, MoeSpec) and ffn.beside is not None:
+            own = taps[0].parts.layer.get_submodule(taps[0].parts.taps.beside_norm)(read)
+            self._mlp(WeightName(index, "ffn", None, ""), "beside.mlp.", own, ffn.beside)
 
     @torch.no_grad()
     def head(self, carried: list[torch.Tensor]) -> float:
@@ -146,7 +152,7 @@ class _Collector:
 
     def _final_norm(self, x: torch.Tensor) -> torch.Tensor:
         key = self._model.sources[HEAD.beside("norm.weight")].key
-        path = key.removeprefix("model.").removesuffix(".weight")
+        path = key.partition(".")[2].removesuffix(".weight")
         return cast(torch.Tensor, self._stream.decoder.get_submodule(path)(x))
 
     def _mlp(self, part: WeightName, prefix: str, x: torch.Tensor, spec: MlpSpec) -> None:
@@ -155,7 +161,7 @@ class _Collector:
             return y + self._weight(part.beside(f"{prefix}{matrix}.bias")) if spec.bias else y
 
         self.moments[part.beside("x")] = _mean_squares(x)
-        hidden = _activated(projected("gate"), projected("up"), spec.clamp)
+        hidden = _activated(projected("gate"), projected("up"), spec)
         self.moments[part.beside(f"{prefix}hidden")] = _mean_squares(hidden)
 
     def _weight(self, name: WeightName) -> torch.Tensor:
@@ -163,7 +169,13 @@ class _Collector:
         return torch.from_numpy(self._model.checkpoint.read(source)).float() / source.scale
 
 
-def _activated(gate: torch.Tensor, up: torch.Tensor, clamp: Clamp | None) -> torch.Tensor:
+def _activated(gate: torch.Tensor, up: torch.Tensor, spec: MlpSpec) -> torch.Tensor:
+    clamp = spec.clamp
+    if spec.activation == "gelu":
+        return torch.nn.functional.gelu(gate, approximate="tanh") * up
+    if spec.limit is not None:
+        gated = torch.nn.functional.silu(gate).clamp(max=spec.limit)
+        return gated * up.clamp(-spec.limit, spec.limit)
     if clamp is None:
         return torch.nn.functional.silu(gate) * up
     gate, up = gate.clamp(max=clamp.limit), up.clamp(-clamp.limit, clamp.limit)

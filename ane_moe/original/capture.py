@@ -112,7 +112,7 @@ class Walk:
         others = [other for other in stream.layers if other is not layer]
         outputs = dict.fromkeys(others, _handed_on(tap, self.carried[number]))
         with stream.stand_ins(outputs | {self._embedding: self._embedded[number]}), tap:
-            stream.model.base_model(input_ids=self._ids[number], use_cache=False)
+            stream.base(input_ids=self._ids[number], use_cache=False)
         self.carried[number] = tap.output
         if layer is stream.layers[0] and stream.taps.entry:
             tap.entering = self._embedded[number][0]

@@ -13,6 +13,7 @@ from ane_moe.original.golden import LayerGolden
 from ane_moe.original.tap import TappedLayer, first_of
 
 PROBES = 4
+ENTERING_GATE = 0.5  # where gates multiply what enters experts: outputs are not proportional to it
 
 
 @torch.no_grad()
@@ -23,22 +24,30 @@ def with_experts(parts: TappedLayer, golden: LayerGolden) -> LayerGolden:
     if experts is None or block is None or golden.router_indices is None:
         return golden
     ffn_input = parts.ffn_norm(torch.from_numpy(golden.read_by_ffn)[None])
-    beside = [torch.from_numpy(carried)[None] for carried in golden.carried_in.values()]
-    silent = experts.register_forward_hook(lambda _, args, output: torch.zeros_like(output))
-    with parts.without_norm_after():
-        inside: Any = first_of(block(ffn_input, *beside)).reshape(ffn_input.shape)
-    silent.remove()
     flat = ffn_input[0]
-    shared = scale * (inside + parts.shared(ffn_input))[0]
+    shared = torch.zeros(1)
+    if block is not experts:
+        beside = [torch.from_numpy(carried)[None] for carried in golden.carried_in.values()]
+        silent = experts.register_forward_hook(lambda _, args, output: torch.zeros_like(output))
+        with parts.without_norm_after():
+            inside: Any = first_of(block(ffn_input, *beside)).reshape(ffn_input.shape)
+        silent.remove()
+        shared = scale * (inside + parts.shared(ffn_input))[0]
     tokens = _shown(golden.router_indices, cast(int, experts.num_experts))
     each = torch.arange(len(tokens)).repeat_interleave(tokens.shape[1])[:, None]
-    outputs = scale * experts(flat[tokens.reshape(-1)], each, torch.ones(len(each), 1))
+    given = flat[tokens.reshape(-1)]
+    by_gate = parts.taps.sorted_inputs
+    if by_gate:
+        outputs = scale * experts(given * ENTERING_GATE)
+    else:
+        outputs = scale * experts(given, each, torch.ones(len(each), 1))
     return replace(
         golden,
         ffn_input=flat.numpy(),
         expert_tokens=tokens,
         expert_outputs=outputs.reshape(*tokens.shape, -1).numpy(),
         shared_output=shared.numpy() if bool(shared.any()) else None,
+        expert_gate=np.array([ENTERING_GATE], np.float32) if by_gate else None,
     )
 
 

@@ -40,7 +40,8 @@ class LayerGolden:
     For a MoE layer also the full router probabilities `[N,E]` and the experts chosen, int32
     `[N,k]`. Where asked for, also what experts compute alone: their input (the normed hidden state)
     and what the shared expert adds, `[N,d]`, and for the tokens int32 `[E,P]` each expert was
-    shown, its outputs `[E,P,d]` at a gate of 1.
+    shown, its outputs `[E,P,d]` at a gate of 1; or at `expert_gate`, `[1]`, where they are not
+    proportional to it.
 
     `router_scores` are what experts are chosen by, where that is not the probabilities.
     `experts_delta` is what experts and shared expert add, where the layer also changes the stream
@@ -69,6 +70,7 @@ class LayerGolden:
     shared_output: np.ndarray | None = None
     expert_tokens: np.ndarray | None = None
     expert_outputs: np.ndarray | None = None
+    expert_gate: np.ndarray | None = None
     router_scores: np.ndarray | None = None
     experts_delta: np.ndarray | None = None
     entering: np.ndarray | None = None

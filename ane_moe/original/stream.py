@@ -133,8 +133,10 @@ class StreamedModel:
                 .eval()
             )
         base = self.model.base_model
-        self.decoder: Any = getattr(base, "language_model", base)
-        self.layers: nn.ModuleList = self.decoder.layers
+        # Llama 4's causal model has no module of the name that it says its base has.
+        self.base: Any = self.model.model if base is self.model else base
+        self.decoder: Any = getattr(self.base, "language_model", self.base)
+        self.layers: nn.ModuleList = getattr(self.decoder, self.taps.layers)
         self._mapping: list[Any] = get_model_conversion_mapping(self.model)
         if any(SINGLE_PAIR.search(name) for name in tensors.origins):
             self._mapping += SINGLE_PAIRS

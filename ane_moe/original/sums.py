@@ -32,7 +32,8 @@ class KnownMatrices:
 
 def known_matrices(layer: nn.Module, taps: Taps, experts: nn.Module | None) -> KnownMatrices:
     """By the names that the family's taps say. Experts' stacks are known where they are stored with
-    what leaves them first: the others' have another activation, that is not linear in `up`."""
+    what leaves them first: the others' have another activation, that is not linear in `up`. Where
+    gate and up have one shape, both count as `up`."""
     names = {taps.values: "values", taps.up: "up", taps.gate_up: GATE_UP, taps.down: "down"}
     alone = {
         id(module.weight): names[path.rpartition(".")[2]]
@@ -40,11 +41,15 @@ def known_matrices(layer: nn.Module, taps: Taps, experts: nn.Module | None) -> K
         if isinstance(module, nn.Linear) and path.rpartition(".")[2] in names
     }
     stacks = dict(experts.named_parameters(recurse=False)) if experts else {}
-    shapes = {
+    shapes: dict[tuple[int, ...], str] = {
         tuple(stacks[f"{name}_proj"].shape[1:]): name
         for name in (GATE_UP, "down")
         if f"{name}_proj" in stacks and f"{GATE_UP}_proj_bias" not in stacks
     }
+    for path, stack in experts.named_parameters() if experts else ():
+        if path.endswith(f".{taps.up}") and stack.dim() == 2:  # of all experts, without an axis
+            width = len(stack) // int(getattr(experts, "num_experts", 1))
+            shapes |= {(stack.shape[1], width): "up", (width, stack.shape[1]): "down"}
     return KnownMatrices(alone, experts, shapes)
 
 
@@ -92,6 +97,9 @@ class PartialSums(TorchFunctionMode):
             x, stored, *bias = args
             matrix, begin = stored.T if PRODUCTS[function] else stored, _magnitude(*bias)
             self._hear(self._name(stored), x, matrix, result.abs() + begin)
+        elif function is torch.bmm and self._in_experts:
+            for x, matrix, own in zip(*args, result, strict=True):
+                self._hear(self._name(matrix), x, matrix, own.abs())
         return result
 
     def _enter_experts(self, inside: bool) -> None:

@@ -3,7 +3,7 @@
 T = tokens, d = d_model, E = experts (and the class that skips them), k = experts per token.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -17,6 +17,12 @@ from torch.utils.hooks import RemovableHandle
 from ane_moe.families.taps import Taps
 from ane_moe.original.golden import LayerGolden
 from ane_moe.original.sums import PartialSums, known_matrices
+
+SCORES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "": lambda scores: scores,
+}
 
 
 @dataclass(frozen=True)
@@ -41,16 +47,11 @@ class TappedLayer:
 
     @property
     def block(self) -> nn.Module | None:
-        """The feed-forward block that holds the experts."""
+        """The feed-forward block that holds the experts: themselves, where the layer does."""
         experts = self.experts
-        return next(
-            (
-                module
-                for module in self.layer.modules()
-                if getattr(module, "experts", None) is experts
-            ),
-            None,
-        )
+        owners = (one for one in self.layer.modules() if getattr(one, "experts", None) is experts)
+        owner = next(owners, None)
+        return experts if owner is self.layer else owner
 
     @property
     def choice_bias(self) -> torch.Tensor | None:
@@ -79,6 +80,15 @@ class TappedLayer:
         """What an expert beside the block gives, where there is one."""
         module = self._named(self.taps.shared)
         return 0.0 if module is None else module(ffn_input)
+
+    def routed(self, output: Any) -> tuple[torch.Tensor, Any, torch.Tensor]:
+        """What the router gave: logits (or scores), weights and choices."""
+        at = self.taps.logits
+        if at is None:
+            return output[0], output[1], output[2]
+        logits = output if isinstance(output, torch.Tensor) else output[at]
+        holder: Any = self.router if hasattr(self.router, "top_k") else self.block
+        return logits, None, logits.topk(holder.top_k).indices
 
     def ranked(self, scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Scores `[N,E]` as they compete for the k chosen `[N,k]`: outside of the groups chosen
@@ -110,14 +120,18 @@ class TappedLayer:
             yield
 
     @property
-    def streams(self) -> tuple[np.ndarray, np.ndarray] | None:
+    def streams(self) -> tuple[np.ndarray | None, np.ndarray | None]:
         """What shifts and multiplies the stream where mixer and feed-forward block add to it,
-        `[2,d]` each. Where they add to what their norms give, nothing is left of it."""
+        `[2,d]` each; for a number, `[2,1]`. Where they add to what their norms give, nothing is
+        left of it."""
         if self.taps.added_factor:
             (width,) = self.ffn_norm.get_parameter("weight").shape
             return np.zeros((2, width), np.float32), np.zeros((2, width), np.float32)
+        if self.taps.layer_scale:
+            scale = float(getattr(self.layer, self.taps.layer_scale))
+            return None, np.array([[0], [scale]], np.float32)
         if self.taps.residuals is None:
-            return None
+            return None, None
         names = (self.taps.stream_bias, self.taps.stream_scale)
         mixer, ffn = (
             np.stack(
@@ -193,17 +207,20 @@ class Tap:
                 lambda _, args, output: setattr(self, "middle", self.x + first_of(output)[0])
             )
         return parts.ffn_norm.register_forward_pre_hook(
-            lambda _, args: setattr(self, "middle", args[0][0])
+            lambda _, args: setattr(self, "middle", args[0].reshape(-1, self.sums.width))
         )
 
     def _hear_added(self, block: nn.Module) -> RemovableHandle:
-        """Before the norm of what is added, which may stand in the block."""
-        if norm := self.parts.after:
+        """Before the norm of what is added, which may stand in the block; of experts alone where
+        no block holds them."""
+        if (norm := self.parts.after) and block is not self.parts.experts:
             return norm.register_forward_pre_hook(
                 lambda _, args: setattr(self, "added", args[0][0])
             )
         return block.register_forward_hook(
-            lambda _, args, output: setattr(self, "added", first_of(output)[0])
+            lambda _, args, output: setattr(
+                self, "added", first_of(output).reshape(-1, self.sums.width)
+            )
         )
 
     def _hear_input(self, _layer: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -220,8 +237,8 @@ class Tap:
             **self._carries(),
             entering=None if self.entering is None else self.entering.numpy(),
             ffn_reads=self.x.numpy() if self.parts.taps.beside else None,
-            attn_stream=None if streams is None else streams[0],
-            ffn_stream=None if streams is None else streams[1],
+            attn_stream=streams[0],
+            ffn_stream=streams[1],
             sums=np.array([self.sums.largest * self.parts.residual_multiplier], np.float32),
             inner=np.array([[self.sums.values, self.sums.ups, self.sums.hidden]], np.float32),
         )
@@ -230,8 +247,8 @@ class Tap:
         if self.router is None:
             return {}
         parts, taps, bias = self.parts, self.parts.taps, self.parts.choice_bias
-        logits, weights, chosen = self.router[:3]
-        probs = logits.sigmoid() if taps.score == "sigmoid" else logits.softmax(-1)
+        logits, weights, chosen = parts.routed(self.router)
+        probs = SCORES[taps.score](logits)
         if taps.skip:
             chosen = chosen.masked_fill(weights == 0, probs.shape[1] - 1)
         normed = bool(taps.residuals or taps.after or taps.added_factor)

@@ -5,9 +5,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ane_moe.model.attention import AttentionConfig
+from ane_moe.model.port import PASSED
 from ane_moe.parts.kv_cache import attend, updated
 from ane_moe.parts.mixer import Mixer
-from ane_moe.parts.norm import RmsNorm
+from ane_moe.parts.norm import RmsNorm, UnitNorm
 from ane_moe.parts.projection import Projection
 from ane_moe.parts.residual import vector
 from ane_moe.parts.rope import rotate
@@ -28,14 +29,15 @@ class Attention(Mixer):
     """`y = x + attention(norm(x))` with the new keys and values written into the cache first."""
 
     config: AttentionConfig
-    q_norm: RmsNorm
-    k_norm: RmsNorm
+    q_norm: UnitNorm
+    k_norm: UnitNorm
 
     def add_projections(self) -> None:
         c, m, d = self.config, self.config.mixer, self.config.d_model
         self.q = Projection(d, m.heads * m.head_dim, m.qkv_bias, c.rank("q"))
         self.k = Projection(d, m.kv_heads * m.head_dim, m.qkv_bias, c.rank("k"))
-        self.v = Projection(d, m.kv_heads * m.value, m.qkv_bias, c.rank("v"))
+        if not m.keys_are_values:
+            self.v = Projection(d, m.kv_heads * m.value, m.qkv_bias, c.rank("v"))
         self.o = Projection(m.heads * m.value, d, m.o_bias, c.rank("o"))
         if m.qk_norm in ("head", "rotated"):
             self.q_norm = RmsNorm(m.head_dim, m.qk_norm_eps, axis=2)
@@ -43,13 +45,20 @@ class Attention(Mixer):
         elif m.qk_norm == "full":
             self.q_norm = RmsNorm(m.heads * m.head_dim, m.qk_norm_eps)
             self.k_norm = RmsNorm(m.kv_heads * m.head_dim, m.qk_norm_eps)
+        elif m.qk_norm == "unit":
+            self.q_norm = self.k_norm = UnitNorm(m.qk_norm_eps, axis=2)
+        if m.v_norm:
+            self.v_norm = UnitNorm(m.qk_norm_eps, axis=2)
         self.sinks = Sinks(m.heads) if m.sinks else None
         if m.gate != "none":
             width = m.heads if m.gate_by_head else m.heads * m.value
             self.gate = Projection(d, width, rank=c.rank("gate"))
 
     def mix(self, h: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        m = self.config.mixer
         q, k, v = self._heads(h, inputs.get("cos"), inputs.get("sin"))
+        if m.temperature is not None:
+            q = q * (inputs[PASSED] * m.temperature.scale + 1)
         keys = updated("k_cache", k, inputs, self.config.explicit)
         values = updated("v_cache", v, inputs, self.config.explicit)
         attended = self._gated(self._attend(q, keys, values, inputs["mask"]), h)
@@ -76,7 +85,8 @@ class Attention(Mixer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Project, normalise, clip and rotate: `(1, H, D, T)`, `(1, K, D, T)`, `(1, K, V, T)`."""
         m = self.config.mixer
-        q, k, v = self.q(h), self.k(h), self.v(h)
+        q, k = self.q(h), self.k(h)
+        v = k if m.keys_are_values else self.v(h)
         if m.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         if m.clip_qkv is not None:
@@ -84,10 +94,12 @@ class Attention(Mixer):
         q = q.reshape(1, m.heads, m.head_dim, -1)
         k = k.reshape(1, m.kv_heads, m.head_dim, -1)
         v = v.reshape(1, m.kv_heads, m.value, -1)
+        if m.v_norm:
+            v = self.v_norm(v)
         if m.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if cos is not None and sin is not None:
             q, k = (rotate(t, cos, sin, self.config.rotary, m.head_dim) for t in (q, k))
-        if m.qk_norm == "rotated":
+        if m.qk_norm in ("rotated", "unit"):
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v

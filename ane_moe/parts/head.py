@@ -1,5 +1,6 @@
 """The language-model head: final norm and one slice of the vocabulary."""
 
+import torch
 from torch import Tensor
 
 from ane_moe.model.head import HeadConfig
@@ -20,4 +21,5 @@ class Head(Block):
         self.rows = Projection(config.d_model, config.scores, config.bias, config.rank)
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
-        return {"logits": self.rows(self.norm(inputs["x"]))}
+        logits, cap = self.rows(self.norm(inputs["x"])), self.config.softcap
+        return {"logits": logits if cap is None else torch.tanh(logits / cap) * cap}

@@ -3,19 +3,26 @@
 from torch import Tensor
 
 from ane_moe.model.join import JoinConfig
+from ane_moe.parts.beside import Beside
 from ane_moe.parts.block import Block
 from ane_moe.parts.residual import NormedResidual
 
 
 class Join(Block):
-    """`y = x + norm(added)`."""
+    """`y = x + norm(added)`, where a dense MLP stands beside what experts added."""
 
     config: JoinConfig
 
     def __init__(self, config: JoinConfig):
         super().__init__()
         self.config = config
-        self.residual = NormedResidual(config.d_model, config.norm)
+        d, norm = config.d_model, config.norm
+        if config.beside is not None:
+            self.beside = Beside(d, norm, config.beside, config.ranks)
+        self.residual = NormedResidual(d, norm, config.scaled)
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
-        return {"y": self.residual(inputs["x"], inputs["added"])}
+        x, added = inputs["x"], inputs["added"]
+        if self.config.beside is not None:
+            added = self.beside(x, added)
+        return {"y": self.residual(x, added)}

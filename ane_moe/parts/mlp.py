@@ -1,7 +1,10 @@
 """Gated MLPs: dense layers, experts and shared experts."""
 
+import math
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ane_moe.model.mlp import DenseConfig, MlpRanks
 from ane_moe.model.spec import MlpSpec
@@ -13,27 +16,45 @@ from ane_moe.parts.residual import kept, norms_of, residual
 LOWEST = -2e4
 
 
+def _silu_reaches(value: float) -> float:
+    """The positive number whose silu is `value`, by Newton's method."""
+    x = max(value, 1.0)
+    for _ in range(60):
+        share = 1 / (1 + math.exp(-x))
+        x -= (x * share - value) / (share * (1 + x * (1 - share)))
+    return x
+
+
 class GatedMlp(nn.Module):
-    """`down(scale * silu(gate(x)) * up(x))`, or with the spec's clamped activation: `(1, d, 1, T)
-    -> (1, d, 1, T)`, scale `(1, 1, 1, T)` or none.
+    """`down(scale * silu(gate(x)) * up(x))`, or with the spec's GELU or clamped activation: `(1, d,
+    1, T) -> (1, d, 1, T)`, scale `(1, 1, 1, T)` or none.
 
     silu is written out: the engine's own `silu` is off by up to 1.5e-2, and by 1.7e-3 at zero,
     where `gate * sigmoid(gate)`, which Apple's model-authoring rules ask for, is off by up to 7e-3
     and right at zero (docs/runtime.md). In just that order coremltools fuses the two back into
     `silu`, so `up` comes between. The scale (an expert's gate) acts before `down`, on
-    fewer channels and smaller values.
+    fewer channels and smaller values; or on x, where the spec says so.
     """
 
     def __init__(self, d_model: int, spec: MlpSpec, ranks: MlpRanks = (0, 0, 0)):
         super().__init__()
-        self.clamp = spec.clamp
+        self.clamp, self.activation = spec.clamp, spec.activation
+        self.gate_enters, self.limit = spec.gate_enters, spec.limit
         self.gate = Projection(d_model, spec.width, spec.bias, rank=ranks[0])
         self.up = Projection(d_model, spec.width, spec.bias, rank=ranks[1])
         self.down = Projection(spec.width, d_model, spec.bias, rank=ranks[2])
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        if self.gate_enters and scale is not None:
+            x, scale = x * scale, None
         gate = self.gate(x)
-        if self.clamp is None:
+        if self.activation == "gelu":
+            hidden = F.gelu(gate, approximate="tanh") * self.up(x)
+        elif self.limit is not None:
+            # Of what is above it, silu is more than the limit, and of all else no more.
+            gate = gate.clamp(LOWEST, _silu_reaches(self.limit))
+            hidden = torch.sigmoid(gate) * self.up(x).clamp(-self.limit, self.limit) * gate
+        elif self.clamp is None:
             hidden = torch.sigmoid(gate) * self.up(x) * gate  # (1, I, 1, T)
         else:
             limit = self.clamp.limit
@@ -52,7 +73,7 @@ class Dense(Block):
         self.config = config
         self.norm, after = norms_of(config.norm, config.d_model, config.norms)
         self.mlp = GatedMlp(config.d_model, config.mlp, config.ranks)
-        self.residual = residual(config.d_model, config.affine, after=after)
+        self.residual = residual(config.d_model, config.affine, after=after, scaled=config.scaled)
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         x = inputs["x"]

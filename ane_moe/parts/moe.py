@@ -4,9 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from ane_moe.model.moe import MoeConfig
+from ane_moe.parts.beside import Beside
 from ane_moe.parts.block import Block
 from ane_moe.parts.experts import tree_sum
 from ane_moe.parts.mlp import GatedMlp
+from ane_moe.parts.norm import make_norm
 from ane_moe.parts.projection import Projection
 from ane_moe.parts.residual import kept, norms_of, residual
 from ane_moe.parts.router import make_router
@@ -23,6 +25,8 @@ class Moe(Block):
         self.config = config
         d, moe = config.d_model, config.moe
         self.norm, after = norms_of(config.norm, d, config.norms)
+        if moe.router_norm:
+            self.router_norm = make_norm(d, config.norm)
         self.router = make_router(d, moe.router, config.soft)
         self.experts = nn.ModuleList(
             GatedMlp(d, moe.expert, config.ranks) for _ in range(config.experts)
@@ -34,27 +38,31 @@ class Moe(Block):
             self.shared = GatedMlp(d, moe.shared.mlp, config.shared_ranks)
             if moe.shared.gated:
                 self.shared_gate = Projection(d, 1)
-        self.residual = residual(
-            d, config.affine, not config.first, None if config.joined else after
-        )
+        if moe.beside is not None and not config.joined:
+            self.beside = Beside(d, config.norm, moe.beside, config.beside_ranks)
+        after = None if config.joined else after
+        self.residual = residual(d, config.affine, not config.first, after, config.scaled)
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         x = inputs["x"]
         h = self.norm(x)
-        gates, handed_on = self.router.gates(h, inputs)  # (1, E, 1, T)
+        read = self.router_norm(x) if self.config.moe.router_norm else h
+        gates, handed_on = self.router.gates(read, inputs)  # (1, E, 1, T)
         mine = self.select(gates) if self.config.split else gates
         parts = [expert(h, mine[:, e : e + 1]) for e, expert in enumerate(self.experts)]
         outputs = {"gates": gates, **handed_on}
         if not self.config.first:
             return {"y": self.residual.alone(tree_sum(parts)), **outputs}
+        added = tree_sum([*self._shared(h), *parts])
         if self.config.joined:
-            return {"y": tree_sum([*self._shared(h), *parts]), **outputs}
-        beside = [inputs["added"]] if self.config.parallel else []
+            return {"y": added, **outputs}
+        if self.config.moe.beside is not None:
+            added = self.beside(x, added)
+        if self.config.parallel:
+            added = added + inputs["added"]
         # The stream comes last: it is larger than what is added to it, and fp16 rounds at the
         # larger term's scale.
-        base = kept(x, h, self.config.keeps)
-        added = tree_sum([*self._shared(h), *parts, *beside])
-        return {"y": self.residual(base, added), **outputs}
+        return {"y": self.residual(kept(x, h, self.config.keeps), added), **outputs}
 
     def _shared(self, h: Tensor) -> list[Tensor]:
         shared = self.config.moe.shared

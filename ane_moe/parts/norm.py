@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from ane_moe.model.spec import NormSpec
 
 
-class RmsNorm(nn.Module):
-    """`x / sqrt(mean(x^2) + eps) * weight` over one axis, for any finite fp16 `x`.
+class UnitNorm(nn.Module):
+    """`x / sqrt(mean(x^2) + eps)` over one axis, for any finite fp16 `x`.
 
     Squares of fp16 overflow beyond 255, and an eps of 1e-6 is a subnormal. So both are divided by
     the token's own largest magnitude first, which leaves the quotient as it is: with m = max(|x|,
@@ -16,13 +16,10 @@ class RmsNorm(nn.Module):
     of the range to lose.
     """
 
-    def __init__(self, channels: int, eps: float, axis: int = 1):
+    def __init__(self, eps: float, axis: int = 1):
         super().__init__()
-        shape = [1, 1, 1, 1]
-        shape[axis] = channels
         self.axis = axis
         self.root_eps = eps**0.5
-        self.weight = nn.Parameter(torch.empty(shape))
 
     def forward(self, x: Tensor) -> Tensor:
         largest = x.abs().amax(self.axis, keepdim=True).clamp(min=self.root_eps)
@@ -31,7 +28,20 @@ class RmsNorm(nn.Module):
         # of 1e-4.
         root = torch.full((1, 1, 1, 1), self.root_eps, dtype=x.dtype) / largest
         power = (y * y).mean(self.axis, keepdim=True) + root * root
-        return y * torch.rsqrt(power) * self.weight
+        return y * torch.rsqrt(power)
+
+
+class RmsNorm(UnitNorm):
+    """The same times a weight by channel."""
+
+    def __init__(self, channels: int, eps: float, axis: int = 1):
+        super().__init__(eps, axis)
+        shape = [1, 1, 1, 1]
+        shape[axis] = channels
+        self.weight = nn.Parameter(torch.empty(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.weight
 
 
 class LayerNorm(RmsNorm):

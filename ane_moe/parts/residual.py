@@ -28,14 +28,17 @@ class PlainResidual(nn.Module):
 
 
 class NormedResidual(PlainResidual):
-    """`stream + norm(added)`; parts of what is added are summed up before."""
+    """`stream + norm(added)`, or that times a number; parts of what is added are summed up
+    before."""
 
-    def __init__(self, d_model: int, norm: NormSpec):
+    def __init__(self, d_model: int, norm: NormSpec, scaled: bool = False):
         super().__init__()
+        self.scale = vector(1) if scaled else None
         self.after = make_norm(d_model, norm)
 
     def forward(self, stream: Tensor, added: Tensor) -> Tensor:
-        return stream + self.after(added)
+        whole = stream + self.after(added)
+        return whole if self.scale is None else whole * self.scale
 
 
 class AddedScale(PlainResidual):
@@ -68,12 +71,16 @@ class AffineResidual(AddedScale):
 
 
 def residual(
-    d_model: int, affine: bool, alone: bool = False, after: NormSpec | None = None
+    d_model: int,
+    affine: bool,
+    alone: bool = False,
+    after: NormSpec | None = None,
+    scaled: bool = False,
 ) -> PlainResidual:
     """The residual of a layer's half; `alone`: of a part of it that has not got the stream.
-    `after`: the norm of what is added."""
+    `after`: the norm of what is added; `scaled`: the stream is multiplied then."""
     if after is not None:
-        return NormedResidual(d_model, after)
+        return NormedResidual(d_model, after, scaled)
     if not affine:
         return PlainResidual()
     return AddedScale(d_model) if alone else AffineResidual(d_model)

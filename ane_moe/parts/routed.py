@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from ane_moe.model.routed import RoutedMixerConfig
 from ane_moe.parts.block import Block
+from ane_moe.parts.norm import make_norm
 from ane_moe.parts.registry import make_mixer
 from ane_moe.parts.residual import kept, norms_of, residual
 from ane_moe.parts.router import make_router
@@ -17,13 +18,15 @@ class Routing(nn.Module):
         d = config.mixer.d_model
         self.norm, after = norms_of(config.mixer.norm, d, config.norms)
         self.apart, self.normed = after is not None, config.norms != "after"
+        self.router_norm = make_norm(d, config.mixer.norm) if config.router_norm else None
         self.router = make_router(d, config.router)
         self.residual, self.keeps = residual(d, config.affine), config.keeps
 
     def forward(self, x: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         # Without a norm, one value would be two outputs, of which a program has but one.
         h = self.norm(x) if self.normed else x + x * 0
-        gates, handed_on = self.router.gates(h, inputs)
+        read = h if self.router_norm is None else self.router_norm(x)
+        gates, handed_on = self.router.gates(read, inputs)
         base = self.residual.without(kept(x, h, self.keeps))
         outputs = {"ffn_input": h, "gates": gates, "y": base, **handed_on}
         return outputs | {"added": x * 0} if self.apart else outputs

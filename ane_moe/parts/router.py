@@ -46,6 +46,7 @@ class Router(Projection):
         self.spec = spec
         self.soft = soft
         self.choice_bias = vector(spec.experts) if spec.bias and not soft else None
+        self.expert_scale = vector(spec.experts) if spec.weighed else None
 
     def gates(self, x: Tensor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         logits = self(x)
@@ -92,6 +93,8 @@ class Router(Projection):
         return torch.softmax(logits, dim=1) * mask
 
     def _scaled(self, gates: Tensor) -> Tensor:
+        if self.expert_scale is not None:
+            gates = gates * self.expert_scale
         return gates if self.spec.scale == 1 else gates * self.spec.scale
 
 

@@ -118,8 +118,11 @@ class ExpertParity:
         member, probe = order // shown, order % shown
         expert = np.array(group.experts)[member]
         gates = np.zeros((len(group.experts), len(order)))
-        gates[member, np.arange(len(order))] = np.resize(EXAMPLE_GATES, len(order))
-        outputs = golden.expert_outputs[expert, probe] * gates.sum(0)[:, None]
+        one = golden.expert_gate
+        examples = EXAMPLE_GATES if one is None else one
+        gates[member, np.arange(len(order))] = np.resize(examples, len(order))
+        share = gates.sum(0) / (1 if one is None else one)
+        outputs = golden.expert_outputs[expert, probe] * share[:, None]
         return golden.ffn_input[golden.expert_tokens[expert, probe]], gates, outputs
 
     def _row(

@@ -66,7 +66,8 @@ class GoldenSlots:
             delta, residuals = first.attn_delta, [first.attn_stream]
             if first.entering is not None:  # the stream is what has been made of that
                 before = given = first.x
-            if _leaves_experts_to_the_host(shard) and first.ffn_stream is not None:
+            to_host = _leaves_experts_to_the_host(shard) and ADDED not in _outputs(shard)
+            if to_host and first.ffn_stream is not None:
                 assert first.experts_delta is not None
                 delta = first.y - first.experts_delta - before
                 residuals.append(first.ffn_stream)
@@ -87,4 +88,8 @@ class GoldenSlots:
 
 
 def _leaves_experts_to_the_host(shard: Shard) -> bool:
-    return any(port.slot == FFN_INPUT for port in shard.functions[0].ports.outputs)
+    return FFN_INPUT in _outputs(shard)
+
+
+def _outputs(shard: Shard) -> set[str]:
+    return {port.slot for port in shard.functions[0].ports.outputs}

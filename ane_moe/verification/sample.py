@@ -22,6 +22,7 @@ BESIDE_TOKENS = (
     "shared_output",
     "expert_tokens",
     "expert_outputs",
+    "expert_gate",
 )
 
 

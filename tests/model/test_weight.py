@@ -31,6 +31,7 @@ from ane_moe.model.spec import (
     NormSpec,
     RouterSpec,
     SharedSpec,
+    Temperature,
 )
 from ane_moe.model.stack import StackConfig
 from ane_moe.model.weight import Directions, Place, Selection, Weight, parse_name
@@ -42,6 +43,14 @@ GQA = GqaSpec(4, 2, 8, scale=1.0, rope=None, qkv_bias=True, o_bias=True, qk_norm
 FULL = GqaSpec(4, 2, 8, scale=1.0, rope=None, qk_norm="full")
 MOE = MoeSpec(RouterSpec(4, 2), MlpSpec(24), SharedSpec(MlpSpec(8), gated=True))
 EDA = MoeSpec(EdaRouterSpec(4, 6, takes=True, eps=1e-5), MlpSpec(24))
+UNIT = GqaSpec(4, 2, 8, 1.0, "main", qk_norm="unit", chunk=4, temperature=Temperature(4, 0.1))
+KEYS = GqaSpec(4, 2, 8, 1.0, None, True, qk_norm="head", v_norm=True, keys_are_values=True)
+BESIDE = MoeSpec(
+    RouterSpec(4, 2, bias=True, weighed=True),
+    MlpSpec(24, activation="gelu"),
+    beside=MlpSpec(40),
+    router_norm=True,
+)
 BAND = BandSpec(4, 2, 8, scale=1.0, rope=None, qkv_bias=True, sinks=True, reach=3)
 CLAMPED = MoeSpec(RouterSpec(4, 2, logit_bias=True), MlpSpec(24, Clamp(7.0, 1.7), bias=True))
 MLA = MlaSpec(4, 6, 4, 8, 10, 12, scale=1.0, rope="main", bias=True)
@@ -51,6 +60,9 @@ DENSE = DenseConfig(D, NORM, MlpSpec(24), RANKS)
 CONFIGS = [
     ATTENTION,
     AttentionConfig(D, NORM, FULL, 4, 32),
+    AttentionConfig(D, NORM, KEYS, 4, 32),
+    AttentionConfig(D, NORM, UNIT, 4, 32),
+    RoutedMixerConfig(ATTENTION, BESIDE.router, router_norm=True),
     CcaConfig(D, NORM, CCA, 2, 32, ranks=(("v_delayed", 2),), affine=True, entry=True),
     ShortConvConfig(D, NORM, ShortConvSpec(3, bias=True), ranks=(("b", 2),)),
     RoutedMixerConfig(ATTENTION, MOE.router),
@@ -75,6 +87,9 @@ CONFIGS = [
     MoeConfig(D, NORM, MOE, 2, True, norms="after"),
     DenseConfig(D, NORM, MlpSpec(24), norms="around"),
     JoinConfig(D, NORM),
+    JoinConfig(D, NORM, MlpSpec(24), RANKS, scaled=True),
+    MoeConfig(D, NORM, BESIDE, 4, True, norms="around", scaled=True, beside_ranks=RANKS),
+    DenseConfig(D, NORM, MlpSpec(24), norms="around", scaled=True),
     DeltaNetConfig(D, NORM, DeltaNetSpec(2, 4, 8, 6, 3, 1e-6), ranks=(("query", 2), ("z", 1))),
     KdaConfig(D, NORM, KdaSpec(2, 2, 8, 8, 3, 1e-6, rank=8), ranks=(("z_down", 2), ("z", 1))),
     KdaConfig(D, NORM, KdaSpec(2, 2, 8, 8, 3, 1e-6, floor=5.0)),

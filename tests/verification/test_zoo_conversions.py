@@ -55,6 +55,16 @@ def test_a_conversion_is_right(original, routing, tmp_path):
         assert_greedy_ids_agree(model, Session(shards))
 
 
+@pytest.mark.parametrize("way", [{"max_shard_mb": 0.03}, {"layers_per_shard": 2}], ids=str)
+def test_what_stands_beside_experts_is_right_in_other_cuts(way, tmp_path):
+    model = make_model("gemma4_text")
+    checkpoint = save_checkpoint(model, tmp_path / "checkpoint")
+    (tmp_path / "prompts.json").write_text(str(PROMPTS))
+    out = tiny_conversion(checkpoint, tmp_path / "out", prefill=16, context=64, **way)
+    assert verify(out, checkpoint=checkpoint, prompts=tmp_path / "prompts.json").passed
+    assert_logits_agree(model, Session(load_shards(out, "reference")))
+
+
 def assert_logits_agree(model, session):
     """The median over tokens, since a near tie in routing flips a few."""
     with torch.no_grad():
