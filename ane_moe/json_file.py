@@ -8,6 +8,8 @@ from ane_moe.errors import UserError
 from ane_moe.lfs import FETCH, is_lfs_pointer
 
 MAX_JSON_BYTES = 64_000_000
+# Numbers that JSON has no form for, as transformers spells them: {"__float__": "Infinity"}.
+FLOAT, FLOATS = "__float__", ("Infinity", "-Infinity", "NaN")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -20,7 +22,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise UserError(f"{path} is too large", f"{path.stat().st_size} bytes")
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"), object_hook=_plain)
     except OSError as error:
         raise UserError(f"{path} cannot be read", str(error)) from None
     except (ValueError, RecursionError) as error:
@@ -28,3 +30,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{path} is not a JSON object", type(data).__name__)
     return data
+
+
+def _plain(values: dict[str, Any]) -> Any:
+    spelt = values.get(FLOAT) if len(values) == 1 else None
+    return float(spelt) if spelt in FLOATS else values

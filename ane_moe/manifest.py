@@ -45,8 +45,8 @@ class ShardFunction:
 
 @dataclass(frozen=True)
 class Shard:
-    """One `.mlpackage`. kind: attn, moe, dense, experts, stack, lm_head. `layer` is None for
-    lm_head.
+    """One `.mlpackage`. kind: attn, routing, moe, dense, experts, stack, lm_head. `layer` is None
+    for lm_head.
 
     A stack holds consecutive whole `layers`, the first of them `layer`. `scope` is the part of the
     model whose weights it holds, where their own names do not say.
@@ -144,6 +144,8 @@ class Manifest:
     # The sha256 of every file, packages file by file.
     files: dict[str, str] = field(default_factory=dict)
     moe: dict[str, dict[str, Any]] = field(default_factory=dict)  # layer -> {"experts": E, "k": k}
+    # Of layers that are half of one: the scopes of their shards.
+    halves: dict[str, tuple[str, ...]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     # The digest of the checkpoint's config, and the options.
     source: dict[str, str] = field(default_factory=dict)

@@ -175,6 +175,113 @@ PRESETS: dict[str, dict[str, Any]] = {
         "bos_token_id": 0,
         "eos_token_id": 0,
     },
+    "granite-4.0-h-tiny": {
+        **LLAMA,
+        "architectures": ["GraniteMoeHybridForCausalLM"],
+        "model_type": "granitemoehybrid",
+        "vocab_size": 100352,
+        "hidden_size": 1536,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "intermediate_size": 512,
+        "shared_intermediate_size": 1024,
+        "num_local_experts": 64,
+        "num_experts_per_tok": 6,
+        "attention_bias": False,
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.0078125,
+        "logits_scaling": 6.0,
+        "layer_types": ["attention" if n % 10 == 5 else "mamba" for n in range(40)],
+        "mamba_n_heads": 48,
+        "mamba_d_head": 64,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 128,
+        "mamba_d_conv": 4,
+        "mamba_expand": 2,
+        "mamba_conv_bias": True,
+        "mamba_proj_bias": False,
+        "mamba_chunk_size": 256,
+        "position_embedding_type": "nope",
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": 100257,
+        "eos_token_id": 100257,
+        "pad_token_id": 100256,
+    },
+    "nemotron-3-nano-30b-a3b": {
+        "architectures": ["NemotronHForCausalLM"],
+        "model_type": "nemotron_h",
+        "vocab_size": 131072,
+        "hidden_size": 2688,
+        "num_hidden_layers": 52,
+        "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+        "num_attention_heads": 32,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "attention_bias": False,
+        "mamba_num_heads": 64,
+        "mamba_head_dim": 64,
+        "mamba_hidden_act": "silu",
+        "n_groups": 8,
+        "ssm_state_size": 128,
+        "conv_kernel": 4,
+        "expand": 2,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "mamba_proj_bias": False,
+        "intermediate_size": 1856,
+        "moe_intermediate_size": 1856,
+        "moe_shared_expert_intermediate_size": 3712,
+        "mlp_hidden_act": "relu2",
+        "mlp_bias": False,
+        "n_routed_experts": 128,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 6,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "max_position_embeddings": 262144,
+        "layer_norm_epsilon": 1e-5,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    },
+    "jamba-v0.1": {
+        "architectures": ["JambaForCausalLM"],
+        "model_type": "jamba",
+        "vocab_size": 65536,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "num_experts": 16,
+        "num_experts_per_tok": 2,
+        "attn_layer_period": 8,
+        "attn_layer_offset": 4,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "mamba_d_state": 16,
+        "mamba_d_conv": 4,
+        "mamba_expand": 2,
+        "mamba_dt_rank": 256,
+        "mamba_conv_bias": True,
+        "mamba_proj_bias": False,
+        "hidden_act": "silu",
+        "max_position_embeddings": 262144,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    },
     "zaya1-8b": {
         "architectures": ["ZayaForCausalLM"],
         "model_type": "zaya",
@@ -319,10 +426,12 @@ def planned_tensors(spec: ModelSpec) -> list[Tensor]:
 def _distribution(name: str, shape: tuple[int, ...], layers: int) -> tuple[float, float]:
     """(mean, deviation): projections keep the variance of what they read, and the residual's stays
     near 1."""
-    if name.endswith(("norm.weight", "scale", "temperature.weight")):
+    if name.endswith(("norm.weight", "scale", "temperature.weight", "skip.weight")):
         return 1.0, 0.1
     if name.endswith("bias"):
         return 0.0, 0.1
+    if name.endswith(("step.offset", "step.decay")):  # steps of 0.02, which leave e^-0.05
+        return -4.0 if name.endswith("offset") else 1.0, 0.5
     if name == str(EMBEDDING):
         return 0.0, 0.02
     gain = (
@@ -466,7 +575,8 @@ def main(
         raise typer.BadParameter(f"{out} exists", param_hint="--out")
     config = PRESETS[like]
     count = layers or config["num_hidden_layers"]
-    kinds = {"layer_types": config["layer_types"][:count]} if "layer_types" in config else {}
+    by_layer = ("layer_types", "hybrid_override_pattern")
+    kinds = {field: config[field][:count] for field in by_layer if field in config}
     config = {**config, "num_hidden_layers": count, **kinds}
     unfinished = out.with_name(f".{out.name}.tmp")
     unfinished.mkdir(parents=True)

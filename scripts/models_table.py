@@ -47,6 +47,8 @@ MIXERS = {
     "DeltaNetSpec": "gated delta nets",
     "KdaSpec": "delta nets that decay by channel",
     "LightningSpec": "lightning attention",
+    "Mamba2Spec": "Mamba-2",
+    "MambaSpec": "Mamba",
 }
 ROUTERS = {"EdaRouterSpec": "router with a state", "SparseMixerSpec": "sparse mixer"}
 
@@ -64,11 +66,13 @@ def parts(spec: ModelSpec) -> str:
     """The parts of a model in words, those of its first layers first."""
     words: list[str] = []
     for layer in spec.layers:
-        words += _mixer(layer.mixer)
+        words += _mixer(layer.mixer) if layer.mixer else []
         if isinstance(layer.ffn, MlpSpec):
             words.append("dense layers")
     moe = next(layer.ffn for layer in spec.layers if isinstance(layer.ffn, MoeSpec))
     words += [*_router(moe.router), *_experts(moe)]
+    one_block = any(None in (layer.mixer, layer.ffn) for layer in spec.layers)
+    words += ["one block in a layer"] if one_block else []
     norms = spec.layers[0].norms
     words += [f"norms {norms}"] if norms != "before" else []
     words += ["norm after experts"] if any(layer.ffn_norms for layer in spec.layers) else []
@@ -125,6 +129,7 @@ def _experts(moe: MoeSpec) -> list[str]:
         "limits of the activation": moe.expert.limit,
         "GELU": moe.expert.activation == "gelu",
         "a dense MLP beside": moe.beside,
+        "squares in place of gates": moe.expert.squared,
         "gated shared expert": moe.shared and moe.shared.gated,
         "shared expert": moe.shared and not moe.shared.gated,
     }

@@ -219,7 +219,7 @@ def make_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if re.search(r"norm(_\w)?\.weight$|[_.]scale$|\.temp$", name):
+            if re.search(r"norm(_\w)?\.weight$|[_.]scale$|\.temp$|\.D$", name):
                 parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
             elif (
                 "conv" in name and parameter.dim() == 3

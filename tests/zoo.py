@@ -1108,4 +1108,98 @@ ROWS: dict[str, Row] = {
         },
         fused=False,
     ),
+    "granitemoehybrid": Row(
+        {
+            **GRANITE,
+            "layer_types": ["mamba", "attention"],
+            "mamba_n_heads": 6,
+            "mamba_d_head": 24,
+            "mamba_n_groups": 2,
+            "mamba_d_state": 32,  # the last axis of a state
+            "mamba_expand": 2,
+            "mamba_conv_bias": True,
+            "mamba_proj_bias": True,
+            "position_embedding_type": None,
+        },
+        {
+            "rotated, one group": {
+                "layer_types": ["attention", "mamba"],
+                "position_embedding_type": "rope",
+                "attention_bias": False,
+                "mamba_n_groups": 1,
+                "mamba_d_conv": 2,
+                "mamba_d_head": "auto",
+                "mamba_conv_bias": False,
+                "mamba_proj_bias": False,
+                "shared_intermediate_size": 20,
+                "tie_word_embeddings": False,
+            },
+            "dense": {"num_local_experts": 0},
+        },
+    ),
+    "nemotron_h": Row(
+        {
+            "num_hidden_layers": None,  # as many as there are blocks
+            "rms_norm_eps": None,
+            "layers_block_type": ["linear_attention", "moe", FULL, "mlp"],
+            "layer_norm_epsilon": 1e-5,
+            "mamba_num_heads": 6,
+            "mamba_head_dim": 20,  # 6 x 20 is not 72
+            "n_groups": 2,
+            "ssm_state_size": 32,  # the last axis of a state
+            "use_bias": True,
+            "mlp_bias": True,
+            "intermediate_size": 100,
+            "moe_intermediate_size": 40,
+            "moe_shared_expert_intermediate_size": 52,
+            "n_routed_experts": 12,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 1.7,
+        },
+        {
+            "one group": {
+                "layers_block_type": ["moe", "linear_attention", "moe", FULL],
+                "n_groups": 1,
+                "conv_kernel": 2,
+                "use_bias": False,
+                "use_conv_bias": False,
+                "mlp_bias": False,
+                "n_group": 1,
+                "topk_group": 1,
+                "norm_topk_prob": False,
+            }
+        },
+    ),
+    "jamba": Row(
+        {
+            "intermediate_size": 40,
+            "num_experts": 9,
+            "num_experts_per_tok": 3,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 0,
+            "mamba_d_state": 16,
+            "mamba_d_conv": 4,
+            "mamba_expand": 2,
+            "mamba_dt_rank": 7,
+            "mamba_conv_bias": True,
+            "mamba_proj_bias": True,
+        },
+        {
+            "experts beside attention": {
+                "attn_layer_offset": 0,
+                "expert_layer_offset": 0,
+                "mamba_d_conv": 2,
+                "mamba_d_state": 8,
+                "mamba_dt_rank": "auto",
+                "mamba_conv_bias": False,
+                "mamba_proj_bias": False,
+                "tie_word_embeddings": True,
+            }
+        },
+    ),
 }

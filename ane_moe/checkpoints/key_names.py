@@ -11,9 +11,10 @@ from collections.abc import Collection, Iterable
 MODEL, HEAD = "model.", "lm_head.weight"
 THINKER = "thinker."  # of models with another decoder that speaks: the one that writes
 FIRST_NORMS = ("layers.0.input_layernorm.weight", "layers.0.operator_norm.weight")
+MAMBA = ("layers.0.norm.weight", "norm_f.weight")  # of models whose first layer is one block
 # Modules that torch and FSDP put around others, at any depth; they compute nothing.
 WRAPPER = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-PARTS = ("embed_tokens.", "layers.", "norm.")
+PARTS = ("embed_tokens.", "layers.", "norm.", "embeddings.", "norm_f.")
 
 
 def model_names(stored: Collection[str]) -> dict[str, str]:
@@ -40,6 +41,7 @@ def decoder_prefixes(names: Iterable[str]) -> set[str]:
     ends = ("embed_tokens.weight", "norm.weight")
     first = set().union(*(_prefixes(names, norm) for norm in FIRST_NORMS))
     found = {prefix for prefix in first if any(prefix + end in names for end in ends)}
+    found |= _prefixes(names, MAMBA[0]) & _prefixes(names, MAMBA[1])
     return {MODEL} if MODEL in found else found
 
 

@@ -402,6 +402,7 @@ def _manifest(
         files=files,
         compression=_compression(plan),
         moe=dict(_moe_facts(plan)),
+        halves={str(layer): scopes for layer, scopes in plan.halves.items()},
         versions={name: version(name) for name in TOOLS},
         source=identity(job),
         origin=job.checkpoint.origin,

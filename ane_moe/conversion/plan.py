@@ -21,9 +21,9 @@ from ane_moe.model.mlp import DenseConfig, MlpRanks
 from ane_moe.model.moe import MoeConfig
 from ane_moe.model.part import PartConfig
 from ane_moe.model.port import ADDED, STREAM, Ports
-from ane_moe.model.routed import RoutedMixerConfig
+from ane_moe.model.routed import RoutedMixerConfig, RoutingConfig
 from ane_moe.model.spec import LayerSpec, MlpSpec, ModelSpec, MoeSpec, RouterSpec
-from ane_moe.model.stack import StackConfig, can_share
+from ane_moe.model.stack import FfnConfig, StackConfig, can_share
 from ane_moe.model.template_key import TemplateKey, function_name, weight_name
 from ane_moe.model.weight import HEAD, HEAD_BIAS, Directions, Place, Selection, Weight, WeightName
 
@@ -215,6 +215,18 @@ class ConversionPlan:
         return sum(shard.weight_bytes for shard in self.shards) + self.embed_bytes
 
     @property
+    def halves(self) -> dict[int, tuple[str, ...]]:
+        """Of layers that are half of one: the scopes of their shards."""
+        alone = (
+            n for n in self.layers if None in (self.spec.layers[n].mixer, self.spec.layers[n].ffn)
+        )
+        own = {n: [shard for shard in self.shards if shard.layer == n] for n in alone}
+        scopes = {n: [shard.scope for shard in shards] for n, shards in own.items()}
+        return {
+            n: tuple(dict.fromkeys(found)) for n, found in scopes.items() if found and all(found)
+        }
+
+    @property
     def routers(self) -> dict[int, str]:
         """Paths of the router tables that guesses of the host read, by layer: where a matrix alone,
         after a norm by the root of the mean square, says which experts score highest."""
@@ -388,7 +400,7 @@ class _Planner:
         return (
             [self.stack(group)]
             if len(group) > 1
-            else [self.attention(group[0]), *self.ffn(group[0])]
+            else [*self.attention(group[0]), *self.ffn(group[0])]
         )
 
     def stack(self, group: Sequence[int]) -> ShardPlan:
@@ -418,16 +430,19 @@ class _Planner:
     def _stack(self, group: Sequence[int]) -> StackConfig:
         return StackConfig(tuple((self._mixer(n), self._whole_ffn(n)) for n in group))
 
-    def _whole_ffn(self, layer: int) -> DenseConfig | MoeConfig:
+    def _whole_ffn(self, layer: int) -> FfnConfig | None:
+        ffn = self.spec.layers[layer].ffn
+        if isinstance(ffn, MoeSpec):
+            return self._moe(layer, ffn, ffn.router.experts, True)
+        return None if ffn is None else self._dense(layer, ffn)
+
+    def _dense(self, layer: int, mlp: MlpSpec) -> DenseConfig:
         spec = self.spec.layers[layer]
-        if isinstance(spec.ffn, MoeSpec):
-            return self._moe(layer, spec.ffn, spec.ffn.router.experts, True)
-        ranks = self._mlp_ranks(layer, "mlp.")
         return DenseConfig(
             self.spec.d_model,
             self.spec.norm,
-            spec.ffn,
-            ranks,
+            mlp,
+            self._mlp_ranks(layer, "mlp."),
             spec.affine,
             spec.norms_of_ffn,
             self._keeps(layer)[1],
@@ -444,7 +459,7 @@ class _Planner:
             WeightName(layer, "ffn", expert, f"{prefix}{matrix}.weight")
             for matrix in ("gate", "up", "down")
         )
-        gate, up, down = map(self._rank, names)
+        gate, up, down = (self._rank(name) if name in self.sources else 0 for name in names)
         return gate, up, down
 
     def _rank(self, name: WeightName) -> int:
@@ -453,9 +468,11 @@ class _Planner:
         choice = self.options.recipe.choice(name, source.role)
         return min(choice.rank, min(source.shape) // 2)
 
-    def _mixer(self, layer: int) -> MixerConfig:
-        spec = self.spec.layers[layer]
-        mixer, d_model = spec.mixer, self.spec.d_model
+    def _mixer(self, layer: int) -> MixerConfig | None:
+        spec, d_model = self.spec.layers[layer], self.spec.d_model
+        mixer = spec.mixer
+        if mixer is None:
+            return None
         projections = (row.path.removesuffix(".weight") for row in mixer.rows(d_model) if row.role)
         ranks = {
             path: self._rank(WeightName(layer, "attn", None, f"{path}.weight"))
@@ -476,22 +493,32 @@ class _Planner:
             alone=spec.parallel,
         )
 
-    def attention(self, layer: int) -> ShardPlan:
-        config, spec = self._mixer(layer), self.spec.layers[layer]
-        block: PartConfig = config
-        if isinstance(ffn := spec.ffn, MoeSpec) and self.options.routing == "sparse":
+    def attention(self, layer: int) -> list[ShardPlan]:
+        """The mixer, and routing with it where the host dispatches experts."""
+        spec, kind = self.spec.layers[layer], "attn"
+        dispatched = self.options.routing == "sparse"
+        ffn = spec.ffn if isinstance(spec.ffn, MoeSpec) and dispatched else None
+        mixer = self._mixer(layer)
+        block: PartConfig | None = mixer
+        if mixer is not None and ffn is not None:
             norms, keeps = spec.norms_of_ffn, self._keeps(layer)[1]
-            whole = replace(config, alone=False)  # experts add to the stream with that
+            whole = replace(mixer, alone=False)  # experts add to the stream with that
             facts = (spec.affine, keeps, norms, spec.parallel, ffn.router_norm)
             block = RoutedMixerConfig(whole, ffn.router, *facts)
-        path = f"attn/layer_{layer:02d}.mlpackage"
-        return self._shard(path, "attn", layer, _Copy(block), scope="attn")
+        elif ffn is not None:
+            block, kind = RoutingConfig(self.spec.d_model, self.spec.norm, ffn.router), "routing"
+        if block is None:
+            return []
+        path = f"{kind}/layer_{layer:02d}.mlpackage"
+        return [self._shard(path, kind, layer, _Copy(block), scope="attn")]
 
     def ffn(self, layer: int) -> list[ShardPlan]:
         ffn = self.spec.layers[layer].ffn
+        if ffn is None:
+            return []
         if isinstance(ffn, MlpSpec):
-            path = f"dense/layer_{layer:02d}.mlpackage"
-            return [self._shard(path, "dense", layer, _Copy(self._whole_ffn(layer)), scope="ffn")]
+            path, copy = f"dense/layer_{layer:02d}.mlpackage", _Copy(self._dense(layer, ffn))
+            return [self._shard(path, "dense", layer, copy, scope="ffn")]
         if self.options.routing == "sparse":
             return self.joined(layer, self.experts(layer, ffn))
         sizes, reason = self._split(layer, ffn)

@@ -21,7 +21,7 @@ from ane_moe.model.spec import (
     SharedSpec,
 )
 
-EPS = ("rms_norm_eps", "norm_eps")
+EPS = ("rms_norm_eps", "norm_eps", "layer_norm_epsilon")
 ROPE = "main"  # these families have one rotary table
 FULL, SLIDING = "full_attention", "sliding_attention"
 # gpt-oss's activation, which transformers' code had built in before config.json came to say it.

@@ -8,7 +8,14 @@ from ane_moe.families.config import Config
 from ane_moe.families.decoder import full_attention, gqa, llama, mlp, n_layers, router
 from ane_moe.families.keys import SKELETON, KeyTable, expert_keys, fused_experts
 from ane_moe.families.taps import Taps
-from ane_moe.model.spec import GqaSpec, LayerSpec, ModelSpec, MoeSpec, SharedSpec
+from ane_moe.model.spec import (
+    GqaSpec,
+    LayerSpec,
+    MixerSpec,
+    ModelSpec,
+    MoeSpec,
+    SharedSpec,
+)
 
 KEYS: KeyTable = {
     **SKELETON,
@@ -40,7 +47,7 @@ def attention(config: Config, **facts: Any) -> GqaSpec:
 
 
 def layers(
-    config: Config, mixers: Iterable[GqaSpec], shared: SharedSpec | None = None
+    config: Config, mixers: Iterable[MixerSpec], shared: SharedSpec | None = None
 ) -> list[LayerSpec]:
     """Layers of these mixers, and experts."""
     moe = MoeSpec(router(config, renorm=True), mlp(config, "intermediate_size"), shared)

@@ -12,17 +12,14 @@ MISSING: dict[str, tuple[str, str]] = {
     "dots3_note": (MLA, f"{DSA}, windows of latents"),
     "glm5_next": (MLA, f"linear attention, {DSA}, hyper-connections"),
     "glm_moe_dsa": (MLA, DSA),
-    "granitemoehybrid": ("granitemoeshared", "Mamba-2 layers"),
     "hy_v4": (MLA, f"{DSA}, sinks over latents, hyper-connections"),
     "inkling": ("", "convolutions around attention, routing together with shared experts"),
     "inkling2": ("", "convolutions around attention, a softly capped activation"),
-    "jamba": ("mixtral", "Mamba layers"),
     "jetmoe": ("granitemoe", "attention whose heads are experts"),
     "longcat_flash": (MLA, "two attentions in a layer, experts that compute nothing"),
     "minimax_m3_vl": ("minimax_m2", "attention to chosen blocks, a clamped activation"),
     "mistral_large4": (MLA, f"{DSA}, a temperature of attention"),
     "muse_spark": ("afmoe", "experts that work on a latent, a norm after each"),
-    "nemotron_h": ("", "Mamba-2 layers, one mixer or feed-forward block in a layer, no gate"),
     "qwen4_exp": ("qwen3_next", f"tables of n-grams, {DSA}"),
 }
 # What has experts, and is no decoder that routes tokens.

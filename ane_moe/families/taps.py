@@ -18,9 +18,10 @@ class Taps:
     the name of what a layer hands on beside the stream. `residuals` are the modules of an affine
     residual, after the mixer and after the feed-forward block, with the names of what multiplies
     the added, and of what shifts and multiplies the stream. `entry`: the model shifts the embedding
-    before the first layer (a multiplier alone goes into the table). `beside` is the mixer where the
-    feed-forward block reads what it reads, and both add to that. `head` is the model's module that
-    gives scores. What experts give is multiplied by the number that their block calls
+    before the first layer (a multiplier alone goes into the table). `alone`: a layer is one block,
+    and where the name of a class in it ends with one of these, a mixer. `beside` is the mixer where
+    the feed-forward block reads what it reads, and both add to that. `head` is the model's module
+    that gives scores. What experts give is multiplied by the number that their block calls
     `experts_scale`. `after` is the norm of what the feed-forward block adds, where there is one;
     `layer_scale` the number that multiplies the stream after the layer, `beside_norm` the norm
     before an MLP next to the experts. `added_factor`: both blocks add to what their norms give, and
@@ -49,6 +50,7 @@ class Taps:
     added_scale: str = "hidden_states_scale"
     stream_bias: str = "residual_bias"
     stream_scale: str = "residual_scale"
+    alone: tuple[str, ...] = ()
     head: str = "lm_head"
     inside: str = ""
     after: str = ""

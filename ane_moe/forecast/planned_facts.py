@@ -41,6 +41,7 @@ OPERATIONS: dict[str, float] = {
     "recover_out": 2,
     "value_norm": 12,
     "rate": 55,  # with the step or chunk of a delta net
+    "skip": 26,  # with the step or chunk of Mamba-2
     "state": 7.5,  # reads and writes, and the shapes they need
 }
 # Of these, how many elementwise ones stand on the longest way. A test counts them too.
@@ -51,6 +52,7 @@ IN_A_ROW = {
     "router": 11,
     "down": 4,
     "experts.down": 6,  # with adding the experts in pairs
+    "skip": 28,  # with the way from a step to the norm
 }
 
 

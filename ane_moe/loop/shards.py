@@ -172,11 +172,12 @@ def check_manifest(manifest: Manifest, folder: Path) -> None:
 
 
 def _check_layer(manifest: Manifest, layer: int, folder: Path) -> None:
-    """A layer has shards for both its halves, or one for all of it; each cut one is complete."""
+    """A layer has shards for both its halves, where it has both, or one for all of it; each cut one
+    is complete."""
     if any(layer in shard.layers for shard in manifest.shards):
         return
     own = [shard for shard in manifest.shards if shard.layer == layer]
-    for scope in HALVES:
+    for scope in manifest.halves.get(str(layer), HALVES):
         _require_parts(
             [shard for shard in own if shard.scope == scope], f"{folder}: layer {layer} ({scope})"
         )

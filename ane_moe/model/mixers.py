@@ -6,6 +6,8 @@ from ane_moe.model.cca import CcaConfig, CcaSpec
 from ane_moe.model.delta_net import DeltaNetConfig, DeltaNetSpec
 from ane_moe.model.kda import KdaConfig, KdaSpec
 from ane_moe.model.lightning import LightningConfig, LightningSpec
+from ane_moe.model.mamba import MambaConfig, MambaSpec
+from ane_moe.model.mamba2 import Mamba2Config, Mamba2Spec
 from ane_moe.model.mixer import MixerConfig
 from ane_moe.model.mla import MlaConfig, MlaSpec
 from ane_moe.model.short_conv import ShortConvConfig, ShortConvSpec
@@ -20,6 +22,8 @@ CONFIGS: dict[type, type[MixerConfig]] = {
     DeltaNetSpec: DeltaNetConfig,
     KdaSpec: KdaConfig,
     LightningSpec: LightningConfig,
+    Mamba2Spec: Mamba2Config,
+    MambaSpec: MambaConfig,
 }
 
 

@@ -1,14 +1,15 @@
-"""A mixer and routing in one call, as data."""
+"""A mixer and routing in one call, or routing alone, as data."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ane_moe.model.mixer import MixerConfig
-from ane_moe.model.port import ADDED, FFN_INPUT, Port, Ports
+from ane_moe.model.port import ADDED, FFN_INPUT, STREAM, Port, Ports
 from ane_moe.model.router import router_ports
 from ane_moe.model.spec import (
     AnyRouterSpec,
     Norms,
+    NormSpec,
     before_rows,
     residual_rows,
     router_norm_rows,
@@ -49,4 +50,26 @@ class RoutedMixerConfig:
             ports,
             inputs=(*ports.inputs, *routing.inputs),
             outputs=(*ports.outputs, *normed, *routing.outputs),
+        )
+
+
+@dataclass(frozen=True)
+class RoutingConfig:
+    """Of a layer without a mixer, whose experts add to the stream."""
+
+    d_model: int
+    norm: NormSpec
+    router: AnyRouterSpec
+
+    def rows(self) -> Iterator[Row]:
+        """The block's parameters, in its own order."""
+        yield from (row.under("ffn") for row in self.norm.rows(self.d_model))
+        yield from (row.under("ffn.router") for row in self.router.rows(self.d_model))
+
+    def ports(self, tokens: int) -> Ports:
+        shape, routing = (1, self.d_model, 1, tokens), router_ports(self.router, tokens)
+        normed = Port("ffn_input", shape, FFN_INPUT)
+        return Ports(
+            (Port("x", shape, STREAM), *routing.inputs),
+            (normed, *routing.outputs),
         )

@@ -19,6 +19,7 @@ STREAM_SCALE = "stream_scale"  # the fold of what is shifted into the stream
 VALUES, FROM_VALUES, UPS, FROM_UPS = "values", "from_values", "ups", "from_ups"
 SHARED_FROM_UPS = "shared_from_ups"  # the latter of shared experts
 INVERSE_ROOT = "inverse_root"  # the fold of 1 / sqrt(d_model)
+FROM_SQUARES = "from_squares"  # of what reads squares of the branch
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,8 @@ class MlpSpec:
     """A gated MLP: `down(activation(gate(x)) * up(x))`, or with the activation `clamp`; `width`
     channels wide inside. GELU is the one approximated by tanh. `gate_enters`: the gate of an expert
     multiplies what enters it, in place of what it gives. `limit`: silu(gate(x)) is at most that,
-    and up(x) between it and its negative (`Step3p7Experts`)."""
+    and up(x) between it and its negative (`Step3p7Experts`). `squared`: `down(relu(up(x))^2)`,
+    without a gate."""
 
     width: int
     clamp: Clamp | None = None
@@ -258,12 +260,16 @@ class MlpSpec:
     activation: Literal["silu", "gelu"] = "silu"
     gate_enters: bool = False
     limit: float | None = None
+    squared: bool = False
 
     def rows(self, d_model: int, role: str) -> Iterator[Weight]:
         """Its matrices, which a recipe calls `role`.gate, .up and .down, and their biases."""
         fixed = self.clamp or self.limit
         ups, out = ("", "residual_scale") if fixed else (UPS, FROM_UPS)
-        for name, fold in (("gate", ""), ("up", ups)):
+        branches = [("gate", ""), ("up", ups)]
+        if self.squared:
+            branches, out = [("up", UPS)], FROM_SQUARES
+        for name, fold in branches:
             yield Weight(
                 f"{name}.weight", (self.width, d_model), f"{role}.{name}", reads="x", fold=fold
             )
@@ -364,10 +370,10 @@ class LayerSpec:
     the normed stream that they read, in place of the stream. `adds`: what multiplies what each
     adds, beside the model's own factor. `parallel`: both halves read the stream as it enters the
     layer. `scaled`: where there are norms after, the stream is multiplied by a number of the layer
-    in the end."""
+    in the end. A layer may be one half alone."""
 
-    mixer: MixerSpec
-    ffn: FfnSpec
+    mixer: MixerSpec | None
+    ffn: FfnSpec | None
     affine: bool = False
     entry: bool = False
     norms: Norms = "before"
@@ -397,6 +403,8 @@ class LayerSpec:
                     yield WeightName(number, "ffn", expert, row.path), row
 
     def _mixer_rows(self, d_model: int, norm: NormSpec) -> Iterator[Weight]:
+        if self.mixer is None:
+            return
         if self.entry:
             yield from entry_rows(d_model)
         yield from before_rows(norm, d_model, self.norms)
@@ -407,6 +415,8 @@ class LayerSpec:
 
     def _ffn_rows(self, d_model: int, norm: NormSpec) -> Iterator[Weight]:
         """Those of experts aside."""
+        if self.ffn is None:
+            return
         yield from before_rows(norm, d_model, self.norms_of_ffn)
         if isinstance(self.ffn, MlpSpec):
             yield from (row.under("mlp") for row in self.ffn.rows(d_model, "dense"))
@@ -512,6 +522,7 @@ class ModelSpec:
             UPS: inner.ups,
             FROM_UPS: added / inner.ups,
             SHARED_FROM_UPS: added / inner.ups * self.shared_scale,
+            FROM_SQUARES: added / inner.ups**2,
             STREAM_SCALE: self.stream_scale,
             INVERSE_ROOT: self.d_model**-0.5,
             "logit_scale": self.head.logit_scale,

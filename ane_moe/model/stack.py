@@ -9,7 +9,8 @@ from ane_moe.model.moe import MoeConfig
 from ane_moe.model.port import Port, Ports
 from ane_moe.model.weight import Row
 
-StackedConfig = tuple[MixerConfig, DenseConfig | MoeConfig]
+FfnConfig = DenseConfig | MoeConfig
+StackedConfig = tuple[MixerConfig | None, FfnConfig | None]
 
 
 def can_share(layers: Sequence[StackedConfig]) -> bool:
@@ -17,8 +18,15 @@ def can_share(layers: Sequence[StackedConfig]) -> bool:
     thing."""
     asked: dict[str, Port] = {}
     return all(
-        asked.setdefault(port.name, port) == port for mixer, _ in layers for port in mixer.host(1)
+        asked.setdefault(port.name, port) == port
+        for mixer in _mixers(layers).values()
+        for port in mixer.host(1)
     )
+
+
+def _mixers(layers: Sequence[StackedConfig]) -> dict[int, MixerConfig]:
+    """By the place of the layer, where it has one."""
+    return {place: mixer for place, (mixer, _) in enumerate(layers) if mixer is not None}
 
 
 @dataclass(frozen=True)
@@ -31,24 +39,24 @@ class StackConfig:
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""
         for index, (mixer, ffn) in enumerate(self.layers):
-            yield from (row.under(f"layers.{index}.attn") for row in mixer.rows())
-            yield from (row.under(f"layers.{index}.ffn") for row in ffn.rows())
+            for half, config in (("attn", mixer), ("ffn", ffn)):
+                own = () if config is None else config.rows()
+                yield from (row.under(f"layers.{index}.{half}") for row in own)
 
     def ports(self, tokens: int) -> Ports:
         """What is asked of the host once; states and gates of each layer with its place in the
         name."""
-        first = self.layers[0][0]
-        stream, *_ = first.ports(tokens).inputs
-        asked = {port.name: port for mixer, _ in self.layers for port in mixer.host(tokens)}
-        each = [ffn.ports(tokens) for _, ffn in self.layers]
+        mixers = _mixers(self.layers)
+        ffns = {place: ffn for place, (_, ffn) in enumerate(self.layers) if ffn is not None}
+        stream, *_ = next(half for half in self.layers[0] if half is not None).ports(tokens).inputs
+        asked = {port.name: port for mixer in mixers.values() for port in mixer.host(tokens)}
+        each = [ffn.ports(tokens) for ffn in ffns.values()]
         states = [
-            _numbered(port, place)
-            for place, (mixer, _) in enumerate(self.layers)
-            for port in mixer.states
+            _numbered(port, place) for place, mixer in mixers.items() for port in mixer.states
         ]
         gates = [
             _numbered(port, place)
-            for place, ports in enumerate(each)
+            for place, ports in zip(ffns, each, strict=True)
             for port in ports.outputs
             if port.root == "gates"
         ]
@@ -60,7 +68,7 @@ class StackConfig:
         ]
         # What routers hand on comes in at the first layer that takes it, and goes out at the last
         # that gives it.
-        taken = [port for port in each[0].inputs if port.root == "carry"]
+        taken = [port for ports in each[:1] for port in ports.inputs if port.root == "carry"]
         given = {
             port.slot: port for ports in each for port in ports.outputs if port.root == "carry"
         }
@@ -68,7 +76,7 @@ class StackConfig:
             (stream, *asked.values(), *taken, *noise),
             (replace(stream, name="y"), *gates, *given.values()),
         )
-        return with_states(ports, tuple(states), first.explicit)
+        return with_states(ports, tuple(states), any(one.explicit for one in mixers.values()))
 
 
 def _numbered(port: Port, place: int) -> Port:

@@ -94,7 +94,7 @@ class _Collector:
         for number, layer in enumerate(model.spec.layers):
             heard = self._heard[number] = {}
             start = f".{stream.taps.layers}.{number}."  # whatever the model is nested in
-            for row in layer.mixer.rows(model.spec.d_model):
+            for row in layer.mixer.rows(model.spec.d_model) if layer.mixer else ():
                 name = WeightName(number, "attn", None, row.path)
                 if (
                     row.reads and name.beside(row.reads) not in heard
@@ -122,6 +122,8 @@ class _Collector:
         read = torch.from_numpy(np.concatenate([golden.read_by_ffn for golden in goldens]))
         x = taps[0].parts.ffn_norm(read[None])[0]  # (N, d)
         ffn = self._model.spec.layers[index].ffn
+        if ffn is None:
+            return
         if isinstance(ffn, MlpSpec):
             self._mlp(WeightName(index, "ffn", None, ""), "mlp.", x, ffn)
             return
@@ -161,7 +163,10 @@ class _Collector:
             return y + self._weight(part.beside(f"{prefix}{matrix}.bias")) if spec.bias else y
 
         self.moments[part.beside("x")] = _mean_squares(x)
-        hidden = _activated(projected("gate"), projected("up"), spec)
+        if spec.squared:
+            hidden = projected("up").relu().square()
+        else:
+            hidden = _activated(projected("gate"), projected("up"), spec)
         self.moments[part.beside(f"{prefix}hidden")] = _mean_squares(hidden)
 
     def _weight(self, name: WeightName) -> torch.Tensor:

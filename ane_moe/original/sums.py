@@ -43,7 +43,7 @@ def known_matrices(layer: nn.Module, taps: Taps, experts: nn.Module | None) -> K
     stacks = dict(experts.named_parameters(recurse=False)) if experts else {}
     shapes: dict[tuple[int, ...], str] = {
         tuple(stacks[f"{name}_proj"].shape[1:]): name
-        for name in (GATE_UP, "down")
+        for name in (GATE_UP, "up", "down")
         if f"{name}_proj" in stacks and f"{GATE_UP}_proj_bias" not in stacks
     }
     for path, stack in experts.named_parameters() if experts else ():

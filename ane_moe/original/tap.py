@@ -38,6 +38,11 @@ class TappedLayer:
         return self.layer.get_submodule(self.taps.ffn_norm)
 
     @property
+    def is_mixer(self) -> bool:
+        """Whether it has no feed-forward block."""
+        return any(self._of_class(ending) is not None for ending in self.taps.alone)
+
+    @property
     def router(self) -> nn.Module | None:
         return self._of_class(self.taps.router)
 
@@ -174,11 +179,12 @@ class Tap:
         parts = self.parts
         self._handles = [
             parts.layer.register_forward_pre_hook(self._hear_input),
-            self._hear_middle(),
             parts.layer.register_forward_hook(
                 lambda _, args, output: setattr(self, "output", output)
             ),
         ]
+        if not parts.is_mixer:
+            self._handles.append(self._hear_middle())
         if parts.router is not None:
             self._handles.append(
                 parts.router.register_forward_hook(
@@ -229,10 +235,11 @@ class Tap:
 
     def golden(self) -> LayerGolden:
         y, streams = first_of(self.output)[0], self.parts.streams
+        middle = y if self.middle is None else self.middle
         return LayerGolden(
             self.x.numpy(),
-            (self.middle - self.x).numpy(),
-            (y - self.middle).numpy(),
+            (middle - self.x).numpy(),
+            (y - middle).numpy(),
             **self._routing(),
             **self._carries(),
             entering=None if self.entering is None else self.entering.numpy(),

@@ -26,7 +26,7 @@ def _silu_reaches(value: float) -> float:
 
 
 class GatedMlp(nn.Module):
-    """`down(scale * silu(gate(x)) * up(x))`, or with the spec's GELU or clamped activation: `(1, d,
+    """`down(scale * silu(gate(x)) * up(x))`, or with another activation that the spec says: `(1, d,
     1, T) -> (1, d, 1, T)`, scale `(1, 1, 1, T)` or none.
 
     silu is written out: the engine's own `silu` is off by up to 1.5e-2, and by 1.7e-3 at zero,
@@ -38,29 +38,35 @@ class GatedMlp(nn.Module):
 
     def __init__(self, d_model: int, spec: MlpSpec, ranks: MlpRanks = (0, 0, 0)):
         super().__init__()
-        self.clamp, self.activation = spec.clamp, spec.activation
+        self.clamp, self.activation, self.squared = spec.clamp, spec.activation, spec.squared
         self.gate_enters, self.limit = spec.gate_enters, spec.limit
-        self.gate = Projection(d_model, spec.width, spec.bias, rank=ranks[0])
+        if not spec.squared:
+            self.gate = Projection(d_model, spec.width, spec.bias, rank=ranks[0])
         self.up = Projection(d_model, spec.width, spec.bias, rank=ranks[1])
         self.down = Projection(spec.width, d_model, spec.bias, rank=ranks[2])
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         if self.gate_enters and scale is not None:
             x, scale = x * scale, None
+        hidden = self._hidden(x)  # (1, I, 1, T)
+        return self.down(hidden if scale is None else hidden * scale, scale)
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        if self.squared:
+            up = torch.relu(self.up(x))
+            return up * up
         gate = self.gate(x)
         if self.activation == "gelu":
-            hidden = F.gelu(gate, approximate="tanh") * self.up(x)
-        elif self.limit is not None:
+            return F.gelu(gate, approximate="tanh") * self.up(x)
+        if self.limit is not None:
             # Of what is above it, silu is more than the limit, and of all else no more.
             gate = gate.clamp(LOWEST, _silu_reaches(self.limit))
-            hidden = torch.sigmoid(gate) * self.up(x).clamp(-self.limit, self.limit) * gate
-        elif self.clamp is None:
-            hidden = torch.sigmoid(gate) * self.up(x) * gate  # (1, I, 1, T)
-        else:
-            limit = self.clamp.limit
-            gate, up = gate.clamp(LOWEST, limit), self.up(x).clamp(-limit, limit)
-            hidden = torch.sigmoid(gate * self.clamp.alpha) * (up + 1) * gate
-        return self.down(hidden if scale is None else hidden * scale, scale)
+            return torch.sigmoid(gate) * self.up(x).clamp(-self.limit, self.limit) * gate
+        if self.clamp is None:
+            return torch.sigmoid(gate) * self.up(x) * gate
+        limit = self.clamp.limit
+        gate, up = gate.clamp(LOWEST, limit), self.up(x).clamp(-limit, limit)
+        return torch.sigmoid(gate * self.clamp.alpha) * (up + 1) * gate
 
 
 class Dense(Block):

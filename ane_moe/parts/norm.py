@@ -32,11 +32,12 @@ class UnitNorm(nn.Module):
 
 
 class RmsNorm(UnitNorm):
-    """The same times a weight by channel."""
+    """The same times a weight by channel. Over axis 2 each of the `groups` on axis 1 may have its
+    own weights."""
 
-    def __init__(self, channels: int, eps: float, axis: int = 1):
+    def __init__(self, channels: int, eps: float, axis: int = 1, groups: int = 1):
         super().__init__(eps, axis)
-        shape = [1, 1, 1, 1]
+        shape = [1, groups, 1, 1]
         shape[axis] = channels
         self.weight = nn.Parameter(torch.empty(shape))
 

@@ -6,6 +6,8 @@ from ane_moe.model.cca import CcaConfig
 from ane_moe.model.delta_net import DeltaNetConfig
 from ane_moe.model.kda import KdaConfig
 from ane_moe.model.lightning import LightningConfig
+from ane_moe.model.mamba import MambaConfig
+from ane_moe.model.mamba2 import Mamba2Config
 from ane_moe.model.mixer import MixerConfig
 from ane_moe.model.mla import MlaConfig
 from ane_moe.model.short_conv import ShortConvConfig
@@ -15,6 +17,8 @@ from ane_moe.parts.cca import Cca
 from ane_moe.parts.delta_net import DeltaNet
 from ane_moe.parts.kda import Kda
 from ane_moe.parts.lightning import Lightning
+from ane_moe.parts.mamba import Mamba
+from ane_moe.parts.mamba2 import Mamba2
 from ane_moe.parts.mixer import Mixer
 from ane_moe.parts.mla import Mla
 from ane_moe.parts.short_conv import ShortConv
@@ -28,6 +32,8 @@ MIXERS: dict[type[MixerConfig], type[Mixer]] = {
     DeltaNetConfig: DeltaNet,
     KdaConfig: Kda,
     LightningConfig: Lightning,
+    Mamba2Config: Mamba2,
+    MambaConfig: Mamba,
 }
 
 

@@ -1,8 +1,9 @@
-"""A mixer and routing in one call: what the host needs to dispatch a layer's experts."""
+"""A mixer and routing in one call, or routing alone: what the host needs to dispatch a layer's
+experts."""
 
 from torch import Tensor, nn
 
-from ane_moe.model.routed import RoutedMixerConfig
+from ane_moe.model.routed import RoutedMixerConfig, RoutingConfig
 from ane_moe.parts.block import Block
 from ane_moe.parts.norm import make_norm
 from ane_moe.parts.registry import make_mixer
@@ -50,3 +51,32 @@ class RoutedMixer(Block):
         if self.config.parallel:
             return self.ffn(inputs["x"], inputs) | outputs
         return outputs | self.ffn(outputs["y"], inputs)
+
+
+class NormAndRouter(nn.Module):
+    """The normed input of the experts, and their exact gates."""
+
+    def __init__(self, config: RoutingConfig):
+        super().__init__()
+        self.norm = make_norm(config.d_model, config.norm)
+        self.router = make_router(config.d_model, config.router)
+
+    def forward(self, x: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        h = self.norm(x)
+        gates, handed_on = self.router.gates(h, inputs)
+        return {"ffn_input": h, "gates": gates, **handed_on}
+
+
+class RoutingAlone(Block):
+    """Of a layer without a mixer."""
+
+    config: RoutingConfig
+
+    def __init__(self, config: RoutingConfig):
+        super().__init__()
+        self.config = config
+        self.ffn = NormAndRouter(config)
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        outputs: dict[str, Tensor] = self.ffn(inputs["x"], inputs)
+        return outputs

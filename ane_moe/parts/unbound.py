@@ -9,7 +9,7 @@ from ane_moe.model.mixer import MixerConfig
 from ane_moe.model.mlp import DenseConfig
 from ane_moe.model.moe import MoeConfig
 from ane_moe.model.part import PartConfig
-from ane_moe.model.routed import RoutedMixerConfig
+from ane_moe.model.routed import RoutedMixerConfig, RoutingConfig
 from ane_moe.model.stack import StackConfig
 from ane_moe.parts.block import Block
 from ane_moe.parts.experts import ExpertGroup, SharedExpert
@@ -18,12 +18,13 @@ from ane_moe.parts.join import Join
 from ane_moe.parts.mlp import Dense
 from ane_moe.parts.moe import Moe
 from ane_moe.parts.registry import make_mixer
-from ane_moe.parts.routed import RoutedMixer
+from ane_moe.parts.routed import RoutedMixer, RoutingAlone
 from ane_moe.parts.stack import Stack
 
 # Blocks that are no mixers.
 BLOCKS: dict[type, type[Block]] = {
     RoutedMixerConfig: RoutedMixer,
+    RoutingConfig: RoutingAlone,
     MoeConfig: Moe,
     DenseConfig: Dense,
     StackConfig: Stack,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ane_moe.loop.buffers import Ropes, Slots
-from ane_moe.loop.experts import ExpertDispatch
+from ane_moe.loop.experts import ExpertDispatch, ExpertLayer
 from ane_moe.loop.figures import CallClock, PhaseFigures
 from ane_moe.loop.shards import LoadedShard, Step, call_order
 from ane_moe.loop.wiring import States, Wiring
@@ -64,7 +64,9 @@ class StageRun:
         entries = [one.shard.functions[0] for one in loaded]
         outputs = (port for entry in entries for port in entry.ports.outputs)
         self.reads = {port.slot for port in entries[0].ports.inputs if port.by_channel}
-        self.writes = list(dict.fromkeys(port.slot for port in outputs if port.by_channel))
+        added = [step.target for step in steps if isinstance(step, ExpertLayer)]
+        written = [port.slot for port in outputs if port.by_channel] + added
+        self.writes = list(dict.fromkeys(written))
         inputs = (port for entry in entries for port in entry.ports.inputs)
         # Whether nothing depends on where a token stands or on others: a call may mix sequences.
         alone = len(loaded) == len(steps) and not any(one.shard.states for one in loaded)

@@ -16,9 +16,12 @@ from ane_moe.families import describe, load_family
 from ane_moe.model.delta_net import DeltaNetSpec
 from ane_moe.model.kda import KdaSpec
 from ane_moe.model.lightning import LightningSpec
+from ane_moe.model.mamba import MambaSpec
+from ane_moe.model.mamba2 import Mamba2Spec
 from ane_moe.model.mla import MlaSpec
 from ane_moe.model.sparse_mixer import SparseMixerSpec
 from ane_moe.model.spec import (
+    FROM_SQUARES,
     FROM_UPS,
     SHARED_FROM_UPS,
     UPS,
@@ -38,7 +41,7 @@ from tests.zoo import ROWS
 # Two fp32 implementations differ by rounding; logits of these models are 1 to 4. Hugging Face's own
 # chunks of a delta net are up to 2e-5 from what they give in fp64.
 ROUNDING, WRONG = 4e-5, 2e-4
-LAYERS = ("DecoderLayer", "DbrxBlock")
+LAYERS = ("DecoderLayer", "DbrxBlock", "HBlock")
 IDS = np.random.default_rng(0).integers(3, 211, 24).tolist()
 CASES = [(family, variant) for family, row in ROWS.items() for variant in ("", *row.variants)]
 
@@ -101,10 +104,15 @@ def test_the_sums_of_all_that_can_be_divided_are_heard(family: str, tmp_path: Pa
         names = list(known.alone.values())
         assert names.count("values") == folds.count(VALUES)
         assert names.count("up") + names.count("gate_up") == folds.count(UPS)
-        assert names.count("down") == folds.count(FROM_UPS) + folds.count(SHARED_FROM_UPS)
-        assert set(known.of_experts.values()) in (
-            ({"gate_up", "down"}, {"up", "down"}) if UPS in of_experts else (set(),)
+        read_by = (FROM_UPS, SHARED_FROM_UPS, FROM_SQUARES)
+        assert names.count("down") == sum(folds.count(fold) for fold in read_by)
+        known_forms = (
+            ({"up", "down"},)
+            if FROM_SQUARES in of_experts
+            else ({"gate_up", "down"}, {"up", "down"})
         )
+        heard = set(known.of_experts.values())
+        assert heard in (known_forms if UPS in of_experts else (set(),))
 
 
 @pytest.mark.parametrize("family", [family for family, row in ROWS.items() if row.fused])
@@ -144,6 +152,8 @@ of_latents = partial(of_mixers, kind=MlaSpec)
 of_delta_nets = partial(of_mixers, kind=DeltaNetSpec)
 of_lightning = partial(of_mixers, kind=LightningSpec)
 of_channel_nets = partial(of_mixers, kind=KdaSpec)
+of_mamba = partial(of_mixers, kind=MambaSpec)
+of_mamba2 = partial(of_mixers, kind=Mamba2Spec)
 
 
 def of_moes(spec: ModelSpec, change: Change) -> ModelSpec:
@@ -330,6 +340,13 @@ MUTATIONS: dict[str, tuple[Callable[[ModelSpec, Change], ModelSpec], Change]] = 
             else {}
         ),
     ),
+    "first mamba eps": (of_mamba, lambda m: {"eps": m.eps + 0.1}),
+    "no first mamba biases": (of_mamba, lambda m: {"bias": False}),
+    "no first convolution biases": (of_mamba, lambda m: {"conv_bias": False}),
+    "mamba eps": (of_mamba2, lambda m: {"eps": m.eps + 0.1}),
+    "mamba groups": (of_mamba2, lambda m: {"groups": 1, "state": m.shared}),
+    "no mamba biases": (of_mamba2, lambda m: {"bias": False}),
+    "no convolution biases": (of_mamba2, lambda m: {"conv_bias": False}),
     "channel net eps": (of_channel_nets, lambda m: {"eps": m.eps + 0.1}),
     "no floor": (of_channel_nets, lambda m: {"floor": None}),
     "floor": (of_channel_nets, lambda m: {"floor": 2 if m.floor is None else m.floor * 1.1}),

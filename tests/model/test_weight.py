@@ -14,10 +14,12 @@ from ane_moe.model.head import HeadConfig
 from ane_moe.model.join import JoinConfig
 from ane_moe.model.kda import KdaConfig, KdaSpec
 from ane_moe.model.lightning import LightningConfig, LightningSpec
+from ane_moe.model.mamba import MambaConfig, MambaSpec
+from ane_moe.model.mamba2 import Mamba2Config, Mamba2Spec
 from ane_moe.model.mla import MlaConfig, MlaSpec
 from ane_moe.model.mlp import DenseConfig
 from ane_moe.model.moe import MoeConfig
-from ane_moe.model.routed import RoutedMixerConfig
+from ane_moe.model.routed import RoutedMixerConfig, RoutingConfig
 from ane_moe.model.short_conv import ShortConvConfig, ShortConvSpec
 from ane_moe.model.spec import (
     BandSpec,
@@ -66,6 +68,7 @@ CONFIGS = [
     CcaConfig(D, NORM, CCA, 2, 32, ranks=(("v_delayed", 2),), affine=True, entry=True),
     ShortConvConfig(D, NORM, ShortConvSpec(3, bias=True), ranks=(("b", 2),)),
     RoutedMixerConfig(ATTENTION, MOE.router),
+    RoutingConfig(D, NORM, MOE.router),
     RoutedMixerConfig(ATTENTION, EDA.router, affine=True),
     DENSE,
     DenseConfig(D, NORM, MlpSpec(24), affine=True),
@@ -74,6 +77,8 @@ CONFIGS = [
     MoeConfig(D, NORM, EDA, 4, True, affine=True),
     MoeConfig(D, NORM, EDA, 2, False, affine=True),
     MoeConfig(D, NORM, EDA, 4, True, soft=True),
+    StackConfig(((None, DENSE), (ATTENTION, None))),
+    DenseConfig(D, NORM, MlpSpec(24, bias=True, squared=True), RANKS),
     StackConfig(((ATTENTION, DENSE), (ATTENTION, MoeConfig(D, NORM, MOE, 4, True)))),
     ExpertGroupConfig(D, MOE.expert, 3, RANKS),
     ExpertGroupConfig(D, MOE.expert, 2, affine=True),
@@ -94,6 +99,8 @@ CONFIGS = [
     KdaConfig(D, NORM, KdaSpec(2, 2, 8, 8, 3, 1e-6, rank=8), ranks=(("z_down", 2), ("z", 1))),
     KdaConfig(D, NORM, KdaSpec(2, 2, 8, 8, 3, 1e-6, floor=5.0)),
     LightningConfig(D, NORM, LightningSpec(2, 8, 1e-6), ranks=(("gate", 2),), keeps=2.0),
+    MambaConfig(D, NORM, MambaSpec(32, 8, 5, 3, 1e-6, bias=True), ranks=(("u", 2),)),
+    Mamba2Config(D, NORM, Mamba2Spec(4, 6, 2, 8, 3, 1e-6, bias=True), ranks=(("u", 2),)),
 ]
 SPEC = ModelSpec(
     "any", D, 50, 64, NORM, (LayerSpec(GQA, MOE), LayerSpec(FULL, MlpSpec(40))), HeadSpec(False), {}

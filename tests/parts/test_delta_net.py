@@ -9,7 +9,6 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
     torch_recurrent_gated_delta_rule as recurrent_by_head,
 )
 
-from ane_moe.loop.buffers import RULES, Placement
 from ane_moe.model.delta_net import DeltaNetConfig, DeltaNetSpec
 from ane_moe.model.kda import KdaConfig, KdaSpec
 from ane_moe.model.lightning import LightningConfig, LightningSpec
@@ -17,7 +16,7 @@ from ane_moe.model.spec import NormSpec
 from ane_moe.parts import delta_net
 from ane_moe.parts.delta_net import UNIT, chunk, inverted, lost, one_step, softplus, unit
 from ane_moe.parts.kda import sigmoid
-from ane_moe.parts.unbound import build_unbound
+from tests.parts.padding import a_block, assert_padding_counts_for_nothing
 
 HEADS, KEY, VALUE, TOKENS = 3, 32, 20, 150
 SPEC = DeltaNetSpec(2, 6, KEY, VALUE, 4, 1e-6)
@@ -144,31 +143,6 @@ def test_small_shares_are_exact_in_fp16():
     assert ((sigmoid(x) - exact) / exact).abs().max() < 4e-3
 
 
-def a_block(config, seed: int = 0):
-    block = build_unbound(config).to_empty(device="cpu").eval()
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in block.parameters():
-            parameter.normal_(0, 0.4)
-    return block
-
-
-def call(block, x, position, tokens, states):
-    """A call of so many tokens; columns of padding hold what was there before."""
-    count = x.shape[3]
-    given = torch.nn.functional.pad(x, (0, tokens - count), value=11.0)
-    inputs = {"x": given, **states}
-    for port in block.ports(tokens).inputs:
-        if port.root in RULES:
-            array = np.zeros(port.shape, np.float32)
-            RULES[port.root](array, port.slot, Placement(position, count, {}))
-            inputs[port.name] = torch.from_numpy(array)
-    with torch.no_grad():
-        outputs = block(**inputs)
-    kept = {name: outputs[f"{name}_out"] for name in states}
-    return outputs["y"][..., :count], kept
-
-
 def test_a_sum_of_thousands_of_tokens_notices_the_next_one():
     """What is rounded away of lightning attention's memory comes back."""
     config = CONFIGS[-1]
@@ -187,16 +161,4 @@ def test_a_sum_of_thousands_of_tokens_notices_the_next_one():
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_padding_changes_neither_results_nor_states(config):
-    block, x = a_block(config), torch.randn(1, 24, 1, 11)
-    empty = {port.name: torch.zeros(port.shape) for port in config.states}
-    whole, states = call(block, x, 0, 11, empty)
-    padded, padded_states = call(block, x, 0, 16, empty)
-    singles, one_by_one = [], empty
-    for token in range(11):
-        y, one_by_one = call(block, x[..., token : token + 1], token, 1, one_by_one)
-        singles.append(y)
-    for y, kept in ((padded, padded_states), (torch.cat(singles, dim=3), one_by_one)):
-        torch.testing.assert_close(y, whole, rtol=1e-4, atol=1e-5)
-        for name, state in states.items():
-            torch.testing.assert_close(kept[name], state, rtol=1e-4, atol=1e-5)
-    assert [name for name, state in states.items() if state.abs().max() < 0.01] in ([], ["rest"])
+    assert_padding_counts_for_nothing(config)
