@@ -156,6 +156,8 @@ def test_the_hosts_own_slots_at_a_position():
         for slot, shape in {
             "mask.all": (1, 1, 3, 6),
             "mask.2": (1, 1, 3, 6),
+            "mask.chunk_3": (1, 1, 3, 6),
+            "passed.2": (1, 1, 1, 3),
             "write": (1, 1, 3, 6),
             "keep": (1, 1, 1, 6),
             "rope.main.cos": (1, 1, 2, 3),
@@ -175,6 +177,13 @@ def test_the_hosts_own_slots_at_a_position():
         [h, h, 0, 0, h, h],
         [0, h, h, h, h, h],
     ]
+    assert wanted["mask.chunk_3"][0, 0].tolist() == [
+        [0, 0, 0, h, h, h],
+        [h, h, h, 0, h, h],
+        [0, h, h, h, h, h],
+    ]
+    grown = wanted["passed.2"][0, 0, 0].astype(np.float32)  # one run of two tokens, then two
+    assert grown == pytest.approx([0.6931, 1.0986, 0], abs=5e-4)
     assert wanted["write"][0, 0].tolist() == [[0, 0, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0] * 6]
     assert wanted["keep"][0, 0, 0].tolist() == [1, 1, 0, 0, 1, 1]
     assert wanted["rope.main.cos"][0, 0, :, :2].tolist() == [[4, 6], [5, 7]]
