@@ -306,8 +306,8 @@ REFUSED = {
     ),
     "no kv heads": (QWEN3_30B | {"num_key_value_heads": None}, "lacks num_key_value_heads"),
     "nested": (
-        {"model_type": "kimi_k25", "text_config": QWEN3_30B},
-        "'kimi_k25' is not supported",
+        {"model_type": "minimax_m3_vl", "text_config": QWEN3_30B},
+        "'minimax_m3_vl' is not supported",
     ),
     "deepseek": (
         DEEPSEEK_V2_LITE | {"model_type": "deepseek_v32"},
@@ -387,13 +387,13 @@ def test_a_dense_model_is_said_to_be_no_mixture_of_experts(tmp_path):
 
 
 def test_a_model_whose_fields_have_other_names_is_answered_without_a_forecast():
-    dbrx = {
-        "model_type": "dbrx",
+    other = {
+        "model_type": "new_moe",
         "d_model": 6144,
         "ffn_config": {"moe_num_experts": 16, "moe_top_k": 4},
     }
-    answer = outlook_of(dbrx)
-    assert "'dbrx' is not supported" in answer.refusal and answer.choices == ()
+    answer = outlook_of(other)
+    assert "'new_moe' is not supported" in answer.refusal and answer.choices == ()
     assert "num_hidden_layers" in answer.notes[0] or "hidden_size" in answer.notes[0]
 
 

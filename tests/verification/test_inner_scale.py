@@ -123,8 +123,8 @@ def test_a_multiplier_that_is_forgotten_is_caught(forgotten, kind, prompts, tmp_
     monkeypatch.setattr(stream_scale, "needed_inner", lambda _: SCALES)
     right = ModelSpec.multiplier
 
-    def wrong(spec: ModelSpec, fold: str, layer: int | None) -> float:
-        return 1.0 if fold == forgotten else right(spec, fold, layer)
+    def wrong(spec: ModelSpec, fold: str, *where: int | str | None) -> float:
+        return 1.0 if fold == forgotten else right(spec, fold, *where)
 
     monkeypatch.setattr(ModelSpec, "multiplier", wrong)
     report = verify(_converted("mixtral", prompts, tmp_path))
