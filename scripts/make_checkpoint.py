@@ -7,7 +7,8 @@ Config, keys, shapes and dtype are the real model's, cut to `--layers`; weights 
 activations stay finite and routing is uneven. Memory stays bounded: every tensor is a run of one
 block of random numbers, read from a place of its own. With `--spectrum trained` half the variance
 of a matrix lies in a few directions whose singular values fall as a power law, as trained matrices
-have it, and some experts are chosen far more often than others.
+have it, and some experts are chosen far more often than others. gpt-oss's experts are in MXFP4, as
+its repository has them: random codes, and exponents that give them the deviation of the others.
 """
 
 import json
@@ -39,6 +40,10 @@ LEADING_SHARE, LEADING = 0.5, 32
 # Deviation of the logarithm of a router row's length: the long rows win most tokens.
 ROUTER_SPREAD = 0.5
 SPECTRA = ("flat", "trained")
+# Of a family whose preset lacks what others have: that in names.
+OF_OTHERS = {"deepseek_v2": "q_b_proj"}
+# Of MXFP4: what an exponent of 0 is stored as, and the deviation of all its 16 numbers.
+EXPONENT_BIAS, FP4_DEVIATION = 127, 2.93
 DTYPES = {
     "bfloat16": ("BF16", torch.bfloat16),
     "float16": ("F16", torch.float16),
@@ -350,6 +355,113 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eos_token_id": 7,
         "pad_token_id": 0,
     },
+    "deepseek-v2-lite": {
+        **LLAMA,
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "attention_bias": False,
+        "vocab_size": 102400,
+        "hidden_size": 2048,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "kv_lora_rank": 512,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "n_routed_experts": 64,
+        "num_experts_per_tok": 6,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 1408,
+        "intermediate_size": 10944,
+        "topk_method": "greedy",
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+        "scoring_func": "softmax",
+        "max_position_embeddings": 163840,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 40,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+            "original_max_position_embeddings": 4096,
+        },
+        "tie_word_embeddings": False,
+        "bos_token_id": 100000,
+        "eos_token_id": 100001,
+    },
+    "gpt-oss-20b": {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "hidden_act": "silu",
+        "attention_bias": True,
+        "vocab_size": 201088,
+        "hidden_size": 2880,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "intermediate_size": 2880,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 12,
+        "sliding_window": 128,
+        "swiglu_limit": 7.0,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 150000.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        "quantization_config": {"quant_method": "mxfp4"},
+        "tie_word_embeddings": False,
+        "eos_token_id": 200002,
+        "pad_token_id": 199999,
+    },
+    "qwen3.5-35b-a3b": {  # transformers' own defaults, which are this model's
+        **LLAMA,
+        "architectures": ["Qwen3_5MoeForCausalLM"],
+        "model_type": "qwen3_5_moe_text",
+        "attention_bias": False,
+        "vocab_size": 248320,
+        "hidden_size": 2048,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "layer_types": ([*["linear_attention"] * 3, "full_attention"]) * 10,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "num_experts": 256,
+        "num_experts_per_tok": 8,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.25,
+        },
+        "tie_word_embeddings": False,
+        "eos_token_id": 248044,
+    },
     "privacy-filter": {
         "architectures": ["OpenAIPrivacyFilterForTokenClassification"],
         "model_type": "openai_privacy_filter",
@@ -385,13 +497,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor to write: normal numbers around `mean` with deviation `std`."""
+    """One tensor to write: normal numbers around `mean` with deviation `std`, or `bytes` from the
+    first to before the last."""
 
     key: str
     shape: tuple[int, ...]
     mean: float
     std: float
     router: bool = False
+    bytes: tuple[int, int] | None = None
 
     @property
     def elements(self) -> int:
@@ -399,16 +513,21 @@ class Tensor:
 
 
 class _AnyKey(dict[str, tuple[int, ...]]):
-    """Holds every key, of no shape, so that a family names each tensor by the first form it
-    knows."""
+    """Holds every key, of no shape, so that a family names each tensor by the first form it knows
+    which has nothing `without` in it."""
+
+    def __init__(self, without: str | None) -> None:
+        super().__init__()
+        self.without = without
 
     def __contains__(self, key: object) -> bool:
-        return True
+        return self.without is None or self.without not in str(key)
 
 
 def planned_tensors(spec: ModelSpec) -> list[Tensor]:
     """The stored tensors of `spec`, each once, as the model's repository stores them."""
-    sources = find_tensors(spec, _AnyKey(), load_family(spec.family).KEYS)
+    any_key = _AnyKey(OF_OTHERS.get(spec.family))
+    sources = find_tensors(spec, any_key, load_family(spec.family).KEYS)
     if spec.head.tied:
         del sources[HEAD]
     stored = {source.key: source for source in sources.values()}
@@ -420,6 +539,23 @@ def planned_tensors(spec: ModelSpec) -> list[Tensor]:
             "router" in str(source.name),
         )
         for source in stored.values()
+    ]
+
+
+def in_mxfp4(tensors: list[Tensor]) -> list[Tensor]:
+    """With experts as 4-bit codes and exponents, `[E, R, C / 32, 16]` and `[E, R, C / 32]`."""
+    return [one for tensor in tensors for one in _coded(tensor)]
+
+
+def _coded(tensor: Tensor) -> list[Tensor]:
+    if len(tensor.shape) != 3 or "experts" not in tensor.key:
+        return [tensor]
+    experts, columns, rows = tensor.shape
+    exponent = EXPONENT_BIAS + round(math.log2(tensor.std / FP4_DEVIATION))
+    scales = (experts, rows, columns // 32)
+    return [
+        Tensor(f"{tensor.key}_blocks", (*scales, 16), 0, 0, bytes=(0, 256)),
+        Tensor(f"{tensor.key}_scales", scales, 0, 0, bytes=(exponent - 1, exponent + 2)),
     ]
 
 
@@ -450,8 +586,10 @@ def write_checkpoint(
 ) -> int:
     """Write config.json and random weights into `folder`; returns the bytes of the weights."""
     spec = load_family(config["model_type"]).spec(Config(config))
-    item = DTYPES[dtype][1].itemsize
-    files = _split(planned_tensors(spec), shard_bytes // item)
+    tensors, item = planned_tensors(spec), DTYPES[dtype][1].itemsize
+    if config.get("quantization_config", {}).get("quant_method") == "mxfp4":
+        tensors = in_mxfp4(tensors)
+    files = _split(tensors, shard_bytes // item)
     names = [
         f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)
     ]
@@ -460,7 +598,7 @@ def write_checkpoint(
             stream.write(_header(tensors, dtype))
             for tensor in tensors:
                 noise.write(tensor, stream)
-    total = sum(tensor.elements for tensors in files for tensor in tensors) * item
+    total = sum(_stored(tensor, item) for tensors in files for tensor in tensors)
     weight_map = {
         tensor.key: name for name, tensors in zip(names, files, strict=True) for tensor in tensors
     }
@@ -482,13 +620,19 @@ def _split(tensors: list[Tensor], elements: int) -> list[list[Tensor]]:
     return files
 
 
+def _stored(tensor: Tensor, item: int) -> int:
+    """Its bytes."""
+    return tensor.elements * (1 if tensor.bytes else item)
+
+
 def _header(tensors: list[Tensor], dtype: str) -> bytes:
     name, kind = DTYPES[dtype]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
-        start, end = end, end + tensor.elements * kind.itemsize
-        header[tensor.key] = {"dtype": name, "shape": tensor.shape, "data_offsets": [start, end]}
+        start, end = end, end + _stored(tensor, kind.itemsize)
+        stored = "U8" if tensor.bytes else name
+        header[tensor.key] = {"dtype": stored, "shape": tensor.shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
@@ -503,11 +647,14 @@ class Noise:
         self.places = random.Random(seed)
         self.dtype = DTYPES[dtype][1]
         self.block = lru_cache(maxsize=8)(self._scaled)
+        self.codes = lru_cache(maxsize=8)(self._codes)
 
     def write(self, tensor: Tensor, stream: BinaryIO) -> None:
         """Append the bytes of `tensor`."""
-        block = self.block(tensor.mean, tensor.std)
-        item = self.dtype.itemsize
+        if tensor.bytes:
+            block, item = self.codes(*tensor.bytes), 1
+        else:
+            block, item = self.block(tensor.mean, tensor.std), self.dtype.itemsize
         place, left = self.places.randrange(BLOCK), tensor.elements
         while left:
             run = min(left, BLOCK - place)
@@ -517,13 +664,18 @@ class Noise:
     def _scaled(self, mean: float, std: float) -> memoryview:
         return (self.unit * std + mean).to(self.dtype).view(torch.uint8).numpy().data
 
+    def _codes(self, first: int, end: int) -> memoryview:
+        """Bytes by the place of a normal number in its distribution, all equally often."""
+        share = 0.5 + 0.5 * torch.erf(self.unit * 0.5**0.5)
+        return (first + share * (end - first)).clamp(first, end - 1).byte().numpy().data
+
 
 class TrainedNoise(Noise):
     """As `Noise`, but matrices have leading directions and routers have long and short rows."""
 
     def write(self, tensor: Tensor, stream: BinaryIO) -> None:
         """Append the bytes of `tensor`, some rows at a time."""
-        if len(tensor.shape) < 2 or tensor.mean or tensor.shape[-1] <= LEADING:
+        if tensor.bytes or len(tensor.shape) < 2 or tensor.mean or tensor.shape[-1] <= LEADING:
             return super().write(tensor, stream)
         columns = tensor.shape[-1]
         rows = tensor.elements // columns

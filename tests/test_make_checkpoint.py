@@ -32,6 +32,9 @@ TOTAL_PARAMETERS = {  # billions, of the whole models, as their authors give the
     "jamba-v0.1": 51.6,
     "zaya1-8b": 8.84,
     "lfm2-8b-a1b": 8.34,
+    "deepseek-v2-lite": 15.7,
+    "gpt-oss-20b": 20.9,
+    "qwen3.5-35b-a3b": 34.7,
     "privacy-filter": 1.4,
 }
 
