@@ -73,6 +73,8 @@ def parts(spec: ModelSpec) -> str:
     words += [*_router(moe.router), *_experts(moe)]
     one_block = any(None in (layer.mixer, layer.ffn) for layer in spec.layers)
     words += ["one block in a layer"] if one_block else []
+    groups = [layer.router_group for layer in spec.layers if layer.router_group is not None]
+    words += ["routers shared by layers"] if len(set(groups)) < len(groups) else []
     norms = spec.layers[0].norms
     words += [f"norms {norms}"] if norms != "before" else []
     words += ["norm after experts"] if any(layer.ffn_norms for layer in spec.layers) else []

@@ -21,12 +21,15 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ane_moe.original import mm1_moe as mm1_moe  # register themselves with transformers
+from ane_moe.original import omni_moe as omni_moe
 from tests.zoo import COMMON as ZOO
 from tests.zoo import ROWS, SIZES, WITH_IMAGES, YARN
 
 LLAMA_SHAPED = ("granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 DECODERS = ("granitemoe", "lfm2_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "zaya")
 FAMILIES = (*DECODERS, "openai_privacy_filter")
+RESEARCH = ("mm1_moe", "omni_moe")  # which transformers does not have
 CLASSES: dict[str, Any] = {
     "openai_privacy_filter": AutoModelForTokenClassification,
     **dict.fromkeys((*WITH_IMAGES, "qwen3_omni_moe"), AutoModelForImageTextToText),

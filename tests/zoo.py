@@ -1202,4 +1202,34 @@ ROWS: dict[str, Row] = {
             }
         },
     ),
+    "omni_moe": Row(
+        {
+            "num_hidden_layers": 3,
+            "intermediate_size": 40,
+            "num_experts": 12,
+            "expert_groups": [[2, 12], [1, 12]],
+            "shared_router": True,
+            "router_bias": True,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": False,
+        },
+        {
+            "one router": {"expert_groups": None, "router_bias": False},
+            "top 1": {"expert_groups": [[1, 6], [2, 9]], "num_experts_per_tok": 1},
+            "separate": {"shared_router": False, "norm_topk_prob": True},
+        },
+        fused=False,
+    ),
+    "mm1_moe": Row(
+        {
+            "num_hidden_layers": 4,
+            "intermediate_size": 40,
+            "moe_layer_freq": 2,
+            "num_experts": 12,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+        },
+        {"every fourth": {"moe_layer_freq": 4, "norm_topk_prob": False}},
+        fused=False,
+    ),
 }

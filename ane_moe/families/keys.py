@@ -1,8 +1,8 @@
 """Finds our tensors in a checkpoint by a family's key table.
 
-A key table maps our names to the checkpoint's, with `{layer}` and `{expert}` for the numbers. An
-entry lists alternatives, of which the first that the checkpoint has is taken: the same model is
-found in more than one form.
+A key table maps our names to the checkpoint's, with `{layer}`, `{expert}` and `{group}` (of layers
+that share a router) for the numbers. An entry lists alternatives, of which the first that the
+checkpoint has is taken: the same model is found in more than one form.
 """
 
 import re
@@ -171,7 +171,8 @@ def _missing(
 
 
 def _source(spec: ModelSpec, name: WeightName, weight: Weight, entry: Entry) -> TensorSource:
-    numbers = {"layer": name.layer, "expert": name.expert}
+    group = None if name.layer is None else spec.layers[name.layer].router_group
+    numbers = {"layer": name.layer, "expert": name.expert, "group": group}
     scale = spec.multiplier(weight.fold, name.layer, name.part)
     if isinstance(entry, str):
         return TensorSource(name, entry.format(**numbers), weight.shape, scale=scale, weight=weight)

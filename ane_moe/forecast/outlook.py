@@ -243,8 +243,10 @@ def _read_model(values: dict[str, Any], where: str, folder: Path | None) -> _Mod
 
 
 def weights_in_shards(spec: ModelSpec) -> int:
-    """All weights but those of the embedding, which the host reads."""
-    return sum(math.prod(row.shape) for name, row in spec.weights() if name != EMBEDDING)
+    """All weights but those of the embedding, which the host reads. A router that layers share
+    counts once."""
+    rows = (row for name, row in spec.distinct_weights() if name != EMBEDDING)
+    return sum(math.prod(row.shape) for row in rows)
 
 
 def _holds_weights(folder: Path) -> bool:

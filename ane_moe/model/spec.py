@@ -370,7 +370,8 @@ class LayerSpec:
     the normed stream that they read, in place of the stream. `adds`: what multiplies what each
     adds, beside the model's own factor. `parallel`: both halves read the stream as it enters the
     layer. `scaled`: where there are norms after, the stream is multiplied by a number of the layer
-    in the end. A layer may be one half alone."""
+    in the end. A layer may be one half alone. `router_group`: a checkpoint has one router for all
+    layers of the same number (arXiv 2507.05724)."""
 
     mixer: MixerSpec | None
     ffn: FfnSpec | None
@@ -382,6 +383,7 @@ class LayerSpec:
     ffn_norms: Norms | None = None
     parallel: bool = False
     scaled: bool = False
+    router_group: int | None = None
 
     @property
     def norms_of_ffn(self) -> Norms:
@@ -506,6 +508,17 @@ class ModelSpec:
             yield from layer.weights(number, self.d_model, self.norm)
         for row in self.head.rows(self.scores, self.d_model, self.norm):
             yield WeightName(None, HEAD.part, None, row.path), row
+
+    def distinct_weights(self) -> Iterator[tuple[WeightName, Weight]]:
+        """`weights`, but what layers share only once, for the first of them."""
+        met = set()
+        for name, row in self.weights():
+            group = None if name.layer is None else self.layers[name.layer].router_group
+            if group is not None and name.part == "ffn" and name.path.startswith("router."):
+                if (group, name.path) in met:
+                    continue
+                met.add((group, name.path))
+            yield name, row
 
     def multiplier(self, fold: str, layer: int | None, part: str = "attn") -> float:
         """The multiplier that a row of a `part` of a layer asks for with `fold`; 1 where it asks

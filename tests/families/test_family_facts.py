@@ -17,6 +17,7 @@ from ane_moe.model.spec import ModelSpec, MoeSpec
 from tests.models import (
     FAMILIES,
     LLAMA_SHAPED,
+    RESEARCH,
     VARIANTS,
     edit_config,
     make_model,
@@ -35,7 +36,7 @@ def build(name: str, folder: Path) -> tuple[PreTrainedModel, ModelSpec]:
 
 
 def test_the_supported_families_are_the_ones_under_test() -> None:
-    assert supported() == sorted([*FAMILIES, *ROWS])
+    assert supported() == sorted({*FAMILIES, *ROWS, *RESEARCH})
 
 
 @pytest.mark.parametrize("name", MODELS)

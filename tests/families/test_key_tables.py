@@ -202,7 +202,7 @@ def test_transformers_gives_every_key_of_the_tables_to_a_tensor_of_its_model(fam
     for ours, entries in load_family(family).KEYS.items():  # type: ignore[attr-defined]
         for entry in entries:
             stored = entry if isinstance(entry, str) else entry.key
-            keys = [stored.format(layer=layer, expert=1) for layer in range(4)]
+            keys = [stored.format(layer=layer, expert=1, group=layer) for layer in range(4)]
             renamed = [
                 rename_source_key(key, renamings, converters)[0].replace(".language_model.", ".")
                 for key in keys

@@ -369,6 +369,10 @@ MUTATIONS: dict[str, tuple[Callable[[ModelSpec, Change], ModelSpec], Change]] = 
             "adds": (one.adds[0], one.adds[1] * (1.1 if one.norms_of_ffn == "before" else 1))
         },
     ),
+    "the router of the group before": (
+        of_layers,
+        lambda one: {"router_group": one.router_group and one.router_group - 1},
+    ),
     "no gate of latents": (of_latents, lambda m: {"gated": False}),
 }
 # What cannot be told: a norm after the rotation takes the factor of all its channels out, and
