@@ -50,7 +50,7 @@ def bench(
     memory_mb: MemoryMb = None,
     concurrency: Concurrency = 1,
     predictor: Annotated[
-        str, typer.Option(help="Load experts ahead, guessed by: none, previous, router.")
+        str, typer.Option(help="Load experts ahead, guessed by: none, previous, layer, router.")
     ] = "none",
     energy: Annotated[
         bool,

@@ -52,8 +52,8 @@ def generate(
         str,
         typer.Option(
             help=(
-                "Load experts ahead, guessed by: none, previous (token), router (of the next "
-                "layer)."
+                "Load experts ahead, guessed by: none, previous (token), layer (before), router "
+                "(of the next layer)."
             )
         ),
     ] = "none",

@@ -3,7 +3,7 @@
 d = d_model, E = experts of a layer, k = experts per token.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -37,6 +37,28 @@ class PreviousToken:
 
     def observe(self, layer: int, experts: Sequence[int]) -> None:
         self._used[layer] = tuple(experts)
+
+
+class LayerBefore:
+    """The experts that the token used in the layer before: what routers that layers share choose
+    more often than not (Omni-router, arXiv 2507.05724). Falls back on the previous token in the
+    first layer, and where the layer before has another number of experts."""
+
+    def __init__(self, experts: Mapping[int, int]) -> None:
+        """`experts`: how many each layer has."""
+        self._experts = experts
+        self._previous = PreviousToken()
+        self._last: tuple[int, Sequence[int]] = (-1, ())
+
+    def predict(self, layer: int, hidden: np.ndarray | None) -> Sequence[int]:
+        before, used = self._last
+        if hidden is None or self._experts.get(before) != self._experts[layer]:
+            return self._previous.predict(layer, None)
+        return used
+
+    def observe(self, layer: int, experts: Sequence[int]) -> None:
+        self._last = (layer, experts)
+        self._previous.observe(layer, experts)
 
 
 class NextRouter:
@@ -97,6 +119,9 @@ def read_routers(folder: Path, manifest: Manifest) -> dict[int, tuple[np.ndarray
 PREDICTORS: dict[str, Callable[[Path, Manifest], Predictor | None]] = {
     "none": lambda folder, manifest: None,
     "previous": lambda folder, manifest: PreviousToken(),
+    "layer": lambda folder, manifest: LayerBefore(
+        {int(layer): int(facts["experts"]) for layer, facts in manifest.moe.items()}
+    ),
     "router": lambda folder, manifest: NextRouter(read_routers(folder, manifest)),
 }
 

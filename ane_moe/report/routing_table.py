@@ -20,7 +20,8 @@ def trace_table(summary: TraceSummary) -> RenderableType:
         f"passages"
     )
     table = _table(
-        "Routing (evenness: entropy of use, 1 is even; repeated: chosen by the token before too)",
+        "Routing (evenness: entropy of use, 1 is even; repeated: chosen by the token before too; "
+        "in next: by the next layer too)",
         "layer",
         "experts",
         "k",
@@ -29,8 +30,12 @@ def trace_table(summary: TraceSummary) -> RenderableType:
         "unused",
         "repeated",
         "top weight",
+        "in next",
+        "by chance",
     )
+    overlaps = {one.layer: one for one in summary.overlaps}
     for row in summary.layers:
+        overlap = overlaps.get(row.layer)
         busiest = max(range(row.experts), key=lambda expert: row.usage[expert])
         table.add_row(
             str(row.layer),
@@ -41,7 +46,12 @@ def trace_table(summary: TraceSummary) -> RenderableType:
             str(sum(share == 0 for share in row.usage)),
             "-" if row.repeated is None else f"{row.repeated:.1%}",
             f"{row.top_weight:.1%}",
+            f"{overlap.share:.1%}" if overlap else "-",
+            f"{overlap.by_chance:.1%}" if overlap else "-",
         )
+    if mean := summary.mean_overlap:
+        share, chance = mean
+        table.caption = f"in next: {share:.1%} over all pairs of layers, {chance:.1%} by chance"
     if not summary.traffic:
         return Group(head, table)
     cached = _table(

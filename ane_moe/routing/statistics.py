@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,21 @@ class LayerStatistics:
 
 
 @dataclass(frozen=True)
+class Overlap:
+    """`share` of the experts that tokens choose in `layer`: those that the next layer with experts,
+    `following`, chooses for the same token too. `by_chance` is what it would be if both used each
+    expert as often as they do, but chose without regard to each other."""
+
+    layer: int
+    following: int
+    share: float
+    by_chance: float
+
+
+@dataclass(frozen=True)
 class TraceSummary:
-    """`traffic` is empty where the trace does not say what experts take."""
+    """`traffic` is empty where the trace does not say what experts take; `overlaps` has no pairs of
+    layers with different numbers of experts."""
 
     family: str
     source: str
@@ -39,13 +53,26 @@ class TraceSummary:
     expert_bytes: int
     layers: tuple[LayerStatistics, ...]
     traffic: tuple[ExpertTraffic, ...]
+    overlaps: tuple[Overlap, ...]
+
+    @property
+    def mean_overlap(self) -> tuple[float, float] | None:
+        """The share over all pairs of layers, and that by chance; None without pairs."""
+        if not self.overlaps:
+            return None
+        count = len(self.overlaps)
+        return (
+            sum(one.share for one in self.overlaps) / count,
+            sum(one.by_chance for one in self.overlaps) / count,
+        )
 
     def as_json(self) -> dict[str, Any]:
         """What `--json` prints."""
         document = asdict(self)
         for entry, one in zip(document["traffic"], self.traffic, strict=True):
             entry["hit_rate"] = one.hit_rate
-        return document
+        share, chance = self.mean_overlap or (None, None)
+        return document | {"mean_overlap": share, "mean_overlap_by_chance": chance}
 
 
 def summarise(trace: RoutingTrace) -> TraceSummary:
@@ -63,7 +90,24 @@ def summarise(trace: RoutingTrace) -> TraceSummary:
         total,
         layers,
         tuple(traffic),
+        _overlaps(trace),
     )
+
+
+def _overlaps(trace: RoutingTrace) -> tuple[Overlap, ...]:
+    masks = {layer: trace.layers[layer].mask() for layer in sorted(trace.layers)}  # bool (N, E)
+    return tuple(
+        _overlap(layer, following, masks[layer], masks[following])
+        for layer, following in pairwise(masks)
+        if masks[layer].shape == masks[following].shape
+    )
+
+
+def _overlap(layer: int, following: int, chosen: np.ndarray, then: np.ndarray) -> Overlap:
+    """Of the choices `[N,E]` of two layers."""
+    choices = max(chosen.sum(), 1)
+    by_chance = chosen.sum(0) @ then.mean(0) / choices
+    return Overlap(layer, following, float((chosen & then).sum() / choices), float(by_chance))
 
 
 def relative_entropy(usage: np.ndarray) -> float:

@@ -1,10 +1,12 @@
 """Traces against Hugging Face's own routing, from a checkpoint and from every kind of shards."""
 
 import json
+from io import StringIO
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from ane_moe.cli import app
@@ -12,6 +14,7 @@ from ane_moe.errors import UserError
 from ane_moe.formats.recipe import INT8
 from ane_moe.loop.session import Session
 from ane_moe.loop.shards import load_shards
+from ane_moe.report.routing_table import trace_table
 from ane_moe.routing.recorder import record
 from ane_moe.routing.routing_trace import LayerRouting, RoutingTrace, read_trace, write_trace
 from ane_moe.routing.statistics import summarise
@@ -314,3 +317,53 @@ def test_text_without_tokens_is_a_users_error(checkpoint, tmp_path, text):
 def test_a_folder_that_is_neither_is_a_users_error(tmp_path, prompts):
     with pytest.raises(UserError):
         record(tmp_path, prompts)
+
+
+def test_the_overlap_of_consecutive_layers_by_hand():
+    """Layers 1, 3 and 5 of four experts, and 6 of two."""
+    chosen = {
+        1: [[0, 1], [0, 1], [2, 3]],
+        3: [[1, 0], [1, 2], [0, 1]],
+        5: [[1, 2], [1, 2], [1, 2]],
+        6: [[0, 1], [0, 1], [0, 1]],
+    }
+    weights = {layer: np.full((3, 2), 0.5, np.float32) for layer in chosen}
+    weights[3][0, 1] = 0  # the first token chose expert 1 alone
+    layers = {
+        layer: LayerRouting(2 if layer == 6 else 4, np.array(rows, np.int16), weights[layer])
+        for layer, rows in chosen.items()
+    }
+    trace = RoutingTrace("x", "y", np.arange(3, dtype=np.int32), np.array([0]), layers)
+    summary = summarise(trace)
+    first, second = summary.overlaps
+    assert (first.layer, first.following, second.layer, second.following) == (1, 3, 3, 5)
+    # Of the six that layer 1 chose: 1 of the first token, 1 of the second.
+    assert first.share == pytest.approx(2 / 6)
+    # Layer 1 chose 0, 1, 2, 3 in 2, 2, 1, 1 of 6 choices; layer 3 in 1, 3, 1, 0 of 3 tokens.
+    assert first.by_chance == pytest.approx((2 * 1 + 2 * 3 + 1 * 1 + 1 * 0) / 6 / 3)
+    # Of five: 1; 1 and 2; 1. Layer 5 always chose 1 and 2, which were 4 of the 5.
+    assert second.share == second.by_chance == pytest.approx(4 / 5)
+    document = summary.as_json()
+    assert document["overlaps"][0]["share"] == first.share
+    assert document["mean_overlap"] == pytest.approx((2 / 6 + 4 / 5) / 2)
+    assert document["mean_overlap_by_chance"] == pytest.approx((1 / 2 + 4 / 5) / 2)
+    console = Console(width=200, file=StringIO())
+    console.print(trace_table(summary))
+    text = console.file.getvalue()
+    assert "33.3%" in text and "in next: 56.7% over all pairs of layers, 65.0% by chance" in text
+
+
+def test_even_choices_overlap_by_chance_as_often_as_k_of_all():
+    rows = np.array([[(n + j) % 4 for j in range(2)] for n in range(4)], np.int16)
+    weights = np.ones((4, 2), np.float32)
+    layers = {0: LayerRouting(4, rows, weights), 1: LayerRouting(4, rows, weights)}
+    trace = RoutingTrace("x", "y", np.arange(4, dtype=np.int32), np.array([0]), layers)
+    (overlap,) = summarise(trace).overlaps
+    assert (overlap.share, overlap.by_chance) == (1, 0.5)
+
+
+def test_a_trace_of_one_layer_has_no_overlap():
+    layers = {0: LayerRouting(2, np.zeros((3, 1), np.int16), np.ones((3, 1), np.float32))}
+    summary = summarise(RoutingTrace("x", "y", np.arange(3), np.array([0]), layers))
+    assert summary.overlaps == () and summary.mean_overlap is None
+    assert summary.as_json()["mean_overlap"] is None

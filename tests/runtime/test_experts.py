@@ -13,7 +13,7 @@ from ane_moe.errors import UserError
 from ane_moe.loop.expert_cache import ExpertCache, FunctionKey
 from ane_moe.loop.experts import ExpertDispatch, Group, expert_layers
 from ane_moe.loop.figures import CallClock, PhaseFigures
-from ane_moe.loop.prefetch import read_routers
+from ane_moe.loop.prefetch import LayerBefore, read_routers
 from ane_moe.loop.session import Session
 from ane_moe.manifest import Shard
 from tests.runtime.numpy_shards import (
@@ -307,6 +307,39 @@ def test_the_next_layers_router_is_right_where_nothing_is_added_in_between(tmp_p
         figures["router"].right >= 2 * 40 * K
     )  # two layers of three; the first can only look back
     assert figures["router"].hit_rate > figures["previous"].hit_rate
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_layer_before_is_right_where_layers_share_a_router(shared):
+    """And nothing is added in between."""
+    decoder = Decoder((None, None, None), k=K)
+    for w in decoder.layers:
+        w["o"], w["down"] = np.zeros_like(w["o"]), np.zeros_like(w["down"])
+        if shared:
+            w["router"] = decoder.layers[0]["router"]
+    manifest = make_manifest(decoder.windows, routing="sparse")
+    facts = {str(layer): {"experts": EXPERTS, "k": K} for layer in manifest.layers}
+    session = Session(make_shards(decoder, replace(manifest, moe=facts)), predictor="layer")
+    for identifier in tokens(40):
+        session.decode(identifier)
+    figures = session.figures.prefetch
+    assert figures.needed == (3 * 40 - 1) * K
+    assert (figures.right >= 2 * 40 * K) == shared  # the first layer can only look back
+
+
+def test_the_layer_before_by_hand():
+    predictor = LayerBefore({0: 4, 1: 4, 3: 6})
+    assert predictor.predict(0, None) == ()
+    assert predictor.predict(1, np.zeros(2)) == ()  # nothing was seen yet
+    predictor.observe(0, (2, 3))
+    assert predictor.predict(1, np.zeros(2)) == (2, 3)
+    predictor.observe(1, (0, 1))
+    assert predictor.predict(3, np.zeros(2)) == ()  # other experts, and no token before
+    predictor.observe(3, (5, 4))
+    assert predictor.predict(0, None) == (2, 3)  # of the token before
+    predictor.observe(0, (1, 2))
+    predictor.observe(1, (1, 3))
+    assert predictor.predict(3, np.zeros(2)) == (5, 4)
 
 
 def test_router_tables_that_are_not_listed_or_cut_short_are_refused(tmp_path):
