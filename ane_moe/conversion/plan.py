@@ -127,12 +127,14 @@ class ShardPlan(Shard):
     """A package as the manifest will name it, and how to make it: its graphs by prefix (see
     `package.stamp`), where each of its weights comes from and what it takes in the weight file
     (`payloads`, bytes without metadata), and why it was cut as it is. `choices` are of the weights
-    that are not stored as plain fp16."""
+    that are not stored as plain fp16. `shared` weights (name: another's) are stored with the one
+    that is the same tensor of the checkpoint."""
 
     graphs: Mapping[str, TemplateKey]
     sources: Mapping[str, Source]
     payloads: Mapping[str, int]
     choices: Mapping[str, Choice]
+    shared: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""
 
     @property
@@ -728,6 +730,8 @@ class _Planner:
                 sources[unique], payloads[unique] = source, sizes[name]
                 if chosen[name] != Choice():
                     choices[unique] = chosen[name]
+        shared = _shared(sources)
+        payloads |= dict.fromkeys(shared, 0)
         return ShardPlan(
             path,
             kind,
@@ -740,6 +744,7 @@ class _Planner:
             sources=sources,
             payloads=payloads,
             choices=choices,
+            shared=shared,
             **facts,
         )
 
@@ -767,6 +772,19 @@ class _Planner:
         if not isinstance(source, TensorSource):
             return Choice()
         return self.options.recipe.choice(source.name, source.role)
+
+
+def _shared(sources: Mapping[str, Source]) -> dict[str, str]:
+    """Weights of several layers that are one tensor of the checkpoint, and stay fp16: each by the
+    first of them."""
+    first: dict[TensorSource, str] = {}
+    shared = {}
+    for name, source in sources.items():
+        if isinstance(source, TensorSource) and source.role is None:
+            same = replace(source, name=source.name.in_layer(None))
+            if first.setdefault(same, name) != name:
+                shared[name] = first[same]
+    return shared
 
 
 def _payload(source: Source, choice: Choice) -> int:

@@ -74,7 +74,7 @@ def stamp_shard(job: ShardJob, templates: dict[str, Template]) -> Done:
     path.parent.mkdir(parents=True, exist_ok=True)
     formats = [find_format(choice.format) for choice in job.shard.choices.values()]
     more = sum(form.stored_arrays - 1 for form in formats)
-    written = stamp(templates, _values(job, key), key, path, more)
+    written = stamp(templates, _values(job, key), key, path, more, job.shard.shared)
     return _report(job, written.content_key, written.files, reused=False)
 
 
@@ -97,7 +97,9 @@ def _key(job: ShardJob) -> ContentKey:
 def _expected_key(job: ShardJob) -> str:
     """The content key the shard would get: reads the weights, writes nothing."""
     key = _key(job)
-    for source in job.shard.sources.values():
+    for name, source in job.shard.sources.items():
+        if name in job.shard.shared:
+            continue
         if isinstance(source, TensorSource):
             job.checkpoint.feed(source, key)
         else:
@@ -115,6 +117,8 @@ def _values(job: ShardJob, key: ContentKey) -> Iterator[tuple[str, Weight]]:
     }
     apart: dict[TensorSource, Any] = {}  # directions of a weight come after it
     for name, source in shard.sources.items():
+        if name in shard.shared:
+            continue
         if not isinstance(source, TensorSource):
             key.update(repr(source).encode())
         if isinstance(source, OneHot):

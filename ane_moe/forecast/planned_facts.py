@@ -117,7 +117,7 @@ def _weight(shard: ShardPlan, row: Row, name: str) -> _Weight:
     else:
         reads_input = isinstance(row, Directions) and row.side == "in" and owner in INWARD
     form = stored_form(shard.choices.get(name, Choice()).format)
-    shape, size = shard.sources[name].shape, shard.payloads[name]
+    shape, size = shard.sources[name].shape, shard.payloads[shard.shared.get(name, name)]
     return _Weight(stem, (layer, part), shape, form, size, reads_input)
 
 

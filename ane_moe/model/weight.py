@@ -115,6 +115,10 @@ class WeightName:
         """Another tensor, or activation, of the same expert or part."""
         return replace(self, path=path)
 
+    def in_layer(self, layer: int | None) -> "WeightName":
+        """The same tensor of another layer, or of none."""
+        return replace(self, layer=layer)
+
 
 EMBEDDING = WeightName(None, "embed", None, "weight")
 HEAD = WeightName(None, "head", None, "rows.weight")

@@ -101,6 +101,25 @@ def test_the_item_manifest_names_both_items(template, values, tmp_path):
     assert manifest["rootModelIdentifier"] in manifest["itemInfoEntries"]
 
 
+def test_a_shared_weight_is_stored_once_and_has_to_fit(template, values, tmp_path):
+    first, other, *_ = (name for name in values if values[name].shape == (24, 16, 1, 1))
+    rest = [(name, value) for name, value in values.items() if name != other]
+    once = tmp_path / "once.mlpackage"
+    stamp({"": template}, rest, ContentKey("x"), once, 0, {other: first})
+    stamp({"": template}, values.items(), ContentKey("x"), tmp_path / "both.mlpackage")
+    sizes = [
+        len(contents(folder)["Data/com.apple.CoreML/weights/weight.bin"])
+        for folder in (tmp_path / "both.mlpackage", once)
+    ]
+    assert sizes[0] - sizes[1] == 24 * 16 * 2 + 64  # and what says of it where it lies
+    short = next(name for name in values if values[name].size == 16)
+    with pytest.raises(ValueError, match="cannot be"):
+        stamp(
+            {"": template}, rest, ContentKey("x"), tmp_path / "wrong.mlpackage", 0, {other: short}
+        )
+    assert not (tmp_path / "wrong.mlpackage").exists()
+
+
 @pytest.mark.parametrize("spoil", ["missing", "twice", "wrong size", "wrong dtype"])
 def test_weights_that_do_not_fit_the_template_leave_nothing_behind(
     template, values, tmp_path, spoil

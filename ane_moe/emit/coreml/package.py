@@ -52,9 +52,11 @@ def stamp(
     key: "ContentKey",
     path: Path,
     more_arrays: int = 0,
+    shared: Mapping[str, str] | None = None,
 ) -> Written:
     """Write the package `path` from templates by prefix and their weights, each (name, fp16 array
-    or encoded); these are stored as one array each, and `more_arrays` together.
+    or encoded); these are stored as one array each, and `more_arrays` together. `shared` weights
+    (name: another's) have no value of their own.
 
     One weight is in memory at a time. The first function of the first copy is the default. `key` is
     asked for its digest after the last value was read. Raises UserError when the disk is full; an
@@ -64,8 +66,9 @@ def stamp(
         with replaced(path) as temporary:
             (temporary / WEIGHTS).parent.mkdir(parents=True)
             arrays = sum(len(template.weights) for template in templates.values())
-            with BlobWriter(temporary / WEIGHTS, arrays + more_arrays) as writer:
-                places = _place(values, writer, templates)
+            arrays += more_arrays - len(shared or {})
+            with BlobWriter(temporary / WEIGHTS, arrays) as writer:
+                places = _place(values, writer, templates, shared or {})
             content_key = key.digest()
             model = _bound(templates, places)
             model.description.metadata.userDefined[CONTENT_KEY] = content_key
@@ -152,7 +155,10 @@ class _Place:
 
 
 def _place(
-    values: Iterable[tuple[str, Weight]], writer: BlobWriter, templates: Mapping[str, Template]
+    values: Iterable[tuple[str, Weight]],
+    writer: BlobWriter,
+    templates: Mapping[str, Template],
+    shared: Mapping[str, str],
 ) -> dict[str, _Place]:
     """Places by weight name. Checks that each weight of each copy comes once, with as many elements
     as traced."""
@@ -169,6 +175,10 @@ def _place(
                 f"weight {name}: {type_}, {size} elements, does not fit {shapes[name]}"
             )
         places[name] = _store(writer, value)
+    for name, other in shared.items():
+        if name in places or math.prod(shapes[name]) != math.prod(shapes[other]):
+            raise ValueError(f"weight {name}: {shapes[name]}, cannot be {other} {shapes[other]}")
+        places[name] = places[other]
     if missing := shapes.keys() - places.keys():
         raise ValueError(f"no value for {sorted(missing)[:5]}")
     return places
