@@ -5,7 +5,7 @@ import pytest
 from ane_moe.errors import UserError
 from ane_moe.families import load_family, supported
 from ane_moe.families.missing import ELSEWHERE, MISSING
-from scripts.models_table import PAGE, rendered, with_experts, without_deviations
+from scripts.models_table import PAGE, ROOT, rendered, with_experts, without_deviations
 from tests.models import RESEARCH
 
 
@@ -14,6 +14,10 @@ def test_every_type_with_experts_is_supported_or_said_to_lack_something() -> Non
     assert len(set(known)) == len(known)
     assert set(known) - {*RESEARCH} == with_experts()
     assert {like for like, _ in MISSING.values() if like} <= set(supported())
+
+
+def test_the_readme_counts_them() -> None:
+    assert f"Supported: {len(supported())} model types," in (ROOT / "README.md").read_text()
 
 
 def test_the_page_is_fresh() -> None:

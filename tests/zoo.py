@@ -13,6 +13,7 @@ WITH_IMAGES = (  # or counted among those that have by transformers
     "glm4v_moe",
     "kimi_k25",
     "llama4",
+    "minimax_m3_vl",
     "mistral3",
     "mistral4",
     "qwen3_5_moe",
@@ -82,6 +83,32 @@ MISTRAL: Fields = {
     "head_dim": 20,
     "rope_interleave": True,
     "rope_parameters": MSCALE | {"llama_4_scaling_beta": 0.1},
+}
+INDEXED: Fields = {
+    **LATENT,
+    "index_topk": 64,
+    "index_head_dim": 16,
+    "index_n_heads": 3,
+}
+BLOCKS: Fields = {
+    **COMMON,
+    "num_hidden_layers": 3,
+    "intermediate_size": 40,
+    "dense_intermediate_size": 100,
+    "shared_intermediate_size": 52,
+    "num_local_experts": 12,
+    "num_experts_per_tok": 3,
+    "routed_scaling_factor": 1.7,
+    "swiglu_limit": 0.7,  # so that both clamps cut something
+    "swiglu_alpha": 1.3,
+    "rotary_dim": 8,
+    "rope_parameters": COMMON["rope_parameters"] | {"partial_rotary_factor": 0.5},
+    "layer_types": [FULL, "minimax_m3_sparse", "minimax_m3_sparse"],
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+    "index_block_size": 8,
+    "index_topk_blocks": 8,
 }
 OCR: Fields = {
     **COMMON,
@@ -380,6 +407,21 @@ ROWS: dict[str, Row] = {
                 "partial_rotary_factor": 0.5,
             },
         },
+    ),
+    "minimax_m3_vl": Row(
+        {
+            "text_config": BLOCKS,
+            "vision_config": {
+                "hidden_size": 24,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            "projector_hidden_size": 16,
+        },
+        {"no blocks": {"text_config": BLOCKS | {"layer_types": [FULL] * 3}}},
     ),
     "solar_open": Row(
         {**DEEPSEEK, "n_routed_experts": 12, "n_shared_experts": 1, "attention_bias": True},
@@ -928,6 +970,22 @@ ROWS: dict[str, Row] = {
             }
         },
         fused=False,
+    ),
+    "deepseek_v32": Row(
+        INDEXED,
+        {
+            "all sparse": {
+                "first_k_dense_replace": 0,
+                "n_group": 1,
+                "topk_group": 1,
+                "attention_bias": False,
+                "rope_parameters": MSCALE,
+            }
+        },
+    ),
+    "glm_moe_dsa": Row(
+        INDEXED | {"num_hidden_layers": 3, "indexer_types": ["full", "shared", "full"]},
+        {"one group": {"n_group": 1, "topk_group": 1, "norm_topk_prob": False}},
     ),
     "kimi_k25": Row(
         {

@@ -15,7 +15,8 @@ class Taps:
     experts, and that of groups chosen from, by the sum of the `group_best` largest scores of each;
     a number that is null stands for 1. `shared` is an always-on expert that stands beside the
     experts' block. `skip`: a choice of weight 0 is of the class after the last expert. `carry` is
-    the name of what a layer hands on beside the stream. `residuals` are the modules of an affine
+    the name of what a layer hands on beside the stream; with `hands_on` it is something that no
+    part here reads. `residuals` are the modules of an affine
     residual, after the mixer and after the feed-forward block, with the names of what multiplies
     the added, and of what shifts and multiplies the stream. `entry`: the model shifts the embedding
     before the first layer (a multiplier alone goes into the table). `alone`: a layer is one block,
@@ -27,7 +28,8 @@ class Taps:
     before an MLP next to the experts. `added_factor`: both blocks add to what their norms give, and
     the layer has a number of this name that multiplies what the feed-forward block adds. `values`,
     `up` and `down` are what the projections to an attention's values, and those around a gated
-    MLP's product, end in; `gate_up` gives both factors, the gate first. `inside` is the part of the
+    MLP's product, end in (nothing where its activation is not linear in `up`); `gate_up` gives
+    both factors, the gate first. `inside` is the part of the
     configuration that is of the model which reads and writes text. `layers` is what the decoder
     calls its layers. Routers whose outputs have nothing but logits `logits`-th in them choose the
     `top_k` largest. With `sorted_inputs` experts are called with tokens alone, as many for each
@@ -44,6 +46,7 @@ class Taps:
     shared: str = ""
     skip: bool = False
     carry: str = ""
+    hands_on: bool = False
     entry: bool = False
     beside: str = ""
     residuals: tuple[str, str] | None = None

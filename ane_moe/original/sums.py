@@ -32,8 +32,9 @@ class KnownMatrices:
 
 def known_matrices(layer: nn.Module, taps: Taps, experts: nn.Module | None) -> KnownMatrices:
     """By the names that the family's taps say. Experts' stacks are known where they are stored with
-    what leaves them first: the others' have another activation, that is not linear in `up`. Where
-    gate and up have one shape, both count as `up`."""
+    what leaves them first: the others' have another activation, that is not linear in `up`, and
+    so have those of families that name no `up`. Where gate and up have one shape, both count as
+    `up`."""
     names = {taps.values: "values", taps.up: "up", taps.gate_up: GATE_UP, taps.down: "down"}
     alone = {
         id(module.weight): names[path.rpartition(".")[2]]
@@ -44,7 +45,7 @@ def known_matrices(layer: nn.Module, taps: Taps, experts: nn.Module | None) -> K
     shapes: dict[tuple[int, ...], str] = {
         tuple(stacks[f"{name}_proj"].shape[1:]): name
         for name in (GATE_UP, "up", "down")
-        if f"{name}_proj" in stacks and f"{GATE_UP}_proj_bias" not in stacks
+        if taps.up and f"{name}_proj" in stacks and f"{GATE_UP}_proj_bias" not in stacks
     }
     for path, stack in experts.named_parameters() if experts else ():
         if path.endswith(f".{taps.up}") and stack.dim() == 2:  # of all experts, without an axis

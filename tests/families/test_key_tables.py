@@ -197,7 +197,8 @@ def test_transformers_gives_every_key_of_the_tables_to_a_tensor_of_its_model(fam
         "bias",
     }  # of the shared skeleton, where a family has no such part
     never |= {"attn.v.weight"} if family == "zaya" else set()
-    if family in ("axk1", "kimi_k25"):  # DeepSeek-V3's queries without a latent, which none has
+    # DeepSeek-V3's queries without a latent, which none has
+    if family in ("axk1", "kimi_k25", "deepseek_v32", "glm_moe_dsa"):
         never |= {"attn.q_nope", "attn.q_rotated"}
     for ours, entries in load_family(family).KEYS.items():  # type: ignore[attr-defined]
         for entry in entries:

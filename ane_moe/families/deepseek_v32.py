@@ -1,0 +1,33 @@
+"""DeepSeek-V3.2 (DeepSeek-V3.2-Exp): DeepSeek-V3's layer. Attention goes to the tokens that an
+indexer scores highest, which are all of a context of no more than it chooses: that is the limit."""
+
+from ane_moe.families.config import Config
+from ane_moe.families.decoder import listed_dense, sigmoid_router
+from ane_moe.families.deepseek_v3 import KEYS as KEYS
+from ane_moe.families.deepseek_v3 import TAPS as TAPS
+from ane_moe.families.deepseek_v3 import experts, latent_model
+from ane_moe.model.spec import ModelSpec
+
+INDEXERS = "indexers, which choose all tokens of a context this short"
+BESIDE = {INDEXERS: r"^model\.layers\.\d+\.self_attn\.indexer\."}
+
+
+def spec(config: Config) -> ModelSpec:
+    config.only("rope_interleave", None, True)  # DeepseekV32Attention has no other
+    config.only("moe_layer_freq", None, 1)
+    config.integer("q_lora_rank")
+
+    def kind(number: int) -> str:
+        first = config.integer("first_k_dense_replace", at_least=0)
+        return "dense" if number < first else "sparse"
+
+    ffns = listed_dense(config, experts(config, sigmoid_router(config)), kind)
+    return latent_model(within(config, config.integer("index_topk")), ffns)
+
+
+def within(config: Config, chosen: int) -> Config:
+    """With a context of no more tokens than are `chosen` for attention.
+
+    Source: transformers' `DeepseekV32Indexer`, which takes the best min(index_topk, tokens)."""
+    context = min(chosen, config.integer("max_position_embeddings"))
+    return Config(config.values | {"max_position_embeddings": context}, config.where)

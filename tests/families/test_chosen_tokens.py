@@ -1,0 +1,123 @@
+"""Attention to the tokens that an indexer chooses: to all of a context of no more than it chooses,
+which is the limit. Hugging Face's own models say that it is one."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig
+
+from ane_moe.checkpoints.checkpoint import open_checkpoint
+from ane_moe.errors import UserError
+from ane_moe.families import beside, describe, describe_config
+from ane_moe.families.deepseek_v32 import INDEXERS
+from tests.models import edit_config, make_model, read_config, save_checkpoint, write_config
+from tests.torch_model import TorchModel
+from tests.verification.tiny import tiny_conversion
+from tests.zoo import BLOCKS
+
+IDS = np.random.default_rng(0).integers(3, 211, 40).tolist()
+CHOSEN = 64  # tokens, in the test table
+NEAR, FAR = 4e-5, 1e-2
+FAMILIES = ("deepseek_v32", "glm_moe_dsa", "minimax_m3_vl")
+
+
+def fewer(family: str) -> dict:
+    """Fields with which 32 tokens are chosen."""
+    if family == "minimax_m3_vl":
+        return {"text_config": BLOCKS | {"index_topk_blocks": 4}}
+    return {"index_topk": 32}
+
+
+def logits(model) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor([IDS])).logits[0].numpy()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_chosen_counts_beyond_the_limit_alone(family, tmp_path):
+    all_seen, some_seen = logits(make_model(family)), logits(make_model(family, **fewer(family)))
+    ours = TorchModel(save_checkpoint(make_model(family), tmp_path)).logits(IDS)
+    assert np.abs(ours - all_seen).max() < NEAR
+    off = np.abs(ours - some_seen).max(axis=1)
+    assert off[:32].max() < NEAR < FAR < off[32:].max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_context_is_no_longer_than_what_is_chosen(family, tmp_path):
+    checkpoint = save_checkpoint(make_model(family), tmp_path / "checkpoint")
+    spec, _ = describe(open_checkpoint(checkpoint))
+    assert spec.context == CHOSEN
+    with pytest.raises(UserError, match=f"own is {CHOSEN}"):
+        tiny_conversion(checkpoint, tmp_path / "out", context=CHOSEN + 1)
+
+
+@pytest.mark.parametrize(("family", "billions"), [("deepseek_v32", 671), ("glm_moe_dsa", 743)])
+def test_the_published_models_have_their_sizes_and_2048_tokens(family, billions):
+    """Of which the defaults of transformers' own configurations tell."""
+    spec = describe_config(AutoConfig.for_model(family).to_dict())
+    assert spec.context == 2048
+    assert round(sum(math.prod(row.shape) for _, row in spec.weights()) / 1e9) == billions
+
+
+def test_full_attention_has_the_context_of_the_model(tmp_path):
+    config = {"text_config": BLOCKS | {"layer_types": ["full_attention"] * 3}}
+    spec, _ = describe(
+        open_checkpoint(save_checkpoint(make_model("minimax_m3_vl", **config), tmp_path))
+    )
+    assert spec.context == BLOCKS["max_position_embeddings"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_indexers_are_left_out_by_name(family, tmp_path):
+    """Of the layers that have one, which are two of each model."""
+    checkpoint = open_checkpoint(save_checkpoint(make_model(family), tmp_path))
+    _, sources = describe(checkpoint)
+    named = checkpoint.left_out(sources, beside=beside(family))[INDEXERS]
+    assert len({name.split(".self_attn.")[0] for name in named}) == 2
+    assert all("index" in name for name in named)
+
+
+def test_the_published_file_of_minimax_m3_says_the_same(tmp_path):
+    """Kinds of layers by numbers, and blocks in an object."""
+    checkpoint = save_checkpoint(make_model("minimax_m3_vl"), tmp_path)
+    saved, config = describe(open_checkpoint(checkpoint))[0], read_config(checkpoint)
+    blocks = {"sparse_attention_freq": [0, 1, 1], "sparse_num_index_heads": 2}
+    for name in ("block_size", "topk_blocks"):
+        blocks[f"sparse_{name}"] = config["text_config"].pop(f"index_{name}")
+    for name in ("layer_types", "mlp_layer_types"):
+        del config["text_config"][name]
+    config["text_config"] |= {"sparse_attention_config": blocks, "moe_layer_freq": [0, 1, 1]}
+    config["text_config"] |= {"hidden_act": "swigluoai"}
+    write_config(checkpoint, config)
+    assert describe(open_checkpoint(checkpoint))[0] == saved
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("rope_interleave", False), ("moe_layer_freq", 2), ("q_lora_rank", None)]
+)
+def test_other_maths_is_refused_by_name(field, value, tmp_path):
+    checkpoint = save_checkpoint(make_model("deepseek_v32"), tmp_path)
+    edit_config(checkpoint, **{field: value})
+    with pytest.raises(UserError, match=field):
+        describe(open_checkpoint(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("rotary_dim", 16), ("hidden_act", "gelu"), ("sparse_attention_config", [1])],
+)
+def test_other_maths_of_blocks_is_refused_by_name(field, value, tmp_path):
+    checkpoint = save_checkpoint(make_model("minimax_m3_vl"), tmp_path)
+    config = read_config(checkpoint)
+    config["text_config"][field] = value
+    with pytest.raises(UserError, match=field):
+        describe_config(config)
+
+
+def test_older_files_count_dense_layers(tmp_path):
+    checkpoint = save_checkpoint(make_model("deepseek_v32"), tmp_path)
+    saved = describe(open_checkpoint(checkpoint))[0]
+    edit_config(checkpoint, remove=("mlp_layer_types", "layer_types"))
+    assert describe(open_checkpoint(checkpoint))[0] == saved
