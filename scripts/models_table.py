@@ -79,6 +79,7 @@ def parts(spec: ModelSpec) -> str:
     words += [f"norms {norms}"] if norms != "before" else []
     words += ["norm after experts"] if any(layer.ffn_norms for layer in spec.layers) else []
     words += ["halves side by side"] if spec.layers[0].parallel else []
+    words += ["gated norms"] if spec.norm.gate_rank else []
     words += ["LayerNorm"] if spec.norm.kind == "layer" else []
     words += ["norms carried on"] if spec.layers[0].keeps else []
     words += ["affine residuals"] if spec.layers[0].affine else []

@@ -987,6 +987,16 @@ ROWS: dict[str, Row] = {
         INDEXED | {"num_hidden_layers": 3, "indexer_types": ["full", "shared", "full"]},
         {"one group": {"n_group": 1, "topk_group": 1, "norm_topk_prob": False}},
     ),
+    "axk2": Row(
+        INDEXED | {"n_group": None, "topk_group": None, "gated_norm_rank": 6},
+        {
+            "all sparse": {
+                "mlp_layer_types": ["sparse"] * 2,
+                "attention_bias": False,
+                "rope_parameters": MSCALE,
+            }
+        },
+    ),
     "kimi_k25": Row(
         {
             "text_config": {**COMMON, **LATENT},

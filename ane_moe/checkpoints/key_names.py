@@ -10,7 +10,11 @@ from collections.abc import Collection, Iterable
 
 MODEL, HEAD = "model.", "lm_head.weight"
 THINKER = "thinker."  # of models with another decoder that speaks: the one that writes
-FIRST_NORMS = ("layers.0.input_layernorm.weight", "layers.0.operator_norm.weight")
+FIRST_NORMS = (
+    "layers.0.input_layernorm.weight",
+    "layers.0.operator_norm.weight",
+    "layers.0.input_layernorm.norm.weight",
+)
 MAMBA = ("layers.0.norm.weight", "norm_f.weight")  # of models whose first layer is one block
 # Modules that torch and FSDP put around others, at any depth; they compute nothing.
 WRAPPER = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")

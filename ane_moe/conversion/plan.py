@@ -237,7 +237,8 @@ class ConversionPlan:
         ffns = {n: self.spec.layers[n].ffn for n in self.layers}
         linear = (n for n, ffn in ffns.items() if isinstance(ffn, MoeSpec) and ffn.router.is_linear)
         normed = (n for n in linear if self.spec.layers[n].norms_of_ffn != "after")
-        told = normed if self.spec.norm.kind == "rms" else ()
+        norm = self.spec.norm
+        told = normed if norm.kind == "rms" and not norm.gate_rank else ()
         return {n: f"{ROUTERS}/layer_{n:02d}.bin" for n in told}
 
 
@@ -442,7 +443,7 @@ class _Planner:
         spec = self.spec.layers[layer]
         return DenseConfig(
             self.spec.d_model,
-            self.spec.norm,
+            self.spec.norm.ungated,
             mlp,
             self._mlp_ranks(layer, "mlp."),
             spec.affine,
@@ -631,7 +632,8 @@ class _Planner:
 
     def _head_config(self, rows: int, rank: int) -> HeadConfig:
         head = self.spec.head
-        return HeadConfig(self.spec.d_model, self.spec.norm, rows, rank, head.bias, head.softcap)
+        norm = self.spec.norm.ungated
+        return HeadConfig(self.spec.d_model, norm, rows, rank, head.bias, head.softcap)
 
     def _moe(self, layer: int, moe: MoeSpec, experts: int, first: bool) -> MoeConfig:
         soft, ranks = self.options.routing == "soft", self._mlp_ranks(layer, expert=0)

@@ -24,12 +24,12 @@ BESIDE = {"norms that dense layers do not use": r"^model\.layers\.\d+\.post_mlp_
 
 
 def spec(config: Config) -> ModelSpec:
-    ffns = listed_dense(config, experts(config, sigmoid_router(config)), _by_count(config))
+    ffns = listed_dense(config, experts(config, sigmoid_router(config)), by_count(config))
     plain = latent_model(config, ffns, interleaved=config.flag("rope_interleave"))
     return replace(plain, layers=tuple(map(_normed, plain.layers)))
 
 
-def _by_count(config: Config) -> Callable[[int], str]:
+def by_count(config: Config) -> Callable[[int], str]:
     """Older files count dense layers (AXK1Config)."""
     first, step = (
         config.integer(name, at_least=least) if config.has(name) else 1

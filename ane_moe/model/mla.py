@@ -20,7 +20,9 @@ class MlaSpec:
     `nope` and a value of `value` channels, and a rotated key of `rotated` channels that all heads
     share. Queries pass a normed latent of their own, of `q_rank` channels, if there is one.
     `interleaved`: the checkpoint pairs neighbouring channels. `gated`: what each head attends to is
-    multiplied by the sigmoid of a projection of the layer's input."""
+    multiplied by the sigmoid of a projection of the layer's input. `gated_by_query`: each channel
+    of it, by one of what queries are made of; that is both the query's latent normed and the latent
+    as it is (`AXK2Attention`)."""
 
     heads: int
     nope: int
@@ -34,6 +36,7 @@ class MlaSpec:
     interleaved: bool = True
     latent_eps: float = 1e-6
     gated: bool = False
+    gated_by_query: bool = False
     window: None = None
 
     @property
@@ -49,7 +52,7 @@ class MlaSpec:
             if self.bias:
                 yield Weight("q_down.bias", (self.q_rank,))
             yield Weight("q_norm.weight", (self.q_rank,))
-            inner, reads = self.q_rank, "q_latent"
+            inner, reads = self.q_rank * (1 + self.gated_by_query), "q_latent"
         for name, each in (("q_nope", self.nope), ("q_rotated", self.rotated)):
             width = self.heads * each
             yield Weight(f"{name}.weight", (width, inner), "attention.q", reads=reads)
@@ -68,6 +71,8 @@ class MlaSpec:
             yield Weight("o.bias", (d_model,), fold="residual_scale")
         if self.gated:
             yield Weight("gate.weight", (self.heads, d_model), "attention.q", reads="x")
+        if self.gated_by_query:
+            yield Weight("gate.weight", (width, inner), "attention.q", reads=reads)
 
 
 @dataclass(frozen=True)

@@ -24,17 +24,28 @@ FROM_SQUARES = "from_squares"  # of what reads squares of the branch
 
 @dataclass(frozen=True)
 class NormSpec:
-    """A normalisation over channels: by the root of the mean square, or as torch's LayerNorm."""
+    """A normalisation over channels: by the root of the mean square, or as torch's LayerNorm. Of
+    norms in front of mixers and experts, what they give is multiplied by the sigmoid of an MLP of
+    it, `gate_rank` channels wide inside (`AXK2GatedRMSNorm`)."""
 
     eps: float = 1e-6
     kind: Literal["rms", "layer"] = "rms"
     bias: bool = False
+    gate_rank: int | None = None
+
+    @property
+    def ungated(self) -> "NormSpec":
+        """The norm of dense layers, and of the head."""
+        return replace(self, gate_rank=None)
 
     def rows(self, d_model: int, fold: str = "", path: str = "norm") -> Iterator[Weight]:
         """The tensors of a norm of so many channels, multiplied by what `fold` names."""
         yield Weight(f"{path}.weight", (d_model,), fold=fold)
         if self.bias:
             yield Weight(f"{path}.bias", (d_model,), fold=fold)
+        if self.gate_rank:
+            yield Weight(f"{path}.gate_down.weight", (self.gate_rank, d_model))
+            yield Weight(f"{path}.gate_up.weight", (d_model, self.gate_rank))
 
 
 @dataclass(frozen=True)
@@ -419,6 +430,7 @@ class LayerSpec:
         """Those of experts aside."""
         if self.ffn is None:
             return
+        norm = norm.ungated if isinstance(self.ffn, MlpSpec) else norm
         yield from before_rows(norm, d_model, self.norms_of_ffn)
         if isinstance(self.ffn, MlpSpec):
             yield from (row.under("mlp") for row in self.ffn.rows(d_model, "dense"))
@@ -448,7 +460,7 @@ class HeadSpec:
     def rows(self, count: int, d_model: int, norm: NormSpec) -> Iterator[Weight]:
         """Those of `count` scores. The logit scale goes into the norm: the other weight may be the
         embedding's. Labels are few, and their rows stay fp16."""
-        yield from norm.rows(d_model, "logit_scale")
+        yield from norm.ungated.rows(d_model, "logit_scale")
         role = None if self.labels else "head"
         yield Weight(HEAD.path, (count, d_model), role, reads="x")
         if self.bias:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.jit import TracerWarning
 
 from ane_moe.model.delta_net import DeltaNetConfig
+from ane_moe.parts.activation import silu
 from ane_moe.parts.experts import tree_sum
 from ane_moe.parts.mixer import Mixer
 from ane_moe.parts.norm import RmsNorm
@@ -117,13 +118,6 @@ class DeltaNet(Mixer):
     def normed(self, given: Tensor) -> Tensor:
         """`(1, H, Dv, T)` to `(1, H Dv, 1, T)`."""
         return self.value_norm(given).reshape(1, self.config.mixer.values, 1, -1)
-
-
-def silu(x: Tensor) -> Tensor:
-    """`x sigmoid(x)` by tanh: coremltools fuses the plain form into the engine's own, which is off
-    by 1.5e-2."""
-    half = x * 0.5
-    return half * torch.tanh(half) + half
 
 
 def softplus(x: Tensor) -> Tensor:

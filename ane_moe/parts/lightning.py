@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ane_moe.model.lightning import LightningConfig
-from ane_moe.parts.delta_net import UNIT, among_heads, lost, recalled, silu, token_count
+from ane_moe.parts.activation import silu
+from ane_moe.parts.delta_net import UNIT, among_heads, lost, recalled, token_count
 from ane_moe.parts.mixer import Mixer
 from ane_moe.parts.norm import RmsNorm
 from ane_moe.parts.projection import Projection

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ane_moe.model.mamba import MambaConfig
+from ane_moe.parts.activation import silu
 from ane_moe.parts.delta_net import (
     MOST,
     RATES,
@@ -18,7 +19,6 @@ from ane_moe.parts.delta_net import (
     constant,
     left,
     lost,
-    silu,
     softplus,
     token_count,
 )

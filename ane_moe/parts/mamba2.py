@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ane_moe.model.mamba2 import Mamba2Config
+from ane_moe.parts.activation import silu
 from ane_moe.parts.delta_net import (
     MOST,
     RATES,
@@ -19,7 +20,6 @@ from ane_moe.parts.delta_net import (
     constant,
     left,
     lost,
-    silu,
     softplus,
     token_count,
 )

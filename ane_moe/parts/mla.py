@@ -41,7 +41,7 @@ class Mla(Mixer):
         if m.q_rank:
             self.q_down = Projection(d, m.q_rank, m.bias, c.rank("q_down"))
             self.q_norm = RmsNorm(m.q_rank, m.latent_eps)
-            inner = m.q_rank
+            inner = m.q_rank * (1 + m.gated_by_query)
         self.q_nope = Projection(inner, m.heads * m.nope, rank=c.rank("q_nope"))
         self.q_rotated = Projection(inner, m.heads * m.rotated, rank=c.rank("q_rotated"))
         self.latent = Projection(d, m.kv_rank, m.bias, c.rank("latent"))
@@ -52,28 +52,42 @@ class Mla(Mixer):
         self.o = Projection(m.heads * m.value, d, m.bias, c.rank("o"))
         if m.gated:
             self.gate = Projection(d, m.heads, rank=c.rank("gate"))
+        if m.gated_by_query:
+            self.gate = Projection(inner, m.heads * m.value, rank=c.rank("gate"))
 
     def mix(self, h: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         m = self.config.mixer
-        q, new = self._query(h, inputs), self._kept(h, inputs)
+        inner = self._inner(h)
+        q, new = self._query(inner, inputs), self._kept(h, inputs)
         cache = updated("cache", new, inputs, self.config.explicit)
         latents, mask = cache[:, :, : m.kv_rank], inputs["mask"]
         attended = attend(q, cache, latents, mask, m.scale, width=m.kv_rank)
-        return self.o(self._gated(self.value_of(attended), h)), {"cache": cache}
+        return self.o(self._gated(self.value_of(attended), h, inner)), {"cache": cache}
 
-    def _gated(self, attended: Tensor, h: Tensor) -> Tensor:
-        """What is attended to, `(1, H V, 1, T)`, times each head's gate, if there is one."""
+    def _gated(self, attended: Tensor, h: Tensor, inner: Tensor) -> Tensor:
+        """What is attended to, `(1, H V, 1, T)`, times each head's gate, or each channel's, if
+        there is one."""
         m = self.config.mixer
+        if m.gated_by_query:
+            return attended * torch.sigmoid(self.gate(inner))
         if not m.gated:
             return attended
         gate = torch.sigmoid(self.gate(h)).reshape(m.heads, 1, 1, -1)
         by_head = attended.reshape(m.heads, m.value, 1, -1) * gate
         return by_head.reshape(1, m.heads * m.value, 1, -1)
 
-    def _query(self, h: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    def _inner(self, h: Tensor) -> Tensor:
+        """What queries are made of."""
+        m = self.config.mixer
+        if not m.q_rank:
+            return h
+        latent = self.q_down(h)
+        normed = self.q_norm(latent)
+        return torch.cat([normed, latent], dim=1) if m.gated_by_query else normed
+
+    def _query(self, inner: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """`(1, H, R + r, T)`: against latents, and against the key that is shared."""
         m = self.config.mixer
-        inner = self.q_norm(self.q_down(h)) if m.q_rank else h
         against = self.key_of.backwards(self.q_nope(inner))
         rotated = self.q_rotated(inner).reshape(1, m.heads, m.rotated, -1)
         return torch.cat([against, self._rotated(rotated, inputs)], dim=2)

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from ane_moe.model.spec import NormSpec
+from ane_moe.parts.activation import silu
+from ane_moe.parts.projection import Projection
 
 
 class UnitNorm(nn.Module):
@@ -63,8 +65,23 @@ class LayerNorm(RmsNorm):
         return normed if self.bias is None else normed + self.bias
 
 
+class GatedNorm(RmsNorm):
+    """RmsNorm whose result y is multiplied by `sigmoid(up(silu(down(y))))`."""
+
+    def __init__(self, channels: int, eps: float, rank: int):
+        super().__init__(channels, eps)
+        self.gate_down = Projection(channels, rank)
+        self.gate_up = Projection(rank, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y * torch.sigmoid(self.gate_up(silu(self.gate_down(y))))
+
+
 def make_norm(channels: int, spec: NormSpec) -> RmsNorm:
     """The module of a norm."""
     if spec.kind == "layer":
         return LayerNorm(channels, spec.eps, spec.bias)
+    if spec.gate_rank:
+        return GatedNorm(channels, spec.eps, spec.gate_rank)
     return RmsNorm(channels, spec.eps)

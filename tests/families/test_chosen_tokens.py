@@ -20,7 +20,7 @@ from tests.zoo import BLOCKS
 IDS = np.random.default_rng(0).integers(3, 211, 40).tolist()
 CHOSEN = 64  # tokens, in the test table
 NEAR, FAR = 4e-5, 1e-2
-FAMILIES = ("deepseek_v32", "glm_moe_dsa", "minimax_m3_vl")
+FAMILIES = ("axk2", "deepseek_v32", "glm_moe_dsa", "minimax_m3_vl")
 
 
 def fewer(family: str) -> dict:
@@ -53,7 +53,9 @@ def test_a_context_is_no_longer_than_what_is_chosen(family, tmp_path):
         tiny_conversion(checkpoint, tmp_path / "out", context=CHOSEN + 1)
 
 
-@pytest.mark.parametrize(("family", "billions"), [("deepseek_v32", 671), ("glm_moe_dsa", 743)])
+@pytest.mark.parametrize(
+    ("family", "billions"), [("axk2", 20), ("deepseek_v32", 671), ("glm_moe_dsa", 743)]
+)
 def test_the_published_models_have_their_sizes_and_2048_tokens(family, billions):
     """Of which the defaults of transformers' own configurations tell."""
     spec = describe_config(AutoConfig.for_model(family).to_dict())
@@ -114,6 +116,12 @@ def test_other_maths_of_blocks_is_refused_by_name(field, value, tmp_path):
     config["text_config"][field] = value
     with pytest.raises(UserError, match=field):
         describe_config(config)
+
+
+def test_closed_groups_that_count_as_zeros_are_refused_by_name():
+    values = AutoConfig.for_model("axk2").to_dict() | {"n_group": 4, "topk_group": 2}
+    with pytest.raises(UserError, match="n_group"):
+        describe_config(values)
 
 
 def test_older_files_count_dense_layers(tmp_path):

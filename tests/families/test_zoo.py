@@ -327,6 +327,7 @@ MUTATIONS: dict[str, tuple[Callable[[ModelSpec, Change], ModelSpec], Change]] = 
     "whole shared experts": (replace_model, lambda m: {"shared_scale": 1.0}),
     "jitter": (of_sparse_mixers, lambda r: {"jitter": r.jitter / 4}),
     "latent scale": (of_latents, lambda m: {"scale": m.scale * 1.1}),
+    "no gates of norms": (of_norms, lambda n: {"gate_rank": None}),
     "latent eps": (of_latents, lambda m: {"latent_eps": 0.1}),
     "no latent biases": (of_latents, lambda m: {"bias": False}),
     "latent rotation": (of_latents, lambda m: {"rope": None}),
