@@ -12,11 +12,12 @@ from typing import Any
 
 from ane_moe.errors import UserError
 from ane_moe.files import write_text
-from ane_moe.model.port import FFN_INPUT, Port, Ports, slot_rows
+from ane_moe.model.port import FFN_INPUT, STATE, Port, Ports, slot_rows
 from ane_moe.model.weight import Place
 
 FILE_NAME = "runtime_meta.json"
 FORMAT = 3
+TAIL = "tail"  # a function for one token, of a prompt the last one, in each lane
 
 
 def length_function(tokens: int) -> str:
@@ -76,8 +77,21 @@ class Shard:
     def states(self) -> dict[str, tuple[int, ...]]:
         """What is kept from call to call, inside the package or by the host: shapes by slot."""
         ports = self.functions[0].ports
-        kept = (port for port in (*ports.states, *ports.inputs) if port.root == "state")
-        return {port.slot: port.shape for port in kept}
+        written = {port.slot for port in ports.outputs}
+        kept = (*ports.states, *(port for port in ports.inputs if port.slot in written))
+        return {port.slot: port.shape for port in kept if port.root == STATE}
+
+    @property
+    def borrowed(self) -> dict[str, tuple[int, ...]]:
+        """What it reads of what another shard keeps: shapes by slot."""
+        inputs, own = self.functions[0].ports.inputs, self.states
+        read = (port for port in inputs if port.root == STATE and port.slot not in own)
+        return {port.slot: port.shape for port in read}
+
+    @property
+    def is_tail(self) -> bool:
+        """Whether of a prompt the last token alone needs it: nothing after it keeps anything."""
+        return any(function.name == TAIL for function in self.functions)
 
     @property
     def rows(self) -> tuple[int, int] | None:
@@ -160,6 +174,13 @@ class Manifest:
     # By layer: what its values and its MLPs' linear branches are multiplied by.
     inner: dict[str, dict[str, float]] = field(default_factory=dict)
     format: int = FORMAT
+
+    @property
+    def lent(self) -> dict[str, Shard]:
+        """The slots that a shard reads and another one keeps, and that one."""
+        keepers = {slot: shard for shard in self.shards for slot in shard.states}
+        read = sorted({slot for shard in self.shards for slot in shard.borrowed})
+        return {slot: keepers[slot] for slot in read if slot in keepers}
 
     @property
     def scores(self) -> int:

@@ -31,8 +31,9 @@ from ane_moe.model.spec import (  # noqa: E402
     ModelSpec,
     MoeSpec,
     RouterSpec,
+    SharedGqaSpec,
 )
-from tests.models import make_model, save_checkpoint  # noqa: E402
+from tests.models import RESEARCH, make_model, save_checkpoint  # noqa: E402
 from tests.torch_model import TorchModel  # noqa: E402
 from tests.zoo import ROWS  # noqa: E402
 
@@ -50,16 +51,21 @@ MIXERS = {
     "Mamba2Spec": "Mamba-2",
     "MambaSpec": "Mamba",
 }
+KINDS: dict[type, str] = {
+    BandSpec: "attention in a band",
+    SharedGqaSpec: "attention to another layer's keys and values",
+}
 ROUTERS = {"EdaRouterSpec": "router with a state", "SparseMixerSpec": "sparse mixer"}
 
 
 def with_experts() -> set[str]:
-    """The model types of the installed transformers whose code has experts."""
+    """The model types of the installed transformers whose code has experts, and those of papers."""
     folder = Path(transformers.__file__).parent / "models"
     files = folder.glob("*/modeling_*.py")
     found = {file.parent.name for file in files if EXPERTS.search(file.read_text())}
     # A model whose text model is another one's, and the text model alone of one.
-    return found | {"gemma4_text", "kimi_k25", "llama4_text", "mistral3", "qwen3_5_moe_text"}
+    text = {"gemma4_text", "kimi_k25", "llama4_text", "mistral3", "qwen3_5_moe_text"}
+    return found | text | {*RESEARCH}
 
 
 def parts(spec: ModelSpec) -> str:
@@ -69,8 +75,8 @@ def parts(spec: ModelSpec) -> str:
         words += _mixer(layer.mixer) if layer.mixer else []
         if isinstance(layer.ffn, MlpSpec):
             words.append("dense layers")
-    moe = next(layer.ffn for layer in spec.layers if isinstance(layer.ffn, MoeSpec))
-    words += [*_router(moe.router), *_experts(moe)]
+    moes = [layer.ffn for layer in spec.layers if isinstance(layer.ffn, MoeSpec)]
+    words += [*_router(moes[0].router), *_experts(moes[0])] if moes else []
     one_block = any(None in (layer.mixer, layer.ffn) for layer in spec.layers)
     words += ["one block in a layer"] if one_block else []
     groups = [layer.router_group for layer in spec.layers if layer.router_group is not None]
@@ -94,7 +100,7 @@ def _mixer(mixer: Any) -> list[str]:
     if not isinstance(mixer, GqaSpec):
         return [MIXERS[type(mixer).__name__], *(["windows"] if mixer.window else [])]
     facts = {
-        "attention in a band" if isinstance(mixer, BandSpec) else "attention": True,
+        KINDS.get(type(mixer), "attention"): True,
         "windows": mixer.window,
         "chunks": mixer.chunk,
         "a temperature": mixer.temperature,
@@ -105,6 +111,7 @@ def _mixer(mixer: Any) -> list[str]:
         "clipping": mixer.clip_qkv,
         "normed values": mixer.v_norm,
         "keys as values": mixer.keys_are_values,
+        "keys and values in 8 bits": mixer.rounded,
     }
     return [name for name, has in facts.items() if has]
 

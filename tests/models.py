@@ -21,7 +21,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ane_moe.original import mm1_moe as mm1_moe  # register themselves with transformers
+from ane_moe.original import afm as afm  # register themselves with transformers
+from ane_moe.original import mm1_moe as mm1_moe
 from ane_moe.original import omni_moe as omni_moe
 from tests.zoo import COMMON as ZOO
 from tests.zoo import ROWS, SIZES, WITH_IMAGES, YARN
@@ -29,7 +30,7 @@ from tests.zoo import ROWS, SIZES, WITH_IMAGES, YARN
 LLAMA_SHAPED = ("granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 DECODERS = ("granitemoe", "lfm2_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "zaya")
 FAMILIES = (*DECODERS, "openai_privacy_filter")
-RESEARCH = ("mm1_moe", "omni_moe")  # which transformers does not have
+RESEARCH = ("afm", "mm1_moe", "omni_moe")  # which transformers does not have
 CLASSES: dict[str, Any] = {
     "openai_privacy_filter": AutoModelForTokenClassification,
     **dict.fromkeys((*WITH_IMAGES, "qwen3_omni_moe"), AutoModelForImageTextToText),
@@ -247,6 +248,8 @@ def make_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
                 buffer.copy_(0.1 * torch.randn_like(buffer))
             elif name.endswith("layer_scalar"):
                 buffer.uniform_(0.5, 1.5)
+            elif name.endswith(("quant_key_scale", "quant_value_scale")):  # so that some is cut off
+                buffer.copy_(0.01 + 0.01 * torch.rand_like(buffer))
     return model.eval()
 
 

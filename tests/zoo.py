@@ -296,6 +296,16 @@ class Row:
 
 
 ROWS: dict[str, Row] = {
+    "afm": Row(
+        {
+            "num_hidden_layers": 8,
+            "num_kv_reuse_layers": 3,
+            "intermediate_size": 100,
+            "tie_word_embeddings": True,
+        },
+        {"with caches of its own in each layer": {"num_kv_reuse_layers": 0}},
+        fused=False,
+    ),
     "gpt_oss": Row(
         {
             "intermediate_size": 40,

@@ -43,6 +43,8 @@ class Conditions:
     # Packages Core ML had compiled before, of all; None on other runtimes.
     compiled_before: tuple[int, int] | None
     started: str  # UTC
+    # Of the layers' multiplications by weights for a long prompt, those that are left out.
+    tail_share: float = 0.0
 
     @property
     def all_compiled(self) -> bool:

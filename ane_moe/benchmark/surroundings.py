@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ane_moe.benchmark.result import Conditions
+from ane_moe.forecast.workload import workload_of
 from ane_moe.loop.figures import conditions as runtime_label
 from ane_moe.manifest import Manifest
 from ane_moe.placement.machine import this_machine
@@ -47,6 +48,7 @@ def surroundings(
         routing=manifest.routing,
         context=manifest.context,
         prefill_tokens=manifest.prefill,
+        tail_share=workload_of(manifest).tail_share,
         warmup=warmup,
         compiled_before=compiled_before,
         started=datetime.now(UTC).isoformat(timespec="seconds"),

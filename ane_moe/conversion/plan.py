@@ -5,13 +5,13 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Literal
 
 from ane_moe.checkpoints.checkpoint import TensorSource
 from ane_moe.errors import UserError
 from ane_moe.formats.recipe import INT8, Choice, Recipe, find_format
-from ane_moe.manifest import Shard, ShardFunction, length_function
+from ane_moe.manifest import TAIL, Shard, ShardFunction, length_function
 from ane_moe.model.experts import ExpertGroupConfig, SharedExpertConfig
 from ane_moe.model.head import HeadConfig
 from ane_moe.model.join import JoinConfig
@@ -22,7 +22,14 @@ from ane_moe.model.moe import MoeConfig
 from ane_moe.model.part import PartConfig
 from ane_moe.model.port import ADDED, STREAM, Ports
 from ane_moe.model.routed import RoutedMixerConfig, RoutingConfig
-from ane_moe.model.spec import LayerSpec, MlpSpec, ModelSpec, MoeSpec, RouterSpec
+from ane_moe.model.spec import (
+    LayerSpec,
+    MlpSpec,
+    ModelSpec,
+    MoeSpec,
+    RouterSpec,
+    SharedGqaSpec,
+)
 from ane_moe.model.stack import FfnConfig, StackConfig, can_share
 from ane_moe.model.template_key import TemplateKey, function_name, weight_name
 from ane_moe.model.weight import HEAD, HEAD_BIAS, Directions, Place, Selection, Weight, WeightName
@@ -272,6 +279,11 @@ def make_plan(
         raise UserError(
             f"the model has no layer {outside[0]}", do=f"its layers are 0-{len(spec.layers) - 1}"
         )
+    if lacking := [n for n in layers if spec.source(n) not in layers]:
+        raise UserError(
+            f"layer {lacking[0]} reads the keys and values of layer {spec.source(lacking[0])}",
+            do=f"give {spec.source(lacking[0])} to --layers too",
+        )
     width = math.ceil(context / CACHE_STEP) * CACHE_STEP
     planner = _Planner(spec, sources, options, width)
     shards = [shard for group in planner.groups(layers) for shard in planner.layers(group)]
@@ -426,6 +438,8 @@ class _Planner:
             isinstance(layer.ffn, MoeSpec) for layer in layers
         ):
             return False  # the host dispatches the experts between attention and the next layer
+        if any(self.spec.source(n) in group and self.spec.source(n) != n for n in group):
+            return False  # it would read what it is about to write
         if not can_share(self._stack(group).layers):
             return False
         return self.stack(group).weight_bytes <= self.options.max_shard_mb * MB
@@ -487,7 +501,8 @@ class _Planner:
             mixer,
             rotary=len(self.spec.ropes[mixer.rope].inv_freq) if mixer.rope else 0,
             slots=self.slots,
-            explicit=self.options.state == "explicit",
+            # Core ML's states are of one package, and these are read in others.
+            explicit=self.options.state == "explicit" or layer in self.spec.lenders,
             ranks=tuple((path, rank) for path, rank in ranks.items() if rank),
             affine=spec.affine,
             entry=spec.entry,
@@ -687,7 +702,22 @@ class _Planner:
         self, path: str, kind: str, layer: int | None, copy: _Copy, **facts: Any
     ) -> ShardPlan:
         functions = _functions(self.spec, self.options)
+        if layer is not None and layer >= self._tail:
+            functions = ((TAIL, 1),)
         return self._package(path, kind, layer, {"": copy}, functions, **facts)
+
+    @cached_property
+    def _tail(self) -> int:
+        """The first of the last layers that keep nothing, and whose experts the host does not
+        call."""
+        first = len(self.spec.layers)
+        while first and isinstance(self.spec.layers[first - 1].mixer, SharedGqaSpec):
+            first -= 1
+        behind = self.spec.layers[first:]
+        dispatched = self.options.routing == "sparse" and any(
+            isinstance(layer.ffn, MoeSpec) for layer in behind
+        )
+        return len(self.spec.layers) if dispatched else first
 
     def _package(
         self,

@@ -33,7 +33,8 @@ class Taps:
     configuration that is of the model which reads and writes text. `layers` is what the decoder
     calls its layers. Routers whose outputs have nothing but logits `logits`-th in them choose the
     `top_k` largest. With `sorted_inputs` experts are called with tokens alone, as many for each
-    expert, times its gate.
+    expert, times its gate. `hands_on`: a layer gives a pair, the stream and what goes to the layers
+    after it, which no golden keeps.
     """
 
     ffn_norm: str = "post_attention_layernorm"
@@ -68,6 +69,7 @@ class Taps:
     up: str = "up_proj"
     gate_up: str = "gate_up_proj"
     down: str = "down_proj"
+    hands_on: bool = False
 
 
 # The router of DeepSeek-V3, in many families.

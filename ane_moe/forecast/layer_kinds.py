@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from ane_moe.conversion.plan import ConversionPlan, ConvertOptions, make_plan, sources_of
 from ane_moe.formats.recipe import Recipe
-from ane_moe.model.spec import LayerSpec, ModelSpec
+from ane_moe.model.spec import LayerSpec, ModelSpec, SharedGqaSpec
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,21 @@ def plan_kinds(spec: ModelSpec, options: ConvertOptions) -> KindsPlan:
     assert options.layers_per_shard == 1 and not (options.groups or options.recipe.overrides)
     alike: dict[tuple[LayerSpec, tuple[bool, ...]], list[int]] = {}
     for number, layer in enumerate(spec.layers):
-        alike.setdefault((layer, _entries(options.recipe, number)), []).append(number)
-    short = replace(spec, layers=tuple(layer for layer, _ in alike))
+        facts = (*_entries(options.recipe, number), number in spec.lenders)
+        alike.setdefault((layer, facts), []).append(number)
+    place = {number: index for index, own in enumerate(alike.values()) for number in own}
+    short = replace(spec, layers=tuple(_read_from(layer, place) for layer, _ in alike))
     recipe = _for_layers(options.recipe, [numbers[0] for numbers in alike.values()])
     plan = make_plan(short, sources_of(short), replace(options, recipe=recipe))
     repeats = {index: len(numbers) for index, numbers in enumerate(alike.values())}
     return KindsPlan(plan, repeats)
+
+
+def _read_from(layer: LayerSpec, place: Mapping[int, int]) -> LayerSpec:
+    """The layer where the one whose keys and values it reads has another number."""
+    if not isinstance(layer.mixer, SharedGqaSpec):
+        return layer
+    return replace(layer, mixer=replace(layer.mixer, source=place[layer.mixer.source]))
 
 
 def _entries(recipe: Recipe, number: int) -> tuple[bool, ...]:

@@ -361,6 +361,7 @@ def _choice_json(choice: Choice) -> dict[str, Any]:
         "packages": work.packages,
         "calls_per_token": asdict(work.calls_per_token),
         "weight_bytes_per_token": asdict(work.weight_bytes_per_token),
+        "prompt_multiplications_left_out": work.tail_share,
         "conversion_seconds_estimated": asdict(choice.conversion_seconds)
         if choice.conversion_seconds
         else None,

@@ -31,7 +31,8 @@ class ExpertSet:
 class Piece:
     """One package, or the `packages` of one layer's expert functions: `stored_bytes` of `weights`
     elements, worked off at the chip's `rate` for them. The KV states take `cache_bytes`, the whole
-    width."""
+    width; those of another package that it reads, `borrowed_bytes`. Of a `tail` a prompt's last
+    token alone is in need."""
 
     kind: str
     stored_bytes: int
@@ -40,6 +41,8 @@ class Piece:
     cache_bytes: int = 0
     packages: int = 1
     experts: ExpertSet | None = None
+    borrowed_bytes: int = 0
+    tail: bool = False
 
 
 def pieces_of(
@@ -56,12 +59,23 @@ def pieces_of(
             by_layer[shard.layer].append(shard)
         else:
             call = shard.functions[0]
-            states = sum(2 * math.prod(shape) for shape in shard.states.values())
-            piece = Piece(shard.kind, shard.weight_bytes, call.elements, call.rate, states)
+            piece = Piece(
+                shard.kind,
+                shard.weight_bytes,
+                call.elements,
+                call.rate,
+                _fp16_bytes(shard.states),
+                borrowed_bytes=_fp16_bytes(shard.borrowed),
+                tail=shard.is_tail,
+            )
             pieces += [piece] * (times[shard.layer] or 1)
     for layer, packages in by_layer.items():
         pieces += [_expert_piece(packages, k[layer])] * (times[layer] or 1)
     return pieces
+
+
+def _fp16_bytes(caches: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(2 * math.prod(shape) for shape in caches.values())
 
 
 def merge(pieces: Iterable[Piece]) -> list[tuple[Piece, int]]:

@@ -199,10 +199,10 @@ class _Graph:
             yield op
 
     def _products(self, entry: ShardFunction) -> Iterator[OpFacts]:
-        """Of attention: each cache is written by a product, and its slots are read by another, over
-        all heads (as wide together as what `o` reads). Without a cache, the tokens of the call are
-        the slots."""
-        slots = max((shape[-1] for shape in self.shard.states.values()), default=0)
+        """Of attention: each cache of its own is written by a product, and its slots are read by
+        another, over all heads (as wide together as what `o` reads). Without a cache, the tokens of
+        the call are the slots."""
+        slots = max((shape[-1] for shape in self._caches), default=0)
         widths = [weight.shape[1] for weight in self.weights if weight.stem == "o"]
         if widths and not slots and any(port.root == MASK for port in entry.ports.inputs):
             width = sum(widths) // len(widths)
@@ -213,15 +213,21 @@ class _Graph:
         if not (slots and widths):
             return
         written = sum(math.prod(shape) for shape in self.shard.states.values())
-        depth = max(max(shape[-2:]) for shape in self.shard.states.values())
+        depth = max(max(shape[-2:]) for shape in self._caches)
         flops, count = 2 * self.tokens * (2 * sum(widths) * slots + written), self._products_count
         facts = _product() | {"reduction": depth, "w": slots, "flops": flops / count}
-        facts |= _moved(2 * written // count, sum(widths) * self.tokens // count)
+        read = sum(map(math.prod, self._caches))
+        facts |= _moved((written + read) // count, sum(widths) * self.tokens // count)
         yield _op("matmul", count, facts, "attention")
 
     @property
+    def _caches(self) -> list[tuple[int, ...]]:
+        """The shapes of those that are read."""
+        return [*self.shard.states.values(), *self.shard.borrowed.values()]
+
+    @property
     def _products_count(self) -> int:
-        return 2 * len(self.shard.states)
+        return len(self.shard.states) + len(self._caches)
 
     def _states(self, states: int) -> list[OpFacts]:
         """Their operations, and those that mask what is kept and add what is new."""

@@ -19,6 +19,8 @@ from ane_moe.mlprogram.reader import read_program
 from ane_moe.model.spec import MoeSpec
 from ane_moe.placement.facts import function_facts
 
+HEADS = ("lm_head", "labels")  # kinds
+
 
 @dataclass(frozen=True)
 class Calls:
@@ -46,7 +48,8 @@ class Chain:
 @dataclass(frozen=True)
 class Workload:
     """One step of decoding and one of prefill, and what all packages take. An encoder's step is a
-    window of `step_tokens`, the most that it takes, both ways.
+    window of `step_tokens`, the most that it takes, both ways. `tail` is what a prompt's last token
+    takes after the steps of prefill.
 
     `package_bytes` are the weights in packages, without the embedding, which the host reads;
     `functions` counts those that a runtime loads of one package with all its weights (each wires a
@@ -66,6 +69,18 @@ class Workload:
     expert_bytes: int = 0
     step_tokens: int = 1
     chains: tuple[Chain, ...] = ()
+    tail: tuple[Calls, ...] = ()
+
+    @property
+    def tail_share(self) -> float:
+        """What a long prompt saves since its last token alone goes through the `tail`: of the
+        multiplications by weights of all layers."""
+        layers = [call for call in self.decode if call.kind not in HEADS]
+        whole, last = (
+            sum(call.count.expected * call.weights for call in calls)
+            for calls in (layers, self.tail)
+        )
+        return last / whole if whole else 0.0
 
     @property
     def disk_bytes(self) -> int:
@@ -142,12 +157,14 @@ def assemble(
     """Count the calls that a model of these packages makes. `prefill` 0: prompts are decoded token
     by token. `lengths` are an encoder's."""
     merged, step = merge(pieces), max(lengths, default=1)
+    behind = [(piece, count) for piece, count in merged if piece.tail and prefill]
+    before = [one for one in merged if one not in behind]
     return Workload(
         routing=routing,
         format=format,
         decode=tuple(call for piece, count in merged for call in _calls(piece, count, step)),
         prefill=tuple(
-            call for piece, count in merged for call in _calls(piece, count, prefill or step)
+            call for piece, count in before for call in _calls(piece, count, prefill or step)
         ),
         prefill_tokens=prefill or step,
         packages=sum(count * piece.packages for piece, count in merged),
@@ -157,6 +174,7 @@ def assemble(
         functions=len(lengths) or (2 if prefill else 1),
         expert_bytes=sum(count * piece.stored_bytes for piece, count in merged if piece.experts),
         step_tokens=step,
+        tail=tuple(call for piece, count in behind for call in _calls(piece, count, step)),
     )
 
 
@@ -171,7 +189,7 @@ def _calls(piece: Piece, count: int, tokens: int) -> list[Calls]:
                 piece.weights,
                 piece.rate,
                 tokens,
-                piece.cache_bytes,
+                piece.cache_bytes + piece.borrowed_bytes,
             )
         ]
     chosen, share = piece.experts, piece.experts.shared_share

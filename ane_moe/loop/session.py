@@ -16,6 +16,7 @@ from ane_moe.loop.figures import CallClock, Figures, PrefetchFigures
 from ane_moe.loop.prefetch import Prefetch, make_predictor
 from ane_moe.loop.shards import LoadedShards
 from ane_moe.loop.wiring import Lane, States, Wiring
+from ane_moe.manifest import TAIL
 from ane_moe.model.port import STREAM, slot_rows
 
 
@@ -70,7 +71,12 @@ class Session:
         dispatch = self._dispatch(concurrency)
         self._prefetch = self._ahead(predictor, dispatch)
         self._decode = self._lane("decode", dispatch, self._prefetch)
-        self._prefill = self._lane("prefill", dispatch) if self.manifest.prefill else self._decode
+        self._prefill = self._decode
+        self._tail: Lane | None = None  # what follows a prompt's prefill, for its last token
+        if self.manifest.prefill:
+            self._prefill = self._lane("prefill", dispatch)
+            if shards.tail:
+                self._tail = Wiring(self._states).lane(shards.tail, TAIL, self._decode.slots)
         self._logits = np.zeros(self.manifest.vocab, np.float32)
         self._view = self._logits.view()
         self._view.flags.writeable = False
@@ -157,12 +163,22 @@ class Session:
         first = 0
         for chunk in _chunks(ids, self._prefill.tokens):
             self._forward(self._prefill, self._rows(chunk), clock)
-            for rows, scores in self._prefill.logits(clock):
-                logits[first : first + len(chunk), rows] = scores[:, : len(chunk)].T
+            self._score(chunk, logits[first : first + len(chunk)], clock)
             first += len(chunk)
         self._end_prompt()
         self._done(clock, len(ids), started)
         return logits
+
+    def _score(self, chunk: Sequence[int], logits: np.ndarray, clock: CallClock) -> None:
+        """The logits `[n,V]` of all tokens of the last prefill call, in place."""
+        count = len(chunk)
+        if self._tail is None:
+            for rows, scores in self._prefill.logits(clock):
+                logits[:, rows] = scores[:, :count].T
+            return
+        for column in range(count):
+            self._head_of(self._prefill, column, clock)
+            logits[column] = self._logits
 
     def slot(self, slot: str) -> np.ndarray:
         """What the last prefill call put into a slot, for its real tokens: `[C,n]`, read only until
@@ -173,11 +189,11 @@ class Session:
     def _lane(
         self, name: str, dispatch: ExpertDispatch | None, prefetch: Prefetch | None = None
     ) -> _Lane:
-        slots = Slots(self.shards.ropes)
+        slots, steps = Slots(self.shards.ropes), self.shards.body
+        if name == "prefill":
+            steps = [step for step in steps if step not in self.shards.tail]
         wiring = Wiring(self._states, dispatch, prefetch.layer_starts if prefetch else None)
-        return _Lane(
-            wiring.lane(self.shards.body, name, slots), wiring.lane(self.shards.head, name, slots)
-        )
+        return _Lane(wiring.lane(steps, name, slots), wiring.lane(self.shards.head, name, slots))
 
     def _dispatch(self, concurrency: int) -> ExpertDispatch | None:
         shards = self.shards
@@ -212,10 +228,15 @@ class Session:
         self.prompt = self.position if self.prompt is None else self.prompt
 
     def _head_of(self, lane: _Lane, column: int, clock: CallClock) -> None:
-        """Logits of one column of a lane's stream, by the decode functions of the head."""
+        """Logits of one column of a lane's stream, by what is left of the layers for it, and the
+        decode functions of the head."""
         decode = self._decode
         if lane is not decode:
             decode.slots.columns(STREAM)[:, 0] = lane.slots.columns(STREAM)[:, column]
+        if lane is not decode and self._tail is not None:
+            own = self.position - lane.slots.count + column
+            decode.slots.place(own, 1, prompt=self.prompt)
+            self._tail.run(clock)
         for rows, scores in decode.logits(clock):
             self._logits[rows] = scores[:, 0]
 

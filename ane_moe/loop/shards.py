@@ -29,7 +29,8 @@ HALVES = ("attn", "ffn")  # of a layer: scopes of shards
 
 @dataclass(frozen=True)
 class LoadedShard:
-    """One package: its functions by name (`decode` and, where the conversion has it, `prefill`)."""
+    """One package: its functions by name (`decode` and, where the conversion has it, `prefill`; or
+    `tail`)."""
 
     shard: Shard
     functions: dict[str, LoadedFunction]
@@ -64,6 +65,11 @@ class LoadedShards:
         return [
             step for step in self.steps if isinstance(step, ExpertLayer) or step.shard.rows is None
         ]
+
+    @property
+    def tail(self) -> list[Step]:
+        """Those of them that a prompt's last token alone goes through."""
+        return [step for step in self.body if isinstance(step, LoadedShard) and step.shard.is_tail]
 
     @property
     def head(self) -> list[LoadedShard]:

@@ -16,7 +16,7 @@ from ane_moe.loop.buffers import Slots, by_channel, zeros
 from ane_moe.loop.experts import ExpertDispatch, ExpertLayer
 from ane_moe.loop.figures import CallClock
 from ane_moe.loop.shards import LoadedShard, Step
-from ane_moe.manifest import Shard, ShardFunction
+from ane_moe.manifest import TAIL, Shard, ShardFunction
 from ane_moe.model.port import FFN_INPUT, LOGITS, STATE, STREAM
 from ane_moe.runtime.interface import LoadedFunction
 
@@ -239,11 +239,11 @@ class _Group:
 
 
 def _entry(step: Step, name: str) -> ShardFunction | None:
-    """The function of a shard that is called `name`; None for experts, which have functions
-    enough."""
+    """The function of a shard that is called `name`, or stands in every lane; None for experts,
+    which have functions enough."""
     if isinstance(step, ExpertLayer):
         return None
-    return next(entry for entry in step.shard.functions if entry.name == name)
+    return next(entry for entry in step.shard.functions if entry.name in (name, TAIL))
 
 
 def _groups(entries: Sequence[ShardFunction | None]) -> list[_Group]:

@@ -1,11 +1,11 @@
 """Grouped-query attention as data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ane_moe.model.kv_cache import cache_ports, cache_states
 from ane_moe.model.mixer import MixerConfig
-from ane_moe.model.port import CHUNK, PASSED, PROMPT, Port
-from ane_moe.model.spec import GqaSpec, Temperature
+from ane_moe.model.port import CHUNK, PASSED, PROMPT, STATE, Port
+from ane_moe.model.spec import GqaSpec, SharedGqaSpec, Temperature
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,27 @@ class AttentionConfig(MixerConfig):
         m, seen = self.mixer, seen_of(self.mixer)
         ports = cache_ports(m.rope, self.rotary, seen, self.slots, tokens)
         return ports if m.temperature is None else (*ports, passed_port(m.temperature, tokens))
+
+
+@dataclass(frozen=True)
+class SharedAttentionConfig(AttentionConfig):
+    """Attention over the caches of another layer, which come in as they stand: it keeps nothing."""
+
+    mixer: SharedGqaSpec
+
+    @property
+    def states(self) -> tuple[Port, ...]:
+        return ()
+
+    def host(self, tokens: int) -> tuple[Port, ...]:
+        asked = (port for port in super().host(tokens) if port.name not in ("write", "keep"))
+        return (*asked, *self.read)
+
+    @property
+    def read(self) -> tuple[Port, ...]:
+        """The caches of the layer that has them."""
+        source = self.mixer.source
+        return tuple(replace(port, slot=f"{STATE}.{source}.{port.name}") for port in super().states)
 
 
 def seen_of(mixer: GqaSpec) -> int | str | None:

@@ -1,6 +1,6 @@
 """Mixers by the type of their spec: each mixer lists its configuration here."""
 
-from ane_moe.model.attention import AttentionConfig
+from ane_moe.model.attention import AttentionConfig, SharedAttentionConfig
 from ane_moe.model.band import BandConfig
 from ane_moe.model.cca import CcaConfig, CcaSpec
 from ane_moe.model.delta_net import DeltaNetConfig, DeltaNetSpec
@@ -11,10 +11,11 @@ from ane_moe.model.mamba2 import Mamba2Config, Mamba2Spec
 from ane_moe.model.mixer import MixerConfig
 from ane_moe.model.mla import MlaConfig, MlaSpec
 from ane_moe.model.short_conv import ShortConvConfig, ShortConvSpec
-from ane_moe.model.spec import BandSpec, GqaSpec
+from ane_moe.model.spec import BandSpec, GqaSpec, SharedGqaSpec
 
 CONFIGS: dict[type, type[MixerConfig]] = {
     GqaSpec: AttentionConfig,
+    SharedGqaSpec: SharedAttentionConfig,
     BandSpec: BandConfig,
     CcaSpec: CcaConfig,
     ShortConvSpec: ShortConvConfig,

@@ -20,6 +20,8 @@ VALUES, FROM_VALUES, UPS, FROM_UPS = "values", "from_values", "ups", "from_ups"
 SHARED_FROM_UPS = "shared_from_ups"  # the latter of shared experts
 INVERSE_ROOT = "inverse_root"  # the fold of 1 / sqrt(d_model)
 FROM_SQUARES = "from_squares"  # of what reads squares of the branch
+# Modules of an attention that make keys and values.
+OF_KEYS_AND_VALUES = ("k", "v", "k_norm", "v_norm", "k_scale", "v_scale")
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ class GqaSpec:
     v_norm: bool = False  # values too are normed per head, without weights
     keys_are_values: bool = False  # what is projected to keys, before their norm, is values too
     value_dim: int | None = None  # channels of a head's values, where they are not head_dim
+    # Keys, rotated and normed, and values are rounded to 8 bits, each by a scale of the layer.
+    rounded: bool = False
 
     @property
     def value(self) -> int:
@@ -155,6 +159,23 @@ class GqaSpec:
         if self.gate != "none":
             width = self.heads if self.gate_by_head else attended
             yield Weight("gate.weight", (width, d_model), "attention.q", reads="x")
+        if self.rounded:
+            yield Weight("k_scale.weight", (1,))
+            yield Weight("v_scale.weight", (1,), fold=values)
+
+
+@dataclass(frozen=True)
+class SharedGqaSpec(GqaSpec):
+    """Attention to the keys and values that the layer `source` keeps: of its own it has queries
+    alone."""
+
+    source: int = 0
+
+    def rows(self, d_model: int) -> Iterator[Weight]:
+        """The tensors of a layer's attention."""
+        for row in super().rows(d_model):
+            if row.path.split(".")[0] not in OF_KEYS_AND_VALUES:
+                yield row
 
 
 @dataclass(frozen=True)
@@ -512,6 +533,17 @@ class ModelSpec:
         """Whether all tokens are taken in at once, and nothing is kept."""
         return any(isinstance(layer.mixer, BandSpec) for layer in self.layers)
 
+    def source(self, layer: int) -> int:
+        """The layer whose keys and values a layer reads: mostly itself."""
+        mixer = self.layers[layer].mixer
+        return mixer.source if isinstance(mixer, SharedGqaSpec) else layer
+
+    @property
+    def lenders(self) -> frozenset[int]:
+        """The layers whose keys and values others read too."""
+        numbers = range(len(self.layers))
+        return frozenset(self.source(number) for number in numbers if self.source(number) != number)
+
     def weights(self) -> Iterator[tuple[WeightName, Weight]]:
         """Every tensor the model needs, in the order of the layers."""
         table = Weight(EMBEDDING.path, (self.vocab, self.d_model), "embedding", fold="embed_scale")
@@ -536,14 +568,16 @@ class ModelSpec:
         """The multiplier that a row of a `part` of a layer asks for with `fold`; 1 where it asks
         for none."""
         added, inner = self.residual_scale * self.stream_scale, InnerScale()
+        values = inner.values
         if layer is not None:
             inner = self.inner.get(layer, inner)
             added *= self.layers[layer].adds[part == "ffn"]
+            values = self.inner.get(self.source(layer), InnerScale()).values
         multipliers = {
             "embed_scale": self.embed_scale * self.stream_scale,
             "residual_scale": added,
-            VALUES: inner.values,
-            FROM_VALUES: added / inner.values,
+            VALUES: values,
+            FROM_VALUES: added / values,
             UPS: inner.ups,
             FROM_UPS: added / inner.ups,
             SHARED_FROM_UPS: added / inner.ups * self.shared_scale,

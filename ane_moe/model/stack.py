@@ -15,12 +15,11 @@ StackedConfig = tuple[MixerConfig | None, FfnConfig | None]
 
 def can_share(layers: Sequence[StackedConfig]) -> bool:
     """Whether layers can be one graph: what they ask of the host by one name has to be one
-    thing."""
+    thing; and what they keep is kept in one way."""
     asked: dict[str, Port] = {}
-    return all(
-        asked.setdefault(port.name, port) == port
-        for mixer in _mixers(layers).values()
-        for port in mixer.host(1)
+    mixers = _mixers(layers).values()
+    return len({mixer.explicit for mixer in mixers}) < 2 and all(
+        asked.setdefault(port.name, port) == port for mixer in mixers for port in mixer.host(1)
     )
 
 

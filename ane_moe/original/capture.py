@@ -243,9 +243,8 @@ def _resume(
 def _handed_on(tap: Tap, before: Any) -> Any:
     """What the layers that are not there give: what the one before gave; for the first, which has
     none before it, as much as the model's loop needs to go on."""
-    taps = tap.parts.taps
-    is_first = not isinstance(before, tuple)
-    return (before, None) if is_first and (taps.carry or taps.hands_on) else before
+    pairs = tap.parts.taps.carry or tap.parts.taps.hands_on
+    return (before, None) if pairs and not isinstance(before, tuple) else before
 
 
 def _joined(taps: list[Tap]) -> LayerGolden:

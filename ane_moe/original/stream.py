@@ -40,7 +40,8 @@ from ane_moe.checkpoints.left_out import is_beside
 from ane_moe.errors import UserError
 from ane_moe.families import load_family
 from ane_moe.families.quantised import quantisation
-from ane_moe.original import mm1_moe as mm1_moe  # register themselves with transformers
+from ane_moe.original import afm as afm  # register themselves with transformers
+from ane_moe.original import mm1_moe as mm1_moe
 from ane_moe.original import omni_moe as omni_moe
 from ane_moe.original.widened import NARROW, stacks, widened
 

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ane_moe.model.attention import AttentionConfig
+from ane_moe.model.attention import AttentionConfig, SharedAttentionConfig
 from ane_moe.model.port import PASSED
+from ane_moe.model.spec import OF_KEYS_AND_VALUES
 from ane_moe.parts.kv_cache import attend, updated
 from ane_moe.parts.mixer import Mixer
 from ane_moe.parts.norm import RmsNorm, UnitNorm
@@ -23,6 +24,17 @@ class Sinks(nn.Module):
 
     def forward(self, mask: Tensor) -> Tensor:
         return mask[:, :, :, :1] * 0 + self.weight
+
+
+class Rounded(nn.Module):
+    """`clip(round(x / s), -128, 127) * s`: what 8 bits hold of keys or values, `(1, K, D, T)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = vector(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x / self.weight).round().clamp(-128, 127) * self.weight
 
 
 class Attention(Mixer):
@@ -53,12 +65,16 @@ class Attention(Mixer):
         if m.gate != "none":
             width = m.heads if m.gate_by_head else m.heads * m.value
             self.gate = Projection(d, width, rank=c.rank("gate"))
+        if m.rounded:
+            self.k_scale, self.v_scale = Rounded(), Rounded()
 
     def mix(self, h: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         m = self.config.mixer
         q, k, v = self._heads(h, inputs.get("cos"), inputs.get("sin"))
         if m.temperature is not None:
             q = q * (inputs[PASSED] * m.temperature.scale + 1)
+        if m.rounded:
+            k, v = self.k_scale(k), self.v_scale(v)
         keys = updated("k_cache", k, inputs, self.config.explicit)
         values = updated("v_cache", v, inputs, self.config.explicit)
         attended = self._gated(self._attend(q, keys, values, inputs["mask"]), h)
@@ -103,3 +119,35 @@ class Attention(Mixer):
         if m.qk_norm in ("rotated", "unit"):
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
+
+
+class SharedAttention(Attention):
+    """`y = x + attention(norm(x))` over caches that another layer has written for these tokens."""
+
+    config: SharedAttentionConfig
+
+    def add_projections(self) -> None:
+        super().add_projections()
+        for name in OF_KEYS_AND_VALUES:
+            self._modules.pop(name, None)
+
+    def mix(self, h: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        m, q = self.config.mixer, self._queries(h, inputs.get("cos"), inputs.get("sin"))
+        if m.temperature is not None:
+            q = q * (inputs[PASSED] * m.temperature.scale + 1)
+        attended = self._attend(q, inputs["k_cache"], inputs["v_cache"], inputs["mask"])
+        return self.o(self._gated(attended, h)), {}
+
+    def _queries(self, h: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+        """As those of `_heads`, `(1, H, D, T)`."""
+        m, q = self.config.mixer, self.q(h)
+        if m.qk_norm == "full":
+            q = self.q_norm(q)
+        if m.clip_qkv is not None:
+            q = q.clamp(-m.clip_qkv, m.clip_qkv)
+        q = q.reshape(1, m.heads, m.head_dim, -1)
+        if m.qk_norm == "head":
+            q = self.q_norm(q)
+        if cos is not None and sin is not None:
+            q = rotate(q, cos, sin, self.config.rotary, m.head_dim)
+        return self.q_norm(q) if m.qk_norm in ("rotated", "unit") else q

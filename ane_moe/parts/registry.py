@@ -1,6 +1,6 @@
 """Mixers by the type of their configuration: each part file of a mixer lists itself here."""
 
-from ane_moe.model.attention import AttentionConfig
+from ane_moe.model.attention import AttentionConfig, SharedAttentionConfig
 from ane_moe.model.band import BandConfig
 from ane_moe.model.cca import CcaConfig
 from ane_moe.model.delta_net import DeltaNetConfig
@@ -11,7 +11,7 @@ from ane_moe.model.mamba2 import Mamba2Config
 from ane_moe.model.mixer import MixerConfig
 from ane_moe.model.mla import MlaConfig
 from ane_moe.model.short_conv import ShortConvConfig
-from ane_moe.parts.attention import Attention
+from ane_moe.parts.attention import Attention, SharedAttention
 from ane_moe.parts.band import BandAttention
 from ane_moe.parts.cca import Cca
 from ane_moe.parts.delta_net import DeltaNet
@@ -25,6 +25,7 @@ from ane_moe.parts.short_conv import ShortConv
 
 MIXERS: dict[type[MixerConfig], type[Mixer]] = {
     AttentionConfig: Attention,
+    SharedAttentionConfig: SharedAttention,
     BandConfig: BandAttention,
     CcaConfig: Cca,
     ShortConvConfig: ShortConv,

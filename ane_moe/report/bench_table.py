@@ -84,6 +84,7 @@ def _conditions(report: BenchReport) -> Iterable[Text]:
         f"{one.routing} routing",
         f"context {one.context}",
         f"T={one.prefill_tokens} in prefill" if one.prefill_tokens else "no prefill functions",
+        f"{one.tail_share:.1%} of a prompt's multiplications left out" if one.tail_share else None,
         f"{one.warmup} warm-up calls",
         one.compiled_before and "{} of {} packages compiled before".format(*one.compiled_before),
         one.started,

@@ -67,6 +67,9 @@ def _forecast(console: Console, found: Outlook) -> None:
         console, "\ndisk is in MB (1e6 bytes); convert times are estimates from a Linux machine."
     )
     _print(console, f"tok/J: of the whole machine at {_watts(found.target)}")
+    if share := found.choices[0].workload.tail_share:
+        left_out = f"{share:.1%} of the layers' multiplications for a long prompt are left out"
+        _print(console, f"{left_out}: its last token alone goes through all layers.")
     for key, mark in marks.items():
         _print(console, f"{mark} {_concern(found, *key)}")
 

@@ -3,8 +3,8 @@
 N = tokens of the golden, C = channels of a slot, E = experts.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +46,10 @@ class Parity:
     min_cosine: float
     decode_tokens: int | None
     ropes: Ropes
+    opened: Callable[[Shard], LoadedShard]
     experts: ExpertParity | None = None  # where the host dispatches them
+    # What the shards that others read keep after each prompt, by slot.
+    lent: list[dict[str, np.ndarray]] = field(default_factory=list)
 
     def embed(self) -> Iterator[ShardResult]:
         """The embedding table, where there is one, against the input of layer 0."""
@@ -123,14 +126,15 @@ class Parity:
         values = {slot: _fp16(slots.before(shard, slot)) for slot in run.reads}
         if self.manifest.lengths:
             return self._windows(run, shard, function, values)
-        if not shard.states:
+        if not (shard.states or shard.borrowed):
             rows = self._tokens(function)
             given = {slot: value[rows] for slot, value in values.items()}
             return rows, values, run.run(function.name, given)
         pieces, outcomes = [], []
-        for span, cut in zip(self.golden.spans, self._cuts(function), strict=True):
-            run.start()
-            if cut > span.start:
+        lent = self._lent() if shard.borrowed else [{} for _ in self.golden.spans]
+        for span, cut, own in zip(self.golden.spans, self._cuts(function), lent, strict=True):
+            run.start(own, 0 if shard.states else cut - span.start)
+            if cut > span.start and shard.states:
                 run.run(
                     "prefill", {slot: value[span.start : cut] for slot, value in values.items()}
                 )
@@ -141,6 +145,21 @@ class Parity:
             )
             pieces.append(np.arange(cut, span.stop))
         return np.concatenate(pieces), values, _joined(outcomes)
+
+    def _lent(self) -> list[dict[str, np.ndarray]]:
+        """What is read of other shards, by prompt: what these keep of the golden's own inputs."""
+        if self.lent:
+            return self.lent
+        slots, lent = GoldenSlots(self.golden), self.manifest.lent
+        self.lent.extend({} for _ in self.golden.spans)
+        for shard in {shard.path: shard for shard in lent.values()}.values():
+            run, widest = StageRun([self.opened(shard)], self.ropes), shard.functions[-1].name
+            values = {slot: _fp16(slots.before(shard, slot)) for slot in run.reads}
+            for span, held in zip(self.golden.spans, self.lent, strict=True):
+                run.start()
+                run.run(widest, {slot: value[span] for slot, value in values.items()})
+                held |= run.kept(lent)
+        return self.lent
 
     def _windows(
         self, run: StageRun, shard: Shard, function: ShardFunction, values: Values

@@ -147,6 +147,7 @@ class Proof:
             trial.min_cosine,
             self.decode_tokens,
             ropes,
+            self._open,
             experts,
         )
 

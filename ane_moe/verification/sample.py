@@ -27,8 +27,8 @@ BESIDE_TOKENS = (
 
 
 def sampled_manifest(manifest: Manifest) -> Manifest:
-    """The manifest of a few layers: the first, the first of every other kind and the last; and of
-    the first and the last slice of the head."""
+    """The manifest of a few layers: the first, the first of every other kind and the last, and
+    those whose keys and values they read; and of the first and the last slice of the head."""
     layers = _layers(manifest)
     head = [shard for shard in manifest.shards if shard.rows]
     kept = {shard.path for shard in (*head[:1], *head[-1:])}
@@ -60,7 +60,10 @@ def _layers(manifest: Manifest) -> list[int]:
     for layer in manifest.layers:
         own = [shard for shard in manifest.shards if layer in shard.place(()).layers]
         by_kind.setdefault(frozenset(_kind(shard) for shard in own), layer)
-    return sorted({*by_kind.values(), manifest.layers[-1]})
+    chosen = {*by_kind.values(), manifest.layers[-1]}
+    read = {slot for shard in manifest.shards if shard.layer in chosen for slot in shard.borrowed}
+    lenders = {shard.layer for slot, shard in manifest.lent.items() if slot in read}
+    return sorted(chosen | {layer for layer in lenders if layer is not None})
 
 
 def _kind(shard: Shard) -> tuple[str, frozenset[str]]:

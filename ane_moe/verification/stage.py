@@ -3,7 +3,7 @@
 N = tokens, C = channels of a slot.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from ane_moe.loop.experts import ExpertDispatch, ExpertLayer
 from ane_moe.loop.figures import CallClock, PhaseFigures
 from ane_moe.loop.shards import LoadedShard, Step, call_order
 from ane_moe.loop.wiring import States, Wiring
-from ane_moe.manifest import Manifest, Shard
+from ane_moe.manifest import TAIL, Manifest, Shard
 from ane_moe.model.port import LOGITS, slot_root
 
 Values = Mapping[str, np.ndarray]  # by slot, [N,C]
@@ -74,14 +74,20 @@ class StageRun:
         self.gives_scores = any(slot_root(slot) == LOGITS for slot in self.writes)
         self.start()
 
-    def start(self) -> None:
-        """Begin another sequence."""
-        self._position = 0
+    def start(self, lent: Values | None = None, position: int = 0) -> None:
+        """Begin another sequence, or go on at its `position` where nothing is kept; `lent` is what
+        other shards have kept of it, as it stands, by slot."""
+        self._position = position
         self._states.clear()
+        self._states.passed |= lent or {}
+
+    def kept(self, slots: Iterable[str]) -> dict[str, np.ndarray]:
+        """Of what these functions keep by inputs and outputs, what stands in such slots."""
+        return {slot: self._states.passed[slot] for slot in slots if slot in self._states.passed}
 
     def run(self, name: str, values: Values) -> Outcome:
         """Go on with fp16 `values` in chunks of T, the last one padded."""
-        lane = self._lanes[name]
+        lane = self._lanes[name] if name in self._lanes else self._lanes[TAIL]
         count = len(next(iter(values.values())))
         written: dict[str, list[np.ndarray]] = {slot: [] for slot in self.writes}
         finite = np.ones(len(lane.calls), bool)

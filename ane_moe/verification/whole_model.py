@@ -27,7 +27,8 @@ CARRIED = ("stream", "added", "carry")  # slots that go from stage to stage
 @dataclass
 class _Prompt:
     """The prompt `number` of a golden on its way: from row `cut` on it goes through the function of
-    the pass, before it through prefill."""
+    the pass, before it through prefill. `values` also has what shards keep that others read, as it
+    stands."""
 
     number: int
     ids: tuple[int, ...]
@@ -43,6 +44,7 @@ class ModelPass:
     function: str
     prompts: list[_Prompt] = field(default_factory=list)
     labels: tuple[str, ...] = ()
+    lent: tuple[str, ...] = ()  # slots of what is kept, and read by other shards
 
     def advance(self, steps: Sequence[Step], ropes: Ropes, dispatch: ExpertDispatch | None) -> None:
         """Take every prompt through the next stage."""
@@ -50,7 +52,7 @@ class ModelPass:
         if run.gives_scores and run.by_token:  # a head: calls are as full as they can be
             return self._score(run, self.prompts)
         for prompt in self.prompts:
-            run.start()
+            run.start({slot: prompt.values[slot] for slot in self.lent if slot in prompt.values})
             if run.gives_scores:
                 self._score(run, [prompt])
             else:
@@ -66,7 +68,7 @@ class ModelPass:
         written = (slot for slot in pieces[0] if slot_root(slot) in CARRIED)
         prompt.values |= {
             slot: np.concatenate([piece[slot] for piece in pieces]) for slot in written
-        }
+        } | run.kept(self.lent)
 
     def _score(self, run: StageRun, prompts: Sequence[_Prompt]) -> None:
         tails = [{slot: one.values[slot][one.cut :] for slot in run.reads} for one in prompts]
@@ -134,6 +136,7 @@ def model_passes(
                 _prompt(manifest, number, ids, cut, streams)
                 for number, (ids, cut) in enumerate(zip(prompts, own, strict=True))
             ],
+            lent=tuple(manifest.lent),
         )
         for function, own in cuts.items()
     ]

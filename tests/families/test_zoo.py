@@ -31,6 +31,7 @@ from ane_moe.model.spec import (
     ModelSpec,
     MoeSpec,
     RouterSpec,
+    SharedGqaSpec,
 )
 from ane_moe.original.sums import known_matrices
 from ane_moe.original.tap import TappedLayer
@@ -148,6 +149,7 @@ def of_mixers(spec: ModelSpec, change: Change, kind: type = GqaSpec) -> ModelSpe
     )
 
 
+of_shared = partial(of_mixers, kind=SharedGqaSpec)
 of_latents = partial(of_mixers, kind=MlaSpec)
 of_delta_nets = partial(of_mixers, kind=DeltaNetSpec)
 of_lightning = partial(of_mixers, kind=LightningSpec)
@@ -374,12 +376,16 @@ MUTATIONS: dict[str, tuple[Callable[[ModelSpec, Change], ModelSpec], Change]] = 
         of_layers,
         lambda one: {"router_group": one.router_group and one.router_group - 1},
     ),
+    "keys and values as they are": (of_mixers, lambda m: {"rounded": False}),
+    "queries normed before rotation": (of_shared, lambda m: {"qk_norm": "head"}),
+    "keys and values of another layer": (of_shared, lambda m: {"source": m.source - 1}),
     "no gate of latents": (of_latents, lambda m: {"gated": False}),
 }
 # What cannot be told: a norm after the rotation takes the factor of all its channels out, and
 # sigmoids are in the order of their logits. In one forward pass all is a prompt, and windows are
 # of what is generated.
 SAME: dict[str, Collection[str]] = {
+    "afm": {"attention factor"},
     "hunyuan_v1_moe": {"attention factor"},
     "unlimited_ocr": {"wider window", "narrower window", "no window"},
     **dict.fromkeys(("llama4", "llama4_text"), ("attention factor", "choice by scores")),

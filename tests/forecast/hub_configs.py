@@ -215,3 +215,21 @@ LONGCAT_FLASH: dict[str, Any] = {
     "vocab_size": 131072,
     "zero_expert_num": 256,
 }
+# Of Apple's on-device model no checkpoint is public: these fields are of mlx-lm's `afm7` and of
+# torchtitan's `AFMTextV7ModelArgs`, under the names of original/afm.py.
+AFM: dict[str, Any] = {
+    "model_type": "afm",
+    "vocab_size": 153600,
+    "hidden_size": 2048,
+    "intermediate_size": 6656,
+    "num_hidden_layers": 56,
+    "num_kv_reuse_layers": 21,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}

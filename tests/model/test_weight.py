@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from ane_moe.model.attention import AttentionConfig
+from ane_moe.model.attention import AttentionConfig, SharedAttentionConfig
 from ane_moe.model.band import BandConfig
 from ane_moe.model.cca import CcaConfig, CcaSpec
 from ane_moe.model.delta_net import DeltaNetConfig, DeltaNetSpec
@@ -32,6 +32,7 @@ from ane_moe.model.spec import (
     MoeSpec,
     NormSpec,
     RouterSpec,
+    SharedGqaSpec,
     SharedSpec,
     Temperature,
 )
@@ -57,6 +58,9 @@ BAND = BandSpec(4, 2, 8, scale=1.0, rope=None, qkv_bias=True, sinks=True, reach=
 CLAMPED = MoeSpec(RouterSpec(4, 2, logit_bias=True), MlpSpec(24, Clamp(7.0, 1.7), bias=True))
 MLA = MlaSpec(4, 6, 4, 8, 10, 12, scale=1.0, rope="main", bias=True)
 CCA = CcaSpec(4, 2, 8, scale=1.0, rope="main")
+ROUNDED = {"qk_norm": "rotated", "rounded": True}
+OWN = GqaSpec(4, 2, 8, scale=1.0, rope="main", **ROUNDED)
+SHARED = SharedGqaSpec(4, 2, 8, scale=1.0, rope="main", source=1, **ROUNDED)
 ATTENTION = AttentionConfig(D, NORM, GQA, 0, 32, ranks=(("q", 1), ("v", 2), ("o", 3)))
 DENSE = DenseConfig(D, NORM, MlpSpec(24), RANKS)
 CONFIGS = [
@@ -65,6 +69,8 @@ CONFIGS = [
     AttentionConfig(D, NORM, KEYS, 4, 32),
     AttentionConfig(D, NORM, UNIT, 4, 32),
     RoutedMixerConfig(ATTENTION, BESIDE.router, router_norm=True),
+    AttentionConfig(D, NORM, OWN, 4, 32),
+    SharedAttentionConfig(D, NORM, SHARED, 4, 32, ranks=(("q", 1), ("o", 3))),
     CcaConfig(D, NORM, CCA, 2, 32, ranks=(("v_delayed", 2),), affine=True, entry=True),
     ShortConvConfig(D, NORM, ShortConvSpec(3, bias=True), ranks=(("b", 2),)),
     RoutedMixerConfig(ATTENTION, MOE.router),

@@ -55,6 +55,7 @@ CONSUMERS = {
     "mul": "aten::mul",
     "add": "aten::add",
     "reshape": "aten::reshape",
+    "real_div": "aten::div",
 }
 
 
@@ -129,10 +130,9 @@ def _declared(ports: Iterable[Port], layout: str) -> dict[str, Shape]:
 
 def _trace(block: Block, ports: Ports, layout: str) -> torch.jit.ScriptModule:
     """Trace the block, at one token where the graph holds for any."""
-    shapes = [*_declared(ports.inputs, layout).values()]
-    shapes += [tuple(parameter.shape) for parameter in block.parameters()]
-    # Stride 0: any shape in four bytes.
-    examples = [torch.zeros(()).expand(shape) for shape in shapes]
+    # Stride 0: any shape in four bytes. Weights are not 0, since some divide.
+    examples = [torch.zeros(()).expand(shape) for shape in _declared(ports.inputs, layout).values()]
+    examples += [torch.ones(()).expand(parameter.shape) for parameter in block.parameters()]
     with torch.no_grad():
         return torch.jit.trace(_Unbound(block, ports, layout).eval(), examples, check_trace=False)
 

@@ -1,0 +1,39 @@
+"""AFM on device: the last layers read the keys and values of one layer before them; these are
+rounded to 8 bits.
+
+Source: arXiv 2507.13575, mlx-lm's `afm7`. No checkpoints are public: `original/afm.py` says how one
+is laid out.
+"""
+
+from ane_moe.families.config import Config
+from ane_moe.families.decoder import gqa_facts, llama, mlp, n_layers
+from ane_moe.families.keys import LAYER, SKELETON, KeyTable, Paired, mlp_keys, paired_queries
+from ane_moe.families.taps import Taps
+from ane_moe.model.spec import GqaSpec, LayerSpec, ModelSpec, SharedGqaSpec
+
+KEYS: KeyTable = {
+    **SKELETON,
+    **paired_queries(),
+    **{
+        f"layers.{{layer}}.attn.{name}_norm.weight": (
+            Paired(f"{LAYER}.self_attn.{name}_norm.weight"),
+        )
+        for name in "qk"
+    },
+    "layers.{layer}.attn.k_scale.weight": (f"{LAYER}.self_attn.quant_key_scale",),
+    "layers.{layer}.attn.v_scale.weight": (f"{LAYER}.self_attn.quant_value_scale",),
+    **mlp_keys("ffn.mlp", "mlp"),
+}
+TAPS = Taps(hands_on=True)
+
+
+def spec(config: Config) -> ModelSpec:
+    count = n_layers(config)
+    reusing = config.integer("num_kv_reuse_layers", at_least=0)
+    if reusing >= count:
+        raise config.wrong("num_kv_reuse_layers", f"fewer than all {count} layers")
+    facts = gqa_facts(config, qk_norm="rotated", rounded=True)
+    ffn, own = mlp(config, "intermediate_size"), count - reusing
+    shared = SharedGqaSpec(**facts, source=own - 1)
+    layers = [LayerSpec(GqaSpec(**facts), ffn)] * own + [LayerSpec(shared, ffn)] * reusing
+    return llama(config, layers)

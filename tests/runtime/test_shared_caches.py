@@ -1,0 +1,223 @@
+"""Layers that read the keys and values of another one (AFM), against the reference model and what is
+published of its sizes."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from ane_moe.conversion.plan import ConvertOptions, make_plan, sources_of
+from ane_moe.errors import UserError
+from ane_moe.families import describe_config
+from ane_moe.forecast.layer_kinds import plan_kinds
+from ane_moe.forecast.workload import workload_of_plan
+from ane_moe.loop.session import Session
+from ane_moe.loop.shards import load_shards
+from ane_moe.manifest import TAIL, read_manifest
+from ane_moe.mlprogram.reader import read_program
+from ane_moe.model.spec import FROM_VALUES, InnerScale
+from ane_moe.original.afm import AfmForCausalLM, in_8_bits
+from ane_moe.runtime import open_package
+from ane_moe.verification.verify import verify
+from tests.forecast.hub_configs import AFM
+from tests.models import make_model, save_checkpoint
+from tests.verification.tiny import tiny_conversion
+
+PARAMETERS = 3_111_368_064  # of an analysis of Apple's adapter toolkit: its frozen parameters
+IDS = np.random.default_rng(5).integers(3, 211, 21).tolist()  # prefill calls of 16 and of 5 tokens
+COSINE = 0.9995
+LENDER, LAYERS = 4, 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model("afm")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tmp_path_factory):
+    return save_checkpoint(model, tmp_path_factory.mktemp("afm") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def out(checkpoint, tmp_path_factory):
+    """Core ML's states, but for the caches that other packages read."""
+    folder = tmp_path_factory.mktemp("afm") / "out"
+    return tiny_conversion(checkpoint, folder, prefill=16, context=64, golden=True)
+
+
+@pytest.fixture(scope="module")
+def shards(out):
+    return load_shards(out, "reference")
+
+
+@pytest.fixture(scope="module")
+def expected(model) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor([IDS])).logits[0].numpy()
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a @ b) / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+# -- sizes, of the published configuration ---------------------------------------------------
+
+
+def test_the_configuration_says_how_many_parameters_there_are() -> None:
+    spec = describe_config(AFM)
+    scales = {"k_scale.weight", "v_scale.weight"}
+    tied = {"head.rows.weight"}
+    own = (row for name, row in spec.weights() if row.path not in scales and str(name) not in tied)
+    assert sum(math.prod(row.shape) for row in own) == PARAMETERS
+    fields = {name: value for name, value in AFM.items() if name != "model_type"}
+    with torch.device("meta"):
+        reference = AfmForCausalLM(AfmForCausalLM.config_class(**fields))
+    assert sum(one.numel() for one in reference.parameters()) == PARAMETERS
+
+
+def cache_elements(reusing: int) -> int:
+    """Of all caches of the published model, by what its packages keep."""
+    spec = describe_config(AFM | {"num_kv_reuse_layers": reusing})
+    plan = make_plan(spec, sources_of(spec), ConvertOptions(context=4096))
+    return sum(math.prod(shape) for shard in plan.shards for shape in shard.states.values())
+
+
+def test_caches_take_three_eighths_less_to_the_byte() -> None:
+    assert cache_elements(0) == 117_440_512  # bytes, with 8 bits each
+    assert cache_elements(21) == 73_400_320 == 117_440_512 * 5 // 8
+
+
+def test_a_prompt_takes_37_percent_fewer_multiplications() -> None:
+    spec = describe_config(AFM)
+    kinds = plan_kinds(spec, ConvertOptions(context=4096))
+    d, width, heads, kv_heads = 2048, 6656, 16 * 128, 2 * 128
+    mlp, attention = 3 * d * width, 2 * d * heads
+    tail, body = 21 * (mlp + attention), 35 * (mlp + attention + 2 * d * kv_heads)
+    found = workload_of_plan(kinds.plan, kinds.repeats).tail_share
+    assert found == pytest.approx(tail / (tail + body), abs=1e-4)  # norms beside it
+    assert round(found, 3) == 0.37
+    without = plan_kinds(spec, ConvertOptions(context=4096, prefill=0))
+    assert workload_of_plan(without.plan, without.repeats).tail_share == 0
+
+
+# -- packages --------------------------------------------------------------------------------
+
+
+def test_caches_are_kept_once_and_read_by_name(out) -> None:
+    """By the packages' own descriptions."""
+    manifest, kept = read_manifest(out), 0
+    for shard in manifest.shards:
+        if shard.kind != "attn":
+            continue
+        function = open_package(out / shard.path, "reference").function(shard.functions[0].name)
+        written = {feature.name.removesuffix("_out") for feature in function.outputs}
+        inputs = [one for one in function.inputs if one.name in ("k_cache", "v_cache")]
+        own = [*function.states, *(one for one in inputs if one.name in written)]
+        kept += sum(math.prod(one.type.shape) for one in own)
+        reads = shard.layer is not None and shard.layer > LENDER
+        assert bool(own) != reads
+        assert sorted(shard.borrowed) == (
+            [f"state.{LENDER}.k_cache", f"state.{LENDER}.v_cache"] if reads else []
+        )
+    assert kept * LAYERS == LAYERS * 2 * 2 * 16 * 64 * (LENDER + 1)
+
+
+def test_layers_that_read_have_no_weights_for_keys_and_values(out) -> None:
+    for shard in read_manifest(out).shards:
+        if shard.kind == "attn" and shard.layer is not None and shard.layer > LENDER:
+            program = read_program(out / shard.path)
+            (function,) = program.functions.values()
+            names = {one.name for one in function.block.operations if "const" in one.type}
+            assert any(name.startswith("w_q__") for name in names)
+            assert not any(name.startswith(("w_k_", "w_v_")) for name in names)
+            assert [function.name for function in shard.functions] == [TAIL]
+
+
+def test_layers_without_the_one_that_they_read_are_refused(checkpoint, tmp_path) -> None:
+    with pytest.raises(UserError, match=f"keys and values of layer {LENDER}"):
+        tiny_conversion(checkpoint, tmp_path, layers=(0, 1, 6), context=64)
+
+
+# -- what they compute -----------------------------------------------------------------------
+
+
+def test_a_conversion_is_right(out) -> None:
+    report = verify(out)
+    assert report.failures == 0 and report.passed
+    assert {row.function for row in report.models} == {"decode", "prefill"}
+    assert {row.function for row in report.shards} == {"decode", "prefill", TAIL, "lookup"}
+
+
+def test_a_quick_look_takes_along_the_layer_that_others_read(out) -> None:
+    report = verify(out, quick=True)
+    assert report.passed and LENDER in report.sample.layers
+
+
+def test_the_tail_for_the_last_token_gives_what_all_layers_give(shards, expected) -> None:
+    session = Session(shards)
+    last = session.prefill(IDS).copy()
+    assert cosine(last, expected[-1]) > COSINE
+    tail = sum(shard.is_tail for shard in shards.manifest.shards)
+    calls = session.figures.prefill.calls
+    assert calls == 2 * (2 * LAYERS - tail) + tail + len(shards.head)  # of two chunks
+    session.reset()
+    each = session.prefill_logits(IDS)
+    assert np.array_equal(each[-1], last)
+    assert min(map(cosine, each, expected)) > COSINE
+
+
+def test_a_step_with_shared_caches_is_what_is_computed_anew(shards, expected) -> None:
+    session = Session(shards)
+    session.prefill(IDS[:-3])
+    steps = [session.decode(identifier).copy() for identifier in IDS[-3:]]
+    for count, step in zip(range(len(IDS) - 3, len(IDS)), steps, strict=True):
+        session.reset()
+        anew = session.prefill(IDS[: count + 1])
+        assert cosine(step, anew) > 0.9999
+        assert cosine(step, expected[count]) > COSINE
+
+
+def test_a_wrong_cache_is_noticed(shards, expected) -> None:
+    """Zeros in the lender's place: what the layers read is what it wrote."""
+    session = Session(shards)
+    session.prefill(IDS[:-1])
+    for slot, value in session._states.passed.items():
+        session._states.passed[slot] = np.zeros_like(value)
+    assert cosine(session.decode(IDS[-1]), expected[-1]) < COSINE
+
+
+# -- the reference model ---------------------------------------------------------------------
+
+
+def test_numbers_are_rounded_to_the_nearest_of_256() -> None:
+    found = in_8_bits(torch.tensor([0.26, 0.24, 1e3, -1e3]), torch.tensor([0.5]))
+    assert found.tolist() == [0.5, 0.0, 63.5, -64.0]
+
+
+@torch.no_grad()
+def test_layers_read_the_last_ones_keys_and_values(model) -> None:
+    """And of no other layer."""
+    ids = torch.tensor([IDS])
+    handed: list[tuple[torch.Tensor, torch.Tensor]] = []
+    hooks = [
+        layer.register_forward_hook(lambda _, args, output: handed.append(output[1]))
+        for layer in model.model.layers
+    ]
+    model(ids)
+    for hook in hooks:
+        hook.remove()
+    assert all(one[0] is handed[LENDER][0] for one in handed[LENDER:])
+    assert len({id(keys) for keys, _ in handed}) == LENDER + 1
+
+
+def test_what_reads_values_undoes_what_they_were_multiplied_by() -> None:
+    spec = replace(describe_config(AFM), inner={34: InnerScale(values=0.25), 40: InnerScale(0.5)})
+    assert [spec.multiplier(FROM_VALUES, n) for n in (33, 34, 40)] == [1, 4, 4]
