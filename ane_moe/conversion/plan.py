@@ -303,7 +303,8 @@ def _disturbed(spec: ModelSpec, routing: str) -> ModelSpec:
     if routing == "soft":
         raise UserError("soft routing chooses no experts", do="give another --routing")
     routers = [layer.ffn.router for layer in spec.layers if isinstance(layer.ffn, MoeSpec)]
-    if spec.is_encoder or not all(isinstance(router, RouterSpec) for router in routers):
+    known = all(isinstance(router, RouterSpec) for router in routers)
+    if spec.is_encoder or not routers or not known:
         raise UserError(f"a roster is not possible with {spec.family}", do="leave --roster out")
     return replace(spec, layers=tuple(_with_noise(layer) for layer in spec.layers))
 
@@ -399,16 +400,29 @@ class _Planner:
     slots: int
 
     def groups(self, layers: Sequence[int]) -> list[tuple[int, ...]]:
-        """Layers that share a shard: neighbours with one window and one RoPE, as many as asked for
-        and as fit."""
+        """Layers that share a shard: those that read one layer's caches with it, else neighbours
+        with one window and one RoPE; as many as asked for and as fit."""
+        lending = [group for group in self._lending(layers) if self._can_stack(group)]
+        together = {layer for group in lending for layer in group}
         groups: list[tuple[int, ...]] = []
         for layer in layers:
+            if layer in together:
+                continue
             longer = (*groups[-1], layer) if groups else (layer,)
-            if len(longer) > 1 and self._can_stack(longer):
+            if len(longer) > 1 and not self._lends(longer) and self._can_stack(longer):
                 groups[-1] = longer
             else:
                 groups.append((layer,))
-        return groups
+        return sorted([*groups, *lending])
+
+    def _lending(self, layers: Sequence[int]) -> list[tuple[int, ...]]:
+        """Each layer whose caches others read, and these."""
+        own = {n: self.spec.source(n) for n in layers}
+        return [tuple(n for n in layers if own[n] == lender) for lender in self.spec.lenders]
+
+    def _lends(self, group: Sequence[int]) -> bool:
+        """Whether layers read the caches of one among them."""
+        return any(self.spec.source(n) != n and self.spec.source(n) in group for n in group)
 
     def layers(self, group: tuple[int, ...]) -> list[ShardPlan]:
         """The shards of one layer, or the one of several."""
@@ -432,20 +446,21 @@ class _Planner:
 
     def _can_stack(self, group: tuple[int, ...]) -> bool:
         layers = [self.spec.layers[n] for n in group]
-        if len(group) > self.options.layers_per_shard or group[-1] != group[-2] + 1:
+        neighbours = tuple(group) == tuple(range(group[0], group[-1] + 1))
+        if not 1 < len(group) <= self.options.layers_per_shard or not neighbours:
             return False
         if self.options.routing == "sparse" and any(
             isinstance(layer.ffn, MoeSpec) for layer in layers
         ):
             return False  # the host dispatches the experts between attention and the next layer
-        if any(self.spec.source(n) in group and self.spec.source(n) != n for n in group):
-            return False  # it would read what it is about to write
         if not can_share(self._stack(group).layers):
             return False
         return self.stack(group).weight_bytes <= self.options.max_shard_mb * MB
 
     def _stack(self, group: Sequence[int]) -> StackConfig:
-        return StackConfig(tuple((self._mixer(n), self._whole_ffn(n)) for n in group))
+        lends = self._lends(group)
+        layers = tuple((self._mixer(n, lends), self._whole_ffn(n)) for n in group)
+        return StackConfig(layers, lends)
 
     def _whole_ffn(self, layer: int) -> FfnConfig | None:
         ffn = self.spec.layers[layer].ffn
@@ -485,7 +500,8 @@ class _Planner:
         choice = self.options.recipe.choice(name, source.role)
         return min(choice.rank, min(source.shape) // 2)
 
-    def _mixer(self, layer: int) -> MixerConfig | None:
+    def _mixer(self, layer: int, lends: bool = False) -> MixerConfig | None:
+        """That of a layer; `lends`: in a package with those that read its caches."""
         spec, d_model = self.spec.layers[layer], self.spec.d_model
         mixer = spec.mixer
         if mixer is None:
@@ -501,8 +517,8 @@ class _Planner:
             mixer,
             rotary=len(self.spec.ropes[mixer.rope].inv_freq) if mixer.rope else 0,
             slots=self.slots,
-            # Core ML's states are of one package, and these are read in others.
-            explicit=self.options.state == "explicit" or layer in self.spec.lenders,
+            # Core ML's states are of one package, and these may be read in others.
+            explicit=self.options.state == "explicit" or (layer in self.spec.lenders and not lends),
             ranks=tuple((path, rank) for path, rank in ranks.items() if rank),
             affine=spec.affine,
             entry=spec.entry,
@@ -708,16 +724,12 @@ class _Planner:
 
     @cached_property
     def _tail(self) -> int:
-        """The first of the last layers that keep nothing, and whose experts the host does not
-        call."""
+        """The first of the last layers that keep nothing, and choose no experts: who records
+        choices wants them of all tokens."""
         first = len(self.spec.layers)
-        while first and isinstance(self.spec.layers[first - 1].mixer, SharedGqaSpec):
+        while first and _keeps_nothing(self.spec.layers[first - 1]):
             first -= 1
-        behind = self.spec.layers[first:]
-        dispatched = self.options.routing == "sparse" and any(
-            isinstance(layer.ffn, MoeSpec) for layer in behind
-        )
-        return len(self.spec.layers) if dispatched else first
+        return first
 
     def _package(
         self,
@@ -817,6 +829,10 @@ def _shared(sources: Mapping[str, Source]) -> dict[str, str]:
             if first.setdefault(same, name) != name:
                 shared[name] = first[same]
     return shared
+
+
+def _keeps_nothing(layer: LayerSpec) -> bool:
+    return isinstance(layer.mixer, SharedGqaSpec) and isinstance(layer.ffn, MlpSpec)
 
 
 def _payload(source: Source, choice: Choice) -> int:

@@ -133,11 +133,12 @@ def breakdown(
 def memory(workload: Workload) -> Range:
     """Bytes with everything loaded. Functions of one package share weights on disk; that each wires
     a copy on the engine is reported (coremltools 2351, anemll-forge), so the low end has one copy
-    and the others one for each function. Expert functions count once: theirs are seldom all
-    loaded."""
+    and the others one for each function; what the last token of a prompt alone goes through has
+    one. Expert functions count once: theirs are seldom all loaded."""
     rest = workload.embed_bytes + workload.cache_bytes + workload.expert_bytes
     once = workload.package_bytes - workload.expert_bytes
-    each = workload.functions * once + rest
+    single = round(sum(call.count.expected * call.stored_bytes for call in workload.tail))
+    each = workload.functions * (once - single) + single + rest
     return Range(once + rest, each, each)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from ane_moe.model.mixer import MixerConfig, with_states
 from ane_moe.model.mlp import DenseConfig
 from ane_moe.model.moe import MoeConfig
-from ane_moe.model.port import Port, Ports
+from ane_moe.model.port import STATE, Port, Ports
 from ane_moe.model.weight import Row
 
 FfnConfig = DenseConfig | MoeConfig
@@ -31,9 +31,10 @@ def _mixers(layers: Sequence[StackedConfig]) -> dict[int, MixerConfig]:
 @dataclass(frozen=True)
 class StackConfig:
     """(mixer, feed-forward) of each layer. The layers share what they ask of the host
-    (`can_share`)."""
+    (`can_share`). Where the first one `lends`, the others read its caches, inside the graph."""
 
     layers: tuple[StackedConfig, ...]
+    lends: bool = False
 
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""
@@ -49,6 +50,8 @@ class StackConfig:
         ffns = {place: ffn for place, (_, ffn) in enumerate(self.layers) if ffn is not None}
         stream, *_ = next(half for half in self.layers[0] if half is not None).ports(tokens).inputs
         asked = {port.name: port for mixer in mixers.values() for port in mixer.host(tokens)}
+        if self.lends:
+            asked = {name: port for name, port in asked.items() if port.root != STATE}
         each = [ffn.ports(tokens) for ffn in ffns.values()]
         states = [
             _numbered(port, place) for place, mixer in mixers.items() for port in mixer.states

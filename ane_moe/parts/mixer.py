@@ -37,7 +37,5 @@ class Mixer(Block):
         h = self.norm(x)
         added, states = self.mix(h, inputs)
         alone, base = self.config.alone, kept(x, h, self.config.keeps)
-        outputs = {"y": added if alone else self.residual(base, added)}
-        if self.config.explicit:
-            outputs |= {f"{name}_out": value for name, value in states.items()}
-        return outputs
+        kept_now = {f"{name}_out": value for name, value in states.items()}
+        return {"y": added if alone else self.residual(base, added), **kept_now}

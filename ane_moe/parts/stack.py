@@ -38,9 +38,13 @@ class Stack(Block):
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         outputs: dict[str, Tensor] = {}
         x, carried = inputs["x"], {name: inputs[name] for name in ("carry",) if name in inputs}
+        lent: dict[str, Tensor] = {}
         for place, layer in enumerate(self._each):
             kept = {name: inputs[f"{name}_{place}"] for name in layer.kept}
-            attended = layer.attn(**(inputs | kept | {"x": x})) if layer.attn else {"y": x}
+            given = inputs | lent | kept | {"x": x}
+            attended = layer.attn(**given) if layer.attn else {"y": x}
+            if self.config.lends and not place:
+                lent = {name: attended[f"{name}_out"] for name in layer.kept}
             noise = {"noise": inputs[f"noise_{place}"]} if f"noise_{place}" in inputs else {}
             between = {"x": x, "added": attended["y"]} if layer.parallel else {"x": attended["y"]}
             fed = layer.ffn(**between, **carried, **noise) if layer.ffn else {"y": attended["y"]}

@@ -221,3 +221,36 @@ def test_layers_read_the_last_ones_keys_and_values(model) -> None:
 def test_what_reads_values_undoes_what_they_were_multiplied_by() -> None:
     spec = replace(describe_config(AFM), inner={34: InnerScale(values=0.25), 40: InnerScale(0.5)})
     assert [spec.multiplier(FROM_VALUES, n) for n in (33, 34, 40)] == [1, 4, 4]
+
+
+# -- several layers in a package -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("state", "together", "paths"),
+    [
+        ("mlstate", 4, ["stack/layer_00_to_03", "stack/layer_04_to_07"]),
+        ("explicit", 4, ["stack/layer_00_to_03", "stack/layer_04_to_07"]),
+        ("mlstate", 3, ["stack/layer_00_to_02", "attn/layer_03", "attn/layer_04"]),
+    ],
+)
+def test_layers_that_read_live_with_the_one_that_keeps(
+    checkpoint, expected, tmp_path, state, together, paths
+) -> None:
+    """Where they fit; else they get its caches from the host, together or one by one."""
+    options = {"state": state, "layers_per_shard": together, "prefill": 16, "context": 64}
+    out = tiny_conversion(checkpoint, tmp_path, golden=True, **options)
+    manifest = read_manifest(out)
+    found = [shard.path.removesuffix(".mlpackage") for shard in manifest.shards]
+    assert [path for path in found if "dense" not in path][: len(paths)] == paths
+    alone = together > LAYERS - LENDER - 1
+    assert manifest.lent.keys() == (
+        set() if alone else {f"state.{LENDER}.k_cache", f"state.{LENDER}.v_cache"}
+    )
+    if state == "mlstate" and alone:
+        function = open_package(out / manifest.shards[1].path, "reference").function("prefill")
+        assert {one.name for one in function.states} == {"k_cache_0", "v_cache_0"}
+        assert not {one.name for one in function.inputs} & {"k_cache", "v_cache"}
+    assert verify(out).passed
+    session = Session(load_shards(out, "reference"))
+    assert cosine(session.prefill(IDS), expected[-1]) > COSINE
