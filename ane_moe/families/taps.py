@@ -16,25 +16,23 @@ class Taps:
     a number that is null stands for 1. `shared` is an always-on expert that stands beside the
     experts' block. `skip`: a choice of weight 0 is of the class after the last expert. `carry` is
     the name of what a layer hands on beside the stream; with `hands_on` it is something that no
-    part here reads. `residuals` are the modules of an affine
-    residual, after the mixer and after the feed-forward block, with the names of what multiplies
-    the added, and of what shifts and multiplies the stream. `entry`: the model shifts the embedding
-    before the first layer (a multiplier alone goes into the table). `alone`: a layer is one block,
-    and where the name of a class in it ends with one of these, a mixer. `beside` is the mixer where
-    the feed-forward block reads what it reads, and both add to that. `head` is the model's module
-    that gives scores. What experts give is multiplied by the number that their block calls
-    `experts_scale`. `after` is the norm of what the feed-forward block adds, where there is one;
-    `layer_scale` the number that multiplies the stream after the layer, `beside_norm` the norm
-    before an MLP next to the experts. `added_factor`: both blocks add to what their norms give, and
-    the layer has a number of this name that multiplies what the feed-forward block adds. `values`,
-    `up` and `down` are what the projections to an attention's values, and those around a gated
-    MLP's product, end in (nothing where its activation is not linear in `up`); `gate_up` gives
-    both factors, the gate first. `inside` is the part of the
-    configuration that is of the model which reads and writes text. `layers` is what the decoder
-    calls its layers. Routers whose outputs have nothing but logits `logits`-th in them choose the
-    `top_k` largest. With `sorted_inputs` experts are called with tokens alone, as many for each
-    expert, times its gate. `hands_on`: a layer gives a pair, the stream and what goes to the layers
-    after it, which no golden keeps.
+    part here reads. `residuals` are the modules of an affine residual, after the mixer and after
+    the feed-forward block, with the names of what multiplies the added, and of what shifts and
+    multiplies the stream. `entry`: the model shifts the embedding before the first layer (a
+    multiplier alone goes into the table). `alone`: a layer is one block, and where the name of a
+    class in it ends with one of these, a mixer. `beside` is the mixer where the feed-forward block
+    reads what it reads, and both add to that. `head` is the model's module that gives scores. What
+    experts give is multiplied by the number that their block calls `experts_scale`. `after` is the
+    norm of what the feed-forward block adds, where there is one; `layer_scale` the number that
+    multiplies the stream after the layer, `beside_norm` the norm before an MLP next to the experts.
+    `added_factor`: both blocks add to what their norms give, and the layer has a number of this
+    name that multiplies what the feed-forward block adds. `values`, `up` and `down` are what the
+    projections to an attention's values, and those around a gated MLP's product, end in (nothing
+    where its activation is not linear in `up`); `gate_up` gives both factors, the gate first.
+    `inside` is the part of the configuration that is of the model which reads and writes text.
+    `layers` is what the decoder calls its layers. Routers whose outputs have nothing but logits
+    `logits`-th in them choose the `top_k` largest. With `sorted_inputs` experts are called with
+    tokens alone, as many for each expert, times its gate.
     """
 
     ffn_norm: str = "post_attention_layernorm"
@@ -69,7 +67,6 @@ class Taps:
     up: str = "up_proj"
     gate_up: str = "gate_up_proj"
     down: str = "down_proj"
-    hands_on: bool = False
 
 
 # The router of DeepSeek-V3, in many families.
