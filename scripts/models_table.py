@@ -33,7 +33,7 @@ from ane_moe.model.spec import (  # noqa: E402
     RouterSpec,
     SharedGqaSpec,
 )
-from tests.models import RESEARCH, make_model, save_checkpoint  # noqa: E402
+from tests.models import make_model, save_checkpoint  # noqa: E402
 from tests.torch_model import TorchModel  # noqa: E402
 from tests.zoo import ROWS  # noqa: E402
 
@@ -59,13 +59,12 @@ ROUTERS = {"EdaRouterSpec": "router with a state", "SparseMixerSpec": "sparse mi
 
 
 def with_experts() -> set[str]:
-    """The model types of the installed transformers whose code has experts, and those of papers."""
+    """The model types of the installed transformers whose code has experts."""
     folder = Path(transformers.__file__).parent / "models"
     files = folder.glob("*/modeling_*.py")
     found = {file.parent.name for file in files if EXPERTS.search(file.read_text())}
     # A model whose text model is another one's, and the text model alone of one.
-    text = {"gemma4_text", "kimi_k25", "llama4_text", "mistral3", "qwen3_5_moe_text"}
-    return found | text | {*RESEARCH}
+    return found | {"gemma4_text", "kimi_k25", "llama4_text", "mistral3", "qwen3_5_moe_text"}
 
 
 def parts(spec: ModelSpec) -> str:
