@@ -13,6 +13,7 @@ from typing import Any
 from ane_moe.errors import UserError
 from ane_moe.files import write_text
 from ane_moe.model.port import FFN_INPUT, STATE, Port, Ports, slot_rows
+from ane_moe.model.spec import Synchronisations
 from ane_moe.model.weight import Place
 
 FILE_NAME = "runtime_meta.json"
@@ -52,6 +53,9 @@ class Shard:
     A stack holds consecutive whole `layers`, the first of them `layer`. `scope` is the part of the
     model whose weights it holds, where their own names do not say.
 
+    Where the tracks of a block stand side by side in it, there are so many `tracks`, which meet by
+    `reduce`.
+
     `part`/`parts` number the pieces of a split layer (their outputs are added) or the vocabulary
     slices of the head (their outputs are concatenated). `kind` is a label for reports; what is done
     with a shard follows from the slots of its functions.
@@ -67,6 +71,8 @@ class Shard:
     layers: tuple[int, ...] = ()
     weight_bytes: int = 0
     content_key: str = ""
+    tracks: int = 1
+    reduce: str = ""
 
     @property
     def experts(self) -> tuple[int, ...]:
@@ -173,6 +179,7 @@ class Manifest:
     embed_scale: float | None = None
     # By layer: what its values and its MLPs' linear branches are multiplied by.
     inner: dict[str, dict[str, float]] = field(default_factory=dict)
+    tracks: dict[str, Any] = field(default_factory=dict)  # fields of Synchronisations, if any
     format: int = FORMAT
 
     @property
@@ -186,6 +193,11 @@ class Manifest:
     def scores(self) -> int:
         """Rows of the head: labels, or the vocabulary."""
         return len(self.labels) or self.vocab
+
+    @property
+    def synchronisations(self) -> Synchronisations | None:
+        """Of parallel tracks, in each step, as planned."""
+        return Synchronisations(**self.tracks) if self.tracks else None
 
     @property
     def walked(self) -> range | None:

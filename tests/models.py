@@ -24,13 +24,14 @@ from transformers import (
 from ane_moe.original import afm as afm  # register themselves with transformers
 from ane_moe.original import mm1_moe as mm1_moe
 from ane_moe.original import omni_moe as omni_moe
+from ane_moe.original import pt_moe as pt_moe
 from tests.zoo import COMMON as ZOO
 from tests.zoo import ROWS, SIZES, WITH_IMAGES, YARN
 
 LLAMA_SHAPED = ("granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 DECODERS = ("granitemoe", "lfm2_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "zaya")
 FAMILIES = (*DECODERS, "openai_privacy_filter")
-RESEARCH = ("afm", "mm1_moe", "omni_moe")  # which transformers does not have
+RESEARCH = ("afm", "mm1_moe", "omni_moe", "pt_moe")  # which transformers does not have
 CLASSES: dict[str, Any] = {
     "openai_privacy_filter": AutoModelForTokenClassification,
     **dict.fromkeys((*WITH_IMAGES, "qwen3_omni_moe"), AutoModelForImageTextToText),
@@ -159,6 +160,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_parameters": YARN,
         "id2label": {number: f"label-{number}" for number in range(7)},
         "pad_token_id": 0,
+        "tie_word_embeddings": False,
+    },
+    "pt_moe": {
+        **SIZES,
+        "num_hidden_layers": 6,  # of each track: a block of four, and half a block
+        "num_tracks": 2,
+        "track_depth": 4,
+        "track_reduce": "mean",
+        "intermediate_size": 40,
+        "moe_intermediate_size": 24,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "sliding_window": 5,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "tie_word_embeddings": False,
     },
 }

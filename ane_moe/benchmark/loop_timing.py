@@ -1,7 +1,7 @@
 """The whole token loop, timed: decode at several context fills, prefill at several lengths."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import cycle, islice
 from time import perf_counter
 
@@ -149,7 +149,7 @@ def _cache_copy(cache: CacheFigures | None) -> CacheFigures | None:
 
 def _copy(phase: PhaseFigures) -> PhaseFigures:
     kinds = {name: type(kind)(kind.calls, kind.seconds) for name, kind in phase.kinds.items()}
-    return PhaseFigures(phase.tokens, phase.seconds, phase.shard_seconds, phase.load_seconds, kinds)
+    return replace(phase, kinds=kinds)
 
 
 def _row(
@@ -198,6 +198,8 @@ def _timing(
         host_ms=each * max(0.0, wall - inside - waiting),
         gap_ms=1000 * max(0.0, wall - inside) / calls if calls else 0.0,
         cache=_cache(cache, earlier_cache),
+        synchronisations_per_token=(after.synchronisations - earlier.synchronisations)
+        / (tokens * runs),
     )
 
 

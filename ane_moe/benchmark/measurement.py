@@ -91,7 +91,12 @@ def bench(
     model, load = _load(out, runtime, options, text[0], runtime_options)
     checks = check_output(model, goldens, _limits(min_logit_cosine, manifest), report_progress)
     report = BenchReport(
-        all(check.passed for check in checks), str(out), runtime, conditions, checks
+        all(check.passed for check in checks),
+        str(out),
+        runtime,
+        conditions,
+        checks,
+        synchronisations=manifest.synchronisations,
     )
     if not report.passed:
         return report

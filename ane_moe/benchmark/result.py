@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ane_moe.model.spec import Synchronisations
 from ane_moe.verification.result import FunctionModelResult, json_numbers
 
 FORMAT = 1
@@ -109,7 +110,7 @@ class LoopTiming:
 
     `kinds_ms` is time inside calls per token by shard kind (added up also where calls overlap),
     `load_ms` waiting for expert functions, `host_ms` everything else; `gap_ms` is the host's part
-    and the waiting before each call.
+    and the waiting before each call. `synchronisations_per_token`: how often tracks met.
     """
 
     fill: int
@@ -122,6 +123,7 @@ class LoopTiming:
     host_ms: float
     gap_ms: float
     cache: CacheTiming | None = None
+    synchronisations_per_token: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,7 @@ class BenchReport:
     versus: Versus | None = None
     predicted: dict[str, Any] | None = None  # benchmark/beside.py
     predicted_skipped: str | None = None
+    synchronisations: Synchronisations | None = None  # of tracks, as planned
 
     @property
     def is_device(self) -> bool:

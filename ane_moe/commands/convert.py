@@ -141,6 +141,17 @@ def convert(
         bool,
         typer.Option("--roster", help="Let `generate --roster` disturb the choice of experts."),
     ] = False,
+    tracks: Annotated[
+        Literal["apart", "packed"],
+        typer.Option(help="Parallel tracks: a package for each, or one for those of a block."),
+    ] = "apart",
+    ring_caches: Annotated[
+        bool,
+        typer.Option(
+            "--ring-caches",
+            help="Caches no longer than a layer's window. [tracks: always]",
+        ),
+    ] = False,
     layers: Annotated[
         str | None, typer.Option(help="Convert only these, such as 0-3 or 0,5.", metavar="LIST")
     ] = None,
@@ -261,6 +272,8 @@ def convert(
         stream_divisor=_divisor(stream_scale),
         roster=roster,
         inputs=inputs,
+        ring_caches=ring_caches,
+        tracks=tracks,
     )
     job = job_of(model, out, options)
     stored = job.plan.options.recipe  # with the forms that the checkpoint has

@@ -13,7 +13,7 @@ Beside = Annotated[
         help="Write a file beside each (notes.redacted.txt, notes.restored.txt) instead of stdout.",
     ),
 ]
-Concurrency = Annotated[int, typer.Option(help="Experts of a layer to run at once.")]
+Concurrency = Annotated[int, typer.Option(help="Experts of a layer, or tracks, to run at once.")]
 ExpertCacheMb = Annotated[
     float | None,
     typer.Option(

@@ -12,7 +12,8 @@ def plan(
     checkpoint: Annotated[
         str,
         typer.Argument(
-            help="A model folder, a GGUF file, a config.json, or a Hugging Face Hub id.",
+            help="A model folder, a GGUF file, a config.json, a Hugging Face Hub id, or "
+            "pt-6b-d4: tracks of 6b, 13b or 30b that meet every 2, 4 or 8 layers.",
             metavar="CHECKPOINT",
         ),
     ],

@@ -408,6 +408,7 @@ def _manifest(
         origin=job.checkpoint.origin,
         left_out=dict(plan.source.left_out),
         stream_scale=spec.stream_scale,
+        tracks=asdict(plan.synchronisations) if plan.synchronisations else {},
         inner={str(layer): asdict(scale) for layer, scale in spec.inner.items()},
     )
 

@@ -12,6 +12,7 @@ from ane_moe.checkpoints.checkpoint import TensorSource
 from ane_moe.errors import UserError
 from ane_moe.formats.recipe import INT8, Choice, Recipe, find_format
 from ane_moe.manifest import TAIL, Shard, ShardFunction, length_function
+from ane_moe.model.attention import AttentionConfig, RingConfig
 from ane_moe.model.experts import ExpertGroupConfig, SharedExpertConfig
 from ane_moe.model.head import HeadConfig
 from ane_moe.model.join import JoinConfig
@@ -20,17 +21,20 @@ from ane_moe.model.mixers import mixer_config
 from ane_moe.model.mlp import DenseConfig, MlpRanks
 from ane_moe.model.moe import MoeConfig
 from ane_moe.model.part import PartConfig
-from ane_moe.model.port import ADDED, STREAM, Ports
+from ane_moe.model.port import ADDED, STREAM, How, Ports, track_slot
 from ane_moe.model.routed import RoutedMixerConfig, RoutingConfig
 from ane_moe.model.spec import (
+    GqaSpec,
     LayerSpec,
     MlpSpec,
     ModelSpec,
     MoeSpec,
     RouterSpec,
     SharedGqaSpec,
+    Synchronisations,
+    TrackSpec,
 )
-from ane_moe.model.stack import FfnConfig, StackConfig, can_share
+from ane_moe.model.stack import FfnConfig, PackedConfig, StackConfig, can_share
 from ane_moe.model.template_key import TemplateKey, function_name, weight_name
 from ane_moe.model.weight import HEAD, HEAD_BIAS, Directions, Place, Selection, Weight, WeightName
 
@@ -65,7 +69,9 @@ class ConvertOptions:
     out. Hidden states are divided by `stream_divisor`, a power of two (None: by what a golden or a
     calibration shows a need for); with 1 nothing inside layers is, either. With
     `roster` the host may disturb the choice of experts, for `generate --roster`. Where `inputs` are
-    "embeds", the embedding table is left out."""
+    "embeds", the embedding table is left out. With `ring_caches` attention in a window has caches
+    no longer than calls can see, as it always has where there are tracks; those of a block are
+    apart, or "packed" into one graph."""
 
     routing: Literal["masked", "soft", "sparse"] = "masked"
     state: Literal["mlstate", "explicit"] = "mlstate"
@@ -87,6 +93,8 @@ class ConvertOptions:
     stream_divisor: int | None = None
     roster: bool = False
     inputs: Literal["ids", "embeds"] = "ids"
+    ring_caches: bool = False
+    tracks: Literal["apart", "packed"] = "apart"
 
 
 @dataclass(frozen=True)
@@ -181,6 +189,11 @@ class ConversionPlan:
     def lengths(self) -> tuple[int, ...]:
         """Tokens that an encoder's functions take; nothing for a decoder."""
         return _lengths(self.spec, self.options)
+
+    @property
+    def synchronisations(self) -> Synchronisations | None:
+        """Of tracks that the host calls."""
+        return self.spec.synchronisations if self.options.tracks == "apart" else None
 
     @property
     def embed_format(self) -> str:
@@ -286,7 +299,11 @@ def make_plan(
         )
     width = math.ceil(context / CACHE_STEP) * CACHE_STEP
     planner = _Planner(spec, sources, options, width)
-    shards = [shard for group in planner.groups(layers) for shard in planner.layers(group)]
+    if spec.tracks is None:
+        shards = [shard for group in planner.groups(layers) for shard in planner.layers(group)]
+    else:
+        blocks = _blocks(spec.tracks, len(spec.layers), layers, options)
+        shards = [shard for block in blocks for shard in planner.block(block, spec.tracks)]
     if len(layers) == len(spec.layers):
         shards += planner.head()
     for shard in shards:
@@ -296,6 +313,30 @@ def make_plan(
                 "Core ML's limit is 2 GiB a package",
             )
     return ConversionPlan(spec, options, context, width, layers, tuple(shards))
+
+
+def _blocks(
+    tracks: TrackSpec, count: int, layers: Sequence[int], options: ConvertOptions
+) -> list[tuple[range, ...]]:
+    """The blocks of tracks, out of `count` layers, that make up `layers`. Raises UserError where
+    they are not whole, or the host would have to call experts inside of them."""
+    if options.routing == "sparse":
+        raise UserError(
+            "experts of tracks are not called one by one",
+            do="give --routing masked: a track's layers share a package, experts and all",
+        )
+    chosen, blocks = set(layers), []
+    for block in tracks.blocks(count):
+        own = {number for track in block for number in track}
+        if own & chosen:
+            blocks.append(block)
+        if own & chosen and own - chosen:
+            raise UserError(
+                "tracks meet in whole blocks",
+                f"{len(own & chosen)} of the layers {min(own)}-{max(own)}",
+                "give all of these to --layers, or none",
+            )
+    return blocks
 
 
 def _disturbed(spec: ModelSpec, routing: str) -> ModelSpec:
@@ -424,6 +465,47 @@ class _Planner:
         """Whether layers read the caches of one among them."""
         return any(self.spec.source(n) != n and self.spec.source(n) in group for n in group)
 
+    def block(self, block: tuple[range, ...], tracks: TrackSpec) -> list[ShardPlan]:
+        """The shards of a block, track by track, or one. Each track goes on in a slot of its own;
+        what its last layers give, it gives to the stream."""
+        number = block[0].start // (tracks.count * tracks.depth)
+        if self.options.tracks == "packed":
+            return [self._packed(block, tracks, f"tracks/block_{number:02d}.mlpackage")]
+        return [
+            shard
+            for track, layers in enumerate(block)
+            for shard in _on_track(
+                self._track(layers, f"tracks/block_{number:02d}_track_{track}"), track, tracks
+            )
+        ]
+
+    def _packed(self, block: tuple[range, ...], tracks: TrackSpec, path: str) -> ShardPlan:
+        group = tuple(number for layers in block for number in layers)
+        layers = self._stack(group).layers
+        config = PackedConfig(layers, tracks=tracks.count, reduce=tracks.reduce)
+        reason = f"{tracks.count} tracks of {len(block[0])} layers in one graph"
+        copy = _Copy(config, self._experts(group))
+        facts: dict[str, Any] = {"layers": group, "reason": reason}
+        facts |= {"tracks": tracks.count, "reduce": tracks.reduce}
+        return self._shard(path, "track", group[0], copy, **facts)
+
+    def _track(self, layers: range, name: str) -> list[ShardPlan]:
+        """As few shards for the layers of a track as the size limit allows; one of them alone has
+        this name."""
+        shards: list[ShardPlan] = []
+        rest = tuple(layers)
+        while rest:
+            fitting = (n for n in range(len(rest), 0, -1) if self._fits(rest[:n]))
+            count = next(fitting, 0)
+            shards += [self.stack(rest[:count])] if count else self.layers(rest[:1])
+            rest = rest[count or 1 :]
+        if len(shards) > 1:
+            return shards
+        return [replace(shards[0], path=f"{name}.mlpackage", kind="track")]
+
+    def _fits(self, group: tuple[int, ...]) -> bool:
+        return self.stack(group).weight_bytes <= self.options.max_shard_mb * MB
+
     def layers(self, group: tuple[int, ...]) -> list[ShardPlan]:
         """The shards of one layer, or the one of several."""
         return (
@@ -433,16 +515,18 @@ class _Planner:
         )
 
     def stack(self, group: Sequence[int]) -> ShardPlan:
-        config = self._stack(group)
-        reason = (
-            f"{len(group)} layers, limits {self.options.layers_per_shard} and "
-            f"{self.options.max_shard_mb} MB"
-        )
+        config, tracks = self._stack(group), self.spec.tracks
+        most = tracks.depth if tracks else self.options.layers_per_shard
+        reason = f"{len(group)} layers, limits {most} and {self.options.max_shard_mb} MB"
         path = f"stack/layer_{group[0]:02d}_to_{group[-1]:02d}.mlpackage"
-        ffns = (self.spec.layers[n].ffn for n in group)
-        experts = max(ffn.router.experts if isinstance(ffn, MoeSpec) else 0 for ffn in ffns)
-        copy = _Copy(config, tuple(range(experts)))
+        copy = _Copy(config, self._experts(group))
         return self._shard(path, "stack", group[0], copy, reason=reason, layers=tuple(group))
+
+    def _experts(self, group: Sequence[int]) -> tuple[int, ...]:
+        ffns = (self.spec.layers[n].ffn for n in group)
+        return tuple(
+            range(max(ffn.router.experts if isinstance(ffn, MoeSpec) else 0 for ffn in ffns))
+        )
 
     def _can_stack(self, group: tuple[int, ...]) -> bool:
         layers = [self.spec.layers[n] for n in group]
@@ -455,7 +539,7 @@ class _Planner:
             return False  # the host dispatches the experts between attention and the next layer
         if not can_share(self._stack(group).layers):
             return False
-        return self.stack(group).weight_bytes <= self.options.max_shard_mb * MB
+        return self._fits(group)
 
     def _stack(self, group: Sequence[int]) -> StackConfig:
         lends = self._lends(group)
@@ -511,12 +595,16 @@ class _Planner:
             path: self._rank(WeightName(layer, "attn", None, f"{path}.weight"))
             for path in projections
         }
-        return mixer_config(mixer)(
+        slots, config = self.slots, mixer_config(mixer)
+        if isinstance(mixer, GqaSpec) and config is AttentionConfig:
+            slots = min(slots, self._ring(mixer))
+            config = RingConfig if slots < self.slots else config
+        return config(
             d_model,
             self.spec.norm,
             mixer,
             rotary=len(self.spec.ropes[mixer.rope].inv_freq) if mixer.rope else 0,
-            slots=self.slots,
+            slots=slots,
             # Core ML's states are of one package, and these may be read in others.
             explicit=self.options.state == "explicit" or (layer in self.spec.lenders and not lends),
             ranks=tuple((path, rank) for path, rank in ranks.items() if rank),
@@ -526,6 +614,15 @@ class _Planner:
             keeps=self._keeps(layer)[0],
             alone=spec.parallel,
         )
+
+    def _ring(self, mixer: GqaSpec) -> int:
+        """Slots that a cache takes where the last tokens alone are kept: the window of the first
+        token of a call, and the call's other tokens."""
+        asked = self.options.ring_caches or self.spec.tracks
+        if not asked or mixer.window is None or mixer.sees_prompt:
+            return self.slots
+        others = max(tokens for _, tokens in _functions(self.spec, self.options)) - 1
+        return math.ceil((mixer.window + others) / CACHE_STEP) * CACHE_STEP
 
     def attention(self, layer: int) -> list[ShardPlan]:
         """The mixer, and routing with it where the host dispatches experts."""
@@ -833,6 +930,28 @@ def _shared(sources: Mapping[str, Source]) -> dict[str, str]:
 
 def _keeps_nothing(layer: LayerSpec) -> bool:
     return isinstance(layer.mixer, SharedGqaSpec) and isinstance(layer.ffn, MlpSpec)
+
+
+def _on_track(shards: Sequence[ShardPlan], track: int, tracks: TrackSpec) -> list[ShardPlan]:
+    """The shards of a track's part of a block: they begin with the stream, hand on a slot of the
+    track's own, and end with the meeting, which the first of the tracks begins."""
+    meets: How = tracks.reduce if track else "set"
+    own, moved = track_slot(track), []
+    setters = [place for place, shard in enumerate(shards) if _sets_stream(shard)]
+    for place, shard in enumerate(shards):
+        begins = sum(setter <= place for setter in setters) == 1
+        ends = place >= setters[-1]
+        ports = (STREAM if begins else own, STREAM if ends else own, meets if ends else "set")
+        functions = tuple(
+            replace(entry, ports=entry.ports.through(*ports)) for entry in shard.functions
+        )
+        moved.append(replace(shard, functions=functions))
+    return moved
+
+
+def _sets_stream(shard: ShardPlan) -> bool:
+    outputs = shard.functions[0].ports.outputs
+    return any(port.slot == STREAM and port.how == "set" for port in outputs)
 
 
 def _payload(source: Source, choice: Choice) -> int:

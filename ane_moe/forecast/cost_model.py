@@ -25,7 +25,8 @@ from ane_moe.forecast.workload import Calls, ExpertTraffic, Workload, add, times
 PARTS = ("weights", "compute", "calls", "kv", "head", "clock", "host", "loads")
 # These share the memory system: fast or slow together.
 TOGETHER = ("weights", "compute", "kv", "head")
-PACKED = ("moe", "stack")  # many experts side by side in one call
+PACKED = ("moe", "stack", "track")  # many experts side by side in one call
+AT_ONCE = ("experts", "track")  # calls that know nothing of each other
 EXPERT_CALLS = ("experts", "shared")  # calls the host dispatches one by one
 NOTE = "predicted, not measured; it holds if Core ML places the shards on the Neural Engine"
 Loop = Literal["tight", "naive"]
@@ -76,8 +77,8 @@ def predict(
     """Time, load and memory of `workload` on `chip`.
 
     `traffic` replaces the guess at expert calls by counts from a routing trace. `loop`: how calls
-    are made (chips.toml). `concurrency`: experts of a layer that run at once. How much of the
-    context is in use does not matter: a static graph goes over the whole cache.
+    are made (chips.toml). `concurrency`: experts of a layer, or tracks, that run at once. How much
+    of the context is in use does not matter: a static graph goes over the whole cache.
     """
     decode = workload.decode if traffic is None else _with_traffic(workload.decode, traffic)
     loaded = 0.0 if traffic is None else traffic.bytes_loaded_per_token
@@ -189,8 +190,9 @@ def _beside_ms(task_ms: float, chip: Chip, loop: Loop, scenario: Scenario) -> fl
 
 
 def _gain(call: Calls, chip: Chip, made: _Conditions, scenario: Scenario) -> float:
-    """Experts are different functions, which two engines serve at once; no other calls are."""
-    if call.kind != "experts" or made.concurrency == 1:
+    """Experts and tracks are different functions, which two engines serve at once; no other calls
+    are."""
+    if call.kind not in AT_ONCE or made.concurrency == 1:
         return 1.0
     return chip.range("concurrent_gain").of_rate(scenario)
 

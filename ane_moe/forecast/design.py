@@ -26,7 +26,14 @@ from ane_moe.placement.targets import Target
 MOST_EXPERTS = 16  # of a function: a call reads all of them for the few that were chosen
 MOST_LAYERS = 8  # of a shard; fewer where a chain of them takes long to compile
 AUTO = "auto"
-ROUTINGS: tuple[Literal["masked", "sparse"], ...] = ("masked", "sparse")
+
+
+Routing = Literal["masked", "sparse"]
+
+
+def routings(spec: ModelSpec) -> tuple[Routing, ...]:
+    """The ways to compute experts that give what the model gives."""
+    return ("masked",) if spec.tracks else ("masked", "sparse")
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ def design(
     together so that those of the fewest tokens are placed too. Raises UserError as `make_plan`."""
     book, rows = rule_book(target), []
     most, fewest = MOST_LAYERS, 1
-    for routing in ROUTINGS:
+    for routing in routings(spec):
         options = ConvertOptions(routing=routing, context=context, prefill=prefill, lengths=lengths)
         plan = plan_kinds(spec, options).plan
         rows += [_designed(entry, routing, book) for entry in facts_of_plan(plan)]

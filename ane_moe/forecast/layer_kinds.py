@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from ane_moe.conversion.plan import ConversionPlan, ConvertOptions, make_plan, sources_of
 from ane_moe.formats.recipe import Recipe
-from ane_moe.model.spec import LayerSpec, ModelSpec, SharedGqaSpec
+from ane_moe.model.spec import LayerSpec, ModelSpec, SharedGqaSpec, TrackSpec
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ def plan_kinds(spec: ModelSpec, options: ConvertOptions) -> KindsPlan:
     none has a grouping, or formats of single tensors. Raises UserError as `make_plan`.
     """
     assert options.layers_per_shard == 1 and not (options.groups or options.recipe.overrides)
+    if spec.tracks:
+        return _plan_blocks(spec, spec.tracks, options)
     alike: dict[tuple[LayerSpec, tuple[bool, ...]], list[int]] = {}
     for number, layer in enumerate(spec.layers):
         facts = (*_entries(options.recipe, number), number in spec.lenders)
@@ -41,6 +43,21 @@ def _read_from(layer: LayerSpec, place: Mapping[int, int]) -> LayerSpec:
     if not isinstance(layer.mixer, SharedGqaSpec):
         return layer
     return replace(layer, mixer=replace(layer.mixer, source=place[layer.mixer.source]))
+
+
+def _plan_blocks(spec: ModelSpec, tracks: TrackSpec, options: ConvertOptions) -> KindsPlan:
+    """One block of tracks of each kind."""
+    alike: dict[tuple[object, ...], list[range]] = {}
+    for block in tracks.blocks(len(spec.layers)):
+        numbers = range(block[0].start, block[-1].stop)
+        kind = tuple((spec.layers[n], _entries(options.recipe, n)) for n in numbers)
+        alike.setdefault(kind, []).append(numbers)
+    kept = [n for blocks in alike.values() for n in blocks[0]]
+    short = replace(spec, layers=tuple(spec.layers[n] for n in kept))
+    recipe = _for_layers(options.recipe, kept)
+    plan = make_plan(short, sources_of(short), replace(options, recipe=recipe))
+    counts = (len(blocks) for blocks in alike.values() for _ in blocks[0])
+    return KindsPlan(plan, dict(enumerate(counts)))
 
 
 def _entries(recipe: Recipe, number: int) -> tuple[bool, ...]:

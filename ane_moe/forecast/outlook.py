@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ane_moe.checkpoints.checkpoint import open_checkpoint
 from ane_moe.checkpoints.gguf.model import gguf_file
@@ -15,22 +15,23 @@ from ane_moe.conversion.plan import ConvertOptions
 from ane_moe.errors import UserError
 from ane_moe.families import describe, describe_config, supported
 from ane_moe.families.approximate import EXPERTS, approximate, names_experts
+from ane_moe.families.pt_moe import published
 from ane_moe.forecast.chips import Range, find_chip
 from ane_moe.forecast.concerns import Concern, concerns_of_plan
 from ane_moe.forecast.conversion_cost import conversion_seconds
 from ane_moe.forecast.cost_model import NOTE, Prediction, predict
-from ane_moe.forecast.design import Design, design
+from ane_moe.forecast.design import Design, design, routings
 from ane_moe.forecast.layer_kinds import KindsPlan, plan_kinds
+from ane_moe.forecast.track_forms import TrackForm, as_json, track_forms
 from ane_moe.forecast.workload import Workload, workload_of_plan
 from ane_moe.formats.encoders import AS_STORED
 from ane_moe.formats.recipe import Recipe, find_recipe
 from ane_moe.json_file import read_json
-from ane_moe.model.spec import ModelSpec
+from ane_moe.model.spec import ModelSpec, Synchronisations
 from ane_moe.model.weight import EMBEDDING
 from ane_moe.placement.targets import DEFAULT_OS, Target, find_target
 
 CONFIG = "config.json"
-ROUTINGS: tuple[Literal["masked", "sparse"], ...] = ("masked", "sparse")
 DEFAULT_RECIPE = "int8"
 RECIPES = ("fp16", "int8", "small", "tiny")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")  # convert looks for, or refuses
@@ -88,6 +89,8 @@ class Outlook:
     recommendation: str
     design: Design | None = None
     lengths: tuple[int, ...] = ()
+    synchronisations: Synchronisations | None = None  # of tracks
+    forms: tuple[TrackForm, ...] = ()  # of tracks, the better one first
 
     @property
     def supported(self) -> bool:
@@ -106,6 +109,8 @@ class Outlook:
             "context": self.context,
             "lengths": list(self.lengths),
             "weights": self.weights,
+            "synchronisations": self.synchronisations and self.synchronisations.as_json(),
+            "track_forms": as_json(self.forms),
             "notes": list(self.notes),
             "choices": [_choice_json(choice) for choice in self.choices],
             "recommendation": self.recommendation,
@@ -168,7 +173,7 @@ def outlook_of(
         return Outlook(model.name, model.refusal, target, os, None, None, model.notes, (), REFUSED)
     choices, tokens = [], None
     of_encoder: tuple[int, ...] = ()
-    for routing in ROUTINGS:
+    for routing in routings(spec):
         for name in recipes:
             recipe = find_recipe(name)
             _require_known(recipe)
@@ -196,6 +201,17 @@ def outlook_of(
         advice,
         design(spec, place, context=context, prefill=prefill, lengths=lengths),
         of_encoder,
+        spec.synchronisations,
+        track_forms(
+            spec,
+            ConvertOptions(
+                context=context,
+                prefill=prefill,
+                max_shard_mb=max_shard_mb,
+                recipe=find_recipe(DEFAULT_RECIPE),
+            ),
+            find_chip(place.name),
+        ),
     )
 
 
@@ -319,7 +335,10 @@ def _alternative(best: Choice, staying: Iterable[Choice]) -> str:
 
 
 def read_config(checkpoint: str | Path) -> tuple[dict[str, Any], str]:
-    """The configuration of a folder, a file or a Hub id, and where it was read."""
+    """The configuration of a folder, a file, a Hub id or a published shape, and where it was
+    read."""
+    if values := published(str(checkpoint)):
+        return values, str(checkpoint)
     path = Path(checkpoint)
     if gguf_file(path):
         opened = open_checkpoint(path)

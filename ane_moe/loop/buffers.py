@@ -83,7 +83,7 @@ def by_channel(array: np.ndarray) -> np.ndarray:
 def _mask(array: np.ndarray, slot: str, at: Placement) -> None:
     """`(1, 1, T, S)`: open to each token itself and what precedes it inside the window, or what
     lies in a band around it, of its own text; padding sees cache slot 0, and is seen by nobody."""
-    (window,) = slot_arguments(slot)
+    window, *_ = slot_arguments(slot)
     mask = array[0, 0]
     mask.fill(HIDDEN)
     mask[at.count :, 0] = 0
@@ -96,10 +96,11 @@ def _mask(array: np.ndarray, slot: str, at: Placement) -> None:
         own = at.position if at.roster else at.position + token
         if prompt_window(window) is not None:
             mask[token, : own + 1 if at.prompt is None else min(at.prompt, own + 1)] = 0
-        mask[token, max(0, _first_seen(window, own)) : own + 1] = 0
+        for part in _around(max(0, _first_seen(window, own)), own + 1, mask.shape[1]):
+            mask[token, part] = 0
         if at.roster:
-            mask[token, at.position] = HIDDEN
-            mask[token, at.position + token] = 0
+            mask[token, at.position % mask.shape[1]] = HIDDEN
+            mask[token, (at.position + token) % mask.shape[1]] = 0
 
 
 def _first_seen(window: str, own: int) -> int:
@@ -116,13 +117,24 @@ def _write(array: np.ndarray, slot: str, at: Placement) -> None:
     padding."""
     array.fill(0)
     for token in range(at.count):
-        array[0, 0, token, at.position + token] = 1
+        array[0, 0, token, (at.position + token) % array.shape[3]] = 1
 
 
 def _keep(array: np.ndarray, slot: str, at: Placement) -> None:
     """`(1, 1, 1, S)`: 0 at the cache slots that are written."""
     array.fill(1)
-    array[..., at.position : at.end] = 0
+    for part in _around(at.position, at.end, array.shape[3]):
+        array[..., part] = 0
+
+
+def _around(first: int, end: int, slots: int) -> Iterator[slice]:
+    """The cache slots of positions from `first` to before `end`: no more than there are, begun
+    anew where they end."""
+    start = first % slots
+    stop = start + end - first
+    yield slice(start, min(stop, slots))
+    if stop > slots:
+        yield slice(0, stop - slots)
 
 
 def _rope(array: np.ndarray, slot: str, at: Placement) -> None:

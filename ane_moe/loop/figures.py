@@ -19,13 +19,14 @@ class KindFigures:
 class PhaseFigures:
     """One phase (prefill or decode). `seconds` is wall time; `shard_seconds` the part with a shard
     call running, `load_seconds` the part spent waiting for expert functions to load, the rest is
-    the host's own."""
+    the host's own. `synchronisations`: how often tracks met."""
 
     tokens: int = 0
     seconds: float = 0.0
     shard_seconds: float = 0.0
     load_seconds: float = 0.0
     kinds: dict[str, KindFigures] = field(default_factory=dict)
+    synchronisations: int = 0
 
     @property
     def calls(self) -> int:
@@ -52,6 +53,7 @@ class PhaseFigures:
         return {
             "tokens": self.tokens,
             "calls": self.calls,
+            "synchronisations": self.synchronisations,
             "tok_s": self.tok_s,
             "calls_per_token": self.calls_per_token,
             "seconds": self.seconds,

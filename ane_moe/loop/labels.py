@@ -23,7 +23,7 @@ def context_each_side(shards: Sequence[Shard]) -> int:
     total = 0
     for shard in shards:
         masks = (port for port in shard.functions[0].ports.inputs if port.root == MASK)
-        reaches = (band_reach(*slot_arguments(port.slot)) for port in masks)
+        reaches = (band_reach(slot_arguments(port.slot)[0]) for port in masks)
         total += max((reach or 0 for reach in reaches), default=0) * max(1, len(shard.layers))
     return total
 

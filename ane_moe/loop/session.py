@@ -53,9 +53,9 @@ class Session:
     def __init__(
         self, shards: LoadedShards, *, concurrency: int = 1, predictor: str = "none"
     ) -> None:
-        """For dispatched experts: `concurrency` of one layer run at once (the results do not depend
-        on it), and `predictor` (a key of prefetch.PREDICTORS) chooses those loaded ahead. Raises
-        UserError for an encoder."""
+        """`concurrency` dispatched experts of one layer, or tracks, run at once (the results do not
+        depend on it), and `predictor` (a key of prefetch.PREDICTORS) chooses the experts loaded
+        ahead. Raises UserError for an encoder."""
         if shards.manifest.lengths:
             raise UserError(
                 f"{shards.folder} takes whole texts, and generates none",
@@ -68,6 +68,7 @@ class Session:
         self.prompt: int | None = None  # tokens that were taken in before the first was generated
         self.figures = Figures(shards.runtime)
         self._states = States(shards.loaded)
+        self._concurrency = concurrency
         dispatch = self._dispatch(concurrency)
         self._prefetch = self._ahead(predictor, dispatch)
         self._decode = self._lane("decode", dispatch, self._prefetch)
@@ -192,7 +193,8 @@ class Session:
         slots, steps = Slots(self.shards.ropes), self.shards.body
         if name == "prefill":
             steps = [step for step in steps if step not in self.shards.tail]
-        wiring = Wiring(self._states, dispatch, prefetch.layer_starts if prefetch else None)
+        notice = prefetch.layer_starts if prefetch else None
+        wiring = Wiring(self._states, dispatch, notice, self._concurrency)
         return _Lane(wiring.lane(steps, name, slots), wiring.lane(self.shards.head, name, slots))
 
     def _dispatch(self, concurrency: int) -> ExpertDispatch | None:

@@ -6,6 +6,7 @@ T = tokens in a call.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,7 +18,7 @@ from ane_moe.loop.experts import ExpertDispatch, ExpertLayer
 from ane_moe.loop.figures import CallClock
 from ane_moe.loop.shards import LoadedShard, Step
 from ane_moe.manifest import TAIL, Shard, ShardFunction
-from ane_moe.model.port import FFN_INPUT, LOGITS, STATE, STREAM
+from ane_moe.model.port import FFN_INPUT, LOGITS, MEETING, STATE, STREAM
 from ane_moe.runtime.interface import LoadedFunction
 
 
@@ -45,14 +46,16 @@ class Share:
     """A call's part in a sum: what calls that follow each other put into one slot together.
 
     The sum begins with what is there (`onto`) or with the `first` output, and fills the slot with
-    the `last`: all of them read the slot as it was, and fp32 is rounded once.
+    the `last`, divided by how many `of` them it is the mean: all of them read the slot as it was,
+    and the sum is rounded once.
     """
 
     columns: np.ndarray  # the slot, [C,T]
-    total: np.ndarray  # of all shares, fp32
+    total: np.ndarray  # of all shares, fp32, or fp64 where tracks meet
     first: bool
     last: bool
     onto: bool
+    of: int
 
     def put(self, value: np.ndarray) -> None:
         """Take in one output."""
@@ -60,7 +63,7 @@ class Share:
             self.total[:] = self.columns if self.onto else 0
         self.total[:] += by_channel(value)
         if self.last:
-            self.columns[:] = self.total
+            self.columns[:] = self.total / self.of if self.of > 1 else self.total
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,12 @@ class Call:
     features: dict[str, np.ndarray]
     passed: tuple[tuple[str, str], ...]  # inputs that are states: their names and slots
     puts: tuple[tuple[str, Put], ...]  # where outputs go, by name
+    met: tuple[tuple[str, Share], ...]  # those that go into a meeting of tracks
     states: States
 
     def run(self, clock: CallClock) -> dict[str, np.ndarray]:
-        """Predict, and put the outputs where they go; they are returned by name as well."""
+        """Predict, and put the outputs where they go, but for a meeting; they are returned by name
+        as well."""
         given = self.features
         if self.passed:
             given = given | {name: self.states.passed[slot] for name, slot in self.passed}
@@ -140,12 +145,49 @@ class Dispatched:
 
 
 @dataclass(frozen=True)
+class Meeting:
+    """The calls of tracks, and what becomes of their outputs together. Chains of calls know nothing
+    of each other, so that they may run at once; the sum is exact, so that no order changes it."""
+
+    calls: tuple[Call, ...]
+    chains: tuple[tuple[int, ...], ...]  # places in `calls`
+    pool: Executor | None
+
+    def run(self, clock: CallClock) -> list[dict[str, np.ndarray]]:
+        """The outputs of each call, by name."""
+
+        def chain(places: tuple[int, ...]) -> list[dict[str, np.ndarray]]:
+            return [self.calls[place].run(clock) for place in places]
+
+        given = list((self.pool.map if self.pool else map)(chain, self.chains))
+        outputs = {
+            place: output
+            for places, own in zip(self.chains, given, strict=True)
+            for place, output in zip(places, own, strict=True)
+        }
+        for place, call in enumerate(self.calls):
+            for name, share in call.met:
+                share.put(outputs[place][name])
+        clock.phase.synchronisations += 1
+        return [outputs[place] for place in range(len(self.calls))]
+
+
+@dataclass(frozen=True)
 class Lane:
     """What is called for one width, in order, and the slots it all meets in."""
 
     tokens: int
     slots: Slots
-    calls: tuple[Call | Dispatched, ...]
+    steps: tuple[Call | Dispatched | Meeting, ...]
+
+    @property
+    def calls(self) -> list[Call | Dispatched]:
+        """One by one."""
+        return [
+            call
+            for step in self.steps
+            for call in (step.calls if isinstance(step, Meeting) else (step,))
+        ]
 
     @cached_property
     def scores(self) -> list[str]:
@@ -160,16 +202,25 @@ class Lane:
 
     def run(self, clock: CallClock) -> list[dict[str, np.ndarray]]:
         """Call everything once; the outputs by name."""
-        return [call.run(clock) for call in self.calls]
+        outputs: list[dict[str, np.ndarray]] = []
+        for step in self.steps:
+            given = step.run(clock)
+            outputs += given if isinstance(given, list) else [given]
+        return outputs
 
 
 @dataclass(frozen=True)
 class Wiring:
-    """Makes the lanes of one sequence of tokens."""
+    """Makes the lanes of one sequence of tokens. `concurrency` tracks run at once."""
 
     states: States
     dispatch: ExpertDispatch | None = None
     notice: Callable[[int, list[int], np.ndarray], None] | None = None
+    concurrency: int = 1
+
+    @cached_property
+    def _pool(self) -> Executor | None:
+        return ThreadPoolExecutor(self.concurrency, "track") if self.concurrency > 1 else None
 
     def lane(self, steps: Sequence[Step], name: str, slots: Slots) -> Lane:
         """The functions called `name` of `steps`, and their experts, in that order."""
@@ -184,7 +235,24 @@ class Wiring:
                 assert isinstance(step, LoadedShard)
                 group = next((group for group in groups if place in group.places), None)
                 calls.append(self._call(step, entry, slots, place, group))
-        return Lane(next(entry.tokens for entry in entries if entry), slots, tuple(calls))
+        tokens = next(entry.tokens for entry in entries if entry)
+        return Lane(tokens, slots, tuple(self._steps(entries, calls, groups)))
+
+    def _steps(
+        self,
+        entries: Sequence[ShardFunction | None],
+        calls: Sequence[Call | Dispatched],
+        groups: Sequence["_Group"],
+    ) -> Iterator[Call | Dispatched | Meeting]:
+        """What runs between two meetings of tracks, up to the second of them, in one."""
+        first = 0
+        for slot, places in _meetings(groups):
+            own = calls[places.start : places.stop]
+            between = tuple(call for call in own if isinstance(call, Call))
+            chains = _chains([call.entry for call in between], slot)
+            yield Meeting(between, chains, self._pool)
+            first = places.stop
+        yield from calls[first:]
 
     def _call(
         self,
@@ -197,9 +265,16 @@ class Wiring:
         inputs = entry.ports.inputs
         features = {port.name: slots.array(port) for port in inputs if port.root != STATE}
         passed = tuple((port.name, port.slot) for port in inputs if port.root == STATE)
-        puts = tuple(self._puts(entry, slots, place, group))
+        puts, met = [], []
+        for name, put in self._puts(entry, slots, place, group):
+            if group and group.meets and isinstance(put, Share):
+                met.append((name, put))
+            else:
+                puts.append((name, put))
         function = loaded.functions[entry.name]
-        return Call(loaded.shard, entry, function, features, passed, puts, self.states)
+        return Call(
+            loaded.shard, entry, function, features, passed, tuple(puts), tuple(met), self.states
+        )
 
     def _puts(
         self, entry: ShardFunction, slots: Slots, place: int, group: "_Group | None"
@@ -217,21 +292,37 @@ class Wiring:
 
 @dataclass
 class _Group:
-    """Neighbours that put one `slot` together, by their places, and the slots that each of them
-    writes."""
+    """Neighbours, or tracks, that put one `slot` together: by their places how they do it, and the
+    slots that each of them writes."""
 
     slot: str
     places: list[int]
-    onto: bool  # they add to what was there
+    hows: list[str]
     written: list[set[str]]
     total: np.ndarray | None = None  # [C,T], once the first of them is wired
+
+    @property
+    def onto(self) -> bool:
+        """Whether they add to what was there."""
+        return self.hows[0] == "add"
+
+    @property
+    def meets(self) -> bool:
+        """Whether they are tracks."""
+        return any(how in MEETING for how in self.hows)
+
+    @property
+    def of(self) -> int:
+        """What the sum is divided by: the number of tracks, for their mean."""
+        return sum(how != "add" for how in self.hows) if "mean" in self.hows else 1
 
     def share(self, place: int, columns: np.ndarray) -> Share:
         """The part in the sum of the call at `place`."""
         if self.total is None:
-            self.total = np.zeros(columns.shape, np.float32)
+            # Any sum of fp16 is exact in fp64: its numbers are multiples of 2**-24 below 2**16.
+            self.total = np.zeros(columns.shape, np.float64 if self.meets else np.float32)
         first, last = place == self.places[0], place == self.places[-1]
-        return Share(columns, self.total, first, last, self.onto)
+        return Share(columns, self.total, first, last, self.onto, self.of)
 
     def is_written_after(self, place: int, slot: str) -> bool:
         """Whether a later one of the neighbours writes the slot too."""
@@ -246,8 +337,23 @@ def _entry(step: Step, name: str) -> ShardFunction | None:
     return next(entry for entry in step.shard.functions if entry.name in (name, TAIL))
 
 
+def meetings(entries: Sequence[ShardFunction | None]) -> list[range]:
+    """The places of what tracks call up to each of their meetings."""
+    return [places for _, places in _meetings(_groups(entries))]
+
+
+def _meetings(groups: Sequence[_Group]) -> Iterator[tuple[str, range]]:
+    """The slot of each meeting, and the places of all calls since the one before."""
+    first = 0
+    for group in groups:
+        if group.meets:
+            yield group.slot, range(first, group.places[-1] + 1)
+            first = group.places[-1] + 1
+
+
 def _groups(entries: Sequence[ShardFunction | None]) -> list[_Group]:
-    """Neighbours of which one sets a slot and the next ones add to it, or which all add to it."""
+    """Neighbours of which one sets a slot and the next ones add to it, or which all add to it; and
+    tracks that meet in it, whatever lies between them."""
     groups: list[_Group] = []
     for slot in dict.fromkeys(
         port.slot for entry in entries if entry for port in entry.ports.outputs
@@ -255,10 +361,34 @@ def _groups(entries: Sequence[ShardFunction | None]) -> list[_Group]:
         open_group: _Group | None = None
         for place, entry in enumerate(entries):
             outputs = {port.slot: port.how for port in entry.ports.outputs} if entry else {}
-            if outputs.get(slot) == "add" and open_group and open_group.places[-1] == place - 1:
+            how = outputs.get(slot)
+            if open_group and (
+                how in MEETING or (how == "add" and open_group.places[-1] == place - 1)
+            ):
                 open_group.places.append(place)
+                open_group.hows.append(how)
                 open_group.written.append(set(outputs))
-            elif slot in outputs:
-                open_group = _Group(slot, [place], outputs[slot] == "add", [set(outputs)])
+            elif how is not None:
+                open_group = _Group(slot, [place], [how], [set(outputs)])
                 groups.append(open_group)
-    return [group for group in groups if group.onto or len(group.places) > 1]
+    shared = [group for group in groups if group.onto or len(group.places) > 1]
+    return sorted(shared, key=lambda group: group.places)
+
+
+def _chains(entries: Sequence[ShardFunction], met: str) -> tuple[tuple[int, ...], ...]:
+    """Places of calls that depend on each other, in chains that do not: those of one chain write a
+    slot, but for that of the meeting, that others of it read or write."""
+    chains: list[list[int]] = []
+    for place, entry in enumerate(entries):
+        own = [chain for chain in chains if any(_linked(entries[p], entry, met) for p in chain)]
+        chains = [chain for chain in chains if chain not in own]
+        chains.append(sorted([place, *(earlier for chain in own for earlier in chain)]))
+    return tuple(tuple(chain) for chain in sorted(chains))
+
+
+def _linked(one: ShardFunction, other: ShardFunction, met: str) -> bool:
+    reads, writes = [], []
+    for entry in (one, other):
+        reads.append({port.slot for port in (*entry.ports.inputs, *entry.ports.states)} - {met})
+        writes.append({port.slot for port in entry.ports.outputs} - {met})
+    return bool(writes[0] & (reads[1] | writes[1]) or writes[1] & reads[0])

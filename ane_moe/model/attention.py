@@ -1,6 +1,7 @@
 """Grouped-query attention as data."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from ane_moe.model.kv_cache import cache_ports, cache_states
 from ane_moe.model.mixer import MixerConfig
@@ -11,6 +12,7 @@ from ane_moe.model.spec import GqaSpec, SharedGqaSpec, Temperature
 @dataclass(frozen=True)
 class AttentionConfig(MixerConfig):
     mixer: GqaSpec
+    ring: ClassVar[bool] = False
 
     @property
     def states(self) -> tuple[Port, ...]:
@@ -19,7 +21,7 @@ class AttentionConfig(MixerConfig):
 
     def host(self, tokens: int) -> tuple[Port, ...]:
         m, seen = self.mixer, seen_of(self.mixer)
-        ports = cache_ports(m.rope, self.rotary, seen, self.slots, tokens)
+        ports = cache_ports(m.rope, self.rotary, seen, self.slots, tokens, self.ring)
         return ports if m.temperature is None else (*ports, passed_port(m.temperature, tokens))
 
 
@@ -42,6 +44,14 @@ class SharedAttentionConfig(AttentionConfig):
         """The caches of the layer that has them."""
         source = self.mixer.source
         return tuple(replace(port, slot=f"{STATE}.{source}.{port.name}") for port in super().states)
+
+
+@dataclass(frozen=True)
+class RingConfig(AttentionConfig):
+    """Attention in a window, over a cache of little more than that: what tokens of later calls do
+    not see is written over."""
+
+    ring: ClassVar[bool] = True
 
 
 def seen_of(mixer: GqaSpec) -> int | str | None:

@@ -20,14 +20,19 @@ def rope_ports(rope: str | None, rotary: int, tokens: int) -> tuple[Port, ...]:
 
 
 def cache_ports(
-    rope: str | None, rotary: int, seen: int | str | None, slots: int, tokens: int
+    rope: str | None,
+    rotary: int,
+    seen: int | str | None,
+    slots: int,
+    tokens: int,
+    ring: bool = False,
 ) -> tuple[Port, ...]:
-    """What attention over a cache asks of the host: rotary rows, what may be seen, where to
-    write."""
-    row = (1, 1, tokens, slots)
+    """What attention over a cache asks of the host: rotary rows, what may be seen, where to write.
+    In a `ring` tokens go on at the first slot after the last."""
+    row, of = (1, 1, tokens, slots), f".ring_{slots}" if ring else ""
     return (
         *rope_ports(rope, rotary, tokens),
-        Port("mask", row, f"mask.{seen or 'all'}"),
-        Port("write", row, "write"),
-        Port("keep", (1, 1, 1, slots), "keep"),
+        Port("mask", row, f"mask.{seen or 'all'}{of}"),
+        Port("write", row, f"write{of}"),
+        Port("keep", (1, 1, 1, slots), f"keep{of}"),
     )

@@ -6,6 +6,7 @@ in slots alone: whoever runs a model fills a function's input slots, calls it, a
     stream                  residual stream, (1, d, 1, T)
     added                   what experts give where a norm comes after their sum, or a mixer whose
                             layer's other half reads the stream as it was, (1, d, 1, T)
+    stream.track_1          that of track 1 until the next meeting
     ffn_input  gates.3      what dispatched experts are given: the normed stream, gates of layer 3
     carry.router            what a layer hands to the next one beside the stream
     noise.gumbel.3          what is added to layer 3's scores of experts for the choice alone
@@ -18,6 +19,8 @@ in slots alone: whoever runs a model fills a function's input slots, calls it, a
     rope.main.cos           rows of a rotary table
     write  keep             one-hot rows for the cache slots of the call's tokens; the untouched
     slots
+    write.ring_64           the same, and mask.17.ring_64, for caches of 64 slots that are begun
+    anew at their end
     shift.2                 one-hot columns that keep the last 2 real tokens of a state and a call
     real                    1 for the tokens of a call, 0 for padding
     passed.64               log(1 + n) for n whole runs of 64 tokens up to each token
@@ -32,6 +35,7 @@ from functools import cached_property
 from typing import Literal
 
 Shape = tuple[int, ...]
+How = Literal["set", "add", "sum", "mean"]
 
 STREAM = "stream"
 FFN_INPUT = "ffn_input"
@@ -39,6 +43,7 @@ ADDED = "added"
 MASK, BAND, CHUNK, PROMPT = "mask", "band_", "chunk_", "prompt_"
 PASSED = "passed"
 GATES, LOGITS, STATE = "gates", "logits", "state"  # roots
+MEETING = ("sum", "mean")  # how outputs of tracks go into one slot
 # Roots of the slots whose arrays have channels on axis 1 and tokens on the last: `--layout` turns
 # those, and nothing else.
 BY_CHANNEL = ("stream", "added", "ffn_input", "gates", "carry", "logits")
@@ -50,13 +55,14 @@ class Port:
 
     `how` an output goes into its slot: it is `set`, or `add`ed. What functions that follow each
     other add goes to what the first of them sets, or to what was there, and all of them read the
-    slot as it was before: the sum is in fp32 and rounded once.
+    slot as it was before: the sum is in fp32 and rounded once. With `sum` and `mean` tracks meet
+    in a slot that the first of them sets; what runs between reads it as it was before.
     """
 
     name: str
     shape: Shape
     slot: str
-    how: Literal["set", "add"] = "set"
+    how: How = "set"
 
     @cached_property
     def root(self) -> str:
@@ -93,6 +99,18 @@ class Ports:
     def __iter__(self) -> Iterator[Port]:
         return iter((*self.inputs, *self.outputs, *self.states))
 
+    def through(self, entering: str, leaving: str, how: How) -> "Ports":
+        """With the stream taken from one slot and given to another; what would set that goes there
+        in another way."""
+        inputs = (replace(p, slot=entering) if p.slot == STREAM else p for p in self.inputs)
+        outputs = (
+            replace(p, slot=leaving, how=how if p.how == "set" else p.how)
+            if p.slot == STREAM
+            else p
+            for p in self.outputs
+        )
+        return replace(self, inputs=tuple(inputs), outputs=tuple(outputs))
+
     def at(self, layers: Sequence[int], rows: tuple[int, int] | None, layout: str) -> "Ports":
         """As a function of a conversion has them; see `Port.at` and `Port.turned`."""
 
@@ -106,6 +124,11 @@ class Ports:
 def beside_ports(stream: Port, parallel: bool) -> tuple[Port, ...]:
     """What a feed-forward block takes beside the `stream` where the mixer is `parallel` to it."""
     return (replace(stream, name="added", slot=ADDED),) if parallel else ()
+
+
+def track_slot(track: int) -> str:
+    """Where the stream of a track is kept."""
+    return f"{STREAM}.track_{track}"
 
 
 def shapes_of(ports: Iterable[Port]) -> dict[str, Shape]:

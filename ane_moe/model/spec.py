@@ -489,6 +489,66 @@ class HeadSpec:
 
 
 @dataclass(frozen=True)
+class TrackSpec:
+    """Parallel tracks (arXiv 2602.07306): `count` of them run apart, each with layers of its own,
+    and meet after every `depth` of these and after the last: all go on with the mean or the sum of
+    what they gave.
+
+    A model has its layers in the order in which they run one by one: block after block of `depth`
+    (or what is left), in a block track after track.
+    """
+
+    count: int
+    depth: int
+    reduce: Literal["mean", "sum"]
+
+    def blocks(self, layers: int) -> Iterator[tuple[range, ...]]:
+        """Out of so many layers those of each track, block by block."""
+        each = layers // self.count
+        for first in range(0, each, self.depth):
+            depth, start = min(self.depth, each - first), first * self.count
+            yield tuple(
+                range(start + track * depth, start + (track + 1) * depth)
+                for track in range(self.count)
+            )
+
+    def synchronisations(self, layers: int) -> "Synchronisations":
+        """Of a model with so many layers in all."""
+        meetings = sum(1 for _ in self.blocks(layers)) if self.count > 1 else 0
+        return Synchronisations(self.count, meetings, 2 * layers // self.count)
+
+
+@dataclass(frozen=True)
+class Synchronisations:
+    """How often the parts of a model wait for each other in one step: its `tracks`, and what they
+    would with tensor parallelism, after either half of each layer."""
+
+    tracks: int
+    each_step: int
+    tensor_parallel: int
+
+    @property
+    def saved(self) -> float:
+        """The share that tracks do without: 1 - 1 / (2 depth), where blocks are whole."""
+        return 1 - self.each_step / self.tensor_parallel
+
+    def as_json(self) -> dict[str, float]:
+        return {
+            "tracks": self.tracks,
+            "each_step": self.each_step,
+            "tensor_parallel": self.tensor_parallel,
+            "saved": self.saved,
+        }
+
+    @property
+    def sentence(self) -> str:
+        return (
+            f"{self.tracks} tracks meet {self.each_step} times a step, where tensor parallelism "
+            f"synchronises {self.tensor_parallel} times: {100 * self.saved:.4g} % saved"
+        )
+
+
+@dataclass(frozen=True)
 class InnerScale:
     """What values of an attention, and the linear branch of all gated MLPs of a layer, are
     multiplied by; what reads them is divided by it. Powers of two, exact as `stream_scale`."""
@@ -522,11 +582,17 @@ class ModelSpec:
     inner: Mapping[int, InnerScale] = field(default_factory=dict)
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    tracks: TrackSpec | None = None
 
     @property
     def scores(self) -> int:
         """Rows of the head: labels, or the vocabulary."""
         return len(self.head.labels) or self.vocab
+
+    @property
+    def synchronisations(self) -> Synchronisations | None:
+        """How often tracks meet, where there are any."""
+        return self.tracks.synchronisations(len(self.layers)) if self.tracks else None
 
     @property
     def is_encoder(self) -> bool:

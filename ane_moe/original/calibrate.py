@@ -62,7 +62,7 @@ def calibrate(model: Model, text: Path | None, progress: Progress | None = None)
         walk = Walk(stream, passages)
         for index, taps in walk.layers(range(len(stream.layers)), progress or silent):
             collector.visit(index, taps)
-        final_energy = collector.head(walk.carried)
+        final_energy = collector.head(walk.final())
     tokens, of = sum(map(len, passages)), calibration_digest(model.checkpoint, text)
     return Calibration(
         collector.moments,

@@ -79,7 +79,7 @@ class Walk:
     """Prompts on their way through a streamed model.
 
     Every prompt goes through a layer while it is loaded; the other layers' stand-ins hand on what
-    the layer before it returned.
+    they returned before, as far as that is still read.
     """
 
     def __init__(self, stream: StreamedModel, prompts: Sequence[Sequence[int]]):
@@ -88,7 +88,12 @@ class Walk:
         self._embedding = stream.model.get_input_embeddings()
         with stream.loaded("embed"), torch.no_grad():
             self._embedded = [self._embedding(one) for one in self._ids]
-        self.carried: list[Any] = list(self._embedded)  # what the layer before gave, by prompt
+        # Of each layer the last one that reads what it gives.
+        self._last_read = {
+            place: layer for layer in range(len(stream.layers) + 1) for place in stream.reads(layer)
+        }
+        # By prompt what layers gave that others read, the last one's last.
+        self.carried: list[dict[int, Any]] = [{-1: embedded} for embedded in self._embedded]
 
     def layers(self, indices: Iterable[int], progress: Progress) -> Iterator[tuple[int, list[Tap]]]:
         """Go through layers one after the other, each loaded while the caller looks at it: its
@@ -102,29 +107,49 @@ class Walk:
     @contextmanager
     def layer(self, index: int) -> Iterator[list[Tap]]:
         """Take every prompt through a layer, which stays loaded inside the block."""
-        layer = self.stream.layers[index]
         with self.stream.loaded(f"layer {index}"), torch.no_grad():
-            yield [self._through(layer, number) for number in range(len(self._ids))]
+            yield [self._through(index, number) for number in range(len(self._ids))]
 
-    def _through(self, layer: torch.nn.Module, number: int) -> Tap:
-        stream = self.stream
+    def _through(self, index: int, number: int) -> Tap:
+        stream, layer = self.stream, self.stream.layers[index]
         tap = Tap(layer, stream.taps, stream.config.hidden_size)
-        others = [other for other in stream.layers if other is not layer]
-        outputs = dict.fromkeys(others, _handed_on(tap, self.carried[number]))
-        with stream.stand_ins(outputs | {self._embedding: self._embedded[number]}), tap:
+        outputs = self._outputs(number, tap)
+        del outputs[layer]
+        with stream.stand_ins(outputs), tap:
             stream.base(input_ids=self._ids[number], use_cache=False)
-        self.carried[number] = tap.output
-        if layer is stream.layers[0] and stream.taps.entry:
+        held = self.carried[number].items()
+        read = {place: one for place, one in held if self._last_read[place] > index}
+        self.carried[number] = read | {index: tap.output}
+        if index == 0 and stream.taps.entry:
             tap.entering = self._embedded[number][0]
         return tap
 
+    def _outputs(self, number: int, tap: Tap | None = None) -> dict[torch.nn.Module, Any]:
+        """What stand-ins for all layers, and for the embedding, return for a prompt: what is held
+        of them, or what is as good, since nobody reads it."""
+        carried = self.carried[number]
+        *_, last = carried.values()
+        outputs = {
+            layer: _handed_on(tap, carried.get(place, last))
+            for place, layer in enumerate(self.stream.layers)
+        }
+        return outputs | {self._embedding: self._embedded[number]}
+
+    def final(self) -> list[Any]:
+        """What the head is given, by prompt."""
+        read = self.stream.reads(len(self.stream.layers))
+        given = []
+        for carried in self.carried:
+            *_, last = carried.values()
+            given.append(self.stream.together([carried.get(place, last) for place in read]))
+        return given
+
     def logits(self) -> np.ndarray:
-        """The head's fp32 logits `[N,V]` on what the last layer gave."""
+        """The head's fp32 logits `[N,V]` on what the last layers gave."""
         stream, logits = self.stream, []
         with stream.loaded("head"), torch.no_grad():
-            for ids, embedded, carried in zip(self._ids, self._embedded, self.carried, strict=True):
-                outputs = dict.fromkeys(stream.layers, carried) | {self._embedding: embedded}
-                with stream.stand_ins(outputs):
+            for number, ids in enumerate(self._ids):
+                with stream.stand_ins(self._outputs(number)):
                     logits.append(stream.model(input_ids=ids, use_cache=False).logits[0].numpy())
         return np.concatenate(logits)
 
@@ -187,10 +212,11 @@ def capture(
     found = []
     for number, walk in enumerate(walks):
         progress(f"{_LABELS[number]}: head", len(order) * len(walks) + number, total)
-        held = CapturedLayers(kept, layers, number)
-        found.append(
-            Golden(tuple(map(tuple, prompts)), held, walk.logits(), len(walk.stream.layers))
-        )
+        held, count = CapturedLayers(kept, layers, number), len(walk.stream.layers)
+        final = None
+        if len(walk.stream.reads(count)) > 1:
+            final = np.concatenate([one[0].numpy() for one in walk.final()])
+        found.append(Golden(tuple(map(tuple, prompts)), held, walk.logits(), count, final))
     return tuple(found)
 
 
@@ -240,10 +266,11 @@ def _resume(
     return done
 
 
-def _handed_on(tap: Tap, before: Any) -> Any:
-    """What the layers that are not there give: what the one before gave; for the first, which has
-    none before it, as much as the model's loop needs to go on."""
-    pairs = tap.parts.taps.carry or tap.parts.taps.hands_on
+def _handed_on(tap: Tap | None, before: Any) -> Any:
+    """What a layer that is not there gives; for the first, which has none before it, as much as the
+    model's loop needs to go on."""
+    taps = tap.parts.taps if tap else None
+    pairs = taps and (taps.carry or taps.hands_on)
     return (before, None) if pairs and not isinstance(before, tuple) else before
 
 

@@ -109,7 +109,7 @@ class LayerGolden:
 @dataclass(frozen=True)
 class Golden:
     """`layers` maps indices to LayerGolden; `logits` (fp32 `[N,V]`) are the head's on the last
-    captured layer's output.
+    captured layer's output, or on what tracks gave together (`final`, fp32 `[N,d]`).
 
     They are the model's logits when every layer was captured.
     """
@@ -118,10 +118,19 @@ class Golden:
     layers: Mapping[int, LayerGolden]
     logits: np.ndarray
     n_layers: int
+    final: np.ndarray | None = None
+
+    @property
+    def last(self) -> np.ndarray:
+        """The hidden state that the head is given, `[N,d]`."""
+        return self.layers[max(self.layers)].y if self.final is None else self.final
 
     def with_stream(self, scale: float) -> "Golden":
         """Of the same model with its hidden states times `scale`."""
-        return self if scale == 1 else replace(self, layers=_ScaledLayers(self.layers, scale))
+        if scale == 1:
+            return self
+        final = None if self.final is None else self.final * np.float32(scale)
+        return replace(self, layers=_ScaledLayers(self.layers, scale), final=final)
 
     @property
     def complete(self) -> bool:
@@ -149,6 +158,8 @@ def write_golden(golden: Golden, out: Path) -> None:
         "prompt_ids": np.concatenate(golden.prompts).astype(np.int32),
         "prompt_offsets": np.cumsum([0, *map(len, golden.prompts)]),
     }
+    if golden.final is not None:
+        tensors["final"] = golden.final
     for index, layer in golden.layers.items():
         tensors |= {_key(index, name): value for name, value in arrays_of(layer).items()}
     about = json.dumps(
@@ -180,6 +191,7 @@ def read_golden(path: Path) -> Golden:
                 _StoredLayers(path, about["layers"]),
                 file.get_tensor("logits"),
                 about["n_layers"],
+                file.get_tensor("final") if "final" in file.keys() else None,  # noqa: SIM118
             )
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(

@@ -8,7 +8,7 @@ turn, so masks, positions and multipliers are all computed by Hugging Face's cod
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -43,6 +43,7 @@ from ane_moe.families.quantised import quantisation
 from ane_moe.original import afm as afm  # register themselves with transformers
 from ane_moe.original import mm1_moe as mm1_moe
 from ane_moe.original import omni_moe as omni_moe
+from ane_moe.original import pt_moe as pt_moe
 from ane_moe.original.widened import NARROW, stacks, widened
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -169,6 +170,17 @@ class StreamedModel:
                 setattr(
                     owner, name, nn.Parameter(getattr(owner, name).to("meta"), requires_grad=False)
                 )
+
+    def reads(self, index: int) -> tuple[int, ...]:
+        """The layers whose outputs a layer is given, or (the number after the last) the head: the
+        one before, -1 being the embedding, unless the model says otherwise."""
+        if hasattr(self.decoder, "reads"):
+            return tuple(self.decoder.reads(index))
+        return (index - 1,)
+
+    def together(self, outputs: Sequence[Any]) -> Any:
+        """What becomes of the outputs that a layer `reads`."""
+        return self.decoder.meet(outputs) if len(outputs) > 1 else outputs[0]
 
     @contextmanager
     def stand_ins(self, outputs: dict[nn.Module, Any]) -> Iterator[None]:

@@ -1,6 +1,6 @@
 """Mixers by the type of their configuration: each part file of a mixer lists itself here."""
 
-from ane_moe.model.attention import AttentionConfig, SharedAttentionConfig
+from ane_moe.model.attention import AttentionConfig, RingConfig, SharedAttentionConfig
 from ane_moe.model.band import BandConfig
 from ane_moe.model.cca import CcaConfig
 from ane_moe.model.delta_net import DeltaNetConfig
@@ -26,6 +26,7 @@ from ane_moe.parts.short_conv import ShortConv
 MIXERS: dict[type[MixerConfig], type[Mixer]] = {
     AttentionConfig: Attention,
     SharedAttentionConfig: SharedAttention,
+    RingConfig: Attention,
     BandConfig: BandAttention,
     CcaConfig: Cca,
     ShortConvConfig: ShortConv,

@@ -1,11 +1,14 @@
 """Consecutive layers in one graph: one call of the host in place of two for each layer."""
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 
 from ane_moe.model.mixer import MixerConfig
 from ane_moe.model.moe import MoeConfig
-from ane_moe.model.stack import FfnConfig, StackConfig
+from ane_moe.model.stack import FfnConfig, PackedConfig, StackConfig
 from ane_moe.parts.block import Block
+from ane_moe.parts.experts import tree_sum
 from ane_moe.parts.mlp import Dense
 from ane_moe.parts.moe import Moe
 from ane_moe.parts.registry import make_mixer
@@ -33,16 +36,25 @@ class Stack(Block):
         self.config = config
         self._each = [StackedLayer(*layer) for layer in config.layers]
         self.layers = nn.ModuleList(self._each)
+        self._given = [config.given(place) for place in range(len(config.layers))]
         self.one_trace = all(layer.attn is None or layer.attn.one_trace for layer in self._each)
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        x, outputs = self.run(range(len(self._each)), inputs)
+        return outputs | {"y": x}
+
+    def run(
+        self, places: Iterable[int], inputs: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the layers at these places make of `x`, and their other outputs."""
         outputs: dict[str, Tensor] = {}
         x, carried = inputs["x"], {name: inputs[name] for name in ("carry",) if name in inputs}
         lent: dict[str, Tensor] = {}
-        for place, layer in enumerate(self._each):
+        for place in places:
+            layer, names = self._each[place], self._given[place].items()
             kept = {name: inputs[f"{name}_{place}"] for name in layer.kept}
-            given = inputs | lent | kept | {"x": x}
-            attended = layer.attn(**given) if layer.attn else {"y": x}
+            asked = {own: inputs[name] for own, name in names if name in inputs}
+            attended = layer.attn(x=x, **asked, **lent, **kept) if layer.attn else {"y": x}
             if self.config.lends and not place:
                 lent = {name: attended[f"{name}_out"] for name in layer.kept}
             noise = {"noise": inputs[f"noise_{place}"]} if f"noise_{place}" in inputs else {}
@@ -55,4 +67,20 @@ class Stack(Block):
             if "carry_out" in fed:
                 carried = {"carry": fed["carry_out"]}
                 outputs["carry_out"] = fed["carry_out"]
-        return outputs | {"y": x}
+        return x, outputs
+
+
+class Packed(Stack):
+    """`y` after the tracks of a block have met."""
+
+    config: PackedConfig
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        count, outputs = self.config.tracks, dict[str, Tensor]()
+        depth, streams = len(self._each) // count, []
+        for track in range(count):
+            x, more = self.run(range(track * depth, (track + 1) * depth), inputs)
+            # Divided first: a sum of many streams may be beyond fp16 where their mean is not.
+            streams.append(x * (1 / count) if self.config.reduce == "mean" else x)
+            outputs |= more
+        return outputs | {"y": tree_sum(streams)}

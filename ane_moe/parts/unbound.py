@@ -10,7 +10,7 @@ from ane_moe.model.mlp import DenseConfig
 from ane_moe.model.moe import MoeConfig
 from ane_moe.model.part import PartConfig
 from ane_moe.model.routed import RoutedMixerConfig, RoutingConfig
-from ane_moe.model.stack import StackConfig
+from ane_moe.model.stack import PackedConfig, StackConfig
 from ane_moe.parts.block import Block
 from ane_moe.parts.experts import ExpertGroup, SharedExpert
 from ane_moe.parts.head import Head
@@ -19,7 +19,7 @@ from ane_moe.parts.mlp import Dense
 from ane_moe.parts.moe import Moe
 from ane_moe.parts.registry import make_mixer
 from ane_moe.parts.routed import RoutedMixer, RoutingAlone
-from ane_moe.parts.stack import Stack
+from ane_moe.parts.stack import Packed, Stack
 
 # Blocks that are no mixers.
 BLOCKS: dict[type, type[Block]] = {
@@ -28,6 +28,7 @@ BLOCKS: dict[type, type[Block]] = {
     MoeConfig: Moe,
     DenseConfig: Dense,
     StackConfig: Stack,
+    PackedConfig: Packed,
     ExpertGroupConfig: ExpertGroup,
     SharedExpertConfig: SharedExpert,
     HeadConfig: Head,

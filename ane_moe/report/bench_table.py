@@ -11,6 +11,7 @@ from rich.text import Text
 from ane_moe.benchmark.result import BenchReport, Energy, LoopTiming, OutputCheck, Versus
 from ane_moe.benchmark.saved import Comparison
 from ane_moe.forecast.engine_speed import bearable_gap_ms
+from ane_moe.model.spec import Synchronisations
 
 MB = 1_000_000
 KINDS = {
@@ -20,6 +21,7 @@ KINDS = {
     "join": "sums",
     "dense": "dense",
     "stack": "layers",
+    "track": "tracks",
     "lm_head": "head",
     "labels": "head",
 }
@@ -54,6 +56,9 @@ def bench_report(report: BenchReport, comparison: Comparison | None = None) -> R
     )
     parts += [_loop(report, title, rows, *count) for title, rows, *count in loops if rows]
     parts += [_gap(report.decode)] if report.is_device and report.decode else []
+    parts += (
+        [_synchronised(report.synchronisations, report.decode)] if report.synchronisations else []
+    )
     parts += [*_totals(report), *(_energy(report.energy) if report.energy else [])]
     parts += (
         [Text(f"no energy: {report.energy_skipped}", style="yellow")]
@@ -173,6 +178,12 @@ def _loop(
             *([hits] if cached else []),
         )
     return table
+
+
+def _synchronised(planned: Synchronisations, rows: tuple[LoopTiming, ...]) -> Text:
+    """Meetings of tracks in a step, counted beside planned."""
+    counted = ", ".join(f"{count:g}" for count in {row.synchronisations_per_token for row in rows})
+    return Text(f"{planned.sentence}; counted decoding: {counted}")
 
 
 def _gap(rows: tuple[LoopTiming, ...]) -> Text:

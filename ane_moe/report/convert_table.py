@@ -93,6 +93,7 @@ def plan_document(plan: ConversionPlan, concerns: Iterable[Concern] = ()) -> dic
         "left_out": {why: list(names) for why, names in plan.source.left_out.items()},
         "disk_bytes": plan.disk_bytes,
         "memory_bytes_estimated": conversion_memory_bytes(plan),
+        "synchronisations": plan.synchronisations and plan.synchronisations.as_json(),
         "concerns": [dataclasses.asdict(concern) for concern in concerns],
     }
 
@@ -117,6 +118,8 @@ def print_plan(plan: ConversionPlan) -> None:
         f"{conversion_memory_bytes(plan) / MB:,.0f} MB "
         "over all processes (estimated)"
     )
+    if plan.synchronisations:
+        console.print(plan.synchronisations.sentence)
     _print_source(console, plan.source.notes, plan.source.left_out)
 
 

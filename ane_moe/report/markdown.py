@@ -20,6 +20,8 @@ def render_markdown(data: ReportData) -> str:
         f"{_text(manifest.weights)} weights, {len(manifest.shards)} packages, context "
         f"{manifest.context}.",
     ]
+    if manifest.synchronisations:
+        parts.append(f"{manifest.synchronisations.sentence}.")
     if verify and verify.models:
         parts += ["## Against the original model", _models(verify.models)]
     if verify and verify.shards:

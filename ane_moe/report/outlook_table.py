@@ -10,6 +10,7 @@ from ane_moe.forecast.chips import Range, find_chip
 from ane_moe.forecast.cost_model import NOTE
 from ane_moe.forecast.design import Design
 from ane_moe.forecast.outlook import Choice, Outlook
+from ane_moe.forecast.track_forms import advice
 
 MINUTE = 60
 UNBOUNDED = 10_000
@@ -31,6 +32,10 @@ def print_outlook(found: Outlook) -> None:
     if found.design:
         smallest = "even a function of the fewest tokens" if found.lengths else "a decode function"
         _designed(console, found.design, smallest)
+    if found.synchronisations:
+        _print(console, f"{found.synchronisations.sentence}.")
+    if found.forms:
+        _print(console, advice(found.forms, found.target))
     for note in found.notes:
         _print(console, f"note: {note}")
     if found.choices:

@@ -22,11 +22,11 @@ class GoldenSlots:
             added = first.experts_delta if first.ffn_reads is None else first.attn_delta
             assert added is not None
             return added
-        if slot != STREAM:
+        if slot_root(slot) != STREAM:
             (name,) = slot_arguments(slot)
             return self._first(shard).carried_in[name]
         if shard.layer is None:
-            return self.golden.layers[max(self.golden.layers)].y
+            return self.golden.last
         first = self._first(shard)
         if shard.scope == "ffn":
             return first.read_by_ffn
@@ -36,11 +36,11 @@ class GoldenSlots:
         self, shard: Shard, slot: str, given: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray] | None:
         """What the slot holds afterwards, `[N,C]`, as what is there without the shard and the
-        shard's own contribution; None for slots that say nothing by themselves. `given` is what the
-        shard was handed in the slot, if anything.
+        shard's own contribution; None for slots that say nothing by themselves. `given` is the
+        stream that the shard was handed, if any. What tracks give is their own, as if none met.
         """
         root = slot_root(slot)
-        if slot == STREAM:
+        if root == STREAM:
             return self._stream(shard, given)
         if slot == ADDED and shard.scope == "attn" and not _leaves_experts_to_the_host(shard):
             added = self._first(shard).attn_delta
@@ -56,7 +56,7 @@ class GoldenSlots:
 
     def _stream(self, shard: Shard, given: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """Where a residual shifts and scales the stream, that is no contribution of the shard's."""
-        first, last = self._first(shard), self._last(shard)
+        first = self._first(shard)
         before = self.before(shard, STREAM)
         if shard.scope == "ffn" and first.ffn_reads is not None:
             return (before if given is None else given) + first.attn_delta, first.ffn_delta
@@ -72,13 +72,20 @@ class GoldenSlots:
                 delta = first.y - first.experts_delta - before
                 residuals.append(first.ffn_stream)
         else:
-            delta, residuals = last.y - before, []
+            delta, residuals = self._after(shard) - before, []
         kept, base = before, before if given is None else given
         for residual in residuals:
             if residual is not None:
                 bias, scale = residual
                 kept, base = (kept + bias) * scale, (base + bias) * scale
         return base, delta if kept is before else before + delta - kept
+
+    def _after(self, shard: Shard) -> np.ndarray:
+        """The stream after whole layers; of tracks that meet inside the shard, after that."""
+        depth = len(shard.place(()).layers) // shard.tracks
+        ends = shard.place(()).layers[depth - 1 :: depth]
+        total = np.sum([self.golden.layers[number].y for number in ends], axis=0)
+        return total / shard.tracks if shard.reduce == "mean" else total
 
     def _first(self, shard: Shard) -> LayerGolden:
         return self.golden.layers[shard.place(()).layers[0]]

@@ -15,7 +15,7 @@ from ane_moe.loop.labels import context_each_side
 from ane_moe.loop.shards import LoadedShard
 from ane_moe.loop.windows import Window, windows_of
 from ane_moe.manifest import Manifest, Shard, ShardFunction
-from ane_moe.model.port import FFN_INPUT, GATES, slot_arguments, slot_root
+from ane_moe.model.port import FFN_INPUT, GATES, STREAM, slot_arguments, slot_root
 from ane_moe.original.golden import Golden, embedded
 from ane_moe.verification.expert_parity import ExpertParity
 from ane_moe.verification.gate import NOT_FINITE, judge
@@ -97,9 +97,10 @@ class Parity:
         if any(shard.experts for shard in shards):  # what they add depends on who was chosen
             for routing in routed.values():
                 flipped |= near_tie_flips(*routing)
+        stream = next((v for slot, v in given.items() if slot_root(slot) == STREAM), None)
         for shard, finite in zip(shards, outcome.finite, strict=True):
             for slot, value in outcome.values.items():
-                expected = GoldenSlots(self.golden).expected(shard, slot, given.get(slot))
+                expected = GoldenSlots(self.golden).expected(shard, slot, stream)
                 if expected is None:
                     continue
                 base, added = (part[rows] for part in expected)

@@ -25,7 +25,7 @@ from ane_moe.verification.expert_parity import ExpertParity
 from ane_moe.verification.gate import gated
 from ane_moe.verification.parity import Parity, decode_tail
 from ane_moe.verification.result import Comparison, RoutingResult, ShardResult
-from ane_moe.verification.stage import stages
+from ane_moe.verification.stage import alone, stages
 from ane_moe.verification.whole_model import ModelPass, model_passes
 
 Row = ShardResult | RoutingResult
@@ -92,7 +92,7 @@ class Proof:
         if isinstance(stage, int):
             return [list(parity.experts.functions(stage)) for parity in parities if parity.experts]
         loaded = [self._open(shard) for shard in stage]
-        rows = [list(parity.stage(loaded)) for parity in parities]
+        rows = [[row for own in alone(loaded) for row in parity.stage(own)] for parity in parities]
         experts = [dispatch.layers[step] for step in beside if dispatch and isinstance(step, int)]
         for model_pass in passes:
             model_pass.advance([*loaded, *experts], ropes, dispatch)

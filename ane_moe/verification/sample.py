@@ -3,6 +3,7 @@
 Nothing here is drawn by chance: of the same conversion it is always the same part.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -67,10 +68,11 @@ def _layers(manifest: Manifest) -> list[int]:
 
 
 def _kind(shard: Shard) -> tuple[str, frozenset[str]]:
-    """What shards of like layers share: slots without the number of the layer."""
+    """What shards of like layers share: slots without the numbers of layers and tracks."""
     ports = shard.functions[0].ports
     slots = (port.slot for port in (*ports.inputs, *ports.outputs, *ports.states))
-    return shard.kind, frozenset(slot.replace(f".{shard.layer}", "") for slot in slots)
+    own = "|".join(map(str, shard.place(()).layers))
+    return shard.kind, frozenset(re.sub(rf"\.({own}|track_\d+)(?=\.|$)", "", s) for s in slots)
 
 
 def sampled_prompts(prompts: Sequence[Sequence[int]]) -> list[int]:
@@ -87,7 +89,8 @@ def golden_of(golden: Golden, places: Sequence[int], layers: Sequence[int]) -> G
     rows = np.concatenate([np.arange(golden.spans[p].start, golden.spans[p].stop) for p in places])
     held = {layer: _rows(golden.layers[layer], rows) for layer in layers if layer in golden.layers}
     prompts = tuple(golden.prompts[place] for place in places)
-    return Golden(prompts, held, golden.logits[rows], golden.n_layers)
+    final = None if golden.final is None else golden.final[rows]
+    return Golden(prompts, held, golden.logits[rows], golden.n_layers, final)
 
 
 def _rows(layer: LayerGolden, rows: np.ndarray) -> LayerGolden:

@@ -12,7 +12,7 @@ from ane_moe.loop.buffers import Ropes, Slots
 from ane_moe.loop.experts import ExpertDispatch, ExpertLayer
 from ane_moe.loop.figures import CallClock, PhaseFigures
 from ane_moe.loop.shards import LoadedShard, Step, call_order
-from ane_moe.loop.wiring import States, Wiring
+from ane_moe.loop.wiring import States, Wiring, meetings
 from ane_moe.manifest import TAIL, Manifest, Shard
 from ane_moe.model.port import LOGITS, slot_root
 
@@ -20,19 +20,34 @@ Values = Mapping[str, np.ndarray]  # by slot, [N,C]
 
 
 def stages(manifest: Manifest) -> list[tuple[Shard, ...] | int]:
-    """What is verified at once, in the order of calls: the parts of a cut shard, whose outputs are
-    added; for layers with dispatched experts their number."""
+    """What the whole model goes through at once, in the order of calls: the parts of a cut shard,
+    whose outputs are added, and tracks up to their meeting; for layers with dispatched experts
+    their number."""
     found: list[tuple[Shard, ...] | int] = []
-    for step in call_order(manifest):
+    order = call_order(manifest)
+    entries = [step.functions[0] if isinstance(step, Shard) else None for step in order]
+    on_tracks = {place for places in meetings(entries) for place in places[1:]}
+    for place, step in enumerate(order):
         before = found[-1] if found else None
         if (
             isinstance(step, Shard)
             and isinstance(before, tuple)
-            and _is_next_part(before[-1], step)
+            and (place in on_tracks or _is_next_part(before[-1], step))
         ):
             found[-1] = (*before, step)
         else:
             found.append((step,) if isinstance(step, Shard) else step)
+    return found
+
+
+def alone(stage: Sequence[LoadedShard]) -> list[list[LoadedShard]]:
+    """The shards of a stage that cannot be told apart by what they give: tracks can."""
+    found: list[list[LoadedShard]] = []
+    for one in stage:
+        if found and _is_next_part(found[-1][-1].shard, one.shard):
+            found[-1].append(one)
+        else:
+            found.append([one])
     return found
 
 

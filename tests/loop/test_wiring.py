@@ -86,6 +86,73 @@ def test_a_sum_that_an_error_cut_short_begins_anew():
     assert (slots.columns("stream") == 2).all()
 
 
+def tracks(numbers, how, cut=True):
+    """A block: each track multiplies by its number; the work of odd ones is cut in two."""
+    found = []
+    for track, number in enumerate(numbers):
+        entering, meets = "stream", how if track else "set"
+        if cut and track % 2:
+            entering = f"stream.track_{track}"
+            alone = [column("x", "stream")], [column("y", entering)]
+            found.append(shard(f"{track}a", *alone, lambda given: {"y": given["x"]}))
+        found.append(
+            shard(
+                f"{track}b",
+                [column("x", entering)],
+                [column("y", "stream", meets)],
+                lambda given, number=number: {"y": given["x"] * np.float16(number)},
+            )
+        )
+    return found
+
+
+def met(steps, concurrency=1):
+    slots = Slots({})
+    lane = Wiring(States([]), concurrency=concurrency).lane(steps, "go", slots)
+    slots.columns("stream")[:] = [[1, 2, 3], [-0.001, 5, 1e-7]]
+    timed = clock()
+    outputs = lane.run(timed)
+    assert len(outputs) == len(lane.calls) == len(steps)
+    return slots.columns("stream").copy(), timed.phase.synchronisations
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_tracks_all_read_the_stream_as_it_was_and_meet(concurrency):
+    stream, times = met([*tracks((1, 2, 6), "mean"), *tracks((1, 3), "sum")], concurrency)
+    assert stream[0].tolist() == [12, 24, 36] and times == 2
+    stream, times = met(tracks((7,), "mean"))
+    assert stream[0].tolist() == [7, 14, 21] and times == 0
+
+
+@pytest.mark.parametrize("how", ["mean", "sum"])
+def test_no_order_of_tracks_changes_a_bit(how):
+    numbers = np.random.default_rng(0).normal(size=8).astype(np.float16) * np.float16(2) ** (
+        np.arange(8) * 4 - 16
+    )
+    expected, _ = met(tracks(numbers, how))
+    for seed in range(5):
+        order = np.random.default_rng(seed).permutation(8)
+        found, _ = met(tracks(numbers[order], how), 1 + seed)
+        assert found.tobytes() == expected.tobytes()
+
+
+def test_the_mean_of_equal_tracks_is_each_of_them():
+    for count in range(2, 9):
+        assert (
+            met(tracks([0.3] * count, "mean"))[0].tobytes()
+            == met(tracks([0.3], "mean"))[0].tobytes()
+        )
+
+
+def test_parts_of_a_track_add_to_what_it_gives():
+    one = [*tracks((1, 2), "mean", cut=False)]
+    more = shard(
+        "part", [column("x", "stream")], [column("y", "stream", "add")], lambda g: {"y": g["x"]}
+    )
+    stream, times = met([one[0], more, one[1], more])
+    assert stream[0].tolist() == [2.5, 5, 7.5] and times == 1
+
+
 def test_a_carry_goes_from_one_shard_to_the_next():
     gives = shard(
         "a",

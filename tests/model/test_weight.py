@@ -1,10 +1,11 @@
 """Names of our tensors, and the rows of parts against the modules they stand for."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
-from ane_moe.model.attention import AttentionConfig, SharedAttentionConfig
+from ane_moe.model.attention import AttentionConfig, RingConfig, SharedAttentionConfig
 from ane_moe.model.band import BandConfig
 from ane_moe.model.cca import CcaConfig, CcaSpec
 from ane_moe.model.delta_net import DeltaNetConfig, DeltaNetSpec
@@ -36,7 +37,7 @@ from ane_moe.model.spec import (
     SharedSpec,
     Temperature,
 )
-from ane_moe.model.stack import StackConfig
+from ane_moe.model.stack import PackedConfig, StackConfig
 from ane_moe.model.weight import Directions, Place, Selection, Weight, parse_name
 from ane_moe.parts.registry import MIXERS
 from ane_moe.parts.unbound import BLOCKS, build_unbound
@@ -71,6 +72,7 @@ CONFIGS = [
     RoutedMixerConfig(ATTENTION, BESIDE.router, router_norm=True),
     AttentionConfig(D, NORM, OWN, 4, 32),
     SharedAttentionConfig(D, NORM, SHARED, 4, 32, ranks=(("q", 1), ("o", 3))),
+    RingConfig(D, NORM, replace(GQA, window=9), 0, 32),
     CcaConfig(D, NORM, CCA, 2, 32, ranks=(("v_delayed", 2),), affine=True, entry=True),
     ShortConvConfig(D, NORM, ShortConvSpec(3, bias=True), ranks=(("b", 2),)),
     RoutedMixerConfig(ATTENTION, MOE.router),
@@ -86,6 +88,7 @@ CONFIGS = [
     StackConfig(((None, DENSE), (ATTENTION, None))),
     DenseConfig(D, NORM, MlpSpec(24, bias=True, squared=True), RANKS),
     StackConfig(((ATTENTION, DENSE), (ATTENTION, MoeConfig(D, NORM, MOE, 4, True)))),
+    PackedConfig(((ATTENTION, DENSE), (ATTENTION, DENSE)), tracks=2),
     ExpertGroupConfig(D, MOE.expert, 3, RANKS),
     ExpertGroupConfig(D, MOE.expert, 2, affine=True),
     SharedExpertConfig(D, MOE.shared, RANKS),
