@@ -850,12 +850,15 @@ class _Planner:
         sources: dict[str, Source] = {}
         choices: dict[str, Choice] = {}
         payloads: dict[str, int] = {}
+        shared: dict[str, str] = {}
         entries: list[ShardFunction] = []
         for prefix, copy in copies.items():
             place = Place(layers or alone, scope, copy.experts)
             own = self._sources(copy, place, rows)
             chosen = {name: self._choice(source) for name, source in own.items()}
             sizes = {name: _payload(source, chosen[name]) for name, source in own.items()}
+            once = _shared(own)
+            sizes |= dict.fromkeys(once, 0)
             work = _work(copy, own, chosen, sizes)
             entries += [
                 ShardFunction(
@@ -871,8 +874,8 @@ class _Planner:
                 sources[unique], payloads[unique] = source, sizes[name]
                 if chosen[name] != Choice():
                     choices[unique] = chosen[name]
-        shared = _shared(sources)
-        payloads |= dict.fromkeys(shared, 0)
+                if name in once:
+                    shared[unique] = weight_name(prefix, once[name])
         return ShardPlan(
             path,
             kind,

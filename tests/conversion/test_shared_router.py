@@ -17,7 +17,9 @@ from ane_moe.loop.session import Session
 from ane_moe.loop.shards import load_shards
 from ane_moe.manifest import read_manifest
 from ane_moe.mlprogram.proto import Model_pb2
+from ane_moe.mlprogram.reader import read_program
 from ane_moe.original.stored_weights import stored_weights
+from ane_moe.placement.facts import function_facts
 from ane_moe.verification.verify import verify
 from tests.models import make_model, save_checkpoint
 
@@ -63,6 +65,9 @@ def test_a_package_has_the_router_of_its_layers_once(stacked: Path) -> None:
     for kind in ("weight", "bias"):
         first, second, third = (places[f"w_layers__{n}__ffn__router__{kind}"] for n in range(3))
         assert first == second != third
+    program = read_program(stacked / stack.path)
+    counted = function_facts(program, "decode").facts["weight_bytes"]
+    assert stack.functions[0].weight_bytes == counted == stack.weight_bytes
     stored = (stacked / stack.path / WEIGHTS).stat().st_size
     planned = stack.weight_bytes
     assert planned < stored < planned + 128 * 200  # and what lies between arrays
