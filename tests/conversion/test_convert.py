@@ -192,9 +192,7 @@ SPOILED = {
     "wrong shape": turn_tensor,
     "stored as F8_E4M3": quantise,
     "truncated|beyond the end|shorter": truncate,
-    "not supported; supported: afmoe, aria, ": lambda folder: edit_config(
-        folder, model_type="gpt2"
-    ),
+    "not supported; supported: afm, afmoe, ": lambda folder: edit_config(folder, model_type="gpt2"),
     "num_experts_per_tok": lambda folder: edit_config(folder, remove=("num_experts_per_tok",)),
     "no config.json": lambda folder: (folder / "config.json").unlink(),
 }

@@ -185,6 +185,19 @@ def test_a_step_with_shared_caches_is_what_is_computed_anew(shards, expected) ->
         assert cosine(step, expected[count]) > COSINE
 
 
+def test_caches_hold_numbers_of_8_bits(shards, model) -> None:
+    """In fp16: whole multiples of the layer's scale, some of them cut off."""
+    session, attention = Session(shards), model.model.layers[LENDER].self_attn
+    session.prefill(IDS)
+    for name, scale in (
+        ("k_cache", attention.quant_key_scale),
+        ("v_cache", attention.quant_value_scale),
+    ):
+        codes = session._states.passed[f"state.{LENDER}.{name}"].astype(np.float32) / float(scale)
+        assert np.abs(codes - codes.round()).max() < 0.1  # 128 times what fp16 rounds by
+        assert codes.round().min() == -128 and codes.round().max() == 127
+
+
 def test_a_wrong_cache_is_noticed(shards, expected) -> None:
     """Zeros in the lender's place: what the layers read is what it wrote."""
     session = Session(shards)
