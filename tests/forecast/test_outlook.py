@@ -306,12 +306,12 @@ REFUSED = {
     ),
     "no kv heads": (QWEN3_30B | {"num_key_value_heads": None}, "lacks num_key_value_heads"),
     "nested": (
-        {"model_type": "minimax_m3_vl", "text_config": QWEN3_30B},
-        "'minimax_m3_vl' is not supported",
+        {"model_type": "new_moe_of_images", "text_config": QWEN3_30B},
+        "'new_moe_of_images' is not supported",
     ),
     "deepseek": (
-        DEEPSEEK_V2_LITE | {"model_type": "deepseek_v32"},
-        "'deepseek_v32' is not supported",
+        DEEPSEEK_V2_LITE | {"model_type": "new_latent_moe"},
+        "'new_latent_moe' is not supported",
     ),
     "unheard of": (OLMOE | {"model_type": "new_moe"}, "'new_moe' is not supported"),
 }

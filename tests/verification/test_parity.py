@@ -71,7 +71,9 @@ def parity_of(decoder, golden, folder, windows, decode_tokens=None, **options):
     manifest = make_manifest(windows, **options)
     shards = make_shards(decoder, manifest)
     decoder.embed.tofile(folder / "embed.bin")
-    return Parity(folder, manifest, golden, GATE, decode_tokens, shards.ropes), shards.loaded
+    by_path = {one.shard.path: one for one in shards.loaded}
+    facts = (folder, manifest, golden, GATE, decode_tokens, shards.ropes)
+    return Parity(*facts, lambda shard: by_path[shard.path]), shards.loaded
 
 
 def rows_of(parity_and_shards):
