@@ -40,7 +40,6 @@ KEYS: KeyTable = {
 TAPS = Taps(
     score="sigmoid",
     choice_bias="e_score_correction_bias",
-    experts_scale="routed_scaling_factor",
 )
 # What the published file calls fields that transformers saves by other names.
 OLDER = {

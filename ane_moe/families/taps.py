@@ -21,18 +21,17 @@ class Taps:
     multiplies the stream. `entry`: the model shifts the embedding before the first layer (a
     multiplier alone goes into the table). `alone`: a layer is one block, and where the name of a
     class in it ends with one of these, a mixer. `beside` is the mixer where the feed-forward block
-    reads what it reads, and both add to that. `head` is the model's module that gives scores. What
-    experts give is multiplied by the number that their block calls `experts_scale`. `after` is the
-    norm of what the feed-forward block adds, where there is one; `layer_scale` the number that
-    multiplies the stream after the layer, `beside_norm` the norm before an MLP next to the experts.
-    `added_factor`: both blocks add to what their norms give, and the layer has a number of this
-    name that multiplies what the feed-forward block adds. `values`, `up` and `down` are what the
-    projections to an attention's values, and those around a gated MLP's product, end in (nothing
-    where its activation is not linear in `up`); `gate_up` gives both factors, the gate first.
-    `inside` is the part of the configuration that is of the model which reads and writes text.
-    `layers` is what the decoder calls its layers. Routers whose outputs have nothing but logits
-    `logits`-th in them choose the `top_k` largest. With `sorted_inputs` experts are called with
-    tokens alone, as many for each expert, times its gate.
+    reads what it reads, and both add to that. `head` is the model's module that gives scores.
+    `after` is the norm of what the feed-forward block adds, where there is one; `layer_scale` the
+    number that multiplies the stream after the layer, `beside_norm` the norm before an MLP next to
+    the experts. `added_factor`: both blocks add to what their norms give, and the layer has a
+    number of this name that multiplies what the feed-forward block adds. `values`, `up` and `down`
+    are what the projections to an attention's values, and those around a gated MLP's product, end
+    in (nothing where its activation is not linear in `up`); `gate_up` gives both factors, the gate
+    first. `inside` is the part of the configuration that is of the model which reads and writes
+    text. `layers` is what the decoder calls its layers. Routers whose outputs have nothing but
+    logits `logits`-th in them choose the `top_k` largest. With `sorted_inputs` experts are called
+    with tokens alone, as many for each expert, times its gate.
     """
 
     ffn_norm: str = "post_attention_layernorm"
@@ -61,7 +60,6 @@ class Taps:
     layers: str = "layers"
     logits: int | None = None
     sorted_inputs: bool = False
-    experts_scale: str = ""
     added_factor: str = ""
     values: str = "v_proj"
     up: str = "up_proj"

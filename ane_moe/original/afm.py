@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,6 +24,8 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+
+from ane_moe.original.paper_blocks import GatedMlp, RMSNorm
 
 KeysValues = tuple[Tensor, Tensor]  # (B, K, T, D) each
 
@@ -56,16 +57,6 @@ class AfmConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
-class AfmRMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
-
-
 class AfmAttention(nn.Module):
     """Grouped-query attention: to keys and values of its own, or (`reuses`) to those handed on."""
 
@@ -81,11 +72,11 @@ class AfmAttention(nn.Module):
         self.width = width
         self.q_proj = nn.Linear(d, config.num_attention_heads * width, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * width, d, bias=False)
-        self.q_norm = AfmRMSNorm(width, eps)
+        self.q_norm = RMSNorm(width, eps)
         if not reuses:
             self.k_proj = nn.Linear(d, config.num_key_value_heads * width, bias=False)
             self.v_proj = nn.Linear(d, config.num_key_value_heads * width, bias=False)
-            self.k_norm = AfmRMSNorm(width, eps)
+            self.k_norm = RMSNorm(width, eps)
             # No parameters, since they are no weights: both follow from what they have to hold.
             self.register_buffer("quant_key_scale", torch.full((1,), 1 / 16))
             self.register_buffer("quant_value_scale", torch.full((1,), 1 / 16))
@@ -126,25 +117,13 @@ def in_8_bits(x: Tensor, scale: Tensor) -> Tensor:
     return (x / scale).round().clamp(-128, 127) * scale
 
 
-class AfmMlp(nn.Module):
-    def __init__(self, config: AfmConfig):
-        super().__init__()
-        d, width = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(d, width, bias=False)
-        self.up_proj = nn.Linear(d, width, bias=False)
-        self.down_proj = nn.Linear(width, d, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class AfmDecoderLayer(nn.Module):
     def __init__(self, config: AfmConfig, reuses: bool):
         super().__init__()
-        self.input_layernorm = AfmRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = AfmAttention(config, reuses)
-        self.post_attention_layernorm = AfmRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = AfmMlp(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMlp(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, handed_on: KeysValues | None) -> tuple[Tensor, KeysValues]:
         """The stream after the layer, and the keys and values that the layers after it may read."""
@@ -165,7 +144,7 @@ class AfmModel(AfmPreTrainedModel):
         first = count - config.num_kv_reuse_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([AfmDecoderLayer(config, n >= first) for n in range(count)])
-        self.norm = AfmRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
 
     def forward(self, input_ids: Tensor, **_: Any) -> BaseModelOutput:

@@ -9,19 +9,17 @@ open is as in the usual decoder (omni_moe.py). A picture's tokens come as `input
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import normal_
 
 from ane_moe.original.omni_moe import (
     OmniMoeDecoderLayer,
-    OmniMoeExperts,
     OmniMoeForCausalLM,
     OmniMoeModel,
     OmniMoePreTrainedModel,
-    OmniMoeSparseMlp,
 )
+from ane_moe.original.paper_blocks import Experts, GatedMlp, SparseMlp, TopKRouter
 
 
 class Mm1MoeConfig(PreTrainedConfig):
@@ -54,52 +52,24 @@ class Mm1MoeConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
-class Mm1MoeMlp(nn.Module):
-    def __init__(self, config: Mm1MoeConfig):
-        super().__init__()
-        d, width = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(d, width, bias=False)
-        self.up_proj = nn.Linear(d, width, bias=False)
-        self.down_proj = nn.Linear(width, d, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        given: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return given
-
-
-class Mm1MoeTopKRouter(nn.Module):
-    def __init__(self, config: Mm1MoeConfig):
-        super().__init__()
-        self.k, self.renorm = config.num_experts_per_tok, config.norm_topk_prob
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For `x` (N, d) logits (N, E), and weights and numbers of the chosen experts (N, k)."""
-        logits = F.linear(x, self.weight)
-        weights, chosen = logits.softmax(-1).topk(self.k, -1)
-        if self.renorm:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return logits, weights, chosen
-
-
 class Mm1MoePreTrainedModel(OmniMoePreTrainedModel):
     config_class = Mm1MoeConfig
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Mm1MoeTopKRouter):
+        if isinstance(module, TopKRouter):
             normal_(module.weight, 0, self.config.initializer_range)
 
 
 class Mm1MoeModel(Mm1MoePreTrainedModel, OmniMoeModel):
     def _add_layers(self, config: Mm1MoeConfig) -> None:
         self.layers = nn.ModuleList()
+        widths = config.hidden_size, config.intermediate_size
         for number in range(1, config.num_hidden_layers + 1):
-            mlp: nn.Module = Mm1MoeMlp(config)
+            mlp: nn.Module = GatedMlp(*widths)
             if number % config.moe_layer_freq == 0:
-                experts = OmniMoeExperts(config, config.num_experts)
-                mlp = OmniMoeSparseMlp(Mm1MoeTopKRouter(config), experts)
+                mlp = SparseMlp(TopKRouter(config), Experts(config.num_experts, *widths))
             self.layers.append(OmniMoeDecoderLayer(config, mlp))
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +22,8 @@ from transformers import (
 )
 from transformers.initialization import normal_
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+
+from ane_moe.original.paper_blocks import Experts, RMSNorm, SparseMlp, choice, rotated
 
 
 class OmniMoeConfig(PreTrainedConfig):
@@ -60,16 +61,6 @@ class OmniMoeConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
-class OmniMoeRMSNorm(nn.Module):
-    def __init__(self, config: Any):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
-        self.eps = config.rms_norm_eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
-
-
 class OmniMoeAttention(nn.Module):
     """Grouped-query attention to all tokens before, with rotary positions."""
 
@@ -89,39 +80,13 @@ class OmniMoeAttention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         positions = torch.arange(tokens)
-        q, k = self._rotated(q, positions), self._rotated(k, positions)
+        base = self.config.rope_parameters["rope_theta"]
+        q, k = rotated(q, positions, base), rotated(k, positions, base)
         k, v = (one.repeat_interleave(q.shape[1] // k.shape[1], 1) for one in (k, v))
         seen = positions[:, None] >= positions[None, :]
         scores = q @ k.transpose(2, 3) / self.config.head_dim**0.5
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
         return self.o_proj((weights @ v).transpose(1, 2).reshape(batch, tokens, -1))
-
-    def _rotated(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Channel c of the first half of a head turns with channel c of the second."""
-        half = self.config.head_dim // 2
-        base = self.config.rope_parameters["rope_theta"]
-        angles = positions[:, None] * base ** (-torch.arange(half) / half)  # (T, D / 2)
-        cos, sin = angles.cos(), angles.sin()
-        a, b = x[..., :half], x[..., half:]
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
-
-class OmniMoeExperts(nn.Module):
-    def __init__(self, config: Any, experts: int):
-        super().__init__()
-        self.num_experts, d, width = experts, config.hidden_size, config.intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, d))
-        self.down_proj = nn.Parameter(torch.empty(experts, d, width))
-
-    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """`x` (N, d), `chosen` and `weights` (N, k)."""
-        y = torch.zeros_like(x)
-        for expert in chosen.unique().tolist():
-            tokens, place = torch.where(chosen == expert)
-            gate, up = F.linear(x[tokens], self.gate_up_proj[expert]).chunk(2, -1)
-            given = F.linear(F.silu(gate) * up, self.down_proj[expert])
-            y = y.index_add(0, tokens, given * weights[tokens, place, None])
-        return y
 
 
 class OmniMoeTopKRouter(nn.Module):
@@ -135,30 +100,15 @@ class OmniMoeTopKRouter(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """For `x` (N, d) logits (N, E), and weights and numbers of the chosen experts (N, k)."""
         logits: Tensor = self.shared[0](x)
-        weights, chosen = logits.softmax(-1).topk(self.k, -1)
-        if self.renorm:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return logits, weights, chosen
-
-
-class OmniMoeSparseMlp(nn.Module):
-    def __init__(self, gate: nn.Module, experts: nn.Module):
-        super().__init__()
-        self.gate, self.experts = gate, experts
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        _, weights, chosen = self.gate(flat)
-        given: Tensor = self.experts(flat, chosen, weights)
-        return given.view_as(x)
+        return logits, *choice(logits, self.k, self.renorm)
 
 
 class OmniMoeDecoderLayer(nn.Module):
     def __init__(self, config: Any, mlp: nn.Module):
         super().__init__()
-        self.input_layernorm = OmniMoeRMSNorm(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = OmniMoeAttention(config)
-        self.post_attention_layernorm = OmniMoeRMSNorm(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = mlp
 
     def forward(self, x: Tensor) -> Tensor:
@@ -175,7 +125,7 @@ class OmniMoePreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, OmniMoeExperts):
+        if isinstance(module, Experts):
             for parameter in module.parameters(recurse=False):
                 normal_(parameter, 0, self.config.initializer_range)
 
@@ -185,7 +135,7 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self._add_layers(config)
-        self.norm = OmniMoeRMSNorm(config)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
 
     def _add_layers(self, config: Any) -> None:
@@ -198,7 +148,8 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             self.routers.append(matrix)
             for _ in range(layers):
                 router = OmniMoeTopKRouter(config, matrix)
-                mlp = OmniMoeSparseMlp(router, OmniMoeExperts(config, experts))
+                widths = config.hidden_size, config.intermediate_size
+                mlp = SparseMlp(router, Experts(experts, *widths))
                 self.layers.append(OmniMoeDecoderLayer(config, mlp))
 
     def forward(

@@ -15,9 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+
+from ane_moe.original.paper_blocks import (
+    Experts,
+    GatedMlp,
+    RMSNorm,
+    SparseMlp,
+    TopKRouter,
+    rotated,
+)
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -65,16 +73,6 @@ class PtMoeConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
-class PtMoeRMSNorm(nn.Module):
-    def __init__(self, config: PtMoeConfig):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
-        self.eps = config.rms_norm_eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
-
-
 class PtMoeAttention(nn.Module):
     """Grouped-query attention of one track: with a window and rotation, or with neither."""
 
@@ -99,7 +97,9 @@ class PtMoeAttention(nn.Module):
         )
         positions = torch.arange(first, first + tokens)
         if self.local:
-            q, k = self._rotated(q, positions), self._rotated(k, positions)
+            assert self.config.rope_parameters is not None
+            base = self.config.rope_parameters["rope_theta"]
+            q, k = rotated(q, positions, base), rotated(k, positions, base)
         k, v = (one.repeat_interleave(self.heads // self.kv_heads, 1) for one in (k, v))
         back = positions[:, None] - positions[None, :]
         seen = (back >= 0) & (back < self.config.sliding_window) if self.local else back >= 0
@@ -107,88 +107,21 @@ class PtMoeAttention(nn.Module):
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
         return self.o_proj((weights @ v).transpose(1, 2).reshape(batch, tokens, -1))
 
-    def _rotated(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Channel c of the first half of a head turns with channel c of the second."""
-        half = self.config.head_dim // 2
-        assert self.config.rope_parameters is not None
-        base = self.config.rope_parameters["rope_theta"]
-        angles = positions[:, None] * base ** (-torch.arange(half) / half)  # (T, D / 2)
-        cos, sin = angles.cos(), angles.sin()
-        a, b = x[..., :half], x[..., half:]
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
-
-class PtMoeMlp(nn.Module):
-    def __init__(self, config: PtMoeConfig):
-        super().__init__()
-        d, width = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(d, width, bias=False)
-        self.up_proj = nn.Linear(d, width, bias=False)
-        self.down_proj = nn.Linear(width, d, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class PtMoeTopKRouter(nn.Module):
-    def __init__(self, config: PtMoeConfig):
-        super().__init__()
-        self.k, self.renorm = config.num_experts_per_tok, config.norm_topk_prob
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For `x` (N, d) logits (N, E), and weights and numbers of the chosen experts (N, k)."""
-        logits = F.linear(x, self.weight)
-        weights, chosen = logits.softmax(-1).topk(self.k, -1)
-        if self.renorm:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return logits, weights, chosen
-
-
-class PtMoeExperts(nn.Module):
-    """Every token goes to all the experts that it chose, however many others did: none is
-    dropped."""
-
-    def __init__(self, config: PtMoeConfig):
-        super().__init__()
-        self.num_experts = config.num_experts
-        d, width = config.hidden_size, config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, d))
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, d, width))
-
-    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """`x` (N, d), `chosen` and `weights` (N, k)."""
-        y = torch.zeros_like(x)
-        for expert in chosen.unique().tolist():
-            tokens, place = torch.where(chosen == expert)
-            gate, up = F.linear(x[tokens], self.gate_up_proj[expert]).chunk(2, -1)
-            given = F.linear(F.silu(gate) * up, self.down_proj[expert])
-            y.index_add_(0, tokens, given * weights[tokens, place, None])
-        return y
-
-
-class PtMoeSparseMlp(nn.Module):
-    def __init__(self, config: PtMoeConfig):
-        super().__init__()
-        self.gate = PtMoeTopKRouter(config)
-        self.experts = PtMoeExperts(config)
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        _, weights, chosen = self.gate(flat)
-        given: Tensor = self.experts(flat, chosen, weights)
-        return given.view_as(x)
-
 
 class PtMoeDecoderLayer(nn.Module):
     """A layer of one track."""
 
     def __init__(self, config: PtMoeConfig, kind: str, mlp_kind: str):
         super().__init__()
-        self.input_layernorm = PtMoeRMSNorm(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = PtMoeAttention(config, kind)
-        self.post_attention_layernorm = PtMoeRMSNorm(config)
-        self.mlp = PtMoeSparseMlp(config) if mlp_kind == "sparse" else PtMoeMlp(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        d, wide, narrow = config.hidden_size, config.intermediate_size, config.moe_intermediate_size
+        self.mlp: nn.Module = (
+            SparseMlp(TopKRouter(config), Experts(config.num_experts, d, narrow))
+            if mlp_kind == "sparse"
+            else GatedMlp(d, wide)
+        )
 
     def forward(self, x: Tensor, first: int = 0) -> Tensor:
         x = x + self.attended(x, first)
@@ -198,7 +131,8 @@ class PtMoeDecoderLayer(nn.Module):
         return self.self_attn(self.input_layernorm(x), first)
 
     def fed(self, x: Tensor) -> Tensor:
-        return self.mlp(self.post_attention_layernorm(x))
+        given: Tensor = self.mlp(self.post_attention_layernorm(x))
+        return given
 
 
 class PtMoePreTrainedModel(PreTrainedModel):
@@ -208,7 +142,7 @@ class PtMoePreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, PtMoeExperts | PtMoeTopKRouter):
+        if isinstance(module, Experts | TopKRouter):
             for parameter in module.parameters(recurse=False):
                 parameter.normal_(0, self.config.initializer_range)
 
@@ -230,7 +164,7 @@ class PtMoeModel(PtMoePreTrainedModel):
                 layers += [PtMoeDecoderLayer(config, *kind) for kind in block]
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(layers)
-        self.norm = PtMoeRMSNorm(config)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
 
     def forward(

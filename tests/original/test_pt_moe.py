@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ane_moe.original.pt_moe import PtMoeForCausalLM, PtMoeSparseMlp
+from ane_moe.original.paper_blocks import SparseMlp
+from ane_moe.original.pt_moe import PtMoeForCausalLM
 from tests.models import CONFIGS, make_model
 from tests.zoo import FULL, SLIDING
 
@@ -108,7 +109,7 @@ def test_what_a_layer_sees(kind: str) -> None:
 @torch.no_grad()
 def test_no_token_is_dropped_when_all_choose_one_expert() -> None:
     model = make_model("pt_moe", num_experts_per_tok=1)
-    block = next(one for one in model.modules() if isinstance(one, PtMoeSparseMlp))
+    block = next(one for one in model.modules() if isinstance(one, SparseMlp))
     x = torch.randn(50, model.config.hidden_size)
     x[:, 0] = 1
     block.gate.weight.zero_()[4, 0] = 100
