@@ -256,7 +256,7 @@ class ConversionPlan:
             return {}
         ffns = {n: self.spec.layers[n].ffn for n in self.layers}
         linear = (n for n, ffn in ffns.items() if isinstance(ffn, MoeSpec) and ffn.router.is_linear)
-        normed = (n for n in linear if self.spec.layers[n].norms_of_ffn != "after")
+        normed = (n for n in linear if self.spec.layers[n].ffn_residual.norms != "after")
         norm = self.spec.norm
         told = normed if norm.kind == "rms" and not norm.gate_rank else ()
         return {n: f"{ROUTERS}/layer_{n:02d}.bin" for n in told}
@@ -559,16 +559,8 @@ class _Planner:
             self.spec.norm.ungated,
             mlp,
             self._mlp_ranks(layer, "mlp."),
-            spec.affine,
-            spec.norms_of_ffn,
-            self._keeps(layer)[1],
-            spec.parallel,
-            spec.scaled,
+            spec.ffn_residual,
         )
-
-    def _keeps(self, layer: int) -> tuple[float | None, float | None]:
-        """What mixer and feed-forward block multiply the normed stream by, where that is kept."""
-        return self.spec.layers[layer].keeps or (None, None)
 
     def _mlp_ranks(self, layer: int, prefix: str = "", expert: int | None = None) -> MlpRanks:
         names = (
@@ -608,11 +600,8 @@ class _Planner:
             # Core ML's states are of one package, and these may be read in others.
             explicit=self.options.state == "explicit" or (layer in self.spec.lenders and not lends),
             ranks=tuple((path, rank) for path, rank in ranks.items() if rank),
-            affine=spec.affine,
+            residual=spec.mixer_residual,
             entry=spec.entry,
-            norms=spec.norms,
-            keeps=self._keeps(layer)[0],
-            alone=spec.parallel,
         )
 
     def _ring(self, mixer: GqaSpec) -> int:
@@ -632,10 +621,9 @@ class _Planner:
         mixer = self._mixer(layer)
         block: PartConfig | None = mixer
         if mixer is not None and ffn is not None:
-            norms, keeps = spec.norms_of_ffn, self._keeps(layer)[1]
-            whole = replace(mixer, alone=False)  # experts add to the stream with that
-            facts = (spec.affine, keeps, norms, spec.parallel, ffn.router_norm)
-            block = RoutedMixerConfig(whole, ffn.router, *facts)
+            # Experts add to the stream with what a mixer beside them adds.
+            whole = replace(mixer, residual=replace(mixer.residual, parallel=False))
+            block = RoutedMixerConfig(whole, ffn.router, spec.ffn_residual, ffn.router_norm)
         elif ffn is not None:
             block, kind = RoutingConfig(self.spec.d_model, self.spec.norm, ffn.router), "routing"
         if block is None:
@@ -721,7 +709,7 @@ class _Planner:
 
     def _target(self, layer: int) -> str:
         """The slot that a layer's experts add to."""
-        return STREAM if self.spec.layers[layer].norms_of_ffn == "before" else ADDED
+        return STREAM if self.spec.layers[layer].ffn_residual.norms == "before" else ADDED
 
     def joined(self, layer: int, shards: Sequence[ShardPlan]) -> list[ShardPlan]:
         """Shards of a layer's experts and, if their sum is normed, what does that and adds it to
@@ -731,10 +719,12 @@ class _Planner:
         spec = self.spec.layers[layer]
         beside = spec.ffn.beside if isinstance(spec.ffn, MoeSpec) else None
         ranks = self._beside_ranks(layer)
-        copy = _Copy(JoinConfig(self.spec.d_model, self.spec.norm, beside, ranks, spec.scaled))
+        copy = _Copy(
+            JoinConfig(self.spec.d_model, self.spec.norm, spec.ffn_residual, beside, ranks)
+        )
         path, parts = f"join/layer_{layer:02d}.mlpackage", len(shards) + 1
-        facts = {"scope": "ffn", "part": len(shards), "reason": "the sum of the experts is normed"}
-        join = self._shard(path, "join", layer, copy, **facts)
+        reason = "the sum of the experts is normed"
+        join = self._shard(path, "join", layer, copy, scope="ffn", part=len(shards), reason=reason)
         return [replace(shard, parts=parts) for shard in (*shards, join)]
 
     def head(self) -> list[ShardPlan]:
@@ -776,11 +766,7 @@ class _Planner:
             soft,
             ranks,
             shared,
-            whole.affine,
-            whole.norms_of_ffn,
-            self._keeps(layer)[1],
-            whole.parallel,
-            whole.scaled,
+            whole.ffn_residual,
             self._beside_ranks(layer),
         )
 

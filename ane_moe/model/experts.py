@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from ane_moe.model.mlp import MlpRanks, mlp_rows
 from ane_moe.model.port import FFN_INPUT, STREAM, Port, Ports
-from ane_moe.model.spec import MlpSpec, SharedSpec, residual_rows
+from ane_moe.model.residual import added_scale_row
+from ane_moe.model.spec import MlpSpec, SharedSpec
 from ane_moe.model.weight import Row, Weight
 
 
@@ -69,8 +70,3 @@ def shared_rows(shared: SharedSpec, d_model: int, ranks: MlpRanks) -> Iterator[R
         yield row.under("shared")
     if shared.gated:
         yield Weight("shared_gate.weight", (1, d_model))
-
-
-def added_scale_row(d_model: int) -> Weight:
-    """What an affine residual multiplies by what is added on its own."""
-    return next(row for row in residual_rows(d_model) if row.path.endswith("added_scale"))

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from ane_moe.model.mlp import MlpRanks, mlp_rows
 from ane_moe.model.port import ADDED, STREAM, Port, Ports
-from ane_moe.model.spec import MlpSpec, NormSpec, after_rows, beside_rows
+from ane_moe.model.residual import ResidualSpec
+from ane_moe.model.spec import MlpSpec, NormSpec, beside_rows
 from ane_moe.model.weight import Row
 
 
@@ -14,16 +15,16 @@ from ane_moe.model.weight import Row
 class JoinConfig:
     d_model: int
     norm: NormSpec
+    residual: ResidualSpec
     beside: MlpSpec | None = None
     ranks: MlpRanks = (0, 0, 0)
-    scaled: bool = False
 
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""
         if self.beside is not None:
             rows = mlp_rows(self.beside, self.d_model, "dense", self.ranks)
             yield from beside_rows(rows, self.norm, self.d_model)
-        yield from after_rows(self.norm, self.d_model, "after", self.scaled)
+        yield from self.residual.added_rows(self.norm, self.d_model)
 
     def ports(self, tokens: int) -> Ports:
         stream = (1, self.d_model, 1, tokens)

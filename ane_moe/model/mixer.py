@@ -4,14 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ane_moe.model.port import ADDED, STREAM, Port, Ports
+from ane_moe.model.residual import PLAIN, ResidualSpec
 from ane_moe.model.spec import (
     MixerSpec,
-    Norms,
     NormSpec,
-    after_rows,
-    before_rows,
     entry_rows,
-    residual_rows,
 )
 from ane_moe.model.weight import Row, with_directions
 
@@ -20,8 +17,7 @@ from ane_moe.model.weight import Row, with_directions
 class MixerConfig:
     """`rotary` is the number of rotated channel pairs r (0: no RoPE); `slots` the cache width S;
     `explicit` makes what is kept plain inputs and outputs instead of Core ML state. `ranks` are the
-    directions kept apart from projections, by path. `affine`, `entry`, `norms` and `keeps` are
-    LayerSpec's. `alone`: it gives what it adds, and not the stream with that."""
+    directions kept apart from projections, by path. `entry` is LayerSpec's."""
 
     d_model: int
     norm: NormSpec
@@ -30,11 +26,8 @@ class MixerConfig:
     slots: int = 0
     explicit: bool = False
     ranks: tuple[tuple[str, int], ...] = ()
-    affine: bool = False
+    residual: ResidualSpec = PLAIN
     entry: bool = False
-    norms: Norms = "before"
-    keeps: float | None = None
-    alone: bool = False
 
     @property
     def states(self) -> tuple[Port, ...]:
@@ -52,15 +45,13 @@ class MixerConfig:
         """The block's parameters, in its own order."""
         if self.entry:
             yield from entry_rows(self.d_model)
-        yield from before_rows(self.norm, self.d_model, self.norms)
+        yield from self.residual.read_rows(self.norm, self.d_model)
         yield from with_directions(self.mixer.rows(self.d_model), dict(self.ranks))
-        yield from after_rows(self.norm, self.d_model, self.norms)
-        if self.affine:
-            yield from residual_rows(self.d_model)
+        yield from self.residual.added_rows(self.norm, self.d_model)
 
     def ports(self, tokens: int) -> Ports:
         stream = Port("x", (1, self.d_model, 1, tokens), STREAM)
-        result = replace(stream, name="y", slot=ADDED if self.alone else STREAM)
+        result = replace(stream, name="y", slot=ADDED if self.residual.parallel else STREAM)
         ports = Ports((stream, *self.host(tokens)), (result,))
         return with_states(ports, self.states, self.explicit)
 

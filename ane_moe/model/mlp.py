@@ -4,13 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ane_moe.model.port import STREAM, Port, Ports, beside_ports
+from ane_moe.model.residual import PLAIN, ResidualSpec
 from ane_moe.model.spec import (
     MlpSpec,
-    Norms,
     NormSpec,
-    after_rows,
-    before_rows,
-    residual_rows,
 )
 from ane_moe.model.weight import Row, with_directions
 
@@ -29,22 +26,16 @@ class DenseConfig:
     norm: NormSpec
     mlp: MlpSpec
     ranks: MlpRanks = (0, 0, 0)
-    affine: bool = False
-    norms: Norms = "before"
-    keeps: float | None = None
-    parallel: bool = False
-    scaled: bool = False
+    residual: ResidualSpec = PLAIN
 
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""
-        yield from before_rows(self.norm, self.d_model, self.norms)
+        yield from self.residual.read_rows(self.norm, self.d_model)
         for row in mlp_rows(self.mlp, self.d_model, "dense", self.ranks):
             yield row.under("mlp")
-        yield from after_rows(self.norm, self.d_model, self.norms, self.scaled)
-        if self.affine:
-            yield from residual_rows(self.d_model)
+        yield from self.residual.added_rows(self.norm, self.d_model)
 
     def ports(self, tokens: int) -> Ports:
         stream = Port("x", (1, self.d_model, 1, tokens), STREAM)
-        beside = beside_ports(stream, self.parallel)
+        beside = beside_ports(stream, self.residual.parallel)
         return Ports((stream, *beside), (replace(stream, name="y"),))

@@ -3,18 +3,15 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ane_moe.model.experts import added_scale_row, expert_rows, shared_rows
+from ane_moe.model.experts import expert_rows, shared_rows
 from ane_moe.model.mlp import MlpRanks, mlp_rows
 from ane_moe.model.port import ADDED, STREAM, Port, Ports, beside_ports
+from ane_moe.model.residual import PLAIN, ResidualSpec, added_scale_row
 from ane_moe.model.router import router_ports, router_rows
 from ane_moe.model.spec import (
     MoeSpec,
-    Norms,
     NormSpec,
-    after_rows,
-    before_rows,
     beside_rows,
-    residual_rows,
     router_norm_rows,
 )
 from ane_moe.model.weight import Row, Selection
@@ -34,11 +31,7 @@ class MoeConfig:
     soft: bool = False
     ranks: MlpRanks = (0, 0, 0)
     shared_ranks: MlpRanks = (0, 0, 0)
-    affine: bool = False
-    norms: Norms = "before"
-    keeps: float | None = None
-    parallel: bool = False
-    scaled: bool = False
+    residual: ResidualSpec = PLAIN
     beside_ranks: MlpRanks = (0, 0, 0)
 
     @property
@@ -48,12 +41,12 @@ class MoeConfig:
     @property
     def joined(self) -> bool:
         """Whether another function norms the sum of all parts, and adds it to the stream."""
-        return self.split and self.norms != "before"
+        return self.split and self.residual.norms != "before"
 
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""
         d, moe = self.d_model, self.moe
-        yield from before_rows(self.norm, d, self.norms)
+        yield from self.residual.read_rows(self.norm, d)
         yield from router_norm_rows(self.norm, d, moe.router_norm)
         yield from (row.under("router") for row in router_rows(moe.router, d, self.soft))
         yield from expert_rows(moe.expert, d, self.experts, self.ranks)
@@ -65,14 +58,18 @@ class MoeConfig:
             if moe.beside is not None:
                 rows = mlp_rows(moe.beside, d, "dense", self.beside_ranks)
                 yield from beside_rows(rows, self.norm, d)
-            yield from after_rows(self.norm, d, self.norms, self.scaled)
-        if self.affine:
-            yield from residual_rows(d) if self.first else (added_scale_row(d),)
+            yield from self._added_rows()
+
+    def _added_rows(self) -> Iterator[Row]:
+        if self.first:
+            yield from self.residual.added_rows(self.norm, self.d_model)
+        elif self.residual.affine:
+            yield added_scale_row(self.d_model)
 
     def ports(self, tokens: int) -> Ports:
         stream = Port("x", (1, self.d_model, 1, tokens), STREAM)
         slot = ADDED if self.joined else STREAM
         result = replace(stream, name="y", slot=slot, how="set" if self.first else "add")
         routing = router_ports(self.moe.router, tokens)
-        beside = beside_ports(stream, self.parallel and self.first)
+        beside = beside_ports(stream, self.residual.parallel and self.first)
         return Ports((stream, *beside, *routing.inputs), (result, *routing.outputs))

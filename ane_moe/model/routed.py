@@ -5,13 +5,11 @@ from dataclasses import dataclass, replace
 
 from ane_moe.model.mixer import MixerConfig
 from ane_moe.model.port import ADDED, FFN_INPUT, STREAM, Port, Ports
+from ane_moe.model.residual import PLAIN, ResidualSpec, affine_rows
 from ane_moe.model.router import router_ports
 from ane_moe.model.spec import (
     AnyRouterSpec,
-    Norms,
     NormSpec,
-    before_rows,
-    residual_rows,
     router_norm_rows,
 )
 from ane_moe.model.weight import Row
@@ -19,14 +17,9 @@ from ane_moe.model.weight import Row
 
 @dataclass(frozen=True)
 class RoutedMixerConfig:
-    """`affine`, `parallel`, and as `norms` those of the feed-forward block, are LayerSpec's."""
-
     mixer: MixerConfig
     router: AnyRouterSpec
-    affine: bool = False
-    keeps: float | None = None
-    norms: Norms = "before"
-    parallel: bool = False
+    residual: ResidualSpec = PLAIN  # of the feed-forward block
     router_norm: bool = False
 
     def rows(self) -> Iterator[Row]:
@@ -34,17 +27,17 @@ class RoutedMixerConfig:
         d = self.mixer.d_model
         yield from (row.under("attn") for row in self.mixer.rows())
         norm = self.mixer.norm
-        yield from (row.under("ffn") for row in before_rows(norm, d, self.norms))
+        yield from (row.under("ffn") for row in self.residual.read_rows(norm, d))
         yield from (row.under("ffn") for row in router_norm_rows(norm, d, self.router_norm))
         yield from (row.under("ffn.router") for row in self.router.rows(d))
-        if self.affine:
-            yield from (row.under("ffn") for row in residual_rows(d))
+        if self.residual.affine:
+            yield from (row.under("ffn") for row in affine_rows(d))
 
     def ports(self, tokens: int) -> Ports:
         ports, routing = self.mixer.ports(tokens), router_ports(self.router, tokens)
         stream = (1, self.mixer.d_model, 1, tokens)
         normed = [Port("ffn_input", stream, FFN_INPUT)]
-        if self.norms != "before":  # experts add to nothing, and are normed then
+        if self.residual.norms != "before":  # experts add to nothing, and are normed then
             normed.append(Port("added", stream, ADDED))
         return replace(
             ports,

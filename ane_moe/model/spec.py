@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, Self, TypeVar
 
 from ane_moe.model.eda_router import EdaRouterSpec
+from ane_moe.model.norm import NormSpec
+from ane_moe.model.residual import STREAM_SCALE, Norms, ResidualSpec
 from ane_moe.model.sparse_mixer import SparseMixerSpec
 from ane_moe.model.weight import EMBEDDING, HEAD, HEAD_BIAS, Row, Weight, WeightName
 
 AnyRow = TypeVar("AnyRow", Weight, Row)
-STREAM_SCALE = "stream_scale"  # the fold of what is shifted into the stream
 # The folds of an attention's values and of a gated MLP's linear branch, and of what reads them.
 VALUES, FROM_VALUES, UPS, FROM_UPS = "values", "from_values", "ups", "from_ups"
 SHARED_FROM_UPS = "shared_from_ups"  # the latter of shared experts
@@ -22,32 +23,6 @@ INVERSE_ROOT = "inverse_root"  # the fold of 1 / sqrt(d_model)
 FROM_SQUARES = "from_squares"  # of what reads squares of the branch
 # Modules of an attention that make keys and values.
 OF_KEYS_AND_VALUES = ("k", "v", "k_norm", "v_norm", "k_scale", "v_scale")
-
-
-@dataclass(frozen=True)
-class NormSpec:
-    """A normalisation over channels: by the root of the mean square, or as torch's LayerNorm. Of
-    norms in front of mixers and experts, what they give is multiplied by the sigmoid of an MLP of
-    it, `gate_rank` channels wide inside (`AXK2GatedRMSNorm`)."""
-
-    eps: float = 1e-6
-    kind: Literal["rms", "layer"] = "rms"
-    bias: bool = False
-    gate_rank: int | None = None
-
-    @property
-    def ungated(self) -> "NormSpec":
-        """The norm of dense layers, and of the head."""
-        return replace(self, gate_rank=None)
-
-    def rows(self, d_model: int, fold: str = "", path: str = "norm") -> Iterator[Weight]:
-        """The tensors of a norm of so many channels, multiplied by what `fold` names."""
-        yield Weight(f"{path}.weight", (d_model,), fold=fold)
-        if self.bias:
-            yield Weight(f"{path}.bias", (d_model,), fold=fold)
-        if self.gate_rank:
-            yield Weight(f"{path}.gate_down.weight", (self.gate_rank, d_model))
-            yield Weight(f"{path}.gate_up.weight", (d_model, self.gate_rank))
 
 
 @dataclass(frozen=True)
@@ -346,27 +321,6 @@ class MoeSpec:
 FfnSpec = MlpSpec | MoeSpec
 
 
-# Where the norms of a layer's halves stand: before what reads the stream, after what is added to
-# it, or both.
-Norms = Literal["before", "after", "around"]
-
-
-def before_rows(norm: NormSpec, d_model: int, norms: Norms) -> Iterator[Weight]:
-    """The norm of what a half of a layer reads."""
-    return norm.rows(d_model) if norms != "after" else iter(())
-
-
-def after_rows(
-    norm: NormSpec, d_model: int, norms: Norms, scaled: bool = False
-) -> Iterator[Weight]:
-    """The norm of what a half of a layer adds, and what multiplies the stream then."""
-    if norms == "before":
-        return
-    if scaled:
-        yield Weight("residual.scale", (1,))
-    yield from norm.rows(d_model, STREAM_SCALE, "residual.after")
-
-
 def router_norm_rows(norm: NormSpec, d_model: int, own: bool) -> Iterator[Weight]:
     """The norm of what a router reads, where that is its own."""
     return norm.rows(d_model, INVERSE_ROOT, "router_norm") if own else iter(())
@@ -378,13 +332,6 @@ def beside_rows(mlp: Iterable[AnyRow], norm: NormSpec, d_model: int) -> Iterator
     yield from (row.under("beside.mlp") for row in mlp)
     yield from norm.rows(d_model, STREAM_SCALE, "beside.after")
     yield from norm.rows(d_model, STREAM_SCALE, "beside.experts_after")
-
-
-def residual_rows(d_model: int) -> Iterator[Weight]:
-    """The vectors of an affine residual: `(added + bias) * scale + (stream + bias) * scale`."""
-    for name in ("added_scale", "added_bias", "stream_bias", "stream_scale"):
-        fold = STREAM_SCALE if name.endswith("bias") else ""
-        yield Weight(f"residual.{name}", (d_model,), fold=fold)
 
 
 def entry_rows(d_model: int) -> Iterator[Weight]:
@@ -418,9 +365,16 @@ class LayerSpec:
     router_group: int | None = None
 
     @property
-    def norms_of_ffn(self) -> Norms:
-        """Where the norms of the feed-forward block stand."""
-        return self.ffn_norms or self.norms
+    def mixer_residual(self) -> ResidualSpec:
+        """How the mixer meets the stream."""
+        keeps = self.keeps and self.keeps[0]
+        return ResidualSpec(self.norms, keeps, self.affine, self.parallel)
+
+    @property
+    def ffn_residual(self) -> ResidualSpec:
+        """How the feed-forward block does."""
+        norms, keeps = self.ffn_norms or self.norms, self.keeps and self.keeps[1]
+        return ResidualSpec(norms, keeps, self.affine, self.parallel, self.scaled)
 
     def weights(
         self, number: int, d_model: int, norm: NormSpec
@@ -441,18 +395,18 @@ class LayerSpec:
             return
         if self.entry:
             yield from entry_rows(d_model)
-        yield from before_rows(norm, d_model, self.norms)
+        residual = self.mixer_residual
+        yield from residual.read_rows(norm, d_model)
         yield from self.mixer.rows(d_model)
-        yield from after_rows(norm, d_model, self.norms)
-        if self.affine:
-            yield from residual_rows(d_model)
+        yield from residual.added_rows(norm, d_model)
 
     def _ffn_rows(self, d_model: int, norm: NormSpec) -> Iterator[Weight]:
         """Those of experts aside."""
         if self.ffn is None:
             return
         norm = norm.ungated if isinstance(self.ffn, MlpSpec) else norm
-        yield from before_rows(norm, d_model, self.norms_of_ffn)
+        residual = self.ffn_residual
+        yield from residual.read_rows(norm, d_model)
         if isinstance(self.ffn, MlpSpec):
             yield from (row.under("mlp") for row in self.ffn.rows(d_model, "dense"))
         else:
@@ -462,9 +416,7 @@ class LayerSpec:
                 yield from self.ffn.shared.rows(d_model)
             if self.ffn.beside is not None:
                 yield from beside_rows(self.ffn.beside.rows(d_model, "dense"), norm, d_model)
-        yield from after_rows(norm, d_model, self.norms_of_ffn, self.scaled)
-        if self.affine:
-            yield from residual_rows(d_model)
+        yield from residual.added_rows(norm, d_model)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from ane_moe.model.experts import ExpertGroupConfig, SharedExpertConfig
 from ane_moe.parts.block import Block
 from ane_moe.parts.mlp import GatedMlp
 from ane_moe.parts.projection import Projection
-from ane_moe.parts.residual import residual
+from ane_moe.parts.residual import residual_alone
 
 
 def tree_sum(terms: list[Tensor]) -> Tensor:
@@ -32,7 +32,7 @@ class ExpertGroup(Block):
         self.experts = nn.ModuleList(
             GatedMlp(config.d_model, config.expert, config.ranks) for _ in range(config.size)
         )
-        self.residual = residual(config.d_model, config.affine, alone=True)
+        self.residual = residual_alone(config.d_model, config.affine)
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         x, gates = inputs["ffn_input"], inputs[self.config.gate_name]

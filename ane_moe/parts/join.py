@@ -5,7 +5,7 @@ from torch import Tensor
 from ane_moe.model.join import JoinConfig
 from ane_moe.parts.beside import Beside
 from ane_moe.parts.block import Block
-from ane_moe.parts.residual import NormedResidual
+from ane_moe.parts.residual import make_residual
 
 
 class Join(Block):
@@ -19,7 +19,7 @@ class Join(Block):
         d, norm = config.d_model, config.norm
         if config.beside is not None:
             self.beside = Beside(d, norm, config.beside, config.ranks)
-        self.residual = NormedResidual(d, norm, config.scaled)
+        self.residual = make_residual(d, norm, config.residual)
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         x, added = inputs["x"], inputs["added"]

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ane_moe.model.mixer import MixerConfig
 from ane_moe.parts.block import Block
-from ane_moe.parts.residual import Entry, kept, norms_of, residual
+from ane_moe.parts.residual import Entry, kept, make_residual, norm_before
 
 
 class Mixer(Block):
@@ -17,9 +17,10 @@ class Mixer(Block):
         self.config = config
         if config.entry:
             self.entry = Entry(config.d_model)
-        self.norm, after = norms_of(config.norm, config.d_model, config.norms)
+        facts = (config.d_model, config.norm, config.residual)
+        self.norm = norm_before(*facts)
         self.add_projections()
-        self.residual = residual(config.d_model, config.affine, after=after)
+        self.residual = make_residual(*facts)
 
     def add_projections(self) -> None:
         """Make the parameters of `mix`."""
@@ -36,6 +37,7 @@ class Mixer(Block):
             x = self.entry(x)
         h = self.norm(x)
         added, states = self.mix(h, inputs)
-        alone, base = self.config.alone, kept(x, h, self.config.keeps)
+        spec = self.config.residual
+        alone, base = spec.parallel, kept(x, h, spec.keeps)
         kept_now = {f"{name}_out": value for name, value in states.items()}
         return {"y": added if alone else self.residual(base, added), **kept_now}

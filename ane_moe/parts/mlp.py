@@ -10,7 +10,7 @@ from ane_moe.model.mlp import DenseConfig, MlpRanks
 from ane_moe.model.spec import MlpSpec
 from ane_moe.parts.block import Block
 from ane_moe.parts.projection import Projection
-from ane_moe.parts.residual import kept, norms_of, residual
+from ane_moe.parts.residual import kept, make_residual, norm_before
 
 # As good as no lower end for a gate: sigmoid(LOWEST) is 0. Open ends become infinite constants.
 LOWEST = -2e4
@@ -77,14 +77,15 @@ class Dense(Block):
     def __init__(self, config: DenseConfig):
         super().__init__()
         self.config = config
-        self.norm, after = norms_of(config.norm, config.d_model, config.norms)
+        facts = (config.d_model, config.norm, config.residual)
+        self.norm = norm_before(*facts)
         self.mlp = GatedMlp(config.d_model, config.mlp, config.ranks)
-        self.residual = residual(config.d_model, config.affine, after=after, scaled=config.scaled)
+        self.residual = make_residual(*facts)
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         x = inputs["x"]
         h = self.norm(x)
         added = self.mlp(h)
-        if self.config.parallel:
+        if self.config.residual.parallel:
             added = added + inputs["added"]
-        return {"y": self.residual(kept(x, h, self.config.keeps), added)}
+        return {"y": self.residual(kept(x, h, self.config.residual.keeps), added)}

@@ -10,7 +10,7 @@ from ane_moe.parts.experts import tree_sum
 from ane_moe.parts.mlp import GatedMlp
 from ane_moe.parts.norm import make_norm
 from ane_moe.parts.projection import Projection
-from ane_moe.parts.residual import kept, norms_of, residual
+from ane_moe.parts.residual import kept, make_residual, norm_before, residual_alone
 from ane_moe.parts.router import make_router
 
 
@@ -24,7 +24,7 @@ class Moe(Block):
         super().__init__()
         self.config = config
         d, moe = config.d_model, config.moe
-        self.norm, after = norms_of(config.norm, d, config.norms)
+        self.norm = norm_before(d, config.norm, config.residual)
         if moe.router_norm:
             self.router_norm = make_norm(d, config.norm)
         self.router = make_router(d, moe.router, config.soft)
@@ -40,8 +40,10 @@ class Moe(Block):
                 self.shared_gate = Projection(d, 1)
         if moe.beside is not None and not config.joined:
             self.beside = Beside(d, config.norm, moe.beside, config.beside_ranks)
-        after = None if config.joined else after
-        self.residual = residual(d, config.affine, not config.first, after, config.scaled)
+        if not config.first:
+            self.residual = residual_alone(d, config.residual.affine)
+        elif not config.joined:
+            self.residual = make_residual(d, config.norm, config.residual)
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         x = inputs["x"]
@@ -58,11 +60,11 @@ class Moe(Block):
             return {"y": added, **outputs}
         if self.config.moe.beside is not None:
             added = self.beside(x, added)
-        if self.config.parallel:
+        if self.config.residual.parallel:
             added = added + inputs["added"]
         # The stream comes last: it is larger than what is added to it, and fp16 rounds at the
         # larger term's scale.
-        return {"y": self.residual(kept(x, h, self.config.keeps), added), **outputs}
+        return {"y": self.residual(kept(x, h, self.config.residual.keeps), added), **outputs}
 
     def _shared(self, h: Tensor) -> list[Tensor]:
         shared = self.config.moe.shared

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ane_moe.model.spec import Norms, NormSpec
+from ane_moe.model.norm import NormSpec
+from ane_moe.model.residual import ResidualSpec
 from ane_moe.parts.norm import make_norm
 
 
@@ -53,7 +54,7 @@ class AddedScale(PlainResidual):
 
 
 class AffineResidual(AddedScale):
-    """`(added + bias) * scale + (stream + bias) * scale`, by channel (`LayerSpec.affine`)."""
+    """`(added + bias) * scale + (stream + bias) * scale`, by channel (`ResidualSpec.affine`)."""
 
     def __init__(self, d_model: int):
         super().__init__(d_model)
@@ -70,20 +71,21 @@ class AffineResidual(AddedScale):
         return (stream + self.stream_bias) * self.stream_scale
 
 
-def residual(
-    d_model: int,
-    affine: bool,
-    alone: bool = False,
-    after: NormSpec | None = None,
-    scaled: bool = False,
-) -> PlainResidual:
-    """The residual of a layer's half; `alone`: of a part of it that has not got the stream.
-    `after`: the norm of what is added; `scaled`: the stream is multiplied then."""
-    if after is not None:
-        return NormedResidual(d_model, after, scaled)
-    if not affine:
-        return PlainResidual()
-    return AddedScale(d_model) if alone else AffineResidual(d_model)
+def make_residual(d_model: int, norm: NormSpec, spec: ResidualSpec) -> PlainResidual:
+    """The residual of a layer's half."""
+    if spec.norms != "before":
+        return NormedResidual(d_model, norm, spec.scaled)
+    return unnormed_residual(d_model, spec)
+
+
+def unnormed_residual(d_model: int, spec: ResidualSpec) -> PlainResidual:
+    """That of a half whose sum is normed elsewhere, if at all."""
+    return AffineResidual(d_model) if spec.affine else PlainResidual()
+
+
+def residual_alone(d_model: int, affine: bool) -> PlainResidual:
+    """That of a part which has not got the stream."""
+    return AddedScale(d_model) if affine else PlainResidual()
 
 
 class Entry(nn.Module):
@@ -106,7 +108,6 @@ def kept(stream: Tensor, normed: Tensor, keeps: float | None) -> Tensor:
     return normed + stream * 0 if keeps == 1 else normed * keeps
 
 
-def norms_of(norm: NormSpec, d_model: int, norms: Norms) -> tuple[nn.Module, NormSpec | None]:
-    """The norm of what a layer's half reads, and what the one of what it adds is like."""
-    before = nn.Identity() if norms == "after" else make_norm(d_model, norm)
-    return before, None if norms == "before" else norm
+def norm_before(d_model: int, norm: NormSpec, spec: ResidualSpec) -> nn.Module:
+    """The norm of what a layer's half reads."""
+    return nn.Identity() if spec.norms == "after" else make_norm(d_model, norm)

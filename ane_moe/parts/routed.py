@@ -7,7 +7,7 @@ from ane_moe.model.routed import RoutedMixerConfig, RoutingConfig
 from ane_moe.parts.block import Block
 from ane_moe.parts.norm import make_norm
 from ane_moe.parts.registry import make_mixer
-from ane_moe.parts.residual import kept, norms_of, residual
+from ane_moe.parts.residual import kept, norm_before, unnormed_residual
 from ane_moe.parts.router import make_router
 
 
@@ -17,11 +17,12 @@ class Routing(nn.Module):
     def __init__(self, config: RoutedMixerConfig):
         super().__init__()
         d = config.mixer.d_model
-        self.norm, after = norms_of(config.mixer.norm, d, config.norms)
-        self.apart, self.normed = after is not None, config.norms != "after"
+        spec = config.residual
+        self.norm = norm_before(d, config.mixer.norm, spec)
+        self.apart, self.normed = spec.norms != "before", spec.norms != "after"
         self.router_norm = make_norm(d, config.mixer.norm) if config.router_norm else None
         self.router = make_router(d, config.router)
-        self.residual, self.keeps = residual(d, config.affine), config.keeps
+        self.residual, self.keeps = unnormed_residual(d, spec), spec.keeps
 
     def forward(self, x: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         # Without a norm, one value would be two outputs, of which a program has but one.
@@ -48,7 +49,7 @@ class RoutedMixer(Block):
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         outputs: dict[str, Tensor] = self.attn(**inputs)
-        if self.config.parallel:
+        if self.config.residual.parallel:
             return self.ffn(inputs["x"], inputs) | outputs
         return outputs | self.ffn(outputs["y"], inputs)
 

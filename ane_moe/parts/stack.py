@@ -22,7 +22,7 @@ class StackedLayer(nn.Module):
         self.attn = None if mixer is None else make_mixer(mixer)
         self.ffn = None if ffn is None else Moe(ffn) if isinstance(ffn, MoeConfig) else Dense(ffn)
         self.kept = [] if mixer is None else [port.name for port in mixer.states]
-        self.parallel = mixer is not None and mixer.alone
+        self.parallel = mixer is not None and mixer.residual.parallel
 
 
 class Stack(Block):

@@ -17,6 +17,7 @@ from ane_moe.model.experts import ExpertGroupConfig, SharedExpertConfig
 from ane_moe.model.head import HeadConfig
 from ane_moe.model.mlp import DenseConfig
 from ane_moe.model.moe import MoeConfig
+from ane_moe.model.residual import ResidualSpec
 from ane_moe.model.routed import RoutedMixerConfig
 from ane_moe.model.short_conv import ShortConvConfig, ShortConvSpec
 from ane_moe.model.spec import (
@@ -93,14 +94,18 @@ def test_every_block_converts_with_all_its_weights_as_constants_of_both_function
             explicit=True,
             ranks=(("q", 2), ("k", 2), ("v", 2), ("o", 2)),
         ),
-        CcaConfig(16, NORM, CCA, rotary=2, slots=32, affine=True, entry=True),
+        CcaConfig(
+            16, NORM, CCA, rotary=2, slots=32, residual=ResidualSpec(affine=True), entry=True
+        ),
         CcaConfig(16, NORM, CCA, rotary=2, slots=32, explicit=True),
         ShortConvConfig(16, NORM, ShortConvSpec(3)),
         ShortConvConfig(16, NORM, ShortConvSpec(4, bias=True), explicit=True),
-        MoeConfig(16, NORM, EDA, experts=4, first=True, affine=True),
-        MoeConfig(16, NORM, EDA, experts=2, first=False, affine=True),
+        MoeConfig(16, NORM, EDA, experts=4, first=True, residual=ResidualSpec(affine=True)),
+        MoeConfig(16, NORM, EDA, experts=2, first=False, residual=ResidualSpec(affine=True)),
         RoutedMixerConfig(
-            CcaConfig(16, NORM, CCA, rotary=2, slots=32, affine=True), EDA.router, affine=True
+            CcaConfig(16, NORM, CCA, rotary=2, slots=32, residual=ResidualSpec(affine=True)),
+            EDA.router,
+            residual=ResidualSpec(affine=True),
         ),
         ExpertGroupConfig(16, EDA.expert, 2, affine=True),
         MoeConfig(16, NORM, MOE, experts=4, first=True),

@@ -369,7 +369,7 @@ MUTATIONS: dict[str, tuple[Callable[[ModelSpec, Change], ModelSpec], Change]] = 
     "what experts add": (
         of_layers,
         lambda one: {
-            "adds": (one.adds[0], one.adds[1] * (1.1 if one.norms_of_ffn == "before" else 1))
+            "adds": (one.adds[0], one.adds[1] * (1.1 if one.ffn_residual.norms == "before" else 1))
         },
     ),
     "the router of the group before": (

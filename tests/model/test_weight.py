@@ -20,6 +20,7 @@ from ane_moe.model.mamba2 import Mamba2Config, Mamba2Spec
 from ane_moe.model.mla import MlaConfig, MlaSpec
 from ane_moe.model.mlp import DenseConfig
 from ane_moe.model.moe import MoeConfig
+from ane_moe.model.residual import ResidualSpec
 from ane_moe.model.routed import RoutedMixerConfig, RoutingConfig
 from ane_moe.model.short_conv import ShortConvConfig, ShortConvSpec
 from ane_moe.model.spec import (
@@ -73,17 +74,26 @@ CONFIGS = [
     AttentionConfig(D, NORM, OWN, 4, 32),
     SharedAttentionConfig(D, NORM, SHARED, 4, 32, ranks=(("q", 1), ("o", 3))),
     RingConfig(D, NORM, replace(GQA, window=9), 0, 32),
-    CcaConfig(D, NORM, CCA, 2, 32, ranks=(("v_delayed", 2),), affine=True, entry=True),
+    CcaConfig(
+        D,
+        NORM,
+        CCA,
+        2,
+        32,
+        ranks=(("v_delayed", 2),),
+        residual=ResidualSpec(affine=True),
+        entry=True,
+    ),
     ShortConvConfig(D, NORM, ShortConvSpec(3, bias=True), ranks=(("b", 2),)),
     RoutedMixerConfig(ATTENTION, MOE.router),
     RoutingConfig(D, NORM, MOE.router),
-    RoutedMixerConfig(ATTENTION, EDA.router, affine=True),
+    RoutedMixerConfig(ATTENTION, EDA.router, residual=ResidualSpec(affine=True)),
     DENSE,
-    DenseConfig(D, NORM, MlpSpec(24), affine=True),
+    DenseConfig(D, NORM, MlpSpec(24), residual=ResidualSpec(affine=True)),
     MoeConfig(D, NORM, MOE, 4, True, False, RANKS, RANKS),
     MoeConfig(D, NORM, MOE, 2, False),
-    MoeConfig(D, NORM, EDA, 4, True, affine=True),
-    MoeConfig(D, NORM, EDA, 2, False, affine=True),
+    MoeConfig(D, NORM, EDA, 4, True, residual=ResidualSpec(affine=True)),
+    MoeConfig(D, NORM, EDA, 2, False, residual=ResidualSpec(affine=True)),
     MoeConfig(D, NORM, EDA, 4, True, soft=True),
     StackConfig(((None, DENSE), (ATTENTION, None))),
     DenseConfig(D, NORM, MlpSpec(24, bias=True, squared=True), RANKS),
@@ -97,17 +107,21 @@ CONFIGS = [
     BandConfig(D, NORM, BAND, ranks=(("o", 2),)),
     MoeConfig(D, NORM, CLAMPED, 4, True, False, RANKS),
     MlaConfig(D, NormSpec(kind="layer", bias=True), MLA, 2, 32, ranks=(("q_down", 2),)),
-    MoeConfig(D, NORM, MOE, 4, True, norms="around"),
-    MoeConfig(D, NORM, MOE, 2, True, norms="after"),
-    DenseConfig(D, NORM, MlpSpec(24), norms="around"),
-    JoinConfig(D, NORM),
-    JoinConfig(D, NORM, MlpSpec(24), RANKS, scaled=True),
-    MoeConfig(D, NORM, BESIDE, 4, True, norms="around", scaled=True, beside_ranks=RANKS),
-    DenseConfig(D, NORM, MlpSpec(24), norms="around", scaled=True),
+    MoeConfig(D, NORM, MOE, 4, True, residual=ResidualSpec("around")),
+    MoeConfig(D, NORM, MOE, 2, True, residual=ResidualSpec("after")),
+    DenseConfig(D, NORM, MlpSpec(24), residual=ResidualSpec("around")),
+    JoinConfig(D, NORM, ResidualSpec("around")),
+    JoinConfig(D, NORM, ResidualSpec("after", scaled=True), MlpSpec(24), RANKS),
+    MoeConfig(
+        D, NORM, BESIDE, 4, True, residual=ResidualSpec("around", scaled=True), beside_ranks=RANKS
+    ),
+    DenseConfig(D, NORM, MlpSpec(24), residual=ResidualSpec("around", scaled=True)),
     DeltaNetConfig(D, NORM, DeltaNetSpec(2, 4, 8, 6, 3, 1e-6), ranks=(("query", 2), ("z", 1))),
     KdaConfig(D, NORM, KdaSpec(2, 2, 8, 8, 3, 1e-6, rank=8), ranks=(("z_down", 2), ("z", 1))),
     KdaConfig(D, NORM, KdaSpec(2, 2, 8, 8, 3, 1e-6, floor=5.0)),
-    LightningConfig(D, NORM, LightningSpec(2, 8, 1e-6), ranks=(("gate", 2),), keeps=2.0),
+    LightningConfig(
+        D, NORM, LightningSpec(2, 8, 1e-6), ranks=(("gate", 2),), residual=ResidualSpec(keeps=2.0)
+    ),
     MambaConfig(D, NORM, MambaSpec(32, 8, 5, 3, 1e-6, bias=True), ranks=(("u", 2),)),
     Mamba2Config(D, NORM, Mamba2Spec(4, 6, 2, 8, 3, 1e-6, bias=True), ranks=(("u", 2),)),
 ]
