@@ -3,9 +3,10 @@ docs/placement.md, or put it there.
 
     python scripts/compare_forms.py [--write] [MODEL ...]
 
-Each model's functions for one token are made with their real sizes, without weights, in our forms
-and in others, and priced by Core ML's own estimates (ane_moe/placement/estimates.toml): the
-cheapest way through the function, and how many runs on the engine it has. Nothing is measured.
+Each model's functions for one token (an encoder's for 128) are made with their real sizes, without
+weights, in our forms and in others, and priced by Core ML's own estimates
+(ane_moe/placement/estimates.toml): the cheapest way through the function, and how many runs on the
+engine it has. Nothing is measured.
 """
 
 import logging
@@ -15,14 +16,14 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -33,9 +34,15 @@ from ane_moe.families import describe_config  # noqa: E402
 from ane_moe.forecast.layer_kinds import KindsPlan, plan_kinds  # noqa: E402
 from ane_moe.formats.recipe import FP16  # noqa: E402
 from ane_moe.mlprogram.reader import read_program  # noqa: E402
+from ane_moe.model.moe import MoeConfig  # noqa: E402
+from ane_moe.model.spec import MlpSpec  # noqa: E402
 from ane_moe.model.template_key import TemplateKey  # noqa: E402
 from ane_moe.parts import attention, cca, router  # noqa: E402
+from ane_moe.parts.experts import tree_sum  # noqa: E402
+from ane_moe.parts.mlp import GatedMlp  # noqa: E402
+from ane_moe.parts.moe import Moe  # noqa: E402
 from ane_moe.parts.norm import RmsNorm  # noqa: E402
+from ane_moe.parts.projection import Projection  # noqa: E402
 from ane_moe.placement.dispatch import Choice, dispatch  # noqa: E402
 from ane_moe.placement.estimates import estimate_book  # noqa: E402
 from ane_moe.placement.facts import FunctionFacts, function_facts  # noqa: E402
@@ -49,8 +56,10 @@ PAGE = ROOT / "docs" / "placement.md"
 MARKED = re.compile(r"(<!-- forms -->\n).*(<!-- end of forms -->)", re.DOTALL)
 CHIPS, SYSTEM = ("m1", "m4", "m5", "m6"), 27
 SLOTS = 2048  # of the caches
+LENGTH = 128  # tokens of a call of an encoder
+MOST_SUMMED = 16_384  # channels that a product sums over
 FAR = 2e4
-MODELS = (
+DECODERS = (
     "granite-3.1-1b-a400m",
     "qwen3-30b-a3b",
     "qwen1.5-moe-a2.7b",
@@ -59,20 +68,24 @@ MODELS = (
     "lfm2-8b-a1b",
     "zaya1-8b",
 )
+ENCODERS = ("privacy-filter",)
+MODELS = DECODERS + ENCODERS
 PRODUCTS = ("conv", "matmul")
-OUR_NORM = RmsNorm.__init__
+OUR_NORM, OUR_MOE = RmsNorm.__init__, Moe.__init__
 
 
 @dataclass(frozen=True)
 class Form:
     """`put`: what stands in the place of ours, as (owner, name, other). `kept` says whether the
-    results stay what they are for every input, or what becomes of them."""
+    results stay what they are for every input, or what becomes of them. `of`: the models that it is
+    for."""
 
     part: str
     label: str
     kept: str
     put: tuple[tuple[Any, str, Any], ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
+    of: tuple[str, ...] = MODELS
 
 
 def squares(self: RmsNorm, x: Tensor) -> Tensor:
@@ -146,6 +159,45 @@ def caches(attend: Callable[..., Tensor]) -> tuple[tuple[Any, str, Any], ...]:
     return (attention, "attend", attend), (cca, "attend", attend), (tracing, "MARKER", 1), as_it_is
 
 
+class WideExperts(nn.Module):
+    """Experts side by side, `(1, d, 1, T)` each: the last product sums over all of them, and
+    another adds their biases by the gates."""
+
+    def __init__(self, d_model: int, spec: MlpSpec, count: int):
+        super().__init__()
+        self.count, width = count, count * spec.width
+        self.mlp = GatedMlp(d_model, replace(spec, width=width))
+        self.mlp.down = Projection(width, d_model)
+        self.biases = Projection(count, d_model) if spec.bias else None
+
+    def forward(self, x: Tensor, gates: Tensor) -> Tensor:
+        hidden = self.mlp._hidden(x)
+        apart = hidden.reshape(1, self.count, hidden.shape[1] // self.count, -1)
+        y = self.mlp.down((apart * gates).reshape(1, hidden.shape[1], 1, -1))
+        return y if self.biases is None else y + self.biases(gates)
+
+
+def widened(self: Moe, config: MoeConfig) -> None:
+    """As few products as may sum over their channels."""
+    OUR_MOE(self, config)
+    expert, most = config.moe.expert, MOST_SUMMED // config.moe.expert.width
+    firsts = range(0, config.experts, most)
+    sizes = [min(most, config.experts - first) for first in firsts]
+    self.experts = nn.ModuleList(WideExperts(config.d_model, expert, size) for size in sizes)
+
+
+def side_by_side(self: Moe, **inputs: Tensor) -> dict[str, Tensor]:
+    """Of a layer without shared experts, its norm before."""
+    x = inputs["x"]
+    h = self.norm(x)
+    gates, _ = self.router.gates(h, inputs)
+    mine = self.select(gates) if self.config.split else gates
+    each = mine.split([expert.count for expert in self.experts], dim=1)
+    added = tree_sum([expert(h, own) for expert, own in zip(self.experts, each, strict=True)])
+    y = self.residual(x, added) if self.config.first else self.residual.alone(added)
+    return {"y": y, "gates": gates}
+
+
 FORMS = (
     Form("", "ours", ""),
     Form("norm", "squares of x itself", "no: Inf beyond 255", ((RmsNorm, "forward", squares),)),
@@ -156,11 +208,18 @@ FORMS = (
         "rounded otherwise",
         ((RmsNorm, "forward", lengths), (RmsNorm, "__init__", counted)),
     ),
-    Form("attention", "caches turned", "yes, but one token only", caches(keys_first)),
-    Form("attention", "fused operation", "no: NaN since OS 26", caches(fused)),
-    Form("attention", "--state explicit", "yes", options={"state": "explicit"}),
+    Form("attention", "caches turned", "yes, but one token only", caches(keys_first), of=DECODERS),
+    Form("attention", "fused operation", "no: NaN since OS 26", caches(fused), of=DECODERS),
+    Form("attention", "--state explicit", "yes", options={"state": "explicit"}, of=DECODERS),
     Form("router", "topk", "no: all of equal ones", ((router, "top_k_mask", sorted_mask),)),
     Form("router", "k rounds of maximum", "no: as topk", ((router, "top_k_mask", rounds_mask),)),
+    Form(
+        "experts",
+        "side by side in 6 products",
+        "yes",
+        ((Moe, "__init__", widened), (Moe, "forward", side_by_side)),
+        of=ENCODERS,
+    ),
 )
 
 
@@ -211,7 +270,8 @@ def total(config: dict[str, Any], form: Form, chips: tuple[str, ...]) -> dict[st
         for owner, name, other in form.put:
             stack.enter_context(mock.patch.object(owner, name, other))
         for routing in ("masked", "sparse"):
-            asked = {"routing": routing, "recipe": FP16, "prefill": 0, "context": SLOTS}
+            calls = {"lengths": (LENGTH,)} if spec.is_encoder else {"prefill": 0, "context": SLOTS}
+            asked = {"routing": routing, "recipe": FP16, **calls}
             options = ConvertOptions(**(asked | form.options))
             for number, (key, count) in enumerate(graphs(plan_kinds(spec, options))):
                 package = write_graph(key, Path(folder) / f"{routing}_{number}")
@@ -244,7 +304,7 @@ def row(model: str, form: Form, found: dict[str, Total], ours: dict[str, Total])
 
 def rows(model: str, chips: tuple[str, ...] = CHIPS) -> Iterator[str]:
     ours = total(PRESETS[model], FORMS[0], chips)
-    for form in FORMS:
+    for form in (form for form in FORMS if model in form.of):
         found = total(PRESETS[model], form, chips) if form.part else ours
         if form is FORMS[0] or found != ours:
             yield row(model, form, found, ours)
