@@ -44,6 +44,11 @@ class ShardFunction:
     weight_bytes: int = 0
     rate: str = "fp16"
 
+    @property
+    def dispatched(self) -> bool:
+        """Whether the host calls it for the tokens that chose its experts."""
+        return any(port.root == FFN_INPUT for port in self.ports.inputs)
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -109,7 +114,7 @@ class Shard:
     @property
     def dispatched(self) -> bool:
         """Whether the host calls its functions for the tokens that chose their experts."""
-        return any(port.slot == FFN_INPUT for port in self.functions[0].ports.inputs)
+        return self.functions[0].dispatched
 
     @property
     def copies(self) -> dict[tuple[int, ...], tuple[ShardFunction, ...]]:

@@ -21,7 +21,7 @@ from ane_moe.model.mixers import mixer_config
 from ane_moe.model.mlp import DenseConfig, MlpRanks
 from ane_moe.model.moe import MoeConfig
 from ane_moe.model.part import PartConfig
-from ane_moe.model.port import ADDED, STREAM, How, Ports, track_slot
+from ane_moe.model.port import ADDED, FFN_INPUT, STREAM, How, Ports, track_slot
 from ane_moe.model.routed import RoutedMixerConfig, RoutingConfig
 from ane_moe.model.spec import (
     GqaSpec,
@@ -319,11 +319,12 @@ def _blocks(
     tracks: TrackSpec, count: int, layers: Sequence[int], options: ConvertOptions
 ) -> list[tuple[range, ...]]:
     """The blocks of tracks, out of `count` layers, that make up `layers`. Raises UserError where
-    they are not whole, or the host would have to call experts inside of them."""
-    if options.routing == "sparse":
+    they are not whole, or the host would have to call experts inside of one package."""
+    if options.routing == "sparse" and options.tracks == "packed":
         raise UserError(
-            "experts of tracks are not called one by one",
-            do="give --routing masked: a track's layers share a package, experts and all",
+            "the host calls experts between layers of a track",
+            "all layers of a block are in one package",
+            "give --tracks apart, or --routing masked",
         )
     chosen, blocks = set(layers), []
     for block in tracks.blocks(count):
@@ -495,7 +496,8 @@ class _Planner:
         shards: list[ShardPlan] = []
         rest = tuple(layers)
         while rest:
-            fitting = (n for n in range(len(rest), 0, -1) if self._fits(rest[:n]))
+            whole = self._undispatched(rest)
+            fitting = (n for n in range(whole, 0, -1) if self._fits(rest[:n]))
             count = next(fitting, 0)
             shards += [self.stack(rest[:count])] if count else self.layers(rest[:1])
             rest = rest[count or 1 :]
@@ -529,17 +531,21 @@ class _Planner:
         )
 
     def _can_stack(self, group: tuple[int, ...]) -> bool:
-        layers = [self.spec.layers[n] for n in group]
         neighbours = tuple(group) == tuple(range(group[0], group[-1] + 1))
         if not 1 < len(group) <= self.options.layers_per_shard or not neighbours:
             return False
-        if self.options.routing == "sparse" and any(
-            isinstance(layer.ffn, MoeSpec) for layer in layers
-        ):
-            return False  # the host dispatches the experts between attention and the next layer
+        if self._undispatched(group) < len(group):
+            return False
         if not can_share(self._stack(group).layers):
             return False
         return self._fits(group)
+
+    def _undispatched(self, group: Sequence[int]) -> int:
+        """How many layers come before one whose experts the host dispatches, between its mixer and
+        the next layer."""
+        sparse = self.options.routing == "sparse"
+        kept = (sparse and isinstance(self.spec.layers[n].ffn, MoeSpec) for n in group)
+        return next((place for place, dispatched in enumerate(kept) if dispatched), len(group))
 
     def _stack(self, group: Sequence[int]) -> StackConfig:
         lends = self._lends(group)
@@ -925,14 +931,16 @@ def _on_track(shards: Sequence[ShardPlan], track: int, tracks: TrackSpec) -> lis
     """The shards of a track's part of a block: they begin with the stream, hand on a slot of the
     track's own, and end with the meeting, which the first of the tracks begins."""
     meets: How = tracks.reduce if track else "set"
-    own, moved = track_slot(track), []
+    own, moved = track_slot(STREAM, track), []
+    normed = track_slot(FFN_INPUT, track)
     setters = [place for place, shard in enumerate(shards) if _sets_stream(shard)]
     for place, shard in enumerate(shards):
         begins = sum(setter <= place for setter in setters) == 1
         ends = place >= setters[-1]
         ports = (STREAM if begins else own, STREAM if ends else own, meets if ends else "set")
         functions = tuple(
-            replace(entry, ports=entry.ports.through(*ports)) for entry in shard.functions
+            replace(entry, ports=entry.ports.through(*ports).renamed(FFN_INPUT, normed))
+            for entry in shard.functions
         )
         moved.append(replace(shard, functions=functions))
     return moved

@@ -17,7 +17,7 @@ from ane_moe.errors import UserError
 from ane_moe.forecast.compile_time import most_layers
 from ane_moe.forecast.layer_kinds import plan_kinds
 from ane_moe.forecast.planned_facts import PlannedFunction, facts_of_plan
-from ane_moe.model.spec import ModelSpec
+from ane_moe.model.spec import ModelSpec, MoeSpec
 from ane_moe.placement.estimates import estimate_book
 from ane_moe.placement.predicted import judge
 from ane_moe.placement.rules import RuleBook, rule_book
@@ -33,7 +33,8 @@ Routing = Literal["masked", "sparse"]
 
 def routings(spec: ModelSpec) -> tuple[Routing, ...]:
     """The ways to compute experts that give what the model gives."""
-    return ("masked",) if spec.tracks else ("masked", "sparse")
+    dispatched = any(isinstance(layer.ffn, MoeSpec) for layer in spec.layers)
+    return ("masked", "sparse") if dispatched else ("masked",)
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ function computes: none, where every token passes through it (the shared expert)
 shared) to `y [1,d,1,B]`.
 """
 
+import threading
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -69,10 +69,19 @@ class ExpertLayer:
         return (*self.groups, *([self.shared] if self.shared else []))
 
     @cached_property
+    def entry(self) -> ShardFunction:
+        """One of the functions: their slots are those of all."""
+        return next(iter(self.groups[0].functions.values()))
+
+    @cached_property
+    def source(self) -> str:
+        """The slot of the normed stream that they are given."""
+        return next(port.slot for port in self.entry.ports.inputs if port.root == FFN_INPUT)
+
+    @cached_property
     def target(self) -> str:
         """The slot that they add to."""
-        function = next(iter(self.groups[0].functions.values()))
-        return function.ports.outputs[0].slot
+        return self.entry.ports.outputs[0].slot
 
     @cached_property
     def _holder(self) -> dict[int, int]:
@@ -136,8 +145,8 @@ def _require_once(groups: Sequence[Group], layer: int) -> None:
         )
 
 
-class Scratch:
-    """Inputs of expert calls, one set for those of the same shapes."""
+class Scratch(threading.local):
+    """Inputs of expert calls, one set for those of the same shapes, in each thread."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[Shape, ...], list[np.ndarray]] = {}
@@ -158,8 +167,8 @@ class Scratch:
 
 
 class ExpertDispatch:
-    """Runs chosen experts, `concurrency` at a time; sums in fp32 in the order of experts, so the
-    result is the same."""
+    """Runs chosen experts, `concurrency` of a layer at a time; sums in the order of experts, so the
+    result is the same. Layers may be added to at once."""
 
     def __init__(
         self, layers: dict[int, ExpertLayer], cache: ExpertCache, concurrency: int = 1
@@ -169,9 +178,7 @@ class ExpertDispatch:
         self.layers = layers
         self.cache = cache
         self._pool = ThreadPoolExecutor(concurrency, "expert") if concurrency > 1 else None
-        self._scratch: SimpleQueue[Scratch] = SimpleQueue()
-        for _ in range(concurrency):
-            self._scratch.put(Scratch())
+        self._scratch = Scratch()
 
     def chosen(self, layer: int, gates: np.ndarray) -> list[int]:
         """Experts of a layer with a gate other than zero in `gates [E,T]`, in order."""
@@ -186,8 +193,8 @@ class ExpertDispatch:
         total: np.ndarray,
         clock: CallClock,
     ) -> None:
-        """Add to `total [d,T]` (fp32) what `experts` and the shared one give for `ffn_input [d,T]`
-        under `gates [E,T]`.
+        """Add to `total [d,T]` (fp32 or fp64) what `experts` and the shared one give for
+        `ffn_input [d,T]` under `gates [E,T]`.
 
         Raises UserError when an expert has no function or its function cannot be loaded.
         """
@@ -227,25 +234,21 @@ class ExpertDispatch:
         clock: CallClock,
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Pieces of `tokens` with their `y [d,piece]`."""
-        scratch = self._scratch.get()
-        try:
-            results = []
-            for piece, bucket in group.pieces(tokens):
-                given = {
-                    FFN_INPUT: ffn_input[:, piece],
-                    GATES: gates[list(group.experts)][:, piece],
-                }
-                features = scratch.features(group.functions[bucket], given)
-                with self.cache.hold(group.key(bucket), clock) as function:
-                    started = clock.start()
-                    try:
-                        outputs = function.predict(features)
-                    finally:
-                        clock.stop(KIND, started)
-                results.append((piece, by_channel(outputs["y"])[:, : len(piece)]))
-            return results
-        finally:
-            self._scratch.put(scratch)
+        results = []
+        for piece, bucket in group.pieces(tokens):
+            given = {
+                FFN_INPUT: ffn_input[:, piece],
+                GATES: gates[list(group.experts)][:, piece],
+            }
+            features = self._scratch.features(group.functions[bucket], given)
+            with self.cache.hold(group.key(bucket), clock) as function:
+                started = clock.start()
+                try:
+                    outputs = function.predict(features)
+                finally:
+                    clock.stop(KIND, started)
+            results.append((piece, by_channel(outputs["y"])[:, : len(piece)]))
+        return results
 
 
 def open_cache(

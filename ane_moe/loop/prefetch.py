@@ -5,6 +5,7 @@ d = d_model, E = experts of a layer, k = experts per token.
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Protocol
 
 import numpy as np
@@ -140,19 +141,21 @@ class Prefetch:
         self._next = dict(zip(layers, layers[1:] + layers[:1], strict=True))
         self._last = layers[-1]
         self._predicted: dict[int, frozenset[int]] = {}
+        self._lock = Lock()  # tracks run at once
 
     def layer_starts(self, layer: int, used: Sequence[int], hidden: np.ndarray) -> None:
         """The gates of `layer` chose `used`; `hidden` is the residual stream `[d]` its experts will
         add to."""
-        if layer in self._predicted:
-            predicted = self._predicted.pop(layer)
-            self._figures.needed += len(used)
-            self._figures.predicted += len(predicted)
-            self._figures.right += len(predicted.intersection(used))
-        self._predictor.observe(layer, used)
         following = self._next[layer]
-        experts = self._predictor.predict(following, None if layer == self._last else hidden)
-        self._predicted[following] = frozenset(experts)
+        with self._lock:
+            if layer in self._predicted:
+                predicted = self._predicted.pop(layer)
+                self._figures.needed += len(used)
+                self._figures.predicted += len(predicted)
+                self._figures.right += len(predicted.intersection(used))
+            self._predictor.observe(layer, used)
+            experts = self._predictor.predict(following, None if layer == self._last else hidden)
+            self._predicted[following] = frozenset(experts)
         self._dispatch.load_ahead(following, experts, (layer, used))
 
 

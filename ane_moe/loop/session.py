@@ -202,6 +202,9 @@ class Session:
         if shards.cache is None:
             return None
         self.figures.cache = shards.cache.figures
+        meetings = self.manifest.synchronisations
+        if meetings and meetings.each_step:  # tracks run at once, and the experts of each do not
+            concurrency = 1
         return ExpertDispatch(shards.experts, shards.cache, concurrency)
 
     def _ahead(self, name: str, dispatch: ExpertDispatch | None) -> Prefetch | None:

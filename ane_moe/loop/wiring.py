@@ -18,7 +18,7 @@ from ane_moe.loop.experts import ExpertDispatch, ExpertLayer
 from ane_moe.loop.figures import CallClock
 from ane_moe.loop.shards import LoadedShard, Step
 from ane_moe.manifest import TAIL, Shard, ShardFunction
-from ane_moe.model.port import FFN_INPUT, LOGITS, MEETING, STATE, STREAM
+from ane_moe.model.port import LOGITS, MEETING, STATE, STREAM, slot_root
 from ane_moe.runtime.interface import LoadedFunction
 
 
@@ -127,21 +127,25 @@ class Dispatched:
     dispatch: ExpertDispatch
     slots: Slots
     notice: Callable[[int, list[int], np.ndarray], None] | None  # of what was chosen
+    met: tuple[tuple[str, Share], ...] = ()  # as of a Call
 
     def run(self, clock: CallClock) -> dict[str, np.ndarray]:
-        """Add what the chosen experts give to the stream, or to the slot that they name."""
+        """Add what the chosen experts give to the stream, or to the slot that they name; where
+        tracks meet, give it as an output instead."""
         count = self.slots.count  # padding chooses nobody
-        stream = self.slots.columns(STREAM)[:, :count]
-        target = self.slots.columns(self.dispatch.layers[self.layer].target)[:, :count]
-        ffn_input = self.slots.columns(FFN_INPUT)[:, :count]
+        table = self.dispatch.layers[self.layer]
+        target = self.slots.columns(table.target)
+        ffn_input = self.slots.columns(table.source)[:, :count]
         gates = self.slots.columns(f"gates.{self.layer}")[:, :count]
         chosen = self.dispatch.chosen(self.layer, gates)
         if self.notice:
-            self.notice(self.layer, chosen, stream[:, 0])
-        total = target.astype(np.float32)
-        self.dispatch.add(self.layer, chosen, ffn_input, gates, total, clock)
-        target[:] = total
-        return {}
+            stream = table.target if slot_root(table.target) == STREAM else STREAM
+            self.notice(self.layer, chosen, self.slots.columns(stream)[:, 0])
+        total = np.zeros(target.shape) if self.met else target.astype(np.float32)
+        self.dispatch.add(self.layer, chosen, ffn_input, gates, total[:, :count], clock)
+        if not self.met:
+            target[:] = total
+        return {name: total[None, :, None] for name, _ in self.met}
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,7 @@ class Meeting:
     """The calls of tracks, and what becomes of their outputs together. Chains of calls know nothing
     of each other, so that they may run at once; the sum is exact, so that no order changes it."""
 
-    calls: tuple[Call, ...]
+    calls: tuple[Call | Dispatched, ...]
     chains: tuple[tuple[int, ...], ...]  # places in `calls`
     pool: Executor | None
 
@@ -228,31 +232,35 @@ class Wiring:
         groups = _groups(entries)
         calls: list[Call | Dispatched] = []
         for place, (step, entry) in enumerate(zip(steps, entries, strict=True)):
-            if entry is None:
-                assert isinstance(step, ExpertLayer) and self.dispatch is not None
-                calls.append(Dispatched(step.layer, self.dispatch, slots, self.notice))
+            group = next((group for group in groups if place in group.places), None)
+            if isinstance(step, ExpertLayer):
+                calls.append(self._dispatched(step, slots, place, group))
             else:
-                assert isinstance(step, LoadedShard)
-                group = next((group for group in groups if place in group.places), None)
                 calls.append(self._call(step, entry, slots, place, group))
-        tokens = next(entry.tokens for entry in entries if entry)
+        tokens = next(entry.tokens for entry in entries if not entry.dispatched)
         return Lane(tokens, slots, tuple(self._steps(entries, calls, groups)))
 
     def _steps(
         self,
-        entries: Sequence[ShardFunction | None],
+        entries: Sequence[ShardFunction],
         calls: Sequence[Call | Dispatched],
         groups: Sequence["_Group"],
     ) -> Iterator[Call | Dispatched | Meeting]:
         """What runs between two meetings of tracks, up to the second of them, in one."""
         first = 0
         for slot, places in _meetings(groups):
-            own = calls[places.start : places.stop]
-            between = tuple(call for call in own if isinstance(call, Call))
-            chains = _chains([call.entry for call in between], slot)
-            yield Meeting(between, chains, self._pool)
+            between = slice(places.start, places.stop)
+            yield Meeting(tuple(calls[between]), _chains(entries[between], slot), self._pool)
             first = places.stop
         yield from calls[first:]
+
+    def _dispatched(
+        self, step: ExpertLayer, slots: Slots, place: int, group: "_Group | None"
+    ) -> Dispatched:
+        shares = () if group is None else (group.share(place, slots.columns(group.slot)),)
+        met = tuple((port.name, share) for port in step.entry.ports.outputs for share in shares)
+        assert self.dispatch is not None
+        return Dispatched(step.layer, self.dispatch, slots, self.notice, met)
 
     def _call(
         self,
@@ -329,15 +337,15 @@ class _Group:
         return any(slot in written for written in self.written[self.places.index(place) + 1 :])
 
 
-def _entry(step: Step, name: str) -> ShardFunction | None:
-    """The function of a shard that is called `name`, or stands in every lane; None for experts,
-    which have functions enough."""
+def _entry(step: Step, name: str) -> ShardFunction:
+    """The function of a shard that is called `name`, or stands in every lane; of experts, one that
+    stands for all."""
     if isinstance(step, ExpertLayer):
-        return None
+        return step.entry
     return next(entry for entry in step.shard.functions if entry.name in (name, TAIL))
 
 
-def meetings(entries: Sequence[ShardFunction | None]) -> list[range]:
+def meetings(entries: Sequence[ShardFunction]) -> list[range]:
     """The places of what tracks call up to each of their meetings."""
     return [places for _, places in _meetings(_groups(entries))]
 
@@ -351,17 +359,17 @@ def _meetings(groups: Sequence[_Group]) -> Iterator[tuple[str, range]]:
             first = group.places[-1] + 1
 
 
-def _groups(entries: Sequence[ShardFunction | None]) -> list[_Group]:
+def _groups(entries: Sequence[ShardFunction]) -> list[_Group]:
     """Neighbours of which one sets a slot and the next ones add to it, or which all add to it; and
-    tracks that meet in it, whatever lies between them."""
+    tracks that meet in it, whatever lies between them. Dispatched experts are of the latter alone:
+    elsewhere they add to the slot as they find it."""
     groups: list[_Group] = []
-    for slot in dict.fromkeys(
-        port.slot for entry in entries if entry for port in entry.ports.outputs
-    ):
+    given = [{port.slot: port.how for port in entry.ports.outputs} for entry in entries]
+    for slot in dict.fromkeys(slot for outputs in given for slot in outputs):
         open_group: _Group | None = None
-        for place, entry in enumerate(entries):
-            outputs = {port.slot: port.how for port in entry.ports.outputs} if entry else {}
-            how = outputs.get(slot)
+        meets = any(outputs.get(slot) in MEETING for outputs in given)
+        for place, (entry, outputs) in enumerate(zip(entries, given, strict=True)):
+            how = outputs.get(slot) if meets or not entry.dispatched else None
             if open_group and (
                 how in MEETING or (how == "add" and open_group.places[-1] == place - 1)
             ):

@@ -8,6 +8,7 @@ in slots alone: whoever runs a model fills a function's input slots, calls it, a
                             layer's other half reads the stream as it was, (1, d, 1, T)
     stream.track_1          that of track 1 until the next meeting
     ffn_input  gates.3      what dispatched experts are given: the normed stream, gates of layer 3
+    ffn_input.track_1       that of track 1
     carry.router            what a layer hands to the next one beside the stream
     noise.gumbel.3          what is added to layer 3's scores of experts for the choice alone
     logits[0:16384]         scores of these vocabulary rows
@@ -111,6 +112,14 @@ class Ports:
         )
         return replace(self, inputs=tuple(inputs), outputs=tuple(outputs))
 
+    def renamed(self, slot: str, other: str) -> "Ports":
+        """With another slot in the place of one."""
+
+        def bound(ports: tuple[Port, ...]) -> tuple[Port, ...]:
+            return tuple(replace(p, slot=other) if p.slot == slot else p for p in ports)
+
+        return Ports(bound(self.inputs), bound(self.outputs), bound(self.states))
+
     def at(self, layers: Sequence[int], rows: tuple[int, int] | None, layout: str) -> "Ports":
         """As a function of a conversion has them; see `Port.at` and `Port.turned`."""
 
@@ -126,9 +135,9 @@ def beside_ports(stream: Port, parallel: bool) -> tuple[Port, ...]:
     return (replace(stream, name="added", slot=ADDED),) if parallel else ()
 
 
-def track_slot(track: int) -> str:
-    """Where the stream of a track is kept."""
-    return f"{STREAM}.track_{track}"
+def track_slot(slot: str, track: int) -> str:
+    """The one that a track has in the place of this one."""
+    return f"{slot}.track_{track}"
 
 
 def shapes_of(ports: Iterable[Port]) -> dict[str, Shape]:

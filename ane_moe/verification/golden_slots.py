@@ -95,7 +95,7 @@ class GoldenSlots:
 
 
 def _leaves_experts_to_the_host(shard: Shard) -> bool:
-    return FFN_INPUT in _outputs(shard)
+    return FFN_INPUT in map(slot_root, _outputs(shard))
 
 
 def _outputs(shard: Shard) -> set[str]:

@@ -11,11 +11,12 @@ import numpy as np
 
 from ane_moe.loop.buffers import Ropes
 from ane_moe.loop.embedding_table import open_embeddings
+from ane_moe.loop.experts import ExpertLayer
 from ane_moe.loop.labels import context_each_side
 from ane_moe.loop.shards import LoadedShard
 from ane_moe.loop.windows import Window, windows_of
 from ane_moe.manifest import Manifest, Shard, ShardFunction
-from ane_moe.model.port import FFN_INPUT, GATES, STREAM, slot_arguments, slot_root
+from ane_moe.model.port import GATES, STREAM, slot_arguments, slot_root
 from ane_moe.original.golden import Golden, embedded
 from ane_moe.verification.expert_parity import ExpertParity
 from ane_moe.verification.gate import NOT_FINITE, judge
@@ -59,6 +60,15 @@ class Parity:
         rows, nothing = table[np.concatenate(self.golden.prompts)], np.zeros_like(x)
         yield judge(self.manifest.embed, "embed", None, "lookup", nothing, rows, x, self.min_cosine)
 
+    def rows(
+        self, own: Sequence[LoadedShard] | ExpertLayer
+    ) -> Iterator[ShardResult | RoutingResult]:
+        """Rows of what can be told apart in a stage."""
+        if not isinstance(own, ExpertLayer):
+            yield from self.stage(own)
+        elif self.experts:
+            yield from self.experts.functions(own.layer)
+
     def stage(self, loaded: Sequence[LoadedShard]) -> Iterator[ShardResult | RoutingResult]:
         """Rows of shards that work together: each function by the slots it writes, then the routing
         of their layers, and what the dispatched experts add where the shards choose them."""
@@ -73,8 +83,9 @@ class Parity:
             yield from self._judged(shards, function, rows, given, outcome, routed)
             for layer, routing in routed.items():
                 routings.setdefault(layer, []).append(routing)
-                if self.experts and FFN_INPUT in outcome.values:
-                    ffn_input, flipped = outcome.values[FFN_INPUT], near_tie_flips(*routing)
+                if self.experts and layer in self.experts.dispatch.layers:
+                    slot = self.experts.dispatch.layers[layer].source
+                    ffn_input, flipped = outcome.values[slot], near_tie_flips(*routing)
                     yield from self.experts.dispatched(
                         layer, function.name, rows, ffn_input, routing[0], flipped
                     )

@@ -25,11 +25,10 @@ from ane_moe.verification.expert_parity import ExpertParity
 from ane_moe.verification.gate import gated
 from ane_moe.verification.parity import Parity, decode_tail
 from ane_moe.verification.result import Comparison, RoutingResult, ShardResult
-from ane_moe.verification.stage import alone, stages
+from ane_moe.verification.stage import Stage, alone, stages
 from ane_moe.verification.whole_model import ModelPass, model_passes
 
 Row = ShardResult | RoutingResult
-Stage = tuple[Shard, ...] | int
 ROWS: dict[str, type[ShardResult] | type[RoutingResult]] = {
     kind.__name__: kind for kind in (ShardResult, RoutingResult)
 }
@@ -71,8 +70,7 @@ class Proof:
             self.progress(_label(stage), sum(sizes[:number]), sum(sizes))
             found = self._kept_stage(number, trials, passes)
             if found is None:
-                beside = listed[number + 1 : number + 2]
-                found = self._stage(stage, beside, parities, passes, ropes, dispatch)
+                found = self._stage(stage, parities, passes, ropes, dispatch)
                 if not _gives_scores(stage):
                     self._keep_stage(number, found, passes)
             for own, more in zip(rows, found, strict=True):
@@ -82,20 +80,17 @@ class Proof:
     def _stage(
         self,
         stage: Stage,
-        beside: Sequence[Stage],
         parities: Sequence[Parity],
         passes: Sequence[ModelPass],
         ropes: Ropes,
         dispatch: ExpertDispatch | None,
     ) -> list[list[Row]]:
         """The rows of a stage against each golden; the passes are taken through it."""
-        if isinstance(stage, int):
-            return [list(parity.experts.functions(stage)) for parity in parities if parity.experts]
-        loaded = [self._open(shard) for shard in stage]
-        rows = [[row for own in alone(loaded) for row in parity.stage(own)] for parity in parities]
-        experts = [dispatch.layers[step] for step in beside if dispatch and isinstance(step, int)]
+        experts = dispatch.layers if dispatch else {}
+        steps = [self._open(step) if isinstance(step, Shard) else experts[step] for step in stage]
+        rows = [[row for own in alone(steps) for row in parity.rows(own)] for parity in parities]
         for model_pass in passes:
-            model_pass.advance([*loaded, *experts], ropes, dispatch)
+            model_pass.advance(steps, ropes, dispatch)
         return rows
 
     def _keep_stage(
@@ -121,9 +116,9 @@ class Proof:
 
     def _bytes(self, stage: Stage) -> int:
         """How much there is to do: the weights of a stage."""
-        shards = stage if isinstance(stage, tuple) else self.manifest.shards
-        own = (s for s in shards if isinstance(stage, tuple) or (s.dispatched and s.layer == stage))
-        return sum(shard.weight_bytes for shard in own)
+        shards = [step for step in stage if isinstance(step, Shard)]
+        shards += [s for s in self.manifest.shards if s.dispatched and s.layer in stage]
+        return sum(shard.weight_bytes for shard in shards)
 
     def why_no_model(self, golden: Golden) -> str | None:
         """Why the whole model is not run, if so."""
@@ -199,11 +194,11 @@ def _row(kind: str, values: dict[str, Any], min_cosine: float) -> Row:
 
 def _gives_scores(stage: Stage) -> bool:
     """Whether it is of the head: quickly done again, and its logits are large."""
-    return isinstance(stage, tuple) and stage[0].rows is not None
+    return isinstance(stage[0], Shard) and stage[0].rows is not None
 
 
 def _label(stage: Stage) -> str:
-    if isinstance(stage, int):
-        return f"layer {stage}: experts"
     shard = stage[0]
+    if isinstance(shard, int):
+        return f"layer {shard}: experts"
     return shard.kind if shard.layer is None else f"layer {shard.layer}: {shard.kind}"

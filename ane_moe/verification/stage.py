@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ane_moe.loop.buffers import Ropes, Slots
-from ane_moe.loop.experts import ExpertDispatch, ExpertLayer
+from ane_moe.loop.experts import ExpertDispatch, ExpertLayer, expert_layers
 from ane_moe.loop.figures import CallClock, PhaseFigures
 from ane_moe.loop.shards import LoadedShard, Step, call_order
 from ane_moe.loop.wiring import States, Wiring, meetings
@@ -17,38 +17,45 @@ from ane_moe.manifest import TAIL, Manifest, Shard
 from ane_moe.model.port import LOGITS, slot_root
 
 Values = Mapping[str, np.ndarray]  # by slot, [N,C]
+Stage = tuple[Shard | int, ...]  # dispatched experts by their layer
 
 
-def stages(manifest: Manifest) -> list[tuple[Shard, ...] | int]:
+def stages(manifest: Manifest) -> list[Stage]:
     """What the whole model goes through at once, in the order of calls: the parts of a cut shard,
-    whose outputs are added, and tracks up to their meeting; for layers with dispatched experts
-    their number."""
-    found: list[tuple[Shard, ...] | int] = []
-    order = call_order(manifest)
-    entries = [step.functions[0] if isinstance(step, Shard) else None for step in order]
+    whose outputs are added, tracks up to their meeting, and dispatched experts with what chooses
+    them."""
+    order, experts = call_order(manifest), expert_layers(manifest)
+    entries = [
+        step.functions[0] if isinstance(step, Shard) else experts[step].entry for step in order
+    ]
     on_tracks = {place for places in meetings(entries) for place in places[1:]}
+    found: list[Stage] = []
     for place, step in enumerate(order):
+        if found and (place in on_tracks or _goes_with(found[-1][-1], step)):
+            found[-1] = (*found[-1], step)
+        else:
+            found.append((step,))
+    return found
+
+
+def alone(steps: Sequence[Step]) -> list[list[LoadedShard] | ExpertLayer]:
+    """What of a stage can be told apart by what it gives: tracks can, and experts."""
+    found: list[list[LoadedShard] | ExpertLayer] = []
+    for step in steps:
         before = found[-1] if found else None
-        if (
-            isinstance(step, Shard)
-            and isinstance(before, tuple)
-            and (place in on_tracks or _is_next_part(before[-1], step))
-        ):
-            found[-1] = (*before, step)
+        if isinstance(step, ExpertLayer):
+            found.append(step)
+        elif isinstance(before, list) and _is_next_part(before[-1].shard, step.shard):
+            before.append(step)
         else:
-            found.append((step,) if isinstance(step, Shard) else step)
+            found.append([step])
     return found
 
 
-def alone(stage: Sequence[LoadedShard]) -> list[list[LoadedShard]]:
-    """The shards of a stage that cannot be told apart by what they give: tracks can."""
-    found: list[list[LoadedShard]] = []
-    for one in stage:
-        if found and _is_next_part(found[-1][-1].shard, one.shard):
-            found[-1].append(one)
-        else:
-            found.append([one])
-    return found
+def _goes_with(one: Shard | int, other: Shard | int) -> bool:
+    if isinstance(one, int):
+        return False
+    return isinstance(other, int) or _is_next_part(one, other)
 
 
 def _is_next_part(one: Shard, other: Shard) -> bool:

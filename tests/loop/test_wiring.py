@@ -54,13 +54,13 @@ def test_parts_all_read_the_slot_as_it_was_and_round_once():
 def test_what_nobody_sets_before_it_is_added_to():
     added = shard(
         "a",
-        [column("x", "ffn_input")],
+        [column("x", "added")],
         [column("y", "stream", "add")],
         lambda given: {"y": given["x"]},
     )
     slots = Slots({})
     lane = Wiring(States([added])).lane([added], "go", slots)
-    slots.columns("stream")[:], slots.columns("ffn_input")[:] = 5, 2
+    slots.columns("stream")[:], slots.columns("added")[:] = 5, 2
     lane.run(clock())
     lane.run(clock())
     assert (slots.columns("stream") == 9).all()

@@ -45,9 +45,9 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-def prepared(folder: Path, reduce: str, golden: bool = False, **changes):
+def prepared(folder: Path, reduce: str, golden: bool = False, fields=None, **changes):
     """The model, its checkpoint and its conversion."""
-    model = make_model("pt_moe", track_reduce=reduce)
+    model = make_model("pt_moe", track_reduce=reduce, **(fields or {}))
     save_checkpoint(model, folder / "checkpoint")
     options = replace(OPTIONS, **changes)
     convert(folder / "checkpoint", folder / "out", options, golden=golden)
@@ -115,6 +115,44 @@ def test_tokens_that_all_choose_alike_lose_none(mean):
     assert len(np.flatnonzero(session.slot("gates.1").any(1))) == 2  # of six experts
 
 
+SPARSE = {"routing": "sparse", "expert_tokens": (1, 16)}
+
+
+@pytest.mark.parametrize(
+    ("reduce", "kinds"), [("mean", ["dense", "sparse"]), ("sum", ["sparse", "dense"])]
+)
+def test_dispatched_experts_of_a_track_add_to_its_stream(reduce, kinds, tmp_path):
+    """The last of a block's are of its meeting, where the last layer has experts."""
+    fields = {"mlp_layer_types": kinds * 3}
+    model, _, out = prepared(tmp_path, reduce, golden=True, fields=fields, **SPARSE)
+    shards = load_shards(out, "reference")
+    own, meet = [f"stream.track_{track}" for track in (0, 1)], ["stream"] * 2
+    # Of the first block two layers of each track have experts, of the second one.
+    assert [step.target for step in shards.experts.values()] == (
+        [own[0], "stream", own[1], "stream", *meet]
+        if kinds[-1] == "sparse"
+        else [own[0], own[0], own[1], own[1], *own]
+    )
+    found, session = logits(out)
+    assert np.abs(found - expected(model)).max() < CLOSE
+    assert session.figures.decode.synchronisations == 2
+    for concurrency in (2, 4):
+        assert found.tobytes() == logits(out, concurrency)[0].tobytes()
+    report = verify(out, runtime="reference", decode_tokens=4)
+    assert report.passed and {"experts", "dispatch"} < {row.kind for row in report.shards}
+
+
+def test_dispatched_experts_of_a_track_drop_no_token(tmp_path):
+    model, _, out = prepared(tmp_path, "mean", **SPARSE)
+    for ids in ([7] * 37, IDS):
+        found, session = logits(out, ids=ids)
+        assert np.abs(found - expected(model, ids)).max() < CLOSE
+        for layer in load_shards(out, "reference").experts:
+            gates = session.slot(f"gates.{layer}")
+            assert ((gates != 0).sum(0) == 2).all()
+            assert gates.sum(0) == pytest.approx(1, abs=2e-3)
+
+
 def test_blocks_above_the_size_limit_are_cut(tmp_path):
     """Each expert alone, and `sum`."""
     model, _, out = prepared(tmp_path, "sum", golden=True, max_shard_mb=0, prefill=0)
@@ -153,7 +191,10 @@ def test_one_track_is_planned_as_layers_that_share_a_shard(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"layers": (0, 1)}, "whole blocks"), ({"routing": "sparse"}, "not called one by one")],
+    [
+        ({"layers": (0, 1)}, "whole blocks"),
+        ({"routing": "sparse", "tracks": "packed"}, "between layers of a track"),
+    ],
 )
 def test_what_is_not_possible_is_said(mean, options, message):
     spec = spec_of(mean[1])

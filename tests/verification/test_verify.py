@@ -11,7 +11,7 @@ from ane_moe.errors import UserError
 from ane_moe.formats.recipe import INT8
 from ane_moe.loop.experts import ExpertDispatch
 from ane_moe.loop.session import Session
-from ane_moe.loop.shards import LoadedShard, load_shards
+from ane_moe.loop.shards import load_shards
 from ane_moe.manifest import read_manifest
 from ane_moe.report.verify_table import verify_report
 from ane_moe.verification import proof as verification
@@ -280,15 +280,13 @@ def test_stage_by_stage_gives_the_logits_of_the_token_loop_to_the_bit(
     streams = [shards.embed[np.asarray(ids)] for ids in prompts]
     tail = 5 if shards.manifest.prefill else None
     passes = model_passes(shards.manifest, prompts, streams, tail)
-    steps = list(shards.steps)
-    for number, stage in enumerate(stages(shards.manifest)):
-        if isinstance(stage, int):
-            continue
-        loaded = [step for step in steps if isinstance(step, LoadedShard) and step.shard in stage]
-        following = stages(shards.manifest)[number + 1 : number + 2]
-        experts = [shards.experts[step] for step in following if isinstance(step, int)]
+    by_path = {one.shard.path: one for one in shards.loaded}
+    for stage in stages(shards.manifest):
+        steps = [
+            shards.experts[step] if isinstance(step, int) else by_path[step.path] for step in stage
+        ]
         for model_pass in passes:
-            model_pass.advance([*loaded, *experts], shards.ropes, dispatch)
+            model_pass.advance(steps, shards.ropes, dispatch)
     for model_pass in passes:
         for prompt in model_pass.prompts:
             session = Session(shards)
