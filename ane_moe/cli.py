@@ -10,6 +10,7 @@ import typer
 
 from ane_moe.commands.bench import bench
 from ane_moe.commands.cache import cache
+from ane_moe.commands.cache_study import cache_study
 from ane_moe.commands.convert import convert
 from ane_moe.commands.demo import demo
 from ane_moe.commands.diff import diff
@@ -43,6 +44,7 @@ for command in (
     report,
     trace,
     group,
+    cache_study,
     inspect,
     run,
     diff,
@@ -50,7 +52,7 @@ for command in (
     demo,
     cache,
 ):
-    app.command(command.__name__)(command)
+    app.command(command.__name__.replace("_", "-"))(command)
 
 
 @app.callback()

@@ -10,6 +10,7 @@ import typer
 from ane_moe.commands.options import (
     Concurrency,
     ExpertCacheMb,
+    ExpertPolicy,
     MemoryMb,
     PrecisionName,
     RuntimeName,
@@ -46,14 +47,15 @@ def generate(
     runtime: RuntimeName = "auto",
     precision: PrecisionName = "fp32",
     expert_cache_mb: ExpertCacheMb = None,
+    expert_policy: ExpertPolicy = "lru",
     memory_mb: MemoryMb = None,
     concurrency: Concurrency = 1,
     predictor: Annotated[
         str,
         typer.Option(
             help=(
-                "Load experts ahead, guessed by: none, previous (token), layer (before), router "
-                "(of the next layer)."
+                "Load experts ahead, guessed by: none, static (most used), previous (token), layer "
+                "(before), router (of the next layer)."
             )
         ),
     ] = "none",
@@ -97,7 +99,14 @@ def generate(
     text = None if numbered else _prompt_text(prompt, prompt_file)
     limit = None if expert_cache_mb is None else int(expert_cache_mb * 1_000_000)
     chosen, computed = with_precision(runtime, precision)
-    shards = load_shards(out, chosen, expert_cache_bytes=limit, memory_mb=memory_mb, **computed)
+    shards = load_shards(
+        out,
+        chosen,
+        expert_cache_bytes=limit,
+        expert_policy=expert_policy,
+        memory_mb=memory_mb,
+        **computed,
+    )
     tokenizer = load_tokenizer(out, shards.manifest)
     width = shards.manifest.d_model
     rows = None if embeddings is None else read_embeddings(embeddings, width)

@@ -21,6 +21,10 @@ ExpertCacheMb = Annotated[
         show_default="all",
     ),
 ]
+ExpertPolicy = Annotated[
+    str,
+    typer.Option(help="Who leaves first: lru, lfu, layer-distance or least-stale."),
+]
 InputFiles = Annotated[
     list[str] | None,
     typer.Option(

@@ -1,14 +1,14 @@
-"""Loaded expert functions, kept up to a byte limit, least recently used out first; shared by all
-sessions."""
+"""Loaded expert functions, kept up to a byte limit; shared by all sessions."""
 
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from time import perf_counter
 
 from ane_moe.errors import UserError
+from ane_moe.loop.eviction import POLICIES
 from ane_moe.loop.figures import CacheFigures, CallClock
 from ane_moe.runtime.interface import LoadedFunction
 
@@ -29,9 +29,39 @@ class _Entry:
     users: int = 0
 
 
+class Eviction:
+    """A policy of `loop/eviction.py` over functions by their keys."""
+
+    def __init__(self, layers: Mapping[FunctionKey, int], policy: str) -> None:
+        """`layers`: of every function there is. Raises UserError for an unknown policy."""
+        if policy not in POLICIES:
+            raise UserError(
+                "there is no such expert policy", repr(policy), f"choose from {', '.join(POLICIES)}"
+            )
+        self._numbers = {key: number for number, key in enumerate(layers)}
+        self._policy = POLICIES[policy](list(layers.values()))
+
+    def begin(self, layer: int) -> None:
+        """`layer` runs."""
+        self._policy.begin(layer)
+
+    def entered(self, key: FunctionKey) -> None:
+        """It is being loaded."""
+        self._policy.entered(self._numbers[key])
+
+    def called(self, key: FunctionKey) -> None:
+        """It is in use."""
+        self._policy.called(self._numbers[key])
+
+    def order(self, keys: Iterable[FunctionKey]) -> list[FunctionKey]:
+        """Those that are to leave first come first."""
+        ranks = self._policy.ranks()
+        return sorted(keys, key=lambda key: ranks[self._numbers[key]])
+
+
 class ExpertCache:
     """`load` makes a function ready to run, `size` gives the bytes its weights take; both may raise
-    UserError.
+    UserError. `eviction` says which leave first (None: the least recently used).
 
     A limit of None keeps everything. A function in use is never dropped, so a caller that holds one
     function at a time needs room for one; whoever finds no room waits until another thread lets go.
@@ -42,16 +72,19 @@ class ExpertCache:
         load: Callable[[FunctionKey], LoadedFunction],
         size: Callable[[FunctionKey], int],
         limit_bytes: int | None = None,
+        eviction: Eviction | None = None,
     ) -> None:
         self.figures = CacheFigures()
         self.limit_bytes = limit_bytes
         self._load = load
         self._size = size
+        self._eviction = eviction
         lock = threading.Lock()
         self._changed = threading.Condition(lock)  # an entry is ready, free or gone
         self._asked = threading.Condition(lock)  # there is something to load ahead
         self._entries: OrderedDict[FunctionKey, _Entry] = OrderedDict()
         self._protected: frozenset[FunctionKey] = frozenset()  # not to be dropped for loads ahead
+        self._needed: Counter[FunctionKey] = Counter()  # by layers that run
         self._ahead: list[FunctionKey] = []
         self._worker: threading.Thread | None = None
 
@@ -70,6 +103,20 @@ class ExpertCache:
             with self._changed:
                 entry.users -= 1
                 self._changed.notify_all()
+
+    @contextmanager
+    def running(self, layer: int, keys: Collection[FunctionKey]) -> Iterator[None]:
+        """While the context lasts, `layer` calls `keys`: none of them is dropped where another
+        function can be."""
+        with self._changed:
+            if self._eviction:
+                self._eviction.begin(layer)
+            self._needed.update(keys)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._needed -= Counter(keys)
 
     def load_ahead(self, keys: Sequence[FunctionKey], needed: Collection[FunctionKey] = ()) -> None:
         """Load `keys` in the background, first things first, dropping neither them nor those in
@@ -149,16 +196,25 @@ class ExpertCache:
         return entry
 
     def _use(self, key: FunctionKey, entry: _Entry) -> _Entry:
-        self._entries.move_to_end(key)
+        self._called(key)
         if entry.ahead:
             entry.ahead = False
             self.figures.bytes_unused -= entry.size
         entry.users += 1
         return entry
 
+    def _called(self, key: FunctionKey) -> None:
+        self._entries.move_to_end(key)
+        if self._eviction:
+            self._eviction.called(key)
+
     def _enter(self, key: FunctionKey, size: int, ahead: bool) -> _Entry:
         """Count the bytes before loading them, so that threads together stay inside the limit."""
         entry = self._entries[key] = _Entry(size, ahead, users=0 if ahead else 1)
+        if self._eviction:
+            self._eviction.entered(key)
+        if not ahead:
+            self._called(key)
         figures = self.figures
         figures.bytes_loaded += size
         figures.bytes_unused += size if ahead else 0
@@ -179,24 +235,34 @@ class ExpertCache:
             self._changed.notify_all()
 
     def _make_room(self, size: int, protected: frozenset[FunctionKey]) -> bool:
-        """Drop least recently used functions until `size` more bytes fit; drop none when that is
-        impossible."""
+        """Drop functions until `size` more bytes fit, those that a running layer needs last; drop
+        none when that is impossible."""
         if self.limit_bytes is None:
             return True
         excess = self.figures.bytes_resident + size - self.limit_bytes
+        if excess <= 0:
+            return True
         leaving = []
-        for key, entry in self._entries.items():
+        for key in self._droppable(protected):
+            leaving.append(key)
+            excess -= self._entries[key].size
             if excess <= 0:
                 break
-            if entry.function is not None and entry.users == 0 and key not in protected:
-                leaving.append(key)
-                excess -= entry.size
         if excess > 0:
             return False
         for key in leaving:
             self._drop(key)
             self.figures.evictions += 1
         return True
+
+    def _droppable(self, protected: frozenset[FunctionKey]) -> list[FunctionKey]:
+        free = [
+            key
+            for key, entry in self._entries.items()
+            if entry.function is not None and entry.users == 0 and key not in protected
+        ]
+        order = self._eviction.order(free) if self._eviction else free
+        return sorted(order, key=lambda key: self._needed[key] > 0)
 
     def _drop(self, key: FunctionKey) -> None:
         self.figures.bytes_resident -= self._entries.pop(key).size

@@ -21,7 +21,7 @@ import numpy as np
 
 from ane_moe.errors import UserError
 from ane_moe.loop.buffers import by_channel
-from ane_moe.loop.expert_cache import ExpertCache, FunctionKey
+from ane_moe.loop.expert_cache import Eviction, ExpertCache, FunctionKey
 from ane_moe.loop.figures import CallClock
 from ane_moe.manifest import Manifest, Shard, ShardFunction
 from ane_moe.model.port import FFN_INPUT, GATES, Shape, shapes_of
@@ -209,9 +209,14 @@ class ExpertDispatch:
         def run(task: tuple[Group, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
             return self._run(*task, ffn_input, gates, clock)
 
-        for results in (self._pool.map if self._pool else map)(run, tasks):
-            for tokens, y in results:
-                total[:, tokens] += y
+        with self.cache.running(layer, self._keys(tasks)):
+            for results in (self._pool.map if self._pool else map)(run, tasks):
+                for tokens, y in results:
+                    total[:, tokens] += y
+
+    def _keys(self, tasks: Sequence[tuple[Group, np.ndarray]]) -> set[FunctionKey]:
+        """Of the functions that groups call for their tokens."""
+        return {group.key(bucket) for group, tokens in tasks for _, bucket in group.pieces(tokens)}
 
     def load_ahead(
         self, layer: int, experts: Sequence[int], current: tuple[int, Sequence[int]]
@@ -256,10 +261,11 @@ def open_cache(
     layers: dict[int, ExpertLayer],
     runtime: str,
     limit_bytes: int | None,
+    policy: str = "lru",
     **options: Any,
 ) -> ExpertCache:
     """A cache over the packages in `folder`, each opened once. A function counts with the memory
-    its weights take.
+    its weights take, and leaves by the `policy`, a key of POLICIES in `loop/eviction.py`.
 
     Loading reads the weights. It raises UserError when a package is damaged, or lacks a function or
     has it with other inputs than the manifest implies, and when the limit is below the size of one
@@ -269,6 +275,15 @@ def open_cache(
     entries = {
         group.key(tokens): entry for group in groups for tokens, entry in group.functions.items()
     }
+    eviction = Eviction(
+        {
+            group.key(tokens): number
+            for number, layer in layers.items()
+            for group in layer.all_groups
+            for tokens in group.functions
+        },
+        policy,
+    )
 
     @cache
     def package(path: str) -> Package:
@@ -287,7 +302,7 @@ def open_cache(
             )
         return package(key.path).resident_bytes(key.name)
 
-    return ExpertCache(load, size, limit_bytes)
+    return ExpertCache(load, size, limit_bytes, eviction)
 
 
 def check_function(function: LoadedFunction, entry: ShardFunction, what: str) -> None:

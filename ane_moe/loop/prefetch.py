@@ -40,6 +40,23 @@ class PreviousToken:
         self._used[layer] = tuple(experts)
 
 
+class MostUsed:
+    """The experts that the layer used most often so far, k of them."""
+
+    def __init__(self, experts: Mapping[int, int]) -> None:
+        """`experts`: how many each layer has."""
+        self._counts = {layer: np.zeros(count, np.int64) for layer, count in experts.items()}
+        self._k: dict[int, int] = {}
+
+    def predict(self, layer: int, hidden: np.ndarray | None) -> Sequence[int]:
+        order = np.argsort(-self._counts[layer], kind="stable")
+        return order[: self._k.get(layer, 0)].tolist()
+
+    def observe(self, layer: int, experts: Sequence[int]) -> None:
+        self._counts[layer][list(experts)] += 1
+        self._k[layer] = max(len(experts), self._k.get(layer, 0))
+
+
 class LayerBefore:
     """The experts that the token used in the layer before: what routers that layers share choose
     more often than not (Omni-router, arXiv 2507.05724). Falls back on the previous token in the
@@ -116,13 +133,17 @@ def read_routers(folder: Path, manifest: Manifest) -> dict[int, tuple[np.ndarray
     return routers
 
 
+def _experts(manifest: Manifest) -> dict[int, int]:
+    """How many each layer has."""
+    return {int(layer): int(facts["experts"]) for layer, facts in manifest.moe.items()}
+
+
 # name -> makes the predictor of one session
 PREDICTORS: dict[str, Callable[[Path, Manifest], Predictor | None]] = {
     "none": lambda folder, manifest: None,
+    "static": lambda folder, manifest: MostUsed(_experts(manifest)),
     "previous": lambda folder, manifest: PreviousToken(),
-    "layer": lambda folder, manifest: LayerBefore(
-        {int(layer): int(facts["experts"]) for layer, facts in manifest.moe.items()}
-    ),
+    "layer": lambda folder, manifest: LayerBefore(_experts(manifest)),
     "router": lambda folder, manifest: NextRouter(read_routers(folder, manifest)),
 }
 

@@ -87,14 +87,16 @@ def load_shards(
     runtime: str = "auto",
     *,
     expert_cache_bytes: int | None = None,
+    expert_policy: str = "lru",
     memory_mb: float | None = None,
     **options: Any,
 ) -> LoadedShards:
     """Load every shard of the conversion in `folder`; `options` go to the runtime.
 
     Expert functions are loaded when first called, and kept within `expert_cache_bytes` (None: all
-    of them). Weights of all shards, as stored and as the runtime expands them, take `memory_mb`
-    (10^6 bytes) where there is a limit.
+    of them), by the `expert_policy`, a key of POLICIES in `loop/eviction.py`. Weights of all
+    shards, as stored and as the runtime expands them, take `memory_mb` (10^6 bytes) where there is
+    a limit.
 
     Raises UserError when the folder is no finished conversion, lacks a shard, or a function's
     inputs are not what the manifest implies.
@@ -121,7 +123,8 @@ def load_shards(
     steps = [
         experts[step] if isinstance(step, int) else load(step) for step in call_order(manifest)
     ]
-    cache = open_cache(folder, experts, runtime, expert_cache_bytes, **options) if experts else None
+    limits = (expert_cache_bytes, expert_policy)
+    cache = open_cache(folder, experts, runtime, *limits, **options) if experts else None
     return LoadedShards(
         folder,
         manifest,

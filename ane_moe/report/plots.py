@@ -12,10 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ane_moe.report.report_data import ExpertUse
+from ane_moe.routing.cache_study import CacheRow, CacheStudy
 from ane_moe.verification.result import ShardResult
 
 INK = "#010203"  # stands for the page's own colour, and is replaced by it
 BLUE, ORANGE, GREEN, GREY = "#3d7dd8", "#d9822b", "#3c9a5f", "#8a8f98"
+COLOURS = (INK, BLUE, ORANGE, GREEN, GREY, "#9b59b6", "#16a085")
 WIDE = 7.2  # inches
 
 
@@ -78,6 +80,32 @@ def latency_plot(rows: Sequence[Mapping[str, Any]]) -> str:
         frameon=False, ncols=5, labelcolor=INK, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1)
     )
     return _svg(figure, "latency")
+
+
+def cache_plot(study: CacheStudy) -> str:
+    """Hits by capacity: of each policy (lines), and of guesses loaded ahead (dashes)."""
+    figure, axes = _figure(3.2)
+    series: dict[tuple[str, str], list[CacheRow]] = {}
+    for row in study.rows:
+        series.setdefault((row.policy, row.predictor), []).append(row)
+    alone = [key for key in series if key[1] == "none"]
+    ahead = [key for key in series if key[1] != "none"]
+    for keys, line in ((alone, "-"), (ahead, "--")):
+        for key, colour in zip(keys, COLOURS, strict=False):
+            rows = series[key]
+            axes.plot(
+                [100 * row.share for row in rows],
+                [100 * row.hit_rate for row in rows],
+                line,
+                color=colour,
+                label=key[0] if line == "-" else f"{key[0]}, ahead by {key[1]}",
+                linewidth=1.4,
+                marker="o",
+                markersize=3,
+            )
+    axes.set(xlabel="cache, % of all experts", ylabel="hits, %", ylim=(0, 100))
+    axes.legend(frameon=False, ncols=2, labelcolor=INK, fontsize=7, loc="lower right")
+    return _svg(figure, "cache")
 
 
 def prediction_plot(parts: Mapping[str, Mapping[str, float]]) -> str:

@@ -6,7 +6,7 @@ N = tokens, k = experts per token, E = experts of the layer, P = passages the to
 
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,15 @@ class RoutingTrace:
         """Tokens of each passage."""
         ends = [*self.starts[1:].tolist(), len(self.tokens)]
         return [slice(start, end) for start, end in zip(self.starts.tolist(), ends, strict=True)]
+
+    def first(self, tokens: int) -> "RoutingTrace":
+        """Its first tokens."""
+        layers = {
+            index: replace(one, chosen=one.chosen[:tokens], weights=one.weights[:tokens])
+            for index, one in self.layers.items()
+        }
+        starts = self.starts[self.starts < tokens]
+        return replace(self, tokens=self.tokens[:tokens], starts=starts, layers=layers)
 
 
 def by_weight(chosen: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

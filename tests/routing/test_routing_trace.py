@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from ane_moe.cli import app
 from ane_moe.errors import UserError
 from ane_moe.formats.recipe import INT8
+from ane_moe.loop.eviction import POLICIES
 from ane_moe.loop.session import Session
 from ane_moe.loop.shards import load_shards
 from ane_moe.report.routing_table import trace_table
@@ -183,10 +184,13 @@ def test_an_int8_conversion_has_as_many_weights_in_fewer_bytes(
     )  # scales are counted in
 
 
-def test_traffic_is_what_the_real_cache_counts(sparse, prompts, traced):
+@pytest.mark.parametrize("policy", POLICIES)
+def test_traffic_is_what_the_real_cache_counts(policy, sparse, prompts, traced):
     size = 2 * 3 * 24 * 24  # the reference runtime holds an expert's weights as they are stored
     for experts in (1, 3, 5, 8):
-        shards = load_shards(sparse, "reference", expert_cache_bytes=experts * size)
+        shards = load_shards(
+            sparse, "reference", expert_cache_bytes=experts * size, expert_policy=policy
+        )
         session = Session(shards)
         for passage in passages():
             session.reset()
@@ -196,6 +200,7 @@ def test_traffic_is_what_the_real_cache_counts(sparse, prompts, traced):
             record(sparse, prompts, window=WINDOW),
             experts * size,
             function_bytes=dict.fromkeys(traced.layers, size),
+            policy=policy,
         )
         real = session.figures.cache
         assert (found.hits, found.misses) == (real.hits, real.misses)
