@@ -39,6 +39,7 @@ from ane_moe.json_file import read_json
 from ane_moe.model.weight import EMBEDDING, HEAD, Weight, WeightName
 from ane_moe.wording import counted, listed
 
+Piece = tuple[int, np.ndarray]  # first element, numbers
 CHUNK_ELEMENTS = 1 << 16  # read, hashed, converted and checked while they are in the L2 cache
 FP16_INF_BITS = 0x7C00
 # A `constexpr_*` operation (coremltools, iOS 18) gives the type of its scale or palette: fp16.
@@ -166,6 +167,9 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     forms: tuple[str, ...] = ()
     origin: dict[str, str] = field(default_factory=dict)
+    _decoded: dict[tuple[Codec, tuple[int, int]], list[Piece]] = field(
+        init=False, repr=False, default_factory=dict
+    )
     _raw: np.ndarray = field(init=False, repr=False)
     _bits: np.ndarray = field(init=False, repr=False)
 
@@ -276,8 +280,7 @@ class Checkpoint:
         return found
 
     def _elements(self, source: TensorSource, codec: Codec) -> np.ndarray:
-        start, count = source.region
-        flat = np.concatenate([numbers for _, numbers in decoded(codec, start, count)])
+        flat = np.concatenate([numbers for _, numbers in self._numbers(source, codec)])
         arranged = source.arranged(flat.reshape(source.region_shape))
         return np.ascontiguousarray(arranged).reshape(source.shape)
 
@@ -313,7 +316,7 @@ class Checkpoint:
         stored = STORED[tensor.dtype]
         start, count = source.region
         if tensor.codec is not None:
-            for first, numbers in decoded(tensor.codec, start, count):
+            for first, numbers in self._numbers(source, tensor.codec):
                 for begin in range(0, len(numbers), CHUNK_ELEMENTS):
                     yield first + begin, numbers[begin : begin + CHUNK_ELEMENTS]
             return
@@ -323,6 +326,19 @@ class Checkpoint:
                 raw = self._raw[: min(CHUNK_ELEMENTS, count - first) * stored.itemsize]
                 _read_exactly(stream, raw, tensor.path)
                 yield first, raw.view(stored)
+
+    def _numbers(self, source: TensorSource, codec: Codec) -> Iterable[Piece]:
+        """The numbers of what is read for `source`. Where it takes some columns of that, they are
+        kept for whoever takes the others next: gate and up of an expert."""
+        if source.columns is None:
+            return decoded(codec, *source.region)
+        place = (codec, source.region)
+        if place in self._decoded:
+            return self._decoded.pop(place)
+        for other in [other for other in self._decoded if other[1] != source.region]:
+            del self._decoded[other]
+        self._decoded[place] = list(decoded(codec, *source.region))
+        return self._decoded[place]
 
     def _frame(self, source: TensorSource) -> bytes:
         facts = (

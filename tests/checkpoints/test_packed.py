@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from ane_moe.checkpoints.checkpoint import Checkpoint, TensorSource, open_checkpoint
-from ane_moe.checkpoints.coded import E4M3, E5M2, decoded, float8
+from ane_moe.checkpoints.coded import E4M3, E5M2, Codes, decoded, float8
 from ane_moe.checkpoints.packed import plain_tensors
 from ane_moe.checkpoints.safetensors_header import read_header
 from ane_moe.errors import UserError
@@ -76,6 +77,39 @@ def test_experts_of_gpt_oss_are_decoded_as_transformers_has_them(tmp_path: Path)
     assert np.array_equal(checkpoint.made(name), expected)  # (experts, inputs, outputs)
     one = TensorSource(EMBEDDING, name, expected.shape, index=1, columns=(1, 10, 2), transpose=True)
     assert np.array_equal(checkpoint.read(one), expected[1, :, 1::2].T.astype(np.float16))
+
+
+def test_gate_and_up_of_an_expert_are_decoded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeded = torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 256, (3, 10, 2, 16), dtype=torch.uint8, generator=seeded)
+    scales = torch.randint(118, 132, (3, 10, 2), dtype=torch.uint8, generator=seeded)
+    file = tmp_path / "model.safetensors"
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    save_file({f"{name}_blocks": blocks, f"{name}_scales": scales}, file)
+    plain, _ = plain_tensors({}, {}, read_header(file))
+    meant = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    expected = meant.numpy()
+    decoded_rows, rows = [], Codes.rows
+    monkeypatch.setattr(
+        Codes, "rows", lambda self, *span: decoded_rows.append(span) or rows(self, *span)
+    )
+    checkpoint = Checkpoint(tmp_path, {}, {}, plain)
+    whole = TensorSource(EMBEDDING, name, expected.shape, transpose=True)
+    halves = {
+        (expert, half): replace(whole, index=expert, columns=(half, 10, 2))
+        for expert in range(3)
+        for half in (0, 1)
+    }
+    for (expert, half), source in halves.items():
+        numbers = expected[expert, :, half::2].T.astype(np.float16)
+        assert np.array_equal(checkpoint.read(source), numbers)
+    assert decoded_rows == [(0, 10), (10, 20), (20, 30)]
+    apart = [checkpoint.taken_apart(halves[2, half]) for half in (0, 1)]
+    products = [one["codes"] * one["scales"] for one in apart]
+    assert np.array_equal(np.stack(products, 1).reshape(10, -1), expected[2].T)
+    assert decoded_rows[3:] == [(20, 30)]
 
 
 @settings(max_examples=40, deadline=None)
