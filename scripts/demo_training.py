@@ -6,15 +6,21 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
+from time import monotonic
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+# Factors of the losses that keep routing even and its logits small.
+BALANCE, LARGE_LOGITS = 0.01, 0.001
 
 
 class Pace(Protocol):
@@ -30,6 +36,13 @@ class Pace(Protocol):
     def weight_decay(self) -> float: ...
     @property
     def gradient_clip(self) -> float: ...
+
+
+class TextPace(Pace, Protocol):
+    """The same on text, so many windows a step."""
+
+    @property
+    def batch(self) -> int: ...
 
 
 class Descent:
@@ -77,6 +90,42 @@ def balance_loss(
     """
     losses = [load_balancing_loss_func((one,), experts, top_k, mask) for one in router_logits]
     return torch.stack([torch.as_tensor(loss) for loss in losses]).mean()
+
+
+def hear_routers(model: torch.nn.Module) -> list[Tensor]:
+    """Filled by each call with the logits `[tokens, experts]` of its routers, `gate` of an MLP."""
+    heard: list[Tensor] = []
+    for name, module in model.named_modules():
+        if name.endswith(".mlp.gate"):
+            module.register_forward_hook(lambda _, args, output: heard.append(output[0]))
+    return heard
+
+
+def train_on_text(
+    model: torch.nn.Module,
+    predict: Callable[[Tensor], Tensor],
+    windows: Iterator[Tensor],
+    pace: TextPace,
+    after_step: Callable[[], object] = lambda: None,
+) -> None:
+    """Train `model`, whose logits `[B, T, V]` of ids `[B, T]` are what `predict` gives, reporting
+    to stderr. Its configuration says how many experts there are, and how many a token gets."""
+    descent, heard, started = Descent(model, pace), hear_routers(model), monotonic()
+    config = next(one.config for one in model.modules() if isinstance(one, PreTrainedModel))
+    model.train()
+    for step in range(1, pace.steps + 1):
+        ids = torch.stack(list(islice(windows, pace.batch)))
+        heard.clear()
+        loss = F.cross_entropy(predict(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        routing = torch.zeros(())
+        if heard:
+            even = balance_loss(heard, config.num_experts, config.num_experts_per_tok)
+            large = torch.stack([logits.logsumexp(-1).square().mean() for logits in heard]).mean()
+            routing = BALANCE * even + LARGE_LOGITS * large
+        descent.step(loss + routing)
+        after_step()
+        if step % 20 == 0:
+            say(f"step {step}/{pace.steps}  loss {loss.item():.3f}  {monotonic() - started:.0f} s")
 
 
 def save_checkpoint(

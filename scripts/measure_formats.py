@@ -81,11 +81,11 @@ def main() -> None:
         else {}
     )
     with tempfile.TemporaryDirectory() as scratch:
-        prompts = held_out(Path(scratch) / "prompts.json", arguments.tokens)
+        prompts = held_out(Path(scratch) / "prompts.json", arguments.tokens, demo_checkpoint())
         rows = []
         for name in arguments.formats:
             if name not in kept:
-                kept[name] = measure(name, Path(scratch) / "out", prompts)
+                kept[name] = measure(name, Path(scratch) / "out", prompts, demo_checkpoint())
                 shutil.rmtree(Path(scratch) / "out")
                 if arguments.results:
                     arguments.results.write_text(json.dumps(kept, indent=1))
@@ -95,9 +95,9 @@ def main() -> None:
         write(rows, arguments.tokens)
 
 
-def held_out(path: Path, tokens: int) -> Path:
+def held_out(path: Path, tokens: int, checkpoint: Path) -> Path:
     """Passages of the held-out files, one from each until there are enough."""
-    tokenizer = Tokenizer.from_file(str(demo_checkpoint() / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     passages: list[list[int]] = []
     for text in read_corpus(HELD_OUT_PERCENT).held_out:
         ids = tokenizer.encode(text, add_special_tokens=False).ids[:PASSAGE]
@@ -119,14 +119,15 @@ def options_of(name: str) -> ConvertOptions:
     )
 
 
-def measure(name: str, out: Path, prompts: Path) -> dict:
+def measure(name: str, out: Path, prompts: Path, checkpoint: Path) -> dict:
+    """What the format called `name` makes of `checkpoint`, converted into `out`."""
     started = time.perf_counter()
-    convert(demo_checkpoint(), out, options_of(name))
+    convert(checkpoint, out, options_of(name))
     seconds = time.perf_counter() - started
     manifest = read_manifest(out)
     report = verify(
         out,
-        checkpoint=demo_checkpoint(),
+        checkpoint=checkpoint,
         prompts=prompts,
         runtime="reference",
         min_cosine=-1,

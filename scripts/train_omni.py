@@ -12,22 +12,20 @@ weights, with the arithmetic in fp32.
 import argparse
 import json
 import platform
-import time
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from demo_training import Descent, balance_loss, save_checkpoint, say
-from torch import Tensor, nn
+from demo_training import save_checkpoint, say, train_on_text
+from torch import nn
 from torch.nn import functional as F
 from train_demo import Corpus, encode, read_corpus, shuffled_windows, train_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from ane_moe.files import write_text
-from ane_moe.original.omni_moe import OmniMoeConfig, OmniMoeForCausalLM, OmniMoeTopKRouter
+from ane_moe.original.omni_moe import OmniMoeConfig, OmniMoeForCausalLM
 from ane_moe.routing.recorder import record
 from ane_moe.routing.statistics import TraceSummary, summarise
 
@@ -36,7 +34,6 @@ BEGIN, END = "<!-- omni: begin -->\n", "<!-- omni: end -->\n"
 TWINS = {"shared": True, "separate": False}
 CONTEXT, HELD_OUT_PERCENT = 128, 5
 PASSAGES, PASSAGE = 64, 128  # held-out ones, evenly out of all files
-BALANCE, LARGE_LOGITS = 0.01, 0.001  # factors of the losses that keep routing even and logits small
 ARCHITECTURE: dict[str, Any] = {
     "vocab_size": 1024,
     "hidden_size": 96,
@@ -69,27 +66,6 @@ def build(shared: bool, seed: int, end_of_text: int) -> OmniMoeForCausalLM:
     torch.manual_seed(seed)
     ids = {"eos_token_id": end_of_text, "pad_token_id": end_of_text}
     return OmniMoeForCausalLM(OmniMoeConfig(**ARCHITECTURE, **ids, shared_router=shared))
-
-
-def train(model: OmniMoeForCausalLM, stream: Tensor, settings: Settings) -> None:
-    descent, started = Descent(model, settings), time.monotonic()
-    heard: list[Tensor] = []
-    for router in model.modules():
-        if isinstance(router, OmniMoeTopKRouter):
-            router.register_forward_hook(lambda _, args, output: heard.append(output[0]))
-    windows = shuffled_windows(stream, CONTEXT, torch.Generator().manual_seed(settings.seed))
-    model.train()
-    for step in range(1, settings.steps + 1):
-        ids = torch.stack(list(islice(windows, settings.batch)))
-        heard.clear()
-        predicted = model(ids).logits[:, :-1].flatten(0, 1)
-        loss = F.cross_entropy(predicted, ids[:, 1:].flatten())
-        balance = balance_loss(heard, model.config.num_experts, model.config.num_experts_per_tok)
-        large = torch.stack([logits.logsumexp(-1).square().mean() for logits in heard]).mean()
-        descent.step(loss + BALANCE * balance + LARGE_LOGITS * large)
-        if step % 20 == 0:
-            elapsed = time.monotonic() - started
-            say(f"step {step}/{settings.steps}  loss {loss.item():.3f}  {elapsed:.0f} s")
 
 
 @torch.inference_mode()
@@ -169,7 +145,9 @@ def main() -> None:
         for name, shared in TWINS.items():
             model = build(shared, settings.seed, tokenizer.eos_token_id)
             say(f"{name}: {model.num_parameters():,} parameters, {len(stream):,} tokens of text")
-            train(model, stream, settings)
+            random = torch.Generator().manual_seed(settings.seed)
+            windows = shuffled_windows(stream, CONTEXT, random)
+            train_on_text(model, lambda ids, model=model: model(ids).logits, windows, settings)
             save_checkpoint(model, tokenizer, arguments.work / name)
     text = table(evaluate(arguments.work, held_out(tokenizer, corpus)), settings)
     print(text)

@@ -28,7 +28,7 @@ from ane_moe.formats.recipe import Choice, find_format
 from ane_moe.model.port import Shape
 
 TOOLS = ("ane-moe", "coremltools", "torch")
-ENCODING = 2  # counts up when a weight format comes to give other bytes
+ENCODING = 3  # counts up when a weight format comes to give other bytes
 
 
 @dataclass(frozen=True)
