@@ -8,21 +8,22 @@ import numpy as np
 
 from ane_moe.errors import UserError
 from ane_moe.loop.figures import Figures, PhaseFigures
-from ane_moe.loop.sampling import Sampler
-from ane_moe.loop.session import Session
+from ane_moe.loop.sampling import Sampler, TokenScores, token_scores
+from ane_moe.loop.session import Halted, Session
 from ane_moe.loop.tokenizer import Begun, Decode, TextStream
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
     """`temperature` 0 is greedy; `stop` strings end the text before themselves and need a
-    tokenizer."""
+    tokenizer; each piece has the scores of so many likeliest tokens, with `top_logprobs`."""
 
     max_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    top_logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Piece:
 
     id: int | None
     text: str
+    scores: TokenScores | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Generation:
         decode: Decode | None = None,
         begun: Begun | None = None,
         embeddings: np.ndarray | None = None,
+        taken: int = 0,
     ) -> None:
         if options.max_tokens < 1:
             raise UserError("max-tokens must be at least 1", str(options.max_tokens))
@@ -71,6 +74,7 @@ class Generation:
             )
         self._session = session
         self._prompt_ids = list(prompt_ids)
+        self._taken = taken
         self._embeddings = embeddings
         self._options = options
         self._sampler = Sampler(options.temperature, options.top_p, options.seed)
@@ -84,6 +88,11 @@ class Generation:
     def __iter__(self) -> Iterator[Piece]:
         return self._pieces
 
+    @property
+    def held(self) -> list[int]:
+        """The ids that the session has taken in."""
+        return (self._prompt_ids + self._ids)[: self._session.position]
+
     def result(self) -> GenerateResult:
         return GenerateResult(
             self._prompt_ids,
@@ -95,10 +104,13 @@ class Generation:
 
     def _run(self) -> Iterator[Piece]:
         session, figures = self._session, self._session.figures
-        if self._embeddings is None:
-            logits = session.prefill(self._prompt_ids)
-        else:
-            logits = session.prefill_embeddings(self._embeddings)
+        try:
+            if self._embeddings is None:
+                logits = session.prefill(self._prompt_ids[self._taken :])
+            else:
+                logits = session.prefill_embeddings(self._embeddings)
+        except Halted:
+            return
         if self._begun:
             logits = np.where(self._begun.allowed, logits, -np.inf)
         phase: PhaseFigures = figures.prefill
@@ -107,7 +119,11 @@ class Generation:
             identifier = self._sampler.pick(logits)
             self._ids.append(identifier)
             ended = identifier in session.manifest.eos_ids
-            piece = Piece(identifier, "" if ended else self._grow(identifier))
+            piece = Piece(
+                identifier,
+                "" if ended else self._grow(identifier),
+                self._scores(logits, identifier),
+            )
             phase.seconds += perf_counter() - started
             yield piece
             reason = self._reason(ended)
@@ -118,6 +134,10 @@ class Generation:
         self._finish_reason = reason
         if rest := self._rest():
             yield Piece(None, rest)
+
+    def _scores(self, logits: np.ndarray, identifier: int) -> TokenScores | None:
+        top = self._options.top_logprobs
+        return None if top is None else token_scores(logits, identifier, top)
 
     def _reason(self, ended: bool) -> str:
         """Why to end now; empty to go on."""
@@ -149,12 +169,14 @@ def generate(
     decode: Decode | None = None,
     begun: Begun | None = None,
     embeddings: np.ndarray | None = None,
+    taken: int = 0,
 ) -> Generation:
     """Continue `prompt_ids`, or `embeddings` fp32 `(T, d)` in their place; `decode` turns ids into
     text (without it the text stays empty). The first new token completes the one that was `begun`.
+    The session has taken in the first `taken` ids before.
 
     Raises UserError at once for senseless options, and from the iteration for a prompt that is
     empty, has ids outside the vocabulary or does not fit into the context.
     """
     chosen = options or GenerateOptions()
-    return Generation(session, prompt_ids, chosen, decode, begun, embeddings)
+    return Generation(session, prompt_ids, chosen, decode, begun, embeddings, taken)

@@ -17,12 +17,11 @@ import numpy as np
 
 from ane_moe.errors import UserError
 from ane_moe.json_file import read_json
+from ane_moe.loop.cuts import ONE_WAY
 from ane_moe.loop.session import Session
 from ane_moe.loop.shards import LoadedShards
 from ane_moe.loop.wiring import Call
 from ane_moe.model.port import STREAM, slot_arguments
-
-ONE_WAY = ("shift", "real")  # roots of slots of mixers whose states cannot be taken back
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Choosing the next token from logits."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from ane_moe.errors import UserError
@@ -45,6 +47,29 @@ class Sampler:
                 )
             ]
         )
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """The natural logarithm of a chosen token's probability, and those of the likeliest tokens by
+    id, most likely first: of the logits as they are, whatever the temperature."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+def token_scores(logits: np.ndarray, chosen: int, top: int) -> TokenScores:
+    """Of the logits `[V]` that `chosen` was picked from, with the `top` likeliest. Ties go to the
+    lowest id."""
+    highest = float(logits.max())
+    total = highest + float(np.log(np.exp(logits.astype(np.float64) - highest).sum()))
+    top = min(top, len(logits))
+    bound = np.partition(logits, -top)[-top] if top else np.inf
+    ids = np.flatnonzero(logits >= bound)
+    likeliest = ids[np.argsort(-logits[ids], kind="stable")][:top]
+    return TokenScores(
+        float(logits[chosen]) - total, tuple((int(i), float(logits[i]) - total) for i in likeliest)
+    )
 
 
 def nucleus(logits: np.ndarray, temperature: float, top_p: float) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,7 @@
 T = tokens in a call, V = vocabulary, d = d_model.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from ane_moe.errors import UserError
 from ane_moe.loop.buffers import Slots
+from ane_moe.loop.cuts import cuts_of
 from ane_moe.loop.experts import ExpertDispatch
 from ane_moe.loop.figures import CallClock, Figures, PrefetchFigures
 from ane_moe.loop.prefetch import Prefetch, make_predictor
@@ -42,6 +43,10 @@ class _Lane:
             yield slice(*slot_rows(slot)), self.slots.columns(slot)
 
 
+class Halted(Exception):
+    """A prompt was not taken in to its end, by the wish of whoever asked for it."""
+
+
 class Session:
     """One conversation with the shards: its own caches and position over weights that sessions
     share.
@@ -51,11 +56,16 @@ class Session:
     """
 
     def __init__(
-        self, shards: LoadedShards, *, concurrency: int = 1, predictor: str = "none"
+        self,
+        shards: LoadedShards,
+        *,
+        concurrency: int = 1,
+        predictor: str = "none",
+        figures: Figures | None = None,
     ) -> None:
         """`concurrency` dispatched experts of one layer, or tracks, run at once (the results do not
         depend on it), and `predictor` (a key of prefetch.PREDICTORS) chooses the experts loaded
-        ahead. Raises UserError for an encoder."""
+        ahead; `figures` are those of several sessions together. Raises UserError for an encoder."""
         if shards.manifest.lengths:
             raise UserError(
                 f"{shards.folder} takes whole texts, and generates none",
@@ -66,7 +76,10 @@ class Session:
         self.manifest = shards.manifest
         self.position = 0
         self.prompt: int | None = None  # tokens that were taken in before the first was generated
-        self.figures = Figures(shards.runtime)
+        self.figures = figures or Figures(shards.runtime)
+        self.halted: Callable[[], bool] = lambda: False  # asked before each call of a prompt
+        self._cuts = cuts_of(self.manifest)
+        self._furthest = 0  # tokens that the caches have held at most
         self._states = States(shards.loaded)
         self._concurrency = concurrency
         dispatch = self._dispatch(concurrency)
@@ -91,14 +104,29 @@ class Session:
 
     def reset(self) -> None:
         """Forget everything said so far; the figures stay."""
-        self.position, self.prompt = 0, None
+        self.position, self.prompt, self._furthest = 0, None, 0
         self._states.clear()
+
+    def reusable(self, tokens: int) -> int:
+        """How many of its first `tokens` tokens it can go on from as if it had taken in no others:
+        fewer, or none, where the states of its mixers do not tell tokens apart."""
+        if tokens >= self.position and not self._cuts.of_prompts:
+            return self.position
+        return self._cuts.place(min(tokens, self.position), self._furthest, self.prompt)
+
+    def cut(self, tokens: int) -> int:
+        """Forget all but the first `reusable(tokens)` tokens; returns how many that are."""
+        kept = self.reusable(tokens)
+        if kept == 0:
+            self.reset()
+        self.position, self.prompt = kept, None
+        return kept
 
     def prefill(self, ids: Sequence[int]) -> np.ndarray:
         """Take in `ids` in chunks and return the last token's logits, fp32 `[V]`.
 
-        Raises UserError when `ids` is empty, has ids outside the vocabulary, or does not fit into
-        the context.
+        Raises Halted between chunks where `halted` says so, and UserError when `ids` is empty, has
+        ids outside the vocabulary, or does not fit into the context.
         """
         self._require(ids)
         rows = (self._rows(chunk) for chunk in _chunks(ids, self._prefill.tokens))
@@ -132,6 +160,8 @@ class Session:
         started = perf_counter()
         clock, lane = self._prefill_clock, self._prefill
         for rows in chunks:
+            if self.halted():
+                raise Halted
             self._forward(lane, rows, clock)
         self._end_prompt()
         self._head_of(lane, len(rows) - 1, clock)
@@ -211,7 +241,7 @@ class Session:
         predictor = make_predictor(name, self.shards.folder, self.manifest)
         if predictor is None or dispatch is None:
             return None
-        self.figures.prefetch = PrefetchFigures(name)
+        self.figures.prefetch = self.figures.prefetch or PrefetchFigures(name)
         return Prefetch(predictor, dispatch, self.figures.prefetch)
 
     def _rows(self, ids: Sequence[int]) -> np.ndarray:
@@ -220,13 +250,18 @@ class Session:
 
     def _forward(self, lane: _Lane, rows: np.ndarray, clock: CallClock) -> None:
         """Run every layer on the embeddings `[n,d]` of at most T tokens, leaving the last hidden
-        states in the lane's stream."""
+        states in the lane's stream. What a failure leaves half done is forgotten with the rest."""
         lane.slots.place(self.position, len(rows), prompt=self.prompt)
         stream = lane.slots.columns(STREAM)
         stream[:, : len(rows)] = rows.T
         stream[:, len(rows) :] = 0
-        lane.body.run(clock)
+        try:
+            lane.body.run(clock)
+        except BaseException:
+            self.reset()
+            raise
         self.position += len(rows)
+        self._furthest = max(self._furthest, self.position)
 
     def _end_prompt(self) -> None:
         """What follows is generated, or answers to that."""

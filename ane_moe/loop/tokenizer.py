@@ -1,6 +1,6 @@
 """A conversion's tokenizer, and text from ids as they come."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,28 +58,36 @@ class Tokenizer:
         return bool(self.loaded.chat_template)
 
     def encode_chat(self, text: str, dated: bool = True) -> list[int]:
-        """Ids of `text` as one user's message, ready for the answer, by the checkpoint's template.
+        """Ids of `text` as one user's message, as `encode_messages` gives them."""
+        return self.encode_messages([{"role": "user", "content": text}], dated)
+
+    def encode_messages(
+        self, messages: Sequence[Mapping[str, str]], dated: bool = True
+    ) -> list[int]:
+        """Ids of messages (`role`, `content`), ready for the answer, by the checkpoint's template.
 
         A template may write the date; not `dated`, it writes the same text every day. Raises
-        UserError when there is no template, and when it does not take the message.
+        UserError when there is no template, and when it does not take the messages.
         """
         if not self.has_chat_template:
             raise UserError(
                 "the checkpoint's tokenizer has no chat template", "none", "leave out --chat"
             )
-        messages = [{"role": "user", "content": text}]
         try:
             stopped = None if dated else STOPPED_CLOCK + self.loaded.get_chat_template()
             return list(
                 self.loaded.apply_chat_template(
-                    messages, chat_template=stopped, add_generation_prompt=True, return_dict=False
+                    [*map(dict, messages)],
+                    chat_template=stopped,
+                    add_generation_prompt=True,
+                    return_dict=False,
                 )
             )
         except Exception as error:  # a template is a program: it can raise anything
             raise UserError(
-                "the checkpoint's chat template does not take the prompt",
+                "the checkpoint's chat template does not take the messages",
                 f"{type(error).__name__}: {error}",
-                "leave out --chat",
+                "give other messages, or a text to continue",
             ) from error
 
     def heal(self, ids: Sequence[int], vocab: int) -> "Begun | None":
@@ -90,9 +98,9 @@ class Tokenizer:
         space begins the next word's token. So that token is taken back, and the first new one must
         begin with it ("token healing", as in the guidance library).
         """
-        pieces = self.loaded.convert_ids_to_tokens(range(min(vocab, len(self.loaded))))
         if len(ids) < 2 or ids[-1] in self.loaded.all_special_ids or self.decode(ids[-1:]).strip():
             return None
+        pieces = self.loaded.convert_ids_to_tokens(range(min(vocab, len(self.loaded))))
         allowed = np.zeros(vocab, bool)
         allowed[: len(pieces)] = [
             piece is not None and piece.startswith(pieces[ids[-1]]) for piece in pieces
