@@ -11,6 +11,7 @@ import typer
 from ane_moe.commands.bench import bench
 from ane_moe.commands.cache import cache
 from ane_moe.commands.cache_study import cache_study
+from ane_moe.commands.chat import chat
 from ane_moe.commands.convert import convert
 from ane_moe.commands.demo import demo
 from ane_moe.commands.diff import diff
@@ -38,6 +39,7 @@ for command in (
     convert,
     verify,
     generate,
+    chat,
     redact,
     unredact,
     bench,

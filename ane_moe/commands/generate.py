@@ -13,6 +13,7 @@ from ane_moe.commands.options import (
     ExpertPolicy,
     MemoryMb,
     PrecisionName,
+    Predictor,
     RuntimeName,
 )
 from ane_moe.errors import UserError
@@ -50,15 +51,7 @@ def generate(
     expert_policy: ExpertPolicy = "lru",
     memory_mb: MemoryMb = None,
     concurrency: Concurrency = 1,
-    predictor: Annotated[
-        str,
-        typer.Option(
-            help=(
-                "Load experts ahead, guessed by: none, static (most used), previous (token), layer "
-                "(before), router (of the next layer)."
-            )
-        ),
-    ] = "none",
+    predictor: Predictor = "none",
     roster: Annotated[
         int | None,
         typer.Option(

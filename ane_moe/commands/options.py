@@ -57,7 +57,24 @@ PrecisionName = Annotated[
         ),
     ),
 ]
+Predictor = Annotated[
+    str,
+    typer.Option(
+        help=(
+            "Load experts ahead, guessed by: none, static (most used), previous (token), layer "
+            "(before), router (of the next layer)."
+        )
+    ),
+]
 RuntimeName = Annotated[str, typer.Option(help="reference, coreml or auto.")]
+Shards = Annotated[
+    Path,
+    typer.Argument(
+        help="Folder of a conversion, or `demo`: the built-in model.",
+        metavar="OUT",
+        show_default=False,
+    ),
+]
 TextFile = Annotated[
     Path | None,
     typer.Option(help="Take the text from this file, and from those that TEXT then names."),

@@ -223,9 +223,9 @@ def _seams(redactor: "Redactor") -> str:
 
 
 def _converted_demo() -> Path:
-    from ane_moe.demo.shards import privacy_shards
+    from ane_moe.demo.shards import built_in_shards
 
-    return privacy_shards(lambda line: typer.echo(f"ane-moe: {line}", err=True))
+    return built_in_shards("demo-privacy", lambda line: typer.echo(f"ane-moe: {line}", err=True))
 
 
 def _require_one_of(option: str, given: str | None, there: "Iterable[str]") -> None:

@@ -19,10 +19,12 @@ def privacy_checkpoint() -> Path:
     return Path(__file__).parent / "privacy"
 
 
+BUILT_IN = {"demo": demo_checkpoint, "demo-privacy": privacy_checkpoint}
+
+
 def built_in(checkpoint: Path) -> Path:
     """The packaged checkpoint that `demo` or `demo-privacy` names; any other path as it is."""
-    named = {"demo": demo_checkpoint, "demo-privacy": privacy_checkpoint}
-    return named.get(str(checkpoint), lambda: checkpoint)()
+    return BUILT_IN.get(str(checkpoint), lambda: checkpoint)()
 
 
 def copy_demo(dest: Path) -> Path:

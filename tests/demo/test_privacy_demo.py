@@ -17,7 +17,7 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer
 from ane_moe import convert
 from ane_moe.conversion.plan import ConvertOptions
 from ane_moe.demo import built_in, privacy_checkpoint
-from ane_moe.demo.shards import privacy_shards
+from ane_moe.demo.shards import built_in_shards
 from ane_moe.errors import UserError
 from ane_moe.formats.recipe import find_recipe
 from ane_moe.loop.tokenizer import Tokenizer
@@ -147,7 +147,7 @@ def test_shards_without_a_tokenizer_are_refused(shards, tmp_path):
 def test_the_demo_is_converted_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     said = []
-    folder = privacy_shards(said.append)
-    assert privacy_shards(said.append) == folder and len(said) == 1
+    folder = built_in_shards("demo-privacy", said.append)
+    assert built_in_shards("demo-privacy", said.append) == folder and len(said) == 1
     assert [one.name for one in (tmp_path / "ane-moe").iterdir()] == [folder.name]
     assert redact(folder, SAMPLE).text == "Contact [PERSON] at [EMAIL] or call [PHONE]."

@@ -1,0 +1,33 @@
+"""A conversion opened to be talked with."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ane_moe.loop.shards import LoadedShards, load_shards
+from ane_moe.loop.tokenizer import Tokenizer, load_tokenizer
+from ane_moe.runtime import with_precision
+
+MB = 1_000_000
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """The shards, loaded, and the tokenizer, where the checkpoint had one."""
+
+    shards: LoadedShards
+    tokenizer: Tokenizer | None
+
+
+def open_model(
+    folder: Path,
+    runtime: str = "auto",
+    precision: str = "fp32",
+    *,
+    expert_cache_mb: float | None = None,
+    memory_mb: float | None = None,
+) -> OpenModel:
+    """Load the conversion in `folder`, as `load_shards` and `load_tokenizer`. Raises UserError."""
+    limit = None if expert_cache_mb is None else int(expert_cache_mb * MB)
+    chosen, computed = with_precision(runtime, precision)
+    shards = load_shards(folder, chosen, expert_cache_bytes=limit, memory_mb=memory_mb, **computed)
+    return OpenModel(shards, load_tokenizer(folder, shards.manifest))
