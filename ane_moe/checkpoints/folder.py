@@ -15,10 +15,7 @@ CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 MODEL_FOLDER = "give a Hugging Face model folder"
-ADAPTER_ADVICE = (
-    "merge it into its base model (peft's merge_and_unload, then save_pretrained), "
-    "and give that folder"
-)
+ADAPTER_ADVICE = "give its base model, and this folder as --adapter"
 # safetensors files of an adapter, and of Mistral's original layout
 NOT_THE_MODEL = ("adapter_model", "consolidated")
 # Files beside the weights that are large enough for Git LFS
@@ -130,7 +127,7 @@ def adapter_beside(folder: Path) -> str:
     """A sentence on an adapter beside the model; nothing where there is none."""
     if not (folder / ADAPTER).is_file():
         return ""
-    return f"the adapter of {ADAPTER} is not applied: to convert it too, {ADAPTER_ADVICE}"
+    return f"the adapter of {ADAPTER} is not applied: to convert it too, give it as --adapter"
 
 
 def _not_a_folder(given: str, path: Path) -> UserError:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ane_moe.commands.options import AsJson
+from ane_moe.commands.options import AdapterFolders, AsJson
 from ane_moe.errors import UserError
 
 WORKERS = min(2, os.cpu_count() or 1)  # more of them wait for the disk
@@ -129,6 +129,7 @@ def convert(
             metavar="PATTERN",
         ),
     ] = None,
+    adapter: AdapterFolders = None,
     stream_scale: Annotated[
         str,
         typer.Option(
@@ -249,7 +250,7 @@ def convert(
     )
     windows = None if lengths is None else parse_counts(lengths, "--lengths", 1, MAX_LENGTH)
     left = tuple(ignore_tensors or ())
-    model = open_model(source, left)
+    model = open_model(source, left, adapter or ())
     experts, layers_together = sizes_of(model.spec, asked, place, context, prefill, windows)
     options = ConvertOptions(
         routing=routing,
@@ -274,6 +275,7 @@ def convert(
         inputs=inputs,
         ring_caches=ring_caches,
         tracks=tracks,
+        adapters=tuple(map(str, adapter or ())),
     )
     job = job_of(model, out, options)
     stored = job.plan.options.recipe  # with the forms that the checkpoint has

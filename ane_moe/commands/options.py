@@ -5,6 +5,14 @@ from typing import Annotated
 
 import typer
 
+AdapterFolders = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--adapter",
+        help="A LoRA adapter (a folder of PEFT's) of the checkpoint; repeat for more.",
+        metavar="FOLDER",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Beside = Annotated[
     bool,

@@ -6,7 +6,13 @@ from typing import Annotated
 
 import typer
 
-from ane_moe.commands.options import AsJson, PlacementSystem, PrecisionName, RuntimeName
+from ane_moe.commands.options import (
+    AdapterFolders,
+    AsJson,
+    PlacementSystem,
+    PrecisionName,
+    RuntimeName,
+)
 
 
 def verify(
@@ -26,6 +32,7 @@ def verify(
             )
         ),
     ] = None,
+    adapter: AdapterFolders = None,
     runtime: RuntimeName = "auto",
     precision: PrecisionName = "fp32",
     min_cosine: Annotated[
@@ -126,6 +133,7 @@ def verify(
                     decode_tokens=decode_tokens or None,
                     quick=quick,
                     fresh=fresh,
+                    adapters=tuple(adapter or ()),
                     progress=progress,
                 )
             except KeyboardInterrupt:

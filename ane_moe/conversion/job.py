@@ -36,4 +36,5 @@ def job_of(model: Model, out: Path, options: ConvertOptions) -> Job:
 
 def open_job(path: Path, out: Path, options: ConvertOptions) -> Job:
     """Open a checkpoint folder and plan its conversion. Raises UserError."""
-    return job_of(open_model(path, options.ignore_tensors), out, options)
+    model = open_model(path, options.ignore_tensors, options.adapters)
+    return job_of(model, out, options)

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from ane_moe.checkpoints.adapter import adapter_name
 from ane_moe.conversion.job import Job
 from ane_moe.conversion.plan import MB, ROUTERS, ConversionPlan, ConvertOptions
 from ane_moe.emit.coreml.package import ContentKey
@@ -52,8 +53,9 @@ def identity(job: Job) -> dict[str, str]:
 
 def _settled(plan: ConversionPlan) -> ConvertOptions:
     """The options with what was left to the model filled in."""
-    lengths = plan.lengths or None
-    return replace(plan.options, context=plan.context, layers=plan.layers, lengths=lengths)
+    lengths, adapters = plan.lengths or None, tuple(map(adapter_name, plan.options.adapters))
+    settled = replace(plan.options, context=plan.context, layers=plan.layers, lengths=lengths)
+    return replace(settled, adapters=adapters)
 
 
 def _identity_on_disk(out: Path) -> dict[str, str] | None:

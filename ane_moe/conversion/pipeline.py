@@ -94,7 +94,7 @@ class ConvertReport:
 def plan(checkpoint: Path, options: ConvertOptions) -> ConversionPlan:
     """Check the checkpoint and say what `convert` would write, without reading weights. Raises
     UserError."""
-    model = open_model(checkpoint, options.ignore_tensors)
+    model = open_model(checkpoint, options.ignore_tensors, options.adapters)
     planned = plan_of(model, options)
     require_tokenizer(model.checkpoint.folder)
     return planned

@@ -71,7 +71,8 @@ class ConvertOptions:
     `roster` the host may disturb the choice of experts, for `generate --roster`. Where `inputs` are
     "embeds", the embedding table is left out. With `ring_caches` attention in a window has caches
     no longer than calls can see, as it always has where there are tracks; those of a block are
-    apart, or "packed" into one graph."""
+    apart, or "packed" into one graph. `adapters` are folders of PEFT's, whose matrices are added to
+    the weights."""
 
     routing: Literal["masked", "soft", "sparse"] = "masked"
     state: Literal["mlstate", "explicit"] = "mlstate"
@@ -95,6 +96,7 @@ class ConvertOptions:
     inputs: Literal["ids", "embeds"] = "ids"
     ring_caches: bool = False
     tracks: Literal["apart", "packed"] = "apart"
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

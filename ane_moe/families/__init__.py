@@ -22,7 +22,17 @@ from ane_moe.families.taps import Taps
 from ane_moe.model.spec import ModelSpec
 from ane_moe.model.weight import WeightName
 
-PARTS = {"approximate", "config", "decoder", "keys", "missing", "quantised", "rope", "taps"}
+PARTS = {
+    "adapters",
+    "approximate",
+    "config",
+    "decoder",
+    "keys",
+    "missing",
+    "quantised",
+    "rope",
+    "taps",
+}
 
 READABLE = (
     "supported: F16, BF16 and F32 weights, FP8, MXFP4, NVFP4, compressed-tensors, GPTQ, AWQ, "

@@ -132,7 +132,7 @@ def find_tensors(
     sources: dict[WeightName, TensorSource] = {}
     missing: dict[WeightName, str] = {}  # the checkpoint's name by ours
     for name, weight in spec.weights():
-        alternatives = [_source(spec, name, weight, entry) for entry in table[name.template]]
+        alternatives = places(spec, name, weight, table)
         stored = [source for source in alternatives if source.key in shapes]
         fitting = (source for source in stored if shapes.get(source.key) == source.stored_shape)
         if not stored:
@@ -142,6 +142,13 @@ def find_tensors(
     if missing:
         raise _missing(missing, {source.key for source in sources.values()}, shapes)
     return sources
+
+
+def places(
+    spec: ModelSpec, name: WeightName, weight: Weight, table: KeyTable
+) -> list[TensorSource]:
+    """Where one of our tensors may lie in a checkpoint, form by form."""
+    return [_source(spec, name, weight, entry) for entry in table[name.template]]
 
 
 def _missing(

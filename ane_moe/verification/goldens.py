@@ -1,5 +1,6 @@
 """The goldens that a conversion is held against: those inside, or ones captured now."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -62,11 +63,14 @@ def capture(
     kept: Kept,
     quick: bool,
     progress: Progress,
+    adapters: Sequence[Path] = (),
 ) -> tuple[Goldens, int]:
-    """Goldens of the checkpoint, and of what the conversion made of it; if `quick`, of a few
-    prompts, which go through the layers of the manifest only. And how many prompts there are.
-    Raises UserError for a checkpoint of another model, or prompts that it does not take."""
-    opened = open_model(checkpoint, tuple(chain.from_iterable(manifest.left_out.values())))
+    """Goldens of the checkpoint, with what `adapters` add, and of what the conversion made of it;
+    if `quick`, of a few prompts, which go through the layers of the manifest only. And how many
+    prompts there are. Raises UserError for a checkpoint of another model, or prompts that it does
+    not take."""
+    ignored = tuple(chain.from_iterable(manifest.left_out.values()))
+    opened = open_model(checkpoint, ignored, adapters)
     model = with_scales(opened, manifest.stream_scale, inner_scales(manifest))
     spec, folder = model.spec, model.checkpoint.folder
     _require_same_model((len(spec.layers), spec.scores, spec.d_model), manifest, out)

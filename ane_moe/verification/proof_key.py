@@ -3,7 +3,7 @@ where all of it is the same."""
 
 import hashlib
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ TOOLS = ("numpy", "torch", "transformers")
 
 def proof_key(
     out: Path,
-    checkpoint: Path | None,
+    sources: Sequence[Path],
     prompts: Path | None,
     runtime: str,
     options: Mapping[str, Any],
@@ -27,11 +27,11 @@ def proof_key(
     """The content key of a proof of the conversion in `out`, whose files were checked against the
     manifest. `scope` is what is looked at.
 
-    A checkpoint's files are known by place, inode, size and times of change: whoever writes to one
-    changes these. Raises UserError when the prompts cannot be read.
+    Files of `sources`, a checkpoint and its adapters, are known by place, inode, size and times of
+    change: whoever writes to one changes these. Raises UserError when the prompts cannot be read.
     """
     tools = (_code(), platform.platform(), *map(version, TOOLS))
-    golden = (_text(prompts), sorted(_files(checkpoint)) if checkpoint else None)
+    golden = (_text(prompts), [sorted(_files(folder)) for folder in sources])
     return content_key(
         (sha256(out / FILE_NAME), runtime, sorted(options.items()), scope, tools, golden)
     )

@@ -50,11 +50,13 @@ def verify(
     decode_tokens: int | None = DECODE_TOKENS,
     quick: bool = False,
     fresh: bool = False,
+    adapters: Sequence[Path] = (),
     progress: Progress | None = None,
     **options: Any,
 ) -> VerifyReport:
     """Check the conversion in `out` against a golden: the one inside, or one captured from
-    `checkpoint` now. Its tokenizer is compared with what the checkpoint's gave then, or gives now.
+    `checkpoint`, with what `adapters` add, now. Its tokenizer is compared with what the
+    checkpoint's gave then, or gives now.
 
     `decode_tokens` is about how many tokens go through one-token calls where prefill covers all of
     them (None: all). `quick` looks at a part only (sample.py). What an equal run proved before it
@@ -75,13 +77,21 @@ def verify(
     if problems:
         return report
     scope = (decode_tokens, quick, by_engine)
-    key = proof_key(out, checkpoint, prompts, runtime, options, scope)
+    sources = () if checkpoint is None else (checkpoint, *adapters)
+    key = proof_key(out, sources, prompts, runtime, options, scope)
     with kept_beside(out, "proof", key, fresh=fresh) as kept:
         goldens, prompts_in_all = (
             read_goldens(out, manifest, quick)
             if checkpoint is None
             else capture(
-                out, manifest, checkpoint, prompts, kept, quick, phase(told, FILES, GOLDENS)
+                out,
+                manifest,
+                checkpoint,
+                prompts,
+                kept,
+                quick,
+                phase(told, FILES, GOLDENS),
+                adapters,
             )
         )
         told("tokenizer", 0, 1)
