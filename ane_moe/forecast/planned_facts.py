@@ -5,6 +5,7 @@ weights and their formats, products, states. All else that our graphs do is arit
 tells apart; of it there is the number alone.
 """
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,8 @@ from ane_moe.formats.stored_form import stored_form
 from ane_moe.manifest import ShardFunction
 from ane_moe.mlprogram.program import Operation, TensorType
 from ane_moe.mlprogram.weights import Part
-from ane_moe.model.port import MASK, Port
+from ane_moe.model.port import MASK, SHIFT, Port
+from ane_moe.model.recent import RECENT
 from ane_moe.model.template_key import TemplateKey, function_name, weight_name
 from ane_moe.model.weight import PARAMETER, Directions, Row, Shape, Weight
 from ane_moe.placement.facts import FunctionFacts, OpFacts, feature_facts
@@ -44,6 +46,8 @@ OPERATIONS: dict[str, float] = {
     "skip": 26,  # with the step or chunk of Mamba-2
     "state": 7.5,  # reads and writes, and the shapes they need
 }
+GATED_INPUT = "u"  # what a gated convolution over tokens is of: no attention comes before its `o`
+OF_ATTENTION = 27
 # Of these, how many elementwise ones stand on the longest way. A test counts them too.
 IN_A_ROW = {
     "norm": 8,
@@ -142,7 +146,8 @@ class _Graph:
 
     def facts(self, entry: ShardFunction) -> FunctionFacts:
         ports, states = entry.ports, len(entry.ports.states)
-        ops = [*self._convolutions(), *self._products(entry), *self._states(states)]
+        ops = [*self._convolutions(), *self._products(entry), *self._shifts(entry)]
+        ops += self._states(states)
         total = self._count(states)
         stream = max((math.prod(port.shape) for port in ports.inputs if port.by_channel), default=1)
         rest = max(0, total - sum(op.count for op in ops))
@@ -169,34 +174,54 @@ class _Graph:
 
     def _count(self, states: int) -> int:
         own = sum(OPERATIONS.get(weight.stem, 1) for weight in self.weights)
+        own -= OF_ATTENTION * sum(weight.stem == GATED_INPUT for weight in self.weights)
         return round(own + states * OPERATIONS["state"])
 
     def _convolutions(self) -> Iterator[OpFacts]:
         """Those of one shape and format at once."""
-        matrices = [weight for weight in self.weights if len(weight.shape) == 2]
         counts, sizes = Counter[_Like](), Counter[_Like]()
-        for weight in matrices:
-            counts[weight.shape, weight.form] += 1
-            sizes[weight.shape, weight.form] += weight.stored_bytes
+        for weight in self.weights:
+            if len(weight.shape) > 1:
+                counts[weight.shape, weight.form] += 1
+                sizes[weight.shape, weight.form] += weight.stored_bytes
         for like, count in counts.items():
-            (rows, columns), form = like
-            axes = {"n": 1, "c": max(rows, columns), "h": 1, "w": self.tokens}
-            facts = (
-                _product()
-                | axes
-                | _moved(columns * self.tokens, rows * self.tokens, rows * columns)
-                | {
-                    "channels_in": columns,
-                    "channels_out": rows,
-                    "elements": columns * self.tokens,
-                    "reduction": columns,
-                    "weight_format": form,
-                    "flops": 2 * rows * columns * self.tokens,
-                }
-            )
-            op = _op("conv", count, facts, f"{rows} x {columns} {form}")
+            shape, form = like
+            op = _op("conv", count, self._convolution(shape, form), f"{_sizes(shape)} {form}")
             op.parts = _parts(op.name, sizes[like])
             yield op
+
+    def _convolution(self, shape: Shape, form: str) -> dict[str, Any]:
+        """By a matrix, or over the `taps` tokens of a window in groups of channels."""
+        rows, columns, taps = (*shape, 1)[:3]
+        groups = rows // columns if len(shape) > 2 else 1
+        channels, window = columns * groups, self.tokens + taps - 1
+        return (
+            _product()
+            | {"n": 1, "c": max(rows, channels), "h": 1, "w": window}
+            | _moved(channels * window, rows * self.tokens, math.prod(shape))
+            | {
+                "channels_in": channels,
+                "channels_out": rows,
+                "groups": groups,
+                "kernel_w": taps,
+                "elements": channels * window,
+                "reduction": columns * taps,
+                "weight_format": form,
+                "flops": 2 * rows * columns * taps * self.tokens,
+            }
+        )
+
+    def _shifts(self, entry: ShardFunction) -> Iterator[OpFacts]:
+        """What picks the last tokens of a window: each state of a convolution over tokens is one
+        side of a product."""
+        shifts = [port for port in entry.ports.inputs if port.root == SHIFT]
+        for state, port in zip(self._recent, itertools.cycle(shifts), strict=False):
+            _, channels, _, width = state
+            depth = port.shape[2]
+            facts = _product() | {"reduction": depth, "w": width}
+            facts |= {"flops": 2 * channels * depth * width}
+            facts |= _moved(channels * depth, channels * width)
+            yield _op("matmul", 1, facts, "shift")
 
     def _products(self, entry: ShardFunction) -> Iterator[OpFacts]:
         """Of attention: each cache of its own is written by a product, and its slots are read by
@@ -212,7 +237,7 @@ class _Graph:
             yield _op("matmul", 2 * len(widths), facts, "attention")
         if not (slots and widths):
             return
-        written = sum(math.prod(shape) for shape in self.shard.states.values())
+        written = sum(map(math.prod, self._kept))
         depth = max(max(shape[-2:]) for shape in self._caches)
         flops, count = 2 * self.tokens * (2 * sum(widths) * slots + written), self._products_count
         facts = _product() | {"reduction": depth, "w": slots, "flops": flops / count}
@@ -223,11 +248,23 @@ class _Graph:
     @property
     def _caches(self) -> list[tuple[int, ...]]:
         """The shapes of those that are read."""
-        return [*self.shard.states.values(), *self.shard.borrowed.values()]
+        return [*self._kept, *self.shard.borrowed.values()]
+
+    @property
+    def _kept(self) -> list[tuple[int, ...]]:
+        """The shapes of those of its own."""
+        states = self.shard.states.items()
+        return [shape for slot, shape in states if not slot.endswith(RECENT)]
+
+    @property
+    def _recent(self) -> list[tuple[int, ...]]:
+        """The shapes of states that hold the last tokens of a convolution."""
+        states = self.shard.states.items()
+        return [shape for slot, shape in states if slot.endswith(RECENT)]
 
     @property
     def _products_count(self) -> int:
-        return len(self.shard.states) + len(self._caches)
+        return len(self._kept) + len(self._caches)
 
     def _states(self, states: int) -> list[OpFacts]:
         """Their operations, and those that mask what is kept and add what is new."""
@@ -243,6 +280,10 @@ class _Graph:
             weight.place for weight in self.weights if weight.reads_input and len(weight.shape) == 2
         )
         return max(readers.values(), default=0)
+
+
+def _sizes(shape: Shape) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _parts(name: str, size: int) -> tuple[Part, ...]:
@@ -304,9 +345,13 @@ def _moved(elements_in: int, elements_out: int, weights: int = 0) -> dict[str, i
 def _state_ops(states: int, elements: int = 1) -> list[OpFacts]:
     if not states:
         return []
-    counts = {"read_state": READS * states, "write_state": WRITES * states}
-    facts = _arithmetic() | _moved(elements, elements)
-    return [_op(kind, count, facts) for kind, count in counts.items()]
+    moved = {  # what is written is read beside what it takes the place of
+        "read_state": (READS, _moved(elements, elements)),
+        "write_state": (WRITES, _moved(2 * elements, 0)),
+    }
+    return [
+        _op(kind, each * states, _arithmetic() | sizes) for kind, (each, sizes) in moved.items()
+    ]
 
 
 def _op(kind: str, count: int, facts: dict[str, Any], name: str = "") -> OpFacts:

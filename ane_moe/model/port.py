@@ -42,7 +42,7 @@ STREAM = "stream"
 FFN_INPUT = "ffn_input"
 ADDED = "added"
 MASK, BAND, CHUNK, PROMPT = "mask", "band_", "chunk_", "prompt_"
-PASSED = "passed"
+PASSED, SHIFT = "passed", "shift"
 GATES, LOGITS, STATE = "gates", "logits", "state"  # roots
 MEETING = ("sum", "mean")  # how outputs of tracks go into one slot
 # Roots of the slots whose arrays have channels on axis 1 and tokens on the last: `--layout` turns

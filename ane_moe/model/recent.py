@@ -7,6 +7,7 @@ its n columns first: slices at other offsets of the last axis saturate on the M1
 from ane_moe.model.port import Port
 
 WIDTH = 32
+RECENT = "recent"  # what the names of these states end with
 
 
 def recent_port(name: str, channels: int) -> Port:

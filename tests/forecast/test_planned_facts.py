@@ -49,6 +49,8 @@ CASES = {
         {"state": "explicit", "recipe": find_recipe("int4-block32")},
     ),
     "two layers in one": ("granitemoe", {}, {"routing": "soft", "layers_per_shard": 2}),
+    "convolutions over tokens": ("lfm2_moe", {}, {}),
+    "one router for all": ("omni_moe", {"expert_groups": [[2, 12]]}, {"layers_per_shard": 2}),
 }
 
 
