@@ -12,8 +12,9 @@ def plan(
     checkpoint: Annotated[
         str,
         typer.Argument(
-            help="A model folder, a GGUF file, a config.json, a Hugging Face Hub id, or "
-            "pt-6b-d4: tracks of 6b, 13b or 30b that meet every 2, 4 or 8 layers.",
+            help="A model folder, a GGUF file, a config.json, a Hugging Face Hub id, or a paper's "
+            "model: pt-6b-d4 (tracks of 6b, 13b or 30b that meet every 2, 4 or 8 layers), mm1-3b, "
+            "mm1-7b, afm-3b, omni-4x2-4x4-4x8 (groups of layers x experts that share a router).",
             metavar="CHECKPOINT",
         ),
     ],

@@ -34,6 +34,9 @@ PARTS = {
     "taps",
 }
 
+# Families of papers whose models are not public; each has `published`.
+PAPERS = ("afm", "mm1_moe", "omni_moe", "pt_moe")
+
 READABLE = (
     "supported: F16, BF16 and F32 weights, FP8, MXFP4, NVFP4, compressed-tensors, GPTQ, AWQ, "
     "bitsandbytes 4 bit and MLX; take the model it was made from, or dequantise it first"
@@ -68,6 +71,13 @@ def load_family(model_type: str) -> Family:
             f"supported: {', '.join(supported())}",
         )
     return cast(Family, import_module(f"{__name__}.{model_type}"))
+
+
+def published(name: str) -> dict[str, Any] | None:
+    """The configuration of a paper's model by its name, such as `pt-6b-d4`; None where no paper
+    has it."""
+    found = (import_module(f"{__name__}.{family}").published(name) for family in PAPERS)
+    return next(filter(None, found), None)
 
 
 def beside(model_type: str) -> Mapping[str, str]:

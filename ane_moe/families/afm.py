@@ -5,6 +5,8 @@ Source: arXiv 2507.13575, mlx-lm's `afm7`. No checkpoints are public: `original/
 is laid out.
 """
 
+from typing import Any
+
 from ane_moe.families.config import Config
 from ane_moe.families.decoder import gqa_facts, llama, mlp, n_layers
 from ane_moe.families.keys import LAYER, SKELETON, KeyTable, Paired, mlp_keys, paired_queries
@@ -25,6 +27,28 @@ KEYS: KeyTable = {
     **mlp_keys("ffn.mlp", "mlp"),
 }
 TAPS = Taps(hands_on=True)
+
+
+def published(name: str) -> dict[str, Any] | None:
+    """The configuration that mlx-lm has, of 3,111,368,064 weights."""
+    if name != "afm-3b":
+        return None
+    return {
+        "model_type": "afm",
+        "vocab_size": 153600,
+        "hidden_size": 2048,
+        "intermediate_size": 6656,
+        "num_hidden_layers": 56,
+        "num_kv_reuse_layers": 21,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+    }
 
 
 def spec(config: Config) -> ModelSpec:

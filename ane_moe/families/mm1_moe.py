@@ -28,14 +28,16 @@ SHAPES = {
     "mm1-3b-moe": (64, 2, 32, 2560, 7936, 20, 20),
     "mm1-7b-moe": (32, 4, 32, 4096, 13056, 32, 8),
 }
+SHORT = {"mm1-3b": "mm1-3b-moe", "mm1-7b": "mm1-7b-moe"}
 HEAD_DIM = 128
 
 
 def published(name: str) -> dict[str, Any] | None:
-    """The configuration of a published shape."""
-    if name not in SHAPES:
+    """The configuration of a published shape; `mm1-3b` for short."""
+    shape = SHAPES.get(SHORT.get(name, name))
+    if shape is None:
         return None
-    experts, every, layers, channels, width, heads, kv_heads = SHAPES[name]
+    experts, every, layers, channels, width, heads, kv_heads = shape
     return {
         "model_type": "mm1_moe",
         "vocab_size": 32000,

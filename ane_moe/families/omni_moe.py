@@ -3,7 +3,9 @@
 No checkpoints are public: `original/omni_moe.py` says how one is laid out.
 """
 
+import re
 from dataclasses import replace
+from typing import Any
 
 from ane_moe.families.config import MAX_EXPERTS, MAX_LAYERS, Config
 from ane_moe.families.decoder import gqa, llama, mlp, n_layers, router
@@ -19,6 +21,37 @@ KEYS: KeyTable = {
     **STACKED,
 }
 TAPS = Taps()
+# Layers x experts of each group, as `4x2-4x4-4x8`: a re-implementation's way to write the paper's
+# models. Channels, widths and heads are ours.
+NAMED = re.compile(r"omni((?:-[1-9]\d{0,3}x[1-9]\d{0,3}){1,16})")
+
+
+def published(name: str) -> dict[str, Any] | None:
+    """The configuration of groups of layers, such as `omni-4x2-4x4-4x8`; one expert a token."""
+    if (named := NAMED.fullmatch(name)) is None:
+        return None
+    groups = [[*map(int, group.split("x"))] for group in named[1].split("-")[1:]]
+    return {
+        "model_type": "omni_moe",
+        "vocab_size": 32000,
+        "hidden_size": 1024,
+        "intermediate_size": 2048,
+        "num_hidden_layers": sum(layers for layers, _ in groups),
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "num_experts": max(experts for _, experts in groups),
+        "expert_groups": groups,
+        "shared_router": True,
+        "router_bias": True,
+        "num_experts_per_tok": 1,
+        "norm_topk_prob": False,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+    }
 
 
 def spec(config: Config) -> ModelSpec:

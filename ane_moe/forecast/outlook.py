@@ -13,9 +13,8 @@ from ane_moe.checkpoints.gguf.model import gguf_file
 from ane_moe.checkpoints.hub import hub_name, local_config
 from ane_moe.conversion.plan import ConvertOptions
 from ane_moe.errors import UserError
-from ane_moe.families import describe, describe_config, supported
+from ane_moe.families import describe, describe_config, published, supported
 from ane_moe.families.approximate import EXPERTS, approximate, names_experts
-from ane_moe.families.pt_moe import published
 from ane_moe.forecast.chips import Range, find_chip
 from ane_moe.forecast.concerns import Concern, concerns_of_plan
 from ane_moe.forecast.conversion_cost import conversion_seconds
