@@ -1,7 +1,7 @@
 """Finds the noise of each layer's router that lowers a roster's loss on a text.
 
     scripts/tune_roster.py OUT TEXT --samples 8 --to schedule.json [--trials 50] [--max-tau 0.5]
-                           [--skip-layers 0] [--passages 40]
+                           [--skip-layers 0] [--passages 40] [--unseen 160]
 
 OUT is a conversion made with `--roster` and a tokenizer. A tree-structured Parzen estimator
 (Optuna; `pip install optuna`) proposes, as in the paper (arXiv 2509.17238). The first half of the
@@ -26,8 +26,11 @@ def main() -> None:
     shards = load_shards(arguments.out, "reference")
     text = arguments.text.read_text()
     seen, unseen = (
-        passages_of(shards, half, arguments.passages)
-        for half in (text[: len(text) // 2], text[len(text) // 2 :])
+        passages_of(shards, half, count)
+        for half, count in (
+            (text[: len(text) // 2], arguments.passages),
+            (text[len(text) // 2 :], arguments.unseen),
+        )
     )
     samples, skipped = arguments.samples, arguments.skip_layers
     layers = sorted(int(layer) for layer in shards.manifest.moe)
@@ -67,6 +70,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-tau", type=float, default=0.5)
     parser.add_argument("--skip-layers", type=int, default=0)
     parser.add_argument("--passages", type=int, default=40)
+    parser.add_argument("--unseen", type=int, default=160)
     return parser.parse_args()
 
 

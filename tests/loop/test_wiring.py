@@ -1,5 +1,6 @@
 """Slots and sums, by hand: what calls read and write, without a model."""
 
+from threading import Barrier, BrokenBarrierError
 from types import SimpleNamespace
 
 import numpy as np
@@ -134,6 +135,32 @@ def test_no_order_of_tracks_changes_a_bit(how):
         order = np.random.default_rng(seed).permutation(8)
         found, _ = met(tracks(numbers[order], how), 1 + seed)
         assert found.tobytes() == expected.tobytes()
+
+
+def test_all_tracks_of_a_block_are_in_flight_at_once():
+    """Each waits until all others have begun."""
+    count = 4
+    together = Barrier(count, timeout=60)
+
+    def waits(given):
+        together.wait()
+        return {"y": given["x"]}
+
+    blocks = [
+        shard(
+            f"{block}.{track}",
+            [column("x", "stream")],
+            [column("y", "stream", "mean" if track else "set")],
+            waits,
+        )
+        for block in range(2)
+        for track in range(count)
+    ]
+    stream, times = met(blocks, count)
+    assert stream[0].tolist() == [1, 2, 3] and times == 2
+    with pytest.raises(BrokenBarrierError):
+        together = Barrier(count, timeout=0.1)
+        met(blocks, count - 1)
 
 
 def test_the_mean_of_equal_tracks_is_each_of_them():
