@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ane_moe.commands.align import align
 from ane_moe.commands.bench import bench
 from ane_moe.commands.cache import cache
 from ane_moe.commands.cache_study import cache_study
@@ -47,6 +48,7 @@ for command in (
     trace,
     group,
     cache_study,
+    align,
     inspect,
     run,
     diff,

@@ -52,6 +52,32 @@ def generate(
     memory_mb: MemoryMb = None,
     concurrency: Concurrency = 1,
     predictor: Predictor = "none",
+    ahead: Annotated[
+        int, typer.Option(help="Guess the experts of so many layers ahead.", min=1)
+    ] = 1,
+    adapters: Annotated[
+        Path | None,
+        typer.Option(
+            help="What `ane-moe align` fitted to this conversion.",
+            metavar="FILE.npz",
+            show_default=False,
+        ),
+    ] = None,
+    self_speculate: Annotated[
+        int | None,
+        typer.Option(
+            help="Draft so many tokens by the first layers, and check them in one call.",
+            metavar="N",
+            show_default=False,
+        ),
+    ] = None,
+    exit_layer: Annotated[
+        int | None,
+        typer.Option(
+            help="self-speculate: draft by the layers up to this one.",
+            show_default="a quarter of them",
+        ),
+    ] = None,
     roster: Annotated[
         int | None,
         typer.Option(
@@ -77,13 +103,16 @@ def generate(
     stdin when none is given. Without a tokenizer, ids go in (--prompt-ids) and come out. A last
     token of white space is taken back, and the first new one must begin with it.
     """
+    from ane_moe.loop.adapters import read_adapters
     from ane_moe.loop.embeddings_file import read_embeddings
     from ane_moe.loop.figures import figures_dict, figures_line
     from ane_moe.loop.generation import GenerateOptions
     from ane_moe.loop.generation import generate as start
+    from ane_moe.loop.prefetch import Guessing
     from ane_moe.loop.roster import RosterOptions, RosterSession, read_schedule
     from ane_moe.loop.session import Session
     from ane_moe.loop.shards import load_shards
+    from ane_moe.loop.speculation import SpeculationOptions, SpeculativeSession
     from ane_moe.loop.tokenizer import load_tokenizer
     from ane_moe.runtime import with_precision
 
@@ -111,8 +140,14 @@ def generate(
         )
     else:
         ids = tokenizer.encode_chat(text) if chat else tokenizer.encode(text)
-    if roster is None:
-        session = Session(shards, concurrency=concurrency, predictor=predictor)
+    fitted = None if adapters is None else read_adapters(adapters, width)
+    if self_speculate is not None:
+        _require_alone("--self-speculate", predictor != "none" or roster is not None)
+        drafting = SpeculationOptions(self_speculate, exit_layer)
+        session: Session = SpeculativeSession(shards, drafting, fitted, concurrency=concurrency)
+    elif roster is None:
+        guessing = Guessing(predictor, ahead, fitted)
+        session = Session(shards, concurrency=concurrency, predictor=guessing)
     else:
         schedule = {} if tau_schedule is None else read_schedule(tau_schedule)
         how = RosterOptions(roster, tau, schedule, skip_layers, seed)
@@ -155,6 +190,14 @@ def _require_one(*prompts: object) -> None:
             "the prompt is given more than once",
             "",
             "use one of --prompt, --prompt-file, --prompt-ids, --embeddings",
+        )
+
+
+def _require_alone(option: str, more: bool) -> None:
+    if more:
+        raise UserError(
+            f"{option} goes with no other way to take tokens or load experts",
+            do="leave out --predictor and --roster",
         )
 
 

@@ -70,7 +70,7 @@ Predictor = Annotated[
     typer.Option(
         help=(
             "Load experts ahead, guessed by: none, static (most used), previous (token), layer "
-            "(before), router (of the next layer)."
+            "(before), router (of the layer that is guessed), adapter (and an adapter)."
         )
     ),
 ]

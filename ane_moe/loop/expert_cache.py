@@ -185,6 +185,7 @@ class ExpertCache:
                 if entry is None and self._make_room(size, frozenset()):
                     break
                 if entry is not None and entry.function is not None:
+                    self.figures.hits += not counted  # loaded ahead since it was looked for
                     return self._use(key, entry)
                 if entry is not None and not counted:
                     self.figures.late += 1

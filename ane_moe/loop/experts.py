@@ -219,16 +219,20 @@ class ExpertDispatch:
         return {group.key(bucket) for group, tokens in tasks for _, bucket in group.pieces(tokens)}
 
     def load_ahead(
-        self, layer: int, experts: Sequence[int], current: tuple[int, Sequence[int]]
+        self, guesses: Sequence[tuple[int, Sequence[int]]], current: tuple[int, Sequence[int]]
     ) -> None:
-        """Load the functions for one token of `experts` in `layer` in the background, at no cost of
-        those in use now:
-        `current` is the running layer and its experts."""
-        running, used = current
+        """Load the functions for one token of `guesses`, layers and their experts, in the
+        background and in this order, at no cost of those in use now: `current` is the running layer
+        and its experts."""
         self.cache.load_ahead(
-            [group.key(min(group.functions)) for group in self.layers[layer].groups_of(experts)],
-            [group.key(min(group.functions)) for group in self.layers[running].groups_of(used)],
+            [key for layer, experts in guesses for key in self._for_one(layer, experts)],
+            self._for_one(*current),
         )
+
+    def _for_one(self, layer: int, experts: Sequence[int]) -> list[FunctionKey]:
+        """Of the functions of some experts for one token."""
+        groups = self.layers[layer].groups_of(experts)
+        return [group.key(min(group.functions)) for group in groups]
 
     def _run(
         self,

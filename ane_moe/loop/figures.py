@@ -106,6 +106,22 @@ class PrefetchFigures:
 
 
 @dataclass
+class SpeculationFigures:
+    """Tokens drafted after `exit_layer`, and those `accepted` that the whole model chose too; it
+    was called once in each of the `rounds`."""
+
+    exit_layer: int
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Accepted length: the token that began the round, and the drafts that were right."""
+        return 1 + self.accepted / self.rounds if self.rounds else 0.0
+
+
+@dataclass
 class Figures:
     """What a session has done since it was made. `runtime` says which runtime the times are for;
     `cache` is shared by all sessions over the same shards."""
@@ -115,6 +131,7 @@ class Figures:
     decode: PhaseFigures = field(default_factory=PhaseFigures)
     cache: CacheFigures | None = None
     prefetch: PrefetchFigures | None = None
+    speculation: SpeculationFigures | None = None
 
 
 class CallClock:
@@ -197,6 +214,10 @@ def figures_dict(figures: Figures) -> dict[str, object]:
         "prefetch": asdict(figures.prefetch) | {"hit_rate": figures.prefetch.hit_rate}
         if figures.prefetch
         else None,
+        "speculation": asdict(figures.speculation)
+        | {"tokens_per_round": figures.speculation.tokens_per_round}
+        if figures.speculation
+        else None,
     }
 
 
@@ -218,5 +239,10 @@ def figures_line(figures: Figures) -> str:
             f"expert cache {100 * figures.cache.hit_rate:.0f}% hits, "
             f"{figures.cache.bytes_loaded / 1e6:.1f} MB loaded, {figures.cache.wait_seconds:.2f} "
             f"s waited"
+        )
+    if own := figures.speculation:
+        parts.append(
+            f"{own.accepted} of {own.drafted} drafts of layer {own.exit_layer} accepted, "
+            f"{own.tokens_per_round:.2f} tokens per round"
         )
     return f"{'; '.join(parts)} [{conditions(figures.runtime)}]"

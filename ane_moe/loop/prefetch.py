@@ -4,6 +4,7 @@ d = d_model, E = experts of a layer, k = experts per token.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Protocol
@@ -11,7 +12,8 @@ from typing import Protocol
 import numpy as np
 
 from ane_moe.errors import UserError
-from ane_moe.loop.experts import ExpertDispatch
+from ane_moe.loop.adapters import Adapter, Adapters
+from ane_moe.loop.experts import ExpertDispatch, expert_layers
 from ane_moe.loop.figures import PrefetchFigures
 from ane_moe.manifest import Manifest
 
@@ -79,23 +81,30 @@ class LayerBefore:
         self._previous.observe(layer, experts)
 
 
-class NextRouter:
-    """The layer's own router applied early, to the hidden state one block too soon (the residual
-    stream moves slowly:
-    Eliseev and Mazur 2023, arXiv 2312.17238). Falls back on the previous token where there is no
-    hidden state."""
+class RouterAhead:
+    """The layer's own router applied early, to a hidden state from some layers before (the residual
+    stream moves slowly: Eliseev and Mazur 2023, arXiv 2312.17238); to what an adapter makes of it,
+    where there are adapters. Falls back on the previous token where there is no hidden state."""
 
-    def __init__(self, routers: dict[int, tuple[np.ndarray, int]]) -> None:
+    def __init__(
+        self,
+        routers: dict[int, tuple[np.ndarray, int]],
+        adapters: Mapping[int, Adapter] | None = None,
+    ) -> None:
         """`routers`: layer -> (fp32 weights `[E,d]` with the norm's weight folded in, k). The
-        norm's scale does not change which k score highest."""
+        norm's scale does not change which k score highest. `adapters`: by the layer that is
+        guessed; none: the hidden state as it is."""
         self._routers = routers
+        self._adapters = adapters or {}
         self._previous = PreviousToken()
 
     def predict(self, layer: int, hidden: np.ndarray | None) -> Sequence[int]:
         if hidden is None or layer not in self._routers:
             return self._previous.predict(layer, None)
         weights, k = self._routers[layer]
-        return np.argsort(-(weights @ hidden.astype(np.float32)), kind="stable")[:k].tolist()
+        adapter = self._adapters.get(layer)
+        scores = weights @ (adapter(hidden) if adapter else hidden.astype(np.float32))
+        return np.argsort(-scores, kind="stable")[:k].tolist()
 
     def observe(self, layer: int, experts: Sequence[int]) -> None:
         self._previous.observe(layer, experts)
@@ -138,13 +147,44 @@ def _experts(manifest: Manifest) -> dict[int, int]:
     return {int(layer): int(facts["experts"]) for layer, facts in manifest.moe.items()}
 
 
+@dataclass(frozen=True)
+class Guessing:
+    """How a session guesses: by the predictor of this name (a key of PREDICTORS), so many layers
+    with experts `ahead`, with `adapters` where it takes them."""
+
+    predictor: str = "none"
+    ahead: int = 1
+    adapters: Adapters | None = None
+
+
+def _aligned(folder: Path, manifest: Manifest, guessing: Guessing) -> Predictor:
+    """A router's guess at what adapters make of the hidden state. Raises UserError when there are
+    none for this distance."""
+    given = guessing.adapters.ahead if guessing.adapters else {}
+    layers = list(expert_layers(manifest))
+    meant = dict(zip(layers, layers[guessing.ahead :], strict=False))
+    adapters = {
+        meant[layer]: one
+        for (layer, far), one in given.items()
+        if far == guessing.ahead and layer in meant
+    }
+    if not adapters:
+        raise UserError(
+            f"there are no adapters for experts {guessing.ahead} layers ahead",
+            f"{len(given)} adapters",
+            "give --adapters FILE, made by `ane-moe align` on this conversion",
+        )
+    return RouterAhead(read_routers(folder, manifest), adapters)
+
+
 # name -> makes the predictor of one session
-PREDICTORS: dict[str, Callable[[Path, Manifest], Predictor | None]] = {
-    "none": lambda folder, manifest: None,
-    "static": lambda folder, manifest: MostUsed(_experts(manifest)),
-    "previous": lambda folder, manifest: PreviousToken(),
-    "layer": lambda folder, manifest: LayerBefore(_experts(manifest)),
-    "router": lambda folder, manifest: NextRouter(read_routers(folder, manifest)),
+PREDICTORS: dict[str, Callable[[Path, Manifest, Guessing], Predictor | None]] = {
+    "none": lambda folder, manifest, how: None,
+    "static": lambda folder, manifest, how: MostUsed(_experts(manifest)),
+    "previous": lambda folder, manifest, how: PreviousToken(),
+    "layer": lambda folder, manifest, how: LayerBefore(_experts(manifest)),
+    "router": lambda folder, manifest, how: RouterAhead(read_routers(folder, manifest)),
+    "adapter": _aligned,
 }
 
 
@@ -153,35 +193,45 @@ class Prefetch:
     expert anyway."""
 
     def __init__(
-        self, predictor: Predictor, dispatch: ExpertDispatch, figures: PrefetchFigures
+        self,
+        predictor: Predictor,
+        dispatch: ExpertDispatch,
+        figures: PrefetchFigures,
+        ahead: int = 1,
     ) -> None:
+        """`ahead`: how many layers with experts lie from the running one to the one that is
+        guessed. Raises UserError where there are not so many."""
         self._predictor = predictor
         self._dispatch = dispatch
         self._figures = figures
-        layers = list(dispatch.layers)
-        self._next = dict(zip(layers, layers[1:] + layers[:1], strict=True))
-        self._last = layers[-1]
-        self._predicted: dict[int, frozenset[int]] = {}
+        self._layers = list(dispatch.layers)
+        if not 1 <= ahead <= len(self._layers):
+            raise UserError(f"there are no {ahead} layers ahead", f"of {len(self._layers)}")
+        self._ahead = ahead
+        self._predicted: dict[int, list[int]] = {}  # by layers to come, in their order
         self._lock = Lock()  # tracks run at once
 
     def layer_starts(self, layer: int, used: Sequence[int], hidden: np.ndarray) -> None:
         """The gates of `layer` chose `used`; `hidden` is the residual stream `[d]` its experts will
         add to."""
-        following = self._next[layer]
+        place = self._layers.index(layer) + self._ahead
+        following = self._layers[place % len(self._layers)]
+        same_token = place < len(self._layers)
         with self._lock:
-            if layer in self._predicted:
-                predicted = self._predicted.pop(layer)
+            if (predicted := self._predicted.pop(layer, None)) is not None:
                 self._figures.needed += len(used)
                 self._figures.predicted += len(predicted)
-                self._figures.right += len(predicted.intersection(used))
+                self._figures.right += len(set(predicted).intersection(used))
             self._predictor.observe(layer, used)
-            experts = self._predictor.predict(following, None if layer == self._last else hidden)
-            self._predicted[following] = frozenset(experts)
-        self._dispatch.load_ahead(following, experts, (layer, used))
+            experts = list(self._predictor.predict(following, hidden if same_token else None))
+            self._predicted[following] = experts
+            coming = list(self._predicted.items())
+        self._dispatch.load_ahead(coming, (layer, used))
 
 
-def make_predictor(name: str, folder: Path, manifest: Manifest) -> Predictor | None:
+def make_predictor(guessing: Guessing, folder: Path, manifest: Manifest) -> Predictor | None:
     """Raises UserError for an unknown name."""
-    if name not in PREDICTORS:
-        raise UserError("unknown predictor", name, f"choose one of: {', '.join(PREDICTORS)}")
-    return PREDICTORS[name](folder, manifest)
+    if guessing.predictor not in PREDICTORS:
+        known = ", ".join(PREDICTORS)
+        raise UserError("unknown predictor", guessing.predictor, f"choose one of: {known}")
+    return PREDICTORS[guessing.predictor](folder, manifest, guessing)

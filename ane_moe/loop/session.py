@@ -14,7 +14,7 @@ from ane_moe.loop.buffers import Slots
 from ane_moe.loop.cuts import cuts_of
 from ane_moe.loop.experts import ExpertDispatch
 from ane_moe.loop.figures import CallClock, Figures, PrefetchFigures
-from ane_moe.loop.prefetch import Prefetch, make_predictor
+from ane_moe.loop.prefetch import Guessing, Prefetch, make_predictor
 from ane_moe.loop.shards import LoadedShards
 from ane_moe.loop.wiring import Lane, States, Wiring
 from ane_moe.manifest import TAIL
@@ -22,7 +22,7 @@ from ane_moe.model.port import STREAM, slot_rows
 
 
 @dataclass(frozen=True)
-class _Lane:
+class BodyLane:
     """Everything for calls of one width: the layers, and the head."""
 
     body: Lane
@@ -60,12 +60,13 @@ class Session:
         shards: LoadedShards,
         *,
         concurrency: int = 1,
-        predictor: str = "none",
+        predictor: str | Guessing = "none",
         figures: Figures | None = None,
     ) -> None:
         """`concurrency` dispatched experts of one layer, or tracks, run at once (the results do not
-        depend on it), and `predictor` (a key of prefetch.PREDICTORS) chooses the experts loaded
-        ahead; `figures` are those of several sessions together. Raises UserError for an encoder."""
+        depend on it), and `predictor` (a key of prefetch.PREDICTORS, or more about it) chooses the
+        experts loaded ahead; `figures` are those of several sessions together. Raises UserError for
+        an encoder."""
         if shards.manifest.lengths:
             raise UserError(
                 f"{shards.folder} takes whole texts, and generates none",
@@ -83,7 +84,8 @@ class Session:
         self._states = States(shards.loaded)
         self._concurrency = concurrency
         dispatch = self._dispatch(concurrency)
-        self._prefetch = self._ahead(predictor, dispatch)
+        guessing = Guessing(predictor) if isinstance(predictor, str) else predictor
+        self._prefetch = self._ahead(guessing, dispatch)
         self._decode = self._lane("decode", dispatch, self._prefetch)
         self._prefill = self._decode
         self._tail: Lane | None = None  # what follows a prompt's prefill, for its last token
@@ -219,13 +221,13 @@ class Session:
 
     def _lane(
         self, name: str, dispatch: ExpertDispatch | None, prefetch: Prefetch | None = None
-    ) -> _Lane:
+    ) -> BodyLane:
         slots, steps = Slots(self.shards.ropes), self.shards.body
         if name == "prefill":
             steps = [step for step in steps if step not in self.shards.tail]
         notice = prefetch.layer_starts if prefetch else None
         wiring = Wiring(self._states, dispatch, notice, self._concurrency)
-        return _Lane(wiring.lane(steps, name, slots), wiring.lane(self.shards.head, name, slots))
+        return BodyLane(wiring.lane(steps, name, slots), wiring.lane(self.shards.head, name, slots))
 
     def _dispatch(self, concurrency: int) -> ExpertDispatch | None:
         shards = self.shards
@@ -237,37 +239,44 @@ class Session:
             concurrency = 1
         return ExpertDispatch(shards.experts, shards.cache, concurrency)
 
-    def _ahead(self, name: str, dispatch: ExpertDispatch | None) -> Prefetch | None:
-        predictor = make_predictor(name, self.shards.folder, self.manifest)
+    def _ahead(self, guessing: Guessing, dispatch: ExpertDispatch | None) -> Prefetch | None:
+        predictor = make_predictor(guessing, self.shards.folder, self.manifest)
         if predictor is None or dispatch is None:
             return None
-        self.figures.prefetch = self.figures.prefetch or PrefetchFigures(name)
-        return Prefetch(predictor, dispatch, self.figures.prefetch)
+        self.figures.prefetch = self.figures.prefetch or PrefetchFigures(guessing.predictor)
+        return Prefetch(predictor, dispatch, self.figures.prefetch, guessing.ahead)
 
     def _rows(self, ids: Sequence[int]) -> np.ndarray:
         """Embeddings of ids, fp16 `[n,d]`."""
         return self.shards.embed[np.asarray(ids)]
 
-    def _forward(self, lane: _Lane, rows: np.ndarray, clock: CallClock) -> None:
+    def _forward(self, lane: BodyLane, rows: np.ndarray, clock: CallClock) -> None:
         """Run every layer on the embeddings `[n,d]` of at most T tokens, leaving the last hidden
         states in the lane's stream. What a failure leaves half done is forgotten with the rest."""
-        lane.slots.place(self.position, len(rows), prompt=self.prompt)
-        stream = lane.slots.columns(STREAM)
-        stream[:, : len(rows)] = rows.T
-        stream[:, len(rows) :] = 0
+        self._place(lane, rows, self.position)
         try:
-            lane.body.run(clock)
+            self._run(lane, clock)
         except BaseException:
             self.reset()
             raise
         self.position += len(rows)
-        self._furthest = max(self._furthest, self.position)
+
+    def _place(self, lane: BodyLane, rows: np.ndarray, position: int) -> None:
+        """Put embeddings `[n,d]` of tokens from `position` on into the lane's stream."""
+        lane.slots.place(position, len(rows), prompt=self.prompt)
+        stream = lane.slots.columns(STREAM)
+        stream[:, : len(rows)] = rows.T
+        stream[:, len(rows) :] = 0
+        self._furthest = max(self._furthest, position + len(rows))
+
+    def _run(self, lane: BodyLane, clock: CallClock) -> None:
+        lane.body.run(clock)
 
     def _end_prompt(self) -> None:
         """What follows is generated, or answers to that."""
         self.prompt = self.position if self.prompt is None else self.prompt
 
-    def _head_of(self, lane: _Lane, column: int, clock: CallClock) -> None:
+    def _head_of(self, lane: BodyLane, column: int, clock: CallClock) -> None:
         """Logits of one column of a lane's stream, by what is left of the layers for it, and the
         decode functions of the head."""
         decode = self._decode

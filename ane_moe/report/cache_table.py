@@ -1,4 +1,4 @@
-"""A cache study for the terminal."""
+"""Cache studies, and adapters, for the terminal."""
 
 from collections.abc import Iterable
 
@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ane_moe.routing.alignment import Alignment
 from ane_moe.routing.cache_study import CacheRow, CacheStudy
 
 MB = 1_000_000
@@ -43,6 +44,29 @@ def cache_table(study: CacheStudy) -> RenderableType:
         title = f"What is loaded ahead, by guesses a layer before ({ahead[0].policy})"
         tables.append(_table(title, "predictor", ((row.predictor, row) for row in ahead)))
     return Group(head, *tables, foot)
+
+
+def alignment_table(found: Alignment) -> RenderableType:
+    """Recall by predictor and distance, and what becomes of hidden states."""
+    head = Text(
+        f"rank {found.rank}, fitted on {found.tokens_fitted} tokens; on the "
+        f"{found.tokens_left_out} left out:"
+    )
+    recalls = Table(title="Experts named", title_justify="left", box=SIMPLE_HEAD)
+    for number, column in enumerate(("predictor", "layers ahead", "by k guesses", "by 2k")):
+        recalls.add_column(column, justify="right" if number else "left")
+    for (name, far), (at_k, at_2k) in found.means.items():
+        recalls.add_row(name, str(far), f"{at_k:.1%}", f"{at_2k:.1%}")
+    exits = Table(
+        title="Hidden states beside the last layer's (cosine)",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    for number, column in enumerate(("after layer", "as they are", "adapted")):
+        exits.add_column(column, justify="right" if number else "left")
+    for layer, (plain, adapted) in found.exits.items():
+        exits.add_row(str(layer), f"{plain:.3f}", f"{adapted:.3f}")
+    return Group(head, *([recalls] if found.recalls else []), exits)
 
 
 def _table(title: str, first: str, rows: Iterable[tuple[str, CacheRow]]) -> Table:

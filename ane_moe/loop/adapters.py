@@ -1,0 +1,107 @@
+"""Low-rank adapters that say from a hidden state what it will be some layers later, so that experts
+can be guessed and tokens drafted early. `ane-moe align` fits them (`routing/alignment.py`).
+
+In the manner of M2R2 (arXiv 2502.02040), of which the abstract was read. d = d_model, r = rank.
+"""
+
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ane_moe.errors import UserError
+from ane_moe.files import named_by_user
+
+FORMAT = 1
+MAX_BYTES = 1 << 31
+EPS = 1e-6  # of a mean square that is 0
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """`down` fp32 `[d,r]` and `up` fp32 `[r,d]`."""
+
+    down: np.ndarray
+    up: np.ndarray
+
+    def __call__(self, hidden: np.ndarray) -> np.ndarray:
+        """Hidden states `[...,d]` some layers later, fp32, but for their scale."""
+        level = levelled(hidden)
+        return level + level @ self.down @ self.up
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """`ahead`: by layer and how many layers with experts lie from it to the one that is meant, from
+    what one's experts add to, to what the other's do. `exits`: by layer, from what leaves it to
+    what leaves the last one."""
+
+    d_model: int
+    ahead: Mapping[tuple[int, int], Adapter] = field(default_factory=dict)
+    exits: Mapping[int, Adapter] = field(default_factory=dict)
+
+
+def levelled(hidden: np.ndarray) -> np.ndarray:
+    """Hidden states `[...,d]` with a mean square of 1, fp32: no norm sees the difference."""
+    exact = hidden.astype(np.float32)
+    return exact / np.sqrt(np.square(exact).mean(-1, keepdims=True) + EPS)
+
+
+def write_adapters(adapters: Adapters, path: Path) -> None:
+    """Write an .npz atomically. Raises UserError when the file cannot be written."""
+    arrays = {"format": np.array(FORMAT), "d_model": np.array(adapters.d_model)}
+    named = {f"ahead.{layer}.{far}": one for (layer, far), one in adapters.ahead.items()}
+    named |= {f"exit.{layer}": one for layer, one in adapters.exits.items()}
+    for name, one in named.items():
+        arrays |= {f"{name}.down": one.down, f"{name}.up": one.up}
+    with named_by_user(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+
+
+def read_adapters(path: Path, d_model: int) -> Adapters:
+    """Read and check adapters of a model of this width. Raises UserError when the file holds none,
+    or is damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > MAX_BYTES:
+                raise ValueError("more than 2 GiB")
+        with np.load(path, allow_pickle=False) as arrays:
+            return _parsed(arrays, d_model)
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path} cannot be read as adapters of this model",
+            f"{type(error).__name__}: {error}",
+            "make them with `ane-moe align`",
+        ) from None
+
+
+def _parsed(arrays: Mapping[str, np.ndarray], d_model: int) -> Adapters:
+    if int(arrays["format"]) != FORMAT or int(arrays["d_model"]) != d_model:
+        raise ValueError(f"format {arrays['format']} for {arrays['d_model']} channels")
+    ahead, exits = {}, {}
+    for name in sorted(name.removesuffix(".down") for name in arrays if name.endswith(".down")):
+        kind, *places = name.split(".")
+        adapter = Adapter(arrays[f"{name}.down"], arrays[f"{name}.up"])
+        _require_sound(adapter, d_model, name)
+        if kind == "exit":
+            (layer,) = map(int, places)
+            exits[layer] = adapter
+        else:
+            layer, far = map(int, places)
+            ahead[layer, far] = adapter
+    return Adapters(d_model, ahead, exits)
+
+
+def _require_sound(adapter: Adapter, d_model: int, name: str) -> None:
+    down, up = adapter.down, adapter.up
+    shapes = (down.shape, up.shape[::-1])
+    if (
+        {down.dtype, up.dtype} != {np.dtype(np.float32)}
+        or shapes[0] != shapes[1]
+        or down.ndim != 2
+        or down.shape[0] != d_model
+        or not (np.isfinite(down).all() and np.isfinite(up).all())
+    ):
+        raise ValueError(f"{name} has {down.dtype} {down.shape} and {up.dtype} {up.shape}")

@@ -1,0 +1,129 @@
+"""How well experts are guessed, by layers ahead and predictor, and what adapters add: on the
+built-in model, and on one of 16 experts that is trained for it.
+
+    scripts/measure_predictors.py WORK [--steps 400] [--rank 24] [--write]
+
+The model of 16 experts is that of scripts/train_omni.py with separate routers; WORK/separate is its
+checkpoint, trained where it is missing. Adapters are fitted on two thirds of held-out passages of
+the corpus, and judged on the rest. `--write` puts the tables into docs/streaming.md.
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from demo_training import save_checkpoint, say
+from train_demo import encode, read_corpus, train_tokenizer
+from train_omni import ARCHITECTURE, HELD_OUT_PERCENT, Settings, build, train
+from transformers import AutoTokenizer
+
+from ane_moe.conversion.pipeline import convert
+from ane_moe.conversion.plan import ConvertOptions
+from ane_moe.demo import demo_checkpoint
+from ane_moe.files import write_text
+from ane_moe.loop.adapters import write_adapters
+from ane_moe.manifest import FILE_NAME
+from ane_moe.routing.alignment import Alignment, align
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "streaming.md"
+BEGIN, END = "<!-- predictors: begin -->\n", "<!-- predictors: end -->\n"
+PASSAGES, PASSAGE = 48, 128
+NAMES = {
+    "static": "most used",
+    "previous": "previous token",
+    "router": "router early",
+    "adapter": "router on adapter",
+}
+
+
+def trained(work: Path, steps: int) -> Path:
+    """The checkpoint of 16 experts."""
+    folder = work / "separate"
+    if not folder.is_dir():
+        corpus, started = read_corpus(HELD_OUT_PERCENT), time.process_time()
+        tokenizer = train_tokenizer(corpus.train, ARCHITECTURE["vocab_size"])
+        settings = Settings(steps)
+        model = build(False, settings.seed, tokenizer.eos_token_id)
+        train(model, encode(tokenizer, corpus.train), settings)
+        save_checkpoint(model, tokenizer, folder)
+        say(f"trained in {time.process_time() - started:.0f} CPU seconds")
+    return folder
+
+
+def passages(checkpoint: Path, path: Path) -> Path:
+    """Held-out passages of the corpus as ids, evenly out of all files."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    ids = encode(tokenizer, read_corpus(HELD_OUT_PERCENT).held_out)
+    starts = np.linspace(0, len(ids) - PASSAGE, PASSAGES).astype(int)
+    write_text(path, json.dumps([ids[start : start + PASSAGE].tolist() for start in starts]))
+    return path
+
+
+def measure(checkpoint: Path, out: Path, rank: int) -> Alignment:
+    """Convert where that is not done, and fit."""
+    if not (out / FILE_NAME).is_file():
+        convert(checkpoint, out, ConvertOptions(routing="sparse", prefill=32))
+    text = passages(checkpoint, out.with_suffix(".json"))
+    found = align(out, text, rank=rank, distances=(1, 2, 3, 4), runtime="reference")
+    write_adapters(found.adapters, out.with_suffix(".npz"))
+    return found
+
+
+def table(title: str, found: Alignment) -> str:
+    means = found.means
+    distances = sorted({far for _, far in means})
+    head = " | ".join(f"{far} ahead | of 2k" for far in distances)
+    lines = [f"| {title} | {head} |", f"|---|{'---:|' * (2 * len(distances))}"]
+    for name, shown in NAMES.items():
+        cells = (f"{share:.1%}" for far in distances for share in means[name, far])
+        lines.append(f"| {shown} | {' | '.join(cells)} |")
+    gains = (
+        100 * (ours - plain)
+        for far in distances
+        for ours, plain in zip(means["adapter", far], means["router", far], strict=True)
+    )
+    lines.append(f"| gain, points | {' | '.join(f'{gain:+.1f}' for gain in gains)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--steps", type=int, default=Settings.steps)
+    parser.add_argument("--rank", type=int, default=24)
+    parser.add_argument("--write", action="store_true", help="put it into docs/streaming.md")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    models = {
+        "built-in, 8 experts": (demo_checkpoint(), arguments.work / "demo-sparse"),
+        "16 experts": (
+            trained(arguments.work, arguments.steps),
+            arguments.work / "separate-sparse",
+        ),
+    }
+    tables = []
+    for title, (checkpoint, out) in models.items():
+        started = time.process_time()
+        found = measure(checkpoint, out, arguments.rank)
+        say(f"{title}: {time.process_time() - started:.0f} CPU seconds, {os.getloadavg()[0]:.1f}")
+        tables.append(table(title, found))
+    note = (
+        f"Rank {arguments.rank}; {PASSAGES * PASSAGE:,} tokens of held-out sources, two thirds of "
+        "the passages for the fit, the rest for the figures; 2 experts a token."
+    )
+    text = "\n\n".join([*tables, note])
+    print(text)
+    if arguments.write:
+        before, _, rest = PAGE.read_text().partition(BEGIN)
+        write_text(PAGE, f"{before}{BEGIN}{text}\n{END}{rest.partition(END)[2]}")
+
+
+if __name__ == "__main__":
+    main()
