@@ -2,77 +2,65 @@
 called."""
 
 import gc
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from typing import Annotated
 
 import typer
 
-from ane_moe.commands.align import align
-from ane_moe.commands.bench import bench
-from ane_moe.commands.cache import cache
-from ane_moe.commands.cache_study import cache_study
-from ane_moe.commands.chat import chat
-from ane_moe.commands.convert import convert
-from ane_moe.commands.demo import demo
-from ane_moe.commands.diff import diff
-from ane_moe.commands.generate import generate
-from ane_moe.commands.group import group
-from ane_moe.commands.inspect import inspect
-from ane_moe.commands.plan import plan
-from ane_moe.commands.probe import probe
-from ane_moe.commands.redact import redact
-from ane_moe.commands.report import report
-from ane_moe.commands.run import run
-from ane_moe.commands.trace import trace
-from ane_moe.commands.unredact import unredact
-from ane_moe.commands.verify import verify
+from ane_moe.commands.table import EXAMPLES, command_of, examples_text
 from ane_moe.errors import UserError
 
+# What those see who do not know where to begin.
+FIRST_STEPS = """\
+Mixture-of-Experts language models on the Apple Neural Engine: convert, prove, measure.
+
+To begin with:
+  ane-moe plan CHECKPOINT                  does it fit, how fast would it be, which way to take
+  ane-moe convert CHECKPOINT OUT --golden  make Core ML packages of it
+  ane-moe verify OUT                       prove them right, on any machine
+
+CHECKPOINT is a model folder, a GGUF file, OWNER/NAME on the Hugging Face Hub, or `demo`, a tiny
+built-in model. `ane-moe doctor` looks at this machine, `ane-moe --help` lists all commands."""
+
+ANYWHERE = ("--debug", "--quiet")  # options that stand before or behind a command's name
+
 app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"max_content_width": 100},
 )
-for command in (
-    plan,
-    convert,
-    verify,
-    generate,
-    chat,
-    redact,
-    unredact,
-    bench,
-    report,
-    trace,
-    group,
-    cache_study,
-    align,
-    inspect,
-    run,
-    diff,
-    probe,
-    demo,
-    cache,
-):
-    app.command(command.__name__.replace("_", "-"))(command)
+for name in EXAMPLES:
+    app.command(name, epilog=examples_text(name))(command_of(name))
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Nothing on stderr but errors: no progress, no notes.")
+    ] = False,
 ) -> None:
     """Mixture-of-Experts language models on the Apple Neural Engine: convert, prove, measure.
 
-    Exit codes: 0 done and every gate passed, 1 a gate failed, 2 bad input or usage.
+    Exit codes: 0 done and every gate passed, 1 a gate failed, 2 bad input or usage. --debug and
+    --quiet may stand behind a command too. Colours and moving bars go to terminals alone, and to
+    none with NO_COLOR set.
     """
+    if context.invoked_subcommand is None:
+        typer.echo(FIRST_STEPS)
+    elif quiet:  # until the command has ended: what went wrong is said after that
+        nowhere = context.with_resource(open(os.devnull, "w"))  # noqa: SIM115
+        context.with_resource(redirect_stderr(nowhere))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit. Errors of the user's are one line on stderr; `--debug` shows
     where from."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = _in_front(list(sys.argv[1:] if arguments is None else arguments))
     try:
         app(arguments, prog_name="ane-moe")
     except UserError as error:
@@ -83,3 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finally:
         # what torch and coremltools hold would be searched for garbage once more: a second
         gc.freeze()
+
+
+def _in_front(arguments: list[str]) -> list[str]:
+    """The options of all commands before the command's name; what follows `--` is no option."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    given = [argument for argument in arguments[:end] if argument in ANYWHERE]
+    rest = [argument for argument in arguments[:end] if argument not in ANYWHERE]
+    return [*given, *rest, *arguments[end:]]

@@ -26,6 +26,7 @@ COMMANDS = [
     "diff",
     "demo",
     "cache",
+    "doctor",
 ]
 
 

@@ -1,6 +1,7 @@
 """`ane-moe plan`: what converting a model would give, from its config.json."""
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,9 +13,10 @@ def plan(
     checkpoint: Annotated[
         str,
         typer.Argument(
-            help="A model folder, a GGUF file, a config.json, a Hugging Face Hub id, or a paper's "
-            "model: pt-6b-d4 (tracks of 6b, 13b or 30b that meet every 2, 4 or 8 layers), mm1-3b, "
-            "mm1-7b, afm-3b, omni-4x2-4x4-4x8 (groups of layers x experts that share a router).",
+            help="A model folder, a GGUF file, a config.json, a Hugging Face Hub id, `demo`, or a "
+            "paper's model: pt-6b-d4 (tracks of 6b, 13b or 30b that meet every 2, 4 or 8 layers), "
+            "mm1-3b, mm1-7b, afm-3b, omni-4x2-4x4-4x8 (groups of layers x experts that share a "
+            "router).",
             metavar="CHECKPOINT",
         ),
     ],
@@ -42,18 +44,19 @@ def plan(
     ] = 220,
     as_json: AsJson = False,
 ) -> None:
-    """Predict size, calls, speed and placement of every way to convert a model, if convert takes
-    it.
+    """Say whether a model fits, how fast it would be and which way to take; predict every way.
 
-    Reads no weights.
+    Reads no weights. The first line is the answer; the tables are sizes, calls, speed, loading and
+    placement of each way to convert.
     """
+    from ane_moe.demo import built_in
     from ane_moe.forecast.outlook import outlook
     from ane_moe.number_lists import parse_counts
     from ane_moe.report.outlook_table import print_outlook
 
     recipes = tuple(name.strip() for name in compress.split(",") if name.strip())
     found = outlook(
-        checkpoint,
+        built_in(Path(checkpoint)),
         target=target,
         os=system,
         recipes=recipes,
@@ -62,4 +65,10 @@ def plan(
         max_shard_mb=max_shard_mb,
         lengths=None if lengths is None else parse_counts(lengths, "--lengths", 1),
     )
-    typer.echo(json.dumps(found.as_json(), indent=2)) if as_json else print_outlook(found)
+    if as_json:
+        typer.echo(json.dumps(found.as_json(), indent=2))
+        return
+    print_outlook(found)
+    if found.verdict:
+        way = f"--routing {found.verdict.routing} --compress {found.verdict.recipe}"
+        typer.echo(f"next: ane-moe convert {checkpoint} OUT {way} --target {target} --golden")

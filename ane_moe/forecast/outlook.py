@@ -21,7 +21,9 @@ from ane_moe.forecast.conversion_cost import conversion_seconds
 from ane_moe.forecast.cost_model import NOTE, Prediction, predict
 from ane_moe.forecast.design import Design, design, routings
 from ane_moe.forecast.layer_kinds import KindsPlan, plan_kinds
+from ane_moe.forecast.memory_sizes import Fit, fit
 from ane_moe.forecast.track_forms import TrackForm, as_json, track_forms
+from ane_moe.forecast.verdict import Verdict
 from ane_moe.forecast.workload import Workload, workload_of_plan
 from ane_moe.formats.encoders import AS_STORED
 from ane_moe.formats.recipe import Recipe, find_recipe
@@ -54,6 +56,7 @@ class Choice:
     prediction: Prediction
     concerns: tuple[Concern, ...]
     conversion_seconds: Range | None
+    memory: Fit  # loaded, at the upper end of what is predicted, in machines with the chip
 
     @property
     def stays(self) -> bool:
@@ -69,7 +72,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Outlook:
-    """Every way that was asked about, and which to take. All speeds are predicted.
+    """Every way that was asked about, and which to take. All speeds are predicted. `verdict` is the
+    answer in one sentence, of a model that `convert` takes.
 
     `refusal`: why `convert` would not take the checkpoint, in its own words, or nothing. What it
     refuses is forecast all the same, approximately, where its config.json allows: `choices` are
@@ -90,6 +94,7 @@ class Outlook:
     lengths: tuple[int, ...] = ()
     synchronisations: Synchronisations | None = None  # of tracks
     forms: tuple[TrackForm, ...] = ()  # of tracks, the better one first
+    verdict: Verdict | None = None
 
     @property
     def supported(self) -> bool:
@@ -102,6 +107,7 @@ class Outlook:
             "model_type": self.model_type,
             "supported": self.supported,
             "reason": self.refusal or None,
+            "verdict": self.verdict and self.verdict.as_json(),
             "approximate": not self.supported,
             "target": self.target,
             "os": self.os,
@@ -211,6 +217,7 @@ def outlook_of(
             ),
             find_chip(place.name),
         ),
+        None if model.refusal else _verdict(choices, target),
     )
 
 
@@ -269,22 +276,27 @@ def _holds_weights(folder: Path) -> bool:
     return any(file.suffix in WEIGHTS for file in files)
 
 
+def best_choice(choices: Iterable[Choice]) -> Choice | None:
+    """The fastest that no rule takes off the engine and some machine has the memory for; of those
+    as good as equal, `convert`'s default format, else the one with the most bytes, since fewer cost
+    quality. None where rules take part of every one off the engine."""
+    close = _close(choices)
+    return max(
+        close,
+        key=lambda choice: (choice.recipe == DEFAULT_RECIPE, choice.workload.package_bytes),
+        default=None,
+    )
+
+
 def recommendation(choices: Iterable[Choice]) -> str:
-    """The way to take, in one sentence with the reason: the fastest that no rule takes off the
-    engine; of those as good as equal, `convert`'s default format, else the one with the most bytes,
-    since fewer cost quality."""
+    """The way to take, in one sentence with the reason."""
     listed = list(choices)
-    staying = [choice for choice in listed if choice.stays]
-    if not staying:
+    best, close = best_choice(listed), _close(listed)
+    if best is None:
         return (
             "None: the placement rules take part of every one off the engine; the concerns say "
             "which."
         )
-    fastest = max(_speed(choice).expected for choice in staying)
-    close = [choice for choice in staying if _speed(choice).expected * CLOSE >= fastest]
-    best = max(
-        close, key=lambda choice: (choice.recipe == DEFAULT_RECIPE, choice.workload.package_bytes)
-    )
     unsure = dict.fromkeys(c.rule for c in best.concerns if c.verdict == "uncertain")
     speed = _speed(best)
     preferred = (
@@ -304,6 +316,7 @@ def recommendation(choices: Iterable[Choice]) -> str:
         else ""
     )
     undecided = f"placement is undecided ({', '.join(unsure)}), so verify it on a Mac first"
+    staying = [choice for choice in listed if choice.stays]
     doubt = f"; {undecided}{_alternative(best, staying)}" if unsure else ""
     predicted = (
         f"predicted {speed.low:.1f} to {speed.high:.1f} tok/s (expected {speed.expected:.1f})"
@@ -313,6 +326,40 @@ def recommendation(choices: Iterable[Choice]) -> str:
         f"Take --routing {best.routing} --compress {best.recipe}: {reason}, {predicted}, "
         f"{bound}{others}{doubt}."
     )
+
+
+def _verdict(choices: Sequence[Choice], target: str) -> Verdict | None:
+    """Of the best choice; where none stays on the engine, of the fastest that fits, and where none
+    fits, of the smallest."""
+    if not choices:
+        return None
+    best = best_choice(choices)
+    chosen = best or max(_fitting(choices), key=lambda choice: _speed(choice).expected)
+    if chosen.memory.fits is False:
+        chosen = min(choices, key=lambda choice: choice.memory.needed_bytes)
+    predicted = chosen.prediction
+    return Verdict(
+        target,
+        chosen.routing,
+        chosen.recipe,
+        predicted.decode.tok_s,
+        predicted.bound,
+        chosen.memory,
+        best is not None,
+    )
+
+
+def _fitting(choices: Iterable[Choice]) -> list[Choice]:
+    """Those that a machine with the chip has the memory for; all, where none has."""
+    listed = list(choices)
+    return [choice for choice in listed if choice.memory.fits is not False] or listed
+
+
+def _close(choices: Iterable[Choice]) -> list[Choice]:
+    """The fastest of those that stay on the engine, and those as good as equal."""
+    staying = [choice for choice in _fitting(choices) if choice.stays]
+    fastest = max((_speed(choice).expected for choice in staying), default=0.0)
+    return [choice for choice in staying if _speed(choice).expected * CLOSE >= fastest]
 
 
 def _alternative(best: Choice, staying: Iterable[Choice]) -> str:
@@ -356,13 +403,15 @@ def read_config(checkpoint: str | Path) -> tuple[dict[str, Any], str]:
 def _choice(kinds: KindsPlan, target: Target) -> Choice:
     plan, options = kinds.plan, kinds.plan.options
     workload = workload_of_plan(plan, kinds.repeats)
+    predicted = predict(workload, find_chip(target.name))
     return Choice(
         options.routing,
         options.recipe.name,
         workload,
-        predict(workload, find_chip(target.name)),
+        predicted,
         concerns_of_plan(plan, target),
         conversion_seconds(kinds),
+        fit(predicted.memory_bytes.high, target),
     )
 
 

@@ -147,7 +147,8 @@ def print_report(report: ConvertReport) -> None:
     console.print(
         f"{len(report.manifest.shards)} shards, {size:,.0f} MB of weights in {report.folder}: "
         f"{len(report.written)} written, {len(report.reused)} reused; "
-        f"peak memory {report.peak_memory_bytes / MB:,.0f} MB"
+        f"peak memory {report.peak_memory_bytes / MB:,.0f} MB",
+        soft_wrap=True,
     )
     if report.golden_kept:
         console.print("goldens kept: an earlier run captured them of the same weights and prompts")
@@ -155,7 +156,9 @@ def print_report(report: ConvertReport) -> None:
         console.print(line, markup=False, soft_wrap=True)
     _print_source(console, report.notes, report.manifest.left_out)
     with_golden = "" if report.manifest.golden else " --checkpoint CHECKPOINT"
-    console.print(f"next: ane-moe verify {report.folder}{with_golden}")
+    console.print(
+        f"next: ane-moe verify {report.folder}{with_golden}", markup=False, soft_wrap=True
+    )
 
 
 def stream_line(stream: DividedStream) -> str:

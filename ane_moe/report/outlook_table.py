@@ -23,10 +23,13 @@ LEAST = 0.1  # of a unit that a column's smallest figure may be
 
 
 def print_outlook(found: Outlook) -> None:
-    """Whether convert takes it, the tables, what they rest on, and the recommendation."""
+    """The verdict, or why convert does not take it; the tables, what they rest on, and the
+    recommendation."""
     console = Console()
     if not found.supported:
         _print(console, f"not supported: {found.refusal}")
+    if found.verdict:
+        _print(console, f"{found.verdict.sentence}\n")
     if found.choices:
         _forecast(console, found)
     if found.design:
