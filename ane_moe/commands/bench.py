@@ -7,14 +7,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from ane_moe.commands.options import AsJson, Concurrency, ExpertCacheMb, MemoryMb, RuntimeName
+from ane_moe.commands.options import AsJson, Concurrency, ExpertCacheMb, MemoryMb, Out, RuntimeName
 from ane_moe.errors import UserError
 
 
 def bench(
-    out: Annotated[
-        Path, typer.Argument(help="Folder of a conversion with a golden.", show_default=False)
-    ],
+    out: Out,
     runs: Annotated[int, typer.Option(help="Warm calls of each function that count.")] = 20,
     warmup: Annotated[int, typer.Option(help="Calls before them.")] = 3,
     tokens: Annotated[int, typer.Option(help="Tokens decoded at each context fill.")] = 32,

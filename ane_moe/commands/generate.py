@@ -12,6 +12,7 @@ from ane_moe.commands.options import (
     ExpertCacheMb,
     ExpertPolicy,
     MemoryMb,
+    Out,
     PrecisionName,
     Predictor,
     RuntimeName,
@@ -20,7 +21,7 @@ from ane_moe.errors import UserError
 
 
 def generate(
-    out: Annotated[Path, typer.Argument(help="Folder of a conversion.", show_default=False)],
+    out: Out,
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     prompt_file: Annotated[
         Path | None, typer.Option(help="File with the text to continue, UTF-8.")

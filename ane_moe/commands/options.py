@@ -5,6 +5,19 @@ from typing import Annotated
 
 import typer
 
+
+def opened_out(context: typer.Context, out: Path) -> Path:
+    """The folder itself, or what is fetched of a conversion on the Hub: how every command opens
+    its OUT. Raises UserError."""
+    if context.resilient_parsing or not str(out).startswith("hf:"):
+        return out
+    from ane_moe.hub.pulled import pulled
+    from ane_moe.report.step_bar import step_bar
+
+    with step_bar() as progress:
+        return pulled(str(out), progress)
+
+
 AdapterFolders = Annotated[
     list[Path] | None,
     typer.Option(
@@ -47,6 +60,15 @@ MemoryMb = Annotated[
             "goes to expanded copies of what is used most (runtime reference)."
         ),
         show_default="the packages' size and half of what is free",
+    ),
+]
+Out = Annotated[
+    Path,
+    typer.Argument(
+        help="Folder of a conversion, or hf://OWNER/NAME[@REVISION].",
+        metavar="OUT",
+        callback=opened_out,
+        show_default=False,
     ),
 ]
 Package = Annotated[

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ane_moe.commands.options import AsJson, Beside, RuntimeName, TextFile, TextOrFiles
+from ane_moe.commands.options import (
+    AsJson,
+    Beside,
+    RuntimeName,
+    TextFile,
+    TextOrFiles,
+    opened_out,
+)
 from ane_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,7 +37,9 @@ def redact(
     shards: Annotated[
         Path,
         typer.Argument(
-            help="Folder of a conversion of a privacy filter, or `demo`.", show_default=False
+            help="Folder of a conversion of a privacy filter, hf://OWNER/NAME, or `demo`.",
+            callback=opened_out,
+            show_default=False,
         ),
     ],
     text: TextOrFiles = None,

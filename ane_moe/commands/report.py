@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from ane_moe.commands.options import PlacementSystem, RuntimeName
+from ane_moe.commands.options import Out, PlacementSystem, RuntimeName
 
 
 def report(
-    out: Annotated[Path, typer.Argument(help="Folder of a conversion.", show_default=False)],
+    out: Out,
     html: Annotated[
         Path | None, typer.Option(help="The page to write. [default: OUT/report.html]")
     ] = None,

@@ -18,10 +18,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], tuple[str, str]]] = {
     ),
     "verify": (
         ("ane-moe verify out", "against the golden in it; exit 1 if a gate fails"),
-        (
-            "ane-moe verify out --checkpoint model/ --quick",
-            "a first look at a few layers, against the checkpoint",
-        ),
+        ("ane-moe verify hf://owner/name --quick", "a first look at a conversion on the Hub"),
     ),
     "generate": (
         ('ane-moe generate out --prompt "Once upon"', "continue a text, greedily"),
@@ -51,6 +48,14 @@ EXAMPLES: dict[str, tuple[tuple[str, str], tuple[str, str]]] = {
             "ane-moe report out --no-verify --bench bench.json --markdown card.md",
             "of known figures",
         ),
+    ),
+    "push": (
+        ("ane-moe push out owner/name", "verify, write the card, send what is not there yet"),
+        ("ane-moe push out owner/name --dry-run", "look at the card first"),
+    ),
+    "pull": (
+        ("ane-moe pull owner/name out", "fetch a conversion, check every file"),
+        ("ane-moe pull owner/name@v1.0 out --json", "one revision of it"),
     ),
     "trace": (
         ("ane-moe trace out --text corpus.txt --out trace.npz", "which experts the shards choose"),

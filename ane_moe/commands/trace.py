@@ -6,15 +6,17 @@ from typing import Annotated
 
 import typer
 
-from ane_moe.commands.options import AsJson
+from ane_moe.commands.options import AsJson, opened_out
 
 
 def trace(
     source: Annotated[
         Path,
         typer.Argument(
-            help="A conversion, a Hugging Face model folder, or `demo`.",
+            help="A conversion (hf://OWNER/NAME: one on the Hub), a Hugging Face model folder or "
+            "OWNER/NAME, or `demo`.",
             metavar="OUT|CHECKPOINT",
+            callback=opened_out,
             show_default=False,
         ),
     ],

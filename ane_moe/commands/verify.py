@@ -9,6 +9,7 @@ import typer
 from ane_moe.commands.options import (
     AdapterFolders,
     AsJson,
+    Out,
     PlacementSystem,
     PrecisionName,
     RuntimeName,
@@ -16,7 +17,7 @@ from ane_moe.commands.options import (
 
 
 def verify(
-    out: Annotated[Path, typer.Argument(help="Folder of a conversion.", show_default=False)],
+    out: Out,
     checkpoint: Annotated[
         Path | None,
         typer.Option(

@@ -15,9 +15,10 @@ def render_markdown(data: ReportData) -> str:
     manifest, verify = data.manifest, data.verify
     parts = [
         _badge(data),
-        f"# {_text(manifest.family)} for the Apple Neural Engine",
-        f"{len(manifest.layers)} of {manifest.n_layers} layers, {_text(manifest.routing)} routing, "
-        f"{_text(manifest.weights)} weights, {len(manifest.shards)} packages, context "
+        f"# {markdown_text(manifest.family)} for the Apple Neural Engine",
+        f"{len(manifest.layers)} of {manifest.n_layers} layers, "
+        f"{markdown_text(manifest.routing)} routing, "
+        f"{markdown_text(manifest.weights)} weights, {len(manifest.shards)} packages, context "
         f"{manifest.context}.",
     ]
     if manifest.synchronisations:
@@ -32,7 +33,7 @@ def render_markdown(data: ReportData) -> str:
         passed = sum(row.passed for row in verify.shards)
         parts.append(
             f"{passed} of {len(verify.shards)} functions passed; the worst is "
-            f"{_text(worst.path)} {worst.function} with a cosine of {worst.cosine:.6f}."
+            f"{markdown_text(worst.path)} {worst.function} with a cosine of {worst.cosine:.6f}."
         )
     if manifest.compression:
         rows = [
@@ -47,7 +48,7 @@ def render_markdown(data: ReportData) -> str:
         ]
         parts += [
             "## Weights",
-            _table(["role", "format", "MB", "bits a weight", "relative error"], rows),
+            markdown_table(["role", "format", "MB", "bits a weight", "relative error"], rows),
         ]
     if data.placement:
         counts = {
@@ -56,14 +57,15 @@ def render_markdown(data: ReportData) -> str:
         }
         parts += [
             "## Placement",
-            f"**{data.placement.source}** for {_text(data.placement.target)}, OS "
-            f"{_text(data.placement.os)}: {counts['ane']} operations on the engine, "
+            f"**{data.placement.source}** for {markdown_text(data.placement.target)}, OS "
+            f"{markdown_text(data.placement.os)}: {counts['ane']} operations on the engine, "
             f"{counts['cpu']} on the CPU, "
             f"{counts['gpu']} on the GPU, {counts['uncertain']} open.",
         ]
     parts += list(_speed(data))
     versions = ", ".join(
-        f"{_text(name)} {_text(number)}" for name, number in sorted(manifest.versions.items())
+        f"{markdown_text(name)} {markdown_text(number)}"
+        for name, number in sorted(manifest.versions.items())
     )
     return "\n\n".join([*parts, f"Made with {versions}."]) + "\n"
 
@@ -72,8 +74,8 @@ def _badge(data: ReportData) -> str:
     state = {True: "passed", False: "FAILED", None: "not verified"}[data.passed]
     failed = f", {data.verify.failures} gates failed" if data.verify else ""
     return (
-        f"**ane-moe: {state}**{failed} · {_text(data.manifest.weights)} · "
-        f"{_text(data.manifest.routing)}"
+        f"**ane-moe: {state}**{failed} · {markdown_text(data.manifest.weights)} · "
+        f"{markdown_text(data.manifest.routing)}"
     )
 
 
@@ -92,7 +94,7 @@ def _models(models: Sequence[FunctionModelResult]) -> str:
     ]
     of_text = ["same spans"] if of_labels else ["perplexity, original", "shards"]
     same = "same label" if of_labels else "top-1"
-    return _table(["through", "tokens", same, "mean KL", *of_text, "logit cosine"], rows)
+    return markdown_table(["through", "tokens", same, "mean KL", *of_text, "logit cosine"], rows)
 
 
 def _of_text(row: FunctionModelResult) -> list[str]:
@@ -112,7 +114,7 @@ def _speed(data: ReportData) -> Iterable[str]:
         )
         first, count = ("context", "fill") if data.bench["decode"] else ("a window", "tokens")
         yield f"## Speed, measured ({what})"
-        yield _table(
+        yield markdown_table(
             [f"tokens of {first}", "tok/s", "median ms"],
             [
                 [row[count], f"{row['tok_s']:.1f}", f"{row['latency']['median_ms']:.1f}"]
@@ -121,22 +123,23 @@ def _speed(data: ReportData) -> Iterable[str]:
         )
     if data.predicted:
         speed = data.predicted["decode"]["tok_s"]
-        yield f"## Speed, predicted ({_text(data.predicted['chip'])})"
+        yield f"## Speed, predicted ({markdown_text(data.predicted['chip'])})"
         yield (
             f"{speed['low']:.3g} to {speed['high']:.3g} tok/s, expected {speed['expected']:.3g}: "
-            f"{_text(data.predicted['note'])}."
+            f"{markdown_text(data.predicted['note'])}."
         )
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table; nothing in its rows becomes markup."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(
-        "| " + " | ".join(_text(cell) if number > 1 else str(cell) for cell in line) + " |"
+        "| " + " | ".join(markdown_text(cell) if number > 1 else str(cell) for cell in line) + " |"
         for number, line in enumerate(lines)
     )
 
 
-def _text(value: Any) -> str:
+def markdown_text(value: Any) -> str:
     """Without anything that Markdown or HTML would take for markup."""
     return str(value).translate(SPECIAL).replace("\n", " ")
 

@@ -19,7 +19,7 @@ from ane_moe.forecast.outlook import outlook
 from ane_moe.manifest import read_manifest
 from ane_moe.verification.verify import verify
 from tests.checkpoints.gguf_models import make, save_both
-from tests.checkpoints.hub_server import COMMIT, Hub, served
+from tests.checkpoints.hub_server import COMMIT, Hub, point_at, served
 from tests.models import make_model, save_checkpoint
 
 NAME = "someone/tiny-moe"
@@ -41,18 +41,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    constants = huggingface_hub.constants
     with served({NAME: saved}) as hub:
-        for module in (constants, huggingface_hub.hf_api, huggingface_hub.file_download):
-            if hasattr(module, "ENDPOINT"):
-                monkeypatch.setattr(module, "ENDPOINT", hub.endpoint)
-        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        for module in (constants, huggingface_hub.file_download):
-            if hasattr(module, "HUGGINGFACE_CO_URL_TEMPLATE"):
-                monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("ANE_MOE_CACHE", str(tmp_path / "own-cache"))
+        point_at(hub, tmp_path, monkeypatch)
         yield hub
 
 
