@@ -82,6 +82,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], tuple[str, str]]] = {
             "for guesses of several layers ahead",
         ),
     ),
+    "vectors": (
+        ("ane-moe vectors out vectors", "of 20 tokens, the last 4 one by one"),
+        ("ane-moe vectors out vectors --tokens 200 --decode 0", "of a prompt of several calls"),
+    ),
     "inspect": (
         ("ane-moe inspect out/attn/layer_00.mlpackage", "functions, inputs, states, formats"),
         (
