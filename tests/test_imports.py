@@ -16,6 +16,7 @@ FORBIDDEN = {
     "runtime": (*MADE_WITH, "loop", "manifest"),
     "loop": MADE_WITH,
     "redaction": (*MADE_WITH, "torch", "transformers", "report", "commands"),
+    "serve": (*MADE_WITH, "original", "torch", "transformers", "commands"),
     "conversion": ("verification", "benchmark", "report"),
     "parts": ("families", "emit", "conversion"),
     "formats": ("families", "parts", "emit", "conversion"),

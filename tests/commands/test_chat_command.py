@@ -4,8 +4,6 @@ import json
 
 import pytest
 import typer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from ane_moe.commands.chat import Talk, chat
@@ -15,29 +13,14 @@ from ane_moe.loop.dialogue import Dialogue
 from ane_moe.loop.generation import GenerateOptions
 from ane_moe.loop.messages import Message
 from ane_moe.loop.tokenizer import load_tokenizer
-from tests.runtime.numpy_shards import VOCAB, Decoder, make_manifest, make_shards
+from tests.letters import CHAT, letter_shards
 
-CHAT = "{% for m in messages %}<{{ m.content }}>{% endfor %}!"
 CONTEXT = 64
-
-
-def serve(folder, template=CHAT):
-    """A tokenizer of one letter per id in `folder`, and numpy shards that have it."""
-    letters = [chr(ord("!") + index) for index in range(VOCAB)]  # ! to I
-    backend = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    backend.decoder = decoders.Fuse()
-    saved = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)
-    saved.save_pretrained(folder)
-    shards = make_shards(Decoder((None,)), make_manifest((None,), context=CONTEXT))
-    object.__setattr__(shards.manifest, "tokenizer", ("tokenizer.json",))
-    object.__setattr__(shards.manifest, "tokenizer_class", "PreTrainedTokenizerFast")
-    return shards
 
 
 @pytest.fixture
 def out(tmp_path, monkeypatch):
-    shards = serve(tmp_path)
+    shards = letter_shards(tmp_path)
     monkeypatch.setattr("ane_moe.loop.opened.load_shards", lambda *given, **options: shards)
     return tmp_path
 
@@ -100,7 +83,7 @@ def test_bad_lines_of_a_pipe_end_it(out, lines, message):
 
 
 def dialogue_of(folder, max_tokens=4, template=CHAT):
-    shards = serve(folder, template)
+    shards = letter_shards(folder, template)
     tokenizer = load_tokenizer(folder, shards.manifest)
     conversations = Conversations(shards)
     return Dialogue(conversations, tokenizer, GenerateOptions(max_tokens)), conversations
@@ -138,7 +121,7 @@ def test_a_message_that_does_not_fit_was_not_said(tmp_path):
 
 
 def test_without_a_template_it_is_said(tmp_path, monkeypatch):
-    shards = serve(tmp_path, template=None)
+    shards = letter_shards(tmp_path, template=None)
     monkeypatch.setattr("ane_moe.loop.opened.load_shards", lambda *given, **options: shards)
     result = run(tmp_path, lines=["012"])
     assert result.exit_code == 0 and "no chat template" in result.stderr
