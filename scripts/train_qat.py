@@ -1,6 +1,6 @@
 """Fine-tune a checkpoint at two bits a weight: `--compress apple2` then carries it over as it is.
 
-    scripts/train_qat.py [CHECKPOINT] [--out FOLDER] [--steps 400] [--evaluate-only] [--write]
+    scripts/train_qat.py [CHECKPOINT] [--out FOLDER] [--steps 1200] [--evaluate-only] [--write]
 
 After the recipe of Apple's on-device model (its 2025 foundation model report): every matrix that a
 conversion compresses is read at four levels of a learned scale (two_bits.py) while the weights
@@ -58,10 +58,10 @@ CARD = Card(
 class Settings:
     """`averaged` is the share that a step keeps of the running average."""
 
-    steps: int = 400
+    steps: int = 1200
     batch: int = 8
     context: int = 256
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     warmup_steps: int = 20
     weight_decay: float = 0.0
     gradient_clip: float = 1.0

@@ -27,6 +27,20 @@ EXAMPLES: dict[str, tuple[tuple[str, str], tuple[str, str]]] = {
             "answer in the model's chat template, by repeatable draws",
         ),
     ),
+    "chat": (
+        ("ane-moe chat out", "talk with it on a terminal; /help says what can be typed"),
+        (
+            'echo "Once upon" | ane-moe chat demo --temperature 0 --json',
+            "the built-in model in a pipe, each answer an object on a line",
+        ),
+    ),
+    "serve": (
+        ("ane-moe serve out", "OpenAI's API and a page on http://127.0.0.1:8000"),
+        (
+            "ane-moe serve demo --port 9000 --queue 4",
+            "the built-in model on another port; who waits longer is told to come back",
+        ),
+    ),
     "redact": (
         ('ane-moe redact demo "Mail Jane Doe at jane@example.org"', "by the built-in filter"),
         (
@@ -106,8 +120,8 @@ EXAMPLES: dict[str, tuple[tuple[str, str], tuple[str, str]]] = {
         ("ane-moe probe results --json", "into a folder, and print it"),
     ),
     "demo": (
-        ("ane-moe demo checkpoint", "write the built-in model to look at"),
-        ("ane-moe demo ~/models/tiny-moe", "the same elsewhere"),
+        ("ane-moe demo checkpoint", "write the built-in language model to look at"),
+        ("ane-moe demo two-bit ~/models/two-bit", "another of the built-in models"),
     ),
     "cache": (
         ("ane-moe cache", "what is kept, and how large"),

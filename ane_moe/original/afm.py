@@ -113,8 +113,10 @@ class AfmAttention(nn.Module):
 
 
 def in_8_bits(x: Tensor, scale: Tensor) -> Tensor:
-    """The nearest of the 256 values that 8 bits tell apart at this scale."""
-    return (x / scale).round().clamp(-128, 127) * scale
+    """The nearest of the 256 values that 8 bits tell apart at this scale; gradients pass as if it
+    were `x`."""
+    nearest = (x.detach() / scale).round().clamp(-128, 127) * scale
+    return nearest + (x - x.detach())  # what is in brackets is 0
 
 
 class AfmDecoderLayer(nn.Module):
