@@ -122,6 +122,22 @@ class SpeculationFigures:
 
 
 @dataclass
+class RosterFigures:
+    """Of tokens that were taken several times at once: how many, and the distinct experts that all
+    their samples chose, over all layers."""
+
+    samples: int
+    layers: int
+    tokens: int = 0
+    experts: int = 0
+
+    @property
+    def experts_per_layer(self) -> float:
+        """Distinct experts of a layer for a token: what sparse routing calls."""
+        return self.experts / (self.tokens * self.layers) if self.tokens else 0.0
+
+
+@dataclass
 class Figures:
     """What a session has done since it was made. `runtime` says which runtime the times are for;
     `cache` is shared by all sessions over the same shards."""
@@ -132,6 +148,7 @@ class Figures:
     cache: CacheFigures | None = None
     prefetch: PrefetchFigures | None = None
     speculation: SpeculationFigures | None = None
+    roster: RosterFigures | None = None
 
 
 class CallClock:
@@ -218,6 +235,9 @@ def figures_dict(figures: Figures) -> dict[str, object]:
         | {"tokens_per_round": figures.speculation.tokens_per_round}
         if figures.speculation
         else None,
+        "roster": asdict(figures.roster) | {"experts_per_layer": figures.roster.experts_per_layer}
+        if figures.roster
+        else None,
     }
 
 
@@ -233,6 +253,11 @@ def figures_line(figures: Figures) -> str:
             f"decode {decode.tokens} tokens at {decode.tok_s:.1f} tok/s, "
             f"{decode.calls_per_token:.1f} calls "
             f"per token, host {decode.host_ms_per_call:.3f} ms per call"
+        )
+    if figures.roster:
+        parts.append(
+            f"roster of {figures.roster.samples}, {figures.roster.experts_per_layer:.2f} distinct "
+            "experts a layer and token"
         )
     if figures.cache:
         parts.append(

@@ -18,10 +18,11 @@ import numpy as np
 from ane_moe.errors import UserError
 from ane_moe.json_file import read_json
 from ane_moe.loop.cuts import ONE_WAY
+from ane_moe.loop.figures import RosterFigures
 from ane_moe.loop.session import Session
 from ane_moe.loop.shards import LoadedShards
-from ane_moe.loop.wiring import Call
-from ane_moe.model.port import STREAM, slot_arguments
+from ane_moe.loop.wiring import Call, Lane
+from ane_moe.model.port import GATES, STREAM, slot_arguments, slot_root
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ class RosterSession(Session):
         # Of each layer that has some: its slot, E, and what noise is multiplied by.
         self._noise = [(*experts[layer], scale) for layer, scale in scales.items() if scale]
         self._samples = options.samples
+        self._gates = sorted(
+            slot for slot in _outputs(self._prefill.body) if slot_root(slot) == GATES
+        )
+        self.figures.roster = RosterFigures(options.samples, len(self._gates))
         self._random = np.random.default_rng(options.seed)
 
     def prefill(self, ids: Sequence[int]) -> np.ndarray:
@@ -95,11 +100,18 @@ class RosterSession(Session):
         lane.slots.columns(STREAM)[:, count:] = 0
         lane.body.run(clock)
         self.position += 1
+        self._count(count)
         logits = np.empty((count, self.manifest.vocab), np.float32)
         for rows, scores in lane.logits(clock):
             logits[:, rows] = scores[:, :count].T
         self._done(clock, 1, started)
         return logits
+
+    def _count(self, samples: int) -> None:
+        assert self.figures.roster is not None
+        chosen = (self._prefill.slots.columns(slot)[:, :samples] != 0 for slot in self._gates)
+        self.figures.roster.experts += sum(int(gates.any(axis=1).sum()) for gates in chosen)
+        self.figures.roster.tokens += 1
 
     def _require_possible(self, samples: int, roots: set[str]) -> None:
         if not 1 <= samples <= self._prefill.tokens:
@@ -117,6 +129,11 @@ class RosterSession(Session):
                 f"a roster is not possible with {self.manifest.family}",
                 "samples of one token would go into its states one after the other",
             )
+
+
+def _outputs(lane: Lane) -> set[str]:
+    calls = (call for call in lane.calls if isinstance(call, Call))
+    return {port.slot for call in calls for port in call.entry.ports.outputs}
 
 
 def averaged(logits: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from ane_moe.conversion.plan import ConvertOptions
 from ane_moe.errors import UserError
 from ane_moe.formats.recipe import FP16
 from ane_moe.loop.buffers import Placement, _mask
+from ane_moe.loop.figures import figures_line
 from ane_moe.loop.generation import GenerateOptions, generate
 from ane_moe.loop.roster import RosterOptions, RosterSession, averaged, read_schedule
 from ane_moe.loop.session import Session
@@ -241,6 +242,18 @@ def test_generation_takes_a_roster(out):
         for seed in range(6)
     ]
     assert any(ids != plain for ids in wild)
+
+
+def test_distinct_experts_of_a_token_are_counted(out):
+    for samples, tau in ((1, 0.0), (4, 0.0), (4, 9.0)):
+        roster = session(out, samples, tau)
+        roster.prefill(PROMPT)
+        chosen = [roster.slot(f"gates.{layer}") != 0 for layer in roster.manifest.moe]
+        found = roster.figures.roster.experts_per_layer
+        assert found == np.mean([gates[:, :samples].any(axis=1).sum() for gates in chosen])
+        k = np.mean([facts["k"] for facts in roster.manifest.moe.values()])
+        assert (found > k) == (tau > 0)
+        assert f"roster of {samples}, {found:.2f} distinct" in figures_line(roster.figures)
 
 
 def test_layers_are_left_out_and_scaled_by_a_schedule(out, tmp_path):
