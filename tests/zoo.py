@@ -82,11 +82,12 @@ MISTRAL: Fields = {
     **LATENT,
     "head_dim": 20,
     "rope_interleave": True,
-    "rope_parameters": MSCALE | {"llama_4_scaling_beta": 0.1},
+    "rope_parameters": MSCALE
+    | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 160},
 }
 INDEXED: Fields = {
     **LATENT,
-    "index_topk": 64,
+    "index_topk": 160,
     "index_head_dim": 16,
     "index_n_heads": 3,
 }
@@ -108,7 +109,7 @@ BLOCKS: Fields = {
     "index_n_heads": 2,
     "index_head_dim": 16,
     "index_block_size": 8,
-    "index_topk_blocks": 8,
+    "index_topk_blocks": 20,
 }
 OCR: Fields = {
     **COMMON,
