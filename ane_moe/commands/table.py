@@ -30,14 +30,14 @@ EXAMPLES: dict[str, tuple[tuple[str, str], tuple[str, str]]] = {
     "chat": (
         ("ane-moe chat out", "talk with it on a terminal; /help says what can be typed"),
         (
-            'echo "Once upon" | ane-moe chat demo --temperature 0 --json',
-            "the built-in model in a pipe, each answer an object on a line",
+            'ane-moe chat demo --system "Write Python" --temperature 0 --json',
+            "the built-in model: lines of a pipe in, an object for each answer out",
         ),
     ),
     "serve": (
         ("ane-moe serve out", "OpenAI's API and a page on http://127.0.0.1:8000"),
         (
-            "ane-moe serve demo --port 9000 --queue 4",
+            "ane-moe serve demo --port 9000 --waiting 4",
             "the built-in model on another port; who waits longer is told to come back",
         ),
     ),
