@@ -87,6 +87,7 @@ def parts(spec: ModelSpec) -> str:
     words += ["gated norms"] if spec.norm.gate_rank else []
     words += ["LayerNorm"] if spec.norm.kind == "layer" else []
     words += ["norms carried on"] if spec.layers[0].keeps else []
+    words += ["weighed additions"] if spec.layers[0].nth else []
     words += ["affine residuals"] if spec.layers[0].affine else []
     words += ["scaled layers"] if spec.layers[0].scaled else []
     words += ["capped scores"] if spec.head.softcap else []
@@ -107,6 +108,7 @@ def _mixer(mixer: Any) -> list[str]:
         f"q and k norms ({mixer.qk_norm})": mixer.qk_norm != "none",
         "sinks": mixer.sinks,
         f"{mixer.gate} gate": mixer.gate != "none",
+        "biased gates": mixer.gate_bias,
         "clipping": mixer.clip_qkv,
         "normed values": mixer.v_norm,
         "keys as values": mixer.keys_are_values,

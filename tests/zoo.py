@@ -477,6 +477,30 @@ ROWS: dict[str, Row] = {
         },
         {"all sparse": {"num_dense_layers": 0, "mup_enabled": False, "num_shared_experts": 1}},
     ),
+    "beam": Row(
+        {
+            **DEEPSEEK,
+            "num_experts": 12,
+            "num_hidden_layers": 3,
+            "layer_types": [SLIDING, SLIDING, FULL],
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "sliding_window": 5,
+            "attention_bias": True,
+            "final_logit_softcapping": 3.0,
+            "rope_parameters": {SLIDING: BY_KIND[SLIDING], FULL: None},
+        },
+        {
+            "all rotated": {
+                "attention_bias": False,
+                "layer_types": [FULL, SLIDING, FULL],
+                "n_group": 1,
+                "topk_group": 1,
+                "norm_topk_prob": False,
+                "final_logit_softcapping": None,
+                "rope_parameters": BY_KIND,
+            }
+        },
+    ),
     "deepseek_v2": Row(
         {
             **LATENT,

@@ -4,7 +4,6 @@ lacks."""
 DSA, MLA = "sparse attention by an index", "deepseek_v3"
 # model_type -> (the supported one that is nearest, or nothing; what it has not got).
 MISSING: dict[str, tuple[str, str]] = {
-    "beam": ("afmoe", "queries scaled by position, residuals weighted by depth, biased gates"),
     "deepseek_v4": (MLA, "compressed attention, experts chosen by token, hyper-connections"),
     "diffusion_gemma": ("", "Gemma 4's layer, decoding by diffusion"),
     "dots3_note": (MLA, f"{DSA}, windows of latents"),

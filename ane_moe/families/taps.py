@@ -30,8 +30,9 @@ class Taps:
     in (nothing where its activation is not linear in `up`); `gate_up` gives both factors, the gate
     first. `inside` is the part of the configuration that is of the model which reads and writes
     text. `layers` is what the decoder calls its layers. Routers whose outputs have nothing but
-    logits `logits`-th in them choose the `top_k` largest. With `sorted_inputs` experts are called
-    with tokens alone, as many for each expert, times its gate.
+    logits `logits`-th in them choose the `top_k` largest. `nth` are the layer's numbers for which
+    addition to the stream each of its blocks is, where these are weighed. With `sorted_inputs`
+    experts are called with tokens alone, as many for each expert, times its gate.
     """
 
     ffn_norm: str = "post_attention_layernorm"
@@ -61,6 +62,7 @@ class Taps:
     logits: int | None = None
     sorted_inputs: bool = False
     added_factor: str = ""
+    nth: tuple[str, str] | None = None
     values: str = "v_proj"
     up: str = "up_proj"
     gate_up: str = "gate_up_proj"

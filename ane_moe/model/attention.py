@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from ane_moe.model.kv_cache import cache_ports, cache_states
 from ane_moe.model.mixer import MixerConfig
-from ane_moe.model.port import CHUNK, PASSED, PROMPT, STATE, Port
+from ane_moe.model.port import CHUNK, PART, PASSED, PROMPT, STATE, Port
 from ane_moe.model.spec import GqaSpec, SharedGqaSpec, Temperature
 
 
@@ -63,4 +63,5 @@ def seen_of(mixer: GqaSpec) -> int | str | None:
 
 def passed_port(temperature: Temperature, tokens: int) -> Port:
     """What a temperature grows by, for each token."""
-    return Port(PASSED, (1, 1, 1, tokens), f"{PASSED}.{temperature.steps}")
+    part = PART if temperature.power else ""
+    return Port(PASSED, (1, 1, 1, tokens), f"{PASSED}.{part}{temperature.steps}")

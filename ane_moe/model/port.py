@@ -25,6 +25,7 @@ in slots alone: whoever runs a model fills a function's input slots, calls it, a
     shift.2                 one-hot columns that keep the last 2 real tokens of a state and a call
     real                    1 for the tokens of a call, 0 for padding
     passed.64               log(1 + n) for n whole runs of 64 tokens up to each token
+    passed.part_64          the same, with the part of a run begun
 
 The last six and noise are made by the host, by rules of `loop/buffers.py`; functions fill the
 others.
@@ -42,7 +43,7 @@ STREAM = "stream"
 FFN_INPUT = "ffn_input"
 ADDED = "added"
 MASK, BAND, CHUNK, PROMPT = "mask", "band_", "chunk_", "prompt_"
-PASSED, SHIFT = "passed", "shift"
+PASSED, PART, SHIFT = "passed", "part_", "shift"
 GATES, LOGITS, STATE = "gates", "logits", "state"  # roots
 MEETING = ("sum", "mean")  # how outputs of tracks go into one slot
 # Roots of the slots whose arrays have channels on axis 1 and tokens on the last: `--layout` turns

@@ -19,13 +19,15 @@ class ResidualSpec:
     that it reads, in place of the stream. `affine`: what it adds, and the stream itself, are each
     shifted and scaled by channel. `parallel`: both halves read the stream as it enters the layer;
     what the mixer adds the feed-forward block adds with its own. `scaled`: where there is a norm
-    after, the stream is multiplied by a number in the end."""
+    after, the stream is multiplied by a number in the end. `nth`: where there is one, this is the
+    n-th addition to the stream, `sqrt((n-1) / n) * stream + sqrt(1 / n) * added`."""
 
     norms: Norms = "before"
     keeps: float | None = None
     affine: bool = False
     parallel: bool = False
     scaled: bool = False
+    nth: int | None = None
 
     def read_rows(self, norm: NormSpec, d_model: int) -> Iterator[Weight]:
         """The norm of what the half reads."""

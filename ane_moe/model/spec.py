@@ -42,13 +42,14 @@ class RopeSpec:
 @dataclass(frozen=True)
 class Temperature:
     """Queries are multiplied by `1 + scale * log(1 + n)`, n whole runs of `steps` tokens up to and
-    with their own.
+    with their own; with `power` by `(1 + n) ** scale`, n with the part of a run begun.
 
-    Source: transformers' `Llama4TextAttention` (arXiv 2501.19399).
+    Source: transformers' `Llama4TextAttention` (arXiv 2501.19399), `BeamModel`.
     """
 
     steps: int
     scale: float
+    power: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class GqaSpec:
     # channel by one of its own, or each head.
     gate: Literal["none", "sigmoid", "softplus"] = "none"
     gate_by_head: bool = False
+    gate_bias: bool = False  # one for each head, beside the projection
     v_norm: bool = False  # values too are normed per head, without weights
     keys_are_values: bool = False  # what is projected to keys, before their norm, is values too
     value_dim: int | None = None  # channels of a head's values, where they are not head_dim
@@ -134,6 +136,8 @@ class GqaSpec:
         if self.gate != "none":
             width = self.heads if self.gate_by_head else attended
             yield Weight("gate.weight", (width, d_model), "attention.q", reads="x")
+        if self.gate_bias:
+            yield Weight("gate_bias.weight", (self.heads,))
         if self.rounded:
             yield Weight("k_scale.weight", (1,))
             yield Weight("v_scale.weight", (1,), fold=values)
@@ -350,7 +354,8 @@ class LayerSpec:
     adds, beside the model's own factor. `parallel`: both halves read the stream as it enters the
     layer. `scaled`: where there are norms after, the stream is multiplied by a number of the layer
     in the end. A layer may be one half alone. `router_group`: a checkpoint has one router for all
-    layers of the same number (arXiv 2507.05724)."""
+    layers of the same number (arXiv 2507.05724). `nth`: which addition to the stream each half is,
+    where these are weighed."""
 
     mixer: MixerSpec | None
     ffn: FfnSpec | None
@@ -363,18 +368,20 @@ class LayerSpec:
     parallel: bool = False
     scaled: bool = False
     router_group: int | None = None
+    nth: tuple[int, int] | None = None
 
     @property
     def mixer_residual(self) -> ResidualSpec:
         """How the mixer meets the stream."""
-        keeps = self.keeps and self.keeps[0]
-        return ResidualSpec(self.norms, keeps, self.affine, self.parallel)
+        keeps, nth = self.keeps and self.keeps[0], self.nth and self.nth[0]
+        return ResidualSpec(self.norms, keeps, self.affine, self.parallel, nth=nth)
 
     @property
     def ffn_residual(self) -> ResidualSpec:
         """How the feed-forward block does."""
         norms, keeps = self.ffn_norms or self.norms, self.keeps and self.keeps[1]
-        return ResidualSpec(norms, keeps, self.affine, self.parallel, self.scaled)
+        nth = self.nth and self.nth[1]
+        return ResidualSpec(norms, keeps, self.affine, self.parallel, self.scaled, nth)
 
     def weights(
         self, number: int, d_model: int, norm: NormSpec

@@ -132,6 +132,10 @@ class TappedLayer:
         if self.taps.added_factor:
             (width,) = self.ffn_norm.get_parameter("weight").shape
             return np.zeros((2, width), np.float32), np.zeros((2, width), np.float32)
+        if self.taps.nth:
+            shares = (1 - 1 / getattr(self.layer, name) for name in self.taps.nth)
+            mixer, ffn = (np.array([[0], [share**0.5]], np.float32) for share in shares)
+            return mixer, ffn
         if self.taps.layer_scale:
             scale = float(getattr(self.layer, self.taps.layer_scale))
             return None, np.array([[0], [scale]], np.float32)

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from ane_moe.model.attention import AttentionConfig, SharedAttentionConfig
 from ane_moe.model.port import PASSED
-from ane_moe.model.spec import OF_KEYS_AND_VALUES
+from ane_moe.model.spec import OF_KEYS_AND_VALUES, Temperature
 from ane_moe.parts.kv_cache import attend, updated
 from ane_moe.parts.mixer import Mixer
 from ane_moe.parts.norm import RmsNorm, UnitNorm
@@ -26,6 +26,17 @@ class Sinks(nn.Module):
         return mask[:, :, :, :1] * 0 + self.weight
 
 
+class HeadBias(nn.Module):
+    """A number for each head, added to `(1, H, V, T)`."""
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.weight = vector(heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.weight
+
+
 class Rounded(nn.Module):
     """`clip(round(x / s), -128, 127) * s`: what 8 bits hold of keys or values, `(1, K, D, T)`."""
 
@@ -35,6 +46,12 @@ class Rounded(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (x / self.weight).round().clamp(-128, 127) * self.weight
+
+
+def factor_of(temperature: Temperature, passed: Tensor) -> Tensor:
+    """What queries are multiplied by, `(1, 1, 1, T)` as `passed` is."""
+    grown = passed * temperature.scale
+    return torch.exp(grown) if temperature.power else grown + 1
 
 
 class Attention(Mixer):
@@ -65,6 +82,8 @@ class Attention(Mixer):
         if m.gate != "none":
             width = m.heads if m.gate_by_head else m.heads * m.value
             self.gate = Projection(d, width, rank=c.rank("gate"))
+        if m.gate_bias:
+            self.gate_bias = HeadBias(m.heads)
         if m.rounded:
             self.k_scale, self.v_scale = Rounded(), Rounded()
 
@@ -72,7 +91,7 @@ class Attention(Mixer):
         m = self.config.mixer
         q, k, v = self._heads(h, inputs.get("cos"), inputs.get("sin"))
         if m.temperature is not None:
-            q = q * (inputs[PASSED] * m.temperature.scale + 1)
+            q = q * factor_of(m.temperature, inputs[PASSED])
         if m.rounded:
             k, v = self.k_scale(k), self.v_scale(v)
         keys = updated("k_cache", k, inputs, self.config.explicit)
@@ -86,6 +105,9 @@ class Attention(Mixer):
         if m.gate == "none":
             return attended
         gate = self.gate(h)
+        if m.gate_bias:
+            biased = self.gate_bias(gate.reshape(1, m.heads, m.value, -1))
+            gate = biased.reshape(1, m.heads * m.value, 1, -1)
         gate = torch.sigmoid(gate) if m.gate == "sigmoid" else F.softplus(gate)
         if not m.gate_by_head:
             return attended * gate
@@ -134,7 +156,7 @@ class SharedAttention(Attention):
     def mix(self, h: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         m, q = self.config.mixer, self._queries(h, inputs.get("cos"), inputs.get("sin"))
         if m.temperature is not None:
-            q = q * (inputs[PASSED] * m.temperature.scale + 1)
+            q = q * factor_of(m.temperature, inputs[PASSED])
         attended = self._attend(q, inputs["k_cache"], inputs["v_cache"], inputs["mask"])
         return self.o(self._gated(attended, h)), {}
 

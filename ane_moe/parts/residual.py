@@ -29,16 +29,19 @@ class PlainResidual(nn.Module):
 
 
 class NormedResidual(PlainResidual):
-    """`stream + norm(added)`, or that times a number; parts of what is added are summed up
-    before."""
+    """`stream + norm(added)`, or that times a number, or the two weighed (`ResidualSpec.nth`);
+    parts of what is added are summed up before."""
 
-    def __init__(self, d_model: int, norm: NormSpec, scaled: bool = False):
+    def __init__(self, d_model: int, norm: NormSpec, spec: ResidualSpec):
         super().__init__()
-        self.scale = vector(1) if scaled else None
-        self.after = make_norm(d_model, norm)
+        self.scale = vector(1) if spec.scaled else None
+        self.after, self.nth = make_norm(d_model, norm), spec.nth
 
     def forward(self, stream: Tensor, added: Tensor) -> Tensor:
-        whole = stream + self.after(added)
+        normed = self.after(added)
+        if self.nth is not None:
+            return stream * (1 - 1 / self.nth) ** 0.5 + normed * self.nth**-0.5
+        whole = stream + normed
         return whole if self.scale is None else whole * self.scale
 
 
@@ -74,7 +77,7 @@ class AffineResidual(AddedScale):
 def make_residual(d_model: int, norm: NormSpec, spec: ResidualSpec) -> PlainResidual:
     """The residual of a layer's half."""
     if spec.norms != "before":
-        return NormedResidual(d_model, norm, spec.scaled)
+        return NormedResidual(d_model, norm, spec)
     return unnormed_residual(d_model, spec)
 
 

@@ -379,13 +379,25 @@ MUTATIONS: dict[str, tuple[Callable[[ModelSpec, Change], ModelSpec], Change]] = 
     "keys and values as they are": (of_mixers, lambda m: {"rounded": False}),
     "queries normed before rotation": (of_shared, lambda m: {"qk_norm": "head"}),
     "keys and values of another layer": (of_shared, lambda m: {"source": m.source - 1}),
+    "no biases of gates": (of_mixers, lambda m: {"gate_bias": False}),
+    "growth by whole runs": (
+        of_mixers,
+        lambda m: {"temperature": m.temperature and replace(m.temperature, power=False)},
+    ),
+    "one addition more": (
+        of_layers,
+        lambda one: {"nth": one.nth and tuple(n + 1 for n in one.nth)},
+    ),
+    "additions that are not weighed": (of_layers, lambda one: {"nth": None}),
     "no gate of latents": (of_latents, lambda m: {"gated": False}),
 }
 # What cannot be told: a norm after the rotation takes the factor of all its channels out, and
-# sigmoids are in the order of their logits. In one forward pass all is a prompt, and windows are
-# of what is generated.
+# sigmoids are in the order of their logits; a norm of what experts alone add takes their common
+# factor out, and norms of a stream its size (of which Beam's weighed additions are all but for eps).
+# In one forward pass all is a prompt, and windows are of what is generated.
 SAME: dict[str, Collection[str]] = {
     "afm": {"attention factor"},
+    "beam": {"renormalisation", "router scale", "additions that are not weighed"},
     "hunyuan_v1_moe": {"attention factor"},
     "unlimited_ocr": {"wider window", "narrower window", "no window"},
     **dict.fromkeys(("llama4", "llama4_text"), ("attention factor", "choice by scores")),
