@@ -116,6 +116,14 @@ def _opened(
 
     manifest = read_manifest(folder)
     if manifest.labels:
+        given = {
+            "--precision": precision != "fp32",
+            "--expert-cache-mb": expert_cache_mb is not None,
+            "--memory-mb": memory_mb is not None,
+            "--predictor": predictor != "none",
+        }
+        if unused := [option for option, is_given in given.items() if is_given]:
+            raise UserError("a privacy filter is not served with that", unused[0], "leave it out")
         redactor = open_redactor(folder, runtime=runtime)
         return PrivacyFilter(redactor, manifest, read_biases(folder))
     opened = open_model(

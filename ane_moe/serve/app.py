@@ -18,7 +18,7 @@ from starlette.routing import Route
 from ane_moe.errors import UserError
 from ane_moe.serve.answers import DONE, Answer, as_bytes, event
 from ane_moe.serve.guard import App, Guard, Receive, Rules, Scope, Send
-from ane_moe.serve.line import Closed, Full, Halted, Job, Line
+from ane_moe.serve.line import Closed, Full, IsHalted, Job, Line
 from ane_moe.serve.metrics import Metrics
 from ane_moe.serve.model import Begin, End, LanguageModel, PrivacyFilter, Served
 from ane_moe.serve.refusal import INTERNAL, OVERLOADED, Refusal
@@ -157,7 +157,7 @@ class Server:
 
         return _json(await self._while_there(request, job, only()))
 
-    def _enter(self, work: Callable[[Halted], Iterator[T]]) -> Job[T]:
+    def _enter(self, work: Callable[[IsHalted], Iterator[T]]) -> Job[T]:
         try:
             return self.line.enter(work)
         except Full:

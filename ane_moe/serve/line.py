@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
-Halted = Callable[[], bool]
+IsHalted = Callable[[], bool]
 
 
 class Full(Exception):
@@ -28,7 +28,7 @@ class Job(Generic[T]):
     """The values of `work`, which asks `halted` whether to go on. Iterate for them, once; it raises
     what the work raised, and Closed."""
 
-    def __init__(self, work: Callable[[Halted], Iterator[T]], handed: Callable[[float], None]):
+    def __init__(self, work: Callable[[IsHalted], Iterator[T]], handed: Callable[[float], None]):
         self._work = work
         self._handed = handed  # told how long a value was on its way
         self._loop = asyncio.get_running_loop()
@@ -94,7 +94,7 @@ class Line:
     def running(self) -> int:
         return int(self._running is not None)
 
-    def enter(self, work: Callable[[Halted], Iterator[T]]) -> Job[T]:
+    def enter(self, work: Callable[[IsHalted], Iterator[T]]) -> Job[T]:
         """A job at the end of the line, to be read in this event loop. Raises Full and Closed."""
         job = Job(work, self._handed)
         with self._changed:

@@ -8,8 +8,9 @@ from typing import Any
 
 from ane_moe.errors import UserError
 from ane_moe.loop.conversations import Conversations
-from ane_moe.loop.figures import figures_dict
+from ane_moe.loop.figures import conditions, figures_dict
 from ane_moe.loop.generation import GenerateOptions, Generation, Piece
+from ane_moe.loop.labels import Labeller
 from ane_moe.loop.messages import ChatForm
 from ane_moe.loop.tokenizer import Begun, Tokenizer
 from ane_moe.manifest import Manifest
@@ -18,7 +19,8 @@ from ane_moe.redaction.placeholders import Numbered, Plain, Template
 from ane_moe.redaction.redactor import Redactor, marked
 from ane_moe.redaction.spans import find_kinds, short_label
 from ane_moe.redaction.viterbi import PRESETS, Biases
-from ane_moe.serve.line import Halted
+from ane_moe.redaction.windows import Scorer
+from ane_moe.serve.line import IsHalted
 from ane_moe.serve.refusal import Refusal
 from ane_moe.serve.requests import Ask, RedactAsk
 
@@ -86,7 +88,7 @@ class LanguageModel:
         options = replace(options, max_tokens=ask.max_tokens or self.manifest.context)
         return Prompt(ids[:-1] if begun else ids, options, self.manifest.eos_ids, begun)
 
-    def answer(self, prompt: Prompt, halted: Halted) -> Iterator[Begin | Piece | End]:
+    def answer(self, prompt: Prompt, halted: IsHalted) -> Iterator[Begin | Piece | End]:
         """The pieces of an answer between Begin and End. Raises UserError."""
         generation, taken = self._conversations.generate(
             prompt.ids, prompt.options, self.tokenizer.decode, prompt.begun, halted
@@ -131,7 +133,7 @@ class PrivacyFilter:
         except UserError as error:
             raise Refusal(400, str(error)) from None
 
-    def redacted(self, ask: RedactAsk, halted: Halted) -> Iterator[dict[str, Any]]:
+    def redacted(self, ask: RedactAsk, halted: IsHalted) -> Iterator[dict[str, Any]]:
         """The one answer: text, spans, counts by label, and the table of numbered placeholders."""
         biases = PRESETS[ask.preset] if ask.preset else self._biases
         base = self._redactor
@@ -155,6 +157,7 @@ class PrivacyFilter:
                 }
                 for span, placeholder in zip(one.spans, one.placeholders, strict=True)
             ]
+        self.figures = _labelled(base.scorer)
         yield {
             "text": "".join(parts),
             "spans": spans,
@@ -162,6 +165,18 @@ class PrivacyFilter:
             "table": places.table if isinstance(places, Numbered) else {},
             "approximate": redactor.approximate,
         }
+
+
+def _labelled(scorer: Scorer) -> dict[str, Any]:
+    """Where the time of a labeller goes; nothing of another scorer."""
+    if not isinstance(scorer, Labeller):
+        return {}
+    runtime = scorer.shards.runtime
+    return {
+        "runtime": runtime,
+        "conditions": conditions(runtime),
+        "labelled": scorer.figures.as_dict(),
+    }
 
 
 Served = LanguageModel | PrivacyFilter
