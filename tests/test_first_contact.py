@@ -8,7 +8,9 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
@@ -18,7 +20,7 @@ from packaging.requirements import Requirement
 from ane_moe.cli import FIRST_STEPS, _in_front
 from ane_moe.commands.table import EXAMPLES
 from ane_moe.installation import Package, installation, packages
-from scripts.cli_page import PAGE, commands, rendered
+from scripts.cli_page import PAGE, ROOT, commands, rendered
 from tests.test_cli import ane_moe
 
 
@@ -132,3 +134,21 @@ def test_requirements_are_those_of_the_project() -> None:
         known = {one.name for one in installation().packages}
         if "dev" not in text.partition("extra ==")[2]:
             assert requirement.name in known
+
+
+def test_all_data_of_the_package_goes_into_a_wheel() -> None:
+    """Every file that git keeps beside the modules, by the patterns of the build."""
+    listed = subprocess.run(
+        ["git", "ls-files", "ane_moe"], cwd=ROOT, capture_output=True, text=True
+    )
+    files = [Path(line) for line in listed.stdout.splitlines() if not line.endswith(".py")]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["ane_moe"]
+    packed = {file for pattern in patterns for file in (ROOT / "ane_moe").glob(pattern)}
+    assert len(files) > 10 and {ROOT / file for file in files} <= packed
+
+
+def test_every_folder_with_modules_is_a_package() -> None:
+    """Or `packages.find` would leave it out of a wheel."""
+    folders = {path.parent for path in (ROOT / "ane_moe").rglob("*.py")}
+    assert all((folder / "__init__.py").is_file() for folder in folders)

@@ -174,3 +174,6 @@ def verify(
         )
     if not passed:
         raise typer.Exit(1)
+    if not as_json:
+        then = "report" if html is None else "bench"
+        typer.echo(f"next: ane-moe {then} {out}")

@@ -280,18 +280,16 @@ def best_choice(choices: Iterable[Choice]) -> Choice | None:
     """The fastest that no rule takes off the engine and some machine has the memory for; of those
     as good as equal, `convert`'s default format, else the one with the most bytes, since fewer cost
     quality. None where rules take part of every one off the engine."""
-    close = _close(choices)
     return max(
-        close,
-        key=lambda choice: (choice.recipe == DEFAULT_RECIPE, choice.workload.package_bytes),
-        default=None,
+        _close(choice for choice in _fitting(choices) if choice.stays), key=_rank, default=None
     )
 
 
 def recommendation(choices: Iterable[Choice]) -> str:
     """The way to take, in one sentence with the reason."""
     listed = list(choices)
-    best, close = best_choice(listed), _close(listed)
+    staying = [choice for choice in _fitting(listed) if choice.stays]
+    best, close = best_choice(listed), _close(staying)
     if best is None:
         return (
             "None: the placement rules take part of every one off the engine; the concerns say "
@@ -316,7 +314,6 @@ def recommendation(choices: Iterable[Choice]) -> str:
         else ""
     )
     undecided = f"placement is undecided ({', '.join(unsure)}), so verify it on a Mac first"
-    staying = [choice for choice in listed if choice.stays]
     doubt = f"; {undecided}{_alternative(best, staying)}" if unsure else ""
     predicted = (
         f"predicted {speed.low:.1f} to {speed.high:.1f} tok/s (expected {speed.expected:.1f})"
@@ -334,7 +331,7 @@ def _verdict(choices: Sequence[Choice], target: str) -> Verdict | None:
     if not choices:
         return None
     best = best_choice(choices)
-    chosen = best or max(_fitting(choices), key=lambda choice: _speed(choice).expected)
+    chosen = best or max(_close(_fitting(choices)), key=_rank)
     if chosen.memory.fits is False:
         chosen = min(choices, key=lambda choice: choice.memory.needed_bytes)
     predicted = chosen.prediction
@@ -356,10 +353,15 @@ def _fitting(choices: Iterable[Choice]) -> list[Choice]:
 
 
 def _close(choices: Iterable[Choice]) -> list[Choice]:
-    """The fastest of those that stay on the engine, and those as good as equal."""
-    staying = [choice for choice in _fitting(choices) if choice.stays]
-    fastest = max((_speed(choice).expected for choice in staying), default=0.0)
-    return [choice for choice in staying if _speed(choice).expected * CLOSE >= fastest]
+    """The fastest, and those as good as equal."""
+    listed = list(choices)
+    fastest = max((_speed(choice).expected for choice in listed), default=0.0)
+    return [choice for choice in listed if _speed(choice).expected * CLOSE >= fastest]
+
+
+def _rank(choice: Choice) -> tuple[bool, int]:
+    """Which of equally fast ones is preferred."""
+    return choice.recipe == DEFAULT_RECIPE, choice.workload.package_bytes
 
 
 def _alternative(best: Choice, staying: Iterable[Choice]) -> str:

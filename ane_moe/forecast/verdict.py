@@ -7,7 +7,7 @@ from typing import Any
 from ane_moe.forecast.chips import Range
 from ane_moe.forecast.memory_sizes import Fit
 
-GB = 1e9
+GB, MB = 1e9, 1e6
 IN_WORDS = {"masked": "all experts computed", "sparse": "one function per expert"}
 
 
@@ -35,7 +35,7 @@ class Verdict:
 
     @property
     def _fits(self) -> str:
-        sizes, size = self.memory.sizes_gb, f"{_short(self.memory.needed_bytes / GB)} GB of memory"
+        sizes, size = self.memory.sizes_gb, f"{_size(self.memory.needed_bytes)} of memory"
         sold = " to ".join(map(str, sorted({min(sizes), max(sizes)}))) if sizes else ""
         if not sizes:
             return f"Needs up to {size}"
@@ -60,6 +60,10 @@ class Verdict:
         if self.on_engine:
             return f"take {way}"
         return f"part of every way would leave the engine; the fastest is {way}"
+
+
+def _size(count: int) -> str:
+    return f"{_short(count / GB)} GB" if count >= GB else f"{_short(count / MB)} MB"
 
 
 def _short(value: float) -> str:

@@ -7,9 +7,10 @@ import pytest
 from typer.testing import CliRunner
 
 from ane_moe.cli import app
+from ane_moe.demo import demo_checkpoint
 from ane_moe.forecast.chips import Range
 from ane_moe.forecast.memory_sizes import GIB, Fit, fit
-from ane_moe.forecast.outlook import outlook_of
+from ane_moe.forecast.outlook import outlook, outlook_of
 from ane_moe.forecast.verdict import Verdict
 from ane_moe.placement.targets import find_target
 from tests.forecast.hub_configs import LONGCAT_FLASH, OLMOE, QWEN3_30B, QWEN3_235B
@@ -53,6 +54,7 @@ def verdict(memory: Fit, on_engine: bool = True) -> Verdict:
             "--compress int8.",
         ),
         (verdict(Fit(10**9, (36, 48), 36)), "Fits m4-max, any that is sold: up to 1 GB"),
+        (verdict(Fit(6 * 10**6, (36, 48), 36)), "up to 6 MB of memory"),
         (verdict(Fit(74 * 10**9, (8, 16), None)), "at the least, sold with 8 to 16 GB;"),
         (verdict(Fit(74 * 10**9, (8,), None)), "sold with 8 GB;"),
         (verdict(Fit(10**9, (), None)), "Needs up to 1 GB of memory;"),
@@ -76,6 +78,12 @@ def test_where_nothing_fits_the_smallest_is_what_does_not() -> None:
     sizes = [choice.memory.needed_bytes for choice in found.choices]
     assert found.verdict.memory.needed_bytes == min(sizes)
     assert found.verdict.sentence.startswith("Does not fit m1")
+
+
+def test_where_rules_take_all_off_the_engine_the_default_format_is_named() -> None:
+    """The built-in model is so small that formats are equally fast."""
+    found = outlook(demo_checkpoint()).verdict
+    assert found and not found.on_engine and found.recipe == "int8"
 
 
 def test_the_answer_comes_first_and_the_next_command_last(tmp_path: Path) -> None:
