@@ -6,14 +6,12 @@ from typing import Annotated
 
 import typer
 
-from ane_moe.commands.options import AsJson
+from ane_moe.commands.options import AsJson, Out
 from ane_moe.errors import UserError
 
 
 def align(
-    source: Annotated[
-        Path, typer.Argument(help="Folder of a conversion.", metavar="OUT", show_default=False)
-    ],
+    source: Out,
     text: Annotated[
         Path,
         typer.Option(

@@ -100,8 +100,9 @@ RuntimeName = Annotated[str, typer.Option(help="reference, coreml or auto.")]
 Shards = Annotated[
     Path,
     typer.Argument(
-        help="Folder of a conversion, or `demo`: the built-in model.",
+        help="Folder of a conversion, hf://OWNER/NAME[@REVISION], or `demo`: the built-in model.",
         metavar="OUT",
+        callback=opened_out,
         show_default=False,
     ),
 ]
