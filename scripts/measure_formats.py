@@ -2,11 +2,12 @@
 saw.
 
     scripts/measure_formats.py [FORMAT ...] [--tokens 2048] [--results FILE] [--write]
+    scripts/measure_formats.py server int4-channel lut4 lut3 apple2 --write --table rate
 
 The text is what scripts/train_demo.py held out, cut into passages of 512 tokens. Perplexity, KL and
 top-1 are the shards', run by the reference runtime through the prefill functions, against Hugging
-Face's model in fp32. `--results` keeps rows, so that a run can go on; `--write` puts the table and
-a plot into docs/.
+Face's model in fp32. `--results` keeps rows, so that a run can go on; `--write` puts the table, and
+of the formats a plot, into docs/.
 """
 
 import argparse
@@ -51,6 +52,7 @@ FORMATS = [
     "sparse50+lut4",
     "safe",
     "small",
+    "server",
     "tiny",
     "small calibrated",
     "budget 1.9 MB",
@@ -74,6 +76,7 @@ def main() -> None:
         "--results", type=Path, help="keep rows here, and measure only what is not there"
     )
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--table", choices=("formats", "rate"), default="formats")
     arguments = parser.parse_args()
     kept = (
         json.loads(arguments.results.read_text())
@@ -92,7 +95,9 @@ def main() -> None:
             rows.append(kept[name])
             print(line(rows[-1]), flush=True)
     if arguments.write:
-        write(rows, arguments.tokens)
+        write(rows, arguments.tokens, arguments.table)
+        if arguments.table == "formats":
+            plot(rows)
 
 
 def held_out(path: Path, tokens: int, checkpoint: Path) -> Path:
@@ -158,8 +163,8 @@ def line(row: dict) -> str:
     )
 
 
-def write(rows: list[dict], tokens: int) -> None:
-    """The table between its markers in docs/compression.md, and the plot beside it."""
+def write(rows: list[dict], tokens: int, name: str) -> None:
+    """The table between its markers in docs/compression.md."""
     page = DOCS / "compression.md"
     conditions = (
         f"{tokens:,} tokens of held-out text (CPython {platform.python_version()}) in passages of "
@@ -168,12 +173,16 @@ def write(rows: list[dict], tokens: int) -> None:
     )
     table = "\n".join([HEAD, "|---|" + "---:|" * 8, *map(line, rows), "", conditions])
     text = re.sub(
-        r"(<!-- formats -->\n).*?(<!-- end -->)",
+        rf"(<!-- {name} -->\n).*?(<!-- end -->)",
         lambda found: f"{found[1]}{table}\n{found[2]}",
         page.read_text(),
         flags=re.DOTALL,
     )
     page.write_text(text)
+
+
+def plot(rows: list[dict]) -> None:
+    """Beside the page."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.scatter([row["mb"] for row in rows], [1 + row["ratio"] for row in rows], s=18)

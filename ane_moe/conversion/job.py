@@ -6,6 +6,7 @@ from pathlib import Path
 from ane_moe.conversion.as_stored import notes, with_stored_forms
 from ane_moe.conversion.plan import ConversionPlan, ConvertOptions, SourceFacts, make_plan
 from ane_moe.families import beside
+from ane_moe.formats.mixture import with_mixed_formats
 from ane_moe.opened import Model, open_model
 
 
@@ -24,6 +25,7 @@ def plan_of(model: Model, options: ConvertOptions) -> ConversionPlan:
     checkpoint = model.checkpoint
     left_out = checkpoint.left_out(model.sources, options.ignore_tensors, beside(model.spec.family))
     recipe = with_stored_forms(options.recipe, checkpoint, model.sources)
+    recipe = with_mixed_formats(recipe, model.sources)
     plan = make_plan(model.spec, model.sources, replace(options, recipe=recipe))
     said = (*checkpoint.notes, *notes(options.recipe, checkpoint, model.sources))
     return replace(plan, source=SourceFacts(said, left_out))

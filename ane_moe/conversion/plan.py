@@ -581,8 +581,7 @@ class _Planner:
     def _rank(self, name: WeightName) -> int:
         """Directions kept apart from a tensor: never more than half of those it has."""
         source = self.sources[name]
-        choice = self.options.recipe.choice(name, source.role)
-        return min(choice.rank, min(source.shape) // 2)
+        return self.options.recipe.choice(name, source.role).directions(source.shape)
 
     def _mixer(self, layer: int, lends: bool = False) -> MixerConfig | None:
         """That of a layer; `lends`: in a package with those that read its caches."""

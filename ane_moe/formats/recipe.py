@@ -8,11 +8,15 @@ default = "int8"
 experts = "lut4"
 "experts.down" = "int8"
 attention = { format = "lut4", rank = 16 }
+shared = { format = "lut4", rank = 0.01 }  # of the matrix's shorter side
 
 [[layers]]                  # for some layers, over the above
 layers = "0-1"
 roles = { experts = "int8" }
 ```
+
+With `bits = 3.56` and `below = "lut3"` before the tables, as many matrices get `below` in place of
+their format as it takes to store the model at that rate (formats/mixture.py).
 
 `embedding` is the table that the host reads: fp16 unless it is named, as int8; `default` is not for
 it. Routers, norms, gates of shared experts and biases stay fp16.
@@ -56,10 +60,24 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Choice:
-    """How one matrix is stored. `rank` singular directions are kept apart in fp16 (0: none)."""
+    """How one matrix is stored. `rank` singular directions are kept apart in fp16 (0: none; below
+    1: that share of its shorter side)."""
 
     format: str = "fp16"
-    rank: int = 0
+    rank: float = 0
+
+    def directions(self, shape: tuple[int, ...]) -> int:
+        """How many are kept apart of a matrix of this shape: never more than half of them."""
+        side = min(shape)
+        return min(int(self.rank * side if self.rank < 1 else self.rank), side // 2)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Matrices get the format `below` until all take `bits` bits a weight."""
+
+    bits: float
+    below: str
 
 
 @dataclass(frozen=True)
@@ -73,12 +91,13 @@ class LayerRoles:
 @dataclass(frozen=True)
 class Recipe:
     """Choices by role, and by layer and role; formats of single tensors (`overrides`, by our tensor
-    name)."""
+    name). A `mixture` comes to be overrides once the tensors are known."""
 
     name: str
     roles: Mapping[str, Choice]
     layers: tuple[LayerRoles, ...] = ()
     overrides: Mapping[str, str] = field(default_factory=dict)
+    mixture: Mixture | None = None
 
     def choice(self, name: WeightName, role: str | None) -> Choice:
         """What the tensor `name` gets, which has this role."""
@@ -119,7 +138,9 @@ class Recipe:
         """Every weight format that a package may hold (the host reads the embedding)."""
         tables = (self.roles, *(entry.roles for entry in self.layers))
         choices = (choice for table in tables for choice in _packaged(table))
-        return tuple(sorted({choice.format for choice in choices} | set(self.overrides.values())))
+        mixed = {self.mixture.below} if self.mixture else set()
+        chosen = {choice.format for choice in choices}
+        return tuple(sorted(chosen | mixed | set(self.overrides.values())))
 
     @property
     def leaving_engine(self) -> tuple[str, ...]:
@@ -194,10 +215,17 @@ def _completed(recipe: Recipe, group: str | None, vector: int | None, rank: int 
     layers = tuple(
         LayerRoles(e.layers, {n: complete(c) for n, c in e.roles.items()}) for e in recipe.layers
     )
+    mixture = recipe.mixture
+    if mixture:
+        mixture = replace(mixture, below=complete(Choice(mixture.below)).format)
     # Whether the recipe is named after a format.
     plain = recipe.name == recipe.roles.get("default", Choice()).format
     return Recipe(
-        roles["default"].format if plain else recipe.name, roles, layers, recipe.overrides
+        roles["default"].format if plain else recipe.name,
+        roles,
+        layers,
+        recipe.overrides,
+        mixture,
     )
 
 
@@ -210,20 +238,33 @@ def _read(path: Path, name: str) -> Recipe:
         raise UserError(f"the recipe {path} cannot be read", str(error.strerror)) from None
     except ValueError as error:
         raise UserError(f"the recipe {path} is not TOML", str(error)) from None
-    if unknown := set(data) - {"about", "roles", "layers"}:
+    if unknown := set(data) - {"about", "roles", "layers", "bits", "below"}:
         raise UserError(
             f"the recipe {path} has unknown entries",
             ", ".join(sorted(unknown)),
-            "use roles and layers",
+            "use roles, layers, bits and below",
         )
     entries = data.get("layers", [])
     if not isinstance(entries, list):
         raise UserError(
             f"the recipe {path}: layers is not a list of tables", "", "write [[layers]]"
         )
-    return Recipe(
-        name, _roles(data.get("roles"), path), tuple(_layer_roles(entry, path) for entry in entries)
-    )
+    layers = tuple(_layer_roles(entry, path) for entry in entries)
+    return Recipe(name, _roles(data.get("roles"), path), layers, mixture=_mixture(data, path))
+
+
+def _mixture(data: Mapping[str, Any], path: Path) -> Mixture | None:
+    if not {"bits", "below"} & set(data):
+        return None
+    bits: Any = data.get("bits")
+    below = data.get("below")
+    if type(bits) not in (int, float) or not 0 < bits <= 16 or not isinstance(below, str):
+        raise UserError(
+            f"the recipe {path}: bits is a number up to 16, and below a format",
+            f"bits {bits!r}, below {below!r}",
+            'write, say, bits = 3.56 and below = "lut3"',
+        )
+    return Mixture(float(bits), parse_format(below).name)
 
 
 def _layer_roles(entry: Any, path: Path) -> LayerRoles:
@@ -271,9 +312,11 @@ def _choice(value: Any, path: Path) -> Choice:
             f"the recipe {path}: a role is a format, or a table of format and rank", repr(value)
         )
     form, rank = fields["format"], fields.get("rank", 0)
-    if not isinstance(form, str) or type(rank) is not int or not 0 <= rank <= MAX_RANK:
+    whole = type(rank) is int and 0 <= rank <= MAX_RANK
+    if not isinstance(form, str) or not (whole or (type(rank) is float and 0 < rank < 1)):
         raise UserError(
-            f"the recipe {path}: format is a name and rank 0 to {MAX_RANK}", repr(value)
+            f"the recipe {path}: format is a name and rank 0 to {MAX_RANK}, or a share below 1",
+            repr(value),
         )
     if form == AS_STORED and rank:
         raise UserError(f"the recipe {path}: {AS_STORED} keeps no directions apart", repr(value))

@@ -44,7 +44,7 @@ def choice(recipe, tensor):
     return recipe.choice(*ROWS[tensor])
 
 
-@pytest.mark.parametrize("recipe", ["int8", "lut4", "apple2", "safe", "small", "tiny"])
+@pytest.mark.parametrize("recipe", ["int8", "lut4", "apple2", "safe", "server", "small", "tiny"])
 def test_what_decides_the_routing_stays_fp16(recipe):
     matrices = tuple(f".{name}.weight" for name in MATRICES)
     plain = [tensor for tensor in ROWS if not tensor.endswith(matrices)]
@@ -61,7 +61,7 @@ def test_what_decides_the_routing_stays_fp16(recipe):
 
 
 def test_presets_are_as_documented():
-    assert presets() == ("safe", "small", "tiny")
+    assert presets() == ("safe", "server", "small", "tiny")
     assert (
         choice(find_recipe("safe"), EXPERT).format
         == choice(find_recipe("safe"), HEAD).format
