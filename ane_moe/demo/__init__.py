@@ -16,6 +16,9 @@ DEMOS = {
     LANGUAGE: "checkpoint",
     "privacy": "privacy",
     "two-bit": "two-bit",
+    "pt-moe": "pt-moe",
+    "omni-moe": "omni-moe",
+    "afm": "afm",
 }
 
 
