@@ -6,7 +6,7 @@ folder.
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,10 +14,12 @@ from ane_moe.errors import UserError
 from ane_moe.files import write_text
 from ane_moe.model.port import FFN_INPUT, STATE, Port, Ports, slot_rows
 from ane_moe.model.spec import Synchronisations
+from ane_moe.model.template_key import function_name
 from ane_moe.model.weight import Place
 
 FILE_NAME = "runtime_meta.json"
 FORMAT = 3
+FUNCTIONS = ("functions", "adapted")  # fields of a shard
 TAIL = "tail"  # a function for one token, of a prompt the last one, in each lane
 
 
@@ -33,7 +35,8 @@ class ShardFunction:
     host that it reads or writes.
 
     A call works through `weight_bytes` of stored weights, `elements` of them, at the chip's rate
-    for the format that most of them have (`rate`: fp16, int8 or lut).
+    for the format that most of them have (`rate`: fp16, int8 or lut). With the `adapter` it stands
+    in the place of the function of the same name without.
     """
 
     name: str
@@ -43,6 +46,12 @@ class ShardFunction:
     elements: int = 0
     weight_bytes: int = 0
     rate: str = "fp16"
+    adapter: str = ""
+
+    @property
+    def entry(self) -> str:
+        """What the package calls it."""
+        return function_name(self.adapter, self.name)
 
     @property
     def dispatched(self) -> bool:
@@ -63,7 +72,8 @@ class Shard:
 
     `part`/`parts` number the pieces of a split layer (their outputs are added) or the vocabulary
     slices of the head (their outputs are concatenated). `kind` is a label for reports; what is done
-    with a shard follows from the slots of its functions.
+    with a shard follows from the slots of its functions. Those `adapted` work on the same weights,
+    each with what an adapter adds.
     """
 
     path: str
@@ -78,6 +88,13 @@ class Shard:
     content_key: str = ""
     tracks: int = 1
     reduce: str = ""
+    adapted: tuple[ShardFunction, ...] = ()
+
+    def with_adapter(self, name: str) -> "Shard":
+        """With the functions of an adapter in the place of those that it changes."""
+        own = {entry.name: entry for entry in self.adapted if entry.adapter == name}
+        functions = tuple(own.get(entry.name, entry) for entry in self.functions)
+        return replace(self, functions=functions, adapted=())
 
     @property
     def experts(self) -> tuple[int, ...]:
@@ -185,6 +202,9 @@ class Manifest:
     # By layer: what its values and its MLPs' linear branches are multiplied by.
     inner: dict[str, dict[str, float]] = field(default_factory=dict)
     tracks: dict[str, Any] = field(default_factory=dict)  # fields of Synchronisations, if any
+    # By the name of an adapter that can be switched on: what is said of the model with it
+    # (`golden`, `golden_as_stored`, `compression`).
+    adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
     format: int = FORMAT
 
     @property
@@ -216,6 +236,20 @@ class Manifest:
             (s for s in self.shards if s.kind == kind and s.layer == layer), key=lambda s: s.part
         )
 
+    def with_adapter(self, name: str | None) -> "Manifest":
+        """The conversion with an adapter switched on; as it is with none. Raises UserError for one
+        that it does not have."""
+        if name is None:
+            return self
+        if name not in self.adapters:
+            raise UserError(
+                f"there is no adapter {name} in the conversion",
+                ", ".join(self.adapters) or "no adapters",
+                "convert with --adapter FOLDER --adapter-mode switch",
+            )
+        shards = tuple(shard.with_adapter(name) for shard in self.shards)
+        return replace(self, shards=shards, adapters={}, **self.adapters[name])
+
     def write(self, folder: Path) -> None:
         """Write runtime_meta.json atomically, with sorted keys."""
         write_text(folder / FILE_NAME, json.dumps(self.as_json(), indent=1, sort_keys=True) + "\n")
@@ -229,10 +263,10 @@ class Manifest:
             place = interfaces.setdefault(entry.ports, len(interfaces))
             return vars(entry) | {"ports": place}
 
-        shards = [
-            vars(shard) | {"functions": [function(entry) for entry in shard.functions]}
-            for shard in self.shards
-        ]
+        def functions(shard: Shard) -> dict[str, Any]:
+            return {name: [function(one) for one in getattr(shard, name)] for name in FUNCTIONS}
+
+        shards = [vars(shard) | functions(shard) for shard in self.shards]
         ports = [asdict(interface) for interface in interfaces]
         return vars(self) | {"shards": shards, "interfaces": ports}
 
@@ -280,11 +314,12 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _shard(entry: dict[str, Any], interfaces: list[Ports]) -> Shard:
-    functions = tuple(
-        ShardFunction(**_frozen(function | {"ports": interfaces[function["ports"]]}))
-        for function in entry.pop("functions")
-    )
-    return Shard(functions=functions, **_frozen(entry))
+    def functions(entries: list[dict[str, Any]]) -> tuple[ShardFunction, ...]:
+        placed = (one | {"ports": interfaces[one["ports"]]} for one in entries)
+        return tuple(ShardFunction(**_frozen(one)) for one in placed)
+
+    both: dict[str, Any] = {name: functions(entry.pop(name, [])) for name in FUNCTIONS}
+    return Shard(**both, **_frozen(entry))
 
 
 def _ports(entry: dict[str, Any]) -> Ports:

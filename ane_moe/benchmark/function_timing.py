@@ -54,7 +54,7 @@ def _time(
     options: dict[str, Any],
 ) -> FunctionTiming:
     started = perf_counter()
-    function = open_package(folder / shard.path, runtime, **options).function(entry.name)
+    function = open_package(folder / shard.path, runtime, **options).function(entry.entry)
     loaded = perf_counter()
     inputs, state = example_inputs(entry, ropes), function.make_state() if function.states else None
     ready = perf_counter()

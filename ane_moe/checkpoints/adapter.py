@@ -11,7 +11,7 @@ Source: peft 0.21 (`LoraLayer`, `ParamWrapper.get_delta_weight`, `get_pattern_ke
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +25,7 @@ from ane_moe.checkpoints.folder import ADAPTER
 from ane_moe.checkpoints.safetensors_header import read_header
 from ane_moe.checkpoints.stored_tensor import StoredTensor
 from ane_moe.errors import UserError
-from ane_moe.half import STORED
+from ane_moe.half import STORED, narrowed
 from ane_moe.json_file import read_json
 from ane_moe.wording import counted, listed
 
@@ -35,6 +35,7 @@ INTO, OUT = ".lora_A.weight", ".lora_B.weight"
 INNER = ".base_layer"  # of a module whose several parameters are adapted
 AGAIN = "give the adapter as peft's save_pretrained wrote it"
 MERGE = "merge it with peft (merge_and_unload, then save_pretrained), and give that model"
+MERGED_INSTEAD = "give --adapter-mode merge"
 # Fields that, when set, ask for more than B A.
 VARIANTS = (
     "use_dora",
@@ -83,10 +84,25 @@ class LowRank:
         rows = thin.arranged(np.ascontiguousarray(chosen)).reshape(thin.shape)
         return rows * np.float32(self.scale), np.ascontiguousarray(into)
 
+    def stored(self, scale: float) -> tuple[np.ndarray, np.ndarray]:
+        """The factors, `out` times `scale`, as fp16 holds them best: a power of two goes from one
+        to the other, so that both reach equally far."""
+        out, into = self.factors()
+        out = out * np.float32(scale)
+        ends = [max(float(np.abs(one).max(initial=0)), 1e-30) for one in (out, into)]
+        shift = round(math.log2(ends[1] / ends[0]) / 2)
+        halves = narrowed(np.ldexp(out, shift)), narrowed(np.ldexp(into, -shift))
+        if not all(np.isfinite(half).all() for half in halves):
+            raise UserError(
+                f"{self.pair.into.path.parent}: {self.pair.into.key} overflows fp16, or is damaged",
+                do="merge it: " + MERGED_INSTEAD,
+            )
+        return halves
+
     def feed(self, hasher: Hasher) -> None:
         """Feed `hasher` what tells this from other matrices."""
         for factor in self.factors():
-            hasher.update(factor.data)
+            hasher.update(np.ascontiguousarray(factor).data)
 
 
 @dataclass(frozen=True)
@@ -203,6 +219,18 @@ class Adapter:
 def adapter_name(folder: str | Path) -> str:
     """What an adapter is called: as its folder, as an identifier."""
     return re.sub(r"\W", "_", Path(folder).resolve().name)
+
+
+def named(adapters: Sequence[Adapter]) -> dict[str, Adapter]:
+    """Adapters by their names. Raises UserError where two have one."""
+    by_name: dict[str, Adapter] = {}
+    for adapter in adapters:
+        name = adapter_name(adapter.folder)
+        if name in by_name:
+            folders = f"{by_name[name].folder} and {adapter.folder}"
+            raise UserError(f"two adapters are called {name}", folders, "rename a folder")
+        by_name[name] = adapter
+    return by_name
 
 
 def open_adapter(folder: Path) -> Adapter:

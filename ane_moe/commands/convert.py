@@ -130,6 +130,13 @@ def convert(
         ),
     ] = None,
     adapter: AdapterFolders = None,
+    adapter_mode: Annotated[
+        Literal["merge", "switch"],
+        typer.Option(
+            help="merge: into the weights. switch: beside them, each with functions of its own, "
+            "for `generate --adapter NAME`."
+        ),
+    ] = "merge",
     stream_scale: Annotated[
         str,
         typer.Option(
@@ -250,7 +257,7 @@ def convert(
     )
     windows = None if lengths is None else parse_counts(lengths, "--lengths", 1, MAX_LENGTH)
     left = tuple(ignore_tensors or ())
-    model = open_model(source, left, adapter or ())
+    model = open_model(source, left, adapter or (), adapter_mode)
     experts, layers_together = sizes_of(model.spec, asked, place, context, prefill, windows)
     options = ConvertOptions(
         routing=routing,
@@ -276,6 +283,7 @@ def convert(
         ring_caches=ring_caches,
         tracks=tracks,
         adapters=tuple(map(str, adapter or ())),
+        adapter_mode=adapter_mode,
     )
     job = job_of(model, out, options)
     stored = job.plan.options.recipe  # with the forms that the checkpoint has

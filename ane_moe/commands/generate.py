@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ane_moe.commands.options import (
+    AdapterName,
     Concurrency,
     ExpertCacheMb,
     ExpertPolicy,
@@ -46,6 +47,7 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this text; may be given again.")
     ] = None,
+    adapter: AdapterName = None,
     runtime: RuntimeName = "auto",
     precision: PrecisionName = "fp32",
     expert_cache_mb: ExpertCacheMb = None,
@@ -128,6 +130,7 @@ def generate(
         expert_cache_bytes=limit,
         expert_policy=expert_policy,
         memory_mb=memory_mb,
+        adapter=adapter,
         **computed,
     )
     tokenizer = load_tokenizer(out, shards.manifest)

@@ -26,6 +26,10 @@ AdapterFolders = Annotated[
         metavar="FOLDER",
     ),
 ]
+AdapterName = Annotated[
+    str | None,
+    typer.Option("--adapter", help="Switch on this adapter of the conversion.", metavar="NAME"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Beside = Annotated[
     bool,

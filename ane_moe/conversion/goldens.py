@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ane_moe.checkpoints.checkpoint import TensorSource
 from ane_moe.conversion.job import Job
@@ -12,6 +13,7 @@ from ane_moe.errors import UserError
 from ane_moe.files import scratch_folder, sha256
 from ane_moe.manifest import FILE_NAME, Manifest, read_manifest
 from ane_moe.model.weight import EMBEDDING
+from ane_moe.opened import with_adapter
 
 GOLDEN = "golden.safetensors"
 GOLDEN_AS_STORED = "golden_as_stored.safetensors"
@@ -54,14 +56,25 @@ def keep_goldens(
     where `prompts` are given, of these; None if not, or if a file is not as it was written."""
     if earlier is None or earlier.golden is None or earlier.golden_key != manifest.golden_key:
         return None
-    wanted = [GOLDEN, GOLDEN_AS_STORED] if manifest.compressed else [GOLDEN]
+    wanted = [
+        name
+        for adapter in ("", *manifest.adapters)
+        for name in golden_files(adapter, manifest.compressed)
+    ]
     if not all(_as_written(out / name, earlier.files.get(name)) for name in wanted):
         return None
     from ane_moe.original.golden import read_golden
 
     if prompts is not None and read_golden(out / GOLDEN).prompts != tuple(map(tuple, prompts)):
         return None
-    return replace(manifest, compression=earlier.compression)
+    return replace(manifest, compression=earlier.compression, adapters=earlier.adapters)
+
+
+def golden_files(adapter: str, compressed: bool) -> tuple[str, ...]:
+    """The goldens of a conversion with an adapter switched on, or with none."""
+    names = (GOLDEN, GOLDEN_AS_STORED) if compressed else (GOLDEN,)
+    end = f"_{adapter}.safetensors" if adapter else ".safetensors"
+    return tuple(name.replace(".safetensors", end) for name in names)
 
 
 def write_goldens(
@@ -70,8 +83,25 @@ def write_goldens(
     prompts: list[list[int]],
     progress: Callable[[str, int, int], None],
 ) -> Manifest:
-    """Write the goldens; the manifest with what compression cost. Raises UserError as
-    `capture_goldens` does."""
+    """Write the goldens, of each adapter too; the manifest with what compression cost. Raises
+    UserError as `capture_goldens` does."""
+    manifest = replace(manifest, **_captured(job, manifest, prompts, progress))
+    adapters = {}
+    for name, adapter in job.adapters.items():
+        own = with_adapter(job, adapter)
+        facts = _captured(own, manifest.with_adapter(name), prompts, progress, name)
+        files = golden_files(name, manifest.compressed)
+        adapters[name] = facts | dict(zip(("golden", "golden_as_stored"), files, strict=False))
+    return replace(manifest, adapters=adapters)
+
+
+def _captured(
+    job: Job,
+    manifest: Manifest,
+    prompts: list[list[int]],
+    progress: Callable[[str, int, int], None],
+    adapter: str = "",
+) -> dict[str, Any]:
     # transformers takes seconds to import
     from ane_moe.kept import Kept
     from ane_moe.original.golden import write_golden
@@ -79,16 +109,16 @@ def write_goldens(
 
     with scratch_folder(job.out, "golden") as scratch:
         found = capture_goldens(job, job.out, manifest, prompts, Kept(scratch), progress)
-        write_golden(found.original, job.out / GOLDEN)
-        if found.as_stored is not None:
-            write_golden(found.as_stored, job.out / GOLDEN_AS_STORED)
-    return replace(manifest, compression=found.compression)
+        both = filter(None, (found.original, found.as_stored))
+        for golden, name in zip(both, golden_files(adapter, manifest.compressed), strict=True):
+            write_golden(golden, job.out / name)
+    return {"compression": found.compression}
 
 
 def remove_goldens(out: Path) -> None:
     """Delete goldens that are of other weights."""
-    for name in (GOLDEN, GOLDEN_AS_STORED):
-        (out / name).unlink(missing_ok=True)
+    for path in out.glob("golden*.safetensors"):
+        path.unlink()
 
 
 def _as_written(path: Path, digest: str | None) -> bool:

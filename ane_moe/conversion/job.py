@@ -10,7 +10,7 @@ from ane_moe.formats.mixture import with_mixed_formats
 from ane_moe.opened import Model, open_model
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job(Model):
     """A model on its way into the folder `out`, by a plan. `calibration` is a file, where there is
     one."""
@@ -25,8 +25,8 @@ def plan_of(model: Model, options: ConvertOptions) -> ConversionPlan:
     checkpoint = model.checkpoint
     left_out = checkpoint.left_out(model.sources, options.ignore_tensors, beside(model.spec.family))
     recipe = with_stored_forms(options.recipe, checkpoint, model.sources)
-    recipe = with_mixed_formats(recipe, model.sources)
-    plan = make_plan(model.spec, model.sources, replace(options, recipe=recipe))
+    settled = replace(options, recipe=with_mixed_formats(recipe, model.sources))
+    plan = make_plan(model.spec, model.sources, settled, model.low_ranks)
     said = (*checkpoint.notes, *notes(options.recipe, checkpoint, model.sources))
     return replace(plan, source=SourceFacts(said, left_out))
 
@@ -38,5 +38,5 @@ def job_of(model: Model, out: Path, options: ConvertOptions) -> Job:
 
 def open_job(path: Path, out: Path, options: ConvertOptions) -> Job:
     """Open a checkpoint folder and plan its conversion. Raises UserError."""
-    model = open_model(path, options.ignore_tensors, options.adapters)
+    model = open_model(path, options.ignore_tensors, options.adapters, options.adapter_mode)
     return job_of(model, out, options)

@@ -81,12 +81,14 @@ def require_disk(out: Path, conversion: ConversionPlan) -> None:
 
 
 def remove_strangers(out: Path, manifest: Manifest) -> None:
-    """What an earlier conversion left and this one does not name: shards, routers, tokenizers."""
+    """What an earlier conversion left and this one does not name: shards, routers,
+    tokenizers, goldens."""
     kept = {shard.path for shard in manifest.shards}
     for path in out.rglob("*.mlpackage"):
         if path.relative_to(out).as_posix() not in kept:
             shutil.rmtree(path)
-    loose = [path for pattern in TOKENIZER_FILES for path in out.glob(pattern)]
+    patterns = (*TOKENIZER_FILES, "golden*.safetensors")
+    loose = [path for pattern in patterns for path in out.glob(pattern)]
     for path in (*(out / ROUTERS).glob("*"), *loose):
         if path.relative_to(out).as_posix() not in manifest.files:
             path.unlink()

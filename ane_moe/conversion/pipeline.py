@@ -94,7 +94,7 @@ class ConvertReport:
 def plan(checkpoint: Path, options: ConvertOptions) -> ConversionPlan:
     """Check the checkpoint and say what `convert` would write, without reading weights. Raises
     UserError."""
-    model = open_model(checkpoint, options.ignore_tensors, options.adapters)
+    model = open_model(checkpoint, options.ignore_tensors, options.adapters, options.adapter_mode)
     planned = plan_of(model, options)
     require_tokenizer(model.checkpoint.folder)
     return planned
@@ -410,6 +410,7 @@ def _manifest(
         stream_scale=spec.stream_scale,
         tracks=asdict(plan.synchronisations) if plan.synchronisations else {},
         inner={str(layer): asdict(scale) for layer, scale in spec.inner.items()},
+        adapters={name: {} for name in job.adapters},
     )
 
 
@@ -419,7 +420,9 @@ def _complete(manifest: Manifest, job: Job) -> Manifest:
     golden, as_stored = (
         name if (out / name).exists() else None for name in (GOLDEN, GOLDEN_AS_STORED)
     )
-    named = (golden, as_stored, CALIBRATION, manifest.tokenizer_record, *LABEL_FILES)
+    of_adapters = [name for facts in manifest.adapters.values() for name in facts.values()]
+    goldens = (golden, as_stored, *(name for name in of_adapters if isinstance(name, str)))
+    named = (*goldens, CALIBRATION, manifest.tokenizer_record, *LABEL_FILES)
     beside = [name for name in named if name and (out / name).exists()]
     loose = (*manifest.tokenizer, *job.plan.routers.values(), *beside)
     files = manifest.files | {name: sha256(out / name) for name in loose}
@@ -434,9 +437,10 @@ def _compression(plan: ConversionPlan) -> dict[str, dict[str, Any]]:
     roles: dict[str, dict[str, Any]] = {}
     for shard in plan.shards:
         for name, source in shard.sources.items():
+            apart = isinstance(source, Recovery) and not source.more  # of no adapter
             tensor = source.source if isinstance(source, Recovery) else source
             role = tensor.role if isinstance(tensor, TensorSource) else None
-            if role is None or (name not in shard.choices and not isinstance(source, Recovery)):
+            if role is None or (name not in shard.choices and not apart):
                 continue
             facts = roles.setdefault(role, {"formats": {}, "weights": 0, "bytes": 0})
             facts["bytes"] += shard.payloads[name]

@@ -3,15 +3,16 @@ options alone."""
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any, Literal
 
-from ane_moe.checkpoints.checkpoint import TensorSource
+from ane_moe.checkpoints.adapter import MERGED_INSTEAD, LowRank
+from ane_moe.checkpoints.checkpoint import Hasher, TensorSource
 from ane_moe.errors import UserError
 from ane_moe.formats.recipe import INT8, Choice, Recipe, find_format
-from ane_moe.manifest import TAIL, Shard, ShardFunction, length_function
+from ane_moe.manifest import FUNCTIONS, TAIL, Shard, ShardFunction, length_function
 from ane_moe.model.attention import AttentionConfig, RingConfig
 from ane_moe.model.experts import ExpertGroupConfig, SharedExpertConfig
 from ane_moe.model.head import HeadConfig
@@ -31,12 +32,14 @@ from ane_moe.model.spec import (
     MoeSpec,
     RouterSpec,
     SharedGqaSpec,
+    SharedSpec,
     Synchronisations,
     TrackSpec,
 )
 from ane_moe.model.stack import FfnConfig, PackedConfig, StackConfig, can_share
 from ane_moe.model.template_key import TemplateKey, function_name, weight_name
 from ane_moe.model.weight import HEAD, HEAD_BIAS, Directions, Place, Selection, Weight, WeightName
+from ane_moe.wording import listed
 
 MB = 1_000_000
 CACHE_STEP = 32  # a state's last axis must be a multiple of it (coremltools issue 2631)
@@ -71,8 +74,8 @@ class ConvertOptions:
     `roster` the host may disturb the choice of experts, for `generate --roster`. Where `inputs` are
     "embeds", the embedding table is left out. With `ring_caches` attention in a window has caches
     no longer than calls can see, as it always has where there are tracks; those of a block are
-    apart, or "packed" into one graph. `adapters` are folders of PEFT's, whose matrices are added to
-    the weights."""
+    apart, or "packed" into one graph. `adapters` are folders of PEFT's: what they add is merged
+    into the weights, or each can be switched on by functions of its own."""
 
     routing: Literal["masked", "soft", "sparse"] = "masked"
     state: Literal["mlstate", "explicit"] = "mlstate"
@@ -97,6 +100,7 @@ class ConvertOptions:
     ring_caches: bool = False
     tracks: Literal["apart", "packed"] = "apart"
     adapters: tuple[str, ...] = ()
+    adapter_mode: Literal["merge", "switch"] = "merge"
 
 
 @dataclass(frozen=True)
@@ -120,20 +124,37 @@ class OneHot:
     def shape(self) -> tuple[int, int]:
         return self.rows, self.columns
 
+    def feed(self, hasher: Hasher) -> None:
+        """Feed `hasher` what tells this from others."""
+        hasher.update(repr(self).encode())
+
 
 @dataclass(frozen=True)
 class Recovery:
     """One of the two thin matrices kept apart from `source`: its `rank` strongest directions, on
-    the way in or out."""
+    the way in or out, and after them as many as `more` that an adapter adds (`added`; none: zeros,
+    where it adds to other experts). `rows` of a whole tensor are meant, where not all are."""
 
     source: TensorSource
     rank: int
     side: Literal["in", "out"]
+    more: int = field(default=0, repr=False)
+    added: LowRank | None = field(default=None, repr=False)
+    rows: tuple[int, int] | None = field(default=None, repr=False)
 
     @property
     def shape(self) -> tuple[int, int]:
         rows, columns = self.source.shape
-        return (self.rank, columns) if self.side == "in" else (rows, self.rank)
+        rank = self.rank + self.more
+        return (rank, columns) if self.side == "in" else (rows, rank)
+
+    def feed(self, hasher: Hasher) -> None:
+        """Feed `hasher` what tells this from other thin matrices."""
+        hasher.update(repr(self).encode())
+        if self.more:
+            hasher.update(repr((self.more, self.rows)).encode())
+        if self.added is not None:
+            self.added.feed(hasher)
 
 
 Source = TensorSource | OneHot | Recovery
@@ -273,9 +294,12 @@ def sources_of(spec: ModelSpec) -> dict[WeightName, TensorSource]:
 
 
 def make_plan(
-    spec: ModelSpec, sources: Mapping[WeightName, TensorSource], options: ConvertOptions
+    spec: ModelSpec,
+    sources: Mapping[WeightName, TensorSource],
+    options: ConvertOptions,
+    adapters: Mapping[str, Mapping[WeightName, LowRank]] | None = None,
 ) -> ConversionPlan:
-    """Cut the model into shards.
+    """Cut the model into shards. What `adapters` add, by their names, gets functions of its own.
 
     Raises UserError for a context or a layer the model does not have, for senseless expert
     functions, and for a shard that cannot be cut below 2 GiB.
@@ -300,7 +324,7 @@ def make_plan(
             do=f"give {spec.source(lacking[0])} to --layers too",
         )
     width = math.ceil(context / CACHE_STEP) * CACHE_STEP
-    planner = _Planner(spec, sources, options, width)
+    planner = _Planner(spec, sources, options, width, adapters or {})
     if spec.tracks is None:
         shards = [shard for group in planner.groups(layers) for shard in planner.layers(group)]
     else:
@@ -314,7 +338,26 @@ def make_plan(
                 f"{shard.path} would hold {shard.weight_bytes / MB:.0f} MB",
                 "Core ML's limit is 2 GiB a package",
             )
+    for name, low_ranks in (adapters or {}).items():
+        _require_switched(name, low_ranks, layers, shards)
     return ConversionPlan(spec, options, context, width, layers, tuple(shards))
+
+
+def _require_switched(
+    name: str, low_ranks: Mapping[WeightName, LowRank], layers: Sequence[int], shards: Sequence[Any]
+) -> None:
+    """Raise UserError where a matrix is adapted that is no projection of ours."""
+    thin = (one for shard in shards for one in shard.sources.values() if isinstance(one, Recovery))
+    used = {one.source.name for one in thin if one.added is not None}
+    head = any(shard.scope == HEAD.part for shard in shards)
+    idle = [
+        str(one)
+        for one in low_ranks.keys() - used
+        if (head if one.layer is None else one.layer in layers)
+    ]
+    if idle:
+        what = f"the adapter {name} cannot be switched: it adapts more than projections"
+        raise UserError(what, listed(idle), MERGED_INSTEAD)
 
 
 def _blocks(
@@ -430,10 +473,11 @@ def _functions(spec: ModelSpec, options: ConvertOptions) -> tuple[tuple[str, int
 
 @dataclass(frozen=True)
 class _Copy:
-    """One block of a package, and the experts that it holds."""
+    """One block of a package, the experts that it holds, and the same with what adapters add."""
 
     block: PartConfig
     experts: tuple[int, ...] = ()
+    adapted: Mapping[str, PartConfig] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -442,6 +486,34 @@ class _Planner:
     sources: Mapping[WeightName, TensorSource]
     options: ConvertOptions
     slots: int
+    adapters: Mapping[str, Mapping[WeightName, LowRank]] = field(default_factory=dict)
+    low_ranks: Mapping[WeightName, LowRank] = field(default_factory=dict)
+
+    @cached_property
+    def _with_adapter(self) -> dict[str, "_Planner"]:
+        """Who plans the same model with what an adapter adds."""
+        return {
+            name: replace(self, adapters={}, low_ranks=low_ranks)
+            for name, low_ranks in self.adapters.items()
+        }
+
+    @cached_property
+    def _more(self) -> dict[tuple[int | None, str, str], int]:
+        """Directions that the adapter adds to a matrix; of experts, to any of them."""
+        most: dict[tuple[int | None, str, str], int] = {}
+        for name, low_rank in self.low_ranks.items():
+            place = (name.layer, name.part, _of_any(name))
+            most[place] = max(low_rank.rank, most.get(place, 0))
+        return most
+
+    def _copy(
+        self, make: Callable[["_Planner"], PartConfig], experts: tuple[int, ...] = ()
+    ) -> _Copy:
+        """What `make` makes of this planner, and of those of adapters that change it."""
+        block = make(self)
+        others = {name: make(planner) for name, planner in self._with_adapter.items()}
+        changed = {name: other for name, other in others.items() if other != block}
+        return _Copy(block, experts, changed)
 
     def groups(self, layers: Sequence[int]) -> list[tuple[int, ...]]:
         """Layers that share a shard: those that read one layer's caches with it, else neighbours
@@ -484,10 +556,13 @@ class _Planner:
 
     def _packed(self, block: tuple[range, ...], tracks: TrackSpec, path: str) -> ShardPlan:
         group = tuple(number for layers in block for number in layers)
-        layers = self._stack(group).layers
-        config = PackedConfig(layers, tracks=tracks.count, reduce=tracks.reduce)
         reason = f"{tracks.count} tracks of {len(block[0])} layers in one graph"
-        copy = _Copy(config, self._experts(group))
+
+        def packed(planner: "_Planner") -> PackedConfig:
+            layers = planner._stack(group).layers
+            return PackedConfig(layers, tracks=tracks.count, reduce=tracks.reduce)
+
+        copy = self._copy(packed, self._experts(group))
         facts: dict[str, Any] = {"layers": group, "reason": reason}
         facts |= {"tracks": tracks.count, "reduce": tracks.reduce}
         return self._shard(path, "track", group[0], copy, **facts)
@@ -519,11 +594,11 @@ class _Planner:
         )
 
     def stack(self, group: Sequence[int]) -> ShardPlan:
-        config, tracks = self._stack(group), self.spec.tracks
+        tracks = self.spec.tracks
         most = tracks.depth if tracks else self.options.layers_per_shard
         reason = f"{len(group)} layers, limits {most} and {self.options.max_shard_mb} MB"
         path = f"stack/layer_{group[0]:02d}_to_{group[-1]:02d}.mlpackage"
-        copy = _Copy(config, self._experts(group))
+        copy = self._copy(lambda planner: planner._stack(group), self._experts(group))
         return self._shard(path, "stack", group[0], copy, reason=reason, layers=tuple(group))
 
     def _experts(self, group: Sequence[int]) -> tuple[int, ...]:
@@ -579,9 +654,15 @@ class _Planner:
         return gate, up, down
 
     def _rank(self, name: WeightName) -> int:
+        """Directions beside a tensor: kept apart from it, or added by an adapter."""
+        return self._apart(self.sources[name]) + self._more.get(
+            (name.layer, name.part, _of_any(name)), 0
+        )
+
+    def _apart(self, source: TensorSource) -> int:
         """Directions kept apart from a tensor: never more than half of those it has."""
-        source = self.sources[name]
-        return self.options.recipe.choice(name, source.role).directions(source.shape)
+        choice = self.options.recipe.choice(source.name, source.role)
+        return choice.directions(source.shape)
 
     def _mixer(self, layer: int, lends: bool = False) -> MixerConfig | None:
         """That of a layer; `lends`: in a package with those that read its caches."""
@@ -622,28 +703,34 @@ class _Planner:
 
     def attention(self, layer: int) -> list[ShardPlan]:
         """The mixer, and routing with it where the host dispatches experts."""
-        spec, kind = self.spec.layers[layer], "attn"
-        dispatched = self.options.routing == "sparse"
-        ffn = spec.ffn if isinstance(spec.ffn, MoeSpec) and dispatched else None
-        mixer = self._mixer(layer)
-        block: PartConfig | None = mixer
-        if mixer is not None and ffn is not None:
-            # Experts add to the stream with what a mixer beside them adds.
-            whole = replace(mixer, residual=replace(mixer.residual, parallel=False))
-            block = RoutedMixerConfig(whole, ffn.router, spec.ffn_residual, ffn.router_norm)
-        elif ffn is not None:
-            block, kind = RoutingConfig(self.spec.d_model, self.spec.norm, ffn.router), "routing"
-        if block is None:
+        spec = self.spec.layers[layer]
+        dispatched = self.options.routing == "sparse" and isinstance(spec.ffn, MoeSpec)
+        if spec.mixer is None and not dispatched:
             return []
+        kind = "routing" if spec.mixer is None else "attn"
         path = f"{kind}/layer_{layer:02d}.mlpackage"
-        return [self._shard(path, kind, layer, _Copy(block), scope="attn")]
+        copy = self._copy(lambda planner: planner._routed(layer))
+        return [self._shard(path, kind, layer, copy, scope="attn")]
+
+    def _routed(self, layer: int) -> PartConfig:
+        spec, mixer = self.spec.layers[layer], self._mixer(layer)
+        ffn = spec.ffn
+        if not isinstance(ffn, MoeSpec) or self.options.routing != "sparse":
+            assert mixer is not None
+            return mixer
+        if mixer is None:
+            return RoutingConfig(self.spec.d_model, self.spec.norm, ffn.router)
+        # Experts add to the stream with what a mixer beside them adds.
+        whole = replace(mixer, residual=replace(mixer.residual, parallel=False))
+        return RoutedMixerConfig(whole, ffn.router, spec.ffn_residual, ffn.router_norm)
 
     def ffn(self, layer: int) -> list[ShardPlan]:
         ffn = self.spec.layers[layer].ffn
         if ffn is None:
             return []
         if isinstance(ffn, MlpSpec):
-            path, copy = f"dense/layer_{layer:02d}.mlpackage", _Copy(self._dense(layer, ffn))
+            path = f"dense/layer_{layer:02d}.mlpackage"
+            copy = self._copy(lambda planner: planner._dense(layer, ffn))
             return [self._shard(path, "dense", layer, copy, scope="ffn")]
         if self.options.routing == "sparse":
             return self.joined(layer, self.experts(layer, ffn))
@@ -652,7 +739,7 @@ class _Planner:
         for part, size in enumerate(sizes):
             suffix = f"_part_{part + 1}" if len(sizes) > 1 else ""
             path = f"moe/layer_{layer:02d}{suffix}.mlpackage"
-            copy = _Copy(self._moe(layer, ffn, size, part == 0), tuple(range(first, first + size)))
+            copy = self._part(layer, ffn, range(first, first + size))
             facts = {"scope": "ffn", "part": part, "parts": len(sizes), "reason": reason}
             shards.append(self._shard(path, "moe", layer, copy, **facts))
             first += size
@@ -665,15 +752,15 @@ class _Planner:
         functions = tuple((f"t{tokens}", tokens) for tokens in self.options.expert_tokens)
         shared: dict[str, _Copy] = {}
         if moe.shared is not None:
-            ranks = self._mlp_ranks(layer, "shared.")
-            config = SharedExpertConfig(self.spec.d_model, moe.shared, ranks, self._target(layer))
-            shared["shared"] = _Copy(config)
+            own = moe.shared
+            shared["shared"] = self._copy(lambda planner: planner._shared(layer, own))
 
         def package(path: str, copies: dict[str, _Copy], **facts: Any) -> ShardPlan:
             return self._package(path, "experts", layer, copies, functions, scope="ffn", **facts)
 
         def routed(group: tuple[int, ...]) -> dict[str, _Copy]:
-            return {f"expert_{group[0]:03d}": _Copy(self._group(layer, moe, len(group)), group)}
+            copy = self._copy(lambda planner: planner._group(layer, moe, len(group)), group)
+            return {f"expert_{group[0]:03d}": copy}
 
         largest = max(package("", routed(group)).file_bytes for group in groups)
         room = MAX_WEIGHT_BYTES - package("", shared).file_bytes
@@ -709,6 +796,10 @@ class _Planner:
             )
         return groups
 
+    def _shared(self, layer: int, shared: SharedSpec) -> SharedExpertConfig:
+        ranks = self._mlp_ranks(layer, "shared.")
+        return SharedExpertConfig(self.spec.d_model, shared, ranks, self._target(layer))
+
     def _group(self, layer: int, moe: MoeSpec, size: int) -> ExpertGroupConfig:
         ranks, affine = self._mlp_ranks(layer, expert=0), self.spec.layers[layer].affine
         slot = self._target(layer)
@@ -723,26 +814,26 @@ class _Planner:
         the stream: the last part."""
         if self._target(layer) == STREAM:
             return [*shards]
-        spec = self.spec.layers[layer]
-        beside = spec.ffn.beside if isinstance(spec.ffn, MoeSpec) else None
-        ranks = self._beside_ranks(layer)
-        copy = _Copy(
-            JoinConfig(self.spec.d_model, self.spec.norm, spec.ffn_residual, beside, ranks)
-        )
+        copy = self._copy(lambda planner: planner._join(layer))
         path, parts = f"join/layer_{layer:02d}.mlpackage", len(shards) + 1
         reason = "the sum of the experts is normed"
         join = self._shard(path, "join", layer, copy, scope="ffn", part=len(shards), reason=reason)
         return [replace(shard, parts=parts) for shard in (*shards, join)]
+
+    def _join(self, layer: int) -> JoinConfig:
+        spec = self.spec.layers[layer]
+        beside = spec.ffn.beside if isinstance(spec.ffn, MoeSpec) else None
+        ranks = self._beside_ranks(layer)
+        return JoinConfig(self.spec.d_model, self.spec.norm, spec.ffn_residual, beside, ranks)
 
     def head(self) -> list[ShardPlan]:
         head, scores, kind, least = self.spec.head, self.spec.scores, "labels", 1
         if not head.labels:
             kind, least = "lm_head", max(MIN_HEAD_PARTS, math.ceil(scores / MAX_HEAD_ROWS))
         sizes = even_parts(scores, least)
-        rank = 0 if head.labels else self._rank(HEAD)
         shards, first = [], 0
         for part, rows in enumerate(sizes):
-            copy = _Copy(self._head_config(rows, rank))
+            copy = self._copy(lambda planner, rows=rows: planner._head_config(rows))  # type: ignore[misc]
             path = f"{kind}/part_{part}.mlpackage"
             reason = f"at most {MAX_HEAD_ROWS} output rows a slice" if len(sizes) > 1 else ""
             facts = {
@@ -755,10 +846,18 @@ class _Planner:
             first += rows
         return shards
 
-    def _head_config(self, rows: int, rank: int) -> HeadConfig:
+    def _head_config(self, rows: int) -> HeadConfig:
         head = self.spec.head
+        rank = 0 if head.labels else self._rank(HEAD)
         norm = self.spec.norm.ungated
         return HeadConfig(self.spec.d_model, norm, rows, rank, head.bias, head.softcap)
+
+    def _part(self, layer: int, moe: MoeSpec, experts: range) -> _Copy:
+        """A part of a MoE layer that holds these experts."""
+        first = experts.start == 0
+        return self._copy(
+            lambda planner: planner._moe(layer, moe, len(experts), first), tuple(experts)
+        )
 
     def _moe(self, layer: int, moe: MoeSpec, experts: int, first: bool) -> MoeConfig:
         soft, ranks = self.options.routing == "soft", self._mlp_ranks(layer, expert=0)
@@ -786,7 +885,7 @@ class _Planner:
         """Experts per part, and why: the fewest parts within the limit, equal ones where that costs
         few more."""
         limit, experts = self.options.max_shard_mb * MB, moe.router.experts
-        copy = _Copy(self._moe(layer, moe, experts, True), tuple(range(experts)))
+        copy = self._part(layer, moe, range(experts))
         whole = self._shard("", "moe", layer, copy, scope="ffn")
         if whole.weight_bytes <= limit:
             return [experts], ""
@@ -836,28 +935,33 @@ class _Planner:
     ) -> ShardPlan:
         """`rows` of the vocabulary are those of a slice of the head."""
         layout = self.options.layout
-        graphs = {
-            prefix: TemplateKey(copy.block, functions, layout) for prefix, copy in copies.items()
-        }
+        graphs: dict[str, TemplateKey] = {}
         alone = () if layer is None else (layer,)
         sources: dict[str, Source] = {}
         choices: dict[str, Choice] = {}
         payloads: dict[str, int] = {}
         shared: dict[str, str] = {}
-        entries: list[ShardFunction] = []
-        for prefix, copy in copies.items():
+        entries: dict[bool, list[ShardFunction]] = {False: [], True: []}
+        first: dict[Source, str] = {}  # of weights that stand in base and adapters alike
+        for adapter, plain, copy in self._copies(copies):
+            prefix = function_name(adapter, plain) if plain else adapter
+            graphs[prefix] = TemplateKey(copy.block, functions, layout)
             place = Place(layers or alone, scope, copy.experts)
-            own = self._sources(copy, place, rows)
+            own = (self._with_adapter[adapter] if adapter else self)._sources(copy, place, rows)
             chosen = {name: self._choice(source) for name, source in own.items()}
             sizes = {name: _payload(source, chosen[name]) for name, source in own.items()}
-            once = _shared(own)
+            once = {name: weight_name(prefix, same) for name, same in _shared(own).items()}
             sizes |= dict.fromkeys(once, 0)
             work = _work(copy, own, chosen, sizes)
-            entries += [
+            if self.adapters:
+                once = _again(own, prefix, first, once)
+                sizes |= dict.fromkeys(once, 0)
+            entries[bool(adapter)] += [
                 ShardFunction(
-                    function_name(prefix, name),
+                    function_name(plain, name),
                     tokens,
                     _ports(copy.block, tokens, place.layers, rows, layout),
+                    adapter=adapter,
                     **work,
                 )
                 for name, tokens in functions
@@ -865,17 +969,18 @@ class _Planner:
             for name, source in own.items():
                 unique = weight_name(prefix, name)
                 sources[unique], payloads[unique] = source, sizes[name]
-                if chosen[name] != Choice():
+                if chosen[name] != Choice() and name not in once:
                     choices[unique] = chosen[name]
                 if name in once:
-                    shared[unique] = weight_name(prefix, once[name])
+                    shared[unique] = once[name]
         return ShardPlan(
             path,
             kind,
             layer,
-            tuple(entries),
+            tuple(entries[False]),
             scope,
             layers=layers,
+            adapted=tuple(entries[True]),
             weight_bytes=sum(payloads.values()),
             graphs=graphs,
             sources=sources,
@@ -884,6 +989,16 @@ class _Planner:
             shared=shared,
             **facts,
         )
+
+    def _copies(self, copies: Mapping[str, _Copy]) -> Iterator[tuple[str, str, _Copy]]:
+        """Each copy, and after all of them each again with what an adapter adds: the adapter, and
+        the prefix."""
+        for prefix, copy in copies.items():
+            yield "", prefix, copy
+        for adapter in self.adapters:
+            for prefix, copy in copies.items():
+                if adapter in copy.adapted:
+                    yield adapter, prefix, _Copy(copy.adapted[adapter], copy.experts)
 
     def _sources(
         self, copy: _Copy, place: Place, vocab_rows: tuple[int, int] | None
@@ -902,7 +1017,10 @@ class _Planner:
                 case Directions(path, of, rank, side):
                     apart = sources[of]
                     assert isinstance(apart, TensorSource)
-                    sources[path] = Recovery(apart, rank, side)
+                    own = self._apart(self.sources[apart.name])
+                    added = self.low_ranks.get(apart.name)
+                    cut = vocab_rows if apart.name == HEAD and added else None
+                    sources[path] = Recovery(apart, own, side, rank - own, added, cut)
         return sources
 
     def _choice(self, source: Source) -> Choice:
@@ -924,6 +1042,24 @@ def _shared(sources: Mapping[str, Source]) -> dict[str, str]:
     return shared
 
 
+def _again(
+    sources: Mapping[str, Source], prefix: str, first: dict[Source, str], once: Mapping[str, str]
+) -> dict[str, str]:
+    """What is `once` in a package, with those weights that another copy of it (`first`) has too:
+    all of the base, for an adapter's functions."""
+    known = dict(once)
+    for name, source in sources.items():
+        unique = weight_name(prefix, name)
+        if name not in once and first.setdefault(source, unique) != unique:
+            known[name] = first[source]
+    return known
+
+
+def _of_any(name: WeightName) -> str:
+    """The path of a tensor, told apart from others but not by expert."""
+    return name.path if name.expert is None else f"experts.{name.path}"
+
+
 def _keeps_nothing(layer: LayerSpec) -> bool:
     return isinstance(layer.mixer, SharedGqaSpec) and isinstance(layer.ffn, MlpSpec)
 
@@ -939,11 +1075,14 @@ def _on_track(shards: Sequence[ShardPlan], track: int, tracks: TrackSpec) -> lis
         begins = sum(setter <= place for setter in setters) == 1
         ends = place >= setters[-1]
         ports = (STREAM if begins else own, STREAM if ends else own, meets if ends else "set")
-        functions = tuple(
-            replace(entry, ports=entry.ports.through(*ports).renamed(FFN_INPUT, normed))
-            for entry in shard.functions
-        )
-        moved.append(replace(shard, functions=functions))
+        both: dict[str, Any] = {
+            name: tuple(
+                replace(entry, ports=entry.ports.through(*ports).renamed(FFN_INPUT, normed))
+                for entry in getattr(shard, name)
+            )
+            for name in FUNCTIONS
+        }
+        moved.append(replace(shard, **both))
     return moved
 
 

@@ -5,10 +5,10 @@ In a process that imports neither torch nor coremltools, unless a weight format 
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,6 +27,10 @@ from ane_moe.formats.encoded import Encoded
 from ane_moe.formats.recipe import Choice, find_format
 from ane_moe.model.port import Shape
 
+if TYPE_CHECKING:  # it imports torch
+    from ane_moe.formats.low_rank import LowRank
+
+NOTHING = np.empty((0, 0), np.float16)
 TOOLS = ("ane-moe", "coremltools", "torch")
 ENCODING = 3  # counts up when a weight format comes to give other bytes
 
@@ -103,7 +107,7 @@ def _expected_key(job: ShardJob) -> str:
         if isinstance(source, TensorSource):
             job.checkpoint.feed(source, key)
         else:
-            key.update(repr(source).encode())
+            source.feed(key)
     return key.digest()
 
 
@@ -115,19 +119,16 @@ def _values(job: ShardJob, key: ContentKey) -> Iterator[tuple[str, Weight]]:
     ranks = {
         other.source: other.rank for other in shard.sources.values() if isinstance(other, Recovery)
     }
-    apart: dict[TensorSource, Any] = {}  # directions of a weight come after it
+    apart: dict[TensorSource, LowRank] = {}  # directions of a weight come after it
     for name, source in shard.sources.items():
         if name in shard.shared:
             continue
         if not isinstance(source, TensorSource):
-            key.update(repr(source).encode())
+            source.feed(key)
         if isinstance(source, OneHot):
             yield name, np.eye(source.rows, source.columns, source.first, dtype=np.float16)
         elif isinstance(source, Recovery):
-            yield (
-                name,
-                apart[source.source].into if source.side == "in" else apart.pop(source.source).out,
-            )
+            yield name, _thin(source, apart.get(source.source))
         else:
             buffer = buffers.setdefault(source.shape, np.empty(source.shape, np.float16))
             weight, choice = (
@@ -143,9 +144,23 @@ def _values(job: ShardJob, key: ContentKey) -> Iterator[tuple[str, Weight]]:
             if rank := ranks.get(source, 0):
                 from ane_moe.formats.low_rank import split_directions  # torch
 
-                apart[source] = split_directions(weight, rank, m)
-                weight = apart[source].remainder
+                split = split_directions(weight, rank, m)
+                weight, apart[source] = split.remainder, replace(split, remainder=NOTHING)
             yield name, form.encode(weight, m) or weight
+
+
+def _thin(source: Recovery, apart: "LowRank | None") -> np.ndarray:
+    """Directions kept apart from a weight, then those that an adapter adds; fp16."""
+    into = source.side == "in"
+    thin = np.zeros(source.shape, np.float16)
+    by_direction = thin if into else thin.T
+    if apart is not None:
+        by_direction[: source.rank] = apart.into if into else apart.out.T
+    if source.added is not None:
+        out, inside = source.added.stored(source.source.scale)
+        out = out if source.rows is None else out[slice(*source.rows)]
+        by_direction[source.rank : source.rank + source.added.rank] = inside if into else out.T
+    return thin
 
 
 def _carried(

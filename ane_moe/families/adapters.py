@@ -6,13 +6,14 @@ may be stored: those of a family's key table.
 
 from collections.abc import Iterator, Mapping
 
-from ane_moe.checkpoints.adapter import Adapter, Added, LowRank, require_used
+from ane_moe.checkpoints.adapter import MERGED_INSTEAD, Adapter, Added, LowRank, require_used
 from ane_moe.checkpoints.checkpoint import TensorSource
 from ane_moe.errors import UserError
 from ane_moe.families import load_family
 from ane_moe.families.keys import places
 from ane_moe.model.spec import ModelSpec
 from ane_moe.model.weight import EMBEDDING, HEAD, WeightName
+from ane_moe.wording import listed
 
 Sources = Mapping[WeightName, TensorSource]
 
@@ -30,6 +31,14 @@ def adapted(adapter: Adapter, spec: ModelSpec, sources: Sources) -> dict[WeightN
             "untie them and save the model again, or train without these modules",
         )
     return found
+
+
+def switchable(adapter: Adapter, spec: ModelSpec, sources: Sources) -> dict[WeightName, LowRank]:
+    """The same of an adapter that stays beside the weights: it may have no whole tensors."""
+    if adapter.saved:
+        what = f"{adapter.folder} cannot be switched: it has whole tensors of its own"
+        raise UserError(what, listed(adapter.saved), MERGED_INSTEAD)
+    return adapted(adapter, spec, sources)
 
 
 def added(low_ranks: Mapping[WeightName, LowRank], sources: Sources) -> list[Added]:

@@ -76,7 +76,7 @@ def facts_of_plan(plan: ConversionPlan) -> Iterator[PlannedFunction]:
     """Every function that is planned; of those that no rule tells apart, the first."""
     seen = set()
     for shard in plan.shards:
-        entries = {function.name: function for function in shard.functions}
+        entries = {entry.entry: entry for entry in (*shard.functions, *shard.adapted)}
         for prefix, key in shard.graphs.items():
             weights = _weights(shard, prefix, key)
             package = shard.file_bytes, len(entries)
@@ -110,7 +110,8 @@ class _Weight:
 
 
 def _weights(shard: ShardPlan, prefix: str, key: TemplateKey) -> tuple[_Weight, ...]:
-    return tuple(_weight(shard, row, weight_name(prefix, row.path)) for row in key.block.rows())
+    names = {row: weight_name(prefix, row.path) for row in key.block.rows()}
+    return tuple(_weight(shard, row, shard.shared.get(own, own)) for row, own in names.items())
 
 
 def _weight(shard: ShardPlan, row: Row, name: str) -> _Weight:
@@ -121,7 +122,7 @@ def _weight(shard: ShardPlan, row: Row, name: str) -> _Weight:
     else:
         reads_input = isinstance(row, Directions) and row.side == "in" and owner in INWARD
     form = stored_form(shard.choices.get(name, Choice()).format)
-    shape, size = shard.sources[name].shape, shard.payloads[shard.shared.get(name, name)]
+    shape, size = shard.sources[name].shape, shard.payloads[name]
     return _Weight(stem, (layer, part), shape, form, size, reads_input)
 
 
@@ -160,7 +161,7 @@ class _Graph:
             "flops": sum(op.flops for op in ops),
             "ops": total,
             "states": states,
-            "package_functions": len(self.shard.functions),
+            "package_functions": len(self.shard.functions) + len(self.shard.adapted),
             "parallel_projections": self._parallel_projections(),
             "convolutions": sum(op.count for op in ops if op.operation.type == "conv"),
             "elementwise_in_a_row": elementwise_in_a_row(self.key),

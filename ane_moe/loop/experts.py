@@ -41,7 +41,7 @@ class Group:
     functions: dict[int, ShardFunction]
 
     def key(self, tokens: int) -> FunctionKey:
-        return FunctionKey(self.path, self.functions[tokens].name)
+        return FunctionKey(self.path, self.functions[tokens].entry)
 
     def pieces(self, tokens: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
         """Cut token indices so that each piece fits a bucket, the smallest that holds it; none is

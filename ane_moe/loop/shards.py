@@ -89,6 +89,7 @@ def load_shards(
     expert_cache_bytes: int | None = None,
     expert_policy: str = "lru",
     memory_mb: float | None = None,
+    adapter: str | None = None,
     **options: Any,
 ) -> LoadedShards:
     """Load every shard of the conversion in `folder`; `options` go to the runtime.
@@ -96,12 +97,13 @@ def load_shards(
     Expert functions are loaded when first called, and kept within `expert_cache_bytes` (None: all
     of them), by the `expert_policy`, a key of POLICIES in `loop/eviction.py`. Weights of all
     shards, as stored and as the runtime expands them, take `memory_mb` (10^6 bytes) where there is
-    a limit.
+    a limit. `adapter` is one of those that were converted with the model, by its name, and switched
+    on.
 
     Raises UserError when the folder is no finished conversion, lacks a shard, or a function's
     inputs are not what the manifest implies.
     """
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder).with_adapter(adapter)
     check_manifest(manifest, folder)
     if not is_whole(manifest):
         raise UserError(
@@ -114,7 +116,7 @@ def load_shards(
 
     def load(shard: Shard) -> LoadedShard:
         package = open_package(folder / shard.path, runtime, **options)
-        functions = {function.name: package.function(function.name) for function in shard.functions}
+        functions = {entry.name: package.function(entry.entry) for entry in shard.functions}
         loaded = LoadedShard(shard, functions)
         check_shard(loaded, folder)
         return loaded

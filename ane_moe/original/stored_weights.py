@@ -61,7 +61,7 @@ def stored_weights(
                 name = _parameter(constant)
                 return not name.endswith(SELECTION) and wanted(place.name(_stem(name)))
 
-            constants = weight_values(program.functions[functions[0].name], reads)
+            constants = weight_values(program.functions[functions[0].entry], reads)
             values = {_parameter(constant): value for constant, value in constants}
             for name in [name for name in values if not name.endswith(DIRECTIONS)]:
                 yield _joined(shard, place, name, values)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
+from ane_moe.checkpoints.adapter import adapter_name
 from ane_moe.errors import UserError
 from ane_moe.kept import Kept
 from ane_moe.loop.experts import expert_layers
@@ -34,6 +35,16 @@ def require_golden(
             "no golden.safetensors",
             "give --checkpoint PATH, or convert with --golden",
         )
+
+
+def with_switched(manifest: Manifest, adapters: Sequence[str | Path]) -> Manifest:
+    """The conversion with the adapter that is named switched on, where it has any. Raises UserError
+    for one that it lacks, and for several."""
+    if not manifest.adapters or not adapters:
+        return manifest
+    if len(adapters) > 1:
+        raise UserError("one adapter is switched on at a time", f"{len(adapters)}", "name one")
+    return manifest.with_adapter(adapter_name(adapters[0]))
 
 
 def read_goldens(out: Path, manifest: Manifest, quick: bool) -> tuple[Goldens, int]:

@@ -169,7 +169,7 @@ class Proof:
     def _open(self, shard: Shard) -> LoadedShard:
         package = open_package(self.out / shard.path, self.runtime, **self.options)
         loaded = LoadedShard(
-            shard, {entry.name: package.function(entry.name) for entry in shard.functions}
+            shard, {entry.name: package.function(entry.entry) for entry in shard.functions}
         )
         check_shard(loaded, self.out)
         return loaded

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ane_moe.checkpoints.adapter import adapter_name
 from ane_moe.kept import Kept, kept_beside
 from ane_moe.manifest import Manifest, read_manifest
 from ane_moe.model.spec import InnerScale
@@ -17,7 +18,13 @@ from ane_moe.runtime import with_precision
 from ane_moe.runtime.reference.engine.ledger import Ledger
 from ane_moe.verification.engine_report import engine_report
 from ane_moe.verification.engine_result import EngineReport
-from ane_moe.verification.goldens import capture, inner_scales, read_goldens, require_golden
+from ane_moe.verification.goldens import (
+    capture,
+    inner_scales,
+    read_goldens,
+    require_golden,
+    with_switched,
+)
 from ane_moe.verification.integrity import check_integrity
 from ane_moe.verification.proof import Proof, Trial
 from ane_moe.verification.proof_key import proof_key
@@ -64,19 +71,21 @@ def verify(
     "engine" the results are by the Neural Engine's arithmetic, and the report sets it beside exact
     sums. When files are damaged nothing is run and the report says which. Raises UserError when
     there is no conversion, no golden to compare with, or a golden or prompts of something else.
+    A conversion whose adapters can be switched on is checked with that which is named.
     """
-    told, whole = progress or silent, read_manifest(out)
+    told, written = progress or silent, read_manifest(out)
+    whole = with_switched(written, adapters)
     manifest = sampled_manifest(whole) if quick else whole
+    problems = check_integrity(out, written, phase(told, 0, FILES), manifest.shards)
     runtime, computed = with_precision(runtime, precision)
     by_engine = precision == "engine"
     options = options if by_engine else options | computed
-    problems = check_integrity(out, whole, phase(told, 0, FILES), manifest.shards)
     require_golden(out, manifest, checkpoint, prompts)
     facts = (manifest.routing, manifest.weights, manifest.compressed)
     report = VerifyReport(False, str(out), runtime, *facts, 0, problems)
     if problems:
         return report
-    scope = (decode_tokens, quick, by_engine)
+    scope = (decode_tokens, quick, by_engine, [adapter_name(one) for one in adapters])
     sources = () if checkpoint is None else (checkpoint, *adapters)
     key = proof_key(out, sources, prompts, runtime, options, scope)
     with kept_beside(out, "proof", key, fresh=fresh) as kept:
