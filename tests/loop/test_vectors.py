@@ -2,6 +2,7 @@
 
 import ast
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ CONVERSIONS = {
             "expert_tokens": (1, 4),
         },
     ),
-    "parts of a layer, no prefill": ("demo", {"context": 32, "prefill": 0, "max_shard_mb": 1}),
+    "parts of a layer, no prefill": ("demo", {"context": 32, "prefill": 0, "max_shard_mb": 0.3}),
     "shift, carry": ("zaya", {"context": 64, "prefill": 8}),
     "real": ("qwen3_next", {"context": 64, "prefill": 8}),
     "tracks": ("pt_moe", {"context": 64, "prefill": 8}),
@@ -70,7 +71,8 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Written(out, index, load_file(folder / "vectors" / TENSORS))
 
 
-def test_a_host_of_the_pages_rules_makes_the_same_bytes(written: Written) -> None:
+def replay(written: Written) -> None:
+    """All of the run by the plain host; an AssertionError where a byte is another."""
     host, ids = Host(written.out), written.index["ids"]
     for step in written.index["steps"]:
         own = ids[step["first"] : step["first"] + step["tokens"]]
@@ -86,6 +88,30 @@ def test_a_host_of_the_pages_rules_makes_the_same_bytes(written: Written) -> Non
             for name, value in values.items():
                 where = f"{path} {function} {name}, {value['slot']}"
                 np.testing.assert_array_equal(arrays[name], written.tensors[value["tensor"]], where)
+
+
+def test_a_host_of_the_pages_rules_makes_the_same_bytes(written: Written) -> None:
+    replay(written)
+
+
+def no_mask(host: Host, mask: np.ndarray, *_: object) -> None:
+    mask.fill(0)
+
+
+def no_sums(host: Host, entries: list) -> list:
+    return []
+
+
+@pytest.mark.parametrize(("rule", "broken"), [("mask", no_mask), ("sums", no_sums)])
+def test_a_host_that_breaks_a_rule_is_found(
+    written: Written, rule: str, broken: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Host(written.out)
+    if rule == "sums" and not whole.sums(whole.decode_lane.body):
+        pytest.skip("nothing is summed by the host")
+    monkeypatch.setattr(Host, rule, broken)
+    with pytest.raises(AssertionError):
+        replay(written)
 
 
 def test_the_logits_are_the_sessions(written: Written) -> None:
