@@ -58,6 +58,17 @@ def generate(
     ahead: Annotated[
         int, typer.Option(help="Guess the experts of so many layers ahead.", min=1)
     ] = 1,
+    ahead_if_it_pays: Annotated[
+        bool,
+        typer.Option(
+            "--ahead-if-it-pays",
+            help="Load guessed experts only where that is expected to take less time.",
+        ),
+    ] = False,
+    contention: Annotated[
+        float,
+        typer.Option(help="ahead-if-it-pays: computing takes 1 + this as long meanwhile.", min=0),
+    ] = 0.73,
     adapters: Annotated[
         Path | None,
         typer.Option(
@@ -79,6 +90,21 @@ def generate(
         typer.Option(
             help="self-speculate: draft by the layers up to this one.",
             show_default="a quarter of them",
+        ),
+    ] = None,
+    pin_experts: Annotated[
+        int | None,
+        typer.Option(
+            help="CHANGES THE MODEL: after the prompt use only the experts that it chose most, so "
+            "many in a layer.",
+            metavar="N",
+            show_default=False,
+        ),
+    ] = None,
+    pin_every: Annotated[
+        int | None,
+        typer.Option(
+            help="pin-experts: choose them anew after so many tokens.", show_default="never"
         ),
     ] = None,
     roster: Annotated[
@@ -111,6 +137,7 @@ def generate(
     from ane_moe.loop.figures import figures_dict, figures_line
     from ane_moe.loop.generation import GenerateOptions
     from ane_moe.loop.generation import generate as start
+    from ane_moe.loop.pinning import PinnedSession, PinOptions
     from ane_moe.loop.prefetch import Guessing
     from ane_moe.loop.roster import RosterOptions, RosterSession, read_schedule
     from ane_moe.loop.session import Session
@@ -145,12 +172,17 @@ def generate(
     else:
         ids = tokenizer.encode_chat(text) if chat else tokenizer.encode(text)
     fitted = None if adapters is None else read_adapters(adapters, width)
+    ways = (self_speculate, pin_experts, roster, None if predictor == "none" else predictor)
+    _require_alone(sum(way is not None for way in ways))
+    session: Session
     if self_speculate is not None:
-        _require_alone("--self-speculate", predictor != "none" or roster is not None)
         drafting = SpeculationOptions(self_speculate, exit_layer)
-        session: Session = SpeculativeSession(shards, drafting, fitted, concurrency=concurrency)
+        session = SpeculativeSession(shards, drafting, fitted, concurrency=concurrency)
+    elif pin_experts is not None:
+        pins = PinOptions(pin_experts, pin_every)
+        session = PinnedSession(shards, pins, concurrency=concurrency)
     elif roster is None:
-        guessing = Guessing(predictor, ahead, fitted)
+        guessing = Guessing(predictor, ahead, fitted, ahead_if_it_pays, contention)
         session = Session(shards, concurrency=concurrency, predictor=guessing)
     else:
         schedule = {} if tau_schedule is None else read_schedule(tau_schedule)
@@ -197,11 +229,11 @@ def _require_one(*prompts: object) -> None:
         )
 
 
-def _require_alone(option: str, more: bool) -> None:
-    if more:
+def _require_alone(ways: int) -> None:
+    if ways > 1:
         raise UserError(
-            f"{option} goes with no other way to take tokens or load experts",
-            do="leave out --predictor and --roster",
+            "there is more than one way to take tokens",
+            do="use one of --predictor, --self-speculate, --pin-experts, --roster",
         )
 
 

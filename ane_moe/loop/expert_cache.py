@@ -141,6 +141,11 @@ class ExpertCache:
         function."""
         return self._size(key)
 
+    def resident(self, keys: Collection[FunctionKey]) -> float:
+        """The share of `keys` that are loaded, or being loaded."""
+        with self._changed:
+            return sum(key in self._entries for key in keys) / max(1, len(keys))
+
     def settle(self) -> None:
         """Wait until nothing is being loaded ahead."""
         with self._changed:
@@ -224,6 +229,7 @@ class ExpertCache:
         return entry
 
     def _fill(self, key: FunctionKey, entry: _Entry) -> None:
+        started = perf_counter()
         try:
             function = self._load(key)
         except BaseException:
@@ -232,6 +238,8 @@ class ExpertCache:
                 self._changed.notify_all()
             raise
         with self._changed:
+            self.figures.loads += 1
+            self.figures.load_seconds += perf_counter() - started
             entry.function = function
             self._changed.notify_all()
 

@@ -229,6 +229,10 @@ class ExpertDispatch:
             self._for_one(*current),
         )
 
+    def resident(self, layer: int, experts: Sequence[int]) -> float:
+        """The share of these experts whose functions for one token are loaded, or being loaded."""
+        return self.cache.resident(self._for_one(layer, experts))
+
     def _for_one(self, layer: int, experts: Sequence[int]) -> list[FunctionKey]:
         """Of the functions of some experts for one token."""
         groups = self.layers[layer].groups_of(experts)

@@ -83,6 +83,8 @@ class CacheFigures:
     bytes_resident: int = 0
     bytes_peak: int = 0
     wait_seconds: float = 0.0
+    loads: int = 0  # finished, and what they took, added up
+    load_seconds: float = 0.0
 
     @property
     def hit_rate(self) -> float:
@@ -93,12 +95,13 @@ class CacheFigures:
 @dataclass
 class PrefetchFigures:
     """How good a predictor was in decode: of `needed` experts `right` had been named, among
-    `predicted` ones."""
+    `predicted` ones. Guesses for `withheld` layers were not loaded, since it would not pay."""
 
     predictor: str
     needed: int = 0
     predicted: int = 0
     right: int = 0
+    withheld: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -138,6 +141,17 @@ class RosterFigures:
 
 
 @dataclass
+class PinFigures:
+    """So many `experts` of a layer were all that tokens might use, which changes the model: of the
+    experts that they had `chosen` so many were `kept`."""
+
+    experts: int
+    selections: int = 0
+    chosen: int = 0
+    kept: int = 0
+
+
+@dataclass
 class Figures:
     """What a session has done since it was made. `runtime` says which runtime the times are for;
     `cache` is shared by all sessions over the same shards."""
@@ -149,6 +163,7 @@ class Figures:
     prefetch: PrefetchFigures | None = None
     speculation: SpeculationFigures | None = None
     roster: RosterFigures | None = None
+    pinned: PinFigures | None = None
 
 
 class CallClock:
@@ -238,6 +253,7 @@ def figures_dict(figures: Figures) -> dict[str, object]:
         "roster": asdict(figures.roster) | {"experts_per_layer": figures.roster.experts_per_layer}
         if figures.roster
         else None,
+        "pinned": asdict(figures.pinned) if figures.pinned else None,
     }
 
 
@@ -269,5 +285,10 @@ def figures_line(figures: Figures) -> str:
         parts.append(
             f"{own.accepted} of {own.drafted} drafts of layer {own.exit_layer} accepted, "
             f"{own.tokens_per_round:.2f} tokens per round"
+        )
+    if pinned := figures.pinned:
+        parts.append(
+            f"ANOTHER MODEL: {pinned.experts} experts of a layer pinned, {pinned.kept} of "
+            f"{pinned.chosen} choices kept"
         )
     return f"{'; '.join(parts)} [{conditions(figures.runtime)}]"

@@ -13,6 +13,7 @@ import numpy as np
 
 from ane_moe.errors import UserError
 from ane_moe.loop.adapters import Adapter, Adapters
+from ane_moe.loop.ahead_rule import CONTENTION, AheadRule
 from ane_moe.loop.experts import ExpertDispatch, expert_layers
 from ane_moe.loop.figures import PrefetchFigures
 from ane_moe.manifest import Manifest
@@ -150,11 +151,14 @@ def _experts(manifest: Manifest) -> dict[int, int]:
 @dataclass(frozen=True)
 class Guessing:
     """How a session guesses: by the predictor of this name (a key of PREDICTORS), so many layers
-    with experts `ahead`, with `adapters` where it takes them."""
+    with experts `ahead`, with `adapters` where it takes them; what it loads `only_if_it_pays`, if
+    computing takes 1 + `contention` as long meanwhile."""
 
     predictor: str = "none"
     ahead: int = 1
     adapters: Adapters | None = None
+    only_if_it_pays: bool = False
+    contention: float = CONTENTION
 
 
 def _aligned(folder: Path, manifest: Manifest, guessing: Guessing) -> Predictor:
@@ -198,9 +202,11 @@ class Prefetch:
         dispatch: ExpertDispatch,
         figures: PrefetchFigures,
         ahead: int = 1,
+        rule: AheadRule | None = None,
     ) -> None:
         """`ahead`: how many layers with experts lie from the running one to the one that is
-        guessed. Raises UserError where there are not so many."""
+        guessed; `rule`: when to load (None: always). Raises UserError where there are not so many
+        layers."""
         self._predictor = predictor
         self._dispatch = dispatch
         self._figures = figures
@@ -208,6 +214,7 @@ class Prefetch:
         if not 1 <= ahead <= len(self._layers):
             raise UserError(f"there are no {ahead} layers ahead", f"of {len(self._layers)}")
         self._ahead = ahead
+        self._rule = rule
         self._predicted: dict[int, list[int]] = {}  # by layers to come, in their order
         self._lock = Lock()  # tracks run at once
 
@@ -218,14 +225,22 @@ class Prefetch:
         following = self._layers[place % len(self._layers)]
         same_token = place < len(self._layers)
         with self._lock:
-            if (predicted := self._predicted.pop(layer, None)) is not None:
+            asked = layer in self._predicted
+            predicted = self._predicted.pop(layer, [])
+            right = len(set(predicted).intersection(used))
+            if asked:
                 self._figures.needed += len(used)
                 self._figures.predicted += len(predicted)
-                self._figures.right += len(set(predicted).intersection(used))
+                self._figures.right += right
             self._predictor.observe(layer, used)
             experts = list(self._predictor.predict(following, hidden if same_token else None))
             self._predicted[following] = experts
             coming = list(self._predicted.items())
+            if self._rule:
+                self._rule.layer_starts(right, len(predicted))
+                if not self._rule.pays(len(experts), self._dispatch.resident(following, experts)):
+                    self._figures.withheld += 1
+                    return
         self._dispatch.load_ahead(coming, (layer, used))
 
 

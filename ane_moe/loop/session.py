@@ -10,13 +10,14 @@ from time import perf_counter
 import numpy as np
 
 from ane_moe.errors import UserError
+from ane_moe.loop.ahead_rule import AheadRule
 from ane_moe.loop.buffers import Slots
 from ane_moe.loop.cuts import cuts_of
 from ane_moe.loop.experts import ExpertDispatch
 from ane_moe.loop.figures import CallClock, Figures, PrefetchFigures
 from ane_moe.loop.prefetch import Guessing, Prefetch, make_predictor
 from ane_moe.loop.shards import LoadedShards
-from ane_moe.loop.wiring import Lane, States, Wiring
+from ane_moe.loop.wiring import GateRule, Lane, States, Wiring
 from ane_moe.manifest import TAIL
 from ane_moe.model.port import STREAM, slot_rows
 
@@ -226,8 +227,13 @@ class Session:
         if name == "prefill":
             steps = [step for step in steps if step not in self.shards.tail]
         notice = prefetch.layer_starts if prefetch else None
-        wiring = Wiring(self._states, dispatch, notice, self._concurrency)
+        rule = self._gate_rule(name)
+        wiring = Wiring(self._states, dispatch, notice, self._concurrency, rule)
         return BodyLane(wiring.lane(steps, name, slots), wiring.lane(self.shards.head, name, slots))
+
+    def _gate_rule(self, name: str) -> GateRule | None:
+        """What becomes of gates in the lane of this name."""
+        return None
 
     def _dispatch(self, concurrency: int) -> ExpertDispatch | None:
         shards = self.shards
@@ -244,7 +250,10 @@ class Session:
         if predictor is None or dispatch is None:
             return None
         self.figures.prefetch = self.figures.prefetch or PrefetchFigures(guessing.predictor)
-        return Prefetch(predictor, dispatch, self.figures.prefetch, guessing.ahead)
+        rule = None
+        if guessing.only_if_it_pays:
+            rule = AheadRule(dispatch.cache.figures, self._concurrency, guessing.contention)
+        return Prefetch(predictor, dispatch, self.figures.prefetch, guessing.ahead, rule)
 
     def _rows(self, ids: Sequence[int]) -> np.ndarray:
         """Embeddings of ids, fp16 `[n,d]`."""

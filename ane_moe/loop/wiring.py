@@ -21,6 +21,9 @@ from ane_moe.manifest import TAIL, Shard, ShardFunction
 from ane_moe.model.port import LOGITS, MEETING, STATE, STREAM, slot_root
 from ane_moe.runtime.interface import LoadedFunction
 
+# What becomes of a layer's gates [E,T] before its experts are called.
+GateRule = Callable[[int, np.ndarray], np.ndarray]
+
 
 class States:
     """What the shards of one sequence of tokens keep from call to call."""
@@ -128,6 +131,7 @@ class Dispatched:
     slots: Slots
     notice: Callable[[int, list[int], np.ndarray], None] | None  # of what was chosen
     met: tuple[tuple[str, Share], ...] = ()  # as of a Call
+    gate_rule: GateRule | None = None
 
     def run(self, clock: CallClock) -> dict[str, np.ndarray]:
         """Add what the chosen experts give to the stream, or to the slot that they name; where
@@ -137,6 +141,8 @@ class Dispatched:
         target = self.slots.columns(table.target)
         ffn_input = self.slots.columns(table.source)[:, :count]
         gates = self.slots.columns(f"gates.{self.layer}")[:, :count]
+        if self.gate_rule:
+            gates = self.gate_rule(self.layer, gates)
         chosen = self.dispatch.chosen(self.layer, gates)
         if self.notice:
             stream = table.target if slot_root(table.target) == STREAM else STREAM
@@ -221,6 +227,7 @@ class Wiring:
     dispatch: ExpertDispatch | None = None
     notice: Callable[[int, list[int], np.ndarray], None] | None = None
     concurrency: int = 1
+    gate_rule: GateRule | None = None
 
     @cached_property
     def _pool(self) -> Executor | None:
@@ -260,7 +267,8 @@ class Wiring:
         shares = () if group is None else (group.share(place, slots.columns(group.slot)),)
         met = tuple((port.name, share) for port in step.entry.ports.outputs for share in shares)
         assert self.dispatch is not None
-        return Dispatched(step.layer, self.dispatch, slots, self.notice, met)
+        how = (self.notice, met, self.gate_rule)
+        return Dispatched(step.layer, self.dispatch, slots, *how)
 
     def _call(
         self,

@@ -35,14 +35,17 @@ PERFECT = "perfect"  # guesses that are what will be
 @dataclass(frozen=True)
 class Machine:
     """Assumed speeds. A layer computes for `compute_ms`; reading an expert takes `latency_ms` and
-    its bytes at `read_gb_s` (10^9 bytes a second), for each of `readers` at once. `contention`:
-    computing takes 1 + so much as long while something is read ahead."""
+    its bytes at `read_gb_s` (10^9 bytes a second), for each of `readers` at once, and of
+    `ahead_readers` for guesses (None: as many); the disk serves `channels` (None: as many as
+    readers). `contention`: computing takes 1 + so much as long while something is read ahead."""
 
     compute_ms: float = 1.0
     read_gb_s: float = 3.0
     latency_ms: float = 0.1
     readers: int = 4
     contention: float = 0.0
+    ahead_readers: int | None = None
+    channels: int | None = None
 
     def read_ms(self, size: int) -> float:
         return self.latency_ms + size / self.read_gb_s / 1e6
@@ -190,7 +193,8 @@ class _Player:
 
     def __init__(self, calls: FunctionCalls, cache: PlayedCache, machine: Machine) -> None:
         self.cache = cache
-        self.line = Timeline(machine.readers, machine.readers, machine.readers, machine.contention)
+        ahead = machine.ahead_readers or machine.readers
+        self.line = Timeline(machine.readers, ahead, machine.channels, machine.contention)
         self.hits = self.late = self.misses = 0
         self.unused: set[int] = set()  # loaded ahead, and not called yet
         self.wasted = 0  # bytes that left so

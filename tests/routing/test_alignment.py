@@ -121,3 +121,15 @@ def test_what_cannot_be_fitted_or_guessed_is_refused(sparse, text):
         Session(shards, predictor="adapter")
     with pytest.raises(UserError, match="layers ahead"):
         Session(shards, predictor=Guessing("previous", 9))
+
+
+def test_a_rule_that_withholds_guesses_changes_no_bit(sparse):
+    plain = Session(load_shards(sparse, "reference")).prefill_logits(PROMPTS[2], by="decode")
+    withheld = {}
+    for contention in (0.0, 1e6):
+        shards = load_shards(sparse, "reference", expert_cache_bytes=4 * 2 * 3 * 24 * 24)
+        how = Guessing("previous", only_if_it_pays=True, contention=contention)
+        session = Session(shards, predictor=how)
+        np.testing.assert_array_equal(session.prefill_logits(PROMPTS[2], by="decode"), plain)
+        withheld[contention] = session.figures.prefetch.withheld
+    assert withheld[1e6] > 40  # of 90 layers, of which 32 are for learning
