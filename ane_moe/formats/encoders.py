@@ -86,7 +86,7 @@ class Linear(Format):
 
     def encode(self, weight: np.ndarray, moments: np.ndarray | None = None) -> Encoded:
         rows, columns = _require_finite(weight)
-        blocks = columns // self._size(columns)
+        blocks = columns // self.columns_of_scale(columns)
         data, scale = np.empty((rows, columns), np.int8), np.empty((rows, blocks), np.float16)
         round_off = self._rounding(moments)
         for first, last in _row_chunks(rows, columns):
@@ -105,7 +105,8 @@ class Linear(Format):
         )
 
     def stored_bytes(self, rows: int, columns: int) -> int:
-        return _packed(rows * columns, self.bits) + 2 * rows * (columns // self._size(columns))
+        scales = rows * (columns // self.columns_of_scale(columns))
+        return _packed(rows * columns, self.bits) + 2 * scales
 
     @property
     def stored_arrays(self) -> int:
@@ -115,7 +116,8 @@ class Linear(Format):
     def leaves_engine(self) -> bool:
         return self.block > 0
 
-    def _size(self, columns: int) -> int:
+    def columns_of_scale(self, columns: int) -> int:
+        """Columns of a row that share a scale."""
         return _divisor(columns, self.block) if self.block else columns
 
     def _rounding(self, moments: np.ndarray | None) -> Rounding:
@@ -145,7 +147,7 @@ class Palette(Format):
 
     def encode(self, weight: np.ndarray, moments: np.ndarray | None = None) -> Encoded:
         rows, columns = _require_finite(weight)
-        groups = rows // self._size(rows)
+        groups = rows // self.rows_of_palette(rows)
         if self.vector > 1:
             return self._vectors(weight, groups, moments)
         scale = _row_scale(weight) if self.scaled else None
@@ -160,8 +162,8 @@ class Palette(Format):
         return _palettized(indices, palettes, scale, f"uint{self.bits}")
 
     def stored_bytes(self, rows: int, columns: int) -> int:
-        vector = _divisor(self._size(rows), self.vector)
-        palettes = rows if self.scaled else rows // self._size(rows)
+        vector = _divisor(self.rows_of_palette(rows), self.vector)
+        palettes = rows if self.scaled else rows // self.rows_of_palette(rows)
         scales = 2 * rows if self.scaled else 0
         return (
             _packed(rows * columns // vector, self.bits)
@@ -177,7 +179,7 @@ class Palette(Format):
     def leaves_engine(self) -> bool:
         return self.vector > 1
 
-    def _size(self, rows: int) -> int:
+    def rows_of_palette(self, rows: int) -> int:
         """Rows that share a palette: the largest divisor of all rows within the group size."""
         return _divisor(rows, self.group) if self.group else rows
 
@@ -210,7 +212,7 @@ class FixedPalette(Format):
 
     def encode(self, weight: np.ndarray, moments: np.ndarray | None = None) -> Encoded:
         rows, columns = _require_finite(weight)
-        size = _divisor(rows, self.group)
+        size = self.rows_of_scale(rows)
         scale, indices = np.empty(rows // size, np.float16), np.empty((rows, columns), np.uint8)
         step = max(1, CHUNK_OF_SUMS // (size * columns))
         m = np.ones(size * columns, np.float32) if moments is None else np.tile(moments, size)
@@ -231,8 +233,12 @@ class FixedPalette(Format):
 
     def stored_bytes(self, rows: int, columns: int) -> int:
         return _packed(rows * columns, 2) + (2 + 2 * len(APPLE_LEVELS)) * (
-            rows // _divisor(rows, self.group)
+            rows // self.rows_of_scale(rows)
         )
+
+    def rows_of_scale(self, rows: int) -> int:
+        """Rows that share a scale."""
+        return _divisor(rows, self.group)
 
 
 @dataclass(frozen=True)
@@ -265,7 +271,7 @@ class Sparse(Format):
             inputs = {"data_mask": mask, "nonzero_data": values, "scale": scale}
             return _joined("constexpr_sparse_blockwise_shift_scale", inputs, dense)
         if isinstance(self.rest, Palette):
-            groups = rows // self.rest._size(rows)
+            groups = rows // self.rest.rows_of_palette(rows)
             grouped = weight.reshape(groups, -1)
             mass = kept.astype(np.float32) * (1 if moments is None else moments)
             palettes = fit_palettes(grouped, 1 << self.rest.bits, mass.reshape(groups, -1))
