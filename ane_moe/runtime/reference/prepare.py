@@ -36,8 +36,16 @@ from ane_moe.runtime.reference.steps import (
     bind_dynamic,
     target,
 )
-from ane_moe.runtime.reference.stored_matrix import Matrices
-from ane_moe.runtime.reference.stored_source import FLOATS, NARROW, key_of, matrix_shape, source_of
+from ane_moe.runtime.reference.stored_matrix import Matrices, StoredMatrix
+from ane_moe.runtime.reference.stored_rows import Whole
+from ane_moe.runtime.reference.stored_source import (
+    FLOATS,
+    NARROW,
+    key_of,
+    matrix_shape,
+    shape_as_matrix,
+    source_of,
+)
 from ane_moe.runtime.reference.structural import STRUCTURAL
 from ane_moe.runtime.reference.zero_gates import lean
 
@@ -94,6 +102,7 @@ class _Planner:
         self.arith = arith
         self.size = FIRST
         self.stored: dict[Value, int] = {}
+        self.entered: set[Value] = set()  # inputs of fp16, which may be matrices too
         self.setup = Scope(Steps(self.where))
 
     def plan(self) -> Plan:
@@ -104,6 +113,7 @@ class _Planner:
             top.names[given.name] = value
             if not isinstance(given.type, StateType):
                 inputs[given.name] = value.slot = self.new_slot()
+                self.entered |= {value} if _are_narrow([value]) else set()
         self.operations(self.function.block, top)
         outputs: dict[str, tuple[int, ValueType]] = {}
         for name in self.function.block.outputs:
@@ -171,6 +181,19 @@ class _Planner:
 
             self.add(self.setup, "const", value.name, load, (), (slot,))
         return self.stored[value]
+
+    def given_slot(self, value: Value, shape: tuple[int, int], scope: Scope) -> int:
+        """The slot of a matrix `(O, I)` that is an input: taken as a constant one is, so that both
+        give the same."""
+        narrow, slot = self.slot(value), self.new_slot()
+        memory = self.matrices.memory
+
+        def run(slots: Slots) -> None:
+            source = Whole(slots[narrow].view(shape))
+            slots[slot] = StoredMatrix(shape, source, memory, torch.float16)
+
+        self.add(scope, "matrix", "", run, (narrow,), (slot,), sources=(narrow,))
+        return slot
 
     def wide_slot(self, value: Value, scope: Scope) -> int:
         """The slot of `value` as fp32: its own unless it is of a narrower float type."""
@@ -349,8 +372,14 @@ class _Planner:
             return None
         name, takes = op.matrix
         floats = all(isinstance(kind, TensorType) and kind.dtype in FLOATS for kind in types)
-        stored = any(matrix_shape(value, op.matrix_rank) for value in tensors[name])
+        stored = any(self.shape_of(value, op) for value in tensors[name])
         return name if floats and stored and takes(**parameters) else None
+
+    def shape_of(self, value: Value, op: Op) -> tuple[int, int] | None:
+        """(O, I) of a matrix that an op takes as such: a constant, or an input."""
+        if value in self.entered:
+            return shape_as_matrix(value, op.matrix_rank)
+        return matrix_shape(value, op.matrix_rank)
 
     def source(
         self, spec: str, values: list[Value], op: Op, scope: Scope, as_stored: bool, product: bool
@@ -360,7 +389,9 @@ class _Planner:
         value = only(spec, values)
         if value is None:
             return None
-        shape = matrix_shape(value, op.matrix_rank) if as_stored else None
+        shape = self.shape_of(value, op) if as_stored else None
+        if shape is not None and value in self.entered:
+            return self.given_slot(value, shape, scope)
         if shape is not None:
             return self.matrix_slot(value, shape)
         return self.slot(value) if product else self.taken(value, op, scope)

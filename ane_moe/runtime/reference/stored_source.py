@@ -41,10 +41,15 @@ Shape = tuple[int, int]
 def matrix_shape(value: Value, ranks: range) -> Shape | None:
     """(O, I) of a constant or compressed weight in fp16 or fp32, of shape `(O, I)` or
     `(O, I, 1, ..)` and one of `ranks`; None of anything else."""
-    kind = value.type
-    if not isinstance(kind, TensorType) or kind.dtype not in FLOATS:
+    if value.constant is None and value.expansion is None:
         return None
-    if len(kind.shape) not in ranks or (value.constant is None and value.expansion is None):
+    return shape_as_matrix(value, ranks)
+
+
+def shape_as_matrix(value: Value, ranks: range) -> Shape | None:
+    """The same of any value, constant or not."""
+    kind = value.type
+    if not isinstance(kind, TensorType) or kind.dtype not in FLOATS or len(kind.shape) not in ranks:
         return None
     rows, columns, *others = kind.shape
     if not rows or not columns or any(size != 1 for size in others):
