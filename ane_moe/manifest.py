@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ane_moe.errors import UserError
+from ane_moe.expert_record import Store, store_of
 from ane_moe.files import write_text
 from ane_moe.model.port import FFN_INPUT, STATE, Port, Ports, slot_rows
 from ane_moe.model.spec import Synchronisations
@@ -20,6 +21,7 @@ from ane_moe.model.weight import Place
 FILE_NAME = "runtime_meta.json"
 FORMAT = 3
 FUNCTIONS = ("functions", "adapted")  # fields of a shard
+EXPERT_GRAPH = "expert_graph"  # the kind of what computes stored experts
 TAIL = "tail"  # a function for one token, of a prompt the last one, in each lane
 
 
@@ -61,8 +63,9 @@ class ShardFunction:
 
 @dataclass(frozen=True)
 class Shard:
-    """One `.mlpackage`. kind: attn, routing, moe, dense, experts, stack, lm_head. `layer` is None
-    for lm_head.
+    """One `.mlpackage`, or a `store` of experts that the graph of another one computes. kind: attn,
+    routing, moe, dense, experts, expert_graph, stack, lm_head. `layer` is None for lm_head and
+    expert_graph.
 
     A stack holds consecutive whole `layers`, the first of them `layer`. `scope` is the part of the
     model whose weights it holds, where their own names do not say.
@@ -89,6 +92,7 @@ class Shard:
     tracks: int = 1
     reduce: str = ""
     adapted: tuple[ShardFunction, ...] = ()
+    store: Store | None = None
 
     def with_adapter(self, name: str) -> "Shard":
         """With the functions of an adapter in the place of those that it changes."""
@@ -208,6 +212,11 @@ class Manifest:
     format: int = FORMAT
 
     @property
+    def packages(self) -> list[Shard]:
+        """What lies in packages: all but the stores of experts."""
+        return [shard for shard in self.shards if shard.store is None]
+
+    @property
     def lent(self) -> dict[str, Shard]:
         """The slots that a shard reads and another one keeps, and that one."""
         keepers = {slot: shard for shard in self.shards for slot in shard.states}
@@ -266,7 +275,10 @@ class Manifest:
         def functions(shard: Shard) -> dict[str, Any]:
             return {name: [function(one) for one in getattr(shard, name)] for name in FUNCTIONS}
 
-        shards = [vars(shard) | functions(shard) for shard in self.shards]
+        shards = [
+            vars(shard) | functions(shard) | {"store": asdict(shard.store) if shard.store else None}
+            for shard in self.shards
+        ]
         ports = [asdict(interface) for interface in interfaces]
         return vars(self) | {"shards": shards, "interfaces": ports}
 
@@ -319,7 +331,8 @@ def _shard(entry: dict[str, Any], interfaces: list[Ports]) -> Shard:
         return tuple(ShardFunction(**_frozen(one)) for one in placed)
 
     both: dict[str, Any] = {name: functions(entry.pop(name, [])) for name in FUNCTIONS}
-    return Shard(**both, **_frozen(entry))
+    store = entry.pop("store", None)
+    return Shard(**both, store=store_of(store) if store else None, **_frozen(entry))
 
 
 def _ports(entry: dict[str, Any]) -> Ports:

@@ -1,6 +1,7 @@
 """Single functions: load, first call and warm latency of the largest shard of every kind."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -9,9 +10,12 @@ import numpy as np
 
 from ane_moe.benchmark.result import FunctionTiming, latency
 from ane_moe.loop.buffers import Ropes, Slots, rope_tables
-from ane_moe.manifest import Manifest, Shard, ShardFunction
+from ane_moe.loop.expert_cache import FunctionKey
+from ane_moe.loop.expert_store import StoreSource
+from ane_moe.manifest import EXPERT_GRAPH, Manifest, Shard, ShardFunction
 from ane_moe.progress import Progress
 from ane_moe.runtime import open_package
+from ane_moe.runtime.interface import LoadedFunction
 
 
 def time_functions(
@@ -25,13 +29,15 @@ def time_functions(
 ) -> Iterator[FunctionTiming]:
     """One row for each function of the largest shard of each kind; of its experts, the first."""
     ropes = rope_tables(manifest)
-    kinds = list(dict.fromkeys(shard.kind for shard in manifest.shards))
+    called = [shard for shard in manifest.shards if shard.kind != EXPERT_GRAPH]  # of the host
+    kinds = list(dict.fromkeys(shard.kind for shard in called))
     for number, kind in enumerate(kinds):
         shards = [shard for shard in manifest.shards if shard.kind == kind]
         largest = max(shards, key=lambda shard: shard.weight_bytes)
         for entry in _shown(largest):
             progress(f"timing {kind} {entry.name}", number, len(kinds))
-            yield _time(folder, largest, entry, len(shards), runtime, ropes, warmup, runs, options)
+            load = partial(_load, folder, manifest, largest, entry, runtime, options)
+            yield _time(load, largest, entry, len(shards), ropes, warmup, runs)
 
 
 def _shown(shard: Shard) -> list[ShardFunction]:
@@ -42,19 +48,32 @@ def _shown(shard: Shard) -> list[ShardFunction]:
     return [entry for entry in shard.functions if entry.experts == first or not entry.experts]
 
 
-def _time(
+def _load(
     folder: Path,
+    manifest: Manifest,
+    shard: Shard,
+    entry: ShardFunction,
+    runtime: str,
+    options: dict[str, Any],
+) -> LoadedFunction:
+    """A function of a package, or an expert of a store, read."""
+    if shard.store is None:
+        return open_package(folder / shard.path, runtime, **options).function(entry.entry)
+    stores = StoreSource(folder, manifest, runtime, **options)
+    return stores.load(FunctionKey(shard.path, entry.name))
+
+
+def _time(
+    load: Callable[[], LoadedFunction],
     shard: Shard,
     entry: ShardFunction,
     shards: int,
-    runtime: str,
     ropes: Ropes,
     warmup: int,
     runs: int,
-    options: dict[str, Any],
 ) -> FunctionTiming:
     started = perf_counter()
-    function = open_package(folder / shard.path, runtime, **options).function(entry.entry)
+    function = load()
     loaded = perf_counter()
     inputs, state = example_inputs(entry, ropes), function.make_state() if function.states else None
     ready = perf_counter()

@@ -55,6 +55,7 @@ class BenchOptions:
     units: str | None = None
     expert_cache_bytes: int | None = None
     memory_mb: float | None = None
+    direct: bool = False
     concurrency: int = 1
     predictor: str = "none"
     energy: bool = False
@@ -209,6 +210,7 @@ def _load(
         runtime,
         expert_cache_bytes=options.expert_cache_bytes,
         memory_mb=options.memory_mb,
+        direct=options.direct,
         **runtime_options,
     )
     model: Session | Labeller

@@ -7,7 +7,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from ane_moe.commands.options import AsJson, Concurrency, ExpertCacheMb, MemoryMb, Out, RuntimeName
+from ane_moe.commands.options import (
+    AsJson,
+    Concurrency,
+    Direct,
+    ExpertCacheMb,
+    MemoryMb,
+    Out,
+    RuntimeName,
+)
 from ane_moe.errors import UserError
 
 
@@ -46,6 +54,7 @@ def bench(
     ] = None,
     expert_cache_mb: ExpertCacheMb = None,
     memory_mb: MemoryMb = None,
+    direct: Direct = False,
     concurrency: Concurrency = 1,
     predictor: Annotated[
         str, typer.Option(help="Load experts ahead, guessed by: none, previous, layer, router.")
@@ -108,6 +117,7 @@ def bench(
         units=units,
         expert_cache_bytes=None if expert_cache_mb is None else int(expert_cache_mb * 1_000_000),
         memory_mb=memory_mb,
+        direct=direct,
         concurrency=concurrency,
         predictor=predictor,
         energy=energy,

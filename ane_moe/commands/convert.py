@@ -27,10 +27,10 @@ def convert(
     ],
     out: Annotated[Path, typer.Argument(help="The folder to write.", metavar="OUT")],
     routing: Annotated[
-        Literal["masked", "soft", "sparse"],
+        Literal["masked", "soft", "sparse", "stream"],
         typer.Option(
             help="masked: all experts, exact top-k gates. sparse: one function per expert, "
-            "called by the host. "
+            "called by the host. stream: experts in a store, read when they are chosen. "
             "soft: the full softmax, another function than the model's."
         ),
     ] = "masked",
@@ -211,7 +211,7 @@ def convert(
         prepare(workers, "ane_moe.conversion.stamping")
     from ane_moe.conversion.job import job_of, plan_of
     from ane_moe.conversion.pipeline import carry_out
-    from ane_moe.conversion.plan import MAX_EXPERT_TOKENS, MAX_LENGTH, ConvertOptions
+    from ane_moe.conversion.plan import DISPATCHED, MAX_EXPERT_TOKENS, MAX_LENGTH, ConvertOptions
     from ane_moe.demo import built_in
     from ane_moe.forecast.concerns import concerns_of_plan, require_engine_formats
     from ane_moe.forecast.design import AUTO, sizes_of
@@ -253,7 +253,7 @@ def convert(
     unsaid = AUTO if target else "1"
     asked = (
         experts_per_function or (unsaid if routing == "sparse" else "1"),
-        layers_per_shard or (unsaid if routing != "sparse" else "1"),
+        layers_per_shard or (unsaid if routing not in DISPATCHED else "1"),
     )
     windows = None if lengths is None else parse_counts(lengths, "--lengths", 1, MAX_LENGTH)
     left = tuple(ignore_tensors or ())

@@ -10,6 +10,7 @@ import typer
 from ane_moe.commands.options import (
     AdapterName,
     Concurrency,
+    Direct,
     ExpertCacheMb,
     ExpertPolicy,
     MemoryMb,
@@ -53,6 +54,7 @@ def generate(
     expert_cache_mb: ExpertCacheMb = None,
     expert_policy: ExpertPolicy = "lru",
     memory_mb: MemoryMb = None,
+    direct: Direct = False,
     concurrency: Concurrency = 1,
     predictor: Predictor = "none",
     ahead: Annotated[
@@ -158,6 +160,7 @@ def generate(
         expert_policy=expert_policy,
         memory_mb=memory_mb,
         adapter=adapter,
+        direct=direct,
         **computed,
     )
     tokenizer = load_tokenizer(out, shards.manifest)

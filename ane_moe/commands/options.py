@@ -46,6 +46,10 @@ ExpertCacheMb = Annotated[
         show_default="all",
     ),
 ]
+Direct = Annotated[
+    bool,
+    typer.Option("--direct", help="stream: read experts around the system's page cache."),
+]
 ExpertPolicy = Annotated[
     str,
     typer.Option(help="Who leaves first: lru, lfu, layer-distance or least-stale."),
@@ -61,7 +65,8 @@ MemoryMb = Annotated[
     typer.Option(
         help=(
             "MB (10^6 bytes) that weights may take: what is left beyond the packages' own size "
-            "goes to expanded copies of what is used most (runtime reference)."
+            "goes to experts of a store and to expanded copies of what is used most (runtime "
+            "reference)."
         ),
         show_default="the packages' size and half of what is free",
     ),

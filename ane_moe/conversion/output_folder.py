@@ -89,6 +89,6 @@ def remove_strangers(out: Path, manifest: Manifest) -> None:
             shutil.rmtree(path)
     patterns = (*TOKENIZER_FILES, "golden*.safetensors")
     loose = [path for pattern in patterns for path in out.glob(pattern)]
-    for path in (*(out / ROUTERS).glob("*"), *loose):
+    for path in (*(out / ROUTERS).glob("*"), *(out / "experts").glob("*.bin"), *loose):
         if path.relative_to(out).as_posix() not in manifest.files:
             path.unlink()

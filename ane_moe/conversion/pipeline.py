@@ -341,6 +341,7 @@ def _stamp_rest(pool: Pool, job: Job, finished: set[str], meter: _Meter) -> list
     keys = dict.fromkeys(key for shard in rest for key in shard.graphs.values())
 
     def ready() -> Iterator[tuple[ShardJob, dict[str, Template]]]:
+        yield from ((shard_job(job, shard), {}) for shard in rest if not shard.graphs)
         templates: dict[TemplateKey, Template] = {}
         for key, template in templates_of(keys, TemplateCache()):
             templates[key] = template

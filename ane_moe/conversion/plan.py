@@ -10,11 +10,20 @@ from typing import Any, Literal
 
 from ane_moe.checkpoints.adapter import MERGED_INSTEAD, LowRank
 from ane_moe.checkpoints.checkpoint import Hasher, TensorSource
+from ane_moe.conversion.expert_layout import Formed, common_record
 from ane_moe.errors import UserError
+from ane_moe.expert_record import Store
 from ane_moe.formats.recipe import INT8, Choice, Recipe, find_format
-from ane_moe.manifest import FUNCTIONS, TAIL, Shard, ShardFunction, length_function
+from ane_moe.manifest import (
+    EXPERT_GRAPH,
+    FUNCTIONS,
+    TAIL,
+    Shard,
+    ShardFunction,
+    length_function,
+)
 from ane_moe.model.attention import AttentionConfig, RingConfig
-from ane_moe.model.experts import ExpertGroupConfig, SharedExpertConfig
+from ane_moe.model.experts import ExpertGroupConfig, GivenExpertConfig, SharedExpertConfig
 from ane_moe.model.head import HeadConfig
 from ane_moe.model.join import JoinConfig
 from ane_moe.model.mixer import MixerConfig
@@ -51,6 +60,7 @@ MIN_HEAD_PARTS = 2
 DEFAULT_CONTEXT = 2048
 DEFAULT_LENGTHS = (32, 128, 512)
 ROUTERS = "router"
+DISPATCHED = ("sparse", "stream")  # routings whose experts the host calls
 MAX_EXPERT_TOKENS = 1 << 14
 STREAM_DIVISORS = tuple(1 << power for power in range(16))
 MAX_LENGTH = 1 << 12  # a mask of as many rows and columns takes 32 MB
@@ -62,7 +72,8 @@ class ConvertOptions:
     prefill functions. An encoder has functions for `lengths` tokens in their place (None: 32, 128
     and 512, as far as its context goes). `layers` None: all. `max_shard_mb` limits MoE shards; it
     is in MB of 10^6 bytes. For sparse routing there is a function for each group of
-    `experts_per_function` experts and each token count in `expert_tokens`. Up to
+    `experts_per_function` experts and each token count in `expert_tokens`; for stream routing
+    experts lie in a store, and one function for each token count computes any of them. Up to
     `layers_per_shard` whole layers share a shard
     where they fit into one of `max_shard_mb`. `recipe` says how the matrices are stored;
     `calibrate` is a text file or "builtin", whose passage through the model says which of their
@@ -77,7 +88,7 @@ class ConvertOptions:
     apart, or "packed" into one graph. `adapters` are folders of PEFT's: what they add is merged
     into the weights, or each can be switched on by functions of its own."""
 
-    routing: Literal["masked", "soft", "sparse"] = "masked"
+    routing: Literal["masked", "soft", "sparse", "stream"] = "masked"
     state: Literal["mlstate", "explicit"] = "mlstate"
     layout: Literal["bc1s", "bct1"] = "bc1s"
     context: int | None = None
@@ -101,6 +112,11 @@ class ConvertOptions:
     tracks: Literal["apart", "packed"] = "apart"
     adapters: tuple[str, ...] = ()
     adapter_mode: Literal["merge", "switch"] = "merge"
+
+    @property
+    def dispatches(self) -> bool:
+        """Whether the host calls the experts that were chosen."""
+        return self.routing in DISPATCHED
 
 
 @dataclass(frozen=True)
@@ -275,7 +291,7 @@ class ConversionPlan:
     def routers(self) -> dict[int, str]:
         """Paths of the router tables that guesses of the host read, by layer: where a matrix alone,
         after a norm by the root of the mean square, says which experts score highest."""
-        if self.options.routing != "sparse":
+        if not self.options.dispatches:
             return {}
         ffns = {n: self.spec.layers[n].ffn for n in self.layers}
         linear = (n for n, ffn in ffns.items() if isinstance(ffn, MoeSpec) and ffn.router.is_linear)
@@ -332,8 +348,9 @@ def make_plan(
         shards = [shard for block in blocks for shard in planner.block(block, spec.tracks)]
     if len(layers) == len(spec.layers):
         shards += planner.head()
+    shards += planner.expert_graphs()
     for shard in shards:
-        if shard.file_bytes > MAX_WEIGHT_BYTES:
+        if shard.store is None and shard.file_bytes > MAX_WEIGHT_BYTES:
             raise UserError(
                 f"{shard.path} would hold {shard.weight_bytes / MB:.0f} MB",
                 "Core ML's limit is 2 GiB a package",
@@ -365,7 +382,7 @@ def _blocks(
 ) -> list[tuple[range, ...]]:
     """The blocks of tracks, out of `count` layers, that make up `layers`. Raises UserError where
     they are not whole, or the host would have to call experts inside of one package."""
-    if options.routing == "sparse" and options.tracks == "packed":
+    if options.dispatches and options.tracks == "packed":
         raise UserError(
             "the host calls experts between layers of a track",
             "all layers of a block are in one package",
@@ -453,6 +470,12 @@ def _require_expert_functions(options: ConvertOptions) -> None:
             ",".join(map(str, tokens)) or "none",
             f"give rising numbers from 1 to {MAX_EXPERT_TOKENS}",
         )
+    if options.experts_per_function > 1 and options.routing == "stream":
+        raise UserError(
+            "a store is read expert by expert",
+            f"{options.experts_per_function} experts of a function",
+            "leave --experts-per-function out",
+        )
     if options.experts_per_function < 1:
         raise UserError("an expert function needs an expert", str(options.experts_per_function))
     if options.groups and options.routing != "sparse":
@@ -514,6 +537,9 @@ class _Planner:
         others = {name: make(planner) for name, planner in self._with_adapter.items()}
         changed = {name: other for name, other in others.items() if other != block}
         return _Copy(block, experts, changed)
+
+    # Paths of the packages that compute stored experts, by what these are.
+    graphs: dict[GivenExpertConfig, str] = field(default_factory=dict)
 
     def groups(self, layers: Sequence[int]) -> list[tuple[int, ...]]:
         """Layers that share a shard: those that read one layer's caches with it, else neighbours
@@ -620,8 +646,8 @@ class _Planner:
     def _undispatched(self, group: Sequence[int]) -> int:
         """How many layers come before one whose experts the host dispatches, between its mixer and
         the next layer."""
-        sparse = self.options.routing == "sparse"
-        kept = (sparse and isinstance(self.spec.layers[n].ffn, MoeSpec) for n in group)
+        called = self.options.dispatches
+        kept = (called and isinstance(self.spec.layers[n].ffn, MoeSpec) for n in group)
         return next((place for place, dispatched in enumerate(kept) if dispatched), len(group))
 
     def _stack(self, group: Sequence[int]) -> StackConfig:
@@ -704,7 +730,7 @@ class _Planner:
     def attention(self, layer: int) -> list[ShardPlan]:
         """The mixer, and routing with it where the host dispatches experts."""
         spec = self.spec.layers[layer]
-        dispatched = self.options.routing == "sparse" and isinstance(spec.ffn, MoeSpec)
+        dispatched = self.options.dispatches and isinstance(spec.ffn, MoeSpec)
         if spec.mixer is None and not dispatched:
             return []
         kind = "routing" if spec.mixer is None else "attn"
@@ -715,7 +741,7 @@ class _Planner:
     def _routed(self, layer: int) -> PartConfig:
         spec, mixer = self.spec.layers[layer], self._mixer(layer)
         ffn = spec.ffn
-        if not isinstance(ffn, MoeSpec) or self.options.routing != "sparse":
+        if not isinstance(ffn, MoeSpec) or not self.options.dispatches:
             assert mixer is not None
             return mixer
         if mixer is None:
@@ -732,8 +758,10 @@ class _Planner:
             path = f"dense/layer_{layer:02d}.mlpackage"
             copy = self._copy(lambda planner: planner._dense(layer, ffn))
             return [self._shard(path, "dense", layer, copy, scope="ffn")]
-        if self.options.routing == "sparse":
-            return self.joined(layer, self.experts(layer, ffn))
+        if self.options.dispatches:
+            stored = self.options.routing == "stream"
+            shards = self.stored_experts(layer, ffn) if stored else self.experts(layer, ffn)
+            return self.joined(layer, shards)
         sizes, reason = self._split(layer, ffn)
         shards, first = [], 0
         for part, size in enumerate(sizes):
@@ -749,14 +777,10 @@ class _Planner:
         """Packages of a layer's expert functions: as few as the size limit of a weight file
         allows."""
         groups = self._expert_groups(layer, moe.router.experts)
-        functions = tuple((f"t{tokens}", tokens) for tokens in self.options.expert_tokens)
-        shared: dict[str, _Copy] = {}
-        if moe.shared is not None:
-            own = moe.shared
-            shared["shared"] = self._copy(lambda planner: planner._shared(layer, own))
+        shared = self._shared_copy(layer, moe)
 
         def package(path: str, copies: dict[str, _Copy], **facts: Any) -> ShardPlan:
-            return self._package(path, "experts", layer, copies, functions, scope="ffn", **facts)
+            return self._expert_package(path, layer, copies, **facts)
 
         def routed(group: tuple[int, ...]) -> dict[str, _Copy]:
             copy = self._copy(lambda planner: planner._group(layer, moe, len(group)), group)
@@ -777,6 +801,52 @@ class _Planner:
             shards.append(package(path, copies, part=part, parts=len(parts), reason=reason))
             first += count
         return shards
+
+    def stored_experts(self, layer: int, moe: MoeSpec) -> list[ShardPlan]:
+        """The store of a layer's experts, and a package of the one that is always called."""
+        config, count = self._group(layer, moe, 1), moe.router.experts
+        copies = {f"expert_{expert:03d}": _Copy(config, (expert,)) for expert in range(count)}
+        shared = self._shared_copy(layer, moe)
+        path, parts = f"experts/layer_{layer:02d}", 2 if shared else 1
+        reason = f"{count} records, read when they are chosen"
+        shard = self._expert_package(f"{path}.bin", layer, copies, parts=parts, reason=reason)
+        record = common_record((_formed(shard, prefix, config) for prefix in copies), layer)
+        store = Store(self._graph(config), count, record)
+        shards = [replace(shard, graphs={}, store=store, weight_bytes=count * record.size)]
+        if shared:
+            facts = {"part": 1, "parts": parts}
+            shards.append(self._expert_package(f"{path}.mlpackage", layer, shared, **facts))
+        return shards
+
+    def _graph(self, config: ExpertGroupConfig) -> str:
+        """The path of the package that computes experts that are alike."""
+        return self.graphs.setdefault(
+            GivenExpertConfig(config), f"experts/graph_{len(self.graphs):02d}.mlpackage"
+        )
+
+    def expert_graphs(self) -> list[ShardPlan]:
+        """The packages that compute stored experts, whatever their layer."""
+        return [
+            self._package(path, EXPERT_GRAPH, None, {"": _Copy(config)}, self._expert_functions)
+            for config, path in self.graphs.items()
+        ]
+
+    @property
+    def _expert_functions(self) -> tuple[tuple[str, int], ...]:
+        return tuple((f"t{tokens}", tokens) for tokens in self.options.expert_tokens)
+
+    def _expert_package(
+        self, path: str, layer: int, copies: Mapping[str, _Copy], **facts: Any
+    ) -> ShardPlan:
+        functions = self._expert_functions
+        return self._package(path, "experts", layer, copies, functions, scope="ffn", **facts)
+
+    def _shared_copy(self, layer: int, moe: MoeSpec) -> dict[str, _Copy]:
+        """The expert that is always called, where there is one."""
+        if moe.shared is None:
+            return {}
+        own = moe.shared
+        return {"shared": self._copy(lambda planner: planner._shared(layer, own))}
 
     def _expert_groups(self, layer: int, total: int) -> list[tuple[int, ...]]:
         """Experts of each function, in the order of their first ones."""
@@ -1027,6 +1097,15 @@ class _Planner:
         if not isinstance(source, TensorSource):
             return Choice()
         return self.options.recipe.choice(source.name, source.role)
+
+
+def _formed(shard: ShardPlan, prefix: str, config: PartConfig) -> tuple[Formed, ...]:
+    """The weights of one expert, and their formats."""
+    names = {row.path: weight_name(prefix, row.path) for row in config.rows()}
+    return tuple(
+        (path, shard.sources[name].shape, shard.choices.get(name, Choice()).format)
+        for path, name in names.items()
+    )
 
 
 def _shared(sources: Mapping[str, Source]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from ane_moe.checkpoints.checkpoint import Checkpoint, TensorSource
 from ane_moe.conversion.job import Job
 from ane_moe.conversion.plan import OneHot, Recovery, ShardPlan
 from ane_moe.conversion.side_files import write_embedding
+from ane_moe.conversion.store_writer import read_store_key, sound_digest, write_store
 from ane_moe.conversion.workers import peak_memory_bytes
 from ane_moe.emit.coreml.package import ContentKey, Weight, file_hashes, read_content_key, stamp
 from ane_moe.emit.coreml.template import Template
@@ -67,15 +68,23 @@ def shard_job(job: Job, shard: ShardPlan) -> ShardJob:
 
 def reuse_shard(job: ShardJob) -> Done | None:
     """The shard as it lies on disk, if its content key is the one it would get."""
-    key = read_content_key(job.out / job.shard.path)
+    shard, path = job.shard, job.out / job.shard.path
+    key = read_store_key(path, shard.store) if shard.store else read_content_key(path)
     if key is None or key != _expected_key(job):
         return None
-    return _report(job, key, file_hashes(job.out / job.shard.path), reused=True)
+    if shard.store is None:
+        return _report(job, key, file_hashes(path), reused=True)
+    digest = sound_digest(path, shard.store)
+    return None if digest is None else _report(job, key, {"": digest}, reused=True)
 
 
 def stamp_shard(job: ShardJob, templates: dict[str, Template]) -> Done:
     key, path = _key(job), job.out / job.shard.path
     path.parent.mkdir(parents=True, exist_ok=True)
+    if store := job.shard.store:
+        prefixes = dict.fromkeys(name.partition("/")[0] for name in job.shard.sources)
+        written = write_store(_values(job, key), [*prefixes], key, path, store)
+        return _report(job, written.content_key, written.files, reused=False)
     formats = [find_format(choice.format) for choice in job.shard.choices.values()]
     more = sum(form.stored_arrays - 1 for form in formats)
     written = stamp(templates, _values(job, key), key, path, more, job.shard.shared)
@@ -83,9 +92,9 @@ def stamp_shard(job: ShardJob, templates: dict[str, Template]) -> Done:
 
 
 def _report(job: ShardJob, content_key: str, files: dict[str, str], reused: bool) -> Done:
-    """`files` are digests by path inside the package."""
+    """`files` are digests by path inside the package; of a store it is empty."""
     shard, peak = job.shard, peak_memory_bytes()
-    named = {f"{shard.path}/{name}": digest for name, digest in files.items()}
+    named = {f"{shard.path}/{name}".rstrip("/"): digest for name, digest in files.items()}
     return Done(shard.path, content_key, shard.weight_bytes, reused, named, peak, os.getpid())
 
 
@@ -93,9 +102,8 @@ def _key(job: ShardJob) -> ContentKey:
     shard, calibration = job.shard, job.calibration
     seen = sha256(calibration) if calibration and shard.choices else None
     choices = sorted((name, choice.format, choice.rank) for name, choice in shard.choices.items())
-    return ContentKey(
-        shard.graphs, choices, seen, ENCODING, {name: version(name) for name in TOOLS}
-    )
+    made = shard.graphs if shard.store is None else shard.store.record
+    return ContentKey(made, choices, seen, ENCODING, {name: version(name) for name in TOOLS})
 
 
 def _expected_key(job: ShardJob) -> str:

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ane_moe.manifest import Shard
+from ane_moe.manifest import EXPERT_GRAPH, Shard
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ def pieces_of(
     pieces: list[Piece] = []
     by_layer: dict[int, list[Shard]] = defaultdict(list)
     for shard in shards:
+        if shard.kind == EXPERT_GRAPH:
+            continue  # it is called as the experts that it computes
         if shard.kind == "experts":
             assert shard.layer is not None
             by_layer[shard.layer].append(shard)
@@ -93,6 +95,5 @@ def _expert_piece(packages: list[Shard], k: int) -> Piece:
     tokens = tuple(sorted({function.tokens for shard in packages for function in shard.functions}))
     chosen = ExpertSet(experts, k, math.ceil(experts / len(routed)), tokens, shared / elements)
     stored = sum(shard.weight_bytes for shard in packages)
-    return Piece(
-        "experts", stored, elements, routed[0].rate, packages=len(packages), experts=chosen
-    )
+    count = sum(shard.store is None for shard in packages)
+    return Piece("experts", stored, elements, routed[0].rate, packages=count, experts=chosen)

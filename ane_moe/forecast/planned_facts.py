@@ -19,6 +19,7 @@ from ane_moe.formats.stored_form import stored_form
 from ane_moe.manifest import ShardFunction
 from ane_moe.mlprogram.program import Operation, TensorType
 from ane_moe.mlprogram.weights import Part
+from ane_moe.model.experts import GivenExpertConfig
 from ane_moe.model.port import MASK, SHIFT, Port
 from ane_moe.model.recent import RECENT
 from ane_moe.model.template_key import TemplateKey, function_name, weight_name
@@ -92,7 +93,7 @@ def facts_of_plan(plan: ConversionPlan) -> Iterator[PlannedFunction]:
 def elementwise_in_a_row(key: TemplateKey) -> int:
     """About as many elementwise operations as follow one another in a graph: experts, and the twin
     norms of q and k, stand side by side and count once."""
-    names = {_place(row.path) for row in key.block.rows()}
+    names = {_place(row.path) for row in _rows(key)}
     return sum(IN_A_ROW.get(stem, 0) for _, _, stem in names)
 
 
@@ -110,20 +111,36 @@ class _Weight:
 
 
 def _weights(shard: ShardPlan, prefix: str, key: TemplateKey) -> tuple[_Weight, ...]:
+    if isinstance(key.block, GivenExpertConfig):
+        return tuple(map(_given, key.block.given.values()))
     names = {row: weight_name(prefix, row.path) for row in key.block.rows()}
     return tuple(_weight(shard, row, shard.shared.get(own, own)) for row, own in names.items())
 
 
+def _rows(key: TemplateKey) -> Iterable[Row]:
+    """The weights of a graph, and those that it is given."""
+    block = key.block
+    return block.given.values() if isinstance(block, GivenExpertConfig) else block.rows()
+
+
+def _given(row: Weight) -> _Weight:
+    """A weight that is an input: fp16, and nowhere in the package."""
+    layer, part, stem = _place(row.path)
+    return _Weight(stem, (layer, part), row.shape, "", 0, _reads_input(row))
+
+
 def _weight(shard: ShardPlan, row: Row, name: str) -> _Weight:
     layer, part, stem = _place(row.path)
-    owner = row.path.split(".")[-2]
-    if isinstance(row, Weight):
-        reads_input = row.reads in ("", "x")
-    else:
-        reads_input = isinstance(row, Directions) and row.side == "in" and owner in INWARD
     form = stored_form(shard.choices.get(name, Choice()).format)
     shape, size = shard.sources[name].shape, shard.payloads[name]
-    return _Weight(stem, (layer, part), shape, form, size, reads_input)
+    return _Weight(stem, (layer, part), shape, form, size, _reads_input(row))
+
+
+def _reads_input(row: Row) -> bool:
+    """Whether the convolution with this weight reads the input of its part."""
+    if isinstance(row, Weight):
+        return row.reads in ("", "x")
+    return isinstance(row, Directions) and row.side == "in" and row.path.split(".")[-2] in INWARD
 
 
 def _place(path: str) -> tuple[str | None, str | None, str]:
@@ -192,12 +209,15 @@ class _Graph:
             yield op
 
     def _convolution(self, shape: Shape, form: str) -> dict[str, Any]:
-        """By a matrix, or over the `taps` tokens of a window in groups of channels."""
+        """By a matrix, or over the `taps` tokens of a window in groups of channels. One of no form
+        is an input."""
         rows, columns, taps = (*shape, 1)[:3]
         groups = rows // columns if len(shape) > 2 else 1
         channels, window = columns * groups, self.tokens + taps - 1
+        given = {} if form else {"constants": frozenset[str]()}
         return (
             _product()
+            | given
             | {"n": 1, "c": max(rows, channels), "h": 1, "w": window}
             | _moved(channels * window, rows * self.tokens, math.prod(shape))
             | {

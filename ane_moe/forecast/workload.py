@@ -243,7 +243,7 @@ def _chains_of(plan: ConversionPlan, repeats: Mapping[int, int]) -> tuple[Chain,
 def _chains_in(folder: Path, manifest: Manifest) -> tuple[Chain, ...]:
     """Counted in the packages: their programs are read, and no weights."""
     found = Counter[int]()
-    for shard in manifest.shards:
+    for shard in manifest.packages:
         program = read_program(folder / shard.path)
         for name in program.functions:
             found[function_facts(program, name).facts["elementwise_in_a_row"]] += 1

@@ -3,6 +3,7 @@
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from time import perf_counter
@@ -25,6 +26,7 @@ class FunctionKey:
 class _Entry:
     size: int
     ahead: bool  # loaded ahead and not called yet
+    asked: bool = False  # its call is about to come, and was counted as a miss
     function: LoadedFunction | None = None  # None while it is loading
     users: int = 0
 
@@ -73,12 +75,19 @@ class ExpertCache:
         size: Callable[[FunctionKey], int],
         limit_bytes: int | None = None,
         eviction: Eviction | None = None,
+        *,
+        release: Callable[[FunctionKey, LoadedFunction], None] = lambda key, function: None,
+        readers: int = 0,
     ) -> None:
+        """`release` is told of what is dropped. With `readers`, so many threads load what is about
+        to be called."""
         self.figures = CacheFigures()
         self.limit_bytes = limit_bytes
         self._load = load
         self._size = size
         self._eviction = eviction
+        self._release = release
+        self._readers = ThreadPoolExecutor(readers, "expert-reader") if readers else None
         lock = threading.Lock()
         self._changed = threading.Condition(lock)  # an entry is ready, free or gone
         self._asked = threading.Condition(lock)  # there is something to load ahead
@@ -117,6 +126,24 @@ class ExpertCache:
         finally:
             with self._changed:
                 self._needed -= Counter(keys)
+
+    def request(self, keys: Sequence[FunctionKey]) -> None:
+        """Begin to load those of `keys` that are missing, side by side and as far as there is room
+        beside the others: the caller is about to hold each of them. They count as misses."""
+        if self._readers is None:
+            return
+        wanted, begun = frozenset(keys), []
+        with self._changed:
+            for key in keys:
+                if key in self._entries:
+                    continue
+                size = self._size(key)
+                if not self._make_room(size, wanted):
+                    break
+                self.figures.misses += 1
+                begun.append((key, self._enter(key, size, ahead=False, asked=True)))
+        for key, entry in begun:
+            self._readers.submit(self._fill_quietly, key, entry)
 
     def load_ahead(self, keys: Sequence[FunctionKey], needed: Collection[FunctionKey] = ()) -> None:
         """Load `keys` in the background, first things first, dropping neither them nor those in
@@ -158,7 +185,7 @@ class ExpertCache:
             entry = self._entries.get(key)
             if entry is None or entry.function is None:
                 return None
-            self.figures.hits += 1
+            self.figures.hits += not entry.asked
             return self._use(key, entry)
 
     def _wait_for(self, key: FunctionKey, clock: CallClock | None) -> _Entry:
@@ -193,11 +220,11 @@ class ExpertCache:
                     self.figures.hits += not counted  # loaded ahead since it was looked for
                     return self._use(key, entry)
                 if entry is not None and not counted:
-                    self.figures.late += 1
+                    self.figures.late += not entry.asked
                     counted = True
                 self._changed.wait()
             self.figures.misses += not counted
-            entry = self._enter(key, size, ahead=False)
+            entry = self._enter(key, size, ahead=False, users=1)
         self._fill(key, entry)
         return entry
 
@@ -206,6 +233,7 @@ class ExpertCache:
         if entry.ahead:
             entry.ahead = False
             self.figures.bytes_unused -= entry.size
+        entry.asked = False
         entry.users += 1
         return entry
 
@@ -214,9 +242,11 @@ class ExpertCache:
         if self._eviction:
             self._eviction.called(key)
 
-    def _enter(self, key: FunctionKey, size: int, ahead: bool) -> _Entry:
+    def _enter(
+        self, key: FunctionKey, size: int, ahead: bool, asked: bool = False, users: int = 0
+    ) -> _Entry:
         """Count the bytes before loading them, so that threads together stay inside the limit."""
-        entry = self._entries[key] = _Entry(size, ahead, users=0 if ahead else 1)
+        entry = self._entries[key] = _Entry(size, ahead, asked, users=users)
         if self._eviction:
             self._eviction.entered(key)
         if not ahead:
@@ -274,7 +304,15 @@ class ExpertCache:
         return sorted(order, key=lambda key: self._needed[key] > 0)
 
     def _drop(self, key: FunctionKey) -> None:
-        self.figures.bytes_resident -= self._entries.pop(key).size
+        entry = self._entries.pop(key)
+        self.figures.bytes_resident -= entry.size
+        if entry.function is not None:
+            self._release(key, entry.function)
+
+    def _fill_quietly(self, key: FunctionKey, entry: _Entry) -> None:
+        """A failure is left to the call that needs the function: it loads again and raises."""
+        with suppress(UserError):
+            self._fill(key, entry)
 
     def _work(self) -> None:
         while True:
@@ -284,7 +322,6 @@ class ExpertCache:
             self._load_one_ahead(key)
 
     def _load_one_ahead(self, key: FunctionKey) -> None:
-        """A failure is left to the call that needs the function: it loads again and raises."""
         try:
             size = self._size(key)
         except UserError:
@@ -303,5 +340,4 @@ class ExpertCache:
                 entry = self._enter(key, size, ahead=True)
             self._changed.notify_all()
         if entry is not None:
-            with suppress(UserError):
-                self._fill(key, entry)
+            self._fill_quietly(key, entry)

@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ import numpy as np
 from ane_moe.errors import UserError
 from ane_moe.loop.buffers import by_channel
 from ane_moe.loop.expert_cache import Eviction, ExpertCache, FunctionKey
+from ane_moe.loop.expert_source import PackageSource, Sources
+from ane_moe.loop.expert_store import READERS, StoreSource
 from ane_moe.loop.figures import CallClock
 from ane_moe.manifest import Manifest, Shard, ShardFunction
-from ane_moe.model.port import FFN_INPUT, GATES, Shape, shapes_of
-from ane_moe.runtime import open_package
-from ane_moe.runtime.interface import LoadedFunction, Package
+from ane_moe.model.port import FFN_INPUT, GATES, Port, Shape
 
 KIND = "experts"
 
@@ -39,9 +39,11 @@ class Group:
     experts: tuple[int, ...]
     path: str
     functions: dict[int, ShardFunction]
+    stored: bool = False  # in a store, where one expert in memory serves all buckets
 
     def key(self, tokens: int) -> FunctionKey:
-        return FunctionKey(self.path, self.functions[tokens].entry)
+        bucket = min(self.functions) if self.stored else tokens
+        return FunctionKey(self.path, self.functions[bucket].entry)
 
     def pieces(self, tokens: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
         """Cut token indices so that each piece fits a bucket, the smallest that holds it; none is
@@ -125,7 +127,12 @@ def expert_layers(manifest: Manifest) -> dict[int, ExpertLayer]:
 def _groups(shard: Shard) -> list[Group]:
     """The groups of one package, and their functions by token count."""
     groups = [
-        Group(experts, shard.path, {function.tokens: function for function in functions})
+        Group(
+            experts,
+            shard.path,
+            {function.tokens: function for function in functions},
+            shard.store is not None,
+        )
         for experts, functions in shard.copies.items()
     ]
     if len({frozenset(group.functions) for group in groups}) != 1:
@@ -146,24 +153,36 @@ def _require_once(groups: Sequence[Group], layer: int) -> None:
 
 
 class Scratch(threading.local):
-    """Inputs of expert calls, one set for those of the same shapes, in each thread."""
+    """Inputs of expert calls, one set for those of the same shapes, in each thread. What fits a
+    call as it is goes in as it is; all else is copied."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[Shape, ...], list[np.ndarray]] = {}
+        self._made: dict[tuple[str, Shape], np.ndarray] = {}
 
     def features(
-        self, function: ShardFunction, values: Mapping[str, np.ndarray]
+        self,
+        function: ShardFunction,
+        values: Mapping[str, np.ndarray],
+        clock: CallClock | None = None,
     ) -> dict[str, np.ndarray]:
         """The inputs of `function`: `values [C,n]` by the root of the slot, and zeros up to its T
-        tokens."""
-        ports = function.ports.inputs
-        key = tuple(port.shape for port in ports)
-        arrays = self._made.setdefault(key, [np.zeros(shape, np.float16) for shape in key])
-        for port, array in zip(ports, arrays, strict=True):
-            columns, value = by_channel(array), values[port.root]
-            columns[:, : value.shape[1]] = value
-            columns[:, value.shape[1] :] = 0
-        return {port.name: array for port, array in zip(ports, arrays, strict=True)}
+        tokens. `clock` is told of copies."""
+        return {
+            port.name: self._input(port, values[port.root], clock) for port in function.ports.inputs
+        }
+
+    def _input(self, port: Port, value: np.ndarray, clock: CallClock | None) -> np.ndarray:
+        array = self._made.get((port.name, port.shape))
+        if array is None:
+            array = self._made[port.name, port.shape] = np.zeros(port.shape, np.float16)
+        if value.size == array.size and value.dtype == array.dtype and value.flags.c_contiguous:
+            return value.reshape(port.shape)
+        columns = by_channel(array)
+        columns[:, : value.shape[1]] = value
+        columns[:, value.shape[1] :] = 0
+        if clock:
+            clock.copied(value.nbytes)
+        return array
 
 
 class ExpertDispatch:
@@ -210,6 +229,7 @@ class ExpertDispatch:
             return self._run(*task, ffn_input, gates, clock)
 
         with self.cache.running(layer, self._keys(tasks)):
+            self.cache.request([group.key(min(group.functions)) for group, _ in tasks])
             for results in (self._pool.map if self._pool else map)(run, tasks):
                 for tokens, y in results:
                     total[:, tokens] += y
@@ -247,13 +267,10 @@ class ExpertDispatch:
         clock: CallClock,
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Pieces of `tokens` with their `y [d,piece]`."""
-        results = []
+        results, own = [], _rows(gates, group.experts)
         for piece, bucket in group.pieces(tokens):
-            given = {
-                FFN_INPUT: ffn_input[:, piece],
-                GATES: gates[list(group.experts)][:, piece],
-            }
-            features = self._scratch.features(group.functions[bucket], given)
+            given = {FFN_INPUT: _taken(ffn_input, piece), GATES: _taken(own, piece)}
+            features = self._scratch.features(group.functions[bucket], given, clock)
             with self.cache.hold(group.key(bucket), clock) as function:
                 started = clock.start()
                 try:
@@ -264,24 +281,43 @@ class ExpertDispatch:
         return results
 
 
+def _taken(values: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """The columns of `values [C,T]` of some tokens: themselves where it is all of them."""
+    return values if len(tokens) == values.shape[1] else values[:, tokens]
+
+
+def _rows(gates: np.ndarray, experts: tuple[int, ...]) -> np.ndarray:
+    """The rows of neighbours as they lie in `gates [E,T]`, of others a copy."""
+    first, count = (experts[0], len(experts)) if experts else (0, 0)
+    neighbours = experts == tuple(range(first, first + count))
+    return gates[first : first + count] if neighbours else gates[list(experts)]
+
+
 def open_cache(
     folder: Path,
-    layers: dict[int, ExpertLayer],
+    manifest: Manifest,
     runtime: str,
     limit_bytes: int | None,
     policy: str = "lru",
+    *,
+    direct: bool = False,
     **options: Any,
 ) -> ExpertCache:
-    """A cache over the packages in `folder`, each opened once. A function counts with the memory
-    its weights take, and leaves by the `policy`, a key of POLICIES in `loop/eviction.py`.
+    """A cache over the experts of the conversion in `folder`: functions of its packages, and stores
+    (read around the page cache where `direct`). They leave by the `policy`, a key of POLICIES in
+    `loop/eviction.py`.
 
-    Loading reads the weights. It raises UserError when a package is damaged, or lacks a function or
-    has it with other inputs than the manifest implies, and when the limit is below the size of one
-    function.
+    Loading reads the weights. It raises UserError when a package or a store is damaged, or lacks a
+    function or has it with other inputs than the manifest implies, and when the limit is below the
+    size of one function.
     """
+    layers = expert_layers(manifest)
     groups = [group for layer in layers.values() for group in layer.all_groups]
     entries = {
-        group.key(tokens): entry for group in groups for tokens, entry in group.functions.items()
+        group.key(tokens): entry
+        for group in groups
+        if not group.stored
+        for tokens, entry in group.functions.items()
     }
     eviction = Eviction(
         {
@@ -293,38 +329,16 @@ def open_cache(
         policy,
     )
 
-    @cache
-    def package(path: str) -> Package:
-        return open_package(folder / path, runtime, **options)
-
-    def load(key: FunctionKey) -> LoadedFunction:
-        function = package(key.path).function(key.name, eager=True)
-        check_function(function, entries[key], f"{folder / key.path}: function {key.name}")
-        return function
-
-    @cache
-    def size(key: FunctionKey) -> int:
-        if key.name not in package(key.path).functions:
-            raise UserError(
-                f"{folder / key.path} lacks an expert function", key.name, "convert again"
-            )
-        return package(key.path).resident_bytes(key.name)
-
-    return ExpertCache(load, size, limit_bytes, eviction)
-
-
-def check_function(function: LoadedFunction, entry: ShardFunction, what: str) -> None:
-    """Raise UserError unless `function` declares exactly the inputs that the manifest says, by name
-    and shape."""
-    declared = {feature.name: feature.type.shape for feature in function.inputs}
-    expected = shapes_of(entry.ports.inputs)
-    if declared != expected:
-        names = sorted(set(declared) | set(expected))
-        differences = ", ".join(
-            f"{name} {declared.get(name, 'absent')} where {expected.get(name, 'none')} was expected"
-            for name in names
-            if declared.get(name) != expected.get(name)
-        )
-        raise UserError(
-            f"{what} has other inputs than the manifest implies", differences, "convert again"
-        )
+    packages = PackageSource(folder, entries, runtime, **options)
+    if not any(shard.store for shard in manifest.shards):
+        return ExpertCache(packages.load, packages.size, limit_bytes, eviction)
+    stores = StoreSource(folder, manifest, runtime, direct, **options)
+    source = Sources(packages, dict.fromkeys(stores.paths, stores))
+    return ExpertCache(
+        source.load,
+        source.size,
+        limit_bytes,
+        eviction,
+        release=source.release,
+        readers=READERS,
+    )

@@ -19,7 +19,8 @@ class KindFigures:
 class PhaseFigures:
     """One phase (prefill or decode). `seconds` is wall time; `shard_seconds` the part with a shard
     call running, `load_seconds` the part spent waiting for expert functions to load, the rest is
-    the host's own. `synchronisations`: how often tracks met."""
+    the host's own. `synchronisations`: how often tracks met. `copies`: arrays that the host copied,
+    of `copied_bytes`; `most_at_once`: calls that ran side by side."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -27,6 +28,13 @@ class PhaseFigures:
     load_seconds: float = 0.0
     kinds: dict[str, KindFigures] = field(default_factory=dict)
     synchronisations: int = 0
+    copies: int = 0
+    copied_bytes: int = 0
+    most_at_once: int = 0
+
+    @property
+    def copies_per_token(self) -> float:
+        return self.copies / self.tokens if self.tokens else 0.0
 
     @property
     def calls(self) -> int:
@@ -61,6 +69,9 @@ class PhaseFigures:
             "load_seconds": self.load_seconds,
             "host_seconds": self.host_seconds,
             "host_ms_per_call": self.host_ms_per_call,
+            "copies_per_token": self.copies_per_token,
+            "copied_bytes": self.copied_bytes,
+            "most_at_once": self.most_at_once,
             "kinds": {
                 name: {"calls": kind.calls, "seconds": kind.seconds}
                 for name, kind in self.kinds.items()
@@ -185,6 +196,7 @@ class CallClock:
         with self._lock:
             now = self._divide()
             self._calls += 1
+            self.phase.most_at_once = max(self.phase.most_at_once, self._calls)
         return now
 
     def stop(self, kind: str, started: float) -> None:
@@ -194,6 +206,12 @@ class CallClock:
             figures = self.phase.kinds.setdefault(kind, KindFigures())
             figures.calls += 1
             figures.seconds += now - started
+
+    def copied(self, nbytes: int) -> None:
+        """Note that the host has copied an array."""
+        with self._lock:
+            self.phase.copies += 1
+            self.phase.copied_bytes += nbytes
 
     def start_load(self) -> None:
         with self._lock:

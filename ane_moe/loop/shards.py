@@ -10,7 +10,9 @@ from ane_moe.errors import UserError
 from ane_moe.loop.buffers import rope_tables
 from ane_moe.loop.embedding_table import EmbeddingTable, open_embeddings
 from ane_moe.loop.expert_cache import ExpertCache
-from ane_moe.loop.experts import ExpertLayer, check_function, expert_layers, open_cache
+from ane_moe.loop.expert_source import check_function
+from ane_moe.loop.experts import ExpertLayer, expert_layers, open_cache
+from ane_moe.loop.memory_budget import MB, Budget, budget_of
 from ane_moe.manifest import Manifest, Shard, read_manifest
 from ane_moe.runtime import open_package, resolve_runtime, session_options
 from ane_moe.runtime.interface import LoadedFunction
@@ -53,6 +55,7 @@ class LoadedShards:
     embed: EmbeddingTable
     ropes: dict[str, np.ndarray]
     cache: ExpertCache | None = None  # of expert functions, where there are any
+    budget: Budget | None = None  # where experts lie in stores
 
     @property
     def loaded(self) -> list[LoadedShard]:
@@ -90,6 +93,7 @@ def load_shards(
     expert_policy: str = "lru",
     memory_mb: float | None = None,
     adapter: str | None = None,
+    direct: bool = False,
     **options: Any,
 ) -> LoadedShards:
     """Load every shard of the conversion in `folder`; `options` go to the runtime.
@@ -97,11 +101,12 @@ def load_shards(
     Expert functions are loaded when first called, and kept within `expert_cache_bytes` (None: all
     of them), by the `expert_policy`, a key of POLICIES in `loop/eviction.py`. Weights of all
     shards, as stored and as the runtime expands them, take `memory_mb` (10^6 bytes) where there is
-    a limit. `adapter` is one of those that were converted with the model, by its name, and switched
-    on.
+    a limit. Experts of stores take what that leaves (None: half of what is free); the stores are
+    read around the page cache where `direct`. `adapter` is one of those that were converted with
+    the model, by its name, and switched on.
 
     Raises UserError when the folder is no finished conversion, lacks a shard, or a function's
-    inputs are not what the manifest implies.
+    inputs are not what the manifest implies, and when the limit leaves no room for an expert.
     """
     manifest = read_manifest(folder).with_adapter(adapter)
     check_manifest(manifest, folder)
@@ -112,7 +117,13 @@ def load_shards(
             "convert without --layers",
         )
     runtime = resolve_runtime(runtime)
-    options |= session_options(runtime, memory_mb, stored_bytes(folder, manifest))
+    stored, budget = stored_bytes(folder, manifest), None
+    if any(shard.store for shard in manifest.shards):
+        limit = None if memory_mb is None else int(memory_mb * MB)
+        budget = budget_of(manifest, table_bytes(folder, manifest), limit)
+        expert_cache_bytes = min(expert_cache_bytes or budget.experts, budget.experts)
+        memory_mb = None if limit is None else (stored + budget.expanded) / MB
+    options |= session_options(runtime, memory_mb, stored)
 
     def load(shard: Shard) -> LoadedShard:
         package = open_package(folder / shard.path, runtime, **options)
@@ -125,8 +136,10 @@ def load_shards(
     steps = [
         experts[step] if isinstance(step, int) else load(step) for step in call_order(manifest)
     ]
-    limits = (expert_cache_bytes, expert_policy)
-    cache = open_cache(folder, experts, runtime, *limits, **options) if experts else None
+    cache = None
+    if experts:
+        limits = (expert_cache_bytes, expert_policy)
+        cache = open_cache(folder, manifest, runtime, *limits, direct=direct, **options)
     return LoadedShards(
         folder,
         manifest,
@@ -135,7 +148,13 @@ def load_shards(
         open_embeddings(folder, manifest),
         rope_tables(manifest),
         cache,
+        budget,
     )
+
+
+def table_bytes(folder: Path, manifest: Manifest) -> int:
+    """What the embedding table takes."""
+    return (folder / manifest.embed).stat().st_size if manifest.embed else 0
 
 
 def stored_bytes(folder: Path, manifest: Manifest) -> int:

@@ -119,6 +119,8 @@ class Call:
             clock.stop(self.shard.kind, started)
         for name, target in self.puts:
             target.put(outputs[name])
+            if isinstance(target, Into):
+                clock.copied(outputs[name].nbytes)
         return outputs
 
 

@@ -9,6 +9,7 @@ in slots alone: whoever runs a model fills a function's input slots, calls it, a
     stream.track_1          that of track 1 until the next meeting
     ffn_input  gates.3      what dispatched experts are given: the normed stream, gates of layer 3
     ffn_input.track_1       that of track 1
+    weight.up.weight        and, where one graph computes all of them, their own weights
     carry.router            what a layer hands to the next one beside the stream
     noise.gumbel.3          what is added to layer 3's scores of experts for the choice alone
     logits[0:16384]         scores of these vocabulary rows
@@ -44,7 +45,7 @@ FFN_INPUT = "ffn_input"
 ADDED = "added"
 MASK, BAND, CHUNK, PROMPT = "mask", "band_", "chunk_", "prompt_"
 PASSED, PART, SHIFT = "passed", "part_", "shift"
-GATES, LOGITS, STATE = "gates", "logits", "state"  # roots
+GATES, LOGITS, STATE, WEIGHT = "gates", "logits", "state", "weight"  # roots
 MEETING = ("sum", "mean")  # how outputs of tracks go into one slot
 # Roots of the slots whose arrays have channels on axis 1 and tokens on the last: `--layout` turns
 # those, and nothing else.

@@ -51,7 +51,7 @@ def capture_goldens(
             manifest.layers,
             ids,
             kept,
-            experts=manifest.routing == "sparse",
+            experts=any(shard.dispatched for shard in manifest.shards),
             stored=stored,
             through=through,
             progress=progress,

@@ -15,9 +15,11 @@ import torch
 
 from ane_moe.checkpoints.checkpoint import Checkpoint, TensorSource
 from ane_moe.errors import UserError
+from ane_moe.expert_record import Store
 from ane_moe.formats.expand import expand
 from ane_moe.formats.recipe import Choice, find_format, recipe_of
 from ane_moe.loop.embedding_table import open_embeddings
+from ane_moe.loop.expert_store import StoreFile, expanded
 from ane_moe.manifest import Manifest, Shard
 from ane_moe.mlprogram.reader import read_program
 from ane_moe.model.weight import EMBEDDING, HEAD, HEAD_BIAS, Place, WeightName
@@ -51,8 +53,11 @@ def stored_weights(
     shards: Iterable[Shard], folder: Path, wanted: Wanted = lambda _: True
 ) -> Iterator[StoredWeight]:
     """The tensors of `shards` that are `wanted`, expanded by the reference runtime's operations,
-    one at a time; others are not read."""
+    one at a time, or an expert of a store at a time; others are not read."""
     for shard in shards:
+        if shard.store is not None:
+            yield from _from_store(shard, shard.store, folder, wanted)
+            continue
         program = read_program(folder / shard.path)
         for experts, functions in shard.copies.items():
             place = shard.place(experts)
@@ -66,6 +71,22 @@ def stored_weights(
             for name in [name for name in values if not name.endswith(DIRECTIONS)]:
                 yield _joined(shard, place, name, values)
                 del values[name]
+
+
+def _from_store(shard: Shard, store: Store, folder: Path, wanted: Wanted) -> Iterator[StoredWeight]:
+    file = StoreFile(folder / shard.path, store, shard.content_key)
+    record, whole = store.record, store.record.expanded
+    read, buffer = (np.empty(one.size, np.uint8) for one in (record, whole))
+    for expert in range(store.count):
+        place = shard.place((expert,))
+        stems = {weight.name: place.name(_stem(weight.name)) for weight in record.weights}
+        if not any(map(wanted, stems.values())):
+            continue
+        file.read(expert, read)
+        values = expanded(record, read, whole, buffer)
+        for name in [name for name in values if not name.endswith(DIRECTIONS)]:
+            if wanted(stems[name]):
+                yield _joined(shard, place, name, values)
 
 
 def _parameter(constant: str) -> str:

@@ -25,3 +25,11 @@ class Block(nn.Module):
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         raise NotImplementedError
+
+
+def give(module: nn.Module, path: str, value: Tensor) -> None:
+    """Put a plain tensor where the parameter at `path` was."""
+    parent, _, leaf = path.rpartition(".")
+    owner = module.get_submodule(parent)
+    owner._parameters.pop(leaf, None)
+    owner.__dict__[leaf] = value

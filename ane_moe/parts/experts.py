@@ -4,8 +4,8 @@ that chose it."""
 import torch
 from torch import Tensor, nn
 
-from ane_moe.model.experts import ExpertGroupConfig, SharedExpertConfig
-from ane_moe.parts.block import Block
+from ane_moe.model.experts import ExpertGroupConfig, GivenExpertConfig, SharedExpertConfig
+from ane_moe.parts.block import Block, give
 from ane_moe.parts.mlp import GatedMlp
 from ane_moe.parts.projection import Projection
 from ane_moe.parts.residual import residual_alone
@@ -40,6 +40,24 @@ class ExpertGroup(Block):
             return {"y": self.residual.alone(self.experts[0](x, gates))}
         parts = [expert(x, gates[:, e : e + 1]) for e, expert in enumerate(self.experts)]
         return {"y": self.residual.alone(tree_sum(parts))}
+
+
+class GivenExpert(Block):
+    """An expert whose weights are inputs: the graph of `ExpertGroup`, bound to none of them."""
+
+    config: GivenExpertConfig
+
+    def __init__(self, config: GivenExpertConfig):
+        super().__init__()
+        self.config = config
+        self.unbound = [ExpertGroup(config.expert)]  # in a list: none of its parameters are ours
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        (expert,) = self.unbound
+        for name, row in self.config.given.items():
+            give(expert, row.path, inputs.pop(name))
+        outputs: dict[str, Tensor] = expert(**inputs)
+        return outputs
 
 
 class SharedExpert(Block):

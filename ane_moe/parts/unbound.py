@@ -2,7 +2,7 @@
 
 import torch
 
-from ane_moe.model.experts import ExpertGroupConfig, SharedExpertConfig
+from ane_moe.model.experts import ExpertGroupConfig, GivenExpertConfig, SharedExpertConfig
 from ane_moe.model.head import HeadConfig
 from ane_moe.model.join import JoinConfig
 from ane_moe.model.mixer import MixerConfig
@@ -12,7 +12,7 @@ from ane_moe.model.part import PartConfig
 from ane_moe.model.routed import RoutedMixerConfig, RoutingConfig
 from ane_moe.model.stack import PackedConfig, StackConfig
 from ane_moe.parts.block import Block
-from ane_moe.parts.experts import ExpertGroup, SharedExpert
+from ane_moe.parts.experts import ExpertGroup, GivenExpert, SharedExpert
 from ane_moe.parts.head import Head
 from ane_moe.parts.join import Join
 from ane_moe.parts.mlp import Dense
@@ -30,6 +30,7 @@ BLOCKS: dict[type, type[Block]] = {
     StackConfig: Stack,
     PackedConfig: Packed,
     ExpertGroupConfig: ExpertGroup,
+    GivenExpertConfig: GivenExpert,
     SharedExpertConfig: SharedExpert,
     HeadConfig: Head,
     JoinConfig: Join,

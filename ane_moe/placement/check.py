@@ -32,7 +32,7 @@ def check_placement(
     predicted for `target`. Raises UserError when there is no conversion, or a package of it cannot
     be read.
     """
-    packages = [(out / shard.path, shard.path) for shard in read_manifest(out).shards]
+    packages = [(out / shard.path, shard.path) for shard in read_manifest(out).packages]
     if resolve_runtime(runtime) != "coreml":
         return predict(packages, target, allow=allow, require_measured=require_measured)
     from ane_moe.placement.measured import measure  # coremltools takes a second to import

@@ -10,8 +10,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from ane_moe.errors import UserError
+from ane_moe.expert_record import PLAIN
 from ane_moe.files import is_hidden, sha256
 from ane_moe.loop.embedding_table import Int8Table, NoTable, open_embeddings
+from ane_moe.loop.expert_store import StoreFile
 from ane_moe.loop.shards import check_manifest
 from ane_moe.manifest import Manifest, Shard
 from ane_moe.mlprogram.program import Block, Constant, Program
@@ -48,7 +50,7 @@ def check_integrity(
             progress(f"checking {relative}", number, len(files))
             problems += found
         suspect = {_package(problem.path) for problem in problems}
-        sound = [shard.path for shard in looked_at if shard.path not in suspect]
+        sound = [shard for shard in looked_at if shard.path not in suspect]
         for found in threads.map(partial(_unsound, folder), sound):
             problems += found
     finally:
@@ -72,7 +74,8 @@ def _incomplete(folder: Path, manifest: Manifest) -> Iterator[Problem]:
     except UserError as error:
         yield Problem("runtime_meta.json", str(error))
     for shard in manifest.shards:
-        if not any(relative.startswith(shard.path + "/") for relative in manifest.files):
+        listed = shard.store is not None and shard.path in manifest.files
+        if not listed and not any(name.startswith(f"{shard.path}/") for name in manifest.files):
             yield Problem(shard.path, "named as a shard, but no file of it is listed")
 
 
@@ -97,12 +100,27 @@ def _changed(folder: Path, relative: str, digest: str | None) -> list[Problem]:
     return [Problem(relative, what)]
 
 
-def _unsound(folder: Path, relative: str) -> list[Problem]:
+def _unsound(folder: Path, shard: Shard) -> list[Problem]:
+    path = folder / shard.path
     try:
-        names = list(_not_finite(read_program(folder / relative)))
+        if shard.store is None:
+            names = list(_not_finite(read_program(path)))
+        else:
+            names = list(_not_finite_stored(StoreFile(path, shard.store, shard.content_key)))
     except UserError as error:
-        return [Problem(relative, str(error))]
-    return [Problem(relative, f"NaN or Inf in weight {name}") for name in names]
+        return [Problem(shard.path, str(error))]
+    return [Problem(shard.path, f"NaN or Inf in weight {name}") for name in names]
+
+
+def _not_finite_stored(file: StoreFile) -> Iterator[str]:
+    """Names of experts' weights with a NaN or an Inf, in the numbers that are stored as such."""
+    record = np.empty(file.store.record.size, np.uint8)
+    for expert in range(file.store.count):
+        file.read(expert, record)
+        for weight in file.store.record.weights:
+            halves = (array for array in weight.arrays if array.type == PLAIN)
+            if not all(_finite(record[array.bytes].view(np.float16)) for array in halves):
+                yield f"{weight.name} of expert {expert}"
 
 
 def _not_finite(program: Program) -> Iterator[str]:

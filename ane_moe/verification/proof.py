@@ -163,7 +163,7 @@ class Proof:
         if not layers:
             return None
         return ExpertDispatch(
-            layers, open_cache(self.out, layers, self.runtime, room, **self.options)
+            layers, open_cache(self.out, self.manifest, self.runtime, room, **self.options)
         )
 
     def _open(self, shard: Shard) -> LoadedShard:

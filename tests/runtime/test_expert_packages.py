@@ -62,7 +62,7 @@ def manifest():
 
 
 def cache_of(folder, limit_bytes=None):
-    return open_cache(folder, expert_layers(manifest()), "reference", limit_bytes)
+    return open_cache(folder, manifest(), "reference", limit_bytes)
 
 
 @pytest.mark.parametrize("tokens, concurrency", [(1, 1), (3, 1), (9, 2)])

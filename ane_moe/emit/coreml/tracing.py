@@ -19,7 +19,7 @@ from ane_moe.emit.coreml.token_count import MARKER, with_token_count
 from ane_moe.mlprogram.proto import MIL_pb2, Model_pb2
 from ane_moe.model.port import Port, Ports, Shape, shapes_of
 from ane_moe.model.template_key import TemplateKey
-from ane_moe.parts.block import Block
+from ane_moe.parts.block import Block, give
 from ane_moe.parts.unbound import build_unbound
 
 # What our graphs need of coremltools' 95 default passes: a quarter of the time, the same program.
@@ -105,7 +105,7 @@ class _Unbound(nn.Module):
         block, ports = self.hidden[0], self.ports
         count = len(ports.inputs)
         for name, weight in zip(self.weight_names, values[count:], strict=True):
-            _replace(block, name, weight)
+            give(block, name, weight)
         given = zip(ports.inputs, values[:count], strict=True)
         inputs = {port.name: self._oriented(port, value) for port, value in given}
         outputs = block(**inputs, **{port.name: getattr(self, port.name) for port in ports.states})
@@ -113,14 +113,6 @@ class _Unbound(nn.Module):
 
     def _oriented(self, port: Port, value: Tensor) -> Tensor:
         return value.transpose(2, 3) if self.layout == "bct1" and port.by_channel else value
-
-
-def _replace(block: nn.Module, path: str, value: Tensor) -> None:
-    """Put a plain tensor where a parameter was."""
-    parent, _, leaf = path.rpartition(".")
-    owner = block.get_submodule(parent)
-    owner._parameters.pop(leaf, None)
-    owner.__dict__[leaf] = value
 
 
 def _declared(ports: Iterable[Port], layout: str) -> dict[str, Shape]:
