@@ -36,7 +36,8 @@ def inspect(
     system: Annotated[int, typer.Option("--os", help="System to predict for: 15, 26 or 27.")] = 26,
     as_json: AsJson = False,
 ) -> None:
-    """Show the functions, inputs, outputs, states, operations and weight formats of a package."""
+    """Show the functions, inputs, outputs, states, operations and weight formats of a package, or
+    how experts lie in a store (experts/layer_NN.bin)."""
     from rich.console import Console
     from rich.text import Text
 
@@ -48,7 +49,15 @@ def inspect(
         summarize_pipeline,
         summary_document,
     )
+    from ane_moe.report.store_table import SUFFIX, find_store, store_document, store_table
 
+    if package.suffix == SUFFIX:
+        shard = find_store(package)
+        if as_json:
+            typer.echo(json.dumps(store_document(shard), indent=2))
+        else:
+            Console().print(store_table(shard))
+        return
     model = open_model(package, require_weights=False)
     if isinstance(model, OpenPipeline):
         pipeline = summarize_pipeline(model)

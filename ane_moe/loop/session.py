@@ -12,14 +12,14 @@ import numpy as np
 from ane_moe.errors import UserError
 from ane_moe.loop.ahead_rule import AheadRule
 from ane_moe.loop.buffers import Slots
-from ane_moe.loop.cuts import cuts_of
+from ane_moe.loop.cuts import ONE_WAY, cuts_of
 from ane_moe.loop.experts import ExpertDispatch
 from ane_moe.loop.figures import CallClock, Figures, PrefetchFigures
 from ane_moe.loop.prefetch import Guessing, Prefetch, make_predictor
 from ane_moe.loop.shards import LoadedShards
-from ane_moe.loop.wiring import GateRule, Lane, States, Wiring
+from ane_moe.loop.wiring import Call, GateRule, Lane, States, Wiring
 from ane_moe.manifest import TAIL
-from ane_moe.model.port import STREAM, slot_rows
+from ane_moe.model.port import STREAM, Port, slot_rows
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,12 @@ class BodyLane:
     @property
     def slots(self) -> Slots:
         return self.body.slots
+
+    @property
+    def inputs(self) -> list[Port]:
+        """What the functions of the layers take."""
+        calls = (call for call in self.body.calls if isinstance(call, Call))
+        return [port for call in calls for port in call.entry.ports.inputs]
 
     def logits(self, clock: CallClock) -> Iterator[tuple[slice, np.ndarray]]:
         """Scores `[rows,T]` of each slice of the vocabulary for what the stream holds."""
@@ -89,6 +95,7 @@ class Session:
         self._prefetch = self._ahead(guessing, dispatch)
         self._decode = self._lane("decode", dispatch, self._prefetch)
         self._prefill = self._decode
+        self._one_way = any(port.root in ONE_WAY for port in self._decode.inputs)
         self._tail: Lane | None = None  # what follows a prompt's prefill, for its last token
         if self.manifest.prefill:
             self._prefill = self._lane("prefill", dispatch)
@@ -261,12 +268,14 @@ class Session:
 
     def _forward(self, lane: BodyLane, rows: np.ndarray, clock: CallClock) -> None:
         """Run every layer on the embeddings `[n,d]` of at most T tokens, leaving the last hidden
-        states in the lane's stream. What a failure leaves half done is forgotten with the rest."""
+        states in the lane's stream. What a failure leaves half done is written over by the same
+        call, or forgotten with the rest where it cannot be taken back."""
         self._place(lane, rows, self.position)
         try:
             self._run(lane, clock)
         except BaseException:
-            self.reset()
+            if self._one_way:
+                self.reset()
             raise
         self.position += len(rows)
 

@@ -340,3 +340,19 @@ def test_functions_of_several_experts_are_refused(checkpoint, tmp_path):
     options = ConvertOptions(routing="stream", experts_per_function=2)
     with pytest.raises(UserError, match="read expert by expert"):
         convert(checkpoint, tmp_path / "out", options)
+
+
+def test_states_that_cannot_be_taken_back_begin_anew(tmp_path, monkeypatch):
+    """A short convolution keeps what a broken-off call has moved on."""
+    folder = save_checkpoint(make_model("lfm2_moe"), tmp_path / "checkpoint")
+    options = ConvertOptions(routing="stream", context=64, prefill=0, recipe=FP16)
+    convert(folder, tmp_path / "out", options)
+    session, preadv = session_of(tmp_path / "out"), os.preadv
+    expected = session.prefill(IDS).copy()
+    session = session_of(tmp_path / "out")
+    monkeypatch.setattr(os, "preadv", failing_read)
+    with pytest.raises(UserError, match="cannot be read"):
+        session.prefill(IDS)
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert session.position == 0
+    np.testing.assert_array_equal(session.prefill(IDS), expected)

@@ -33,14 +33,14 @@ def original(request, tmp_path_factory):
     return model, folder
 
 
-# Other tests convert every kind of part for sparse routing.
-SPARSE = pytest.param("sparse", marks=pytest.mark.slow)
+# Other tests convert every kind of part for sparse routing, and experts of every kind for stream.
+SLOW = [pytest.param(routing, marks=pytest.mark.slow) for routing in ("sparse", "stream")]
 
 
-@pytest.mark.parametrize("routing", ["masked", SPARSE])
+@pytest.mark.parametrize("routing", ["masked", *SLOW])
 def test_a_conversion_is_right(original, routing, tmp_path):
     model, checkpoint = original
-    options = {"expert_tokens": (1, 16)} if routing == "sparse" else {}
+    options = {"expert_tokens": (1, 16)} if routing != "masked" else {}
     out = tiny_conversion(checkpoint, tmp_path, routing=routing, prefill=16, context=64, **options)
     report = verify(out, checkpoint=checkpoint, prompts=checkpoint.parent / "prompts.json")
     assert not report.integrity
