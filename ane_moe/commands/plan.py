@@ -42,6 +42,10 @@ def plan(
     max_shard_mb: Annotated[
         int, typer.Option(help="Split MoE layers into shards of at most this size.", min=1)
     ] = 220,
+    memory_mb: Annotated[
+        float | None,
+        typer.Option(help="Also: how many experts of a store stay in so much memory.", min=1),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say whether a model fits, how fast it would be and which way to take; predict every way.
@@ -64,6 +68,7 @@ def plan(
         prefill=prefill,
         max_shard_mb=max_shard_mb,
         lengths=None if lengths is None else parse_counts(lengths, "--lengths", 1),
+        memory_mb=memory_mb,
     )
     if as_json:
         typer.echo(json.dumps(found.as_json(), indent=2))

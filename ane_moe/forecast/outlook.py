@@ -22,6 +22,7 @@ from ane_moe.forecast.cost_model import NOTE, Prediction, predict
 from ane_moe.forecast.design import Design, design, routings
 from ane_moe.forecast.layer_kinds import KindsPlan, plan_kinds
 from ane_moe.forecast.memory_sizes import Fit, fit
+from ane_moe.forecast.stream_fit import StreamFit, stream_fits
 from ane_moe.forecast.track_forms import TrackForm, as_json, track_forms
 from ane_moe.forecast.verdict import Verdict
 from ane_moe.forecast.workload import Workload, workload_of_plan
@@ -95,6 +96,7 @@ class Outlook:
     synchronisations: Synchronisations | None = None  # of tracks
     forms: tuple[TrackForm, ...] = ()  # of tracks, the better one first
     verdict: Verdict | None = None
+    streams: tuple[StreamFit, ...] = ()  # where a limit of memory was asked about
 
     @property
     def supported(self) -> bool:
@@ -116,6 +118,7 @@ class Outlook:
             "weights": self.weights,
             "synchronisations": self.synchronisations and self.synchronisations.as_json(),
             "track_forms": as_json(self.forms),
+            "streams": [fit.as_json() for fit in self.streams],
             "notes": list(self.notes),
             "choices": [_choice_json(choice) for choice in self.choices],
             "recommendation": self.recommendation,
@@ -134,6 +137,7 @@ def outlook(
     prefill: int = 64,
     max_shard_mb: int = 220,
     lengths: tuple[int, ...] | None = None,
+    memory_mb: float | None = None,
 ) -> Outlook:
     """What `convert` would make of a checkpoint folder, a config.json, or a model of the Hugging
     Face Hub by its id.
@@ -155,6 +159,7 @@ def outlook(
         prefill=prefill,
         max_shard_mb=max_shard_mb,
         lengths=lengths,
+        memory_mb=memory_mb,
     )
 
 
@@ -170,6 +175,7 @@ def outlook_of(
     prefill: int = 64,
     max_shard_mb: int = 220,
     lengths: tuple[int, ...] | None = None,
+    memory_mb: float | None = None,
 ) -> Outlook:
     """`outlook` of a configuration that has been read; `folder` is that of its weights, if any."""
     place, model = find_target(target, os), _read_model(values, where, folder)
@@ -218,6 +224,11 @@ def outlook_of(
             find_chip(place.name),
         ),
         None if model.refusal else _verdict(choices, target),
+        ()
+        if memory_mb is None
+        else stream_fits(
+            spec, [find_recipe(name) for name in recipes], memory_mb, context, prefill
+        ),
     )
 
 

@@ -4,7 +4,7 @@ The interpreter and its libraries come on top: some 350 MB with torch.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import psutil
 
 from ane_moe.errors import UserError
 from ane_moe.loop.expert_store import READERS
-from ane_moe.manifest import Manifest, Shard
+from ane_moe.manifest import Shard
 from ane_moe.model.port import LOGITS
 
 MB = 1_000_000
@@ -50,14 +50,16 @@ class Budget:
         return {f"{name}_bytes": size for name, size in sizes.items()} | counts
 
 
-def budget_of(manifest: Manifest, table: int, limit_bytes: int | None = None) -> Budget:
-    """How `limit_bytes` (None: half of what is free) are divided, `table` of them for embeddings.
+def budget_of(shards: Sequence[Shard], table: int, limit_bytes: int | None = None) -> Budget:
+    """How `limit_bytes` (None: half of what is free) are divided over the shards of a conversion,
+    finished or planned, and `table` bytes of embeddings.
     Raises UserError when they leave no room for one expert."""
-    stores = [(shard.store.record, shard.store.count) for shard in manifest.shards if shard.store]
+    stores = [(shard.store.record, shard.store.count) for shard in shards if shard.store]
     sizes = [record.expanded.size for record, _ in stores]
     apart = [record.size for record, _ in stores if not record.is_plain]
-    packages = sum(shard.weight_bytes for shard in manifest.packages)
-    caches = sum(2 * math.prod(shape) for shape in _kept(manifest))
+    others = [shard for shard in shards if shard.store is None]
+    packages = sum(shard.weight_bytes for shard in others)
+    caches = sum(2 * math.prod(shape) for shape in _kept(others))
     reading = READERS * (max(apart, default=0) + CALL_BYTES)
     if limit_bytes is None:
         limit_bytes = int(psutil.virtual_memory().available * FREE_SHARE)
@@ -70,7 +72,7 @@ def budget_of(manifest: Manifest, table: int, limit_bytes: int | None = None) ->
             f"{(limit_bytes - left) / MB:,.0f}, an expert {max(sizes) / MB:,.1f}",
             f"give --memory-mb {least} or more",
         )
-    expanded = min(int((left - max(sizes)) * EXPANDED_SHARE), _expandable(manifest))
+    expanded = min(int((left - max(sizes)) * EXPANDED_SHARE), _expandable(others))
     total = sum(count for _, count in stores)
     whole = sum(size * count for size, (_, count) in zip(sizes, stores, strict=True))
     experts = min(left - expanded, whole)
@@ -78,17 +80,17 @@ def budget_of(manifest: Manifest, table: int, limit_bytes: int | None = None) ->
     return Budget(packages, table, caches, reading, expanded, experts, fitting, total)
 
 
-def _kept(manifest: Manifest) -> Iterator[tuple[int, ...]]:
+def _kept(shards: Iterable[Shard]) -> Iterator[tuple[int, ...]]:
     """The shapes of what a session keeps, and of its scores."""
-    for shard in manifest.shards:
+    for shard in shards:
         yield from shard.states.values()
         outputs = shard.functions[0].ports.outputs
         yield from (port.shape for port in outputs if port.root == LOGITS)
 
 
-def _expandable(manifest: Manifest) -> int:
+def _expandable(shards: Iterable[Shard]) -> int:
     """What expanded copies of all weights in packages would take."""
-    return sum(2 * _elements(shard) for shard in manifest.packages)
+    return sum(2 * _elements(shard) for shard in shards)
 
 
 def _elements(shard: Shard) -> int:

@@ -120,7 +120,7 @@ def load_shards(
     stored, budget = stored_bytes(folder, manifest), None
     if any(shard.store for shard in manifest.shards):
         limit = None if memory_mb is None else int(memory_mb * MB)
-        budget = budget_of(manifest, table_bytes(folder, manifest), limit)
+        budget = budget_of(manifest.shards, table_bytes(folder, manifest), limit)
         expert_cache_bytes = min(expert_cache_bytes or budget.experts, budget.experts)
         memory_mb = None if limit is None else (stored + budget.expanded) / MB
     options |= session_options(runtime, memory_mb, stored)

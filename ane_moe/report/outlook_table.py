@@ -1,6 +1,6 @@
 """The outlook of `ane-moe plan` on the terminal."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -10,6 +10,7 @@ from ane_moe.forecast.chips import Range, find_chip
 from ane_moe.forecast.cost_model import NOTE
 from ane_moe.forecast.design import Design
 from ane_moe.forecast.outlook import Choice, Outlook
+from ane_moe.forecast.stream_fit import StreamFit
 from ane_moe.forecast.track_forms import advice
 
 MINUTE = 60
@@ -35,6 +36,8 @@ def print_outlook(found: Outlook) -> None:
     if found.design:
         smallest = "even a function of the fewest tokens" if found.lengths else "a decode function"
         _designed(console, found.design, smallest)
+    if found.streams:
+        _streams(console, found.streams)
     if found.synchronisations:
         _print(console, f"{found.synchronisations.sentence}.")
     if found.forms:
@@ -80,6 +83,30 @@ def _forecast(console: Console, found: Outlook) -> None:
         _print(console, f"{left_out}: its last token alone goes through all layers.")
     for key, mark in marks.items():
         _print(console, f"{mark} {_concern(found, *key)}")
+
+
+def _streams(console: Console, streams: Sequence[StreamFit]) -> None:
+    """What stays in memory with the experts in a store."""
+    table = _table_of(
+        "weights", "resident MB", "expert kB", "most MB read/token", "experts in memory"
+    )
+    refused = [fit for fit in streams if fit.budget is None]
+    for fit in streams:
+        if fit.budget is None:
+            continue
+        share = fit.budget.fitting / fit.budget.total
+        table.add_row(
+            fit.recipe,
+            f"{fit.resident_bytes / 1e6:,.0f}",
+            f"{fit.stored_expert_bytes / 1e3:,.0f}",
+            f"{fit.most_read_bytes_per_token / 1e6:,.0f}",
+            f"{fit.budget.fitting:,} of {fit.budget.total:,} ({share:.0%})",
+        )
+    _print(console, "\nWith --routing stream, in the memory asked about:")
+    if table.row_count:
+        _print_table(console, table)
+    for fit in refused:
+        _print(console, f"{fit.recipe}: {fit.refusal}")
 
 
 def _designed(console: Console, design: Design, smallest: str) -> None:

@@ -102,3 +102,13 @@ def test_inspect_shows_how_experts_lie(out):
     assert "4 experts" in " ".join(text.split()) and "16,384" in text and "gate" in text
     document = json.loads(run("inspect", out / shard.path, "--json"))
     assert document["count"] == 4 and document["record"]["size"] == 16_384
+
+
+def test_plan_says_what_stays_in_memory(out):
+    checkpoint = out.parent / "checkpoint"
+    asked = ["plan", checkpoint, "--memory-mb", "100", "--compress", "int8,sparse50", "--json"]
+    fit, refused = json.loads(run(*asked))["streams"]
+    assert fit["budget"]["total"] == fit["budget"]["fitting"] == 4
+    assert fit["most_read_bytes_per_token"] == 2 * 16_384  # k records of one layer
+    assert refused["budget"] is None and "store of experts" in refused["refusal"]
+    assert "4 of 4" in run("plan", checkpoint, "--memory-mb", "100", "--compress", "int8")

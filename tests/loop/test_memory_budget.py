@@ -53,19 +53,19 @@ def test_the_budget_adds_up_by_hand(large):
     scores = 2 * 61
     packages = sum(shard.weight_bytes for shard in manifest.shards if shard.store is None)
     table = 2 * 61 * 512
-    budget = budget_of(manifest, table, LIMIT)
+    budget = budget_of(manifest.shards, table, LIMIT)
     assert budget.packages == packages and budget.reading == READERS * CALL_BYTES
     assert budget.caches == caches + scores and budget.expanded == 0
     left = LIMIT - packages - table - caches - scores - READERS * CALL_BYTES
     assert budget.experts == left and budget.all == LIMIT
     assert budget.fitting == math.floor(left / record) and budget.total == 128
-    assert budget_of(manifest, table, 1 << 40).experts == 128 * record
+    assert budget_of(manifest.shards, table, 1 << 40).experts == 128 * record
     with pytest.raises(
         UserError, match=r"holds no expert .* give --memory-mb (\d+) or more"
     ) as found:
-        budget_of(manifest, table, LIMIT - left)
+        budget_of(manifest.shards, table, LIMIT - left)
     needed = int(str(found.value).rsplit("--memory-mb ")[1].split()[0])
-    assert budget_of(manifest, table, needed * MB).fitting >= 1
+    assert budget_of(manifest.shards, table, needed * MB).fitting >= 1
 
 
 RUN = """
