@@ -44,14 +44,16 @@ def test_what_follows_a_cut_is_what_a_whole_text_gives(first, kept, rest, window
     np.testing.assert_allclose(logits, decoder.logits(text)[-1], atol=CLOSE)
 
 
-def test_a_failure_forgets_what_it_left_half_done() -> None:
+@pytest.mark.parametrize("one_way", [False, True])
+def test_a_failure_forgets_what_cannot_be_written_over(one_way: bool) -> None:
     session = Session(make_shards(Decoder((None,)), make_manifest((None,))))
+    session._one_way = one_way
     session.prefill([3, 4, 5])
     call = session._decode.body.steps[-1]
     object.__setattr__(call.function, "call", lambda inputs, state: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         session.decode(6)
-    assert session.position == session.reusable(3) == 0
+    assert session.position == session.reusable(3) == (0 if one_way else 3)
 
 
 @given(steps=st.lists(st.tuples(st.integers(0, 12), st.integers(1, TOKENS)), max_size=20))

@@ -178,7 +178,7 @@ def test_results_are_the_same_to_the_bit_whatever_is_read_when(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StoreFile, "read", slow)
-        patch.setitem(prefetch.PREDICTORS, "wrong", lambda folder, manifest: Wrong(seed))
+        patch.setitem(prefetch.PREDICTORS, "wrong", lambda *given: Wrong(seed))
         session = session_of(store, experts, concurrency=concurrency, predictor=predictor)
 
         def until_done(call):
