@@ -164,7 +164,7 @@ class Manifest:
     n_layers: int  # layers of the whole model
     context: int  # tokens the KV cache holds
     cache_width: int  # last axis of the KV states: context rounded up to a multiple of 32
-    routing: str  # masked | soft | sparse
+    routing: str  # masked | soft | sparse | stream
     state: str  # mlstate | explicit
     layout: str  # bc1s | bct1
     prefill: int  # tokens per prefill call, 0 when there is no prefill function
