@@ -39,7 +39,7 @@ def diff(
         str | None, typer.Option(help="The function of B.", show_default="as --function")
     ] = None,
     runtime: Annotated[
-        str, typer.Option(help="Runtime of A: reference, coreml or auto.")
+        str, typer.Option(help="Runtime of A: reference, coreml, coreai or auto.")
     ] = "reference",
     runtime_b: Annotated[
         str | None, typer.Option(help="Runtime of B.", show_default="as --runtime")

@@ -105,7 +105,7 @@ Predictor = Annotated[
         )
     ),
 ]
-RuntimeName = Annotated[str, typer.Option(help="reference, coreml or auto.")]
+RuntimeName = Annotated[str, typer.Option(help="reference, coreml, coreai or auto.")]
 Shards = Annotated[
     Path,
     typer.Argument(

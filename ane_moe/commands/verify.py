@@ -69,6 +69,17 @@ def verify(
         bool,
         typer.Option("--fresh", help="Do not go on with what a run that was broken off proved."),
     ] = False,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help=(
+                "Also: each distinct part by the reference runtime and by this one, coreai or "
+                "coreml, on the same inputs."
+            ),
+            metavar="RUNTIME",
+            show_default=False,
+        ),
+    ] = None,
     compute_plan: Annotated[
         bool,
         typer.Option(
@@ -100,8 +111,9 @@ def verify(
     the checkpoint's, then every function of every shard on the golden's inputs, then routing, then
     the whole model. Exits with 1 when a gate fails. With --precision engine all of it by the Neural
     Engine's published arithmetic, beside exact sums: whether routing flips, what overflows on the
-    way, what it costs. With --compute-plan, a conversion without a golden is checked for placement
-    alone. Ctrl-C keeps what was proved: the same command goes on.
+    way, what it costs. With --against coreai, Apple's own Core AI runtime, on Linux too, is the
+    judge of ours. With --compute-plan or --against, a conversion without a golden is checked for
+    that alone. Ctrl-C keeps what was proved: the same command goes on.
     """
     from rich.console import Console
 
@@ -109,19 +121,22 @@ def verify(
     from ane_moe.manifest import read_manifest
     from ane_moe.placement.check import check_placement
     from ane_moe.placement.targets import find_target
+    from ane_moe.report.against_table import against_report
     from ane_moe.report.placement_table import placement_report
     from ane_moe.report.step_bar import step_bar
     from ane_moe.report.verify_table import verify_report
+    from ane_moe.verification.against import check_against
     from ane_moe.verification.verify import verify as run
 
     chip = find_target(target, system)
     manifest = read_manifest(out)
     if checkpoint is not None:
         checkpoint = local_folder(checkpoint, manifest.walked)
-    placement_only = compute_plan and checkpoint is None and manifest.golden is None
-    report = placement = None
+    bare = checkpoint is None and manifest.golden is None
+    others_only = bool(compute_plan or against) and bare
+    report = placement = second = None
     with step_bar() as progress:
-        if not placement_only:
+        if not others_only:
             try:
                 report = run(
                     out,
@@ -151,17 +166,23 @@ def verify(
                 require_measured=require_measured,
                 progress=progress,
             )
-    if placement_only:
-        typer.echo("no golden in OUT and no --checkpoint: only placement is checked", err=True)
-    passed = all(part.passed for part in (report, placement) if part is not None)
+        if against and not (report and report.integrity):
+            second = check_against(out, against, min_cosine=min_cosine, progress=progress)
+    if others_only:
+        checked = [name for name, part in (("placement", placement), (against, second)) if part]
+        what = " and ".join(map(str, checked))
+        typer.echo(f"no golden in OUT and no --checkpoint: only {what} is checked", err=True)
+    passed = all(part.passed for part in (report, placement, second) if part is not None)
     if as_json:
         document = report.as_json() if report else {"folder": str(out)}
         document |= {"placement": placement.as_json()} if placement else {}
+        document |= {"against": second.as_json()} if second else {}
         typer.echo(json.dumps(document | {"passed": passed}, indent=2))
     else:
         parts = [
             verify_report(report) if report else None,
             placement_report(placement) if placement else None,
+            against_report(second) if second else None,
         ]
         Console().print(*filter(None, parts), sep="\n", soft_wrap=True)  # a path stays on one line
     if html:

@@ -37,13 +37,15 @@ def verify_report(report: VerifyReport) -> RenderableType:
         parts.append(_compression(report.compression))
     if report.as_stored:
         parts.append(
-            _functions(
+            functions_table(
                 report.as_stored.shards, "Functions against the weights as stored: conversion alone"
             )
         )
     if report.shards:
         parts.append(
-            _functions(report.shards, "Functions, teacher-forced: the worst shard of each kind")
+            functions_table(
+                report.shards, "Functions, teacher-forced: the worst shard of each kind"
+            )
         )
     if report.routing:
         parts.append(_routing(report.routing, report.routing_mode))
@@ -90,7 +92,8 @@ def _compression(roles: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
-def _functions(rows: tuple[ShardResult, ...], title: str) -> Table:
+def functions_table(rows: tuple[ShardResult, ...], title: str) -> Table:
+    """The worst of each kind of function."""
     table = _table(
         title, "kind", "function", "passed", "cosine", "margin", "rel. L2", "margin", "max error"
     )

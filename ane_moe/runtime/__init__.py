@@ -11,6 +11,7 @@ from ane_moe.runtime.interface import LoadedFunction, Package
 RUNTIMES = {
     "reference": "ane_moe.runtime.reference.runtime",
     "coreml": "ane_moe.runtime.coreml.runtime",
+    "coreai": "ane_moe.runtime.coreai.runtime",
 }
 
 

@@ -4,7 +4,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ane_moe.errors import UserError
 from ane_moe.mlprogram.program import Feature
+
+
+class NotExecuted(UserError):
+    """A sound function that a runtime has no way to execute."""
 
 
 class Package(Protocol):

@@ -156,13 +156,16 @@ def _gates(
 ) -> tuple[float, float]:
     """The least cosines of functions and logits against the original: those asked for, or the usual
     ones."""
-    usual = (MIN_COSINE, MIN_LOGIT_COSINE)
-    if manifest.compressed:
-        usual = (MIN_COSINE_COMPRESSED, MIN_LOGIT_COSINE_COMPRESSED)
-    return (
-        usual[0] if min_cosine is None else min_cosine,
-        usual[1] if min_logit_cosine is None else min_logit_cosine,
-    )
+    usual = MIN_LOGIT_COSINE_COMPRESSED if manifest.compressed else MIN_LOGIT_COSINE
+    logits = usual if min_logit_cosine is None else min_logit_cosine
+    return function_gate(manifest, min_cosine), logits
+
+
+def function_gate(manifest: Manifest, min_cosine: float | None) -> float:
+    """The cosine that a function has to reach against the original: the one asked for, or the
+    usual one."""
+    usual = MIN_COSINE_COMPRESSED if manifest.compressed else MIN_COSINE
+    return usual if min_cosine is None else min_cosine
 
 
 def _trials(goldens: Goldens, gates: tuple[float, float]) -> list[Trial]:

@@ -1,0 +1,232 @@
+"""Apple's Core AI runtime behind the interface that every runtime has.
+
+It executes an `.aimodel`, or the twin of an `.mlpackage` (`twin.py`), on the CPU. Apple's Python
+packages run on Linux too, so that what a package computes can be held to a runtime that is not
+ours.
+"""
+
+import asyncio
+import hashlib
+import tempfile
+import threading
+import weakref
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ane_moe.errors import UserError
+from ane_moe.mlprogram.program import Feature, Interface, TensorType
+from ane_moe.mlprogram.reader import OpenProgram, open_program
+from ane_moe.mlprogram.weights import weights_of
+from ane_moe.runtime.coreai.installed import core_ai, quiet
+from ane_moe.runtime.coreai.twin import save_twin
+from ane_moe.runtime.inputs import check_inputs
+from ane_moe.runtime.numpy_dtypes import NUMPY
+
+SUFFIX = ".aimodel"
+MAIN = "main"  # the function of a twin
+PROGRAM, DIGEST = "main.mlirb", "main.hash"
+DTYPES = {
+    "float16": "fp16",
+    "float32": "fp32",
+    "float64": "fp64",
+    "bfloat16": "bf16",
+    **{name: name for name in ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16")},
+}
+DAMAGED = "the asset is damaged: make it again"
+
+
+@dataclass(frozen=True)
+class CoreAiState:
+    """The states of one sequence, by name: Core AI's own arrays, which calls change."""
+
+    arrays: dict[str, Any]
+
+    def read(self, name: str) -> np.ndarray:
+        """A copy of one state's contents."""
+        return np.array(self.arrays[name].numpy())
+
+
+class CoreAiFunction:
+    """A function that Core AI has loaded. Calls of several threads follow each other."""
+
+    def __init__(self, model: "Model", name: str, where: str, interface: Interface | None = None):
+        """`interface` is what a package declares (None: what the asset says)."""
+        self._model, self._where = model, where
+        self._native = model.load(name, where)
+        declared = interface or _interface(self._native.desc)
+        self.inputs, self.outputs, self.states = declared.inputs, declared.outputs, declared.states
+
+    def make_state(self) -> CoreAiState:
+        """A fresh state, all zeros."""
+        runtime = core_ai("coreai.runtime")
+        return CoreAiState({one.name: runtime.NDArray(_zeros(one)) for one in self.states})
+
+    def predict(
+        self, inputs: Mapping[str, np.ndarray], state: CoreAiState | None = None
+    ) -> dict[str, np.ndarray]:
+        """Run once. Raises UserError for inputs or a state that do not fit, and where Core AI
+        refuses the call."""
+        runtime = core_ai("coreai.runtime")
+        arrays = check_inputs(self.inputs, dict(inputs), self._where)
+        given = {name: runtime.NDArray(np.ascontiguousarray(each)) for name, each in arrays.items()}
+        call = self._native(given, state=self._kept(state))
+        results = self._model.wait(call, f"Core AI could not run {self._where}")
+        return {one.name: np.array(results[one.name].numpy()) for one in self.outputs}
+
+    def _kept(self, state: CoreAiState | None) -> dict[str, Any] | None:
+        if not self.states:
+            return None
+        if not isinstance(state, CoreAiState):
+            raise UserError(f"{self._where} needs a state", do="make one with make_state()")
+        for feature in self.states:
+            array = state.arrays.get(feature.name)
+            if array is None or tuple(array.shape) != feature.type.shape:
+                raise UserError(f"the state does not fit {self._where}", feature.name)
+        return {one.name: state.arrays[one.name] for one in self.states}
+
+
+class Model:
+    """An asset that Core AI has compiled, and the loop in which its calls run."""
+
+    def __init__(self, path: Path):
+        """Raises UserError where Core AI cannot load it."""
+        assets = core_ai("coreai.authoring.asset")
+        self._loop, self._lock = asyncio.new_event_loop(), threading.Lock()
+        self._stack = AsyncExitStack()
+        weakref.finalize(self, _close, self._loop, self._stack)
+
+        async def entered() -> Any:
+            asset = assets.AIModelAsset.load(path)
+            return await self._stack.enter_async_context(asset.executable())
+
+        with quiet():
+            self._native = self.wait(entered(), f"Core AI could not load {path}")
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        return tuple(self._native.function_names)
+
+    def load(self, name: str, where: str) -> Any:
+        """Core AI's own function. Raises UserError where there is none of this name."""
+        if name not in self.functions:
+            raise UserError(f"there is no {where}", do=f"functions: {', '.join(self.functions)}")
+        with quiet():
+            return self._native.load_function(name)
+
+    def wait(self, call: Any, failed: str) -> Any:
+        """What an asynchronous call gives. Raises UserError with what Core AI says."""
+        with self._lock:
+            try:
+                return self._loop.run_until_complete(call)
+            except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
+                found = " ".join(str(error).split())
+                raise UserError(failed, found, DAMAGED) from None
+
+
+def _close(loop: asyncio.AbstractEventLoop, stack: AsyncExitStack) -> None:
+    loop.run_until_complete(stack.aclose())
+    loop.run_until_complete(loop.shutdown_default_executor())
+    loop.close()
+
+
+class AssetPackage:
+    """An `.aimodel` as it lies on disk."""
+
+    def __init__(self, path: Path):
+        """Raises UserError for one that is damaged."""
+        check_asset(path)
+        self._path, self._model = path, Model(path)
+        self.functions = self._model.functions
+
+    def function(self, name: str | None = None, *, eager: bool = False) -> CoreAiFunction:
+        """Load a function, the first one when None. Raises UserError for an unknown name."""
+        name = name or self.functions[0]
+        return CoreAiFunction(self._model, name, f"function '{name}' of {self._path}")
+
+    def resident_bytes(self, name: str) -> int:
+        """The size of the program file: all functions share it."""
+        return (self._path / PROGRAM).stat().st_size
+
+
+class TwinPackage:
+    """An `.mlpackage` whose functions Core AI executes: a twin is made of each when asked for."""
+
+    def __init__(self, program: OpenProgram):
+        self.functions = program.functions
+        self._program = program
+
+    def function(self, name: str | None = None, *, eager: bool = False) -> CoreAiFunction:
+        """Make and load the twin of a function, the default one when None. Raises UserError for an
+        unknown name, and for an operation that the twin lacks."""
+        name = name or self._program.default_function
+        program = self._program.read((name,))
+        with tempfile.TemporaryDirectory(prefix="ane-moe-") as scratch:
+            path = Path(scratch) / f"{MAIN}{SUFFIX}"
+            save_twin(program, name, path)
+            model = Model(path)
+        where = f"the twin of function '{name}' of {self._program.path}"
+        return CoreAiFunction(model, MAIN, where, program.interfaces[name])
+
+    def resident_bytes(self, name: str) -> int:
+        """Memory that the weights of a function take: fp16."""
+        function = self._program.read((name,)).functions[name]
+        return sum(2 * weight.elements for weight in weights_of(function))
+
+
+def open_package(path: Path) -> AssetPackage | TwinPackage:
+    """Open an `.aimodel`, or an `.mlpackage` for its twins.
+
+    Raises UserError where Core AI is not installed, or what is there cannot be read.
+    """
+    core_ai("coreai.runtime")
+    return AssetPackage(path) if path.suffix == SUFFIX else TwinPackage(open_program(path))
+
+
+def session_options(memory_mb: float | None, stored_bytes: int) -> dict[str, Any]:
+    """See `ane_moe.runtime.session_options`."""
+    if memory_mb is not None:
+        raise UserError("Core AI takes what memory it needs", do="leave --memory-mb out")
+    return {}
+
+
+def check_asset(path: Path) -> None:
+    """Raise UserError unless the program of an `.aimodel` is the one that was written: Core AI
+    itself does not look at the digest beside it."""
+    for name in (PROGRAM, DIGEST):
+        if not (path / name).is_file():
+            raise UserError(f"{path} is no Core AI asset", f"no {name}", DAMAGED)
+    with (path / PROGRAM).open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").digest()
+    if found != (path / DIGEST).read_bytes():
+        raise UserError(f"{path / PROGRAM} is not what was written", "another sha256", DAMAGED)
+
+
+def _interface(described: Any) -> Interface:
+    """What an asset says of a function."""
+
+    def features(names: list[str], descriptor: Any) -> tuple[Feature, ...]:
+        return tuple(_feature(name, descriptor(name)) for name in names)
+
+    return Interface(
+        features(described.input_names, described.input_descriptor),
+        features(described.output_names, described.output_descriptor),
+        features(described.state_names, described.state_descriptor),
+    )
+
+
+def _feature(name: str, array: Any) -> Feature:
+    dtype = str(array.dtype)
+    if dtype not in DTYPES:
+        raise UserError(f"'{name}' is of a type that is not executed", dtype)
+    return Feature(name, TensorType(DTYPES[dtype], tuple(array.shape)))
+
+
+def _zeros(feature: Feature) -> np.ndarray:
+    if any(size is None for size in feature.type.shape):
+        raise UserError(f"state '{feature.name}' has no fixed shape")
+    return np.zeros([size or 0 for size in feature.type.shape], NUMPY[feature.type.dtype])
