@@ -5,7 +5,7 @@ Where the conversion has a golden, its hidden states are the inputs, and Hugging
 third opinion; else, and for experts that the host dispatches, they are drawn.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from ane_moe.verification.verify import function_gate
 OURS = "reference"
 DECODE_TOKENS = 8
 CALLS = 2  # on drawn inputs: the second one meets what the first has kept
+MEMORY, REST = "memory", "rest"  # a sum, and what its rounding left over (parts/lightning.py)
 Key = tuple[Any, ...]
 
 
@@ -79,18 +80,26 @@ class Witness:
         kept = state or Witnesses(None, None)
         ours = self.ours.predict(inputs, kept.ours)
         theirs = self.theirs.predict(inputs, kept.theirs)
-        for name, value in ours.items():
+        mine, other = (
+            _whole(outputs | {one.name: states.read(one.name) for one in self.states})
+            for outputs, states in ((ours, kept.ours), (theirs, kept.theirs))
+        )
+        for name, value in mine.items():
             base = self._bases.get(name)
-            self._note(name, value, theirs[name], None if base is None else inputs[base])
-        for feature in self.states:
-            name = feature.name
-            self._note(name, kept.ours.read(name), kept.theirs.read(name), None)
+            sums = self.noted.setdefault(name, Sums())
+            sums.add(value, other[name], None if base is None else inputs[base])
         return theirs
 
-    def _note(
-        self, name: str, ours: np.ndarray, theirs: np.ndarray, base: np.ndarray | None
-    ) -> None:
-        self.noted.setdefault(name, Sums()).add(ours, theirs, base)
+
+def _whole(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The values, but what the rounding of another one left over together with that: alone it is as
+    large as a unit in the other's last place, and anything."""
+    return {
+        name: values[MEMORY + name.removeprefix(REST)].astype(np.float32) + value
+        if name.startswith(REST)
+        else value
+        for name, value in values.items()
+    }
 
 
 def check_against(
@@ -104,8 +113,7 @@ def check_against(
     """Every distinct part of the conversion in `out`, by the reference runtime and by another one.
 
     `min_cosine` is what the other one has to reach against the golden (None: the usual one of
-    `verify`). Raises UserError where there
-    is no conversion, or the other runtime is not installed.
+    `verify`). Raises UserError where there is no conversion, or the other runtime is not installed.
     """
     told, manifest, runtime = progress or silent, read_manifest(out), resolve_runtime(runtime)
     golden = read_goldens(out, manifest, False)[0].original if manifest.golden else None

@@ -13,7 +13,7 @@ from ane_moe.cli import main
 from ane_moe.manifest import Shard
 from ane_moe.runtime import RUNTIMES
 from ane_moe.runtime.reference import runtime as reference
-from ane_moe.verification.against import check_against
+from ane_moe.verification.against import _whole, check_against
 from ane_moe.verification.pairs import PairResult, Sums, paired
 
 SHARD = Shard("moe/layer_00.mlpackage", "moe", 0, ())
@@ -134,3 +134,12 @@ def test_core_ai_finds_what_is_computed_otherwise(
     monkeypatch.setitem(OPERATIONS, "sigmoid", lambda x: (1.1 * x).sigmoid())
     report = check_against(conversion, "coreai")
     assert {row.kind for row in report.pairs if not row.passed} == {"moe", "dense"}
+
+
+def test_what_a_rounding_left_over_is_judged_with_the_sum_that_it_is_of() -> None:
+    ours = {"memory_1": np.array([64], np.float16), "rest_1": np.array([0.03], np.float16)}
+    theirs = {"memory_1": np.array([64.0625], np.float16), "rest_1": np.array([-0.03], np.float16)}
+    sums = Sums()
+    sums.add(_whole(ours)["rest_1"], _whole(theirs)["rest_1"], None)
+    assert paired(SHARD, "decode", "rest_1", sums, 1e-4).passed
+    np.testing.assert_array_equal(_whole(ours)["memory_1"], ours["memory_1"])
