@@ -4,7 +4,7 @@
 
 Each family is made, converted in fp16 (masked, prefill of 16, with a golden of two prompts) and
 judged by `check_against`; its rows are appended to RESULTS.jsonl, and families that are there are
-not done again. Prints the table of docs/coreai.md from all of the file.
+not done again. Prints the tables of docs/coreai.md from all of the file.
 """
 
 import json
@@ -73,6 +73,29 @@ def row(report: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def by_part(reports: list[dict[str, Any]]) -> Iterator[str]:
+    """The worst of each kind of value, over all families."""
+    yield "| part | value | pairs | equal | relative L2 | beyond rounding | largest error | worst |"
+    yield "|---|---|---|---|---|---|---|---|"
+    parts: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for report in reports:
+        for pair in report.get("pairs", ()):
+            parts.setdefault((pair["kind"], pair["value"]), []).append(pair | report)
+    for (kind, value), pairs in sorted(parts.items()):
+        worst = max(pairs, key=lambda pair: (pair["beyond"], pair["relative_l2"]))
+        cells = (
+            kind,
+            value,
+            str(len(pairs)),
+            str(sum(pair["max_abs_error"] == 0 for pair in pairs)),
+            f"{max(pair['relative_l2'] for pair in pairs):.1e}",
+            f"{worst['beyond']:.1e}",
+            f"{max(pair['max_abs_error'] for pair in pairs):.1e}",
+            worst["family"],
+        )
+        yield f"| {' | '.join(cells)} |"
+
+
 def _is_output(pair: dict[str, Any]) -> bool:
     return pair["value"].endswith("_out") or pair["value"] in ("y", "gates", "logits")
 
@@ -102,7 +125,7 @@ def main() -> None:
         with results.open("a") as file:
             file.write(json.dumps(report) + "\n")
         print(row(report), file=sys.stderr)
-    print("\n".join(table(reports)))
+    print("\n".join((*table(reports), "", *by_part(reports))))
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def clip(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(x, alpha), beta)
 
 
-def rsqrt(x: Tensor, epsilon: Any) -> Tensor:
+def rsqrt(x: Tensor, epsilon: Any = 1e-12) -> Tensor:
     return torch.rsqrt(x + float(epsilon))
 
 
@@ -112,7 +112,8 @@ OPERATIONS: dict[str, Kernel] = {
     "exp": lambda x: x.exp(),
     "gelu": gelu,
     "identity": lambda x: x.clone(),
-    "log": lambda x, epsilon: (x + float(epsilon)).log(),
+    "inverse": lambda x, epsilon=1e-4: 1 / (x + float(epsilon)),
+    "log": lambda x, epsilon=1e-45: (x + float(epsilon)).log(),
     "matmul": matmul,
     "maximum": lambda x, y: torch.maximum(x, y),
     "minimum": lambda x, y: torch.minimum(x, y),

@@ -134,7 +134,7 @@ def save_twin(program: Program, function: str, path: Path) -> None:
     """
     try:
         _save(program, function, path)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # of torch.export, of Apple's
         found = str(error).strip().split("\n")[0]
         raise NotExecuted(
             f"Core AI's converter refuses function '{function}' of {program.path}", found
@@ -148,7 +148,10 @@ def _save(program: Program, function: str, path: Path) -> None:
     with torch.no_grad(), quiet():
         exported = torch.export.export(twin, twin.examples())
         exported = exported.run_decompositions(tools.get_decomp_table())
-        written = exported.graph_signature.buffers_to_mutate.values()
+        written = list(exported.graph_signature.buffers_to_mutate.values())
+        if unwritten := twin.states.keys() - set(written):
+            names = ", ".join(sorted(twin.states[buffer].name for buffer in unwritten))
+            raise NotExecuted(f"function '{function}' reads a state and never writes it", names)
         converter = tools.TorchConverter(mode=tools.TorchConverter.Mode.RELEASE)
         converter.add_exported_program(
             exported,
