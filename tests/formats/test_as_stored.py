@@ -1,6 +1,7 @@
 """Quantised checkpoints carried over as they are: what a package holds means what the library that
 wrote the checkpoint decodes, and takes no more bytes."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,7 @@ from ane_moe.model.weight import EMBEDDING
 from ane_moe.opened import open_model
 from ane_moe.verification.verify import verify
 from tests.checkpoints.packers import PACKERS
-from tests.checkpoints.test_packed import MATRIX, NAME, opened, save_packed
+from tests.checkpoints.test_packed import MATRIX, NAME, RECORDED, opened, recorded, save_packed
 from tests.models import make_model, save_checkpoint
 
 # The form of each, and whether scales of the checkpoint are rounded (to fp16).
@@ -59,6 +60,13 @@ FORMS = {
     "gptq 3 bit": ("as-stored-int4-zeros-1x32", False),
     "gptq, second form": ("as-stored-int4-zeros-1x32", False),
     "awq": ("as-stored-int4-zeros-1x32", False),
+}
+# The same of what libraries wrote that are not installed: rounded are levels, scales, products.
+RECORDED_FORMS = {
+    "bitsandbytes nf4": "as-stored-real4-1x64",
+    "bitsandbytes nf4, nested": "as-stored-real4-1x64",
+    "bitsandbytes fp4": "as-stored-real4-1x64",
+    "bitsandbytes fp4, nested": "as-stored-real4-1x64",
 }
 HALF_STEP = 2.0**-11  # the most that rounding to fp16 changes, relative
 
@@ -97,6 +105,20 @@ def test_a_matrix_means_what_its_library_decodes(form: str, tmp_path: Path) -> N
         assert np.array_equal(ours, meant.astype(np.float16))
     assert np.abs(ours - meant).max() <= 2 * HALF_STEP * np.abs(meant).max()
     assert (np.abs(ours - meant) <= 2.01 * HALF_STEP * np.abs(meant) + 1e-7).all()
+
+
+@pytest.mark.parametrize("form", RECORDED_FORMS)
+def test_a_matrix_means_what_its_library_decoded(form: str, tmp_path: Path) -> None:
+    entry = RECORDED[form]
+    tensors = {name: torch.from_numpy(recorded(t).copy()) for name, t in entry["tensors"].items()}
+    checkpoint = opened(tmp_path, entry["config"], tensors)
+    meant = checkpoint.made(f"{NAME}weight")
+    assert hashlib.sha256(meant.tobytes()).hexdigest() == entry["sha256"]
+    source = TensorSource(EMBEDDING, f"{NAME}weight", meant.shape)
+    found = form_of(checkpoint, source)
+    assert isinstance(found, AsStored) and found.name == RECORDED_FORMS[form]
+    ours = carried(checkpoint, source, found)
+    assert (np.abs(ours - meant) <= 3.01 * HALF_STEP * np.abs(meant) + 1e-7).all()
 
 
 @pytest.mark.parametrize("form", ["4 bit with zero points", "awq", "mxfp4 in rows", "fp8 whole"])
