@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +10,7 @@ from ane_moe.demo import BUILT_IN, built_in
 from ane_moe.errors import UserError
 from ane_moe.files import scratch_folder
 from ane_moe.manifest import FILE_NAME, FORMAT
+from ane_moe.user_cache import user_cache
 
 Say = Callable[[str], None]
 
@@ -28,7 +28,7 @@ def built_in_shards(name: str, say: Say) -> Path:
     made_of = (version("ane-moe"), str(FORMAT), (checkpoint / "config.json").read_text())
     weights = (checkpoint / "model.safetensors").read_bytes()
     key = hashlib.sha256("\n".join(made_of).encode() + weights).hexdigest()[:16]
-    folder = _caches() / f"{name}-{key}"
+    folder = user_cache() / f"{name}-{key}"
     if not (folder / FILE_NAME).exists():
         say(f"converting the built-in model {name}, once, into {folder}")
         _convert(checkpoint, folder, name)
@@ -50,9 +50,3 @@ def _convert(checkpoint: Path, folder: Path, name: str) -> None:
             str(error),
             f"convert it yourself: ane-moe convert {name} OUT",
         ) from None
-
-
-def _caches() -> Path:
-    """Where this system keeps what can be made again."""
-    own = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or own).expanduser() / "ane-moe"
