@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ane_moe.commands.options import (
+    AdapterName,
     AsJson,
     Concurrency,
     ExpertCacheMb,
@@ -48,6 +49,7 @@ def chat(
         float, typer.Option(help="Draw from the likeliest tokens that add up to this.")
     ] = 0.95,
     seed: Annotated[int | None, typer.Option(help="Makes draws repeatable.")] = None,
+    adapter: AdapterName = None,
     runtime: RuntimeName = "auto",
     precision: PrecisionName = "fp32",
     expert_cache_mb: ExpertCacheMb = None,
@@ -75,6 +77,7 @@ def chat(
         precision,
         expert_cache_mb=expert_cache_mb,
         memory_mb=memory_mb,
+        adapter=adapter,
     )
     shards, tokenizer = model.shards, model.tokenizer
     if tokenizer is None:

@@ -139,31 +139,27 @@ def generate(
     from ane_moe.loop.figures import figures_dict, figures_line
     from ane_moe.loop.generation import GenerateOptions
     from ane_moe.loop.generation import generate as start
+    from ane_moe.loop.opened import open_model
     from ane_moe.loop.pinning import PinnedSession, PinOptions
     from ane_moe.loop.prefetch import Guessing
     from ane_moe.loop.roster import RosterOptions, RosterSession, read_schedule
     from ane_moe.loop.session import Session
-    from ane_moe.loop.shards import load_shards
     from ane_moe.loop.speculation import SpeculationOptions, SpeculativeSession
-    from ane_moe.loop.tokenizer import load_tokenizer
-    from ane_moe.runtime import with_precision
 
     _require_one(prompt, prompt_file, prompt_ids, embeddings)
     numbered = prompt_ids is not None or embeddings is not None
     text = None if numbered else _prompt_text(prompt, prompt_file)
-    limit = None if expert_cache_mb is None else int(expert_cache_mb * 1_000_000)
-    chosen, computed = with_precision(runtime, precision)
-    shards = load_shards(
+    model = open_model(
         out,
-        chosen,
-        expert_cache_bytes=limit,
+        runtime,
+        precision,
+        expert_cache_mb=expert_cache_mb,
         expert_policy=expert_policy,
         memory_mb=memory_mb,
         adapter=adapter,
         direct=direct,
-        **computed,
     )
-    tokenizer = load_tokenizer(out, shards.manifest)
+    shards, tokenizer = model.shards, model.tokenizer
     width = shards.manifest.d_model
     rows = None if embeddings is None else read_embeddings(embeddings, width)
     if text is None:

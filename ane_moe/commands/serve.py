@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ane_moe.commands.options import (
+    AdapterName,
     Concurrency,
     ExpertCacheMb,
     MemoryMb,
@@ -44,6 +45,7 @@ def serve(
     grace: Annotated[
         float, typer.Option(help="Seconds that answers have to end in at shutdown.")
     ] = 30.0,
+    adapter: AdapterName = None,
     runtime: RuntimeName = "auto",
     precision: PrecisionName = "fp32",
     expert_cache_mb: ExpertCacheMb = None,
@@ -77,6 +79,7 @@ def serve(
         conversations,
         runtime,
         precision,
+        adapter=adapter,
         expert_cache_mb=expert_cache_mb,
         memory_mb=memory_mb,
         concurrency=concurrency,
@@ -101,6 +104,7 @@ def _opened(
     runtime: str,
     precision: str,
     *,
+    adapter: str | None,
     expert_cache_mb: float | None,
     memory_mb: float | None,
     concurrency: int,
@@ -117,6 +121,7 @@ def _opened(
     manifest = read_manifest(folder)
     if manifest.labels:
         given = {
+            "--adapter": adapter is not None,
             "--precision": precision != "fp32",
             "--expert-cache-mb": expert_cache_mb is not None,
             "--memory-mb": memory_mb is not None,
@@ -127,7 +132,12 @@ def _opened(
         redactor = open_redactor(folder, runtime=runtime)
         return PrivacyFilter(redactor, manifest, read_biases(folder))
     opened = open_model(
-        folder, runtime, precision, expert_cache_mb=expert_cache_mb, memory_mb=memory_mb
+        folder,
+        runtime,
+        precision,
+        adapter=adapter,
+        expert_cache_mb=expert_cache_mb,
+        memory_mb=memory_mb,
     )
     if opened.tokenizer is None:
         raise UserError(

@@ -24,10 +24,22 @@ def open_model(
     precision: str = "fp32",
     *,
     expert_cache_mb: float | None = None,
+    expert_policy: str = "lru",
     memory_mb: float | None = None,
+    adapter: str | None = None,
+    direct: bool = False,
 ) -> OpenModel:
     """Load the conversion in `folder`, as `load_shards` and `load_tokenizer`. Raises UserError."""
     limit = None if expert_cache_mb is None else int(expert_cache_mb * MB)
     chosen, computed = with_precision(runtime, precision)
-    shards = load_shards(folder, chosen, expert_cache_bytes=limit, memory_mb=memory_mb, **computed)
+    shards = load_shards(
+        folder,
+        chosen,
+        expert_cache_bytes=limit,
+        expert_policy=expert_policy,
+        memory_mb=memory_mb,
+        adapter=adapter,
+        direct=direct,
+        **computed,
+    )
     return OpenModel(shards, load_tokenizer(folder, shards.manifest))

@@ -37,10 +37,13 @@ def require_golden(
         )
 
 
-def with_switched(manifest: Manifest, adapters: Sequence[str | Path]) -> Manifest:
-    """The conversion with the adapter that is named switched on, where it has any. Raises UserError
-    for one that it lacks, and for several."""
-    if not manifest.adapters or not adapters:
+def with_switched(
+    manifest: Manifest, adapters: Sequence[str | Path], merged: bool = False
+) -> Manifest:
+    """The conversion with the adapter that is named switched on; where it has none to switch,
+    `adapters` may be `merged` with a checkpoint's weights. Raises UserError for one that it lacks,
+    and for several."""
+    if not adapters or (merged and not manifest.adapters):
         return manifest
     if len(adapters) > 1:
         raise UserError("one adapter is switched on at a time", f"{len(adapters)}", "name one")

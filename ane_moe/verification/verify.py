@@ -74,7 +74,7 @@ def verify(
     A conversion whose adapters can be switched on is checked with that which is named.
     """
     told, written = progress or silent, read_manifest(out)
-    whole = with_switched(written, adapters)
+    whole = with_switched(written, adapters, merged=checkpoint is not None)
     manifest = sampled_manifest(whole) if quick else whole
     problems = check_integrity(out, written, phase(told, 0, FILES), manifest.shards)
     runtime, computed = with_precision(runtime, precision)

@@ -10,6 +10,7 @@ from ane_moe.checkpoints.adapter import open_adapter
 from ane_moe.conversion.plan import BLOB_OVERHEAD
 from ane_moe.errors import UserError
 from ane_moe.formats.recipe import find_recipe
+from ane_moe.loop.opened import open_model
 from ane_moe.loop.session import Session
 from ane_moe.loop.shards import load_shards
 from ane_moe.manifest import read_manifest
@@ -175,3 +176,10 @@ def test_an_adapter_that_is_not_there_is_named(tmp_path: Path) -> None:
         "generate", out, "--adapter", "poet", "--prompt-ids", "5,6", "--max-tokens", "2"
     )
     assert generated.returncode == 0, generated.stderr
+    for command in (("generate", "--prompt-ids", "5,6"), ("chat",), ("serve", "--port", "0")):
+        refused = ane_moe(command[0], out, *command[1:], "--adapter", "clerk")
+        assert refused.returncode == 2
+        assert "no adapter clerk in the conversion; found: poet" in refused.stderr
+    switched = open_model(out, "reference", adapter="poet").shards
+    assert np.array_equal(Session(switched).prefill_logits(IDS), converted(out, "poet"))
+    assert not np.array_equal(converted(out, "poet"), converted(out))
