@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ane_moe.errors import UserError
 from ane_moe.original.golden import Golden, LayerGolden
+from ane_moe.verification.goldens import with_switched
 from ane_moe.verification.parity import Parity
 from ane_moe.verification.result import RoutingResult, ShardResult
 from ane_moe.verification.stage import stages
@@ -183,3 +185,10 @@ def test_the_last_prefill_chunk_is_padded_and_its_padding_ignored(tmp_path):
     decoder = Decoder((None,), k=CHOSEN)
     golden = golden_of(decoder, lengths=(17,))
     assert not failed(parity_of(decoder, golden, tmp_path, (None,), prefill=16))
+
+
+def test_an_adapter_that_a_conversion_lacks_is_refused_unless_it_is_merged():
+    manifest = make_manifest((None,))
+    with pytest.raises(UserError, match="there is no adapter other"):
+        with_switched(manifest, ["other"])
+    assert with_switched(manifest, ["other"], merged=True) is manifest
