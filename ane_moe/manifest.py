@@ -38,7 +38,8 @@ class ShardFunction:
 
     A call works through `weight_bytes` of stored weights, `elements` of them, at the chip's rate
     for the format that most of them have (`rate`: fp16, int8 or lut). With the `adapter` it stands
-    in the place of the function of the same name without.
+    in the place of the function of the same name without. It goes through these of the package's
+    `layers`; none: all.
     """
 
     name: str
@@ -49,6 +50,7 @@ class ShardFunction:
     weight_bytes: int = 0
     rate: str = "fp16"
     adapter: str = ""
+    layers: tuple[int, ...] = ()
 
     @property
     def entry(self) -> str:
@@ -121,9 +123,21 @@ class Shard:
         return {port.slot: port.shape for port in read}
 
     @property
-    def is_tail(self) -> bool:
-        """Whether of a prompt the last token alone needs it: nothing after it keeps anything."""
+    def has_tail(self) -> bool:
+        """Whether of a prompt the last token alone needs it, or its last layers: nothing after
+        that keeps anything."""
         return any(function.name == TAIL for function in self.functions)
+
+    @property
+    def is_tail(self) -> bool:
+        """Whether the last token alone needs all of it."""
+        return all(function.name == TAIL for function in self.functions)
+
+    def run_of(self, function: ShardFunction) -> "Shard":
+        """As if it held no more layers than this function goes through."""
+        if not function.layers:
+            return self
+        return replace(self, layer=function.layers[0], layers=function.layers)
 
     @property
     def rows(self) -> tuple[int, int] | None:

@@ -653,7 +653,10 @@ class _Planner:
     def _stack(self, group: Sequence[int]) -> StackConfig:
         lends = self._lends(group)
         layers = tuple((self._mixer(n, lends), self._whole_ffn(n)) for n in group)
-        return StackConfig(layers, lends)
+        runs: tuple[tuple[str, int, int], ...] = ()
+        if lends and self.options.prefill and group[1] >= self._tail:
+            runs = (("prefill", 0, 1), (TAIL, 1, len(group)))
+        return StackConfig(layers, lends, runs)
 
     def _whole_ffn(self, layer: int) -> FfnConfig | None:
         ffn = self.spec.layers[layer].ffn
@@ -979,6 +982,8 @@ class _Planner:
         functions = _functions(self.spec, self.options)
         if layer is not None and layer >= self._tail:
             functions = ((TAIL, 1),)
+        elif isinstance(copy.block, StackConfig) and copy.block.runs:
+            functions = (*functions, (TAIL, 1))
         return self._package(path, kind, layer, {"": copy}, functions, **facts)
 
     @cached_property
@@ -1022,19 +1027,21 @@ class _Planner:
             sizes = {name: _payload(source, chosen[name]) for name, source in own.items()}
             once = {name: weight_name(prefix, same) for name, same in _shared(own).items()}
             sizes |= dict.fromkeys(once, 0)
-            work = _work(copy, own, chosen, sizes)
+            told = sizes
             if self.adapters:
                 once = _again(own, prefix, first, once)
-                sizes |= dict.fromkeys(once, 0)
+                sizes = sizes | dict.fromkeys(once, 0)
             entries[bool(adapter)] += [
                 ShardFunction(
                     function_name(plain, name),
                     tokens,
-                    _ports(copy.block, tokens, place.layers, rows, layout),
+                    _ports(part, tokens, place.layers, rows, layout),
                     adapter=adapter,
-                    **work,
+                    layers=_run(part, place.layers),
+                    **_work(part, copy.experts, own, chosen, told),
                 )
                 for name, tokens in functions
+                for part in [graphs[prefix].block_of(name)]
             ]
             for name, source in own.items():
                 unique = weight_name(prefix, name)
@@ -1189,22 +1196,31 @@ def _ports(
     return block.ports(tokens).at(layers, rows, layout)
 
 
+def _run(part: PartConfig, layers: tuple[int, ...]) -> tuple[int, ...]:
+    """Which of the layers a function goes through, where it is not all of them."""
+    if not isinstance(part, StackConfig) or part.run is None:
+        return ()
+    return layers[slice(*part.run)]
+
+
 def _work(
-    copy: _Copy,
+    part: PartConfig,
+    experts: tuple[int, ...],
     sources: Mapping[str, Source],
     choices: Mapping[str, Choice],
     sizes: Mapping[str, int],
 ) -> dict[str, Any]:
-    """What the manifest says of a call of one block: its experts, and the weights it works
+    """What the manifest says of a call of one function: its experts, and the weights it works
     through."""
     elements: Counter[str] = Counter()
-    for name, source in sources.items():
-        elements[choices[name].format] += math.prod(source.shape)
+    names = [row.path for row in part.rows()]
+    for name in names:
+        elements[choices[name].format] += math.prod(sources[name].shape)
     rate = find_format(elements.most_common(1)[0][0]).rate if elements else "fp16"
     return {
-        "experts": copy.experts,
+        "experts": experts,
         "elements": elements.total(),
-        "weight_bytes": sum(sizes.values()),
+        "weight_bytes": sum(sizes[name] for name in names),
         "rate": rate,
     }
 

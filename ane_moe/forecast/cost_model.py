@@ -138,7 +138,7 @@ def memory(workload: Workload) -> Range:
     one. Expert functions count once: theirs are seldom all loaded."""
     rest = workload.embed_bytes + workload.cache_bytes + workload.expert_bytes
     once = workload.package_bytes - workload.expert_bytes
-    single = round(sum(call.count.expected * call.stored_bytes for call in workload.tail))
+    single = workload.tail_bytes
     each = workload.functions * (once - single) + single + rest
     return Range(once + rest, each, each)
 

@@ -21,6 +21,7 @@ from ane_moe.forecast.conversion_cost import conversion_seconds
 from ane_moe.forecast.cost_model import NOTE, Prediction, predict
 from ane_moe.forecast.design import Design, design, routings
 from ane_moe.forecast.layer_kinds import KindsPlan, plan_kinds
+from ane_moe.forecast.lending_forms import LendingForms, lending_forms
 from ane_moe.forecast.memory_sizes import Fit, fit
 from ane_moe.forecast.stream_fit import StreamFit, stream_fits
 from ane_moe.forecast.track_forms import TrackForm, as_json, track_forms
@@ -97,6 +98,7 @@ class Outlook:
     forms: tuple[TrackForm, ...] = ()  # of tracks, the better one first
     verdict: Verdict | None = None
     streams: tuple[StreamFit, ...] = ()  # where a limit of memory was asked about
+    lending: LendingForms | None = None  # of layers that read another one's caches
 
     @property
     def supported(self) -> bool:
@@ -119,6 +121,7 @@ class Outlook:
             "synchronisations": self.synchronisations and self.synchronisations.as_json(),
             "track_forms": as_json(self.forms),
             "streams": [fit.as_json() for fit in self.streams],
+            "lending": self.lending and self.lending.as_json(),
             "notes": list(self.notes),
             "choices": [_choice_json(choice) for choice in self.choices],
             "recommendation": self.recommendation,
@@ -200,6 +203,13 @@ def outlook_of(
             tokens, of_encoder = kinds.plan.context, kinds.plan.lengths
             choices.append(_choice(kinds, place))
     advice = REFUSED if model.refusal else recommendation(choices)
+    by_default = ConvertOptions(
+        context=context,
+        prefill=prefill,
+        max_shard_mb=max_shard_mb,
+        recipe=find_recipe(DEFAULT_RECIPE),
+    )
+    chip = find_chip(place.name)
     return Outlook(
         model.name,
         model.refusal,
@@ -213,22 +223,14 @@ def outlook_of(
         design(spec, place, context=context, prefill=prefill, lengths=lengths),
         of_encoder,
         spec.synchronisations,
-        track_forms(
-            spec,
-            ConvertOptions(
-                context=context,
-                prefill=prefill,
-                max_shard_mb=max_shard_mb,
-                recipe=find_recipe(DEFAULT_RECIPE),
-            ),
-            find_chip(place.name),
-        ),
+        track_forms(spec, by_default, chip),
         None if model.refusal else _verdict(choices, target),
         ()
         if memory_mb is None
         else stream_fits(
             spec, [find_recipe(name) for name in recipes], memory_mb, context, prefill
         ),
+        lending_forms(spec, by_default, chip),
     )
 
 

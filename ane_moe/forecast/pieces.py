@@ -4,9 +4,9 @@ finished conversion as from a plan."""
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ane_moe.manifest import EXPERT_GRAPH, Shard
+from ane_moe.manifest import EXPERT_GRAPH, TAIL, Shard
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ class ExpertSet:
 class Piece:
     """One package, or the `packages` of one layer's expert functions: `stored_bytes` of `weights`
     elements, worked off at the chip's `rate` for them. The KV states take `cache_bytes`, the whole
-    width; those of another package that it reads, `borrowed_bytes`. Of a `tail` a prompt's last
-    token alone is in need."""
+    width; those that it reads and others keep, `borrowed_bytes`, as often as layers read them. Of a
+    `tail` a prompt's last token alone is in need. `parts` of it are what all tokens of a prompt go
+    through, and what the last one does."""
 
     kind: str
     stored_bytes: int
@@ -43,6 +44,7 @@ class Piece:
     experts: ExpertSet | None = None
     borrowed_bytes: int = 0
     tail: bool = False
+    parts: "tuple[Piece, ...]" = ()
 
 
 def pieces_of(
@@ -60,20 +62,38 @@ def pieces_of(
             assert shard.layer is not None
             by_layer[shard.layer].append(shard)
         else:
-            call = shard.functions[0]
-            piece = Piece(
-                shard.kind,
-                shard.weight_bytes,
-                call.elements,
-                call.rate,
-                _fp16_bytes(shard.states),
-                borrowed_bytes=_fp16_bytes(shard.borrowed),
-                tail=shard.is_tail,
-            )
-            pieces += [piece] * (times[shard.layer] or 1)
+            pieces += [_piece(shard)] * (times[shard.layer] or 1)
     for layer, packages in by_layer.items():
         pieces += [_expert_piece(packages, k[layer])] * (times[layer] or 1)
     return pieces
+
+
+def _piece(shard: Shard) -> Piece:
+    call, caches = shard.functions[0], _fp16_bytes(shard.states)
+    piece = Piece(
+        shard.kind,
+        shard.weight_bytes,
+        call.elements,
+        call.rate,
+        caches,
+        borrowed_bytes=_fp16_bytes(shard.borrowed),
+        tail=shard.is_tail,
+    )
+    parts = [
+        Piece(
+            shard.kind,
+            own.weight_bytes,
+            own.elements,
+            own.rate,
+            0 if own.name == TAIL else caches,
+            borrowed_bytes=caches * len(own.layers) if own.name == TAIL else 0,
+            tail=own.name == TAIL,
+        )
+        for own in shard.functions
+        if own.layers
+    ]
+    read = sum(part.borrowed_bytes for part in parts)
+    return replace(piece, parts=tuple(parts), borrowed_bytes=read) if parts else piece
 
 
 def _fp16_bytes(caches: Mapping[str, tuple[int, ...]]) -> int:

@@ -49,7 +49,7 @@ class Chain:
 class Workload:
     """One step of decoding and one of prefill, and what all packages take. An encoder's step is a
     window of `step_tokens`, the most that it takes, both ways. `tail` is what a prompt's last token
-    takes after the steps of prefill.
+    takes after the steps of prefill; packages of nothing else hold `tail_bytes`.
 
     `package_bytes` are the weights in packages, without the embedding, which the host reads;
     `functions` counts those that a runtime loads of one package with all its weights (each wires a
@@ -70,6 +70,7 @@ class Workload:
     step_tokens: int = 1
     chains: tuple[Chain, ...] = ()
     tail: tuple[Calls, ...] = ()
+    tail_bytes: int = 0
 
     @property
     def tail_share(self) -> float:
@@ -157,8 +158,10 @@ def assemble(
     """Count the calls that a model of these packages makes. `prefill` 0: prompts are decoded token
     by token. `lengths` are an encoder's."""
     merged, step = merge(pieces), max(lengths, default=1)
-    behind = [(piece, count) for piece, count in merged if piece.tail and prefill]
-    before = [one for one in merged if one not in behind]
+    called = [(part, count) for piece, count in merged for part in piece.parts or (piece,)]
+    behind = [(piece, count) for piece, count in called if piece.tail and prefill]
+    before = [one for one in called if one not in behind]
+    alone = [(piece, count) for piece, count in merged if piece.tail and prefill]
     return Workload(
         routing=routing,
         format=format,
@@ -175,6 +178,7 @@ def assemble(
         expert_bytes=sum(count * piece.stored_bytes for piece, count in merged if piece.experts),
         step_tokens=step,
         tail=tuple(call for piece, count in behind for call in _calls(piece, count, step)),
+        tail_bytes=sum(count * piece.stored_bytes for piece, count in alone),
     )
 
 

@@ -232,7 +232,7 @@ class Session:
     ) -> BodyLane:
         slots, steps = Slots(self.shards.ropes), self.shards.body
         if name == "prefill":
-            steps = [step for step in steps if step not in self.shards.tail]
+            steps = self.shards.prefill
         notice = prefetch.layer_starts if prefetch else None
         rule = self._gate_rule(name)
         wiring = Wiring(self._states, dispatch, notice, self._concurrency, rule)

@@ -71,8 +71,15 @@ class LoadedShards:
 
     @property
     def tail(self) -> list[Step]:
-        """Those of them that a prompt's last token alone goes through."""
-        return [step for step in self.body if isinstance(step, LoadedShard) and step.shard.is_tail]
+        """Those of them that a prompt's last token goes through after prefill."""
+        return [step for step in self.body if isinstance(step, LoadedShard) and step.shard.has_tail]
+
+    @property
+    def prefill(self) -> list[Step]:
+        """Those of them that all tokens of a prompt go through."""
+        return [
+            step for step in self.body if isinstance(step, ExpertLayer) or not step.shard.is_tail
+        ]
 
     @property
     def head(self) -> list[LoadedShard]:

@@ -32,14 +32,42 @@ def _mixers(layers: Sequence[StackedConfig]) -> dict[int, MixerConfig]:
 @dataclass(frozen=True)
 class StackConfig:
     """(mixer, feed-forward) of each layer. What layers ask of the host alike they share. Where the
-    first one `lends`, the others read its caches, inside the graph."""
+    first one `lends`, the others read its caches, inside the graph. Functions in `runs` (name,
+    first layer, last + 1) go through some of the layers; `run` are those of this graph (None: all).
+    Where that leaves out the one that lends, its caches are read as earlier calls left them."""
 
     layers: tuple[StackedConfig, ...]
     lends: bool = False
+    runs: tuple[tuple[str, int, int], ...] = ()
+    run: tuple[int, int] | None = None
+
+    @property
+    def places(self) -> range:
+        """The layers that the graph goes through."""
+        return range(*self.run) if self.run else range(len(self.layers))
+
+    def of(self, name: str) -> "StackConfig":
+        """What the function of this name goes through."""
+        run = next(((first, end) for own, first, end in self.runs if own == name), None)
+        return replace(self, runs=(), run=run)
+
+    @property
+    def borrowed(self) -> tuple[Port, ...]:
+        """The caches that it reads of a layer that it does not go through, as that one has them."""
+        lender = self.layers[0][0]
+        if not self.lends or not self.places.start or lender is None:
+            return ()
+        return tuple(_numbered(port, 0) for port in lender.states)
+
+    @property
+    def _mixers(self) -> dict[int, MixerConfig]:
+        own = _mixers(self.layers)
+        return {place: mixer for place, mixer in own.items() if place in self.places}
 
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""
-        for index, (mixer, ffn) in enumerate(self.layers):
+        for index in self.places:
+            mixer, ffn = self.layers[index]
             for half, config in (("attn", mixer), ("ffn", ffn)):
                 own = () if config is None else config.rows()
                 yield from (row.under(f"layers.{index}.{half}") for row in own)
@@ -48,7 +76,7 @@ class StackConfig:
         """What is asked of the host, by its slot. Names that stand for several slots are told
         apart by the place of the layer that asks first."""
         asked: dict[str, Port] = {}
-        for place, mixer in _mixers(self.layers).items():
+        for place, mixer in self._mixers.items():
             taken = {port.name for port in asked.values()}
             for port in mixer.host(tokens):
                 name = f"{port.name}_{place}" if port.name in taken else port.name
@@ -65,9 +93,10 @@ class StackConfig:
     def ports(self, tokens: int) -> Ports:
         """What is asked of the host once; states and gates of each layer with its place in the
         name."""
-        mixers = _mixers(self.layers)
-        ffns = {place: ffn for place, (_, ffn) in enumerate(self.layers) if ffn is not None}
-        stream, *_ = next(half for half in self.layers[0] if half is not None).ports(tokens).inputs
+        mixers, first = self._mixers, self.layers[self.places.start]
+        whole = {place: self.layers[place][1] for place in self.places}
+        ffns = {place: ffn for place, ffn in whole.items() if ffn is not None}
+        stream, *_ = next(half for half in first if half is not None).ports(tokens).inputs
         asked = self.asked(tokens)
         if self.lends:
             asked = {slot: port for slot, port in asked.items() if port.root != STATE}
@@ -83,7 +112,7 @@ class StackConfig:
         ]
         noise = [
             _numbered(port, place)
-            for place, ports in enumerate(each)
+            for place, ports in zip(ffns, each, strict=True)
             for port in ports.inputs
             if port.root == "noise"
         ]
@@ -97,7 +126,12 @@ class StackConfig:
             (stream, *asked.values(), *taken, *noise),
             (replace(stream, name="y"), *gates, *given.values()),
         )
-        return with_states(ports, tuple(states), any(one.explicit for one in mixers.values()))
+        explicit = any(one.explicit for one in mixers.values())
+        if explicit:
+            ports = replace(ports, inputs=(*ports.inputs, *self.borrowed))
+        else:
+            states = [*self.borrowed, *states]
+        return with_states(ports, tuple(states), explicit)
 
 
 @dataclass(frozen=True)

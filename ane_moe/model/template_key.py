@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ane_moe.model.part import PartConfig
+from ane_moe.model.stack import StackConfig
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,10 @@ class TemplateKey:
     block: PartConfig
     functions: tuple[tuple[str, int], ...]
     layout: str = "bc1s"
+
+    def block_of(self, name: str) -> PartConfig:
+        """What of the block the function of this name goes through."""
+        return self.block.of(name) if isinstance(self.block, StackConfig) else self.block
 
 
 def function_name(prefix: str, name: str) -> str:

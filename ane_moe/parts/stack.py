@@ -34,13 +34,14 @@ class Stack(Block):
     def __init__(self, config: StackConfig):
         super().__init__()
         self.config = config
-        self._each = [StackedLayer(*layer) for layer in config.layers]
-        self.layers = nn.ModuleList(self._each)
-        self._given = [config.given(place) for place in range(len(config.layers))]
-        self.one_trace = all(layer.attn is None or layer.attn.one_trace for layer in self._each)
+        self._each = {place: StackedLayer(*config.layers[place]) for place in config.places}
+        self.layers = nn.ModuleDict({str(place): layer for place, layer in self._each.items()})
+        self._given = {place: config.given(place) for place in config.places}
+        layers = self._each.values()
+        self.one_trace = all(layer.attn is None or layer.attn.one_trace for layer in layers)
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
-        x, outputs = self.run(range(len(self._each)), inputs)
+        x, outputs = self.run(self.config.places, inputs)
         return outputs | {"y": x}
 
     def run(
@@ -49,7 +50,8 @@ class Stack(Block):
         """What the layers at these places make of `x`, and their other outputs."""
         outputs: dict[str, Tensor] = {}
         x, carried = inputs["x"], {name: inputs[name] for name in ("carry",) if name in inputs}
-        lent: dict[str, Tensor] = {}
+        borrowed = (port.name for port in self.config.borrowed)
+        lent = {name.removesuffix("_0"): inputs[name] for name in borrowed}
         for place in places:
             layer, names = self._each[place], self._given[place].items()
             kept = {name: inputs[f"{name}_{place}"] for name in layer.kept}

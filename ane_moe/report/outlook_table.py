@@ -42,6 +42,8 @@ def print_outlook(found: Outlook) -> None:
         _print(console, f"{found.synchronisations.sentence}.")
     if found.forms:
         _print(console, advice(found.forms, found.target))
+    if found.lending:
+        _print(console, found.lending.sentence)
     for note in found.notes:
         _print(console, f"note: {note}")
     if found.choices:

@@ -15,7 +15,7 @@ from ane_moe.loop.experts import ExpertLayer
 from ane_moe.loop.labels import context_each_side
 from ane_moe.loop.shards import LoadedShard
 from ane_moe.loop.windows import Window, windows_of
-from ane_moe.manifest import Manifest, Shard, ShardFunction
+from ane_moe.manifest import TAIL, Manifest, Shard, ShardFunction
 from ane_moe.model.port import GATES, STREAM, slot_arguments, slot_root
 from ane_moe.original.golden import Golden, embedded
 from ane_moe.verification.expert_parity import ExpertParity
@@ -111,7 +111,7 @@ class Parity:
         stream = next((v for slot, v in given.items() if slot_root(slot) == STREAM), None)
         for shard, finite in zip(shards, outcome.finite, strict=True):
             for slot, value in outcome.values.items():
-                expected = GoldenSlots(self.golden).expected(shard, slot, stream)
+                expected = GoldenSlots(self.golden).expected(shard.run_of(function), slot, stream)
                 if expected is None:
                     continue
                 base, added = (part[rows] for part in expected)
@@ -135,7 +135,7 @@ class Parity:
         """The golden's rows that a function saw, what it is given for each of the golden's, and
         what it wrote; None where no prompt fits it."""
         slots = GoldenSlots(self.golden)
-        values = {slot: _fp16(slots.before(shard, slot)) for slot in run.reads}
+        values = {slot: _fp16(slots.before(shard.run_of(function), slot)) for slot in run.reads}
         if self.manifest.lengths:
             return self._windows(run, shard, function, values)
         if not (shard.states or shard.borrowed):
@@ -143,13 +143,16 @@ class Parity:
             given = {slot: value[rows] for slot, value in values.items()}
             return rows, values, run.run(function.name, given)
         pieces, outcomes = [], []
+        entering = {slot: _fp16(slots.before(shard, slot)) for slot in run.reads}
         lent = self._lent() if shard.borrowed else [{} for _ in self.golden.spans]
         for span, cut, own in zip(self.golden.spans, self._cuts(function), lent, strict=True):
             run.start(own, 0 if shard.states else cut - span.start)
-            if cut > span.start and shard.states:
-                run.run(
-                    "prefill", {slot: value[span.start : cut] for slot, value in values.items()}
-                )
+            # A tail reads what its token has left in the caches, too.
+            taken = span.stop if function.name == TAIL else cut
+            if taken > span.start and shard.states:
+                before = {slot: value[span.start : taken] for slot, value in entering.items()}
+                run.run("prefill", before)
+                run.go_to(cut - span.start)
             outcomes.append(
                 run.run(
                     function.name, {slot: value[cut : span.stop] for slot, value in values.items()}

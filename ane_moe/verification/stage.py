@@ -12,7 +12,7 @@ from ane_moe.loop.buffers import Ropes, Slots
 from ane_moe.loop.experts import ExpertDispatch, ExpertLayer, expert_layers
 from ane_moe.loop.figures import CallClock, PhaseFigures
 from ane_moe.loop.shards import LoadedShard, Step, call_order
-from ane_moe.loop.wiring import States, Wiring, meetings
+from ane_moe.loop.wiring import Call, States, Wiring, meetings
 from ane_moe.manifest import TAIL, Manifest, Shard
 from ane_moe.model.port import LOGITS, slot_root
 
@@ -86,8 +86,8 @@ class StageRun:
         entries = [one.shard.functions[0] for one in loaded]
         outputs = (port for entry in entries for port in entry.ports.outputs)
         self.reads = {port.slot for port in entries[0].ports.inputs if port.by_channel}
-        added = [step.target for step in steps if isinstance(step, ExpertLayer)]
-        written = [port.slot for port in outputs if port.by_channel] + added
+        self._added = [step.target for step in steps if isinstance(step, ExpertLayer)]
+        written = [port.slot for port in outputs if port.by_channel] + self._added
         self.writes = list(dict.fromkeys(written))
         inputs = (port for entry in entries for port in entry.ports.inputs)
         # Whether nothing depends on where a token stands or on others: a call may mix sequences.
@@ -107,11 +107,27 @@ class StageRun:
         """Of what these functions keep by inputs and outputs, what stands in such slots."""
         return {slot: self._states.passed[slot] for slot in slots if slot in self._states.passed}
 
+    def go_to(self, position: int) -> None:
+        """Go on with the token at `position`; what is kept of those from there on stays."""
+        self._position = position
+
+    def whole(self, name: str, values: Values) -> Outcome:
+        """`run`, and of prefill what it leaves to a function of the same package for one token, for
+        each of them."""
+        first, outcome = self._position, self.run(name, values)
+        if name != "prefill" or not {name, TAIL} <= self._lanes.keys():
+            return outcome
+        self.go_to(first)
+        last = self.run(TAIL, {slot: outcome.values[slot] for slot in self.reads})
+        return Outcome({**outcome.values, **last.values}, last.finite)
+
     def run(self, name: str, values: Values) -> Outcome:
         """Go on with fp16 `values` in chunks of T, the last one padded."""
         lane = self._lanes[name] if name in self._lanes else self._lanes[TAIL]
         count = len(next(iter(values.values())))
-        written: dict[str, list[np.ndarray]] = {slot: [] for slot in self.writes}
+        entries = [call.entry for call in lane.calls if isinstance(call, Call)]
+        own = {port.slot for entry in entries for port in entry.ports.outputs}.union(self._added)
+        written: dict[str, list[np.ndarray]] = {slot: [] for slot in self.writes if slot in own}
         finite = np.ones(len(lane.calls), bool)
         for first in range(0, count, lane.tokens):
             size = min(lane.tokens, count - first)

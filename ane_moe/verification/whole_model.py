@@ -62,9 +62,9 @@ class ModelPass:
         pieces: list[Values] = []
         if prompt.cut:
             head = {slot: prompt.values[slot][: prompt.cut] for slot in run.reads}
-            pieces.append(run.run("prefill", head).values)
+            pieces.append(run.whole("prefill", head).values)
         tail = {slot: prompt.values[slot][prompt.cut :] for slot in run.reads}
-        pieces.append(run.run(self.function, tail).values)
+        pieces.append(run.whole(self.function, tail).values)
         written = (slot for slot in pieces[0] if slot_root(slot) in CARRIED)
         prompt.values |= {
             slot: np.concatenate([piece[slot] for piece in pieces]) for slot in written

@@ -11,7 +11,9 @@ import torch
 from ane_moe.conversion.plan import ConvertOptions, make_plan, sources_of
 from ane_moe.errors import UserError
 from ane_moe.families import describe_config
+from ane_moe.forecast.chips import Range, find_chip
 from ane_moe.forecast.layer_kinds import plan_kinds
+from ane_moe.forecast.lending_forms import lending_forms
 from ane_moe.forecast.workload import workload_of_plan
 from ane_moe.loop.session import Session
 from ane_moe.loop.shards import load_shards
@@ -267,3 +269,143 @@ def test_layers_that_read_live_with_the_one_that_keeps(
     assert verify(out).passed
     session = Session(load_shards(out, "reference"))
     assert cosine(session.prefill(IDS), expected[-1]) > COSINE
+
+
+@pytest.fixture(scope="module", params=["mlstate", "explicit"])
+def together(request, checkpoint, tmp_path_factory):
+    """Layers 4 to 7 in one package."""
+    folder = tmp_path_factory.mktemp("afm") / request.param
+    options = {"state": request.param, "layers_per_shard": 4, "prefill": 16, "context": 64}
+    return load_shards(tiny_conversion(checkpoint, folder, golden=True, **options), "reference")
+
+
+def lending(shards):
+    (loaded,) = [one for one in shards.loaded if one.shard.layer == LENDER]
+    return loaded
+
+
+def blob_places(operations) -> set[int]:
+    """Where in the weight file the operations read."""
+    inputs = (value for one in operations for own in one.inputs.values() for value in own)
+    attributes = (value for one in operations for value in one.attributes.values())
+    blobs = (getattr(value, "blob", None) for value in (*inputs, *attributes))
+    return {blob[1] for blob in blobs if blob}
+
+
+def test_one_package_has_a_tail_of_its_own(together) -> None:
+    """By what the package itself has: prefill the weights of the layer that lends, and the tail
+    those of the others, each once in the file."""
+    shard = lending(together).shard
+    assert [one.name for one in shard.functions] == ["decode", "prefill", TAIL]
+    assert [one.layers for one in shard.functions] == [(), (4,), (5, 6, 7)]
+    program = read_program(together.folder / shard.path)
+    blocks = {name: function.block.operations for name, function in program.functions.items()}
+    named = {
+        name: {output.name for one in own for output in one.outputs} for name, own in blocks.items()
+    }
+    layers = {
+        name: {one.split("__")[1] for one in own if one.startswith("w_layers__")}
+        for name, own in named.items()
+    }
+    assert layers == {"decode": set("0123"), "prefill": {"0"}, TAIL: set("123")}
+    places = {name: blob_places(own) for name, own in blocks.items()}
+    assert places["decode"] == places["prefill"] | places[TAIL]
+    assert places["prefill"] and places[TAIL] and not places["prefill"] & places[TAIL]
+    first, *others = shard.functions
+    assert sum(one.elements for one in others) == first.elements
+    assert sum(one.weight_bytes for one in others) == first.weight_bytes == shard.weight_bytes
+
+
+def test_the_tail_of_one_package_gives_what_all_layers_give(together, shards, expected) -> None:
+    session = Session(together)
+    last = session.prefill(IDS).copy()
+    assert cosine(last, expected[-1]) > COSINE
+    body = len(together.body)
+    assert session.figures.prefill.calls == 2 * body + 1 + len(together.head)
+    following = session.decode(7).copy()
+    session.reset()
+    each = session.prefill_logits(IDS)
+    assert np.array_equal(each[-1], last)
+    assert min(map(cosine, each, expected)) > COSINE
+    assert np.array_equal(session.decode(7), following)
+    by_ports = Session(shards)
+    assert cosine(by_ports.prefill(IDS), last) > 0.9999
+    assert cosine(by_ports.decode(7), following) > 0.9999
+
+
+def test_one_package_with_a_tail_is_right(together) -> None:
+    report = verify(together.folder)
+    assert report.failures == 0 and report.passed
+    path = lending(together).shard.path
+    found = {row.function for row in report.shards if row.path == path}
+    assert found == {"decode", "prefill", TAIL}
+
+
+def test_the_tail_reads_what_prefill_of_its_package_has_kept(together, expected) -> None:
+    """With zeros in their place, or the caches of another text, it is noticed."""
+    shard = lending(together).shard
+    other = Session(together)
+    other.prefill([3] * len(IDS))
+    for forgets in (True, False):
+        session = Session(together)
+        states = session._states
+        session._place(session._prefill, session._rows(IDS[:16]), 0)
+        session._run(session._prefill, session._prefill_clock)
+        session.position = 16
+        if shard.path in states.held:
+            fresh = lending(together).functions["decode"].make_state()
+            states.held[shard.path] = fresh if forgets else other._states.held[shard.path]
+        else:
+            for slot in shard.states:
+                value = np.zeros_like(states.passed[slot])
+                states.passed[slot] = value if forgets else other._states.passed[slot]
+        session._head_of(session._prefill, 15, session._prefill_clock)
+        assert cosine(session._view, expected[15]) < COSINE
+
+
+def test_without_prefill_there_is_no_tail(checkpoint, tmp_path) -> None:
+    options = {"layers_per_shard": 4, "prefill": 0, "context": 64}
+    out = tiny_conversion(checkpoint, tmp_path, **options)
+    (shard,) = [one for one in read_manifest(out).shards if one.layer == LENDER]
+    assert [one.name for one in shard.functions] == ["decode"]
+
+
+# -- which form --------------------------------------------------------------------------------
+
+
+def test_the_forecast_says_which_form_to_take() -> None:
+    """Of the published model: fewer calls, where one package may be as large as its layers."""
+    spec, chip = describe_config(AFM), find_chip("m4-max")
+    small = lending_forms(spec, ConvertOptions(context=4096), chip)
+    large = lending_forms(spec, ConvertOptions(context=4096, max_shard_mb=1200), chip)
+    assert small is not None and large is not None
+    assert small.layers == tuple(range(34, 56)) and small.ports.packages == 44
+    assert small.together == large.together and small.together.packages == 1
+    assert small.together.decode_ms.expected < small.ports.decode_ms.expected
+    assert small.best is small.ports and large.best is large.together
+    assert "take ports (--layers-per-shard 1)" in small.sentence
+    assert "--max-shard-mb is 220" in small.sentence
+    assert "take one package (--layers-per-shard 22)" in large.sentence
+    slower = replace(large, together=replace(large.together, decode_ms=Range(1e3, 1e3, 1e3)))
+    assert slower.best is slower.ports  # the rule is of the prediction
+    assert (
+        lending_forms(describe_config(AFM | {"num_kv_reuse_layers": 0}), ConvertOptions(), chip)
+        is None
+    )
+
+
+def test_one_package_saves_the_same_part_of_a_prompt() -> None:
+    """By its own functions: what the tail leaves out, and what all of them read of caches."""
+    spec = describe_config(AFM)
+    options = ConvertOptions(context=4096, layers_per_shard=22, max_shard_mb=2000)
+    found = workload_of_plan(make_plan(spec, sources_of(spec), options))
+    kinds = plan_kinds(spec, ConvertOptions(context=4096))
+    ports = workload_of_plan(kinds.plan, kinds.repeats)
+    assert found.tail_share == pytest.approx(ports.tail_share, abs=1e-6)
+    assert found.cache_bytes == ports.cache_bytes
+    for of in ("decode", "tail"):
+        read, expected = (
+            sum(call.count.expected * call.cache_bytes for call in getattr(one, of))
+            for one in (found, ports)
+        )
+        assert read == expected

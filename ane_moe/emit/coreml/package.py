@@ -231,20 +231,22 @@ def _bound(templates: Mapping[str, Template], places: Mapping[str, _Place]) -> M
     del model.description.functions[:]
     for prefix, template in templates.items():
         mine = {value_name(name): places[weight_name(prefix, name)] for name in template.weights}
-        source = parsed[id(template)]
+        source, bound = parsed[id(template)], set[str]()
         for description in source.description.functions:
             name = function_name(prefix, description.name)
             model.description.functions.add().CopyFrom(description)
             model.description.functions[-1].name = name
             model.mlProgram.functions[name].CopyFrom(source.mlProgram.functions[description.name])
-            _bind(model.mlProgram.functions[name], mine)
+            bound |= _bind(model.mlProgram.functions[name], mine)
+        if bound != mine.keys():
+            raise ValueError(f"unbound weights: {sorted(mine.keys() - bound)[:5]}")
     model.description.defaultFunctionName = model.description.functions[0].name
     return model
 
 
-def _bind(function: MIL_pb2.Function, places: Mapping[str, _Place]) -> None:
+def _bind(function: MIL_pb2.Function, places: Mapping[str, _Place]) -> set[str]:
     """Point every weight of one function to its place in the blob file; expansions take the place
-    of its `const`."""
+    of its `const`. Returns which it has: others may be of other functions."""
     block = function.block_specializations[function.opset]
     operations = list(block.operations)
     bound = set()
@@ -254,14 +256,13 @@ def _bind(function: MIL_pb2.Function, places: Mapping[str, _Place]) -> None:
             value = operation.attributes["val"].blobFileValue
             value.fileName, value.offset = FILE, places[name].offset
             bound.add(name)
-    if bound != places.keys():
-        raise ValueError(f"unbound weights: {sorted(places.keys() - bound)[:5]}")
     if any(place.expansions for place in places.values()):
         del block.operations[:]
         for operation in operations:
             name = operation.outputs[0].name if operation.outputs else ""
             place = places.get(name, _Place())
             block.operations.extend(expansion_operations(name, place.expansions) or [operation])
+    return bound
 
 
 def _item_manifest(content_key: str) -> str:

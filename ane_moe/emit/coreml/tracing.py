@@ -17,6 +17,7 @@ from ane_moe.coreml_tools import BlobReader, ct, validating_once
 from ane_moe.emit.coreml.template import Template, value_name
 from ane_moe.emit.coreml.token_count import MARKER, with_token_count
 from ane_moe.mlprogram.proto import MIL_pb2, Model_pb2
+from ane_moe.model.part import PartConfig
 from ane_moe.model.port import Port, Ports, Shape, shapes_of
 from ane_moe.model.template_key import TemplateKey
 from ane_moe.parts.block import Block, give
@@ -71,22 +72,26 @@ def make_template(key: TemplateKey) -> Template:
     """
     block = build_unbound(key.block)
     weights = {name: tuple(parameter.shape) for name, parameter in block.named_parameters()}
-    if block.one_trace:
-        whole = _program(key, weights, 1, MARKER)
-        programs = {name: with_token_count(whole, tokens) for name, tokens in key.functions}
-    else:
-        programs = {name: _program(key, weights, tokens, tokens) for name, tokens in key.functions}
+    whole: dict[PartConfig, Model_pb2.Model] = {}
+    programs = {}
+    for name, tokens in key.functions:
+        part = key.block_of(name)
+        if not block.one_trace:
+            programs[name] = _program(part, key.layout, tokens, tokens)
+            continue
+        if part not in whole:
+            whole[part] = _program(part, key.layout, 1, MARKER)
+        programs[name] = with_token_count(whole[part], tokens)
     return Template(_join(programs), weights)
 
 
-def _program(
-    key: TemplateKey, weights: dict[str, Shape], traced_for: int, tokens: int
-) -> Model_pb2.Model:
+def _program(part: PartConfig, layout: str, traced_for: int, tokens: int) -> Model_pb2.Model:
     """The block converted for calls of so many tokens. Tracing puts plain tensors where a block had
     its parameters: each trace takes a fresh one."""
-    block = build_unbound(key.block)
-    traced = _trace(block, block.ports(traced_for), key.layout)
-    return _convert(traced, block.ports(tokens), weights, key.layout)
+    block = build_unbound(part)
+    weights = {name: tuple(parameter.shape) for name, parameter in block.named_parameters()}
+    traced = _trace(block, block.ports(traced_for), layout)
+    return _convert(traced, block.ports(tokens), weights, layout)
 
 
 class _Unbound(nn.Module):
