@@ -32,7 +32,7 @@ def _serve(folder, monkeypatch, tokenizer):
     shards = make_shards(Decoder((None,)), make_manifest((None,)))
     object.__setattr__(shards.manifest, "tokenizer", tokenizer)
     object.__setattr__(shards.manifest, "tokenizer_class", "PreTrainedTokenizerFast")
-    monkeypatch.setattr("ane_moe.loop.shards.load_shards", lambda path, runtime, **options: shards)
+    monkeypatch.setattr("ane_moe.loop.opened.load_shards", lambda path, runtime, **options: shards)
 
 
 def run(*arguments, **options):

@@ -10,7 +10,7 @@ from ane_moe.model.band import BandConfig
 from ane_moe.model.cca import CcaConfig, CcaSpec
 from ane_moe.model.delta_net import DeltaNetConfig, DeltaNetSpec
 from ane_moe.model.eda_router import EdaRouterSpec
-from ane_moe.model.experts import ExpertGroupConfig, SharedExpertConfig
+from ane_moe.model.experts import ExpertGroupConfig, GivenExpertConfig, SharedExpertConfig
 from ane_moe.model.head import HeadConfig
 from ane_moe.model.join import JoinConfig
 from ane_moe.model.kda import KdaConfig, KdaSpec
@@ -101,6 +101,7 @@ CONFIGS = [
     PackedConfig(((ATTENTION, DENSE), (ATTENTION, DENSE)), tracks=2),
     ExpertGroupConfig(D, MOE.expert, 3, RANKS),
     ExpertGroupConfig(D, MOE.expert, 2, affine=True),
+    GivenExpertConfig(ExpertGroupConfig(D, MOE.expert, 1, RANKS)),
     SharedExpertConfig(D, MOE.shared, RANKS),
     HeadConfig(D, NORM, 20, 2),
     HeadConfig(D, NORM, 5, bias=True),

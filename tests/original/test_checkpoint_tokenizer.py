@@ -372,5 +372,5 @@ def test_a_template_that_refuses_the_message_is_one_clear_error(tmp_path):
         )
     )
     assert record_of(tokenizer).chat is None
-    with pytest.raises(UserError, match="a system message comes first; leave out --chat"):
+    with pytest.raises(UserError, match="a system message comes first; give other messages"):
         tokenizer.encode_chat("go")

@@ -302,6 +302,8 @@ def test_stage_by_stage_gives_the_logits_of_the_token_loop_to_the_bit(
 def test_report_prints_what_verify_prints_and_fails_as_it_does(copy, capsys):
     folder = copy()
     _, verified, _ = command(capsys, folder)
+    verified, _, following = verified.rpartition("next: ")
+    assert following == f"ane-moe report {folder}\n"
     for passes in (True, False):
         if not passes:
             flip_byte(folder / "embed.bin")
