@@ -4,12 +4,13 @@ Whatever is written goes under a temporary name beside its place first (`.writin
 renamed when it is complete. A run that is killed leaves such names; `sweep` removes them.
 """
 
+import errno
 import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ane_moe.errors import UserError
@@ -18,18 +19,34 @@ TEMPORARY = ".writing-"
 
 
 @contextmanager
-def replaced(path: Path) -> Iterator[Path]:
+def replaced(path: Path, writer: str = "") -> Iterator[Path]:
     """A temporary path to write to, a file or a folder, that takes the place of `path` when the
-    block is left without an error."""
-    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    block is left without an error. Those who may write the same path at once give a name of their
+    own as `writer`: whoever is done last is there to stay."""
+    temporary = path.with_name(f"{TEMPORARY}{writer}{path.name}")
     _remove(temporary)
     try:
         yield temporary
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        _take_place(temporary, path)
     finally:
         _remove(temporary)
+
+
+def _take_place(temporary: Path, path: Path) -> None:
+    """A folder takes no other's place: what is there goes aside first, and another writer may put
+    his own there meanwhile."""
+    aside = temporary.with_name(f"{temporary.name}.before")
+    _remove(aside)
+    while True:
+        if path.is_dir() and not path.is_symlink():
+            with suppress(FileNotFoundError):
+                os.replace(path, aside)
+                shutil.rmtree(aside)
+        try:
+            return os.replace(temporary, path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from ane_moe.commands.options import AdapterFolders, AsJson
 from ane_moe.errors import UserError
 
 WORKERS = min(2, os.cpu_count() or 1)  # more of them wait for the disk
+STAMPING = "ane_moe.conversion.stamping"  # what worker processes do
 INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 
 
@@ -163,6 +164,13 @@ def convert(
     layers: Annotated[
         str | None, typer.Option(help="Convert only these, such as 0-3 or 0,5.", metavar="LIST")
     ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            help="Let the workers of this Dask scheduler convert, instead of processes here.",
+            metavar="tcp://HOST:PORT",
+        ),
+    ] = None,
     workers: Annotated[
         int, typer.Option(help="Processes that convert layers side by side.", min=1)
     ] = WORKERS,
@@ -203,12 +211,14 @@ def convert(
 ) -> None:
     """Convert a checkpoint into Core ML shards. Run it again to go on after an interruption."""
     from ane_moe.checkpoints.hub import local_folder
-    from ane_moe.conversion.workers import prepare
+    from ane_moe.conversion.workers import open_workers, prepare
     from ane_moe.manifest import FILE_NAME
 
+    if cluster:  # its workers are in folders of their own
+        out = out.absolute()
     may_be_done = (out / FILE_NAME).exists() and not overwrite
-    if not dry_run and not may_be_done:
-        prepare(workers, "ane_moe.conversion.stamping")
+    if not dry_run and not may_be_done and not cluster:
+        prepare(workers, STAMPING)
     from ane_moe.conversion.job import job_of, plan_of
     from ane_moe.conversion.pipeline import carry_out
     from ane_moe.conversion.plan import DISPATCHED, MAX_EXPERT_TOKENS, MAX_LENGTH, ConvertOptions
@@ -250,6 +260,7 @@ def convert(
     walked = golden or calibrate or budget_mb or min_cosine  # through all layers before the last
     needed = range(max(only) + 1) if only and walked else only
     source = local_folder(built_in(checkpoint), () if dry_run else needed)
+    source = source.absolute() if cluster else source
     unsaid = AUTO if target else "1"
     asked = (
         experts_per_function or (unsaid if routing == "sparse" else "1"),
@@ -297,10 +308,13 @@ def convert(
         typer.echo(json.dumps(document, indent=2)) if as_json else print_plan(job.plan)
         return
     try:
-        with ConvertBar(warning(concern, place) for concern in concerns) as bar:
+        with (
+            open_workers(workers, STAMPING, cluster, out) as those,
+            ConvertBar(warning(concern, place) for concern in concerns) as bar,
+        ):
             report = carry_out(
                 job,
-                workers=workers,
+                workers=those,
                 golden=golden,
                 prompts=prompts,
                 overwrite=overwrite,

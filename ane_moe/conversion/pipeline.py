@@ -1,9 +1,9 @@
 """The conversion pipeline: checkpoint -> plan -> templates -> shards -> manifest."""
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -40,12 +40,21 @@ from ane_moe.conversion.stream_scale import (
     wanted_scales,
 )
 from ane_moe.conversion.templates import templates_of
-from ane_moe.conversion.workers import Pool, open_pool, peak_memory_bytes, run, start
+from ane_moe.conversion.workers import (
+    LocalWorkers,
+    Pool,
+    Workers,
+    open_workers,
+    peak_memory_bytes,
+    run,
+    start,
+    this_process,
+)
 from ane_moe.emit.coreml.package import disk_error
 from ane_moe.emit.coreml.template import Template
 from ane_moe.emit.coreml.template_cache import TemplateCache
 from ane_moe.errors import UserError
-from ane_moe.files import sha256
+from ane_moe.files import sha256, sweep
 from ane_moe.formats.calibration import FILE_NAME as CALIBRATION
 from ane_moe.formats.calibration import is_calibration_of
 from ane_moe.manifest import Manifest
@@ -62,6 +71,7 @@ from ane_moe.original.checkpoint_tokenizer import (
 
 EMBED = "embed.bin"
 BUILTIN_TEXT = "builtin"
+THIS_PROCESS = LocalWorkers(1, stamping.__name__)
 
 
 @dataclass(frozen=True)
@@ -106,27 +116,32 @@ def convert(
     options: ConvertOptions | None = None,
     *,
     workers: int = 1,
+    cluster: str | None = None,
     golden: bool = False,
     prompts: Path | None = None,
     overwrite: bool = False,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> ConvertReport:
-    """Open `checkpoint`, plan its conversion into the shard folder `out`, and `carry_out` that."""
+    """Open `checkpoint`, plan its conversion into the shard folder `out`, and `carry_out` that: by
+    processes of this machine, or by the workers of a `cluster`, the address of its scheduler."""
+    if cluster:  # whose workers are in folders of their own
+        checkpoint, out = checkpoint.absolute(), out.absolute()
     job = open_job(checkpoint, out, options or ConvertOptions())
-    return carry_out(
-        job,
-        workers=workers,
-        golden=golden,
-        prompts=prompts,
-        overwrite=overwrite,
-        progress=progress,
-    )
+    with open_workers(workers, stamping.__name__, cluster, out) as those:
+        return carry_out(
+            job,
+            workers=those,
+            golden=golden,
+            prompts=prompts,
+            overwrite=overwrite,
+            progress=progress,
+        )
 
 
 def carry_out(
     job: Job,
     *,
-    workers: int = 1,
+    workers: Workers = THIS_PROCESS,
     golden: bool = False,
     prompts: Path | None = None,
     overwrite: bool = False,
@@ -148,6 +163,7 @@ def carry_out(
     earlier = None if overwrite else finished(out)
     claim(job, overwrite)
     require_disk(out, job.plan)
+    workers.admit({tensor.path for tensor in job.checkpoint.tensors.values()}, out / MARKER)
     meter = _Meter(job.plan.disk_bytes, progress)
     try:
         tokenizer_files = write_tokenizer(tokenizer, out)
@@ -164,6 +180,7 @@ def carry_out(
             meter.begin_again()
         manifest = _complete(manifest, job)
         stream = divided_stream(job, out / GOLDEN)
+        sweep(out)  # of killed workers, whose calls others did
         remove_strangers(out, manifest)
         manifest.write(out)
         (out / MARKER).unlink()
@@ -177,7 +194,7 @@ def carry_out(
 
 def _written(
     job: Job,
-    workers: int,
+    workers: Workers,
     meter: "_Meter",
     tokenizer: TokenizerFiles,
     earlier: Manifest | None,
@@ -207,7 +224,7 @@ class _Meter:
 
     def __init__(self, total: int, report: Callable[[Progress], None]):
         self._total, self._report, self._written = total, report, 0
-        self._peaks: dict[int, int] = {}
+        self._peaks: dict[str, int] = {}
 
     @property
     def peak(self) -> int:
@@ -218,9 +235,9 @@ class _Meter:
         self.add(done.path, done.weight_bytes, done.process, done.peak_memory_bytes)
         return done
 
-    def add(self, label: str, written: int, process: int, peak: int) -> None:
+    def add(self, label: str, written: int, process: str, peak: int) -> None:
         self._written += written
-        self._peaks[os.getpid()] = peak_memory_bytes()
+        self._peaks[this_process()] = peak_memory_bytes()
         self._peaks[process] = max(peak, self._peaks.get(process, 0))
         self._report(Progress(label, self._written, self._total, self.peak))
 
@@ -230,7 +247,7 @@ class _Meter:
 
     def golden(self, what: str, done: int, total: int) -> None:
         """Report the capture of goldens."""
-        self.add(f"golden: {what} {done}/{total}", 0, os.getpid(), 0)
+        self.add(f"golden: {what} {done}/{total}", 0, this_process(), 0)
 
 
 def _require_text(options: ConvertOptions) -> None:
@@ -243,22 +260,22 @@ def _require_text(options: ConvertOptions) -> None:
         raise UserError("--budget-mb and --min-cosine exclude each other", do="give one of them")
 
 
-def _calibrated(job: Job, workers: int, meter: _Meter) -> Job:
+def _calibrated(job: Job, workers: Workers, meter: _Meter) -> Job:
     """The job with its calibration, and with the formats that a budget or a least cosine chooses,
     where asked for."""
     job = replace(job, calibration=_calibration(job, meter))
     if job.plan.options.budget_mb is None and job.plan.options.min_cosine is None:
         return job
-    with open_pool(workers, stamping.__name__) as pool:
+    with workers.writers() as pool:
         return _with_formats(pool, job, meter)
 
 
-def _stamp(job: Job, workers: int, meter: _Meter) -> tuple[list[Done], Done | None]:
+def _stamp(job: Job, workers: Workers, meter: _Meter) -> tuple[list[Done], Done | None]:
     """Every shard, written or found finished, and the embedding table, where there is one."""
-    with ThreadPoolExecutor(workers) as threads:  # hashing frees the interpreter's lock
-        done = _finished(threads, job, meter)
+    with workers.readers() as pool:
+        done = _finished(pool, job, meter)
     idle = len(done) == len(job.plan.shards)  # processes take seconds to import
-    with open_pool(1 if idle else workers, stamping.__name__) as pool:
+    with nullcontext() if idle else workers.writers() as pool:
         embedding = _start_embedding(pool, job)
         done += _stamp_rest(pool, job, {shard.path for shard in done}, meter)
         return done, meter.shard(embedding.result()) if embedding else None
@@ -277,7 +294,7 @@ def _calibration(job: Job, meter: _Meter) -> Path | None:
     if not path.is_file() or not is_calibration_of(path, calibration_digest(job.checkpoint, text)):
 
         def progress(what: str, done: int, total: int) -> None:
-            meter.add(f"calibration: {what} {done}/{total}", 0, os.getpid(), 0)
+            meter.add(f"calibration: {what} {done}/{total}", 0, this_process(), 0)
 
         calibrate(job, text, progress).write(path)
     return path
@@ -295,7 +312,7 @@ def _with_formats(pool: Pool, job: Job, meter: _Meter) -> Job:
     ]
     for sensitivities in run(pool, measure_sensitivity, calls):
         measured += sensitivities
-        meter.add(f"sensitivity: {len(measured)} matrices", 0, os.getpid(), 0)
+        meter.add(f"sensitivity: {len(measured)} matrices", 0, this_process(), 0)
     measured.sort(key=lambda entry: str(entry.tensor))
     if options.budget_mb is not None:
         budget = int(options.budget_mb * MB) - (plan.disk_bytes - _matrix_bytes(plan))

@@ -21,16 +21,22 @@ LARGEST = 60_000  # below fp16's end; which experts score highest does not chang
 
 
 def write_embedding(
-    checkpoint: Checkpoint, source: TensorSource, path: Path, form: str, hasher: Hasher
+    checkpoint: Checkpoint,
+    source: TensorSource,
+    path: Path,
+    form: str,
+    hasher: Hasher,
+    writer: str = "",
 ) -> str:
     """The embedding table, a run of rows at a time: fp16, or int8 and then the rows' scales
-    (loop/embedding_table.py). `hasher` is fed what is read. Returns the file's sha256 (hex)."""
+    (loop/embedding_table.py). `hasher` is fed what is read, `writer` is as of `replaced`. Returns
+    the file's sha256 (hex)."""
     rows, width = source.shape
     step = max(1, EMBED_CHUNK_BYTES // (2 * width))
     buffer = np.empty((step, width), np.float16)
     scales: list[np.ndarray] = []
     digest = hashlib.sha256()
-    with replaced(path) as temporary, temporary.open("wb", buffering=0) as stream:
+    with replaced(path, writer) as temporary, temporary.open("wb", buffering=0) as stream:
 
         def write(values: np.ndarray) -> None:
             digest.update(values.data)

@@ -3,7 +3,6 @@
 In a process that imports neither torch nor coremltools, unless a weight format needs torch.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -17,7 +16,7 @@ from ane_moe.conversion.job import Job
 from ane_moe.conversion.plan import OneHot, Recovery, ShardPlan
 from ane_moe.conversion.side_files import write_embedding
 from ane_moe.conversion.store_writer import read_store_key, sound_digest, write_store
-from ane_moe.conversion.workers import peak_memory_bytes
+from ane_moe.conversion.workers import peak_memory_bytes, this_process
 from ane_moe.emit.coreml.package import ContentKey, Weight, file_hashes, read_content_key, stamp
 from ane_moe.emit.coreml.template import Template
 from ane_moe.errors import UserError
@@ -46,7 +45,7 @@ class Done:
     reused: bool
     files: dict[str, str]
     peak_memory_bytes: int
-    process: int
+    process: str
 
 
 @dataclass(frozen=True)
@@ -83,11 +82,11 @@ def stamp_shard(job: ShardJob, templates: dict[str, Template]) -> Done:
     path.parent.mkdir(parents=True, exist_ok=True)
     if store := job.shard.store:
         prefixes = dict.fromkeys(name.partition("/")[0] for name in job.shard.sources)
-        written = write_store(_values(job, key), [*prefixes], key, path, store)
+        written = write_store(_values(job, key), [*prefixes], key, path, store, this_process())
         return _report(job, written.content_key, written.files, reused=False)
     formats = [find_format(choice.format) for choice in job.shard.choices.values()]
     more = sum(form.stored_arrays - 1 for form in formats)
-    written = stamp(templates, _values(job, key), key, path, more, job.shard.shared)
+    written = stamp(templates, _values(job, key), key, path, more, job.shard.shared, this_process())
     return _report(job, written.content_key, written.files, reused=False)
 
 
@@ -95,7 +94,7 @@ def _report(job: ShardJob, content_key: str, files: dict[str, str], reused: bool
     """`files` are digests by path inside the package; of a store it is empty."""
     shard, peak = job.shard, peak_memory_bytes()
     named = {f"{shard.path}/{name}".rstrip("/"): digest for name, digest in files.items()}
-    return Done(shard.path, content_key, shard.weight_bytes, reused, named, peak, os.getpid())
+    return Done(shard.path, content_key, shard.weight_bytes, reused, named, peak, this_process())
 
 
 def _key(job: ShardJob) -> ContentKey:
@@ -188,6 +187,6 @@ def _carried(
 
 def stamp_embedding(checkpoint: Checkpoint, source: TensorSource, path: Path, form: str) -> Done:
     key = ContentKey(form, ENCODING)
-    files = {path.name: write_embedding(checkpoint, source, path, form, key)}
+    files = {path.name: write_embedding(checkpoint, source, path, form, key, this_process())}
     size, peak = path.stat().st_size, peak_memory_bytes()
-    return Done(path.name, key.digest(), size, False, files, peak, os.getpid())
+    return Done(path.name, key.digest(), size, False, files, peak, this_process())

@@ -31,17 +31,18 @@ def write_store(
     key: ContentKey,
     path: Path,
     store: Store,
+    name: str = "",
 ) -> Written:
     """Write the file `path` of the experts called `prefixes`: `values` are their weights, expert by
     expert and in the record's order, as (name, fp16 array or encoded).
 
     `key` is asked for its digest after the last value was read. Raises UserError when the disk is
     full, and ValueError for weights that are not the record's; an interrupted call leaves nothing
-    at `path`.
+    at `path`. `name` is the writer of `replaced`.
     """
     given = iter(values)
     try:
-        with replaced(path) as temporary, _Writer(temporary) as writer:
+        with replaced(path, name) as temporary, _Writer(temporary) as writer:
             for prefix in prefixes:
                 writer.add(_arrays(given, prefix, store.record), store.record)
             if next(given, None) is not None:

@@ -1,18 +1,71 @@
-"""Worker processes of a conversion, and what they use of memory."""
+"""Those who do a conversion's calls: processes of this machine, or a cluster's workers."""
 
 import os
+import platform
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed, wait
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import (
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    as_completed,
+    wait,
+)
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from multiprocessing import forkserver, get_context, parent_process
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import psutil
 
 T = TypeVar("T")
 
 Pool = Executor | None  # None: everything in this process
+
+
+class Workers(Protocol):
+    """Who does the calls of a conversion."""
+
+    def admit(self, files: Collection[Path], marker: Path) -> None:
+        """Check, before anything is begun, that all of them can read `files`, and see `marker`
+        where they are to write. Raises UserError."""
+
+    def readers(self) -> AbstractContextManager[Pool]:
+        """For calls that read and hash."""
+
+    def writers(self) -> AbstractContextManager[Pool]:
+        """For calls that write shards."""
+
+
+@dataclass(frozen=True)
+class LocalWorkers:
+    """`count` processes of this machine, begun when there is something to write."""
+
+    count: int
+    preload: str
+
+    def admit(self, files: Collection[Path], marker: Path) -> None:
+        """They see what this process sees."""
+
+    def readers(self) -> AbstractContextManager[Pool]:
+        return ThreadPoolExecutor(self.count)  # hashing frees the interpreter's lock
+
+    def writers(self) -> AbstractContextManager[Pool]:
+        return open_pool(self.count, self.preload)
+
+
+def open_workers(
+    count: int, preload: str, cluster: str | None, out: Path
+) -> AbstractContextManager[Workers]:
+    """`count` processes of this machine, or the workers of the `cluster` whose scheduler has that
+    address. Raises UserError."""
+    if cluster is None:
+        return nullcontext(LocalWorkers(count, preload))
+    from ane_moe.conversion.cluster import open_cluster
+
+    return open_cluster(cluster, out)
 
 
 def prepare(workers: int, preload: str) -> None:
@@ -71,6 +124,11 @@ def run(pool: Pool, function: Callable[..., T], calls: Iterable[tuple[Any, ...]]
     except BaseException:
         pool.shutdown(wait=True, cancel_futures=True)
         raise
+
+
+def this_process() -> str:
+    """What tells this process from those of other machines, too; it may be part of a file name."""
+    return f"{platform.node()}-{os.getpid()}"
 
 
 def peak_memory_bytes() -> int:

@@ -53,22 +53,23 @@ def stamp(
     path: Path,
     more_arrays: int = 0,
     shared: Mapping[str, str] | None = None,
+    writer: str = "",
 ) -> Written:
     """Write the package `path` from templates by prefix and their weights, each (name, fp16 array
     or encoded); these are stored as one array each, and `more_arrays` together. `shared` weights
-    (name: another's) have no value of their own.
+    (name: another's) have no value of their own. `writer` is as of `replaced`.
 
     One weight is in memory at a time. The first function of the first copy is the default. `key` is
     asked for its digest after the last value was read. Raises UserError when the disk is full; an
     interrupted call leaves nothing at `path`.
     """
     try:
-        with replaced(path) as temporary:
+        with replaced(path, writer) as temporary:
             (temporary / WEIGHTS).parent.mkdir(parents=True)
             arrays = sum(len(template.weights) for template in templates.values())
             arrays += more_arrays - len(shared or {})
-            with BlobWriter(temporary / WEIGHTS, arrays) as writer:
-                places = _place(values, writer, templates, shared or {})
+            with BlobWriter(temporary / WEIGHTS, arrays) as blob:
+                places = _place(values, blob, templates, shared or {})
             content_key = key.digest()
             model = _bound(templates, places)
             model.description.metadata.userDefined[CONTENT_KEY] = content_key
@@ -81,7 +82,7 @@ def stamp(
     except (OSError, RuntimeError) as error:
         raise disk_error(error, path) from error
     files = {name: hashlib.sha256(data).hexdigest() for name, data in beside.items()}
-    return Written(content_key, files | {WEIGHTS: writer.sha256.hexdigest()})
+    return Written(content_key, files | {WEIGHTS: blob.sha256.hexdigest()})
 
 
 class ContentKey:

@@ -1,0 +1,308 @@
+"""The workers of a `dask.distributed` cluster in the place of processes of this machine.
+
+Every call is complete in itself: it brings its templates, reads the checkpoint from storage that
+all machines share, and writes to such storage under a name of its worker's own. A call whose worker
+dies is done again by another one. No more calls are sent than workers have room for: the scheduler
+gives up a call that four workers died of, and counts those that only waited there.
+"""
+
+import hashlib
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import CancelledError, Executor, Future
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import ane_moe
+from ane_moe.errors import UserError
+from ane_moe.files import scratch_folder
+
+PACKAGES = ("ane-moe", "coremltools", "torch", "numpy", "scipy", "protobuf")
+SOURCE = "source of ane-moe"  # two checkouts have one version
+RESOURCE = "ane-moe"  # where workers offer it, they alone are used, one call for each unit
+RETRIES = 2  # of a call that ends with an error that is not the user's: of shared storage
+CONNECT_SECONDS, JOIN_SECONDS, LOOK_SECONDS = 10, 30, 0.5
+ALONE_SECONDS = 120  # without any worker: a nanny starts a killed one anew within seconds
+AGAIN = "finished shards are kept: run the same command again"
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a worker has to find: versions by package, sizes of files, and a file with this text in
+    the folder that it is to write to."""
+
+    versions: tuple[tuple[str, str], ...]
+    sizes: tuple[tuple[Path, int], ...] = ()
+    marker: Path | None = None
+    text: str = ""
+
+    def objection(self) -> str:
+        """What is not so in this process; nothing where all is."""
+        found = installed()
+        for name, wanted in self.versions:
+            if found[name] != wanted:
+                return f"has {name} {found[name]}, not {wanted}"
+        for path, size in self.sizes:
+            if not path.is_file():
+                return f"does not see {path}"
+            if path.stat().st_size != size:
+                return f"sees another file as {path}"
+        return self._objection_to_folder(self.marker) if self.marker else ""
+
+    def _objection_to_folder(self, marker: Path) -> str:
+        folder = marker.parent
+        try:
+            os.listdir(folder)  # a network file system looks again
+            if marker.read_text() != self.text:
+                return f"sees another folder as {folder}"
+        except OSError:
+            return f"does not see {folder}"
+        try:
+            with scratch_folder(folder, "admission"):
+                return ""
+        except OSError as error:
+            return f"cannot write to {folder} ({error.strerror})"
+
+
+@cache
+def installed() -> dict[str, str]:
+    """Versions of what decides the bytes of a shard, and a digest of our own source."""
+    digest, root = hashlib.sha256(), Path(ane_moe.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return {name: _version(name) for name in PACKAGES} | {SOURCE: digest.hexdigest()[:12]}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+@contextmanager
+def open_cluster(address: str, out: Path) -> Iterator["Cluster"]:
+    """The workers of the scheduler at `address`, for a conversion into `out`, once they have ended
+    what an earlier run left them to do there. Raises UserError."""
+    if find_spec("distributed") is None:
+        raise UserError(
+            "a cluster needs another package", "no distributed", "pip install 'ane-moe[cluster]'"
+        )
+    from distributed import Client
+
+    try:
+        client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"no scheduler answers at {address}", reason, "start one with `dask scheduler`"
+        ) from None
+    cluster = Cluster(client, address, out)
+    try:
+        cluster.begin()
+        yield cluster
+    finally:
+        cluster.end()
+
+
+class Cluster(Executor):
+    """`Workers` (workers.py) and their pool in one; made by `open_cluster`."""
+
+    def __init__(self, client: Any, address: str, out: Path):
+        name = hashlib.sha256(str(out.absolute()).encode()).hexdigest()[:12]
+        self._client, self._address, self._prefix = client, address, f"ane-moe-{name}"
+        self._conditions = Conditions(tuple(installed().items()))
+        self._resources: dict[str, float] | None = None
+        self._slots = 0
+        self._calls: dict[Future[Any], Any] = {}  # ours, and dask's
+        self._change = threading.Condition()
+        self._failure: UserError | None = None
+        self._ended = threading.Event()
+
+    def begin(self) -> None:
+        """Wait for a first worker, and for calls of an earlier run that nobody waits for any more:
+        they would write beside ours."""
+        deadline = time.monotonic() + JOIN_SECONDS
+        while not self._offers(RESOURCE) and not self._offers(None):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"the scheduler at {self._address} has no workers",
+                    do=f"start some with `dask worker {self._address} --nthreads 1`",
+                )
+            time.sleep(LOOK_SECONDS)
+        self._resources = {RESOURCE: 1} if self._offers(RESOURCE) else None
+        self._slots = sum(self._workers().values())
+        while True in self._ask(_is_busy, self._prefix).values():
+            time.sleep(LOOK_SECONDS)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def end(self) -> None:
+        """Leave the cluster as it is, without us."""
+        self._ended.set()
+        self._client.close(timeout=2)
+
+    def admit(self, files: Collection[Path], marker: Path) -> None:
+        """As of `Workers`; also refuses workers with other versions of what decides the result."""
+        sizes = tuple((path, path.stat().st_size) for path in sorted(files))
+        versions = tuple(installed().items())
+        self._conditions = Conditions(versions, sizes, marker, marker.read_text())
+        for address, found in self._ask(_objection, self._conditions).items():
+            if isinstance(found, OSError):  # it died meanwhile
+                continue
+            if isinstance(found, Exception):
+                found = f"cannot run our code ({found})"
+            if found:
+                raise _refused(address, found)
+
+    def readers(self) -> AbstractContextManager["Cluster"]:
+        return nullcontext(self)
+
+    def writers(self) -> AbstractContextManager["Cluster"]:
+        return nullcontext(self)
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **_: Any) -> "Future[Any]":
+        """Begin one call, as soon as a worker has room for it."""
+        future: Future[Any] = Future()
+        with self._change:
+            self._change.wait_for(lambda: self._failure or len(self._calls) < max(1, self._slots))
+            if self._failure:
+                raise self._failure
+            call = self._client.submit(
+                _answer,
+                self._conditions,
+                function,
+                *arguments,
+                key=f"{self._prefix}-{function.__name__}-{uuid.uuid4().hex}",
+                retries=RETRIES,
+                resources=self._resources,
+                pure=False,
+            )
+            self._calls[future] = call
+        call.add_done_callback(lambda call: self._done(call, future))
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Begin nothing new. What runs ends by itself, and a next run waits for it."""
+        with self._change:
+            self._client.cancel(list(self._calls.values()))
+
+    def _done(self, call: Any, future: "Future[Any]") -> None:
+        from distributed.client import FutureCancelledError
+        from distributed.scheduler import KilledWorker
+
+        error: BaseException | None = None
+        try:
+            answer = call.result()
+            error = answer if isinstance(answer, UserError) else None
+        except KilledWorker as killed:
+            error = UserError(
+                f"{killed.allowed_failures + 1} workers died of {call.key}, one after the other",
+                f"the last was {killed.last_worker.address}",
+                f"look at its log, or give workers more memory; {AGAIN}",
+            )
+        except (FutureCancelledError, CancelledError):
+            error = self._lost()
+        except Exception as raised:
+            error = raised
+        with self._change:
+            mine = self._calls.pop(future, None)
+            self._change.notify_all()
+        if mine is not None:
+            future.set_exception(error) if error else future.set_result(answer)
+
+    def _watch(self) -> None:
+        """Count the workers, and end all calls where there is nobody left to do them."""
+        seen = time.monotonic()
+        while not self._ended.wait(LOOK_SECONDS):
+            try:
+                slots = sum(self._workers().values())
+            except Exception:  # whatever a closing connection gives
+                self._fail(self._lost())
+                return
+            seen = time.monotonic() if slots else seen
+            with self._change:
+                self._slots = slots
+                self._change.notify_all()
+            if time.monotonic() - seen > ALONE_SECONDS:
+                gone = f"the scheduler at {self._address} has no workers left"
+                self._fail(UserError(gone, do=f"start some; {AGAIN}"))
+                return
+
+    def _fail(self, error: UserError) -> None:
+        if self._ended.is_set():
+            return
+        with self._change:
+            self._failure = error
+            waiting = list(self._calls)
+            self._calls.clear()
+            self._change.notify_all()
+        for future in waiting:
+            future.set_exception(error)
+
+    def _lost(self) -> UserError:
+        return UserError(f"the scheduler at {self._address} went away", do=f"start it; {AGAIN}")
+
+    def _offers(self, resource: str | None) -> bool:
+        workers = self._client.scheduler_info(n_workers=-1)["workers"].values()
+        return any(resource is None or resource in worker["resources"] for worker in workers)
+
+    def _workers(self) -> dict[str, int]:
+        """How many calls each worker that is used has room for."""
+        found = self._client.scheduler_info(n_workers=-1)["workers"]
+        if self._resources is None:
+            return {address: worker["nthreads"] for address, worker in found.items()}
+        return {
+            address: int(worker["resources"][RESOURCE])
+            for address, worker in found.items()
+            if RESOURCE in worker["resources"]
+        }
+
+    def _ask(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+        """What each worker that is used answers at once; an exception where it could not."""
+        workers = list(self._workers())
+        return dict(self._client.run(function, *arguments, workers=workers, on_error="return"))
+
+
+def _objection(conditions: Conditions) -> str:
+    """In a worker: what it lacks, looked for until it once lacked nothing."""
+    if conditions in _met:
+        return ""
+    if not (found := conditions.objection()):
+        _met.add(conditions)
+    return found
+
+
+_met: set[Conditions] = set()  # of this process
+
+
+def _is_busy(prefix: str, dask_worker: Any) -> bool:
+    """Whether this worker runs a call of ours, also one that was called off."""
+    return any(str(task.key).startswith(prefix) for task in dask_worker.state.executing)
+
+
+def _answer(conditions: Conditions, function: Callable[..., Any], *arguments: Any) -> Any:
+    """In a worker: the result, or the UserError, which no other worker would mend. One that joined
+    later has been asked nothing yet."""
+    if objection := _objection(conditions):
+        from distributed import get_worker
+
+        return _refused(get_worker().address, objection)
+    try:
+        return function(*arguments)
+    except UserError as error:
+        return error
+
+
+def _refused(address: str, objection: str) -> UserError:
+    return UserError(
+        f"worker {address} {objection}",
+        do="give it the same packages and folders as this machine, or close it",
+    )
