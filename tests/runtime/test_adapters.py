@@ -97,7 +97,14 @@ SWITCHED = {
 }
 
 
-@pytest.mark.parametrize("case", SWITCHED)
+# Other routings and forms than these are left to --slow.
+ALWAYS = ("olmoe", "compressed")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(name, marks=() if name in ALWAYS else pytest.mark.slow) for name in SWITCHED],
+)
 def test_adapters_are_switched_on_at_load(case: str, tmp_path: Path) -> None:
     """Each has peft's logits and passes its own proof, on weights that are stored once."""
     family, options = SWITCHED[case]
