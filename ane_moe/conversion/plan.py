@@ -511,6 +511,8 @@ class _Planner:
     slots: int
     adapters: Mapping[str, Mapping[WeightName, LowRank]] = field(default_factory=dict)
     low_ranks: Mapping[WeightName, LowRank] = field(default_factory=dict)
+    # Paths of the packages that compute stored experts, by what these are.
+    graphs: dict[GivenExpertConfig, str] = field(default_factory=dict)
 
     @cached_property
     def _with_adapter(self) -> dict[str, "_Planner"]:
@@ -537,9 +539,6 @@ class _Planner:
         others = {name: make(planner) for name, planner in self._with_adapter.items()}
         changed = {name: other for name, other in others.items() if other != block}
         return _Copy(block, experts, changed)
-
-    # Paths of the packages that compute stored experts, by what these are.
-    graphs: dict[GivenExpertConfig, str] = field(default_factory=dict)
 
     def groups(self, layers: Sequence[int]) -> list[tuple[int, ...]]:
         """Layers that share a shard: those that read one layer's caches with it, else neighbours
