@@ -228,15 +228,17 @@ class ExpertDispatch:
         def run(task: tuple[Group, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
             return self._run(*task, ffn_input, gates, clock)
 
-        with self.cache.running(layer, self._keys(tasks)):
-            self.cache.request([group.key(min(group.functions)) for group, _ in tasks])
+        keys = self._keys(tasks)
+        with self.cache.running(layer, keys):
+            self.cache.request(keys)
             for results in (self._pool.map if self._pool else map)(run, tasks):
                 for tokens, y in results:
                     total[:, tokens] += y
 
-    def _keys(self, tasks: Sequence[tuple[Group, np.ndarray]]) -> set[FunctionKey]:
-        """Of the functions that groups call for their tokens."""
-        return {group.key(bucket) for group, tokens in tasks for _, bucket in group.pieces(tokens)}
+    def _keys(self, tasks: Sequence[tuple[Group, np.ndarray]]) -> list[FunctionKey]:
+        """Of the functions that groups call for their tokens, each once, in that order."""
+        keys = (group.key(bucket) for group, tokens in tasks for _, bucket in group.pieces(tokens))
+        return list(dict.fromkeys(keys))
 
     def load_ahead(
         self, guesses: Sequence[tuple[int, Sequence[int]]], current: tuple[int, Sequence[int]]
