@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from demo_training import save_checkpoint, say, train_on_text
+from doc_page import put_into_page
 from torch import nn
 from torch.nn import functional as F
 from train_demo import Corpus, encode, read_corpus, shuffled_windows, train_tokenizer
@@ -122,12 +123,6 @@ def table(found: dict[str, tuple[float, TraceSummary]], settings: Settings) -> s
     )
 
 
-def put_into_page(text: str) -> None:
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    write_text(PAGE, f"{before}{BEGIN}{text}\n{END}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -152,7 +147,7 @@ def main() -> None:
     text = table(evaluate(arguments.work, held_out(tokenizer, corpus)), settings)
     print(text)
     if arguments.write:
-        put_into_page(text)
+        put_into_page(PAGE, BEGIN, END, text)
 
 
 if __name__ == "__main__":

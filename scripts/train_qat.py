@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from demo_card import RECORD
 from demo_training import replace_folder, save_checkpoint, say, train_on_text
+from doc_page import put_into_page
 from measure_formats import HELD_OUT_PERCENT, PASSAGE, held_out, measure
 from research_card import Card, cpu_seconds, record_of, write_record
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -31,7 +32,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from two_bits import TwoBitModel
 
 from ane_moe.demo import demo_checkpoint
-from ane_moe.files import write_text
 from ane_moe.manifest import read_manifest
 from ane_moe.opened import open_model
 from ane_moe.original.stored_weights import stored_weights
@@ -142,12 +142,6 @@ def table(rows: list[dict], settings: Settings) -> str:
     )
 
 
-def put_into_page(text: str) -> None:
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    write_text(PAGE, f"{before}{BEGIN}{text}\n{END}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -178,7 +172,7 @@ def main() -> None:
     write_record(CARD, record, asked.out, f"\n## At two bits\n\n{text}\n")
     say(text)
     if asked.write:
-        put_into_page(text)
+        put_into_page(PAGE, BEGIN, END, text)
 
 
 if __name__ == "__main__":
