@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ops.op_harness import run
 from scipy.special import erf
@@ -80,10 +80,10 @@ def test_all_published_vectors_are_there() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fact", "value"), [("DROPPED_AT", -18), ("LIMIT", 65504.0), ("LIFT", 1 - 2.0**-23)]
+    ("fact", "value"), [("DROPPED_AT", -18), ("LIMIT", 65504.0), ("_lifted", lambda x: x)]
 )
 def test_another_rule_would_fail_the_vectors(
-    monkeypatch: pytest.MonkeyPatch, fact: str, value: float
+    monkeypatch: pytest.MonkeyPatch, fact: str, value: object
 ) -> None:
     monkeypatch.setattr(fixed_point, fact, value)
     wrong = 0
@@ -132,6 +132,8 @@ def numbers(generator: np.random.Generator, shape: tuple[int, ...], size: float)
 
 
 @settings(max_examples=60, deadline=None)
+# Products near 64, where a whole number of units is nearest to being lifted over the next half.
+@example(seed=27040, sizes=(6, 15, 2), magnitude=(0.0, 1.6658094274003936))
 @given(
     seed=st.integers(0, 1 << 30),
     sizes=st.tuples(st.integers(1, 7), st.integers(1, 40), st.integers(1, 7)),
@@ -156,6 +158,16 @@ def test_the_fast_path_gives_the_bits_of_the_rules(
     low = exponents[0][:, :, None] + exponents[1][None] <= -17
     there = (w[:, :, None] != 0) & (x[None] != 0)
     assert sums.dropped == (low & there).sum()
+
+
+@pytest.mark.parametrize("most", range(1030, 2048, 203))
+def test_every_product_just_below_64_is_its_nearest_whole_number_of_units(most: int) -> None:
+    """All mantissas beside one another. The largest weight decides what counts as below 64."""
+    w = torch.arange(1024, most)[:, None] / 1024  # (M, 1)
+    columns = torch.arange(1024, 2048)[:, None] / 32  # (N, 1)
+    units = torch.zeros(len(columns), len(w), dtype=torch.int64)
+    fixed_point._add_products(w, columns, units, count=False)
+    assert torch.equal(units, fixed_point.products_in_units(w.t(), columns))
 
 
 def test_long_sums_in_blocks_give_the_bits_of_the_rules() -> None:

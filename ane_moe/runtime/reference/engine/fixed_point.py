@@ -5,8 +5,9 @@ M = rows, K = terms of a sum, N = columns. One unit is 2^-16, so that a 32-bit a
 
 * A product of two fp16 numbers has 22 bits. Adding 1.5 x 2^23 units in fp32 leaves its nearest
   whole number of units in the low bits of the sum, as long as it is below 2^22 units (64).
-* fp32 rounds halves to even. So the columns carry a factor of 1 + 2^-23: it lifts a half over the
-  middle, and is less than the distance of any other product from it.
+* fp32 rounds halves to even. So each column entry is the next fp32 number away from zero: it lifts
+  a half over the middle, and by less than the distance of any other product from it, since it adds
+  at most 2^-23 of a product: less than half a unit.
 * Sums of those low bits wrap around at 2^32 as the accumulator would, without harm where no partial
   sum can reach 32768; that is known from the sum of magnitudes.
 * Whether a product is dropped hangs on exponents alone: for a column entry of exponent e all row
@@ -29,7 +30,7 @@ UNITS = 2.0**ACCUMULATOR.fraction_bits
 LIMIT = ACCUMULATOR.overflow_at
 DROPPED_AT = ACCUMULATOR.drop_if_exponent_sum_at_most
 SMALLEST_EXPONENT = -14  # of a normal fp16; subnormals count as this
-MAGIC, LIFT = 1.5 * 2**23, 1 + 2.0**-23
+MAGIC = 1.5 * 2**23
 MAGIC_BITS = 0x4B400000
 MAGIC_WIDE, LIFT_WIDE = 1.5 * 2**52, 1 + 2.0**-40
 NARROW = 64.0  # products below this take the fp32 path
@@ -102,11 +103,16 @@ def _scales(columns: Tensor) -> tuple[Tensor, Tensor]:
     return scale, columns * UNITS / scale
 
 
+def _lifted(columns: Tensor) -> Tensor:
+    """The next number away from zero; zero stays."""
+    return columns.nextafter(2 * columns)
+
+
 def _add_products(w: Tensor, columns: Tensor, total: Tensor, count: bool) -> int | None:
     """Add all products, each rounded to whole units, to `total` `[N,M]`."""
     wide = columns.abs() * largest(w) >= NARROW  # (N, K)
     scale, rest = _scales(columns)
-    narrow = torch.where(wide, 0.0, rest * LIFT)
+    narrow = torch.where(wide, 0.0, _lifted(rest))
     dropped = _add_narrow(w, scale, narrow, total, count)
     for number in wide.any(1).nonzero().flatten().tolist():
         at = wide[number]
