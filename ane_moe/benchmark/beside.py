@@ -57,7 +57,8 @@ def set_beside(report: BenchReport, folder: Path, concurrency: int = 1) -> Besid
         return f"predictions are for the Neural Engine, and the units were {units}"
     if chip not in chip_names():
         return f"the cost model has no figures for {chip}"
-    predicted = predict(workload_of(folder), find_chip(chip), loop=LOOP, concurrency=concurrency)
+    workload = workload_of(folder, report.conditions.adapter)
+    predicted = predict(workload, find_chip(chip), loop=LOOP, concurrency=concurrency)
     return Beside(chip, LOOP, tuple(_rows(report, predicted)))
 
 

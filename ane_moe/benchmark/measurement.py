@@ -44,8 +44,8 @@ DEFAULT_UNITS = "cpu_and_ne"
 class BenchOptions:
     """How to measure. `runs` warm calls of each function after `warmup`; `tokens` decoded at each
     context fill of `fills`; prompts of `lengths` tokens (None: chosen by the context). An encoder
-    has `lengths` of its own, and no fills. `units`
-    None: cpu_and_ne on Core ML."""
+    has `lengths` of its own, and no fills. `units` None: cpu_and_ne on Core ML. `adapter`: one that
+    the conversion can switch on."""
 
     runs: int = 20
     warmup: int = 3
@@ -53,6 +53,7 @@ class BenchOptions:
     fills: tuple[int, ...] | None = None
     lengths: tuple[int, ...] | None = None
     units: str | None = None
+    adapter: str | None = None
     expert_cache_bytes: int | None = None
     memory_mb: float | None = None
     direct: bool = False
@@ -79,7 +80,7 @@ def bench(
     """
     options = options or BenchOptions()
     report_progress = progress or silent
-    manifest = read_manifest(out)
+    manifest = read_manifest(out).with_adapter(options.adapter)
     _require_sensible(options, manifest)
     runtime = resolve_runtime(runtime)
     units = _units(options, runtime)
@@ -87,7 +88,9 @@ def bench(
     text = list(chain.from_iterable(goldens[ORIGINAL].prompts))
     runtime_options |= {"units": units} if units else {}
     compiled = _compiled_before(out, manifest, runtime, runtime_options)
-    conditions = surroundings(manifest, runtime, units, options.warmup, compiled)
+    conditions = replace(
+        surroundings(manifest, runtime, units, options.warmup, compiled), adapter=options.adapter
+    )
     report_progress("loading", 0, 1)
     model, load = _load(out, runtime, options, text[0], runtime_options)
     checks = check_output(model, goldens, _limits(min_logit_cosine, manifest), report_progress)
@@ -208,6 +211,7 @@ def _load(
     shards = load_shards(
         out,
         runtime,
+        adapter=options.adapter,
         expert_cache_bytes=options.expert_cache_bytes,
         memory_mb=options.memory_mb,
         direct=options.direct,

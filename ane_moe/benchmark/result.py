@@ -46,6 +46,7 @@ class Conditions:
     started: str  # UTC
     # Of the layers' multiplications by weights for a long prompt, those that are left out.
     tail_share: float = 0.0
+    adapter: str | None = None  # switched on
 
     @property
     def all_compiled(self) -> bool:

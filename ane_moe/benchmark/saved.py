@@ -19,6 +19,7 @@ CONDITIONS = (
     "power_source",
     "low_power_mode",
     "weights",
+    "adapter",
     "routing",
     "context",
     "prefill_tokens",
@@ -87,10 +88,11 @@ def compare(report: BenchReport, earlier: dict[str, Any], name: str) -> Comparis
         )
     try:
         figures_then, figures_now = dict(_figures(earlier)), dict(_figures(now))
+        then = {"adapter": None} | earlier["conditions"]  # saved before there were adapters
         differing = {
-            key: (earlier["conditions"][key], now["conditions"][key])
+            key: (then[key], now["conditions"][key])
             for key in CONDITIONS
-            if earlier["conditions"][key] != now["conditions"][key]
+            if then[key] != now["conditions"][key]
         }
         changes = tuple(
             _change(key, figures_then[key], value)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from ane_moe.commands.options import (
+    AdapterName,
     AsJson,
     Concurrency,
     Direct,
@@ -52,6 +53,7 @@ def bench(
             show_default="0.99 for fp16 weights, 0.9 compressed",
         ),
     ] = None,
+    adapter: AdapterName = None,
     expert_cache_mb: ExpertCacheMb = None,
     memory_mb: MemoryMb = None,
     direct: Direct = False,
@@ -115,6 +117,7 @@ def bench(
         fills=None if fills is None else parse_counts(fills, "--fills", 0),
         lengths=None if lengths is None else parse_counts(lengths, "--lengths", 1),
         units=units,
+        adapter=adapter,
         expert_cache_bytes=None if expert_cache_mb is None else int(expert_cache_mb * 1_000_000),
         memory_mb=memory_mb,
         direct=direct,

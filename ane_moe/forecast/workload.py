@@ -111,10 +111,11 @@ class ExpertTraffic(Protocol):
     def bytes_loaded_per_token(self) -> float: ...
 
 
-def workload_of(conversion: Path | Manifest) -> Workload:
-    """The workload of a finished conversion; of a manifest alone, without the chains of its
-    packages. Raises UserError for a broken folder."""
+def workload_of(conversion: Path | Manifest, adapter: str | None = None) -> Workload:
+    """The workload of a finished conversion, with an adapter switched on; of a manifest alone,
+    without the chains of its packages. Raises UserError for a broken folder."""
     manifest = read_manifest(conversion) if isinstance(conversion, Path) else conversion
+    manifest = manifest.with_adapter(adapter)
     chains = _chains_in(conversion, manifest) if isinstance(conversion, Path) else ()
     table = find_format(manifest.embed_format).stored_bytes(manifest.vocab, manifest.d_model)
     embed = 0 if manifest.embed is None else table
@@ -249,8 +250,8 @@ def _chains_in(folder: Path, manifest: Manifest) -> tuple[Chain, ...]:
     found = Counter[int]()
     for shard in manifest.packages:
         program = read_program(folder / shard.path)
-        for name in program.functions:
-            found[function_facts(program, name).facts["elementwise_in_a_row"]] += 1
+        for function in shard.functions:
+            found[function_facts(program, function.entry).facts["elementwise_in_a_row"]] += 1
     return tuple(itertools.starmap(Chain, sorted(found.items())))
 
 

@@ -86,6 +86,7 @@ def _conditions(report: BenchReport) -> Iterable[Text]:
         "low power mode" if one.low_power_mode else None,
         one.thermal,
         f"{one.weights} weights",
+        f"adapter {one.adapter}" if one.adapter else None,
         f"{one.routing} routing",
         f"context {one.context}",
         f"T={one.prefill_tokens} in prefill" if one.prefill_tokens else "no prefill functions",

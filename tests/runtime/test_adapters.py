@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from ane_moe.benchmark.measurement import BenchOptions, bench
 from ane_moe.checkpoints.adapter import open_adapter
 from ane_moe.conversion.plan import BLOB_OVERHEAD
 from ane_moe.errors import UserError
@@ -176,17 +177,21 @@ def test_an_adapter_that_is_not_there_is_named(tmp_path: Path) -> None:
     base = save_checkpoint(make_model("mixtral"), tmp_path / "base")
     adapt(make_model("mixtral"), tmp_path / "poet", **FAMILIES["mixtral"])
     asked = {"adapters": (str(tmp_path / "poet"),), "adapter_mode": "switch"}
-    out = tiny_conversion(base, tmp_path / "out", **OPTIONS, **asked)
+    out = tiny_conversion(base, tmp_path / "out", golden=True, **OPTIONS, **asked)
     with pytest.raises(UserError, match="no adapter clerk in the conversion; found: poet"):
         load_shards(out, "reference", adapter="clerk")
     generated = ane_moe(
         "generate", out, "--adapter", "poet", "--prompt-ids", "5,6", "--max-tokens", "2"
     )
     assert generated.returncode == 0, generated.stderr
-    for command in (("generate", "--prompt-ids", "5,6"), ("chat",), ("serve", "--port", "0")):
+    asking = ("generate", "--prompt-ids", "5,6"), ("chat",), ("serve", "--port", "0"), ("bench",)
+    for command in asking:
         refused = ane_moe(command[0], out, *command[1:], "--adapter", "clerk")
         assert refused.returncode == 2
         assert "no adapter clerk in the conversion; found: poet" in refused.stderr
+    measured = bench(out, BenchOptions(1, 0, 2, fills=(0,), lengths=(8,), adapter="poet"))
+    assert measured.passed and measured.conditions.adapter == "poet"
+    assert all(check.model.logit_cosine > COSINE for check in measured.checks)
     switched = open_model(out, "reference", adapter="poet").shards
     assert np.array_equal(Session(switched).prefill_logits(IDS), converted(out, "poet"))
     assert not np.array_equal(converted(out, "poet"), converted(out))

@@ -19,6 +19,7 @@ from ane_moe.serve.listening import address_of, bind, host_names
 from ane_moe.serve.model import LanguageModel, PrivacyFilter
 from tests.letters import letter_shards, slowed
 from tests.redaction.scorers import Digits, byte_tokenizer
+from tests.serve.browser import CHROMIUM, Browser
 
 RULES = Rules(host_names("127.0.0.1"))
 
@@ -84,6 +85,15 @@ def marker():
     manifest = letterless_manifest()
     with served(PrivacyFilter(redactor, manifest, PRESETS["default"])) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine to look at the page with")
+    opened = Browser(tmp_path_factory.mktemp("browser"))
+    yield opened
+    opened.close()
 
 
 def letterless_manifest():

@@ -6,19 +6,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from tests.serve.browser import CHROMIUM, Browser
-
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium on this machine to look at the page with"
-)
 VIEWS = [(width, scheme) for width in (1200, 390) for scheme in ("light", "dark")]
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    opened = Browser(tmp_path_factory.mktemp("browser"))
-    yield opened
-    opened.close()
 
 
 def look(browser, server, width, scheme, path):
