@@ -17,6 +17,8 @@ from ane_moe.absent_modules import absent_modules
 
 logging.getLogger("coremltools").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="overflow encountered in cast", module="coremltools")
+# Tracing is the way into coremltools; torch 2.14 begins to advise other ways.
+warnings.filterwarnings("ignore", message="`torch.jit.trace", category=FutureWarning)
 
 # It imports scikit-learn, most of a second, for converters of its models: none of ours.
 with absent_modules("sklearn"):
