@@ -1,6 +1,7 @@
 """All tests share a cache of their own: equal blocks are traced once in a run, which is most of a
 small conversion."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -38,6 +39,12 @@ def pytest_collection_modifyitems(config, items) -> None:
     config.hook.pytest_deselected(items=left)
     apart = set(left)
     items[:] = [item for item in items if item not in apart]
+
+
+def pytest_collection_finish() -> None:
+    """What the modules have made stays: coremltools collects garbage at each conversion, and would
+    walk over all of it each time."""
+    gc.freeze()
 
 
 def pytest_unconfigure(config) -> None:

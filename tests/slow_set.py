@@ -4,9 +4,18 @@ is mostly found by these."""
 
 import re
 import zlib
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Any
+
+import pytest
 
 MARK = "slow"
+
+
+def slow_but(kept: Collection[Any], rows: Iterable[Any]) -> list[Any]:
+    """The rows of a test as its parameters: those that are not kept are left to --slow."""
+    return [row if row in kept else pytest.param(row, marks=pytest.mark.slow) for row in rows]
 
 
 @dataclass(frozen=True)

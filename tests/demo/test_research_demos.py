@@ -21,6 +21,7 @@ from ane_moe.original import afm as afm  # register themselves with transformers
 from ane_moe.original import omni_moe as omni_moe
 from ane_moe.original import pt_moe as pt_moe
 from ane_moe.verification.verify import verify
+from tests.slow_set import slow_but
 
 RESEARCH = {
     "two-bit": ("qwen3_moe", find_recipe("apple2")),
@@ -68,7 +69,7 @@ def test_the_reference_model_is_as_good_as_the_card_says(name):
     assert f"demo model `{name}`" in card
 
 
-@pytest.mark.parametrize("name", RESEARCH)
+@pytest.mark.parametrize("name", slow_but(["two-bit"], RESEARCH))
 def test_it_converts_and_verifies(name, tmp_path):
     out = tmp_path / "out"
     options = ConvertOptions(context=64, prefill=16, recipe=RESEARCH[name][1])

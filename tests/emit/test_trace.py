@@ -34,6 +34,7 @@ from ane_moe.model.stack import StackConfig
 from ane_moe.model.template_key import TemplateKey
 from ane_moe.parts.projection import Projection
 from ane_moe.parts.unbound import BLOCKS
+from tests.slow_set import slow_but
 
 NORM = NormSpec()
 BOTH = (("decode", 1), ("prefill", 8))
@@ -80,7 +81,7 @@ def test_every_block_converts_with_all_its_weights_as_constants_of_both_function
     assert not any("blobFileValue" in str(op) for op in operations(template, "decode"))
 
 
-@pytest.mark.parametrize("layout", ["bc1s", TOKENS_FIRST])
+@pytest.mark.parametrize("layout", slow_but(["bc1s"], ["bc1s", TOKENS_FIRST]))
 @pytest.mark.parametrize(
     "block",
     [

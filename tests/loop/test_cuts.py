@@ -15,6 +15,7 @@ from ane_moe.loop.shards import load_shards
 from ane_moe.model.port import Port
 from tests.models import make_model, make_variant, save_checkpoint
 from tests.runtime.numpy_shards import VOCAB, Decoder, make_manifest, make_shards
+from tests.slow_set import slow_but
 from tests.verification.tiny import tiny_conversion
 
 CLOSE = 0.05  # fp16 activations against fp64, on logits of about unit variance
@@ -99,9 +100,10 @@ MODELS = {
     "unlimited_ocr": (lambda: make_model("unlimited_ocr"), {}),
 }
 ANYWHERE = ("deepseek_v3", "ringed", "unlimited_ocr")
+ALWAYS = ("qwen3_next", "deepseek_v3", "ringed")
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=slow_but(ALWAYS, MODELS))
 def converted(request, tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("cuts")

@@ -24,6 +24,7 @@ from ane_moe.loop.vectors import INDEX, TENSORS, write_vectors
 from tests.loop import plain_host
 from tests.loop.plain_host import Host
 from tests.models import make_model, save_checkpoint
+from tests.slow_set import slow_but
 from tests.verification.tiny import tiny_conversion
 
 # What a conversion has that a host has to know of.
@@ -48,6 +49,8 @@ CONVERSIONS = {
     "chunks, rings": ("llama4_text", {"context": 64, "prefill": 8, "ring_caches": True}),
 }
 
+ALWAYS = ("masked", "sparse, explicit states, [1,C,T,1]", "shift, carry", "tail")
+
 
 @dataclass(frozen=True)
 class Written:
@@ -56,7 +59,7 @@ class Written:
     tensors: dict[str, np.ndarray]
 
 
-@pytest.fixture(scope="module", params=CONVERSIONS)
+@pytest.fixture(scope="module", params=slow_but(ALWAYS, CONVERSIONS))
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Written:
     name, options = CONVERSIONS[request.param]
     folder = tmp_path_factory.mktemp("vectors")

@@ -18,6 +18,7 @@ from ane_moe.manifest import read_manifest
 from ane_moe.verification.verify import verify
 from tests.adapters import adapt
 from tests.models import make_model, save_checkpoint
+from tests.slow_set import slow_but
 from tests.test_cli import ane_moe
 from tests.verification.tiny import tiny_conversion
 
@@ -98,14 +99,7 @@ SWITCHED = {
 }
 
 
-# Other routings and forms than these are left to --slow.
-ALWAYS = ("olmoe", "compressed")
-
-
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(name, marks=() if name in ALWAYS else pytest.mark.slow) for name in SWITCHED],
-)
+@pytest.mark.parametrize("case", slow_but(["olmoe"], SWITCHED))
 def test_adapters_are_switched_on_at_load(case: str, tmp_path: Path) -> None:
     """Each has peft's logits and passes its own proof, on weights that are stored once."""
     family, options = SWITCHED[case]

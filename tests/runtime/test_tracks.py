@@ -33,6 +33,7 @@ from ane_moe.report.outlook_table import print_outlook
 from ane_moe.report.report_data import gather
 from ane_moe.verification.verify import verify
 from tests.models import make_model, read_config, save_checkpoint
+from tests.slow_set import slow_but
 from tests.zoo import SLIDING
 
 IDS = np.random.default_rng(1).integers(3, 211, 37).tolist()
@@ -273,7 +274,7 @@ def test_a_forecast_of_one_block_of_each_kind_is_that_of_all(mean):
     assert workload_of_plan(kinds.plan, kinds.repeats) == workload_of_plan(whole)
 
 
-@pytest.mark.parametrize("reduce", ["mean", "sum"])
+@pytest.mark.parametrize("reduce", slow_but(["mean"], ["mean", "sum"]))
 def test_tracks_in_one_graph_are_the_same_model_by_fewer_calls(reduce, tmp_path):
     model, _, out = prepared(tmp_path, reduce, golden=True, tracks="packed", state="explicit")
     manifest = load_shards(out, "reference").manifest

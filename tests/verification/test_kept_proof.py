@@ -151,7 +151,7 @@ def other_prompts(checkpoint, out):
         other_prompts,
         lambda *_: {"decode_tokens": 4},
         lambda *_: {"precision": "fp16"},
-        lambda *_: {"precision": "engine"},
+        pytest.param(lambda *_: {"precision": "engine"}, marks=pytest.mark.slow),
         lambda *_: {"quick": True},
         lambda *_: {"fresh": True},
     ],
