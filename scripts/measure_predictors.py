@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from demo_training import save_checkpoint, say
+from doc_page import put_into_page
 from train_demo import encode, read_corpus, train_tokenizer
 from train_omni import ARCHITECTURE, HELD_OUT_PERCENT, Settings, build, train
 from transformers import AutoTokenizer
@@ -121,8 +122,7 @@ def main() -> None:
     text = "\n\n".join([*tables, note])
     print(text)
     if arguments.write:
-        before, _, rest = PAGE.read_text().partition(BEGIN)
-        write_text(PAGE, f"{before}{BEGIN}{text}\n{END}{rest.partition(END)[2]}")
+        put_into_page(PAGE, BEGIN, END, text)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from doc_page import put_into_page
 from train_demo import Settings, read_corpus
 
 from ane_moe.conversion.pipeline import convert
@@ -109,9 +110,8 @@ def table(shards: LoadedShards, texts: Sequence[Sequence[int]]) -> list[str]:
 def write(lines: Sequence[str]) -> None:
     """The table between its markers in docs/research.md."""
     page = Path(__file__).resolve().parents[1] / "docs" / "research.md"
-    before, marker, rest = page.read_text().partition("<!-- roster: begin -->\n")
-    _, end, after = rest.partition("<!-- roster: end -->")
-    page.write_text(before + marker + "\n".join(lines) + "\n" + end + after)
+    begin, end = "<!-- roster: begin -->\n", "<!-- roster: end -->"
+    put_into_page(page, begin, end, "\n".join(lines))
 
 
 def main() -> None:

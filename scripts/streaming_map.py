@@ -10,7 +10,8 @@ docs/streaming.md.
 import argparse
 from pathlib import Path
 
-from ane_moe.files import write_text
+from doc_page import put_into_page
+
 from ane_moe.forecast.streaming import simulate
 from ane_moe.loop.layer_times import LayerTimes
 
@@ -67,8 +68,7 @@ def main() -> None:
     )
     print(text)
     if arguments.write:
-        before, _, rest = PAGE.read_text().partition(BEGIN)
-        write_text(PAGE, f"{before}{BEGIN}{text}\n{END}{rest.partition(END)[2]}")
+        put_into_page(PAGE, BEGIN, END, text)
 
 
 if __name__ == "__main__":

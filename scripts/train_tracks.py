@@ -21,6 +21,7 @@ from time import process_time
 import numpy as np
 import torch
 from demo_training import Descent, say
+from doc_page import put_into_page
 from torch.nn import functional as F
 from train_demo import Settings, read_corpus
 
@@ -140,11 +141,8 @@ def main() -> None:
     for line in rows(asked.steps, asked.seed):
         print(line, flush=True)
         lines.append(line)
-    table = "\n".join(lines) + "\n"
     if asked.write:
-        page = PAGE.read_text()
-        before, _, rest = page.partition(BEGIN)
-        PAGE.write_text(before + BEGIN + table + END + rest.partition(END)[2])
+        put_into_page(PAGE, BEGIN, END, "\n".join(lines))
 
 
 if __name__ == "__main__":
