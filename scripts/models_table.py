@@ -89,6 +89,7 @@ def parts(spec: ModelSpec) -> str:
     words += ["norms carried on"] if spec.layers[0].keeps else []
     words += ["weighed additions"] if spec.layers[0].nth else []
     words += ["affine residuals"] if spec.layers[0].affine else []
+    words += ["experts whose sum a later layer adds"] if spec.layers[0].hands_on else []
     words += ["scaled layers"] if spec.layers[0].scaled else []
     words += ["capped scores"] if spec.head.softcap else []
     scales = (spec.embed_scale, spec.residual_scale, spec.shared_scale, spec.head.logit_scale)
@@ -128,6 +129,7 @@ def _router(router: Any) -> list[str]:
         "groups": router.groups > 1,
         "capped logits": router.softcap,
         "weighed experts": router.weighed,
+        "idle experts": router.idle,
     }
     return [name for name, has in facts.items() if has]
 

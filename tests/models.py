@@ -184,6 +184,7 @@ CONFIGS |= {
     family: row.config if "text_config" in row.config else {**ZOO, **row.config}
     for family, row in ROWS.items()
 }
+del CONFIGS["longcat_flash"]["num_hidden_layers"]  # which follows from another field
 
 # Other settings under which a family's maths or layout differs: name -> (family, what differs).
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -283,6 +284,8 @@ def save_checkpoint(model: PreTrainedModel, folder: Path) -> Path:
     model.save_pretrained(folder)
     if model.config.model_type == "kimi_k25":
         _rename(folder, ".model.blocks.", ".model.layers.")
+    if model.config.model_type == "longcat_flash":
+        _drop_idle_experts(folder, model.config.n_routed_experts)
     return folder
 
 
@@ -294,6 +297,15 @@ def _save_thinker(model: PreTrainedModel, folder: Path) -> Path:
     whole.thinker = model
     whole.save_pretrained(folder)
     return folder
+
+
+def _drop_idle_experts(folder: Path, experts: int) -> None:
+    """transformers makes matrices for experts that compute nothing, which no published file has."""
+    file = folder / "model.safetensors"
+    numbers = {key: re.search(r"\.experts\.(\d+)\.", key) for key in load_file(file)}
+    computing = {key for key, found in numbers.items() if not found or int(found[1]) < experts}
+    tensors = {key: tensor for key, tensor in load_file(file).items() if key in computing}
+    save_file(tensors, file, {"format": "pt"})
 
 
 def _rename(folder: Path, wrong: str, right: str) -> None:

@@ -77,6 +77,10 @@ LATENT: Fields = {
     "first_k_dense_replace": 1,
     "attention_bias": True,
 }
+LATENT_SIZES = (
+    *("head_dim", "num_key_value_heads", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+    *("kv_lora_rank", "q_lora_rank", "attention_bias"),
+)
 MSCALE: Fields = {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3}
 MISTRAL: Fields = {
     **LATENT,
@@ -500,6 +504,21 @@ ROWS: dict[str, Row] = {
                 "rope_parameters": BY_KIND,
             }
         },
+    ),
+    "longcat_flash": Row(
+        {
+            "num_layers": 2,
+            **{name: size for name, size in LATENT.items() if name in LATENT_SIZES},
+            "ffn_hidden_size": 100,
+            "expert_ffn_hidden_size": 40,
+            "n_routed_experts": 12,
+            "zero_expert_num": 5,
+            "moe_topk": 4,
+            "routed_scaling_factor": 1.7,
+            "rope_parameters": MSCALE,
+        },
+        {"no idle experts": {"zero_expert_num": 0, "num_layers": 1, "attention_bias": False}},
+        fused=False,
     ),
     "deepseek_v2": Row(
         {

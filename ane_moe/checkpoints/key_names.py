@@ -14,6 +14,7 @@ FIRST_NORMS = (
     "layers.0.input_layernorm.weight",
     "layers.0.operator_norm.weight",
     "layers.0.input_layernorm.norm.weight",
+    "layers.0.input_layernorm.0.weight",
 )
 MAMBA = ("layers.0.norm.weight", "norm_f.weight")  # of models whose first layer is one block
 # Modules that torch and FSDP put around others, at any depth; they compute nothing.

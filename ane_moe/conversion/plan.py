@@ -31,7 +31,7 @@ from ane_moe.model.mixers import mixer_config
 from ane_moe.model.mlp import DenseConfig, MlpRanks
 from ane_moe.model.moe import MoeConfig
 from ane_moe.model.part import PartConfig
-from ane_moe.model.port import ADDED, FFN_INPUT, STREAM, How, Ports, track_slot
+from ane_moe.model.port import ADDED, FFN_INPUT, LATER, STREAM, How, Ports, track_slot
 from ane_moe.model.routed import RoutedMixerConfig, RoutingConfig
 from ane_moe.model.spec import (
     GqaSpec,
@@ -638,6 +638,8 @@ class _Planner:
             return False
         if self._undispatched(group) < len(group):
             return False
+        if any(self.spec.layers[n].hands_on or self.spec.layers[n].takes for n in group):
+            return False
         if not can_share(self._stack(group).layers):
             return False
         return self._fits(group)
@@ -879,12 +881,13 @@ class _Planner:
 
     def _target(self, layer: int) -> str:
         """The slot that a layer's experts add to."""
-        return STREAM if self.spec.layers[layer].ffn_residual.norms == "before" else ADDED
+        residual = self.spec.layers[layer].ffn_residual
+        return ADDED if residual.norms != "before" else LATER if residual.hands_on else STREAM
 
     def joined(self, layer: int, shards: Sequence[ShardPlan]) -> list[ShardPlan]:
         """Shards of a layer's experts and, if their sum is normed, what does that and adds it to
         the stream: the last part."""
-        if self._target(layer) == STREAM:
+        if self._target(layer) != ADDED:
             return [*shards]
         copy = self._copy(lambda planner: planner._join(layer))
         path, parts = f"join/layer_{layer:02d}.mlpackage", len(shards) + 1

@@ -53,7 +53,7 @@ def approximate(values: dict[str, Any], where: str = "config.json") -> Approxima
     Raises UserError for a field that is missing or makes no sense, and for a model without experts.
     """
     inner = values.get("text_config")
-    config = _unfolded(Config(inner if isinstance(inner, dict) else values, where))
+    config = Config(inner if isinstance(inner, dict) else values, where)
     reader = _Reader(config)
     count = config.integer("num_hidden_layers", at_most=MAX_LAYERS)
     layers = tuple(reader.layer(number) for number in range(count))
@@ -71,27 +71,6 @@ def approximate(values: dict[str, Any], where: str = "config.json") -> Approxima
         ropes={},
     )
     return Approximation(spec, reader.notes())
-
-
-def _unfolded(config: Config) -> Config:
-    """LongCat's layers as two each: of both attentions and dense blocks, the first is beside the
-    experts. Of those chosen as many are counted as compute something, were all chosen alike."""
-    if config.has("num_hidden_layers") or not config.has("num_layers"):
-        return config
-    layers, width = config.integer("num_layers", at_most=MAX_LAYERS // 2), "ffn_hidden_size"
-    experts, idle = config.integer(*EXPERTS, at_most=MAX_EXPERTS), 0
-    if config.has("zero_expert_num"):
-        idle = config.integer("zero_expert_num", at_least=0, at_most=MAX_EXPERTS)
-    chosen = max(1, round(config.integer(*CHOSEN) * experts / (experts + idle)))
-    own = {name: None for name in CHOSEN} | {
-        "num_hidden_layers": 2 * layers,
-        "mlp_layer_types": ["sparse", "dense"] * layers,
-        "intermediate_size": config.integer(width),
-        "shared_expert_intermediate_size": config.integer(width),
-        "moe_intermediate_size": config.integer("expert_ffn_hidden_size"),
-        "num_experts_per_tok": chosen,
-    }
-    return Config(config.values | own, config.where)
 
 
 class _Reader:
@@ -113,8 +92,6 @@ class _Reader:
             notes.append("short convolutions are counted as attention of the same size")
         if self.config.has("kv_lora_rank"):
             notes.append("latent attention is counted as attention of the same size")
-        if self.config.has("zero_expert_num"):
-            notes.append("experts that compute nothing are counted as chosen as often as others")
         if self.config.has("router_hidden_size"):
             notes.append("the inner layers of routers are counted with the attention")
         return tuple(notes)

@@ -1,8 +1,9 @@
 """Finds our tensors in a checkpoint by a family's key table.
 
-A key table maps our names to the checkpoint's, with `{layer}`, `{expert}` and `{group}` (of layers
-that share a router) for the numbers. An entry lists alternatives, of which the first that the
-checkpoint has is taken: the same model is found in more than one form.
+A key table maps our names to the checkpoint's, with `{layer}`, `{half}` (of a layer that is more
+than one of ours), `{expert}` and `{group}` (of layers that share a router) for the numbers. An
+entry lists alternatives, of which the first that the checkpoint has is taken: the same model is
+found in more than one form.
 """
 
 import re
@@ -178,8 +179,7 @@ def _missing(
 
 
 def _source(spec: ModelSpec, name: WeightName, weight: Weight, entry: Entry) -> TensorSource:
-    group = None if name.layer is None else spec.layers[name.layer].router_group
-    numbers = {"layer": name.layer, "expert": name.expert, "group": group}
+    numbers = _numbers(spec, name)
     scale = spec.multiplier(weight.fold, name.layer, name.part)
     if isinstance(entry, str):
         return TensorSource(name, entry.format(**numbers), weight.shape, scale=scale, weight=weight)
@@ -231,6 +231,15 @@ def _source(spec: ModelSpec, name: WeightName, weight: Weight, entry: Entry) -> 
     )
 
 
+def _numbers(spec: ModelSpec, name: WeightName) -> dict[str, int | None]:
+    """What stands for the names in braces in a key."""
+    if name.layer is None:
+        return {}
+    layer = spec.layers[name.layer]
+    number, half = layer.stored or (name.layer, None)
+    return {"layer": number, "half": half, "expert": name.expert, "group": layer.router_group}
+
+
 def _stacked_source(
     spec: ModelSpec, name: WeightName, weight: Weight, entry: Stacked
 ) -> TensorSource:
@@ -240,7 +249,7 @@ def _stacked_source(
     rows, columns = weight.shape[::-1] if entry.transposed else weight.shape
     return TensorSource(
         name,
-        entry.key.format(layer=name.layer),
+        entry.key.format(**_numbers(spec, name)),
         (ffn.router.experts * rows, columns),
         rows=(name.expert * rows, (name.expert + 1) * rows),
         transpose=entry.transposed,
@@ -258,7 +267,7 @@ def _run_source(spec: ModelSpec, name: WeightName, weight: Weight, entry: Runs) 
     paired = entry.part == "rotated" and bool(getattr(mixer, "interleaved", False))
     return TensorSource(
         name,
-        entry.key.format(layer=name.layer),
+        entry.key.format(**_numbers(spec, name)),
         (weight.shape[0] // own * size, *weight.shape[1:]),
         scale=spec.multiplier(weight.fold, name.layer, name.part),
         weight=weight,

@@ -1,5 +1,6 @@
 """Where a layer of Hugging Face's model has what a golden keeps."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -32,7 +33,9 @@ class Taps:
     text. `layers` is what the decoder calls its layers. Routers whose outputs have nothing but
     logits `logits`-th in them choose the `top_k` largest. `nth` are the layer's numbers for which
     addition to the stream each of its blocks is, where these are weighed. With `sorted_inputs`
-    experts are called with tokens alone, as many for each expert, times its gate.
+    experts are called with tokens alone, as many for each expert, times its gate. A layer may be
+    several of ours: `pieces` says of each of these where its modules are, by the names they have
+    elsewhere, the first norm first. What the experts' block of the first gives, the last adds.
     """
 
     ffn_norm: str = "post_attention_layernorm"
@@ -67,6 +70,12 @@ class Taps:
     up: str = "up_proj"
     gate_up: str = "gate_up_proj"
     down: str = "down_proj"
+    pieces: tuple[Mapping[str, str], ...] = ()
+
+    @property
+    def each(self) -> int:
+        """How many layers of ours a layer is."""
+        return len(self.pieces) or 1
 
 
 # The router of DeepSeek-V3, in many families.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ane_moe.model.kv_cache import cache_ports
 from ane_moe.model.mixer import MixerConfig
 from ane_moe.model.port import Port
+from ane_moe.model.spec import LATENT_SCALE
 from ane_moe.model.weight import Weight
 
 
@@ -22,7 +23,7 @@ class MlaSpec:
     `interleaved`: the checkpoint pairs neighbouring channels. `gated`: what each head attends to is
     multiplied by the sigmoid of a projection of the layer's input. `gated_by_query`: each channel
     of it, by one of what queries are made of; that is both the query's latent normed and the latent
-    as it is (`AXK2Attention`)."""
+    as it is (`AXK2Attention`). `latent_scale` multiplies the normed latent."""
 
     heads: int
     nope: int
@@ -37,6 +38,7 @@ class MlaSpec:
     latent_eps: float = 1e-6
     gated: bool = False
     gated_by_query: bool = False
+    latent_scale: float = 1.0
     window: None = None
 
     @property
@@ -60,7 +62,7 @@ class MlaSpec:
             yield Weight(f"{name}.weight", (width, d_model), "attention.k", reads="x")
             if self.bias:
                 yield Weight(f"{name}.bias", (width,))
-        yield Weight("latent_norm.weight", (self.kv_rank,))
+        yield Weight("latent_norm.weight", (self.kv_rank,), fold=LATENT_SCALE)
         yield Weight("key_of.weight", (self.heads * self.nope, self.kv_rank))
         yield Weight("value_of.weight", (self.heads * self.value, self.kv_rank))
         width = self.heads * self.value

@@ -37,5 +37,5 @@ class DenseConfig:
 
     def ports(self, tokens: int) -> Ports:
         stream = Port("x", (1, self.d_model, 1, tokens), STREAM)
-        beside = beside_ports(stream, self.residual.parallel)
+        beside = beside_ports(stream, self.residual.parallel, self.residual.takes)
         return Ports((stream, *beside), (replace(stream, name="y"),))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from ane_moe.model.experts import expert_rows, shared_rows
 from ane_moe.model.mlp import MlpRanks, mlp_rows
-from ane_moe.model.port import ADDED, STREAM, Port, Ports, beside_ports
+from ane_moe.model.port import ADDED, LATER, STREAM, Port, Ports, beside_ports
 from ane_moe.model.residual import PLAIN, ResidualSpec, added_scale_row
 from ane_moe.model.router import router_ports, router_rows
 from ane_moe.model.spec import (
@@ -68,7 +68,7 @@ class MoeConfig:
 
     def ports(self, tokens: int) -> Ports:
         stream = Port("x", (1, self.d_model, 1, tokens), STREAM)
-        slot = ADDED if self.joined else STREAM
+        slot = ADDED if self.joined else LATER if self.residual.hands_on else STREAM
         result = replace(stream, name="y", slot=slot, how="set" if self.first else "add")
         routing = router_ports(self.moe.router, tokens)
         beside = beside_ports(stream, self.residual.parallel and self.first)

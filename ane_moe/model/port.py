@@ -11,6 +11,7 @@ in slots alone: whoever runs a model fills a function's input slots, calls it, a
     ffn_input.track_1       that of track 1
     weight.up.weight        and, where one graph computes all of them, their own weights
     carry.router            what a layer hands to the next one beside the stream
+    carry.later             what experts give for a later layer to add
     noise.gumbel.3          what is added to layer 3's scores of experts for the choice alone
     logits[0:16384]         scores of these vocabulary rows
     state.3.k_cache         what layer 3 keeps from call to call
@@ -43,6 +44,7 @@ How = Literal["set", "add", "sum", "mean"]
 STREAM = "stream"
 FFN_INPUT = "ffn_input"
 ADDED = "added"
+LATER = "carry.later"
 MASK, BAND, CHUNK, PROMPT = "mask", "band_", "chunk_", "prompt_"
 PASSED, PART, SHIFT = "passed", "part_", "shift"
 GATES, LOGITS, STATE, WEIGHT = "gates", "logits", "state", "weight"  # roots
@@ -132,9 +134,11 @@ class Ports:
         return Ports(bound(self.inputs), bound(self.outputs), bound(self.states))
 
 
-def beside_ports(stream: Port, parallel: bool) -> tuple[Port, ...]:
-    """What a feed-forward block takes beside the `stream` where the mixer is `parallel` to it."""
-    return (replace(stream, name="added", slot=ADDED),) if parallel else ()
+def beside_ports(stream: Port, parallel: bool, takes: bool = False) -> tuple[Port, ...]:
+    """What a feed-forward block takes beside the `stream` where the mixer is `parallel` to it, or
+    where it `takes` what earlier experts gave."""
+    slots = {"added": ADDED} if parallel else {"later": LATER} if takes else {}
+    return tuple(replace(stream, name=name, slot=slot) for name, slot in slots.items())
 
 
 def track_slot(slot: str, track: int) -> str:

@@ -20,7 +20,8 @@ class ResidualSpec:
     shifted and scaled by channel. `parallel`: both halves read the stream as it enters the layer;
     what the mixer adds the feed-forward block adds with its own. `scaled`: where there is a norm
     after, the stream is multiplied by a number in the end. `nth`: where there is one, this is the
-    n-th addition to the stream, `sqrt((n-1) / n) * stream + sqrt(1 / n) * added`."""
+    n-th addition to the stream, `sqrt((n-1) / n) * stream + sqrt(1 / n) * added`. What the half
+    `hands_on` it does not add: a later one does, which `takes` it."""
 
     norms: Norms = "before"
     keeps: float | None = None
@@ -28,6 +29,8 @@ class ResidualSpec:
     parallel: bool = False
     scaled: bool = False
     nth: int | None = None
+    hands_on: bool = False
+    takes: bool = False
 
     def read_rows(self, norm: NormSpec, d_model: int) -> Iterator[Weight]:
         """The norm of what the half reads."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ane_moe.model.mixer import MixerConfig
-from ane_moe.model.port import ADDED, FFN_INPUT, STREAM, Port, Ports
+from ane_moe.model.port import ADDED, FFN_INPUT, LATER, STREAM, Port, Ports
 from ane_moe.model.residual import PLAIN, ResidualSpec, affine_rows
 from ane_moe.model.router import router_ports
 from ane_moe.model.spec import (
@@ -39,6 +39,8 @@ class RoutedMixerConfig:
         normed = [Port("ffn_input", stream, FFN_INPUT)]
         if self.residual.norms != "before":  # experts add to nothing, and are normed then
             normed.append(Port("added", stream, ADDED))
+        if self.residual.hands_on:  # what no expert computes is there already
+            normed.append(Port("later", stream, LATER))
         return replace(
             ports,
             inputs=(*ports.inputs, *routing.inputs),

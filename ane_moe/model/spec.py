@@ -19,6 +19,7 @@ AnyRow = TypeVar("AnyRow", Weight, Row)
 # The folds of an attention's values and of a gated MLP's linear branch, and of what reads them.
 VALUES, FROM_VALUES, UPS, FROM_UPS = "values", "from_values", "ups", "from_ups"
 SHARED_FROM_UPS = "shared_from_ups"  # the latter of shared experts
+LATENT_SCALE = "latent_scale"  # the fold of the norm that gives latents
 INVERSE_ROOT = "inverse_root"  # the fold of 1 / sqrt(d_model)
 FROM_SQUARES = "from_squares"  # of what reads squares of the branch
 # Modules of an attention that make keys and values.
@@ -195,7 +196,8 @@ class RouterSpec:
     largest scores sum up highest (`DeepseekV3TopkRouter`, `DeepseekV2TopkRouter`). A tanh keeps
     logits within `softcap` (`LagunaTopKRouter`). With `noise` the host may add to what the choice
     is made by, logits or scores; weights never see it (RoE, arXiv 2509.17238). `weighed`: in the
-    end each expert has a weight of its own (`Gemma4TextRouter`).
+    end each expert has a weight of its own (`Gemma4TextRouter`). After the experts come `idle`
+    ones, which give what they are given (`LongcatFlashExperts`).
     """
 
     experts: int
@@ -214,11 +216,12 @@ class RouterSpec:
     noise: bool = False
     by_logits: bool = False
     weighed: bool = False
+    idle: int = 0
 
     @property
     def classes(self) -> int:
         """Rows of the gates."""
-        return self.experts
+        return self.experts + self.idle
 
     @property
     def carry(self) -> int:
@@ -233,14 +236,15 @@ class RouterSpec:
     @property
     def is_linear(self) -> bool:
         """Whether one matrix alone says which experts score highest."""
-        return not (self.bias or self.logit_bias or self.open_groups < self.groups)
+        biased = self.bias or self.logit_bias
+        return not (biased or self.idle or self.open_groups < self.groups)
 
     def rows(self, d_model: int) -> Iterator[Weight]:
-        yield Weight("weight", (self.experts, d_model))
+        yield Weight("weight", (self.classes, d_model))
         if self.logit_bias:
-            yield Weight("bias", (self.experts,))
+            yield Weight("bias", (self.classes,))
         if self.bias:
-            yield Weight("choice_bias", (self.experts,), centred=True)
+            yield Weight("choice_bias", (self.classes,), centred=True)
         if self.weighed:
             yield Weight("expert_scale", (self.experts,))
 
@@ -355,7 +359,9 @@ class LayerSpec:
     layer. `scaled`: where there are norms after, the stream is multiplied by a number of the layer
     in the end. A layer may be one half alone. `router_group`: a checkpoint has one router for all
     layers of the same number (arXiv 2507.05724). `nth`: which addition to the stream each half is,
-    where these are weighed."""
+    where these are weighed. What experts give is not added, but `hands_on`: a later layer `takes`
+    it, and its feed-forward block adds it. `stored`: the layer of the checkpoint, and the half of
+    it, that this one is of (None: that of its number)."""
 
     mixer: MixerSpec | None
     ffn: FfnSpec | None
@@ -369,6 +375,9 @@ class LayerSpec:
     scaled: bool = False
     router_group: int | None = None
     nth: tuple[int, int] | None = None
+    hands_on: bool = False
+    takes: bool = False
+    stored: tuple[int, int] | None = None
 
     @property
     def mixer_residual(self) -> ResidualSpec:
@@ -381,7 +390,8 @@ class LayerSpec:
         """How the feed-forward block does."""
         norms, keeps = self.ffn_norms or self.norms, self.keeps and self.keeps[1]
         nth = self.nth and self.nth[1]
-        return ResidualSpec(norms, keeps, self.affine, self.parallel, self.scaled, nth)
+        later = (self.hands_on, self.takes)
+        return ResidualSpec(norms, keeps, self.affine, self.parallel, self.scaled, nth, *later)
 
     def weights(
         self, number: int, d_model: int, norm: NormSpec
@@ -582,11 +592,14 @@ class ModelSpec:
         """`weights`, but what layers share only once, for the first of them."""
         met = set()
         for name, row in self.weights():
-            group = None if name.layer is None else self.layers[name.layer].router_group
-            if group is not None and name.part == "ffn" and name.path.startswith("router."):
-                if (group, name.path) in met:
+            layer = None if name.layer is None else self.layers[name.layer]
+            group = layer.router_group if layer and name.path.startswith("router.") else None
+            half = layer.stored if layer and name.path == "norm.weight" else None
+            if group is not None or half is not None:
+                place = (group, half, name.part, name.path)
+                if place in met:
                     continue
-                met.add((group, name.path))
+                met.add(place)
             yield name, row
 
     def multiplier(self, fold: str, layer: int | None, part: str = "attn") -> float:
@@ -598,6 +611,7 @@ class ModelSpec:
             inner = self.inner.get(layer, inner)
             added *= self.layers[layer].adds[part == "ffn"]
             values = self.inner.get(self.source(layer), InnerScale()).values
+        mixer = None if layer is None else self.layers[layer].mixer
         multipliers = {
             "embed_scale": self.embed_scale * self.stream_scale,
             "residual_scale": added,
@@ -609,6 +623,7 @@ class ModelSpec:
             FROM_SQUARES: added / inner.ups**2,
             STREAM_SCALE: self.stream_scale,
             INVERSE_ROOT: self.d_model**-0.5,
+            LATENT_SCALE: getattr(mixer, "latent_scale", 1.0),
             "logit_scale": self.head.logit_scale,
         }
         return multipliers[fold] if fold else 1.0
@@ -616,6 +631,8 @@ class ModelSpec:
     @property
     def may_scale_stream(self) -> bool:
         """Whether all that reads the stream norms it first, and none of it becomes the stream."""
+        if any(layer.hands_on for layer in self.layers):
+            return False
         told = ((layer.norms, layer.ffn_norms, layer.keeps) for layer in self.layers)
         return all("after" not in norms and keeps is None for *norms, keeps in told)
 

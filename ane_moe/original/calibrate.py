@@ -60,7 +60,7 @@ def calibrate(model: Model, text: Path | None, progress: Progress | None = None)
         check_prompts(passages, model.spec.vocab, model.spec.context)
         collector = _Collector(model, stream)
         walk = Walk(stream, passages)
-        for index, taps in walk.layers(range(len(stream.layers)), progress or silent):
+        for index, taps in walk.layers(range(stream.count), progress or silent):
             collector.visit(index, taps)
         final_energy = collector.head(walk.final())
     tokens, of = sum(map(len, passages)), calibration_digest(model.checkpoint, text)
@@ -93,7 +93,8 @@ class _Collector:
         self.ranges: dict[int, np.ndarray] = {}
         for number, layer in enumerate(model.spec.layers):
             heard = self._heard[number] = {}
-            start = f".{stream.taps.layers}.{number}."  # whatever the model is nested in
+            theirs = number // stream.taps.each
+            start = f".{stream.taps.layers}.{theirs}."  # whatever the model is nested in
             for row in layer.mixer.rows(model.spec.d_model) if layer.mixer else ():
                 name = WeightName(number, "attn", None, row.path)
                 if (
@@ -101,7 +102,7 @@ class _Collector:
                 ):  # one of those that read it says it
                     inputs = heard[name.beside(row.reads)] = []
                     path = model.sources[name].key.partition(start)[2].removesuffix(".weight")
-                    module = stream.layers[number].get_submodule(path)
+                    module = stream.layers[theirs].get_submodule(path)
                     module.register_forward_pre_hook(_Ear(inputs))
 
     @torch.no_grad()

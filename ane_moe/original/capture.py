@@ -107,19 +107,21 @@ class Walk:
     @contextmanager
     def layer(self, index: int) -> Iterator[list[Tap]]:
         """Take every prompt through a layer, which stays loaded inside the block."""
-        with self.stream.loaded(f"layer {index}"), torch.no_grad():
-            yield [self._through(index, number) for number in range(len(self._ids))]
+        theirs, piece = divmod(index, self.stream.taps.each)
+        with self.stream.loaded(f"layer {theirs}"), torch.no_grad():
+            yield [self._through(theirs, piece, number) for number in range(len(self._ids))]
 
-    def _through(self, index: int, number: int) -> Tap:
+    def _through(self, index: int, piece: int, number: int) -> Tap:
         stream, layer = self.stream, self.stream.layers[index]
-        tap = Tap(layer, stream.taps, stream.config.hidden_size)
+        tap = Tap(layer, stream.taps, stream.config.hidden_size, piece)
         outputs = self._outputs(number, tap)
         del outputs[layer]
         with stream.stand_ins(outputs), tap:
             stream.base(input_ids=self._ids[number], use_cache=False)
-        held = self.carried[number].items()
-        read = {place: one for place, one in held if self._last_read[place] > index}
-        self.carried[number] = read | {index: tap.output}
+        if piece + 1 == stream.taps.each:
+            held = self.carried[number].items()
+            read = {place: one for place, one in held if self._last_read[place] > index}
+            self.carried[number] = read | {index: tap.output}
         if index == 0 and stream.taps.entry:
             tap.entering = self._embedded[number][0]
         return tap
@@ -196,7 +198,7 @@ def capture(
     errors are kept as well. Prompts go `through` these layers only (None: all up to the last of
     `layers`). Raises UserError when the models lack one of the layers.
     """
-    _require_layers(layers, len(streams[0].layers), streams[0].folder)
+    _require_layers(layers, streams[0].count, streams[0].folder)
     walks = [Walk(stream, prompts) for stream in streams]
     order = tuple(range(max(layers) + 1) if through is None else through)
     done, total = _resume(walks, order, kept, stored), (len(order) + 1) * len(walks)
@@ -212,9 +214,9 @@ def capture(
     found = []
     for number, walk in enumerate(walks):
         progress(f"{_LABELS[number]}: head", len(order) * len(walks) + number, total)
-        held, count = CapturedLayers(kept, layers, number), len(walk.stream.layers)
+        held, count = CapturedLayers(kept, layers, number), walk.stream.count
         final = None
-        if len(walk.stream.reads(count)) > 1:
+        if len(walk.stream.reads(len(walk.stream.layers))) > 1:
             final = np.concatenate([one[0].numpy() for one in walk.final()])
         found.append(Golden(tuple(map(tuple, prompts)), held, walk.logits(), count, final))
     return tuple(found)

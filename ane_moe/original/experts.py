@@ -4,7 +4,7 @@ N = tokens, d = d_model, E = experts, k = experts per token, P = tokens each exp
 """
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,14 +33,17 @@ def with_experts(parts: TappedLayer, golden: LayerGolden) -> LayerGolden:
             inside: Any = first_of(block(ffn_input, *beside)).reshape(ffn_input.shape)
         silent.remove()
         shared = scale * (inside + parts.shared(ffn_input))[0]
-    tokens = _shown(golden.router_indices, cast(int, experts.num_experts))
+    count: Any = getattr(experts, "num_routed_experts", None) or experts.num_experts
+    tokens = _shown(golden.router_indices, count)
     each = torch.arange(len(tokens)).repeat_interleave(tokens.shape[1])[:, None]
+    # A second choice of no weight: LongcatFlashExperts has no form of one alone.
+    both, weights = torch.cat([each, (each + 1) % len(tokens)], 1), torch.tensor([[1.0, 0.0]])
     given = flat[tokens.reshape(-1)]
     by_gate = parts.taps.sorted_inputs
     if by_gate:
         outputs = scale * experts(given * ENTERING_GATE)
     else:
-        outputs = scale * experts(given, each, torch.ones(len(each), 1))
+        outputs = scale * experts(given, both, weights.expand(len(each), 2))
     return replace(
         golden,
         ffn_input=flat.numpy(),

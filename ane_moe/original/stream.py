@@ -141,6 +141,7 @@ class StreamedModel:
         self.base: Any = self.model.model if base is self.model else base
         self.decoder: Any = getattr(self.base, "language_model", self.base)
         self.layers: nn.ModuleList = getattr(self.decoder, self.taps.layers)
+        _without_idle(self.layers)
         self._mapping: list[Any] = get_model_conversion_mapping(self.model)
         if any(SINGLE_PAIR.search(name) for name in tensors.origins):
             self._mapping += SINGLE_PAIRS
@@ -177,6 +178,11 @@ class StreamedModel:
         if hasattr(self.decoder, "reads"):
             return tuple(self.decoder.reads(index))
         return (index - 1,)
+
+    @property
+    def count(self) -> int:
+        """The number of layers, as ours are counted."""
+        return len(self.layers) * self.taps.each
 
     def together(self, outputs: Sequence[Any]) -> Any:
         """What becomes of the outputs that a layer `reads`."""
@@ -363,6 +369,15 @@ def _fill_computed_buffers(model: Any) -> None:
             module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
         if computed:
             model._init_weights(module)
+
+
+def _without_idle(layers: nn.Module) -> None:
+    """Take out the rows that LongcatFlashExperts has of matrices for experts that compute nothing:
+    no file has them, and nothing reads them."""
+    for module in layers.modules():
+        if getattr(module, "zero_expert_num", 0):
+            own = module.get_parameter("gate_up_proj")[: module.num_routed_experts]
+            module.gate_up_proj = nn.Parameter(own, requires_grad=False)
 
 
 def _returning(output: Any) -> Any:

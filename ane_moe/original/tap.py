@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ane_moe.families.taps import Taps
+from ane_moe.model.port import LATER, slot_arguments
 from ane_moe.original.golden import LayerGolden
 from ane_moe.original.sums import PartialSums, known_matrices
 
@@ -23,6 +24,16 @@ SCORES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sigmoid": torch.sigmoid,
     "": lambda scores: scores,
 }
+
+
+def pieces(layer: nn.Module, taps: Taps) -> list[nn.Module]:
+    """What is a layer of ours: the layer, or each piece of it."""
+    if not taps.pieces:
+        return [layer]
+    return [
+        nn.ModuleDict({ours: layer.get_submodule(path) for ours, path in piece.items()})
+        for piece in taps.pieces
+    ]
 
 
 @dataclass(frozen=True)
@@ -164,28 +175,34 @@ class TappedLayer:
 
 
 class Tap:
-    """One run of a decoder layer: its input, the hidden state between its blocks, its router, its
-    output, and what it is handed and hands on beside them; and how large the sums get that are
-    added to the hidden state, `width` channels."""
+    """One run of a decoder layer, of which a `piece` is listened to: its input, the hidden state
+    between its blocks, its router, its output, and what it is handed and hands on beside them; and
+    how large the sums get that are added to the hidden state, `width` channels."""
 
-    def __init__(self, layer: nn.Module, taps: Taps, width: int):
-        self.parts = TappedLayer(layer, taps)
+    def __init__(self, layer: nn.Module, taps: Taps, width: int, piece: int = 0):
+        self.layer, self.piece, self._pieces = layer, piece, pieces(layer, taps)
+        self.parts = TappedLayer(self._pieces[piece], taps)
         self.entering: Any = None  # what the embedding gave, where the model changes that first
         self.x: Any = None
         self.carried_in: Any = None
         self.middle: Any = None
         self.router: Any = None
         self.added: Any = None
-        self.output: Any = None
-        self.sums = PartialSums(width, known_matrices(layer, taps, self.parts.experts))
+        self.output: Any = None  # of the whole layer
+        self.left: Any = None  # the hidden state after the piece, where more follow
+        self.idle: Any = None  # what idle experts give
+        self.later: Any = None  # what is added in the last piece
+        own = known_matrices(self.parts.layer, taps, self.parts.experts)
+        self.sums = PartialSums(width, own)
 
     def __enter__(self) -> "Tap":
         parts = self.parts
         self._handles = [
-            parts.layer.register_forward_pre_hook(self._hear_input),
-            parts.layer.register_forward_hook(
+            self._entrance(self.piece).register_forward_pre_hook(self._hear_input),
+            self.layer.register_forward_hook(
                 lambda _, args, output: setattr(self, "output", output)
             ),
+            *self._hear_pieces(),
         ]
         if not parts.is_mixer:
             self._handles.append(self._hear_middle())
@@ -209,6 +226,30 @@ class Tap:
         self.sums.__exit__(kind, error, trace)
         for handle in self._handles:
             handle.remove()
+
+    def _entrance(self, piece: int) -> nn.Module:
+        """What is given the hidden state before a piece."""
+        view = self._pieces[piece]
+        return next(view.children()) if self.parts.taps.pieces else view
+
+    def _hear_pieces(self) -> Iterator[RemovableHandle]:
+        if self.piece + 1 < len(self._pieces):
+            yield self._entrance(self.piece + 1).register_forward_pre_hook(
+                lambda _, args: setattr(self, "left", args[0])
+            )
+        if self.parts.taps.pieces:
+            block = TappedLayer(self._pieces[0], self.parts.taps).block
+            assert block is not None
+            yield block.register_forward_hook(self._hear_later)
+
+    def _hear_later(self, block: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        """What a block of experts gives to be added later, and what of it is idle experts'."""
+        self.later = output[0]
+        if self.router is not None:
+            _, weights, chosen = self.parts.routed(self.router)
+            experts: Any = self.parts.experts
+            idle = (weights * (chosen >= experts.num_routed_experts)).sum(1, keepdim=True)
+            self.idle = idle * given[0][0]
 
     def _hear_middle(self) -> RemovableHandle:
         parts = self.parts
@@ -238,7 +279,8 @@ class Tap:
         self.carried_in = arguments[1] if self.parts.taps.carry else None
 
     def golden(self) -> LayerGolden:
-        y, streams = first_of(self.output)[0], self.parts.streams
+        last = self.output if self.left is None else self.left
+        y, streams = first_of(last)[0], self.parts.streams
         middle = y if self.middle is None else self.middle
         return LayerGolden(
             self.x.numpy(),
@@ -264,6 +306,8 @@ class Tap:
             chosen = chosen.masked_fill(weights == 0, probs.shape[1] - 1)
         normed = bool(taps.residuals or taps.after or taps.added_factor)
         apart = (self.added * parts.added_scale).numpy() if normed else None
+        if self.idle is not None:
+            apart = (self.added - self.idle).numpy()
         ranked = logits if taps.by_logits else probs
         scores = parts.ranked(ranked if bias is None else ranked + bias, chosen)
         return {
@@ -275,6 +319,10 @@ class Tap:
 
     def _carries(self) -> dict[str, Any]:
         name = self.parts.taps.carry
+        if self.parts.taps.pieces:
+            side = {0: "carried_out", len(self._pieces) - 1: "carried_in"}.get(self.piece)
+            (name,) = slot_arguments(LATER)
+            return {side: {name: self.later.numpy()}} if side else {}
         if not name:
             return {}
         taken = {} if self.carried_in is None else {name: self.carried_in[0].numpy()}

@@ -88,4 +88,6 @@ class Dense(Block):
         added = self.mlp(h)
         if self.config.residual.parallel:
             added = added + inputs["added"]
+        if self.config.residual.takes:
+            added = added + inputs["later"]
         return {"y": self.residual(kept(x, h, self.config.residual.keeps), added)}

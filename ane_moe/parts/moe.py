@@ -11,7 +11,7 @@ from ane_moe.parts.mlp import GatedMlp
 from ane_moe.parts.norm import make_norm
 from ane_moe.parts.projection import Projection
 from ane_moe.parts.residual import kept, make_residual, norm_before, residual_alone
-from ane_moe.parts.router import make_router
+from ane_moe.parts.router import idle_share, make_router
 
 
 class Moe(Block):
@@ -55,8 +55,8 @@ class Moe(Block):
         outputs = {"gates": gates, **handed_on}
         if not self.config.first:
             return {"y": self.residual.alone(tree_sum(parts)), **outputs}
-        added = tree_sum([*self._shared(h), *parts])
-        if self.config.joined:
+        added = tree_sum([*self._shared(h), *idle_share(h, gates, self.config.moe.router), *parts])
+        if self.config.joined or self.config.residual.hands_on:
             return {"y": added, **outputs}
         if self.config.moe.beside is not None:
             added = self.beside(x, added)

@@ -8,7 +8,7 @@ from ane_moe.parts.block import Block
 from ane_moe.parts.norm import make_norm
 from ane_moe.parts.registry import make_mixer
 from ane_moe.parts.residual import kept, norm_before, unnormed_residual
-from ane_moe.parts.router import make_router
+from ane_moe.parts.router import idle_share, make_router
 
 
 class Routing(nn.Module):
@@ -21,7 +21,8 @@ class Routing(nn.Module):
         self.norm = norm_before(d, config.mixer.norm, spec)
         self.apart, self.normed = spec.norms != "before", spec.norms != "after"
         self.router_norm = make_norm(d, config.mixer.norm) if config.router_norm else None
-        self.router = make_router(d, config.router)
+        self.router, self.hands_on = make_router(d, config.router), spec.hands_on
+        self.spec = config.router
         self.residual, self.keeps = unnormed_residual(d, spec), spec.keeps
 
     def forward(self, x: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -31,6 +32,8 @@ class Routing(nn.Module):
         gates, handed_on = self.router.gates(read, inputs)
         base = self.residual.without(kept(x, h, self.keeps))
         outputs = {"ffn_input": h, "gates": gates, "y": base, **handed_on}
+        if self.hands_on:
+            (outputs["later"],) = idle_share(h, gates, self.spec) or [x * 0]
         return outputs | {"added": x * 0} if self.apart else outputs
 
 

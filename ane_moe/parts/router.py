@@ -38,14 +38,22 @@ def top_k_mask(logits: Tensor, k: int, experts: int, groups: int = 1) -> Tensor:
     return (k - wins.sum(2, keepdim=True) * 2**14).clamp(0, 1)
 
 
+def idle_share(h: Tensor, gates: Tensor, spec: AnyRouterSpec) -> list[Tensor]:
+    """What the idle experts among those chosen give for `h`, `(1, d, 1, T)`, where there are
+    any."""
+    if not isinstance(spec, RouterSpec) or not spec.idle:
+        return []
+    return [h * gates[:, spec.experts :].sum(1, keepdim=True)]
+
+
 class Router(Projection):
     """Gates `(1, d, 1, T) -> (1, E, 1, T)`: zero outside the k chosen, or all scores if `soft`."""
 
     def __init__(self, d_model: int, spec: RouterSpec, soft: bool = False):
-        super().__init__(d_model, spec.experts, spec.logit_bias)
+        super().__init__(d_model, spec.classes, spec.logit_bias)
         self.spec = spec
         self.soft = soft
-        self.choice_bias = vector(spec.experts) if spec.bias and not soft else None
+        self.choice_bias = vector(spec.classes) if spec.bias and not soft else None
         self.expert_scale = vector(spec.experts) if spec.weighed else None
 
     def gates(self, x: Tensor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -65,7 +73,7 @@ class Router(Projection):
         ranked = ranked if noise is None else ranked + noise
         if spec.open_groups < spec.groups and not self.soft:
             ranked = self._in_open_groups(ranked)
-        gates = scores if self.soft else scores * top_k_mask(ranked, spec.k, spec.experts)
+        gates = scores if self.soft else scores * top_k_mask(ranked, spec.k, spec.classes)
         if not spec.renorm:
             return gates
         if spec.renorm_floor:
@@ -87,7 +95,7 @@ class Router(Projection):
         if self.soft:
             return torch.softmax(logits, dim=1)
         ranked = logits if noise is None else logits + noise
-        mask = top_k_mask(ranked, self.spec.k, self.spec.experts)
+        mask = top_k_mask(ranked, self.spec.k, self.spec.classes)
         if self.spec.renorm:  # a softmax over the chosen logits alone
             return torch.softmax(logits + (mask - 1) * FAR, dim=1)
         return torch.softmax(logits, dim=1) * mask

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ane_moe.manifest import Shard
-from ane_moe.model.port import ADDED, FFN_INPUT, STREAM, slot_arguments, slot_root
+from ane_moe.model.port import ADDED, FFN_INPUT, LATER, STREAM, slot_arguments, slot_root
 from ane_moe.original.golden import Golden, LayerGolden
 
 
@@ -51,6 +51,9 @@ class GoldenSlots:
         if root == "carry":
             (name,) = slot_arguments(slot)
             after = self._last(shard).carried_out[name]
+            experts = self._last(shard).experts_delta
+            if slot == LATER and experts is not None and _leaves_experts_to_the_host(shard):
+                after = after - experts
             return np.zeros_like(after), after
         return None
 

@@ -198,12 +198,13 @@ def test_transformers_gives_every_key_of_the_tables_to_a_tensor_of_its_model(fam
     }  # of the shared skeleton, where a family has no such part
     never |= {"attn.v.weight"} if family == "zaya" else set()
     # DeepSeek-V3's queries without a latent, which none has
-    if family in ("axk1", "kimi_k25", "deepseek_v32", "glm_moe_dsa"):
+    if family in ("axk1", "kimi_k25", "deepseek_v32", "glm_moe_dsa", "longcat_flash"):
         never |= {"attn.q_nope", "attn.q_rotated"}
     for ours, entries in load_family(family).KEYS.items():  # type: ignore[attr-defined]
         for entry in entries:
             stored = entry if isinstance(entry, str) else entry.key
-            keys = [stored.format(layer=layer, expert=1, group=layer) for layer in range(4)]
+            numbers = [{"layer": n // 2, "half": n % 2, "group": n // 2} for n in range(8)]
+            keys = [stored.format(expert=1, **each) for each in numbers]
             renamed = [
                 rename_source_key(key, renamings, converters)[0].replace(".language_model.", ".")
                 for key in keys

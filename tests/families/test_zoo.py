@@ -34,7 +34,7 @@ from ane_moe.model.spec import (
     SharedGqaSpec,
 )
 from ane_moe.original.sums import known_matrices
-from ane_moe.original.tap import TappedLayer
+from ane_moe.original.tap import TappedLayer, pieces
 from tests.models import make_model, save_checkpoint, save_fused
 from tests.torch_model import TorchModel
 from tests.zoo import ROWS
@@ -93,7 +93,8 @@ def test_the_sums_of_all_that_can_be_divided_are_heard(family: str, tmp_path: Pa
     model = build(family)
     spec, _ = describe(open_checkpoint(save_checkpoint(model, tmp_path)))
     taps = load_family(family).TAPS
-    layers = [one for one in model.modules() if type(one).__name__.endswith(LAYERS)]
+    whole = [one for one in model.modules() if type(one).__name__.endswith(LAYERS)]
+    layers = [piece for layer in whole for piece in pieces(layer, taps)]
     for number, (layer, ours) in enumerate(zip(layers, spec.layers, strict=True)):
         known = known_matrices(layer, taps, TappedLayer(layer, taps).experts)
         rows = [row for row in ours.weights(number, spec.d_model, spec.norm) if row[1].role]
@@ -389,6 +390,8 @@ MUTATIONS: dict[str, tuple[Callable[[ModelSpec, Change], ModelSpec], Change]] = 
         lambda one: {"nth": one.nth and tuple(n + 1 for n in one.nth)},
     ),
     "additions that are not weighed": (of_layers, lambda one: {"nth": None}),
+    "latents of another size": (of_latents, lambda m: {"latent_scale": m.latent_scale * 1.1}),
+    "what experts give added at once": (of_layers, lambda one: {"hands_on": False, "takes": False}),
     "no gate of latents": (of_latents, lambda m: {"gated": False}),
 }
 # What cannot be told: a norm after the rotation takes the factor of all its channels out, and

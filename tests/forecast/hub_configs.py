@@ -214,6 +214,15 @@ LONGCAT_FLASH: dict[str, Any] = {
     "v_head_dim": 128,
     "vocab_size": 131072,
     "zero_expert_num": 256,
+    "zero_expert_type": "identity",
+    "attention_bias": False,
+    "routed_scaling_factor": 6.0,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000000.0,
+    "mla_scale_q_lora": True,
+    "mla_scale_kv_lora": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 # Of Apple's on-device model no checkpoint is public: these fields are of mlx-lm's `afm7` and of
 # torchtitan's `AFMTextV7ModelArgs`, under the names of original/afm.py.
