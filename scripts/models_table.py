@@ -45,6 +45,7 @@ MIXERS = {
     "CcaSpec": "compressed convolutional attention",
     "ShortConvSpec": "short convolutions",
     "MlaSpec": "latent attention",
+    "MoaSpec": "attention of experts",
     "DeltaNetSpec": "gated delta nets",
     "KdaSpec": "delta nets that decay by channel",
     "LightningSpec": "lightning attention",

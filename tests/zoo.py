@@ -505,6 +505,18 @@ ROWS: dict[str, Row] = {
             }
         },
     ),
+    "jetmoe": Row(
+        {
+            "intermediate_size": 40,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "rms_norm_eps": 1e-2,  # of the last norm alone
+            "initializer_range": 0.02,
+            "tie_word_embeddings": True,
+        },
+        {"three chosen": {"num_experts_per_tok": 3, "tie_word_embeddings": False}},
+        fused=False,
+    ),
     "longcat_flash": Row(
         {
             "num_layers": 2,

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 
@@ -64,7 +64,8 @@ class TensorSource:
     (one expert of a fused tensor), then `rows` [first, last) of what is left, then `columns` of the
     last axis (first, last, step), then the transpose, then of `runs` (size, first, last) of rows
     those from first to last of each, then of each run of `pairs` rows the even ones first, then
-    plus `offset`, times `scale`. `weight` is our tensor's row: what it is for.
+    plus `offset`, times `scale`. A `stack` of matrices is one here: they lie one below the other,
+    or side by side. `weight` is our tensor's row: what it is for.
     """
 
     name: WeightName
@@ -79,6 +80,8 @@ class TensorSource:
     pairs: int = 0
     runs: tuple[int, int, int] | None = None
     offset: float = 0.0
+    # Not in the repr: that of a source is in keys of conversions.
+    stack: Literal["", "below", "beside"] = field(default="", repr=False)
 
     @property
     def role(self) -> str | None:
@@ -98,6 +101,9 @@ class TensorSource:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of our tensor."""
+        if self.stack:
+            count, rows, width = self.region_shape
+            return (count * rows, width) if self.stack == "below" else (rows, count * width)
         columns = self.region_shape[-1]
         if self.columns is not None:
             columns = len(range(*self.columns))
@@ -111,11 +117,14 @@ class TensorSource:
     @property
     def in_place(self) -> bool:
         """Whether our tensor is the region that is read, element for element."""
-        return not (self.transpose or self.columns or self.pairs or self.runs)
+        moved = self.stack == "beside"
+        return not (moved or self.transpose or self.columns or self.pairs or self.runs)
 
     def arranged(self, region: np.ndarray) -> np.ndarray:
         """A view of the region, of shape `region_shape`, whose elements are in our tensor's order;
         its own shape may have more axes."""
+        if self.stack == "beside":
+            return region.swapaxes(0, 1)
         view = region if self.columns is None else region[..., slice(*self.columns)]
         view = view.T if self.transpose else view
         if not (self.pairs or self.runs):
@@ -355,6 +364,7 @@ class Checkpoint:
         rare = (source.columns, source.pairs, self.tensors[source.key].scale)
         rarer: tuple[object, ...] = () if source.runs is None else (source.runs,)
         rarer += (source.offset,) if source.offset else ()
+        rarer += (source.stack,) if source.stack else ()
         if (*rare, *rarer) != (None, 0, 1.0):  # others keep the keys that they had
             return repr((*facts, *rare, *rarer)).encode() + b"\n"
         return repr(facts).encode() + b"\n"

@@ -48,7 +48,7 @@ def form_of(checkpoint: Checkpoint, source: TensorSource) -> AsStored | str:
     codec = checkpoint.tensors[source.key].codec
     if codec is None:
         return PLAIN
-    if (pieces := codec.pieces) is None:
+    if (pieces := codec.pieces) is None or source.stack:
         return MIXED
     rows, columns = source.shape
     block = _block(pieces, source)

@@ -924,7 +924,7 @@ class _Planner:
     def _head_config(self, rows: int) -> HeadConfig:
         head = self.spec.head
         rank = 0 if head.labels else self._rank(HEAD)
-        norm = self.spec.norm.ungated
+        norm = head.norm(self.spec.norm)
         return HeadConfig(self.spec.d_model, norm, rows, rank, head.bias, head.softcap)
 
     def _part(self, layer: int, moe: MoeSpec, experts: range) -> _Copy:

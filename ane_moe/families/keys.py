@@ -9,6 +9,7 @@ found in more than one form.
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from ane_moe.checkpoints.checkpoint import TensorSource
 from ane_moe.checkpoints.key_names import decoder_prefixes
@@ -102,7 +103,17 @@ class Runs:
     part: str
 
 
-Entry = str | Fused | Stacked | Rows | Paired | Only | Framed | Turned | AroundOne | Runs
+@dataclass(frozen=True)
+class OneMatrix:
+    """A stack of matrices that are one of ours, one below the other or side by side."""
+
+    key: str
+    how: Literal["below", "beside"]
+
+
+Entry = (
+    str | Fused | Stacked | Rows | Paired | Only | Framed | Turned | AroundOne | Runs | OneMatrix
+)
 KeyTable = Mapping[str, tuple[Entry, ...]]
 
 LAYER = "model.layers.{layer}"
@@ -195,6 +206,8 @@ def _source(spec: ModelSpec, name: WeightName, weight: Weight, entry: Entry) -> 
     if isinstance(entry, AroundOne):
         key = entry.key.format(**numbers)
         return TensorSource(name, key, weight.shape, scale=scale, weight=weight, offset=1.0)
+    if isinstance(entry, OneMatrix):
+        return _one_matrix_source(spec, name, weight, entry)
     if isinstance(entry, Runs):
         return _run_source(spec, name, weight, entry)
     if isinstance(entry, Stacked):
@@ -255,6 +268,23 @@ def _stacked_source(
         transpose=entry.transposed,
         scale=spec.multiplier(weight.fold, name.layer, name.part),
         weight=weight,
+    )
+
+
+def _one_matrix_source(
+    spec: ModelSpec, name: WeightName, weight: Weight, entry: OneMatrix
+) -> TensorSource:
+    assert name.layer is not None
+    count = int(getattr(spec.layers[name.layer].mixer, "experts", 1))
+    rows, columns = weight.shape
+    below = entry.how == "below"
+    return TensorSource(
+        name,
+        entry.key.format(**_numbers(spec, name)),
+        (count, rows // count, columns) if below else (count, rows, columns // count),
+        scale=spec.multiplier(weight.fold, name.layer, name.part),
+        weight=weight,
+        stack=entry.how,
     )
 
 

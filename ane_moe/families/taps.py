@@ -33,7 +33,8 @@ class Taps:
     text. `layers` is what the decoder calls its layers. Routers whose outputs have nothing but
     logits `logits`-th in them choose the `top_k` largest. `nth` are the layer's numbers for which
     addition to the stream each of its blocks is, where these are weighed. With `sorted_inputs`
-    experts are called with tokens alone, as many for each expert, times its gate. A layer may be
+    experts are called with tokens alone, as many for each expert, times its gate. `sorted_block` is
+    one that routes and computes experts, on tokens in the order of these. A layer may be
     several of ours: `pieces` says of each of these where its modules are, by the names they have
     elsewhere, the first norm first. What the experts' block of the first gives, the last adds.
     """
@@ -64,6 +65,7 @@ class Taps:
     layers: str = "layers"
     logits: int | None = None
     sorted_inputs: bool = False
+    sorted_block: str = ""
     added_factor: str = ""
     nth: tuple[str, str] | None = None
     values: str = "v_proj"

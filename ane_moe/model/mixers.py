@@ -10,6 +10,7 @@ from ane_moe.model.mamba import MambaConfig, MambaSpec
 from ane_moe.model.mamba2 import Mamba2Config, Mamba2Spec
 from ane_moe.model.mixer import MixerConfig
 from ane_moe.model.mla import MlaConfig, MlaSpec
+from ane_moe.model.moa import MoaConfig, MoaSpec
 from ane_moe.model.short_conv import ShortConvConfig, ShortConvSpec
 from ane_moe.model.spec import BandSpec, GqaSpec, SharedGqaSpec
 
@@ -20,6 +21,7 @@ CONFIGS: dict[type, type[MixerConfig]] = {
     CcaSpec: CcaConfig,
     ShortConvSpec: ShortConvConfig,
     MlaSpec: MlaConfig,
+    MoaSpec: MoaConfig,
     DeltaNetSpec: DeltaNetConfig,
     KdaSpec: KdaConfig,
     LightningSpec: LightningConfig,

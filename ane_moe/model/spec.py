@@ -267,15 +267,20 @@ class MlpSpec:
     channels wide inside. GELU is the one approximated by tanh. `gate_enters`: the gate of an expert
     multiplies what enters it, in place of what it gives. `limit`: silu(gate(x)) is at most that,
     and up(x) between it and its negative (`Step3p7Experts`). `squared`: `down(relu(up(x))^2)`,
-    without a gate."""
+    without a gate. `bias`: of all three, or of `down` alone."""
 
     width: int
     clamp: Clamp | None = None
-    bias: bool = False
+    bias: bool | Literal["down"] = False
     activation: Literal["silu", "gelu"] = "silu"
     gate_enters: bool = False
     limit: float | None = None
     squared: bool = False
+
+    @property
+    def inner_bias(self) -> bool:
+        """Whether what enters the activation has biases."""
+        return self.bias is True
 
     def rows(self, d_model: int, role: str) -> Iterator[Weight]:
         """Its matrices, which a recipe calls `role`.gate, .up and .down, and their biases."""
@@ -288,7 +293,7 @@ class MlpSpec:
             yield Weight(
                 f"{name}.weight", (self.width, d_model), f"{role}.{name}", reads="x", fold=fold
             )
-            if self.bias:
+            if self.inner_bias:
                 yield Weight(f"{name}.bias", (self.width,), fold=fold)
         yield Weight("down.weight", (d_model, self.width), f"{role}.down", reads="hidden", fold=out)
         if self.bias:
@@ -439,13 +444,19 @@ class LayerSpec:
 @dataclass(frozen=True)
 class HeadSpec:
     """Final norm and projection to the vocabulary or, of a token classifier, to its `labels`;
-    logits are multiplied by `logit_scale`, and kept within `softcap` by a tanh."""
+    logits are multiplied by `logit_scale`, and kept within `softcap` by a tanh. `eps` is that of
+    its norm, where it has another."""
 
     tied: bool
     logit_scale: float = 1.0
     labels: tuple[str, ...] = ()
     bias: bool = False
     softcap: float | None = None
+    eps: float | None = None
+
+    def norm(self, norm: NormSpec) -> NormSpec:
+        """Its own, in a model of such norms."""
+        return replace(norm.ungated, eps=self.eps or norm.eps)
 
     def rows(self, count: int, d_model: int, norm: NormSpec) -> Iterator[Weight]:
         """Those of `count` scores. The logit scale goes into the norm: the other weight may be the
@@ -639,5 +650,7 @@ class ModelSpec:
     def with_stream(self, scale: float) -> Self:
         """The same function, its stream times `scale` (in place of the one that it had). Norms of
         the stream weigh their eps by the square; all others are of what a norm was before."""
-        eps = self.norm.eps * (scale / self.stream_scale) ** 2
-        return replace(self, norm=replace(self.norm, eps=eps), stream_scale=scale)
+        factor = (scale / self.stream_scale) ** 2
+        norm = replace(self.norm, eps=self.norm.eps * factor)
+        head = replace(self.head, eps=self.head.eps and self.head.eps * factor)
+        return replace(self, norm=norm, head=head, stream_scale=scale)

@@ -161,7 +161,7 @@ class _Collector:
     def _mlp(self, part: WeightName, prefix: str, x: torch.Tensor, spec: MlpSpec) -> None:
         def projected(matrix: str) -> torch.Tensor:
             y = x @ self._weight(part.beside(f"{prefix}{matrix}.weight")).T
-            return y + self._weight(part.beside(f"{prefix}{matrix}.bias")) if spec.bias else y
+            return y + self._weight(part.beside(f"{prefix}{matrix}.bias")) if spec.inner_bias else y
 
         self.moments[part.beside("x")] = _mean_squares(x)
         if spec.squared:

@@ -33,7 +33,8 @@ def with_experts(parts: TappedLayer, golden: LayerGolden) -> LayerGolden:
             inside: Any = first_of(block(ffn_input, *beside)).reshape(ffn_input.shape)
         silent.remove()
         shared = scale * (inside + parts.shared(ffn_input))[0]
-    count: Any = getattr(experts, "num_routed_experts", None) or experts.num_experts
+    holder: Any = experts.router if parts.taps.sorted_block else experts
+    count: Any = getattr(holder, "num_routed_experts", None) or holder.num_experts
     tokens = _shown(golden.router_indices, count)
     each = torch.arange(len(tokens)).repeat_interleave(tokens.shape[1])[:, None]
     # A second choice of no weight: LongcatFlashExperts has no form of one alone.
@@ -42,6 +43,8 @@ def with_experts(parts: TappedLayer, golden: LayerGolden) -> LayerGolden:
     by_gate = parts.taps.sorted_inputs
     if by_gate:
         outputs = scale * experts(given * ENTERING_GATE)
+    elif parts.taps.sorted_block:
+        outputs = scale * _of_sorted(experts, given, each[:, 0])
     else:
         outputs = scale * experts(given, both, weights.expand(len(each), 2))
     return replace(
@@ -52,6 +55,18 @@ def with_experts(parts: TappedLayer, golden: LayerGolden) -> LayerGolden:
         shared_output=shared.numpy() if bool(shared.any()) else None,
         expert_gate=np.array([ENTERING_GATE], np.float32) if by_gate else None,
     )
+
+
+def _of_sorted(block: Any, given: torch.Tensor, each: torch.Tensor) -> torch.Tensor:
+    """What a block gives for tokens `[P,d]`, in the order of the experts that they are given to, by
+    gates of 1 (`JetMoeMoE`)."""
+    sizes = torch.bincount(each, minlength=block.router.num_experts).tolist()
+    routing = (None, torch.arange(len(given)), torch.ones(len(given)), sizes, None)
+    hook = block.router.register_forward_hook(lambda *_: routing)
+    try:
+        return block(given[None])[0]
+    finally:
+        hook.remove()
 
 
 def _shown(chosen: np.ndarray, experts: int) -> np.ndarray:

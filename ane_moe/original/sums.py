@@ -48,6 +48,8 @@ def known_matrices(layer: nn.Module, taps: Taps, experts: nn.Module | None) -> K
         if taps.up and f"{name}_proj" in stacks and f"{GATE_UP}_proj_bias" not in stacks
     }
     for path, stack in experts.named_parameters() if experts else ():
+        if stack.dim() == 3 and path in names and "." in path:  # of modules of their own
+            shapes[tuple(stack.shape[1:])] = names[path]
         if path.endswith(f".{taps.up}") and stack.dim() == 2:  # of all experts, without an axis
             width = len(stack) // int(getattr(experts, "num_experts", 1))
             shapes |= {(stack.shape[1], width): "up", (width, stack.shape[1]): "down"}

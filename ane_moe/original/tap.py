@@ -59,12 +59,14 @@ class TappedLayer:
 
     @property
     def experts(self) -> nn.Module | None:
-        return self._of_class("Experts")
+        return self._named(self.taps.sorted_block) or self._of_class("Experts")
 
     @property
     def block(self) -> nn.Module | None:
         """The feed-forward block that holds the experts: themselves, where the layer does."""
         experts = self.experts
+        if self.taps.sorted_block:
+            return experts
         owners = (one for one in self.layer.modules() if getattr(one, "experts", None) is experts)
         owner = next(owners, None)
         return experts if owner is self.layer else owner

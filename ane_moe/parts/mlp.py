@@ -41,9 +41,9 @@ class GatedMlp(nn.Module):
         self.clamp, self.activation, self.squared = spec.clamp, spec.activation, spec.squared
         self.gate_enters, self.limit = spec.gate_enters, spec.limit
         if not spec.squared:
-            self.gate = Projection(d_model, spec.width, spec.bias, rank=ranks[0])
-        self.up = Projection(d_model, spec.width, spec.bias, rank=ranks[1])
-        self.down = Projection(spec.width, d_model, spec.bias, rank=ranks[2])
+            self.gate = Projection(d_model, spec.width, spec.inner_bias, rank=ranks[0])
+        self.up = Projection(d_model, spec.width, spec.inner_bias, rank=ranks[1])
+        self.down = Projection(spec.width, d_model, bool(spec.bias), rank=ranks[2])
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         if self.gate_enters and scale is not None:

@@ -10,6 +10,7 @@ from ane_moe.model.mamba import MambaConfig
 from ane_moe.model.mamba2 import Mamba2Config
 from ane_moe.model.mixer import MixerConfig
 from ane_moe.model.mla import MlaConfig
+from ane_moe.model.moa import MoaConfig
 from ane_moe.model.short_conv import ShortConvConfig
 from ane_moe.parts.attention import Attention, SharedAttention
 from ane_moe.parts.band import BandAttention
@@ -21,6 +22,7 @@ from ane_moe.parts.mamba import Mamba
 from ane_moe.parts.mamba2 import Mamba2
 from ane_moe.parts.mixer import Mixer
 from ane_moe.parts.mla import Mla
+from ane_moe.parts.moa import Moa
 from ane_moe.parts.short_conv import ShortConv
 
 MIXERS: dict[type[MixerConfig], type[Mixer]] = {
@@ -31,6 +33,7 @@ MIXERS: dict[type[MixerConfig], type[Mixer]] = {
     CcaConfig: Cca,
     ShortConvConfig: ShortConv,
     MlaConfig: Mla,
+    MoaConfig: Moa,
     DeltaNetConfig: DeltaNet,
     KdaConfig: Kda,
     LightningConfig: Lightning,

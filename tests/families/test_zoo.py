@@ -19,6 +19,7 @@ from ane_moe.model.lightning import LightningSpec
 from ane_moe.model.mamba import MambaSpec
 from ane_moe.model.mamba2 import Mamba2Spec
 from ane_moe.model.mla import MlaSpec
+from ane_moe.model.moa import MoaSpec
 from ane_moe.model.sparse_mixer import SparseMixerSpec
 from ane_moe.model.spec import (
     FROM_SQUARES,
@@ -152,6 +153,7 @@ def of_mixers(spec: ModelSpec, change: Change, kind: type = GqaSpec) -> ModelSpe
 
 of_shared = partial(of_mixers, kind=SharedGqaSpec)
 of_latents = partial(of_mixers, kind=MlaSpec)
+of_experts_in_attention = partial(of_mixers, kind=MoaSpec)
 of_delta_nets = partial(of_mixers, kind=DeltaNetSpec)
 of_lightning = partial(of_mixers, kind=LightningSpec)
 of_channel_nets = partial(of_mixers, kind=KdaSpec)
@@ -390,6 +392,12 @@ MUTATIONS: dict[str, tuple[Callable[[ModelSpec, Change], ModelSpec], Change]] = 
         lambda one: {"nth": one.nth and tuple(n + 1 for n in one.nth)},
     ),
     "additions that are not weighed": (of_layers, lambda one: {"nth": None}),
+    "another scale of experts' attention": (
+        of_experts_in_attention,
+        lambda m: {"scale": m.scale * 1.1},
+    ),
+    "experts of attention per token": (of_experts_in_attention, lambda m: {"k": m.k - 1}),
+    "another eps of the last norm": (of_head, lambda head: {"eps": head.eps and 1e-6}),
     "latents of another size": (of_latents, lambda m: {"latent_scale": m.latent_scale * 1.1}),
     "what experts give added at once": (of_layers, lambda one: {"hands_on": False, "takes": False}),
     "no gate of latents": (of_latents, lambda m: {"gated": False}),
