@@ -100,7 +100,8 @@ def parts(spec: ModelSpec) -> str:
 
 def _mixer(mixer: Any) -> list[str]:
     if not isinstance(mixer, GqaSpec):
-        return [MIXERS[type(mixer).__name__], *(["windows"] if mixer.window else [])]
+        facts = {"windows": mixer.window, "an indexer": getattr(mixer, "indexer", None)}
+        return [MIXERS[type(mixer).__name__], *(name for name, has in facts.items() if has)]
     facts = {
         KINDS.get(type(mixer), "attention"): True,
         "windows": mixer.window,

@@ -23,10 +23,11 @@ class Job(Model):
 def plan_of(model: Model, options: ConvertOptions) -> ConversionPlan:
     """What `convert` would write, and how the checkpoint was read. Raises UserError."""
     checkpoint = model.checkpoint
-    left_out = checkpoint.left_out(model.sources, options.ignore_tensors, beside(model.spec.family))
     recipe = with_stored_forms(options.recipe, checkpoint, model.sources)
     settled = replace(options, recipe=with_mixed_formats(recipe, model.sources))
     plan = make_plan(model.spec, model.sources, settled, model.low_ranks)
+    used = {name: model.sources[name] for name, _ in plan.spec.weights()}
+    left_out = checkpoint.left_out(used, options.ignore_tensors, beside(model.spec.family))
     said = (*checkpoint.notes, *notes(options.recipe, checkpoint, model.sources))
     return replace(plan, source=SourceFacts(said, left_out))
 

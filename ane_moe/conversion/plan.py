@@ -28,6 +28,7 @@ from ane_moe.model.head import HeadConfig
 from ane_moe.model.join import JoinConfig
 from ane_moe.model.mixer import MixerConfig
 from ane_moe.model.mixers import mixer_config
+from ane_moe.model.mla import MlaSpec
 from ane_moe.model.mlp import DenseConfig, MlpRanks
 from ane_moe.model.moe import MoeConfig
 from ane_moe.model.part import PartConfig
@@ -340,6 +341,7 @@ def make_plan(
             do=f"give {spec.source(lacking[0])} to --layers too",
         )
     width = math.ceil(context / CACHE_STEP) * CACHE_STEP
+    spec = _within(spec, context)
     planner = _Planner(spec, sources, options, width, adapters or {})
     if spec.tracks is None:
         shards = [shard for group in planner.groups(layers) for shard in planner.layers(group)]
@@ -358,6 +360,17 @@ def make_plan(
     for name, low_ranks in (adapters or {}).items():
         _require_switched(name, low_ranks, layers, shards)
     return ConversionPlan(spec, options, context, width, layers, tuple(shards))
+
+
+def _within(spec: ModelSpec, context: int) -> ModelSpec:
+    """The model in such a context, without the indexers that it has no need of."""
+    layers = (
+        replace(layer, mixer=layer.mixer.within(context))
+        if isinstance(layer.mixer, MlaSpec)
+        else layer
+        for layer in spec.layers
+    )
+    return replace(spec, layers=tuple(layers))
 
 
 def _require_switched(

@@ -10,7 +10,7 @@ from ane_moe.families.deepseek_v3 import ATTENTION, experts, latent_model
 from ane_moe.families.deepseek_v3 import KEYS as DEEPSEEK_V3
 from ane_moe.families.deepseek_v3 import TAPS as TAPS
 from ane_moe.families.deepseek_v32 import BESIDE as BESIDE
-from ane_moe.families.deepseek_v32 import within
+from ane_moe.families.deepseek_v32 import INDEX_KEYS, indexer
 from ane_moe.families.keys import LAYER, KeyTable, Runs
 from ane_moe.model.spec import ModelSpec
 
@@ -22,6 +22,7 @@ QUERIES = ("q_b_proj", "q_gate_proj")
 
 KEYS: KeyTable = {
     **DEEPSEEK_V3,
+    **INDEX_KEYS,
     **{
         f"layers.{{layer}}.attn.{ours}.weight": tuple(
             Runs(f"{ATTENTION}.{name}.weight", tuple(BY_HEAD.values()), part) for name in QUERIES
@@ -50,5 +51,5 @@ def spec(config: Config) -> ModelSpec:
     config.integer("q_lora_rank")
     plain = Config(config.values | {"n_group": 1, "topk_group": 1}, config.where)
     ffns = listed_dense(config, experts(config, sigmoid_router(plain)), by_count(config))
-    whole = latent_model(within(config, config.integer("index_topk")), ffns, gated_by_query=True)
+    whole = latent_model(config, ffns, gated_by_query=True, indexer=indexer(config))
     return replace(whole, norm=replace(whole.norm, gate_rank=config.integer("gated_norm_rank")))

@@ -1,15 +1,29 @@
 """DeepSeek-V3.2 (DeepSeek-V3.2-Exp): DeepSeek-V3's layer. Attention goes to the tokens that an
-indexer scores highest, which are all of a context of no more than it chooses: that is the limit."""
+indexer scores highest, which are all of a context of no more than it chooses."""
 
 from ane_moe.families.config import Config
 from ane_moe.families.decoder import listed_dense, sigmoid_router
-from ane_moe.families.deepseek_v3 import KEYS as KEYS
+from ane_moe.families.deepseek_v3 import ATTENTION, experts, latent_model
+from ane_moe.families.deepseek_v3 import KEYS as DEEPSEEK_V3
 from ane_moe.families.deepseek_v3 import TAPS as TAPS
-from ane_moe.families.deepseek_v3 import experts, latent_model
+from ane_moe.families.keys import KeyTable
+from ane_moe.model.indexer import IndexerSpec
 from ane_moe.model.spec import ModelSpec
 
 INDEXERS = "indexers, which choose all tokens of a context this short"
 BESIDE = {INDEXERS: r"^model\.layers\.\d+\.self_attn\.indexer\."}
+NAMES = {
+    "q.weight": "wq_b.weight",
+    "k.weight": "wk.weight",
+    "k_norm.weight": "k_norm.weight",
+    "k_norm.bias": "k_norm.bias",
+    "by_head.weight": "weights_proj.weight",
+}
+INDEX_KEYS: KeyTable = {
+    f"layers.{{layer}}.attn.index.{ours}": (f"{ATTENTION}.indexer.{theirs}",)
+    for ours, theirs in NAMES.items()
+}
+KEYS: KeyTable = {**DEEPSEEK_V3, **INDEX_KEYS}
 
 
 def spec(config: Config) -> ModelSpec:
@@ -22,7 +36,15 @@ def spec(config: Config) -> ModelSpec:
         return "dense" if number < first else "sparse"
 
     ffns = listed_dense(config, experts(config, sigmoid_router(config)), kind)
-    return latent_model(within(config, config.integer("index_topk")), ffns)
+    return latent_model(config, ffns, indexer=indexer(config))
+
+
+def indexer(config: Config, **facts: bool) -> IndexerSpec:
+    """The indexer from the usual fields."""
+    heads, width = config.integer("index_n_heads"), config.integer("index_head_dim")
+    if width % 2 or width < config.integer("qk_rope_head_dim"):
+        raise config.wrong("index_head_dim", "even, and no less than qk_rope_head_dim")
+    return IndexerSpec(heads, width, config.integer("index_topk"), **facts)
 
 
 def within(config: Config, chosen: int) -> Config:

@@ -14,7 +14,7 @@ from typing import Literal
 from ane_moe.checkpoints.checkpoint import TensorSource
 from ane_moe.checkpoints.key_names import decoder_prefixes
 from ane_moe.errors import UserError
-from ane_moe.model.spec import GqaSpec, ModelSpec, MoeSpec
+from ane_moe.model.spec import ModelSpec, MoeSpec
 from ane_moe.model.weight import EMBEDDING, HEAD, Weight, WeightName
 from ane_moe.wording import counted, listed
 
@@ -56,9 +56,10 @@ class Rows:
 @dataclass(frozen=True)
 class Paired:
     """Rows of heads that are rotated in pairs of neighbours. Ours are half-split: of each head the
-    first of all pairs, then the second."""
+    first of all pairs, then the second. Heads are as wide as the mixer's field `heads` says."""
 
     key: str
+    heads: str = "head_dim"
 
 
 @dataclass(frozen=True)
@@ -215,8 +216,7 @@ def _source(spec: ModelSpec, name: WeightName, weight: Weight, entry: Entry) -> 
     assert name.layer is not None
     layer, rows, key = spec.layers[name.layer], weight.shape[0], entry.key.format(**numbers)
     if isinstance(entry, Paired):
-        assert isinstance(layer.mixer, GqaSpec)
-        pairs = layer.mixer.head_dim
+        pairs = int(getattr(layer.mixer, entry.heads))
         return TensorSource(name, key, weight.shape, scale=scale, weight=weight, pairs=pairs)
     stored: tuple[int, ...] = (entry.parts * rows, *weight.shape[1:])
     run = None if entry.parts == 1 else (entry.part * rows, (entry.part + 1) * rows)

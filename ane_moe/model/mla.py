@@ -6,8 +6,10 @@ attended to. So all heads share one key and one value, and the cache is as narro
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
+from ane_moe.model.indexer import IndexerSpec
 from ane_moe.model.kv_cache import cache_ports
 from ane_moe.model.mixer import MixerConfig
 from ane_moe.model.port import Port
@@ -23,7 +25,8 @@ class MlaSpec:
     `interleaved`: the checkpoint pairs neighbouring channels. `gated`: what each head attends to is
     multiplied by the sigmoid of a projection of the layer's input. `gated_by_query`: each channel
     of it, by one of what queries are made of; that is both the query's latent normed and the latent
-    as it is (`AXK2Attention`). `latent_scale` multiplies the normed latent."""
+    as it is (`AXK2Attention`). `latent_scale` multiplies the normed latent. An `indexer` says
+    which tokens are attended to, where there are more than it chooses."""
 
     heads: int
     nope: int
@@ -39,12 +42,23 @@ class MlaSpec:
     gated: bool = False
     gated_by_query: bool = False
     latent_scale: float = 1.0
+    indexer: IndexerSpec | None = None
     window: None = None
 
     @property
     def kept(self) -> int:
         """Channels that the cache holds of a token."""
         return self.kv_rank + self.rotated
+
+    @property
+    def paired(self) -> int:
+        """Channels of the indexer's heads, which may be rotated in pairs."""
+        return self.indexer.width if self.indexer else 0
+
+    def within(self, tokens: int) -> Self:
+        """The same in a context of so many tokens: where no indexer leaves out any, without it."""
+        needed = self.indexer is not None and self.indexer.chosen < tokens
+        return self if needed else replace(self, indexer=None)
 
     def rows(self, d_model: int) -> Iterator[Weight]:
         """The tensors of a layer's attention."""
@@ -75,6 +89,9 @@ class MlaSpec:
             yield Weight("gate.weight", (self.heads, d_model), "attention.q", reads="x")
         if self.gated_by_query:
             yield Weight("gate.weight", (width, inner), "attention.q", reads=reads)
+        if self.indexer and self.q_rank:
+            rows = self.indexer.rows(d_model, self.q_rank)
+            yield from (row.under("index") for row in rows)
 
 
 @dataclass(frozen=True)
@@ -83,7 +100,12 @@ class MlaConfig(MixerConfig):
 
     @property
     def states(self) -> tuple[Port, ...]:
-        return (Port("cache", (1, 1, self.mixer.kept, self.slots), "state.{0}.cache"),)
+        widths = {"cache": self.mixer.kept, "index_cache": self.mixer.paired}
+        return tuple(
+            Port(name, (1, 1, width, self.slots), f"state.{{0}}.{name}")
+            for name, width in widths.items()
+            if width
+        )
 
     def host(self, tokens: int) -> tuple[Port, ...]:
         return cache_ports(self.mixer.rope, self.rotary, None, self.slots, tokens)

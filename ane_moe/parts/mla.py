@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ane_moe.model.mla import MlaConfig
+from ane_moe.parts.indexer import Indexer
 from ane_moe.parts.kv_cache import attend, updated
 from ane_moe.parts.mixer import Mixer
 from ane_moe.parts.norm import RmsNorm
@@ -55,14 +56,31 @@ class Mla(Mixer):
         if m.gated_by_query:
             self.gate = Projection(inner, m.heads * m.value, rank=c.rank("gate"))
 
+        if m.indexer and m.q_rank:
+            ranks = c.rank("index.q"), c.rank("index.k")
+            self.index = Indexer(d, m.q_rank, m.indexer, ranks)
+
     def mix(self, h: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         m = self.config.mixer
         inner = self._inner(h)
         q, new = self._query(inner, inputs), self._kept(h, inputs)
         cache = updated("cache", new, inputs, self.config.explicit)
-        latents, mask = cache[:, :, : m.kv_rank], inputs["mask"]
+        mask, kept = self._chosen(h, inner, inputs)
+        latents = cache[:, :, : m.kv_rank]
         attended = attend(q, cache, latents, mask, m.scale, width=m.kv_rank)
-        return self.o(self._gated(self.value_of(attended), h, inner)), {"cache": cache}
+        return self.o(self._gated(self.value_of(attended), h, inner)), {"cache": cache, **kept}
+
+    def _chosen(
+        self, h: Tensor, inner: Tensor, inputs: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mask of what is seen, and what an indexer keeps, where there is one."""
+        m, pairs = self.config.mixer, self.config.rotary
+        if m.indexer is None or m.q_rank is None:
+            return inputs["mask"], {}
+        new = self.index.key(h, inputs, pairs)
+        keys = updated("index_cache", new, inputs, self.config.explicit)
+        seen = self.index.seen(h, inner[:, : m.q_rank], keys, inputs, pairs)
+        return seen, {"index_cache": keys}
 
     def _gated(self, attended: Tensor, h: Tensor, inner: Tensor) -> Tensor:
         """What is attended to, `(1, H V, 1, T)`, times each head's gate, or each channel's, if

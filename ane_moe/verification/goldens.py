@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 from ane_moe.checkpoints.adapter import adapter_name
+from ane_moe.checkpoints.left_out import BY_OPTION
 from ane_moe.errors import UserError
 from ane_moe.kept import Kept
 from ane_moe.loop.experts import expert_layers
@@ -83,8 +83,7 @@ def capture(
     if `quick`, of a few prompts, which go through the layers of the manifest only. And how many
     prompts there are. Raises UserError for a checkpoint of another model, or prompts that it does
     not take."""
-    ignored = tuple(chain.from_iterable(manifest.left_out.values()))
-    opened = open_model(checkpoint, ignored, adapters)
+    opened = open_model(checkpoint, manifest.left_out.get(BY_OPTION, ()), adapters)
     model = with_scales(opened, manifest.stream_scale, inner_scales(manifest))
     spec, folder = model.spec, model.checkpoint.folder
     _require_same_model((len(spec.layers), spec.scores, spec.d_model), manifest, out)

@@ -1,7 +1,9 @@
-"""Attention to the tokens that an indexer chooses: to all of a context of no more than it chooses,
-which is the limit. Hugging Face's own models say that it is one."""
+"""Attention to the tokens that an indexer chooses: to all of a context of no more than it chooses.
+Where blocks are chosen, or a layer takes what another one chose, that is the limit; Hugging Face's
+own models say that it is one."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +11,15 @@ import torch
 from transformers import AutoConfig
 
 from ane_moe.checkpoints.checkpoint import open_checkpoint
+from ane_moe.conversion.job import plan_of
+from ane_moe.conversion.plan import ConvertOptions
 from ane_moe.errors import UserError
-from ane_moe.families import beside, describe, describe_config
+from ane_moe.families import describe, describe_config
 from ane_moe.families.deepseek_v32 import INDEXERS
+from ane_moe.loop.session import Session
+from ane_moe.loop.shards import load_shards
+from ane_moe.opened import open_model
+from ane_moe.verification.verify import verify
 from tests.models import edit_config, make_model, read_config, save_checkpoint, write_config
 from tests.torch_model import TorchModel
 from tests.verification.tiny import tiny_conversion
@@ -21,6 +29,7 @@ IDS = np.random.default_rng(0).integers(3, 211, 40).tolist()
 CHOSEN = 160  # tokens, in the test table
 NEAR, FAR = 4e-5, 1e-2
 FAMILIES = ("axk2", "deepseek_v32", "glm_moe_dsa", "minimax_m3_vl")
+LIMITED = ("glm_moe_dsa", "minimax_m3_vl")
 
 
 def fewer(family: str) -> dict:
@@ -44,7 +53,7 @@ def test_what_is_chosen_counts_beyond_the_limit_alone(family, tmp_path):
     assert off[:32].max() < NEAR < FAR < off[32:].max()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LIMITED)
 def test_a_context_is_no_longer_than_what_is_chosen(family, tmp_path):
     checkpoint = save_checkpoint(make_model(family), tmp_path / "checkpoint")
     spec, _ = describe(open_checkpoint(checkpoint))
@@ -53,13 +62,84 @@ def test_a_context_is_no_longer_than_what_is_chosen(family, tmp_path):
         tiny_conversion(checkpoint, tmp_path / "out", context=CHOSEN + 1)
 
 
+# Few tokens chosen of 40, by heads enough that scores are hardly ever all zeros.
+CHOOSING = {"index_topk": 12, "index_n_heads": 8}
+CHOOSERS = {
+    "axk2": {},
+    "deepseek_v32": {},
+    "glm_moe_dsa": {"num_hidden_layers": 2, "indexer_types": ["full", "full"]},
+}
+WRONG = {
+    "one fewer": lambda indexer: {"chosen": indexer.chosen - 1},
+    "one more": lambda indexer: {"chosen": indexer.chosen + 1},
+    "other pairs": lambda indexer: {"interleaved": not indexer.interleaved},
+    "another eps": lambda indexer: {"eps": 0.5},
+}
+
+
+def choosing(family):
+    return make_model(family, **CHOOSING, **CHOOSERS[family])
+
+
+@pytest.mark.parametrize("family", CHOOSERS)
+def test_attention_goes_to_the_tokens_that_are_chosen(family, tmp_path):
+    """As many as Hugging Face's indexer takes, and the same; each of its fields counts."""
+    model = choosing(family)
+    folder = save_checkpoint(model, tmp_path)
+    ours, expected = TorchModel(folder), logits(model)
+    assert np.abs(ours.logits(IDS) - expected).max() < NEAR
+    assert np.abs(expected - logits(make_model(family, **CHOOSERS[family]))).max() > FAR
+    for name, change in WRONG.items():
+        layers = tuple(
+            replace(one, mixer=replace(one.mixer, indexer=replace(indexer, **change(indexer))))
+            for one in ours.spec.layers
+            for indexer in [one.mixer.indexer]
+        )
+        wrong = TorchModel(folder, replace(ours.spec, layers=layers))
+        assert np.abs(wrong.logits(IDS) - expected).max() > FAR, name
+
+
 @pytest.mark.parametrize(
-    ("family", "billions"), [("axk2", 20), ("deepseek_v32", 671), ("glm_moe_dsa", 743)]
+    ("family", "routing"),
+    [
+        ("deepseek_v32", "masked"),
+        *(
+            pytest.param(family, routing, marks=pytest.mark.slow)
+            for family in CHOOSERS
+            for routing in ("masked", "sparse", "stream")
+        ),
+    ],
 )
-def test_the_published_models_have_their_sizes_and_2048_tokens(family, billions):
+def test_a_conversion_chooses_as_hugging_face_does(family, routing, tmp_path):
+    """Logits by calls of many tokens and of one, beyond what is chosen."""
+    model = choosing(family)
+    checkpoint = save_checkpoint(model, tmp_path / "checkpoint")
+    options = {"expert_tokens": (1, 16)} if routing != "masked" else {}
+    out = tiny_conversion(
+        checkpoint, tmp_path / "out", routing=routing, prefill=16, context=64, **options
+    )
+    (tmp_path / "prompts.json").write_text(str([IDS[:12], IDS]))
+    report = verify(out, checkpoint=checkpoint, prompts=tmp_path / "prompts.json")
+    assert [row for row in report.shards if not row.passed] == []
+    assert all(row.passed for row in report.models)
+    shards, expected = load_shards(out, "reference"), logits(model)
+    for by in ("prefill", "decode"):
+        found = Session(shards).prefill_logits(IDS, by)
+        norms = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
+        assert np.median((found * expected).sum(1) / norms) > 0.9999
+        decided = np.sort(expected)[:, -1] - np.sort(expected)[:, -2] > 0.05
+        assert (found.argmax(1) == expected.argmax(1))[decided].mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("family", "billions"), [("axk2", 20), ("deepseek_v32", 672), ("glm_moe_dsa", 744)]
+)
+def test_the_published_models_have_their_sizes_and_choose_2048_tokens(family, billions):
     """Of which the defaults of transformers' own configurations tell."""
-    spec = describe_config(AutoConfig.for_model(family).to_dict())
-    assert spec.context == 2048
+    config = AutoConfig.for_model(family)
+    spec = describe_config(config.to_dict())
+    assert spec.context == config.max_position_embeddings > 2048
+    assert {layer.mixer.indexer.chosen for layer in spec.layers} == {2048}
     assert round(sum(math.prod(row.shape) for _, row in spec.weights()) / 1e9) == billions
 
 
@@ -73,10 +153,10 @@ def test_full_attention_has_the_context_of_the_model(tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_indexers_are_left_out_by_name(family, tmp_path):
-    """Of the layers that have one, which are two of each model."""
-    checkpoint = open_checkpoint(save_checkpoint(make_model(family), tmp_path))
-    _, sources = describe(checkpoint)
-    named = checkpoint.left_out(sources, beside=beside(family))[INDEXERS]
+    """Of the layers that have one, which are two of each model, in so short a context."""
+    model = open_model(save_checkpoint(make_model(family), tmp_path))
+    plan = plan_of(model, ConvertOptions(context=CHOSEN))
+    named = plan.source.left_out[INDEXERS]
     assert len({name.split(".self_attn.")[0] for name in named}) == 2
     assert all("index" in name for name in named)
 
