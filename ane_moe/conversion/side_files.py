@@ -1,7 +1,6 @@
 """What a conversion holds beside its shards: the embedding table, the router tables, and what
 decodes labels."""
 
-import hashlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,9 +11,10 @@ from ane_moe.checkpoints.checkpoint import Checkpoint, Hasher, TensorSource
 from ane_moe.checkpoints.folder import folders_of
 from ane_moe.files import replaced
 from ane_moe.formats.recipe import find_format
+from ane_moe.hashed_file import HashedFile
 from ane_moe.model.weight import WeightName
 
-EMBED_CHUNK_BYTES = 1 << 20  # read, hashed and written while they are in the cache
+EMBED_CHUNK_BYTES = 1 << 20  # read and written while they are in the cache
 # Of a token classifier, where it has them: biases for what label may follow which.
 LABEL_FILES = ("viterbi_calibration.json",)
 LARGEST = 60_000  # below fp16's end; which experts score highest does not change with the scale
@@ -35,26 +35,20 @@ def write_embedding(
     step = max(1, EMBED_CHUNK_BYTES // (2 * width))
     buffer = np.empty((step, width), np.float16)
     scales: list[np.ndarray] = []
-    digest = hashlib.sha256()
-    with replaced(path, writer) as temporary, temporary.open("wb", buffering=0) as stream:
-
-        def write(values: np.ndarray) -> None:
-            digest.update(values.data)
-            stream.write(values.data)
-
+    with replaced(path, writer) as temporary, HashedFile(temporary) as file:
         for first in range(0, rows, step):
             last = min(first + step, rows)
             run = source.part(first, last)
             part = checkpoint.read(run, out=buffer[: last - first], hasher=hasher)
             if (encoded := find_format(form).encode(part)) is None:
-                write(part)
+                file.write(part)
             else:
                 (linear,) = encoded.arrays
-                write(linear["data"])
+                file.write(linear["data"])
                 scales.append(linear["scale"].reshape(-1))
         for scale in scales:
-            write(scale)
-    return digest.hexdigest()
+            file.write(scale)
+    return file.sha256
 
 
 def copy_label_files(checkpoint: Path, out: Path) -> None:

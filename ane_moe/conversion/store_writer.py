@@ -3,7 +3,6 @@
 import hashlib
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +19,8 @@ from ane_moe.expert_record import (
 )
 from ane_moe.files import replaced
 from ane_moe.formats.encoded import Stored
+from ane_moe.hashed_file import HashedFile
 from ane_moe.mlprogram.storage import STORAGE, encode
-
-PIECE = 1 << 20  # bytes hashed and written while they are in the cache
 
 
 def write_store(
@@ -42,16 +40,18 @@ def write_store(
     """
     given = iter(values)
     try:
-        with replaced(path, name) as temporary, _Writer(temporary) as writer:
-            for prefix in prefixes:
-                writer.add(_arrays(given, prefix, store.record), store.record)
+        with replaced(path, name) as temporary, HashedFile(temporary) as file:
+            checksums = tuple(
+                _write_record(file, _arrays(given, prefix, store.record), store.record)
+                for prefix in prefixes
+            )
             if next(given, None) is not None:
                 raise ValueError("more weights than the experts of the store have")
-            end = StoreEnd(key.digest(), tuple(writer.checksums))
-            writer.write(end.as_bytes())
+            end = StoreEnd(key.digest(), checksums)
+            file.write(end.as_bytes())
     except OSError as error:
         raise disk_error(error, path) from error
-    return Written(end.content_key, {"": writer.sha256.hexdigest()})
+    return Written(end.content_key, {"": file.sha256})
 
 
 def read_store_key(path: Path, store: Store) -> str | None:
@@ -75,38 +75,19 @@ def sound_digest(path: Path, store: Store) -> str | None:
     return digest.hexdigest()
 
 
-class _Writer:
-    """A store being written: records, their checksums, and the sha256 of all of it."""
-
-    def __init__(self, path: Path):
-        self._file, self.sha256 = FileIO(path, "w"), hashlib.sha256()
-        self.checksums: list[int] = []
-        self._checksum = 0
-
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def add(self, arrays: Iterable[tuple[StoredArray, np.ndarray]], record: Record) -> None:
-        """One record: its arrays, and zeros up to each of them."""
-        end, self._checksum = 0, 0
-        for place, data in arrays:
-            self.write(bytes(place.offset - end))
-            self.write(data.data)
-            end = place.offset + place.nbytes
-        self.write(bytes(record.size - end))
-        self.checksums.append(self._checksum)
-
-    def write(self, data: bytes | memoryview) -> None:
-        view = memoryview(data)
-        for first in range(0, len(view), PIECE):
-            piece = view[first : first + PIECE]
-            self.sha256.update(piece)
-            self._checksum = zlib.crc32(piece, self._checksum)
-            while piece:
-                piece = piece[self._file.write(piece) :]
+def _write_record(
+    file: HashedFile, arrays: Iterable[tuple[StoredArray, np.ndarray]], record: Record
+) -> int:
+    """Write one record, its arrays and zeros up to each of them; its CRC-32."""
+    end = checksum = 0
+    for place, data in arrays:
+        for part in (bytes(place.offset - end), data.data):
+            checksum = zlib.crc32(part, checksum)
+            file.write(part)
+        end = place.offset + place.nbytes
+    rest = bytes(record.size - end)
+    file.write(rest)
+    return zlib.crc32(rest, checksum)
 
 
 def _arrays(

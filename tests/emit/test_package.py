@@ -169,3 +169,19 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
     (tmp_path / ".writing-embed.bin").write_bytes(b"x")
     sweep(tmp_path)
     assert [path.name for path in tmp_path.rglob("*")] == ["attn"]
+
+
+def test_a_content_key_tells_weights_apart_by_every_bit_and_their_order():
+    numbers = np.random.default_rng(0).integers(0, 256, 1 << 17, np.uint8)
+    other = numbers.copy()
+    other[70_000] ^= 1
+
+    def key(*pieces):
+        made = ContentKey("x")
+        for piece in pieces:
+            made.update(piece)
+        return made.digest()
+
+    keys = {key(numbers), key(other), key(numbers, other), key(other, numbers), key(numbers[:-1])}
+    assert len(keys) == 5
+    assert key(b"short") != key(b"shorT") and key(numbers) == key(numbers.tobytes())
