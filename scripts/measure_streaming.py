@@ -39,6 +39,7 @@ def main() -> None:
     )
     print("| predictor | misses | predicted | late | predicted | stalled ms a token | predicted |")
     print("|---|---:|---:|---:|---:|---:|---:|")
+    experts = {layer: one.experts for layer, one in trace.layers.items()}
     for name in ("none", *PREDICTORS):
         shards = slowed(load_shards(arguments.out, "reference"), arguments.read_ms / 1000, limit)
         session = Session(shards, predictor=name)
@@ -51,7 +52,7 @@ def main() -> None:
         compute_ms = 1000 * (passed - cache.wait_seconds) / steps
         load_ms = 1000 * cache.load_seconds / cache.loads
         machine = Machine(compute_ms, 1e9, load_ms, 1, ahead_readers=1, channels=2)
-        guesses = guessed(trace, calls, PREDICTORS[name]) if name in PREDICTORS else None
+        guesses = guessed(calls, PREDICTORS[name](experts)) if name in PREDICTORS else None
         row = play(calls, limit, "lru", machine, name, guesses)
         waited = 1000 * cache.wait_seconds / arguments.tokens
         print(

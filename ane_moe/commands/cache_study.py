@@ -36,6 +36,23 @@ def cache_study(
             "measured of a GPU)."
         ),
     ] = 0.0,
+    conversion: Annotated[
+        Path | None,
+        typer.Option(
+            help="Guesses by hidden states too: run the trace's tokens through this conversion.",
+            metavar="OUT",
+            show_default=False,
+        ),
+    ] = None,
+    adapters: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of `ane-moe align`, for --conversion.", metavar="FILE.npz", show_default=False
+        ),
+    ] = None,
+    runtime: Annotated[
+        str, typer.Option(help="For --conversion: reference, coreml or auto.")
+    ] = "auto",
     plot: Annotated[
         Path | None,
         typer.Option(help="Draw hits by capacity.", metavar="FILE.svg", show_default=False),
@@ -56,16 +73,23 @@ def cache_study(
     from ane_moe.report.plots import cache_plot
     from ane_moe.report.step_bar import step_bar
     from ane_moe.routing.cache_study import Machine, study
+    from ane_moe.routing.heard import hear
     from ane_moe.routing.routing_trace import read_trace
 
     machine = Machine(compute_ms, read_gb_s, latency_ms, readers, contention)
     recorded = read_trace(trace).first(max_tokens)
+    if adapters and not conversion:
+        raise UserError("adapters need hidden states", "--adapters", "give --conversion OUT too")
     with step_bar() as progress:
+        heard = None
+        if conversion:
+            heard = hear(recorded, conversion, adapters, runtime=runtime, progress=progress)
         found = study(
             recorded,
             machine,
             shares=_shares(capacities),
             guess_policy=guess_policy,
+            heard=heard,
             progress=progress,
         )
     if plot:

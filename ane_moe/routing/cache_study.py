@@ -15,16 +15,16 @@ from ane_moe.forecast.streaming import Timeline
 from ane_moe.loop.eviction import POLICIES
 from ane_moe.loop.prefetch import LayerBefore, MostUsed, Predictor, PreviousToken
 from ane_moe.progress import Progress, silent
+from ane_moe.routing.heard import Heard, HiddenStates
 from ane_moe.routing.routing_trace import RoutingTrace
 from ane_moe.routing.traffic import BELADY, FunctionCalls, PlayedCache, function_calls
 
 Guesses = Sequence[Sequence[int]]  # functions that each layer of each token is guessed to call
-MakePredictor = Callable[[Mapping[int, int]], Predictor]
 
 SHARES = (0.125, 0.25, 0.5, 1.0)  # of all experts' bytes
 
 # name -> guesses by what came before; takes how many experts each layer has
-PREDICTORS: dict[str, MakePredictor] = {
+PREDICTORS: dict[str, Callable[[Mapping[int, int]], Predictor]] = {
     "static": MostUsed,
     "previous": lambda experts: PreviousToken(),
     "layer": LayerBefore,
@@ -103,10 +103,11 @@ def study(
     *,
     shares: Sequence[float] = SHARES,
     guess_policy: str = "lru",
+    heard: Heard | None = None,
     progress: Progress = silent,
 ) -> CacheStudy:
     """Play the trace through every policy at every capacity, and under `guess_policy` with every
-    predictor.
+    predictor, those of `heard` among them.
 
     Raises UserError when the trace does not say what experts take, a cache is smaller than one of
     them, and for an unknown policy.
@@ -114,7 +115,11 @@ def study(
     calls = function_calls(trace)
     total = int(calls.sizes.sum())
     guesses: dict[str, Guesses | None] = {"none": None}
-    guesses |= {name: guessed(trace, calls, make) for name, make in PREDICTORS.items()}
+    experts = {layer: one.experts for layer, one in trace.layers.items()}
+    guesses |= {name: guessed(calls, make(experts)) for name, make in PREDICTORS.items()}
+    if heard:
+        hidden = heard.entering
+        guesses |= {name: guessed(calls, one, hidden) for name, one in heard.predictors.items()}
     guesses[PERFECT] = [functions for _, functions in calls]
     plays = [(share, policy, "none") for share in shares for policy in (BELADY, *POLICIES)]
     plays += [(share, guess_policy, name) for share in shares for name in guesses if name != "none"]
@@ -141,18 +146,22 @@ def study(
     )
 
 
-def guessed(trace: RoutingTrace, calls: FunctionCalls, make: MakePredictor) -> Guesses:
-    """What a predictor names for each layer of each token, as they run, knowing what ran before."""
-    predictor = make({layer: one.experts for layer, one in trace.layers.items()})
-    nothing = np.zeros(0, np.float32)  # these predictors ask only whether there is a hidden state
-    last, before = calls.touched[-1][0], None
+def guessed(
+    calls: FunctionCalls, predictor: Predictor, hidden: HiddenStates | None = None
+) -> Guesses:
+    """What a predictor names for each layer of each token, as they run, knowing what ran before:
+    `hidden` states as each layer's experts add to them, or, of predictors that ask only whether
+    there is one, none."""
+    nothing = np.zeros((calls.tokens, 0), np.float32)
+    known = hidden or {layer: nothing for layer, _ in calls.touched}
+    last, before, token = calls.touched[-1][0], None, 0
     guesses: list[list[int]] = []
     for layer, functions in calls:
         first = calls.firsts[layer]
-        named = predictor.predict(layer, None if before in (None, last) else nothing)
-        guesses.append([first + expert for expert in named])
+        entering = known[before][token] if before is not None else None
+        guesses.append([first + expert for expert in predictor.predict(layer, entering)])
         predictor.observe(layer, [function - first for function in functions])
-        before = layer
+        before, token = (None, token + 1) if layer == last else (layer, token)
     return guesses
 
 

@@ -1,6 +1,7 @@
 """Adapters against the regression they are, and guesses against counts by hand."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,12 +9,17 @@ from typer.testing import CliRunner
 
 from ane_moe.cli import app
 from ane_moe.errors import UserError
-from ane_moe.loop.adapters import levelled, read_adapters
+from ane_moe.loop.adapters import levelled, read_adapters, write_adapters
 from ane_moe.loop.prefetch import Guessing
 from ane_moe.loop.session import Session
 from ane_moe.loop.shards import load_shards
 from ane_moe.routing.alignment import RIDGE, align, fit_adapter, recall
+from ane_moe.routing.cache_study import guessed
+from ane_moe.routing.heard import hear
+from ane_moe.routing.recorder import record
 from ane_moe.routing.residuals import record_residuals
+from ane_moe.routing.routing_trace import read_trace, write_trace
+from ane_moe.routing.traffic import function_calls
 from tests.models import save_checkpoint
 from tests.verification.tiny import tiny_conversion, tiny_model
 
@@ -133,3 +139,50 @@ def test_a_rule_that_withholds_guesses_changes_no_bit(sparse):
         np.testing.assert_array_equal(session.prefill_logits(PROMPTS[2], by="decode"), plain)
         withheld[contention] = session.figures.prefetch.withheld
     assert withheld[1e6] > 40  # of 90 layers, of which 32 are for learning
+
+
+def test_a_cache_study_guesses_by_hidden_states_as_a_session_does(sparse, text, tmp_path):
+    found = align(sparse, text, rank=6, distances=(1,), runtime="reference")
+    write_adapters(found.adapters, tmp_path / "a.npz")
+    write_trace(record(sparse, text, max_tokens=60, runtime="reference"), tmp_path / "t.npz")
+    trace = read_trace(tmp_path / "t.npz")
+    calls = function_calls(trace)
+    heard = hear(trace, sparse, tmp_path / "a.npz", runtime="reference")
+    assert heard.predictors.keys() == {"router", "adapter"}
+    for name, predictor in heard.predictors.items():
+        how = Guessing(name, adapters=found.adapters if name == "adapter" else None)
+        session = Session(load_shards(sparse, "reference"), predictor=how)
+        for passage in trace.passages:
+            session.reset()
+            for token in trace.tokens[passage].tolist():
+                session.decode(token)
+        guesses = guessed(calls, predictor, heard.entering)
+        right = sum(
+            len(set(named).intersection(functions))
+            for named, (_, functions) in zip(guesses, calls, strict=True)
+        )
+        assert right == session.figures.prefetch.right > 0
+    options = ["--conversion", str(sparse), "--adapters", str(tmp_path / "a.npz")]
+    arguments = ["cache-study", str(tmp_path / "t.npz"), *options, "--runtime", "reference"]
+    result = CliRunner().invoke(app, [*arguments, "--plot", str(tmp_path / "p.svg"), "--json"])
+    names = {row["predictor"] for row in json.loads(result.stdout)["rows"]}
+    assert names == {"none", "static", "previous", "layer", "perfect", "router", "adapter"}
+    assert "ahead by adapter" in (tmp_path / "p.svg").read_text()
+
+
+def test_a_trace_of_another_model_lends_no_hidden_states(sparse, text, tmp_path):
+    trace = record(sparse, text, max_tokens=60, runtime="reference")
+    other = {
+        layer: replace(one, chosen=np.argsort(one.mask(), 1)[:, :2].astype(np.int16))  # the others
+        for layer, one in trace.layers.items()
+    }
+    for wrong in (
+        replace(trace, layers=other),
+        replace(trace, layers={0: trace.layers[0]}),
+        replace(trace, tokens=trace.tokens + 1000),
+    ):
+        with pytest.raises(UserError, match="the trace is not of"):
+            hear(wrong, sparse, runtime="reference")
+    write_trace(trace, tmp_path / "t.npz")
+    arguments = ["cache-study", str(tmp_path / "t.npz"), "--adapters", "a.npz"]
+    assert isinstance(CliRunner().invoke(app, arguments).exception, UserError)
