@@ -46,6 +46,19 @@ def plan(
         float | None,
         typer.Option(help="Also: how many experts of a store stay in so much memory.", min=1),
     ] = None,
+    read_gb_s: Annotated[
+        float,
+        typer.Option(help="Assumed of streams: 10^9 bytes a second of the disk.", min=0.001),
+    ] = 3.0,
+    hit_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Assumed of streams: how many of the experts called are in memory.",
+            min=0,
+            max=1,
+            show_default="as many as of all",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say whether a model fits, how fast it would be and which way to take; predict every way.
@@ -55,6 +68,7 @@ def plan(
     """
     from ane_moe.demo import built_in
     from ane_moe.forecast.outlook import outlook
+    from ane_moe.forecast.stream_speed import Reading
     from ane_moe.number_lists import parse_counts
     from ane_moe.report.outlook_table import print_outlook
 
@@ -69,11 +83,12 @@ def plan(
         max_shard_mb=max_shard_mb,
         lengths=None if lengths is None else parse_counts(lengths, "--lengths", 1),
         memory_mb=memory_mb,
+        reading=Reading(read_gb_s, hit_rate),
     )
     if as_json:
         typer.echo(json.dumps(found.as_json(), indent=2))
         return
     print_outlook(found)
-    if found.verdict:
-        way = f"--routing {found.verdict.routing} --compress {found.verdict.recipe}"
-        typer.echo(f"next: ane-moe convert {checkpoint} OUT {way} --target {target} --golden")
+    if found.way:
+        way = f"{found.way} --target {target} --golden"
+        typer.echo(f"next: ane-moe convert {checkpoint} OUT {way}")

@@ -23,7 +23,8 @@ from ane_moe.forecast.design import Design, design, routings
 from ane_moe.forecast.layer_kinds import KindsPlan, plan_kinds
 from ane_moe.forecast.lending_forms import LendingForms, lending_forms
 from ane_moe.forecast.memory_sizes import Fit, fit
-from ane_moe.forecast.stream_fit import StreamFit, stream_fits
+from ane_moe.forecast.stream_fit import StreamFit, best_stream, stream_fits
+from ane_moe.forecast.stream_speed import ASSUMED, Reading
 from ane_moe.forecast.track_forms import TrackForm, as_json, track_forms
 from ane_moe.forecast.verdict import Verdict
 from ane_moe.forecast.workload import Workload, workload_of_plan
@@ -105,6 +106,20 @@ class Outlook:
         """Whether `convert` would take the checkpoint."""
         return not self.refusal
 
+    @property
+    def stream(self) -> StreamFit | None:
+        """The stream to take in the memory that was asked about."""
+        return best_stream(self.streams)
+
+    @property
+    def way(self) -> str:
+        """Options of `convert`: those of the verdict, or of a stream where the model does not fit
+        otherwise; or nothing."""
+        if self.stream and self.verdict and self.verdict.memory.fits is False:
+            return f"--routing stream --compress {self.stream.recipe}"
+        taken = self.verdict
+        return f"--routing {taken.routing} --compress {taken.recipe}" if taken else ""
+
     def as_json(self) -> dict[str, Any]:
         """Plain JSON data; ranges as low, expected, high."""
         return {
@@ -121,6 +136,7 @@ class Outlook:
             "synchronisations": self.synchronisations and self.synchronisations.as_json(),
             "track_forms": as_json(self.forms),
             "streams": [fit.as_json() for fit in self.streams],
+            "stream_verdict": self.stream and self.stream.sentence,
             "lending": self.lending and self.lending.as_json(),
             "notes": list(self.notes),
             "choices": [_choice_json(choice) for choice in self.choices],
@@ -141,6 +157,7 @@ def outlook(
     max_shard_mb: int = 220,
     lengths: tuple[int, ...] | None = None,
     memory_mb: float | None = None,
+    reading: Reading = ASSUMED,
 ) -> Outlook:
     """What `convert` would make of a checkpoint folder, a config.json, or a model of the Hugging
     Face Hub by its id.
@@ -163,6 +180,7 @@ def outlook(
         max_shard_mb=max_shard_mb,
         lengths=lengths,
         memory_mb=memory_mb,
+        reading=reading,
     )
 
 
@@ -179,6 +197,7 @@ def outlook_of(
     max_shard_mb: int = 220,
     lengths: tuple[int, ...] | None = None,
     memory_mb: float | None = None,
+    reading: Reading = ASSUMED,
 ) -> Outlook:
     """`outlook` of a configuration that has been read; `folder` is that of its weights, if any."""
     place, model = find_target(target, os), _read_model(values, where, folder)
@@ -228,7 +247,13 @@ def outlook_of(
         ()
         if memory_mb is None
         else stream_fits(
-            spec, [find_recipe(name) for name in recipes], memory_mb, context, prefill
+            spec,
+            [find_recipe(name) for name in recipes],
+            memory_mb,
+            chip,
+            reading,
+            context,
+            prefill,
         ),
         lending_forms(spec, by_default, chip),
     )

@@ -48,8 +48,8 @@ class Verdict:
     @property
     def _speed(self) -> str:
         speed = self.tok_s
-        ends = f"{_short(speed.low)} to {_short(speed.high)}"
-        return f"about {_short(speed.expected)} tok/s ({ends}, predicted, bound by {self.bound})"
+        ends = f"{short(speed.low)} to {short(speed.high)}"
+        return f"about {short(speed.expected)} tok/s ({ends}, predicted, bound by {self.bound})"
 
     @property
     def _way(self) -> str:
@@ -63,8 +63,9 @@ class Verdict:
 
 
 def _size(count: int) -> str:
-    return f"{_short(count / GB)} GB" if count >= GB else f"{_short(count / MB)} MB"
+    return f"{short(count / GB)} GB" if count >= GB else f"{short(count / MB)} MB"
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
+    """Two digits, or as many as its whole part has."""
     return f"{value:.0f}" if value >= 9.95 else f"{value:.2g}"

@@ -12,6 +12,7 @@ from ane_moe.forecast.design import Design
 from ane_moe.forecast.outlook import Choice, Outlook
 from ane_moe.forecast.stream_fit import StreamFit
 from ane_moe.forecast.track_forms import advice
+from ane_moe.loop.expert_store import READERS
 
 MINUTE = 60
 UNBOUNDED = 10_000
@@ -30,7 +31,8 @@ def print_outlook(found: Outlook) -> None:
     if not found.supported:
         _print(console, f"not supported: {found.refusal}")
     if found.verdict:
-        _print(console, f"{found.verdict.sentence}\n")
+        stream = [found.stream.sentence] if found.stream else []
+        _print(console, "\n".join([found.verdict.sentence, *stream, ""]))
     if found.choices:
         _forecast(console, found)
     if found.design:
@@ -90,11 +92,16 @@ def _forecast(console: Console, found: Outlook) -> None:
 def _streams(console: Console, streams: Sequence[StreamFit]) -> None:
     """What stays in memory with the experts in a store."""
     table = _table_of(
-        "weights", "resident MB", "expert kB", "most MB read/token", "experts in memory"
+        "weights",
+        "resident MB",
+        "expert kB",
+        "most MB read/token",
+        "experts in memory",
+        "tok/s, predicted",
     )
     refused = [fit for fit in streams if fit.budget is None]
     for fit in streams:
-        if fit.budget is None:
+        if fit.budget is None or fit.speed is None:
             continue
         share = fit.budget.fitting / fit.budget.total
         table.add_row(
@@ -103,10 +110,18 @@ def _streams(console: Console, streams: Sequence[StreamFit]) -> None:
             f"{fit.stored_expert_bytes / 1e3:,.0f}",
             f"{fit.most_read_bytes_per_token / 1e6:,.0f}",
             f"{fit.budget.fitting:,} of {fit.budget.total:,} ({share:.0%})",
+            _range(fit.speed.tok_s),
         )
     _print(console, "\nWith --routing stream, in the memory asked about:")
     if table.row_count:
         _print_table(console, table)
+        speeds = {f"{fit.speed.read_gb_s:g} GB/s" for fit in streams if fit.speed}
+        reads = f"a disk that reads {', '.join(speeds)}, {READERS} experts at once"
+        _print(
+            console,
+            f"Predicted for {reads}, when they are called; where no --hit-rate is given, as many "
+            "of those called are in memory as of all.",
+        )
     for fit in refused:
         _print(console, f"{fit.recipe}: {fit.refusal}")
 

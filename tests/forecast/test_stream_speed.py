@@ -1,0 +1,92 @@
+"""The speed of streams: by hand, by the simulation, and as `plan` says it."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from ane_moe.cli import app
+from ane_moe.forecast.chips import find_chip
+from ane_moe.forecast.cost_model import breakdown
+from ane_moe.forecast.outlook import outlook_of
+from ane_moe.forecast.stream_speed import Reading, stream_speed
+from ane_moe.forecast.streaming import simulate
+from ane_moe.loop.layer_times import LayerTimes
+from tests.forecast.hub_configs import OLMOE, QWEN3_30B, QWEN3_235B
+
+CHIP = find_chip("m4-max")
+
+
+def plan(config: dict, memory_mb: float, reading: Reading, recipe: str = "int8"):
+    return outlook_of(config, recipes=(recipe,), memory_mb=memory_mb, reading=reading)
+
+
+def test_a_token_takes_its_calls_and_what_it_reads() -> None:
+    """Qwen3-30B-A3B as int8: 8 experts of 3 x 2,048 x 768 weights in 48 layers, a scale a row."""
+    (found,) = plan(QWEN3_30B, 40_000, Reading(3.0, 0.0)).streams
+    weights, scales = 3 * 2048 * 768, 2 * (2 * 768 + 2048)
+    record = -(-(weights + scales) // 16_384) * 16_384
+    assert found.stored_expert_bytes == record
+    assert found.most_read_bytes_per_token == 48 * 8 * record
+    assert found.speed.stalled_ms == pytest.approx(48 * 8 * record / 3e9 * 1e3)
+    whole = 1e3 / found.speed.in_memory_tok_s.expected + found.speed.stalled_ms
+    assert found.speed.tok_s.expected == pytest.approx(1e3 / whole)
+    assert found.speed.tok_s.low < found.speed.tok_s.expected < found.speed.tok_s.high
+
+
+def test_experts_that_are_all_there_are_those_of_sparse_routing_in_fp16() -> None:
+    found = plan(QWEN3_30B, 200_000, Reading(), "fp16")
+    (sparse,) = [choice for choice in found.choices if choice.routing == "sparse"]
+    (fit,) = found.streams
+    assert fit.budget.fitting == fit.budget.total and fit.speed.hit_rate == 1
+    assert fit.speed.stalled_ms == 0
+    assert fit.speed.tok_s == fit.speed.in_memory_tok_s
+    expected = breakdown(sparse.workload.decode, CHIP).tok_s
+    assert fit.speed.tok_s.expected == pytest.approx(expected.expected)
+
+
+@pytest.mark.parametrize("hits", [0.0, 0.4, 0.9])
+def test_what_it_waits_is_what_the_simulation_waits(hits: float) -> None:
+    found = plan(OLMOE, 10_000, Reading(2.0, hits))
+    (fit,), (choice, _) = found.streams, found.choices
+    read_ms = 4 * fit.stored_expert_bytes / 2.0 / 1e6
+    times = LayerTimes(1.0, read_ms, 8, readers=4)
+    played = simulate(times, 16, resident=hits, tokens=4000).stalled_ms
+    assert fit.speed.stalled_ms == pytest.approx(played, rel=0.02)
+    assert choice.workload and fit.speed.hit_rate == hits
+
+
+def test_as_many_are_called_in_memory_as_stay_where_nothing_else_is_said() -> None:
+    found = plan(QWEN3_235B, 64_000, Reading())
+    (fit,) = found.streams
+    assert fit.speed.hit_rate == fit.budget.fitting / fit.budget.total < 1
+    assert found.stream == fit
+    slower = plan(QWEN3_235B, 64_000, Reading(0.5)).stream
+    assert slower.speed.tok_s.expected < fit.speed.tok_s.expected
+
+
+def test_plan_says_it_in_a_sentence_and_takes_a_stream_where_nothing_else_fits(tmp_path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(QWEN3_235B))
+    arguments = ["plan", str(path), "--compress", "fp16", "--memory-mb", "60000"]
+    more = [*arguments, "--read-gb-s", "6", "--hit-rate", "0.5"]
+    result = CliRunner().invoke(app, more)
+    assert result.exit_code == 0, result.output
+    stream = result.stdout.splitlines()[1]
+    assert stream.startswith("In 60,000 MB ") and "predicted, if the disk reads 6 GB/s" in stream
+    assert "50% of the experts called are there" in stream
+    assert "--routing stream --compress fp16 --target" in result.stdout.splitlines()[-1]
+    document = json.loads(CliRunner().invoke(app, [*more, "--json"]).stdout)
+    speed = document["streams"][0]["speed"]
+    assert speed["kind"] == "predicted" and speed["hit_rate"] == 0.5
+    assert document["stream_verdict"].startswith("In 60,000 MB ")
+    little = CliRunner().invoke(app, [*arguments[:-1], "1000", "--json"])
+    document = json.loads(little.stdout)
+    assert document["stream_verdict"] is None and document["streams"][0]["refusal"]
+
+
+def test_speed_is_of_a_chip_and_a_workload() -> None:
+    found = plan(OLMOE, 10_000, Reading())
+    workload = found.choices[1].workload
+    slow, fast = (stream_speed(workload, CHIP, 10**8, 16, 8, 0.0, gb_s) for gb_s in (1, 10))
+    assert slow.stalled_ms == pytest.approx(100) and fast.stalled_ms == pytest.approx(10)
