@@ -53,7 +53,7 @@ class StoredArray:
 @dataclass(frozen=True)
 class StoredWeight:
     """One weight of an expert: the parameter of the graph that it is, the shape that the graph
-    takes, and its form: fp16, scaled, palette or scaled_palette."""
+    takes, and its form: fp16, scaled, palette, scaled_palette or scaled_levels."""
 
     name: str
     shape: Shape

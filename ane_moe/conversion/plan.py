@@ -381,13 +381,16 @@ def _require_switched(
     used = {one.source.name for one in thin if one.added is not None}
     head = any(shard.scope == HEAD.part for shard in shards)
     idle = [
-        str(one)
+        one
         for one in low_ranks.keys() - used
         if (head if one.layer is None else one.layer in layers)
     ]
-    if idle:
-        what = f"the adapter {name} cannot be switched: it adapts more than projections"
-        raise UserError(what, listed(idle), MERGED_INSTEAD)
+    if not idle:
+        return
+    stored = any(shard.store for shard in shards) and all(one.expert is not None for one in idle)
+    why = "it adapts experts, which lie in a store" if stored else "it adapts more than projections"
+    what = f"the adapter {name} cannot be switched: {why}"
+    raise UserError(what, listed([str(one) for one in idle]), MERGED_INSTEAD)
 
 
 def _blocks(

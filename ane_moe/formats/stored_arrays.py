@@ -4,12 +4,13 @@ experts is laid out by, since all records of it have one size."""
 from collections.abc import Callable
 
 from ane_moe.errors import UserError
+from ane_moe.formats.as_stored import AsStored
 from ane_moe.formats.encoders import APPLE_LEVELS, AS_STORED, FixedPalette, Format, Linear, Palette
 from ane_moe.formats.recipe import find_format
 
 Array = tuple[str, str, tuple[int, ...]]  # what it is, storage type, shape
 Form = tuple[str, tuple[Array, ...]]
-KNOWN = "fp16, int8, int4-channel, int8-block32, lut2 to lut8 and apple2"
+KNOWN = "fp16, int8, int4-channel, int8-block32, lut2 to lut8, apple2, or as-stored of codes"
 
 
 def stored_arrays(name: str, rows: int, columns: int) -> Form:
@@ -52,9 +53,24 @@ def _fixed(form: FixedPalette, rows: int, columns: int) -> Form:
     return "scaled_palette", (levels, scale, ("indices", "uint2", (rows, columns)))
 
 
+def _as_stored(form: AsStored, rows: int, columns: int) -> Form:
+    down, across = rows // (form.height or rows), columns // (form.width or columns)
+    scale, codes = ("scale", "fp16", (down, across)), (rows, columns)
+    if form.kind == "int":
+        offset = ("offset", f"int{form.bits}", (down, across))
+        data = ("data", f"int{form.bits}", codes)
+        return "scaled", (data, scale, *([offset] if form.zeros else []))
+    indices, entries = ("indices", f"uint{form.bits}", codes), 1 << form.bits
+    if form.kind == "lut":
+        return "palette", (indices, ("lut", "fp16", (down, across, entries)))
+    levels = ("lut", "int8" if form.kind == "level" else "fp16", (1, entries))
+    return "scaled_levels", (indices, levels, scale)
+
+
 FORMS: tuple[tuple[type, Callable[..., Form]], ...] = (
     (Format, _plain),
     (Linear, _linear),
     (Palette, _palette),
     (FixedPalette, _fixed),
+    (AsStored, _as_stored),
 )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ane_moe.expert_record import PLAIN, StoredArray, StoredWeight
-from ane_moe.mlprogram.storage import STORAGE
+from ane_moe.mlprogram.storage import STORAGE, decode
 from ane_moe.runtime.reference.stored_rows import (
     Codes,
     OddCodes,
@@ -67,7 +67,22 @@ def _scaled(arrays: Arrays, record: np.ndarray) -> Rows:
         rows = Palettes(_codes(data, record), numbers.view(1, 1, -1), data.shape[0])
     else:
         rows = Whole(_numbers(data, record))
-    return Scaled(rows, _numbers(arrays["scale"], record), None, 1, narrow=True)
+    return _blockwise(rows, data.shape[0], arrays, record)
+
+
+def _scaled_levels(arrays: Arrays, record: np.ndarray) -> Rows:
+    levels = _numbers(arrays["lut"], record).float()
+    rows = _palettes(arrays["indices"], levels, record)
+    return _blockwise(rows, arrays["indices"].shape[0], arrays, record)
+
+
+def _blockwise(rows: Rows, count: int, arrays: Arrays, record: np.ndarray) -> Rows:
+    """`count` rows, less the zero point and times the scale of their blocks."""
+    scale, offset = _numbers(arrays["scale"], record), None
+    if zeros := arrays.get("offset"):
+        whole = decode(STORAGE[zeros.type], record[zeros.bytes], zeros.count)
+        offset = torch.from_numpy(whole.reshape(zeros.shape))
+    return Scaled(rows, scale, offset, count // len(scale), narrow=True)
 
 
 def _palette(arrays: Arrays, record: np.ndarray) -> Rows:
@@ -84,12 +99,14 @@ def _scaled_palette(arrays: Arrays, record: np.ndarray) -> Rows:
 
 
 def _palettes(indices: StoredArray, lut: Tensor, record: np.ndarray) -> Rows:
-    height = indices.shape[0] // lut.shape[0]
-    return Palettes(_codes(indices, record), lut.unsqueeze(1), height)
+    """`lut` is `(Lo, entries)`, or `(Lo, Li, entries)` where columns have several."""
+    height = indices.shape[0] // len(lut)
+    return Palettes(_codes(indices, record), lut.view(len(lut), -1, lut.shape[-1]), height)
 
 
 ROWS: dict[str, Callable[[Arrays, np.ndarray], Rows]] = {
     "scaled": _scaled,
     "palette": _palette,
     "scaled_palette": _scaled_palette,
+    "scaled_levels": _scaled_levels,
 }

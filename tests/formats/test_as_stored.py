@@ -299,6 +299,18 @@ def test_experts_of_gpt_oss_are_carried_over_and_generate(tmp_path: Path) -> Non
         for folder in ("out", "fp16")
     ]
     assert np.array_equal(*logits)
+    rows = []
+    for name in ("as-stored", "fp16"):
+        streamed = ConvertOptions(routing="stream", recipe=find_recipe(name), prefill=4)
+        convert(plain, tmp_path / f"stream-{name}", streamed)
+        shards = load_shards(tmp_path / f"stream-{name}", "reference")
+        rows.append(Session(shards).prefill([3, 5, 7, 9, 11]))
+    assert np.array_equal(*rows)
+    sizes = [
+        sum(path.stat().st_size for path in (tmp_path / f"stream-{name}").rglob("layer_*.bin"))
+        for name in ("as-stored", "fp16")
+    ]
+    assert sizes[0] < sizes[1] / 2
     manifest = read_manifest(tmp_path / "out")
     assert manifest.compression["experts.up"]["bits_per_weight"] < 4.6
     assert job_of(open_model(plain), tmp_path, options).plan.disk_bytes < 1e9

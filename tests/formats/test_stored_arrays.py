@@ -6,6 +6,7 @@ import pytest
 
 from ane_moe.errors import UserError
 from ane_moe.expert_record import StoredArray, StoredWeight, lay_out
+from ane_moe.formats.as_stored import Codes
 from ane_moe.formats.encoded import Stored
 from ane_moe.formats.expand import expand
 from ane_moe.formats.recipe import find_format
@@ -37,11 +38,47 @@ def weight_of(shape):
     return (np.random.default_rng(0).standard_normal(shape) / 8).astype(np.float16)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", FORMATS)
+AS_STORED = [
+    "as-stored-int4-1x32",
+    "as-stored-int8-1xall",
+    "as-stored-int4-zeros-1x8",
+    "as-stored-int8-zeros-2x8",
+    "as-stored-level4-1x32",
+    "as-stored-real4-1x8",
+    "as-stored-lut8-2x8",
+    "as-stored-lut4-1x32",
+    "as-stored-lut6-allxall",
+    "as-stored-lut3-1x8",
+]
+
+
+def carried(form, shape):
+    """A matrix of codes by chance, as a checkpoint may have it."""
+    random, (rows, columns) = np.random.default_rng(0), shape
+    down, across = form.height or rows, form.width or columns
+    count, blocks = 1 << form.bits, (rows // down, columns // across)
+    levels = {"int": np.arange(count) - count / 2, "level": np.arange(count) - 4.0}
+    values = levels.get(form.kind, np.sort(random.normal(size=count)).astype(np.float16))
+    codes = np.float32(values)[random.integers(0, count, shape)]
+
+    def each(numbers):
+        return np.float32(numbers).repeat(down, 0).repeat(across, 1)
+
+    scales = each((random.random(blocks) / 8).astype(np.float16))
+    zeros = each(random.integers(-count // 2, count // 2, blocks)) if form.zeros else None
+    weight = ((codes - (0 if zeros is None else zeros)) * scales).astype(np.float16)
+    return weight, form.carry(weight, Codes(codes, np.float32(values).tolist(), scales, zeros))
+
+
+CASES = [(name, shape) for name in (*FORMATS, *AS_STORED) for shape in SHAPES]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [case for case in CASES if case[1][1] % 32 == 0 or "x32" not in case[0]]
+)
 def test_records_hold_what_formats_encode_and_give_what_the_runtime_makes_of_it(name, shape):
     weight, form = weight_of(shape), find_format(name)
-    encoded = form.encode(weight)
+    encoded = form.encode(weight) if name in FORMATS else carried(form, shape)[1]
     kind, arrays = stored_arrays(name, *shape)
     record = lay_out([StoredWeight("w", shape, kind, tuple(StoredArray(*one) for one in arrays))])
     (stored,) = record.weights

@@ -119,6 +119,22 @@ def test_adapters_are_switched_on_at_load(case: str, tmp_path: Path) -> None:
     assert np.array_equal(converted(plain), found[""])
 
 
+def test_beside_a_store_projections_are_switched_on_and_experts_are_not(tmp_path: Path) -> None:
+    save_checkpoint(make_model("qwen3_moe"), tmp_path / "base")
+    expected = two_adapters("qwen3_moe", tmp_path)
+
+    def streamed(name: str, **mode: str) -> Path:
+        asked = {**OPTIONS, "routing": "stream", "adapters": (str(tmp_path / name),), **mode}
+        return tiny_conversion(tmp_path / "base", tmp_path / f"out-{name}", **asked)
+
+    out = streamed("clerk", adapter_mode="switch")
+    assert cosine(converted(out, "clerk"), expected["clerk"]) > COSINE
+    assert cosine(converted(out), expected[""]) > COSINE
+    with pytest.raises(UserError, match=r"poet cannot be switched: it adapts experts, .* a store"):
+        streamed("poet", adapter_mode="switch")
+    assert cosine(converted(streamed("poet")), expected["poet"]) > COSINE
+
+
 def weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("weight.bin"))
 

@@ -154,6 +154,15 @@ def test_dispatched_experts_of_a_track_drop_no_token(tmp_path):
             assert gates.sum(0) == pytest.approx(1, abs=2e-3)
 
 
+def test_stored_experts_of_a_track_give_the_same_bits(mean, tmp_path):
+    rows = {}
+    for routing in ("sparse", "stream"):
+        options = replace(OPTIONS, routing=routing, expert_tokens=(1, 16))
+        convert(mean[1], tmp_path / routing, options)
+        rows[routing] = logits(tmp_path / routing)[0].tobytes()
+    assert rows["stream"] == rows["sparse"] == logits(tmp_path / "stream", 2)[0].tobytes()
+
+
 def test_blocks_above_the_size_limit_are_cut(tmp_path):
     """Each expert alone, and `sum`."""
     model, _, out = prepared(tmp_path, "sum", golden=True, max_shard_mb=0, prefill=0)
