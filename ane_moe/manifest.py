@@ -20,9 +20,15 @@ from ane_moe.model.weight import Place
 
 FILE_NAME = "runtime_meta.json"
 FORMAT = 3
+PACKAGE, ASSET = ".mlpackage", ".aimodel"  # of Core ML, of Core AI
 FUNCTIONS = ("functions", "adapted")  # fields of a shard
 EXPERT_GRAPH = "expert_graph"  # the kind of what computes stored experts
 TAIL = "tail"  # a function for one token, of a prompt the last one, in each lane
+
+
+def asset_path(path: str) -> str:
+    """The path of a package as one of Core AI's assets; what is no package stays where it is."""
+    return f"{path.removesuffix(PACKAGE)}{ASSET}" if path.endswith(PACKAGE) else path
 
 
 def length_function(tokens: int) -> str:
@@ -65,9 +71,9 @@ class ShardFunction:
 
 @dataclass(frozen=True)
 class Shard:
-    """One `.mlpackage`, or a `store` of experts that the graph of another one computes. kind: attn,
-    routing, moe, dense, experts, expert_graph, stack, lm_head. `layer` is None for lm_head and
-    expert_graph.
+    """One `.mlpackage` or `.aimodel`, or a `store` of experts that the graph of another one
+    computes. kind: attn, routing, moe, dense, experts, expert_graph, stack, lm_head. `layer` is
+    None for lm_head and expert_graph.
 
     A stack holds consecutive whole `layers`, the first of them `layer`. `scope` is the part of the
     model whose weights it holds, where their own names do not say.
@@ -229,6 +235,11 @@ class Manifest:
     def packages(self) -> list[Shard]:
         """What lies in packages: all but the stores of experts."""
         return [shard for shard in self.shards if shard.store is None]
+
+    @property
+    def package_form(self) -> str:
+        """What its packages are: PACKAGE or ASSET."""
+        return PurePosixPath(self.packages[0].path).suffix if self.packages else PACKAGE
 
     @property
     def lent(self) -> dict[str, Shard]:

@@ -52,7 +52,7 @@ def set_beside(report: BenchReport, folder: Path, concurrency: int = 1) -> Besid
     """The prediction for the chip that `report` was measured on; or why there is none."""
     chip, units = report.conditions.chip, report.conditions.units
     if not report.is_device:
-        return "the reference runtime was timed: there is nothing to compare with a chip"
+        return f"the {report.runtime} runtime was timed: there is nothing to compare with a chip"
     if units not in ON_ENGINE:
         return f"predictions are for the Neural Engine, and the units were {units}"
     if chip not in chip_names():

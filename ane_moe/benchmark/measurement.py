@@ -82,7 +82,7 @@ def bench(
     report_progress = progress or silent
     manifest = read_manifest(out).with_adapter(options.adapter)
     _require_sensible(options, manifest)
-    runtime = resolve_runtime(runtime)
+    runtime = resolve_runtime(runtime, manifest.package_form)
     units = _units(options, runtime)
     goldens = open_goldens(out, manifest)
     text = list(chain.from_iterable(goldens[ORIGINAL].prompts))

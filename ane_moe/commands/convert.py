@@ -27,6 +27,10 @@ def convert(
         ),
     ],
     out: Annotated[Path, typer.Argument(help="The folder to write.", metavar="OUT")],
+    format_: Annotated[
+        Literal["mlpackage", "aimodel"],
+        typer.Option("--format", help="mlpackage: for Core ML. aimodel: for Core AI (macOS 27)."),
+    ] = "mlpackage",
     routing: Annotated[
         Literal["masked", "soft", "sparse", "stream"],
         typer.Option(
@@ -209,7 +213,8 @@ def convert(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Convert a checkpoint into Core ML shards. Run it again to go on after an interruption."""
+    """Convert a checkpoint into shards for Core ML, or for Core AI. Run it again to go on after an
+    interruption."""
     from ane_moe.checkpoints.hub import local_folder
     from ane_moe.conversion.workers import open_workers, prepare
     from ane_moe.manifest import FILE_NAME
@@ -250,6 +255,12 @@ def convert(
                 "leave --experts-per-function out",
             )
         experts_per_function = str(groups.experts_per_function)
+    if target and format_ == "aimodel":
+        raise UserError(
+            "--target chooses by Core ML's placement rules",
+            "--format aimodel",
+            "leave --target out: nothing is known of where Core AI runs a graph",
+        )
     place = find_target(target or DEFAULT_TARGET, system)
     recipe = find_recipe(
         compress, group=lut_group, vector=int(lut_vector or 0) or None, rank=recover_rank
@@ -295,12 +306,14 @@ def convert(
         tracks=tracks,
         adapters=tuple(map(str, adapter or ())),
         adapter_mode=adapter_mode,
+        format=format_,
     )
     job = job_of(model, out, options)
     stored = job.plan.options.recipe  # with the forms that the checkpoint has
     if target and not allow_cpu:
         require_engine_formats(stored, place)
-    concerns = concerns_of_plan(job.plan, place)
+    warned = format_ == "mlpackage"  # the rules are Core ML's
+    concerns = concerns_of_plan(job.plan, place) if warned else ()
     if dry_run:
         require_tokenizer(job.checkpoint.folder)
         _print_all(warning(concern, place) for concern in concerns)
@@ -329,7 +342,7 @@ def convert(
     # A budget chose formats of its own.
     chosen = recipe_of(report.manifest.weights, report.manifest.recipe)
     final = concerns
-    if chosen != stored:
+    if warned and chosen != stored:
         final = concerns_of_plan(plan_of(model, replace(options, recipe=chosen)), place)
     _print_all(warning(concern, place) for concern in final if concern not in concerns)
     document = report_document(report, final)

@@ -19,7 +19,9 @@ SHOWN = 10  # operations that only one side has, listed at most
 
 
 def diff(
-    a: Annotated[Path, typer.Argument(help="An .mlpackage or .mlmodelc folder.", metavar="A")],
+    a: Annotated[
+        Path, typer.Argument(help="An .mlpackage, .mlmodelc or .aimodel folder.", metavar="A")
+    ],
     b: Annotated[
         Path | None,
         typer.Argument(
@@ -39,10 +41,15 @@ def diff(
         str | None, typer.Option(help="The function of B.", show_default="as --function")
     ] = None,
     runtime: Annotated[
-        str, typer.Option(help="Runtime of A: reference, coreml, coreai or auto.")
-    ] = "reference",
+        str | None,
+        typer.Option(
+            help="Runtime of A: reference, coreml, coreai or auto.",
+            show_default="reference; coreai for an .aimodel",
+        ),
+    ] = None,
     runtime_b: Annotated[
-        str | None, typer.Option(help="Runtime of B.", show_default="as --runtime")
+        str | None,
+        typer.Option(help="Runtime of B.", show_default="as --runtime; coreai for an .aimodel"),
     ] = None,
     precision: Annotated[
         str, typer.Option(help="Precision of A in the reference runtime: fp32, fp16 or engine.")
@@ -58,21 +65,24 @@ def diff(
 ) -> None:
     """Run both on the same inputs and show the first op where they part, and by how much.
 
-    Ops are matched by name, then by order. Exits with 1 when something differs by more than the
-    tolerance.
+    Ops are matched by name, then by order; of an .aimodel the outputs alone are seen. Exits with 1
+    when something differs by more than the tolerance.
     """
-    from ane_moe.runtime import with_precision
+    from ane_moe.runtime import ASSET, with_precision
     from ane_moe.runtime.arrays import read_inputs
     from ane_moe.runtime.reference.diff import Side
     from ane_moe.runtime.reference.diff import diff as compare
 
-    def side(path: Path, name: str | None, chosen: str, rounding: str) -> Side:
-        resolved, options = with_precision(chosen, rounding)
+    def side(path: Path, name: str | None, asked: str | None, rounding: str) -> Side:
+        chosen = asked or ("auto" if path.suffix == ASSET else "reference")
+        resolved, options = with_precision(chosen, rounding, path)
         return Side(path, resolved, name, options)
 
+    other = b or a
+    of_a = None if other.suffix == ASSET else runtime
     result = compare(
         side(a, function, runtime, precision),
-        side(b or a, function_b or function, runtime_b or runtime, precision_b or precision),
+        side(other, function_b or function, runtime_b or of_a, precision_b or precision),
         read_inputs(given or []),
         seed,
         tolerance,

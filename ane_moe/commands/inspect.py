@@ -1,4 +1,4 @@
-"""`ane-moe inspect`: what an .mlpackage holds."""
+"""`ane-moe inspect`: what a package holds."""
 
 import json
 from functools import partial
@@ -41,6 +41,7 @@ def inspect(
     from rich.console import Console
     from rich.text import Text
 
+    from ane_moe.errors import UserError
     from ane_moe.mlprogram.pipeline import OpenPipeline, open_model
     from ane_moe.mlprogram.printer import program_text
     from ane_moe.mlprogram.summary import (
@@ -50,6 +51,7 @@ def inspect(
         summary_document,
     )
     from ane_moe.report.store_table import SUFFIX, find_store, store_document, store_table
+    from ane_moe.runtime import ASSET
 
     if package.suffix == SUFFIX:
         shard = find_store(package)
@@ -57,6 +59,22 @@ def inspect(
             typer.echo(json.dumps(store_document(shard), indent=2))
         else:
             Console().print(store_table(shard))
+        return
+    if package.suffix == ASSET:
+        if ops or placement:
+            raise UserError(
+                "of an .aimodel neither operations nor placement are shown",
+                "--ops" if ops else "--placement",
+                "leave it out",
+            )
+        from ane_moe.report.asset_table import asset_report
+        from ane_moe.runtime.coreai.summary import summarize_asset
+
+        asset = summarize_asset(package)
+        if as_json:
+            typer.echo(json.dumps(asset.as_json(), indent=2))
+        else:
+            Console().print(asset_report(asset))
         return
     model = open_model(package, require_weights=False)
     if isinstance(model, OpenPipeline):

@@ -81,7 +81,8 @@ Out = Annotated[
     ),
 ]
 Package = Annotated[
-    Path, typer.Argument(help="An .mlpackage or .mlmodelc folder.", metavar="PACKAGE")
+    Path,
+    typer.Argument(help="An .mlpackage, .mlmodelc or .aimodel folder.", metavar="PACKAGE"),
 ]
 PlacementSystem = Annotated[
     int, typer.Option("--os", help="System to predict placement for: 15, 26 or 27.")

@@ -39,7 +39,7 @@ def report(
     from rich.console import Console
 
     from ane_moe.files import write_named_by_user
-    from ane_moe.manifest import read_manifest
+    from ane_moe.manifest import PACKAGE, read_manifest
     from ane_moe.placement.check import check_placement
     from ane_moe.placement.targets import find_target
     from ane_moe.report.report_data import gather
@@ -53,8 +53,11 @@ def report(
         if verify and read_manifest(out).golden is not None:
             result = run(out, runtime=runtime, progress=progress)
         sound = result is None or not result.integrity
+        told = read_manifest(out).package_form == PACKAGE  # of Core AI's nothing is known
         placement = (
-            check_placement(out, chip, runtime=runtime, progress=progress) if sound else None
+            check_placement(out, chip, runtime=runtime, progress=progress)
+            if sound and told
+            else None
         )
         data = gather(
             out, verify=result, placement=placement, bench=bench, trace=trace, target=target

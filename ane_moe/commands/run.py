@@ -56,9 +56,10 @@ def run(
         save_labels,
     )
 
-    if trace and resolve_runtime(runtime) != "reference" and runtime != "auto":
-        raise UserError("only the reference runtime can trace", runtime, "leave --runtime out")
-    chosen, options = with_precision("reference" if trace else runtime, precision)
+    resolved = resolve_runtime(runtime, package)
+    if trace and (resolved == "coreai" or (resolved != "reference" and runtime != "auto")):
+        raise UserError("only the reference runtime can trace", resolved, "leave --trace out")
+    chosen, options = with_precision("reference" if trace else runtime, precision, package)
     loaded: Any = load_package(package, function, chosen, **options)
     inputs = read_inputs(given or [])
     if seed is not None:

@@ -119,17 +119,21 @@ def verify(
 
     from ane_moe.checkpoints.hub import local_folder
     from ane_moe.manifest import read_manifest
-    from ane_moe.placement.check import check_placement
+    from ane_moe.placement.check import check_placement, require_packages
     from ane_moe.placement.targets import find_target
     from ane_moe.report.against_table import against_report
     from ane_moe.report.placement_table import placement_report
     from ane_moe.report.step_bar import step_bar
     from ane_moe.report.verify_table import verify_report
-    from ane_moe.verification.against import check_against
+    from ane_moe.verification.against import check_against, require_programs
     from ane_moe.verification.verify import verify as run
 
     chip = find_target(target, system)
     manifest = read_manifest(out)
+    if compute_plan:
+        require_packages(manifest)
+    if against:
+        require_programs(manifest)
     if checkpoint is not None:
         checkpoint = local_folder(checkpoint, manifest.walked)
     bare = checkpoint is None and manifest.golden is None

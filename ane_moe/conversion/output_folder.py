@@ -12,7 +12,7 @@ from ane_moe.conversion.plan import MB, ROUTERS, ConversionPlan, ConvertOptions
 from ane_moe.emit.coreml.package import ContentKey
 from ane_moe.errors import UserError
 from ane_moe.files import sweep, write_text
-from ane_moe.manifest import FILE_NAME, Manifest
+from ane_moe.manifest import ASSET, FILE_NAME, PACKAGE, Manifest
 from ane_moe.original.checkpoint_tokenizer import ALL_FILES as TOKENIZER_FILES
 
 MARKER = ".converting.json"  # present while a conversion is unfinished: which one it is
@@ -84,7 +84,7 @@ def remove_strangers(out: Path, manifest: Manifest) -> None:
     """What an earlier conversion left and this one does not name: shards, routers,
     tokenizers, goldens."""
     kept = {shard.path for shard in manifest.shards}
-    for path in out.rglob("*.mlpackage"):
+    for path in [*out.rglob(f"*{PACKAGE}"), *out.rglob(f"*{ASSET}")]:
         if path.relative_to(out).as_posix() not in kept:
             shutil.rmtree(path)
     patterns = (*TOKENIZER_FILES, "golden*.safetensors")

@@ -1,11 +1,10 @@
 """The conversion pipeline: checkpoint -> plan -> templates -> shards -> manifest."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,13 @@ from ane_moe.conversion.output_folder import MARKER, claim, identity, remove_str
 from ane_moe.conversion.plan import MB, ConversionPlan, ConvertOptions, Recovery
 from ane_moe.conversion.side_files import LABEL_FILES, copy_label_files, write_routers
 from ane_moe.conversion.stamping import (
-    TOOLS,
     Done,
     ShardJob,
     reuse_shard,
     shard_job,
     stamp_embedding,
     stamp_shard,
+    tool_versions,
 )
 from ane_moe.conversion.stream_scale import (
     DividedStream,
@@ -39,7 +38,7 @@ from ane_moe.conversion.stream_scale import (
     scaled,
     wanted_scales,
 )
-from ane_moe.conversion.templates import templates_of
+from ane_moe.conversion.templates import CORE_AI, asset_templates_of, templates_of
 from ane_moe.conversion.workers import (
     LocalWorkers,
     Pool,
@@ -68,6 +67,7 @@ from ane_moe.original.checkpoint_tokenizer import (
     require_tokenizer,
     write_tokenizer,
 )
+from ane_moe.runtime.coreai.installed import require_packages
 
 EMBED = "embed.bin"
 BUILTIN_TEXT = "builtin"
@@ -159,6 +159,8 @@ def carry_out(
     out = job.out
     ids = _prompt_ids(job, prompts) if golden else None
     _require_text(job.plan.options)
+    if job.plan.options.format == "aimodel":
+        require_packages()
     tokenizer = read_tokenizer(job.checkpoint.folder)
     earlier = None if overwrite else finished(out)
     claim(job, overwrite)
@@ -360,7 +362,7 @@ def _stamp_rest(pool: Pool, job: Job, finished: set[str], meter: _Meter) -> list
     def ready() -> Iterator[tuple[ShardJob, dict[str, Template]]]:
         yield from ((shard_job(job, shard), {}) for shard in rest if not shard.graphs)
         templates: dict[TemplateKey, Template] = {}
-        for key, template in templates_of(keys, TemplateCache()):
+        for key, template in _templates(job, keys):
             templates[key] = template
             for shard in rest:
                 if key in shard.graphs.values() and templates.keys() >= set(shard.graphs.values()):
@@ -368,6 +370,12 @@ def _stamp_rest(pool: Pool, job: Job, finished: set[str], meter: _Meter) -> list
                     yield shard_job(job, shard), own
 
     return [meter.shard(done) for done in run(pool, stamp_shard, ready())]
+
+
+def _templates(job: Job, keys: Collection[TemplateKey]) -> Iterator[tuple[TemplateKey, Template]]:
+    if job.plan.options.format == "aimodel":
+        return asset_templates_of(keys, TemplateCache(), TemplateCache(making=CORE_AI))
+    return templates_of(keys, TemplateCache())
 
 
 def _prompt_ids(job: Job, prompts: Path | None) -> list[list[int]]:
@@ -421,7 +429,7 @@ def _manifest(
         compression=_compression(plan),
         moe=dict(_moe_facts(plan)),
         halves={str(layer): scopes for layer, scopes in plan.halves.items()},
-        versions={name: version(name) for name in TOOLS},
+        versions=tool_versions(options.format == "aimodel"),
         source=identity(job),
         origin=job.checkpoint.origin,
         left_out=dict(plan.source.left_out),

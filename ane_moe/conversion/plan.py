@@ -20,6 +20,7 @@ from ane_moe.manifest import (
     TAIL,
     Shard,
     ShardFunction,
+    asset_path,
     length_function,
 )
 from ane_moe.model.attention import AttentionConfig, RingConfig
@@ -87,7 +88,8 @@ class ConvertOptions:
     "embeds", the embedding table is left out. With `ring_caches` attention in a window has caches
     no longer than calls can see, as it always has where there are tracks; those of a block are
     apart, or "packed" into one graph. `adapters` are folders of PEFT's: what they add is merged
-    into the weights, or each can be switched on by functions of its own."""
+    into the weights, or each can be switched on by functions of its own. Packages are of `format`:
+    Core ML's or Core AI's."""
 
     routing: Literal["masked", "soft", "sparse", "stream"] = "masked"
     state: Literal["mlstate", "explicit"] = "mlstate"
@@ -113,6 +115,7 @@ class ConvertOptions:
     tracks: Literal["apart", "packed"] = "apart"
     adapters: tuple[str, ...] = ()
     adapter_mode: Literal["merge", "switch"] = "merge"
+    format: Literal["mlpackage", "aimodel"] = "mlpackage"
 
     @property
     def dispatches(self) -> bool:
@@ -351,6 +354,8 @@ def make_plan(
     if len(layers) == len(spec.layers):
         shards += planner.head()
     shards += planner.expert_graphs()
+    if options.format == "aimodel":
+        shards = list(map(_as_asset, shards))
     for shard in shards:
         if shard.store is None and shard.file_bytes > MAX_WEIGHT_BYTES:
             raise UserError(
@@ -1122,6 +1127,12 @@ class _Planner:
         if not isinstance(source, TensorSource):
             return Choice()
         return self.options.recipe.choice(source.name, source.role)
+
+
+def _as_asset(shard: ShardPlan) -> ShardPlan:
+    """The same shard as one of Core AI's assets, on disk in the same place."""
+    store = shard.store and replace(shard.store, graph=asset_path(shard.store.graph))
+    return replace(shard, path=asset_path(shard.path), store=store)
 
 
 def _formed(shard: ShardPlan, prefix: str, config: PartConfig) -> tuple[Formed, ...]:

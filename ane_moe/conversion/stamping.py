@@ -17,6 +17,7 @@ from ane_moe.conversion.plan import OneHot, Recovery, ShardPlan
 from ane_moe.conversion.side_files import write_embedding
 from ane_moe.conversion.store_writer import read_store_key, sound_digest, write_store
 from ane_moe.conversion.workers import peak_memory_bytes, this_process
+from ane_moe.emit.coreai.asset import read_asset_key, stamp_asset
 from ane_moe.emit.coreml.package import ContentKey, Weight, file_hashes, read_content_key, stamp
 from ane_moe.emit.coreml.template import Template
 from ane_moe.errors import UserError
@@ -25,6 +26,7 @@ from ane_moe.formats.as_stored import AsStored, Codes
 from ane_moe.formats.calibration import Moments
 from ane_moe.formats.encoded import Encoded
 from ane_moe.formats.recipe import Choice, find_format
+from ane_moe.manifest import ASSET
 from ane_moe.model.port import Shape
 
 if TYPE_CHECKING:  # it imports torch
@@ -32,6 +34,7 @@ if TYPE_CHECKING:  # it imports torch
 
 NOTHING = np.empty((0, 0), np.float16)
 TOOLS = ("ane-moe", "coremltools", "torch")
+OF_CORE_AI = ("coreai-core", "coreai-torch")
 ENCODING = 3  # counts up when a weight format comes to give other bytes
 
 
@@ -68,7 +71,10 @@ def shard_job(job: Job, shard: ShardPlan) -> ShardJob:
 def reuse_shard(job: ShardJob) -> Done | None:
     """The shard as it lies on disk, if its content key is the one it would get."""
     shard, path = job.shard, job.out / job.shard.path
-    key = read_store_key(path, shard.store) if shard.store else read_content_key(path)
+    if shard.store:
+        key = read_store_key(path, shard.store)
+    else:
+        key = read_asset_key(path) if is_asset(shard) else read_content_key(path)
     if key is None or key != _expected_key(job):
         return None
     if shard.store is None:
@@ -83,6 +89,10 @@ def stamp_shard(job: ShardJob, templates: dict[str, Template]) -> Done:
     if store := job.shard.store:
         prefixes = dict.fromkeys(name.partition("/")[0] for name in job.shard.sources)
         written = write_store(_values(job, key), [*prefixes], key, path, store, this_process())
+        return _report(job, written.content_key, written.files, reused=False)
+    if is_asset(job.shard):
+        values, shared = _values(job, key), job.shard.shared
+        written = stamp_asset(templates, values, key, path, shared, this_process())
         return _report(job, written.content_key, written.files, reused=False)
     formats = [find_format(choice.format) for choice in job.shard.choices.values()]
     more = sum(form.stored_arrays - 1 for form in formats)
@@ -102,7 +112,19 @@ def _key(job: ShardJob) -> ContentKey:
     seen = sha256(calibration) if calibration and shard.choices else None
     choices = sorted((name, choice.format, choice.rank) for name, choice in shard.choices.items())
     made = shard.graphs if shard.store is None else shard.store.record
-    return ContentKey(made, choices, seen, ENCODING, {name: version(name) for name in TOOLS})
+    versions = tool_versions(is_asset(shard))
+    return ContentKey(made, choices, seen, ENCODING, versions)
+
+
+def is_asset(shard: ShardPlan) -> bool:
+    """Whether it is written for Core AI."""
+    return shard.path.endswith(ASSET)
+
+
+def tool_versions(asset: bool) -> dict[str, str]:
+    """Versions of what made a shard, by package."""
+    names = (*TOOLS, *OF_CORE_AI) if asset else TOOLS
+    return {name: version(name) for name in names}
 
 
 def _expected_key(job: ShardJob) -> str:

@@ -19,5 +19,5 @@ def expand(encoded: Encoded) -> np.ndarray:
 
 def _tensor(value: Stored | tuple[int, int], made: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
     if isinstance(value, Stored):
-        return torch.from_numpy(np.ascontiguousarray(value.values))
+        return torch.from_numpy(np.array(value.values))  # it may be a view of a file
     return made[value[0]][value[1]]

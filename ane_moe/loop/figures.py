@@ -237,6 +237,7 @@ class CallClock:
 CONDITIONS = {
     "reference": "reference runtime on this machine's CPU, not a Neural Engine speed",
     "coreml": "Core ML on this machine",
+    "coreai": "Core AI's runtime on this machine's CPU, not a Neural Engine speed",
 }
 
 

@@ -123,7 +123,7 @@ def load_shards(
             f"{len(manifest.layers)} of {manifest.n_layers} layers",
             "convert without --layers",
         )
-    runtime = resolve_runtime(runtime)
+    runtime = resolve_runtime(runtime, manifest.package_form)
     stored, budget = stored_bytes(folder, manifest), None
     if any(shard.store for shard in manifest.shards):
         limit = None if memory_mb is None else int(memory_mb * MB)

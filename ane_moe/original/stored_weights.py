@@ -8,20 +8,24 @@ with it were converted right, whatever the compression lost.
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ane_moe.checkpoints.checkpoint import Checkpoint, TensorSource
+from ane_moe.emit.coreai.asset import read_weights
 from ane_moe.errors import UserError
 from ane_moe.expert_record import Store
+from ane_moe.formats.encoded import Encoded
 from ane_moe.formats.expand import expand
 from ane_moe.formats.recipe import Choice, find_format, recipe_of
 from ane_moe.loop.embedding_table import open_embeddings
 from ane_moe.loop.expert_store import StoreFile, expanded
-from ane_moe.manifest import Manifest, Shard
+from ane_moe.manifest import ASSET, Manifest, Shard, ShardFunction
 from ane_moe.mlprogram.reader import read_program
+from ane_moe.model.template_key import weight_name
 from ane_moe.model.weight import EMBEDDING, HEAD, HEAD_BIAS, Place, WeightName
 from ane_moe.opened import Model
 from ane_moe.runtime.reference.weight_values import weight_values
@@ -47,6 +51,7 @@ class StoredWeight:
 
 
 Wanted = Callable[[WeightName], bool]
+Values = dict[str, np.ndarray]  # by parameter
 
 
 def stored_weights(
@@ -58,16 +63,14 @@ def stored_weights(
         if shard.store is not None:
             yield from _from_store(shard, shard.store, folder, wanted)
             continue
-        program = read_program(folder / shard.path)
+        values_of = _reader(folder / shard.path)
         for experts, functions in shard.copies.items():
             place = shard.place(experts)
 
-            def reads(constant: str, place: Place = place) -> bool:
-                name = _parameter(constant)
+            def reads(name: str, place: Place = place) -> bool:
                 return not name.endswith(SELECTION) and wanted(place.name(_stem(name)))
 
-            constants = weight_values(program.functions[functions[0].entry], reads)
-            values = {_parameter(constant): value for constant, value in constants}
+            values = values_of(functions[0], reads)
             for name in [name for name in values if not name.endswith(DIRECTIONS)]:
                 yield _joined(shard, place, name, values)
                 del values[name]
@@ -87,6 +90,33 @@ def _from_store(shard: Shard, store: Store, folder: Path, wanted: Wanted) -> Ite
         for name in [name for name in values if not name.endswith(DIRECTIONS)]:
             if wanted(stems[name]):
                 yield _joined(shard, place, name, values)
+
+
+def _reader(path: Path) -> Callable[[ShardFunction, Callable[[str], bool]], Values]:
+    """What gives the parameters of a function of a package that are wanted, expanded."""
+    if path.suffix == ASSET:
+        return partial(_of_asset, path)
+    program = read_program(path)
+
+    def values(entry: ShardFunction, reads: Callable[[str], bool]) -> Values:
+        constants = weight_values(program.functions[entry.entry], lambda n: reads(_parameter(n)))
+        return {_parameter(constant): value for constant, value in constants}
+
+    return values
+
+
+def _of_asset(path: Path, entry: ShardFunction, reads: Callable[[str], bool]) -> Values:
+    """Copies of one asset are told apart by what comes before the name of their functions."""
+    prefix = weight_name(entry.entry.rpartition("_")[0], "") if entry.experts else ""
+
+    def mine(name: str) -> bool:
+        return name.startswith(prefix) and reads(name.removeprefix(prefix))
+
+    found = read_weights(path, mine)
+    return {
+        name.removeprefix(prefix): expand(value) if isinstance(value, Encoded) else value
+        for name, value in found
+    }
 
 
 def _parameter(constant: str) -> str:

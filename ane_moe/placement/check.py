@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ane_moe.manifest import read_manifest
+from ane_moe.errors import UserError
+from ane_moe.manifest import PACKAGE, Manifest, read_manifest
 from ane_moe.placement.feedback import compare, feedback, write_feedback
 from ane_moe.placement.machine import matching_target, this_machine
 from ane_moe.placement.predicted import predict
@@ -30,9 +31,11 @@ def check_placement(
     With the coreml runtime it is measured, held against a prediction for this machine (`target`
     where the rules do not know it), and `placement-feedback.json` is left in `out`. Otherwise it is
     predicted for `target`. Raises UserError when there is no conversion, or a package of it cannot
-    be read.
+    be read, and for Core AI's assets.
     """
-    packages = [(out / shard.path, shard.path) for shard in read_manifest(out).packages]
+    manifest = read_manifest(out)
+    require_packages(manifest)
+    packages = [(out / shard.path, shard.path) for shard in manifest.packages]
     if resolve_runtime(runtime) != "coreml":
         return predict(packages, target, allow=allow, require_measured=require_measured)
     from ane_moe.placement.measured import measure  # coremltools takes a second to import
@@ -42,6 +45,16 @@ def check_placement(
     measured = _compared(measured, predicted)
     write_feedback(feedback(predicted, measured, packages), out)
     return replace(measured, require_measured=require_measured)
+
+
+def require_packages(manifest: Manifest) -> None:
+    """Raise UserError for Core AI's assets: nothing says where they run."""
+    if manifest.package_form != PACKAGE:
+        raise UserError(
+            "nothing is said of where Core AI's assets run: it has no compute plan",
+            f"{manifest.package_form} packages",
+            "convert with --format mlpackage",
+        )
 
 
 @dataclass(frozen=True)

@@ -306,7 +306,7 @@ def _comparison(comparison: Comparison) -> Group:
 
 
 def _table(report: BenchReport, title: str, *columns: str) -> Table:
-    label = "" if report.is_device else "  [reference runtime on a CPU, NOT A DEVICE]"
+    label = "" if report.is_device else f"  [{report.runtime} runtime on a CPU, NOT A DEVICE]"
     table = Table(
         title=Text(title + label), title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 0)
     )

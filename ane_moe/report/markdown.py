@@ -110,7 +110,7 @@ def _speed(data: ReportData) -> Iterable[str]:
         what = (
             "on the device"
             if data.bench["device_figures"]
-            else "reference runtime on a CPU, NOT A DEVICE FIGURE"
+            else f"{data.bench.get('runtime', 'reference')} runtime on a CPU, NOT A DEVICE FIGURE"
         )
         first, count = ("context", "fill") if data.bench["decode"] else ("a window", "tokens")
         yield f"## Speed, measured ({what})"

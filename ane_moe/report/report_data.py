@@ -13,7 +13,7 @@ from ane_moe.errors import UserError
 from ane_moe.forecast.chips import chip_names, find_chip
 from ane_moe.forecast.cost_model import predict
 from ane_moe.forecast.workload import workload_of
-from ane_moe.manifest import Manifest, read_manifest
+from ane_moe.manifest import PACKAGE, Manifest, read_manifest
 from ane_moe.original.golden import read_golden
 from ane_moe.placement.result import PlacementReport
 from ane_moe.routing.routing_trace import read_trace
@@ -72,9 +72,8 @@ def gather(
     """
     manifest = read_manifest(out)
     routing, source = _expert_use(out, manifest, trace)
-    predicted = (
-        predict(workload_of(out), find_chip(target)).as_json() if target in chip_names() else None
-    )
+    known = target in chip_names() and manifest.package_form == PACKAGE  # of Core ML
+    predicted = predict(workload_of(out), find_chip(target)).as_json() if known else None
     figures = _bench(bench) if bench else None
     return ReportData(str(out), manifest, verify, placement, figures, predicted, routing, source)
 

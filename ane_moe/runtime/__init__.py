@@ -8,6 +8,7 @@ from typing import Any
 from ane_moe.errors import UserError
 from ane_moe.runtime.interface import LoadedFunction, Package
 
+ASSET = ".aimodel"
 RUNTIMES = {
     "reference": "ane_moe.runtime.reference.runtime",
     "coreml": "ane_moe.runtime.coreml.runtime",
@@ -15,36 +16,50 @@ RUNTIMES = {
 }
 
 
-def resolve_runtime(name: str) -> str:
-    """`auto` as the runtime it stands for here: coreml on macOS, reference elsewhere. Raises
-    UserError if unknown."""
-    resolved = ("coreml" if sys.platform == "darwin" else "reference") if name == "auto" else name
+def resolve_runtime(name: str, package: str | Path = "") -> str:
+    """`auto` as the runtime it stands for here: coreai for a `package` of Core AI's, else coreml on
+    macOS, reference elsewhere. Raises UserError if unknown, and where it cannot run the package."""
+    is_asset, usual = str(package).endswith(ASSET), "reference"
+    if is_asset:
+        usual = "coreai"
+    elif sys.platform == "darwin":
+        usual = "coreml"
+    resolved = usual if name == "auto" else name
     if resolved not in RUNTIMES:
         raise UserError(
             "Unknown runtime", found=name, do=f"choose one of: auto, {', '.join(RUNTIMES)}"
         )
+    if is_asset and resolved != "coreai":
+        raise UserError(
+            f"Core AI's assets ({ASSET}) run in the coreai runtime alone",
+            f"--runtime {resolved}",
+            "leave --runtime out",
+        )
     return resolved
 
 
-def with_precision(name: str, precision: str) -> tuple[str, dict[str, Any]]:
+def with_precision(
+    name: str, precision: str, package: str | Path = ""
+) -> tuple[str, dict[str, Any]]:
     """The runtime for a precision, and its options. Only the reference runtime knows any but fp32:
-    `auto` stands for it then, and another one is refused with UserError."""
+    `auto` stands for it then, and another one is refused with UserError, as is a `package` that it
+    cannot run."""
     if precision == "fp32":
-        return resolve_runtime(name), {}
-    if name == "auto" or resolve_runtime(name) == "reference":
-        return "reference", {"precision": precision}
+        return resolve_runtime(name, package), {}
+    if name == "auto" or resolve_runtime(name, package) == "reference":
+        return resolve_runtime("reference", package), {"precision": precision}
     raise UserError(
         "only the reference runtime computes in another precision", name, "leave --runtime out"
     )
 
 
 def open_package(path: str | Path, runtime: str = "auto", **options: Any) -> Package:
-    """Open an `.mlpackage`, to load several of its functions.
+    """Open an `.mlpackage` or `.aimodel`, to load several of its functions.
 
     `options` go to the runtime: see `reference.open_package` and `coreml.open_package`.
     Raises UserError for a package that cannot be read.
     """
-    module = importlib.import_module(RUNTIMES[resolve_runtime(runtime)])
+    module = importlib.import_module(RUNTIMES[resolve_runtime(runtime, path)])
     package: Package = module.open_package(Path(path), **options)
     return package
 
@@ -63,7 +78,7 @@ def session_options(runtime: str, memory_mb: float | None, stored_bytes: int) ->
 def load_package(
     path: str | Path, function: str | None = None, runtime: str = "auto", **options: Any
 ) -> LoadedFunction:
-    """Load one function of an `.mlpackage` (the default function when none is named).
+    """Load one function of an `.mlpackage` or `.aimodel` (the default function when none is named).
 
     `options` are those of `open_package`. Raises UserError for a package that cannot be read, an
     unknown function, or an op the runtime lacks.

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from ane_moe.errors import UserError
 from ane_moe.loop.buffers import rope_tables
 from ane_moe.loop.shards import LoadedShard
-from ane_moe.manifest import Manifest, Shard, ShardFunction, read_manifest
+from ane_moe.manifest import PACKAGE, Manifest, Shard, ShardFunction, read_manifest
 from ane_moe.mlprogram.program import Function
 from ane_moe.mlprogram.reader import open_program
 from ane_moe.model.port import STREAM
@@ -116,6 +117,7 @@ def check_against(
     `verify`). Raises UserError where there is no conversion, or the other runtime is not installed.
     """
     told, manifest, runtime = progress or silent, read_manifest(out), resolve_runtime(runtime)
+    require_programs(manifest)
     golden = read_goldens(out, manifest, False)[0].original if manifest.golden else None
     least = function_gate(manifest, min_cosine)
     judge = _Judge(out, manifest, runtime, golden, least, tolerance)
@@ -146,6 +148,16 @@ def check_against(
         tuple(rows),
         tuple(left_out),
     )
+
+
+def require_programs(manifest: Manifest) -> None:
+    """Raise UserError for what the reference runtime has no program of."""
+    if manifest.package_form != PACKAGE:
+        raise UserError(
+            "Core AI's assets have no program for a second runtime",
+            f"{manifest.package_form} packages",
+            "convert with --format mlpackage for --against, or verify without it",
+        )
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,19 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from ane_moe.emit.coreai.asset import read_weights
 from ane_moe.errors import UserError
 from ane_moe.expert_record import PLAIN
 from ane_moe.files import is_hidden, sha256
+from ane_moe.formats.encoded import Encoded
 from ane_moe.loop.embedding_table import Int8Table, NoTable, open_embeddings
 from ane_moe.loop.expert_store import StoreFile
 from ane_moe.loop.shards import check_manifest
-from ane_moe.manifest import Manifest, Shard
+from ane_moe.manifest import ASSET, PACKAGE, Manifest, Shard
 from ane_moe.mlprogram.program import Block, Constant, Program
 from ane_moe.mlprogram.reader import read_program
 from ane_moe.progress import Progress
+from ane_moe.runtime.coreai.runtime import check_asset
 from ane_moe.verification.result import Problem
 
 FLOATS = {"fp16", "fp32", "fp64", "bf16"}
@@ -63,7 +66,7 @@ def check_integrity(
 def _package(relative: str) -> str:
     """The package that a file is of, or the file."""
     parts = PurePosixPath(relative).parts
-    ends = [number for number, part in enumerate(parts, 1) if part.endswith(".mlpackage")]
+    ends = [number for number, part in enumerate(parts, 1) if part.endswith((PACKAGE, ASSET))]
     return "/".join(parts[: ends[0]]) if ends else relative
 
 
@@ -103,10 +106,12 @@ def _changed(folder: Path, relative: str, digest: str | None) -> list[Problem]:
 def _unsound(folder: Path, shard: Shard) -> list[Problem]:
     path = folder / shard.path
     try:
-        if shard.store is None:
-            names = list(_not_finite(read_program(path)))
-        else:
+        if shard.store is not None:
             names = list(_not_finite_stored(StoreFile(path, shard.store, shard.content_key)))
+        elif path.suffix == ASSET:
+            names = list(_not_finite_asset(path))
+        else:
+            names = list(_not_finite(read_program(path)))
     except UserError as error:
         return [Problem(shard.path, str(error))]
     return [Problem(shard.path, f"NaN or Inf in weight {name}") for name in names]
@@ -121,6 +126,16 @@ def _not_finite_stored(file: StoreFile) -> Iterator[str]:
             halves = (array for array in weight.arrays if array.type == PLAIN)
             if not all(_finite(record[array.bytes].view(np.float16)) for array in halves):
                 yield f"{weight.name} of expert {expert}"
+
+
+def _not_finite_asset(path: Path) -> Iterator[str]:
+    """As `_not_finite`, of one of Core AI's assets."""
+    check_asset(path)
+    for name, weight in read_weights(path):
+        arrays = weight.arrays if isinstance(weight, Encoded) else ({"": weight},)
+        halves = (one for held in arrays for one in held.values() if one.dtype == np.float16)
+        if not all(map(_finite, halves)):
+            yield name
 
 
 def _not_finite(program: Program) -> Iterator[str]:

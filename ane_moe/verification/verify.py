@@ -76,8 +76,8 @@ def verify(
     told, written = progress or silent, read_manifest(out)
     whole = with_switched(written, adapters, merged=checkpoint is not None)
     manifest = sampled_manifest(whole) if quick else whole
+    runtime, computed = with_precision(runtime, precision, manifest.package_form)
     problems = check_integrity(out, written, phase(told, 0, FILES), manifest.shards)
-    runtime, computed = with_precision(runtime, precision)
     by_engine = precision == "engine"
     options = options if by_engine else options | computed
     require_golden(out, manifest, checkpoint, prompts)

@@ -79,7 +79,7 @@ def test_another_source_of_our_parts_is_another_template(
     cache: TemplateCache, template: Template, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache.keep(KEY, template)
-    monkeypatch.setattr(template_cache, "_source", lambda: "edited")
+    monkeypatch.setattr(template_cache, "_source", lambda names: "edited")
     assert cache.find(KEY) is None
 
 

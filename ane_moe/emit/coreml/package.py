@@ -176,7 +176,7 @@ def _place(
     }
     places: dict[str, _Place] = {}
     for name, value in values:
-        size, type_ = _extent(value)
+        size, type_ = extent(value)
         if size != math.prod(shapes[name]) or type_ != "fp16" or name in places:
             raise ValueError(
                 f"weight {name}: {type_}, {size} elements, does not fit {shapes[name]}"
@@ -191,7 +191,7 @@ def _place(
     return places
 
 
-def _extent(value: Weight) -> tuple[int, str]:
+def extent(value: Weight) -> tuple[int, str]:
     """Elements of a weight once expanded, and their type."""
     if isinstance(value, Encoded):
         type_, shape = value.expansions[-1].outputs[-1]

@@ -25,9 +25,18 @@ from ane_moe.user_cache import user_cache
 
 SUFFIX = ".template"
 MOST = 200  # entries kept, of up to half a megabyte each; the ones not used for longest go
-TOOLS = ("coremltools", "torch", "numpy", "protobuf")
-# Where our own part of a template is written.
-SOURCES = ("coreml_tools.py", "emit/coreml", "model", "parts")
+
+
+@dataclass(frozen=True)
+class Making:
+    """What decides a template beside its key: versions of `tools`, and where our own part of it is
+    written."""
+
+    tools: tuple[str, ...] = ("coremltools", "torch", "numpy", "protobuf")
+    sources: tuple[str, ...] = ("coreml_tools.py", "emit/coreml", "model", "parts")
+
+
+CORE_ML = Making()
 
 
 @dataclass(frozen=True)
@@ -43,8 +52,9 @@ class TemplateCache:
     """The templates in `folder`, by default of the user's cache. A folder that cannot be written to
     keeps nothing, and is no error."""
 
-    def __init__(self, folder: Path | None = None):
+    def __init__(self, folder: Path | None = None, making: Making = CORE_ML):
         self.folder = folder or user_cache() / "templates"
+        self._making = making
 
     def find(self, key: TemplateKey) -> Template | None:
         """The template of `key`; None where there is none that is sound."""
@@ -98,15 +108,16 @@ class TemplateCache:
                 yield Kept(path, found.st_size, found.st_mtime)
 
     def _path(self, key: TemplateKey) -> Path:
-        versions = {name: version(name) for name in TOOLS}
-        return self.folder / (_sha256(repr((key, versions, _source())).encode()) + SUFFIX)
+        versions = {name: version(name) for name in self._making.tools}
+        facts = (key, versions, _source(self._making.sources))
+        return self.folder / (_sha256(repr(facts).encode()) + SUFFIX)
 
 
 @cache
-def _source() -> str:
+def _source(names: tuple[str, ...]) -> str:
     """sha256 over the files that decide a template."""
     root, digest = Path(ane_moe.__file__).parent, hashlib.sha256()
-    for name in SOURCES:
+    for name in names:
         for path in sorted((root / name).rglob("*.py")) or [root / name]:
             digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()

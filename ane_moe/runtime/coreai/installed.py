@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import importlib.util
 import io
 import os
 import warnings
@@ -10,12 +11,19 @@ from typing import Any
 
 from ane_moe.errors import UserError
 
-PACKAGES = ("coreai.runtime", "coreai.authoring.asset", "coreai_torch")
+PACKAGES = ("coreai", "coreai_torch")
 INSTALL = "pip install 'ane-moe[coreai]' (Linux on x86-64, or macOS)"
 
 
+def require_packages() -> None:
+    """Raise UserError, with what to install, unless PACKAGES are there; nothing is imported."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError("Core AI is not installed", f"no {', '.join(missing)}", INSTALL)
+
+
 def core_ai(module: str) -> Any:
-    """One of PACKAGES. Raises UserError, with what to install, where it is not there."""
+    """A module of PACKAGES. Raises UserError, with what to install, where it is not there."""
     try:
         with warnings.catch_warnings(action="ignore"):  # of a torch built for the CPU
             return importlib.import_module(module)

@@ -7,6 +7,7 @@ ours.
 
 import asyncio
 import hashlib
+import json
 import tempfile
 import threading
 import weakref
@@ -23,13 +24,13 @@ from ane_moe.mlprogram.program import Feature, Interface, TensorType
 from ane_moe.mlprogram.reader import OpenProgram, open_program
 from ane_moe.mlprogram.weights import weights_of
 from ane_moe.runtime.coreai.installed import core_ai, quiet
-from ane_moe.runtime.coreai.twin import save_twin
+from ane_moe.runtime.coreai.twin import MAIN, save_twin
 from ane_moe.runtime.inputs import check_inputs
 from ane_moe.runtime.numpy_dtypes import NUMPY
 
 SUFFIX = ".aimodel"
-MAIN = "main"  # the function of a twin
-PROGRAM, DIGEST = "main.mlirb", "main.hash"
+PROGRAM, DIGEST, METADATA = "main.mlirb", "main.hash", "metadata.json"
+VERSION = "2.0"  # of assets, as coreai-core 1.0.0b3 writes them
 DTYPES = {
     "float16": "fp16",
     "float32": "fp32",
@@ -149,8 +150,8 @@ class AssetPackage:
         return CoreAiFunction(self._model, name, f"function '{name}' of {self._path}")
 
     def resident_bytes(self, name: str) -> int:
-        """The size of the program file: all functions share it."""
-        return (self._path / PROGRAM).stat().st_size
+        """A function's share of the program file, which is in memory as a whole."""
+        return (self._path / PROGRAM).stat().st_size // len(self.functions)
 
 
 class TwinPackage:
@@ -195,15 +196,26 @@ def session_options(memory_mb: float | None, stored_bytes: int) -> dict[str, Any
 
 
 def check_asset(path: Path) -> None:
-    """Raise UserError unless the program of an `.aimodel` is the one that was written: Core AI
-    itself does not look at the digest beside it."""
-    for name in (PROGRAM, DIGEST):
+    """Raise UserError unless the program of an `.aimodel` is the one that was written, for this
+    version of Core AI: it does not look at the digest beside it."""
+    for name in (PROGRAM, DIGEST, METADATA):
         if not (path / name).is_file():
             raise UserError(f"{path} is no Core AI asset", f"no {name}", DAMAGED)
     with (path / PROGRAM).open("rb") as file:
         found = hashlib.file_digest(file, "sha256").digest()
     if found != (path / DIGEST).read_bytes():
         raise UserError(f"{path / PROGRAM} is not what was written", "another sha256", DAMAGED)
+    try:
+        found_version = json.loads((path / METADATA).read_text())["assetVersion"]
+    except (ValueError, KeyError, TypeError) as error:
+        found_text = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path / METADATA} cannot be read", found_text, DAMAGED) from None
+    if found_version != VERSION:
+        raise UserError(
+            f"{path} is of another version of Core AI's assets",
+            f"{found_version!r}, not {VERSION!r}",
+            "make it again",
+        )
 
 
 def _interface(described: Any) -> Interface:

@@ -23,6 +23,7 @@ from ane_moe.runtime.reference.weight_values import weight_values
 # Operations that the twin gives a meaning to where it stands.
 STRUCTURE = ("const", "read_state", "write_state", "reshape")
 Value = Tensor | np.ndarray | str | tuple
+MAIN = "main"  # the function of an asset that is a twin
 
 
 class Twin(nn.Module):
@@ -32,7 +33,7 @@ class Twin(nn.Module):
     def __init__(self, program: Program, function: str):
         """Raises UserError for an operation that it lacks."""
         super().__init__()
-        self._function = program.functions[function]
+        self.name, self._function = function, program.functions[function]
         self.interface = program.interfaces[function]
         lacking = {op.type for op in self._function.block.operations if not _is_known(op)}
         if lacking:
@@ -132,31 +133,50 @@ def save_twin(program: Program, function: str, path: Path) -> None:
     Raises UserError where Core AI is not installed, and NotExecuted where the function has an
     operation that the twin or Core AI's converter lacks.
     """
-    try:
-        _save(program, function, path)
-    except (RuntimeError, ValueError, NotImplementedError) as error:  # of torch.export, of Apple's
-        found = str(error).strip().split("\n")[0]
-        raise NotExecuted(
-            f"Core AI's converter refuses function '{function}' of {program.path}", found
-        ) from None
+    module = converted({MAIN: (program, function)})
+    with quiet():
+        module.save_asset(path)
 
 
-def _save(program: Program, function: str, path: Path) -> None:
+def converted(functions: Mapping[str, tuple[Program, str]]) -> Any:
+    """The twins of functions as one program of Core AI's (an AIProgram), each an entry point of the
+    name that it is given.
+
+    Raises as `save_twin` does.
+    """
     tools = core_ai("coreai_torch")
-    twin = Twin(program, function).eval()
-    interface = twin.interface
+    converter = tools.TorchConverter(mode=tools.TorchConverter.Mode.RELEASE)
     with torch.no_grad(), quiet():
-        exported = torch.export.export(twin, twin.examples())
-        exported = exported.run_decompositions(tools.get_decomp_table())
-        written = list(exported.graph_signature.buffers_to_mutate.values())
-        if unwritten := twin.states.keys() - set(written):
-            names = ", ".join(sorted(twin.states[buffer].name for buffer in unwritten))
-            raise NotExecuted(f"function '{function}' reads a state and never writes it", names)
-        converter = tools.TorchConverter(mode=tools.TorchConverter.Mode.RELEASE)
-        converter.add_exported_program(
-            exported,
-            input_names=[feature.name for feature in interface.inputs],
-            output_names=[feature.name for feature in interface.outputs],
-            state_names=[twin.states[buffer].name for buffer in written],
-        )
-        converter.to_coreai().save_asset(path)
+        for name, (program, function) in functions.items():
+            try:
+                _add(converter, tools, name, Twin(program, function).eval())
+            except (RuntimeError, ValueError, NotImplementedError) as error:  # of torch or Apple
+                raise _refused(program, function, error) from None
+        try:
+            return converter.to_coreai()
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            raise _refused(program, ", ".join(functions), error) from None
+
+
+def _refused(program: Program, functions: str, error: Exception) -> NotExecuted:
+    found = str(error).strip().split("\n")[0]
+    return NotExecuted(
+        f"Core AI's converter refuses function '{functions}' of {program.path}", found
+    )
+
+
+def _add(converter: Any, tools: Any, name: str, twin: Twin) -> None:
+    """Stage a twin as the entry point `name`."""
+    exported = torch.export.export(twin, twin.examples())
+    exported = exported.run_decompositions(tools.get_decomp_table())
+    written = list(exported.graph_signature.buffers_to_mutate.values())
+    if unwritten := twin.states.keys() - set(written):
+        names = ", ".join(sorted(twin.states[buffer].name for buffer in unwritten))
+        raise NotExecuted(f"function '{twin.name}' reads a state and never writes it", names)
+    converter.add_exported_program(
+        exported,
+        entrypoint_name=name,
+        input_names=[feature.name for feature in twin.interface.inputs],
+        output_names=[feature.name for feature in twin.interface.outputs],
+        state_names=[twin.states[buffer].name for buffer in written],
+    )

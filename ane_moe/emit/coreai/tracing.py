@@ -1,0 +1,51 @@
+"""From a Core ML template to one for Core AI: its operations written again, its weights still
+unbound.
+
+Weights are *inputs* of the graphs, as they are while a block is traced (emit/coreml/tracing.py): no
+pass can fold or round them, and a distinct block goes through Apple's converter once, whatever its
+weights are.
+"""
+
+from pathlib import Path
+
+from ane_moe.emit.coreml.template import Template, value_name
+from ane_moe.mlprogram.container import Container
+from ane_moe.mlprogram.program import Program
+from ane_moe.mlprogram.proto import FeatureTypes_pb2, MIL_pb2, Model_pb2
+from ane_moe.mlprogram.reader import program_of
+from ane_moe.mlprogram.values import ValueReader
+from ane_moe.runtime.coreai.twin import converted
+
+
+def make_asset_template(template: Template) -> Template:
+    """The graphs of `template` as text of Core AI's, each weight an input by its program's name.
+
+    Raises UserError where Core AI is not installed, and for an operation that it lacks.
+    """
+    program = _with_open_weights(template)
+    module = converted({name: (program, name) for name in program.functions})
+    return Template(str(module).encode(), template.weights)
+
+
+def _with_open_weights(template: Template) -> Program:
+    model = Model_pb2.Model.FromString(template.model)
+    names = {value_name(name) for name in template.weights}
+    described = {function.name: function for function in model.description.functions}
+    for name, function in model.mlProgram.functions.items():
+        block = function.block_specializations[function.opset]
+        open_ = [op for op in block.operations if _is_constant(op, names)]
+        kept = [op for op in block.operations if not _is_constant(op, names)]
+        for op in open_:
+            function.inputs.append(op.outputs[0])
+            feature = described[name].input.add(name=op.outputs[0].name).type.multiArrayType
+            feature.dataType = FeatureTypes_pb2.ArrayFeatureType.FLOAT16
+            sizes = op.outputs[0].type.tensorType.dimensions
+            feature.shape.extend(size.constant.size for size in sizes)
+        fresh = MIL_pb2.Block(operations=kept, inputs=block.inputs, outputs=block.outputs)
+        block.CopyFrom(fresh)
+    nowhere = Path("template")  # a template has its small constants inside
+    return program_of(model, nowhere, ValueReader(Container(nowhere, nowhere))).read()
+
+
+def _is_constant(op: MIL_pb2.Operation, names: set[str]) -> bool:
+    return op.type == "const" and op.outputs[0].name in names

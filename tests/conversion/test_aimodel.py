@@ -1,0 +1,224 @@
+"""`convert --format aimodel`: the same conversion as for Core ML, computed by Core AI's runtime."""
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from ane_moe.cli import main
+from ane_moe.conversion.pipeline import convert
+from ane_moe.conversion.plan import ConvertOptions
+from ane_moe.formats.recipe import FP16, find_recipe
+from ane_moe.loop.session import Session
+from ane_moe.loop.shards import load_shards
+from ane_moe.manifest import read_manifest
+from tests.verification.tiny import tiny_checkpoint
+
+HAS_CORE_AI = importlib.util.find_spec("coreai_torch") is not None
+needs_core_ai = pytest.mark.skipif(not HAS_CORE_AI, reason="Core AI's packages are not installed")
+PROMPT = np.random.default_rng(0).integers(3, 61, 20).tolist()
+COSINE = 0.9999
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four experts of a sparse layer, and a dense one."""
+    return tiny_checkpoint(
+        "qwen3_moe",
+        tmp_path_factory.mktemp("checkpoint"),
+        num_hidden_layers=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        mlp_only_layers=[1],
+        intermediate_size=40,
+        max_position_embeddings=128,
+    )
+
+
+@pytest.fixture(scope="module")
+def converted(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Conversions of it in both formats, each made once. Read only."""
+    folder, made = tmp_path_factory.mktemp("conversions"), set()
+
+    def out(form: str, compress: str = "fp16", golden: bool = False, **options) -> Path:
+        facts = (form, compress, golden, *sorted(options.items()))
+        path = folder / "-".join(map(str, facts)).replace("/", "_").replace(" ", "")
+        if path not in made:
+            shape = {"prefill": 16, "context": 64, "expert_tokens": (1, 16)} | options
+            recipe = FP16 if compress == "fp16" else find_recipe(compress)
+            chosen = ConvertOptions(recipe=recipe, format=form, **shape)
+            convert(checkpoint, path, chosen, golden=golden)
+            made.add(path)
+        return path
+
+    return out
+
+
+def logits(out: Path, tokens: int = 6) -> tuple[list[int], np.ndarray]:
+    """Greedy ids after the prompt, and the scores that they are of."""
+    session = Session(load_shards(out))
+    scores, ids = [session.prefill(PROMPT)], []
+    for _ in range(tokens):
+        ids.append(int(np.argmax(scores[-1])))
+        scores.append(session.decode(ids[-1]))
+    return ids, np.array(scores, np.float64)
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a.ravel() @ b.ravel() / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+@needs_core_ai
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"state": "explicit"}, {"routing": "sparse"}],
+    ids=["mlstate", "explicit", "sparse"],
+)
+def test_both_formats_give_the_same_ids(converted: Callable[..., Path], options: dict) -> None:
+    ours, theirs = (logits(converted(form, **options)) for form in ("mlpackage", "aimodel"))
+    assert ours[0] == theirs[0]
+    assert cosine(ours[1], theirs[1]) > COSINE
+
+
+@needs_core_ai
+def test_the_plan_is_the_same_but_for_the_names(converted: Callable[..., Path]) -> None:
+    ours, theirs = (
+        read_manifest(converted(form, routing="sparse")) for form in ("mlpackage", "aimodel")
+    )
+    named = [shard.path.replace(".mlpackage", ".aimodel") for shard in ours.shards]
+    assert named == [shard.path for shard in theirs.shards]
+    assert [shard.functions for shard in ours.shards] == [
+        shard.functions for shard in theirs.shards
+    ]
+    assert theirs.versions["coreai-core"]
+
+
+@needs_core_ai
+def test_verify_passes_and_says_nothing_of_placement(
+    converted: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Compressed, so that what is stored is read back for the golden of it."""
+    out = converted("aimodel", "lut4", golden=True)
+    for arguments, code in (
+        (["verify", str(out), "--json"], 0),
+        (["verify", str(out), "--compute-plan"], 2),
+        (["verify", str(out), "--against", "coreai"], 2),
+        (["verify", str(out), "--runtime", "reference"], 2),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        said = capsys.readouterr()
+        assert ended.value.code == code, said
+        if code == 0:
+            document = json.loads(said.out)
+            assert document["passed"] and document["runtime"] == "coreai"
+            assert document["as_stored"] is not None
+        else:
+            assert len(said.err.strip().splitlines()) == 1
+
+
+@needs_core_ai
+def test_the_golden_of_what_is_stored_is_that_of_the_other_format(
+    converted: Callable[..., Path],
+) -> None:
+    ours, theirs = (
+        load_file(converted(form, "lut4", golden=True) / "golden_as_stored.safetensors")
+        for form in ("mlpackage", "aimodel")
+    )
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name])
+
+
+@needs_core_ai
+def test_a_conversion_goes_on_where_it_stopped(
+    checkpoint: Path, converted: Callable[..., Path], tmp_path: Path
+) -> None:
+    whole = converted("aimodel")
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    (lost, *_) = [shard.path for shard in read_manifest(whole).packages]
+    shutil.rmtree(out / lost)
+    (out / "attn" / f".writing-{Path(lost).name}").mkdir()
+    options = ConvertOptions(
+        recipe=FP16, format="aimodel", prefill=16, context=64, expert_tokens=(1, 16)
+    )
+    report = convert(checkpoint, out, options)
+    assert report.written == (lost,)
+    for path in sorted(path for path in whole.rglob("*") if path.is_file()):
+        assert path.read_bytes() == (out / path.relative_to(whole)).read_bytes()
+    assert len([*out.rglob("*")]) == len([*whole.rglob("*")])
+
+
+@needs_core_ai
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "version", "metadata"])
+def test_a_damaged_shard_is_found_and_is_one_line(
+    converted: Callable[..., Path],
+    tmp_path: Path,
+    damage: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = Path(shutil.copytree(converted("aimodel"), tmp_path / "out"))
+    shard = out / read_manifest(out).packages[0].path
+    program, metadata = shard / "main.mlirb", shard / "metadata.json"
+    content = program.read_bytes()
+    if damage == "flipped":
+        program.write_bytes(bytes([*content[:-9], content[-9] ^ 1, *content[-8:]]))
+    elif damage == "truncated":
+        program.write_bytes(content[:100])
+    else:
+        version = '"9.9"' if damage == "version" else "2.0"
+        metadata.write_text(f'{{"assetVersion": {version}' + ("}" if damage == "version" else ""))
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", str(out), "--prompt-ids", "3,4", "--max-tokens", "1"])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "make it again" in line
+
+
+@needs_core_ai
+def test_commands_read_an_asset(
+    converted: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours, theirs = converted("mlpackage"), converted("aimodel")
+    shard = "attn/layer_00"
+    a, b = str(ours / f"{shard}.mlpackage"), str(theirs / f"{shard}.aimodel")
+    said = {}
+    for name, arguments in {
+        "run": ["run", b, "--function", "decode", "--seed", "0", "--json"],
+        "diff": ["diff", a, b, "--function", "prefill", "--json"],
+        "inspect": ["inspect", b, "--json"],
+    }.items():
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 0
+        said[name] = json.loads(capsys.readouterr().out)
+    assert [one["name"] for one in said["run"]["outputs"]] == ["y"]
+    assert said["diff"]["same"] and said["diff"]["outputs"]
+    functions = said["inspect"]["functions"]
+    assert [one["name"] for one in functions] == ["decode", "prefill"]
+    assert [name for name, _ in functions[0]["states"]] == ["k_cache", "v_cache"]
+
+
+def test_without_the_packages_nothing_is_begun(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", str(checkpoint), str(tmp_path / "out"), "--format", "aimodel"])
+    assert ended.value.code == 2
+    assert "pip install 'ane-moe[coreai]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_target_is_of_core_ml(checkpoint: Path, tmp_path: Path, capsys) -> None:
+    out = str(tmp_path / "out")
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", str(checkpoint), out, "--format", "aimodel", "--target", "m4-max"])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "leave --target out" in line
