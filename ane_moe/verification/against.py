@@ -5,6 +5,7 @@ Where the conversion has a golden, its hidden states are the inputs, and Hugging
 third opinion; else, and for experts that the host dispatches, they are drawn.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from ane_moe.loop.shards import LoadedShard
 from ane_moe.manifest import PACKAGE, Manifest, Shard, ShardFunction, read_manifest
 from ane_moe.mlprogram.program import Function
 from ane_moe.mlprogram.reader import open_program
-from ane_moe.model.port import STREAM
+from ane_moe.model.port import STREAM, WEIGHT
 from ane_moe.original.golden import Golden
 from ane_moe.progress import Progress, silent
 from ane_moe.runtime import open_package, resolve_runtime
@@ -174,7 +175,7 @@ class _Judge:
     def groups(self) -> list[tuple[tuple[Shard, ...], tuple[str, ...]]]:
         """Shards that are looked at together, and the functions of them: one of each kind of
         program, whatever its weights are."""
-        shards = {shard.path: shard for shard in self.manifest.shards}
+        shards = {shard.path: shard for shard in self.manifest.packages}
         together = [
             tuple(step for step in stage if isinstance(step, Shard))
             for stage in stages(self.manifest)
@@ -184,6 +185,9 @@ class _Judge:
         found = []
         for group in filter(None, together):
             forms = self._forms(group)
+            if group[0].dispatched:  # each by itself: one of those that are alike
+                first = {form: name for name, form in reversed(forms.items())}
+                forms = {name: form for form, name in reversed(first.items())}
             fresh = tuple(name for name, form in forms.items() if form not in seen)
             if fresh:
                 found.append((group, fresh))
@@ -266,4 +270,13 @@ def _call_on_drawn(functions: dict[str, Witness]) -> None:
         if function.states and state is None:
             state = function.make_state()
         for call in range(CALLS):
-            function.predict(random_inputs(function.inputs, call), state)
+            function.predict(_drawn(function, call), state)
+
+
+def _drawn(function: Witness, seed: int) -> dict[str, np.ndarray]:
+    """Normal numbers; weights that are given are small enough for sums within fp16."""
+    drawn = random_inputs(function.inputs, seed)
+    for port in function.entry.ports.inputs:
+        if port.root == WEIGHT:
+            drawn[port.name] = (drawn[port.name] / math.sqrt(port.shape[1])).astype(np.float16)
+    return drawn

@@ -76,8 +76,8 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 @needs_core_ai
 @pytest.mark.parametrize(
     "options",
-    [{}, {"state": "explicit"}, {"routing": "sparse"}],
-    ids=["mlstate", "explicit", "sparse"],
+    [{}, {"state": "explicit"}, {"routing": "sparse"}, {"routing": "stream", "compress": "lut4"}],
+    ids=["mlstate", "explicit", "sparse", "stream"],
 )
 def test_both_formats_give_the_same_ids(converted: Callable[..., Path], options: dict) -> None:
     ours, theirs = (logits(converted(form, **options)) for form in ("mlpackage", "aimodel"))

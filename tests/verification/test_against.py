@@ -15,6 +15,7 @@ from ane_moe.runtime import RUNTIMES
 from ane_moe.runtime.reference import runtime as reference
 from ane_moe.verification.against import _whole, check_against
 from ane_moe.verification.pairs import PairResult, Sums, paired
+from tests.verification.tiny import tiny_checkpoint, tiny_conversion
 
 SHARD = Shard("moe/layer_00.mlpackage", "moe", 0, ())
 needs_core_ai = pytest.mark.skipif(
@@ -123,6 +124,36 @@ def test_core_ai_agrees_with_ours_and_with_the_golden(
     assert against["passed"] and against["inputs"] == "golden" and not against["left_out"]
     assert {row["function"] for row in against["pairs"]} == {"decode", "prefill"}
     assert all(row["cosine"] > 0.9999 for row in against["golden"])
+
+
+@pytest.fixture(scope="module")
+def other_forms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Experts that the host dispatches, and states that it keeps."""
+    folder = tmp_path_factory.mktemp("forms")
+    checkpoint = tiny_checkpoint("qwen3_moe", folder / "checkpoint")
+    options = {"state": "explicit", "expert_tokens": (1, 4)}
+    for routing in ("sparse", "stream"):
+        tiny_conversion(checkpoint, folder / routing, routing=routing, **options)
+    return folder
+
+
+@pytest.mark.parametrize("routing", ["sparse", "stream"])
+def test_of_dispatched_experts_one_of_each_kind_is_judged(other_forms: Path, routing: str) -> None:
+    report = check_against(other_forms / routing, "reference")
+    judged = {row.function for row in report.pairs if row.kind.startswith("expert")}
+    prefix = "expert_000_" if routing == "sparse" else ""
+    assert judged == {f"{prefix}t1", f"{prefix}t4"}
+    assert {row.value for row in report.pairs} >= {"y", "ffn_input", "k_cache_out", "v_cache_out"}
+    assert report.passed and report.inputs == "drawn"
+
+
+@needs_core_ai
+@pytest.mark.parametrize("routing", ["sparse", "stream"])
+def test_core_ai_agrees_on_dispatched_experts_and_on_explicit_states(
+    other_forms: Path, routing: str
+) -> None:
+    report = check_against(other_forms / routing, "coreai")
+    assert report.passed and not report.left_out
 
 
 @needs_core_ai
