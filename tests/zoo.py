@@ -8,6 +8,7 @@ Fields = dict[str, Any]
 WITH_IMAGES = (  # or counted among those that have by transformers
     "aria",
     "deepseek_ocr2",
+    "dots3_note",
     "ernie4_5_vl_moe",
     "gemma4",
     "glm4v_moe",
@@ -94,6 +95,32 @@ INDEXED: Fields = {
     "index_topk": 160,
     "index_head_dim": 16,
     "index_n_heads": 3,
+}
+INDEX = "indexed_attention"
+NOTE: Fields = {
+    **COMMON,
+    **{name: size for name, size in LATENT.items() if name != "first_k_dense_replace"},
+    "head_dim": 20,
+    "shared_experts_intermediate_size": 52,
+    "layer_types": [INDEX, SLIDING],
+    "mlp_layer_types": ["dense", "sparse"],
+    "sliding_window": 5,
+    "index_topk": 160,
+    "index_head_dim": 16,
+    "index_n_heads": 8,
+    "rope_parameters": {INDEX: BY_KIND[FULL], SLIDING: BY_KIND[SLIDING]},
+    "per_layer_config": {
+        1: {
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "q_lora_rank": 20,
+            "kv_lora_rank": 16,
+            "head_dim": 28,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 12,
+            "v_head_dim": 24,
+        }
+    },
 }
 BLOCKS: Fields = {
     **COMMON,
@@ -1033,6 +1060,45 @@ ROWS: dict[str, Row] = {
         {
             "plain queries": {
                 "text_config": {"model_type": "mistral4", **COMMON, **MISTRAL, "q_lora_rank": None}
+            }
+        },
+        fused=False,
+    ),
+    "dots3_note": Row(
+        {
+            "text_config": NOTE,
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "mlp_layer_types": ["dense"],
+                "adapter_in_dim": 16,
+                "adapter_out_dim": 72,
+            },
+            "audio_config": {
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "feature_size": 8,
+                "downsample_hidden_size": 8,
+                "adapter_input_size": 16,
+                "adapter_out_dim": 72,
+            },
+            "tie_word_embeddings": False,
+        },
+        {
+            "full": {
+                "text_config": NOTE
+                | {
+                    "layer_types": [FULL, SLIDING],
+                    "attention_bias": False,
+                    "n_group": 1,
+                    "topk_group": 1,
+                    "norm_topk_prob": False,
+                    "rope_parameters": BY_KIND,
+                }
             }
         },
         fused=False,

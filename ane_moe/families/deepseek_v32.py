@@ -6,7 +6,7 @@ from ane_moe.families.decoder import listed_dense, sigmoid_router
 from ane_moe.families.deepseek_v3 import ATTENTION, experts, latent_model
 from ane_moe.families.deepseek_v3 import KEYS as DEEPSEEK_V3
 from ane_moe.families.deepseek_v3 import TAPS as TAPS
-from ane_moe.families.keys import KeyTable
+from ane_moe.families.keys import KeyTable, Paired
 from ane_moe.model.indexer import IndexerSpec
 from ane_moe.model.spec import ModelSpec
 
@@ -22,6 +22,15 @@ NAMES = {
 INDEX_KEYS: KeyTable = {
     f"layers.{{layer}}.attn.index.{ours}": (f"{ATTENTION}.indexer.{theirs}",)
     for ours, theirs in NAMES.items()
+}
+# Of indexers that are rotated in pairs of neighbours.
+PAIRED_INDEX_KEYS: KeyTable = {
+    **INDEX_KEYS,
+    **{
+        f"layers.{{layer}}.attn.index.{ours}": (Paired(f"{ATTENTION}.indexer.{theirs}", "paired"),)
+        for ours, theirs in NAMES.items()
+        if ours != "by_head.weight"
+    },
 }
 KEYS: KeyTable = {**DEEPSEEK_V3, **INDEX_KEYS}
 

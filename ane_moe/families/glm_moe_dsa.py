@@ -5,25 +5,17 @@ take the tokens that an indexer before them chose; of these a context has no mor
 from dataclasses import replace
 
 from ane_moe.families.config import Config
-from ane_moe.families.deepseek_v3 import ATTENTION
 from ane_moe.families.deepseek_v32 import BESIDE as BESIDE
 from ane_moe.families.deepseek_v32 import KEYS as DEEPSEEK_V32
-from ane_moe.families.deepseek_v32 import NAMES
+from ane_moe.families.deepseek_v32 import PAIRED_INDEX_KEYS
 from ane_moe.families.deepseek_v32 import spec as deepseek_v32
-from ane_moe.families.keys import KeyTable, Paired
+from ane_moe.families.keys import KeyTable
 from ane_moe.families.taps import DEEPSEEK
 from ane_moe.model.mla import MlaSpec
 from ane_moe.model.spec import LayerSpec, ModelSpec
 
 TAPS = replace(DEEPSEEK, hands_on=True)
-KEYS: KeyTable = {
-    **DEEPSEEK_V32,
-    **{
-        f"layers.{{layer}}.attn.index.{ours}": (Paired(f"{ATTENTION}.indexer.{theirs}", "paired"),)
-        for ours, theirs in NAMES.items()
-        if ours != "by_head.weight"
-    },
-}
+KEYS: KeyTable = {**DEEPSEEK_V32, **PAIRED_INDEX_KEYS}
 
 
 def spec(config: Config) -> ModelSpec:

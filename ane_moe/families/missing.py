@@ -6,7 +6,6 @@ DSA, MLA = "sparse attention by an index", "deepseek_v3"
 MISSING: dict[str, tuple[str, str]] = {
     "deepseek_v4": (MLA, "compressed attention, experts chosen by token, hyper-connections"),
     "diffusion_gemma": ("", "Gemma 4's layer, decoding by diffusion"),
-    "dots3_note": (MLA, f"{DSA}, windows of latents"),
     "glm5_next": (MLA, f"linear attention, {DSA}, hyper-connections"),
     "hy_v4": (MLA, f"{DSA}, sinks over latents, hyper-connections"),
     "inkling": ("", "convolutions around attention, routing together with shared experts"),

@@ -26,7 +26,8 @@ class MlaSpec:
     multiplied by the sigmoid of a projection of the layer's input. `gated_by_query`: each channel
     of it, by one of what queries are made of; that is both the query's latent normed and the latent
     as it is (`AXK2Attention`). `latent_scale` multiplies the normed latent. An `indexer` says
-    which tokens are attended to, where there are more than it chooses."""
+    which tokens are attended to, where there are more than it chooses. `key_norm`: the key that
+    heads share is normed as latents are."""
 
     heads: int
     nope: int
@@ -43,7 +44,8 @@ class MlaSpec:
     gated_by_query: bool = False
     latent_scale: float = 1.0
     indexer: IndexerSpec | None = None
-    window: None = None
+    window: int | None = None
+    key_norm: bool = False
 
     @property
     def kept(self) -> int:
@@ -77,6 +79,8 @@ class MlaSpec:
             if self.bias:
                 yield Weight(f"{name}.bias", (width,))
         yield Weight("latent_norm.weight", (self.kv_rank,), fold=LATENT_SCALE)
+        if self.key_norm:
+            yield Weight("k_norm.weight", (self.rotated,))
         yield Weight("key_of.weight", (self.heads * self.nope, self.kv_rank))
         yield Weight("value_of.weight", (self.heads * self.value, self.kv_rank))
         width = self.heads * self.value
@@ -108,4 +112,4 @@ class MlaConfig(MixerConfig):
         )
 
     def host(self, tokens: int) -> tuple[Port, ...]:
-        return cache_ports(self.mixer.rope, self.rotary, None, self.slots, tokens)
+        return cache_ports(self.mixer.rope, self.rotary, self.mixer.window, self.slots, tokens)

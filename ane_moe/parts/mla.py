@@ -48,6 +48,8 @@ class Mla(Mixer):
         self.latent = Projection(d, m.kv_rank, m.bias, c.rank("latent"))
         self.k_rotated = Projection(d, m.rotated, m.bias, c.rank("k_rotated"))
         self.latent_norm = RmsNorm(m.kv_rank, m.latent_eps)
+        if m.key_norm:
+            self.k_norm = RmsNorm(m.rotated, m.latent_eps)
         self.key_of = ByHead(m.heads, m.nope, m.kv_rank)
         self.value_of = ByHead(m.heads, m.value, m.kv_rank)
         self.o = Projection(m.heads * m.value, d, m.bias, c.rank("o"))
@@ -114,7 +116,9 @@ class Mla(Mixer):
         """`(1, 1, R + r, T)`."""
         m = self.config.mixer
         latent = self.latent_norm(self.latent(h)).reshape(1, 1, m.kv_rank, -1)
-        key = self.k_rotated(h).reshape(1, 1, m.rotated, -1)
+        shared = self.k_rotated(h)
+        shared = self.k_norm(shared) if m.key_norm else shared
+        key = shared.reshape(1, 1, m.rotated, -1)
         return torch.cat([latent, self._rotated(key, inputs)], dim=2)
 
     def _rotated(self, heads: Tensor, inputs: dict[str, Tensor]) -> Tensor:

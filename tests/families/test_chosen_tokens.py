@@ -23,7 +23,7 @@ from ane_moe.verification.verify import verify
 from tests.models import edit_config, make_model, read_config, save_checkpoint, write_config
 from tests.torch_model import TorchModel
 from tests.verification.tiny import tiny_conversion
-from tests.zoo import BLOCKS
+from tests.zoo import BLOCKS, NOTE
 
 IDS = np.random.default_rng(0).integers(3, 211, 40).tolist()
 CHOSEN = 160  # tokens, in the test table
@@ -67,6 +67,7 @@ CHOOSING = {"index_topk": 12, "index_n_heads": 8}
 CHOOSERS = {
     "axk2": {},
     "deepseek_v32": {},
+    "dots3_note": {"text_config": NOTE | CHOOSING},
     "glm_moe_dsa": {"num_hidden_layers": 2, "indexer_types": ["full", "full"]},
 }
 WRONG = {
@@ -78,7 +79,18 @@ WRONG = {
 
 
 def choosing(family):
-    return make_model(family, **CHOOSING, **CHOOSERS[family])
+    return make_model(family, **CHOOSING | CHOOSERS[family])
+
+
+def with_indexers(spec, change):
+    """The same with each indexer changed."""
+    layers = (
+        replace(layer, mixer=replace(layer.mixer, indexer=replace(indexer, **change(indexer))))
+        if (indexer := layer.mixer.indexer)
+        else layer
+        for layer in spec.layers
+    )
+    return replace(spec, layers=tuple(layers))
 
 
 @pytest.mark.parametrize("family", CHOOSERS)
@@ -88,14 +100,10 @@ def test_attention_goes_to_the_tokens_that_are_chosen(family, tmp_path):
     folder = save_checkpoint(model, tmp_path)
     ours, expected = TorchModel(folder), logits(model)
     assert np.abs(ours.logits(IDS) - expected).max() < NEAR
-    assert np.abs(expected - logits(make_model(family, **CHOOSERS[family]))).max() > FAR
+    all_seen = with_indexers(ours.spec, lambda indexer: {"chosen": len(IDS)})
+    assert np.abs(expected - TorchModel(folder, all_seen).logits(IDS)).max() > FAR
     for name, change in WRONG.items():
-        layers = tuple(
-            replace(one, mixer=replace(one.mixer, indexer=replace(indexer, **change(indexer))))
-            for one in ours.spec.layers
-            for indexer in [one.mixer.indexer]
-        )
-        wrong = TorchModel(folder, replace(ours.spec, layers=layers))
+        wrong = TorchModel(folder, with_indexers(ours.spec, change))
         assert np.abs(wrong.logits(IDS) - expected).max() > FAR, name
 
 

@@ -110,6 +110,9 @@ BIASED: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"conv_bias": True},
     "zaya": {},
 }
+WITH_QUERY_LATENTS = (
+    *("axk1", "deepseek_v32", "dots3_note", "glm_moe_dsa", "kimi_k25", "longcat_flash"),
+)
 BLOCKS = {
     "granitemoe": ("block_sparse_moe", "router"),
     "lfm2_moe": ("feed_forward", "gate"),
@@ -198,7 +201,7 @@ def test_transformers_gives_every_key_of_the_tables_to_a_tensor_of_its_model(fam
     }  # of the shared skeleton, where a family has no such part
     never |= {"attn.v.weight"} if family == "zaya" else set()
     # DeepSeek-V3's queries without a latent, which none has
-    if family in ("axk1", "kimi_k25", "deepseek_v32", "glm_moe_dsa", "longcat_flash"):
+    if family in WITH_QUERY_LATENTS:
         never |= {"attn.q_nope", "attn.q_rotated"}
     for ours, entries in load_family(family).KEYS.items():  # type: ignore[attr-defined]
         for entry in entries:

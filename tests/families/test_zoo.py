@@ -398,6 +398,8 @@ MUTATIONS: dict[str, tuple[Callable[[ModelSpec, Change], ModelSpec], Change]] = 
     ),
     "experts of attention per token": (of_experts_in_attention, lambda m: {"k": m.k - 1}),
     "another eps of the last norm": (of_head, lambda head: {"eps": head.eps and 1e-6}),
+    "no norm of the shared key": (of_latents, lambda m: {"key_norm": False}),
+    "latents in a wider window": (of_latents, lambda m: {"window": m.window and m.window + 1}),
     "latents of another size": (of_latents, lambda m: {"latent_scale": m.latent_scale * 1.1}),
     "what experts give added at once": (of_layers, lambda one: {"hands_on": False, "takes": False}),
     "no gate of latents": (of_latents, lambda m: {"gated": False}),
