@@ -7,6 +7,7 @@ part can be wrong unseen: norm weights are not 1, biases not 0, routing is not u
 
 import json
 import re
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +231,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 def make_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A tiny random fp32 model of `family`, in eager mode; `overrides` are config fields."""
     torch.manual_seed(seed)
-    fields = {**CONFIGS[family], **overrides}
+    fields = deepcopy({**CONFIGS[family], **overrides})  # transformers edits what it is given
     if "layer_types" in CONFIGS[family]:
         fields["layer_types"] = fields["layer_types"][: fields["num_hidden_layers"]]
     config = AutoConfig.for_model(family, **fields)
