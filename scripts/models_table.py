@@ -101,6 +101,7 @@ def parts(spec: ModelSpec) -> str:
 def _mixer(mixer: Any) -> list[str]:
     if not isinstance(mixer, GqaSpec):
         facts = {"windows": mixer.window, "an indexer": getattr(mixer, "indexer", None)}
+        facts["growing queries"] = getattr(mixer, "grows", False)
         return [MIXERS[type(mixer).__name__], *(name for name, has in facts.items() if has)]
     facts = {
         KINDS.get(type(mixer), "attention"): True,

@@ -267,6 +267,8 @@ def make_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
                 buffer.copy_(0.1 * torch.randn_like(buffer))
             elif name.endswith("layer_scalar"):
                 buffer.uniform_(0.5, 1.5)
+            elif name.endswith("rotary_emb.alpha"):
+                buffer.copy_(0.3 * torch.randn_like(buffer))
             elif name.endswith(("quant_key_scale", "quant_value_scale")):  # so that some is cut off
                 buffer.copy_(0.01 + 0.01 * torch.rand_like(buffer))
     return model.eval()

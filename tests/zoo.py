@@ -17,6 +17,7 @@ WITH_IMAGES = (  # or counted among those that have by transformers
     "minimax_m3_vl",
     "mistral3",
     "mistral4",
+    "mistral_large4",
     "qwen3_5_moe",
     "qwen3_vl_moe",
     "step3p7",
@@ -95,6 +96,22 @@ INDEXED: Fields = {
     "index_topk": 160,
     "index_head_dim": 16,
     "index_n_heads": 3,
+}
+LARGE: Fields = {
+    **COMMON,
+    **{
+        name: size
+        for name, size in LATENT.items()
+        if name not in ("q_lora_rank", "first_k_dense_replace")
+    },
+    "mlp_layer_types": ["dense", "sparse"],
+    "no_rope_layers": [1, 0],
+    "indexer_types": ["full", "full"],
+    "index_topk": 160,
+    "index_head_dim": 16,
+    "index_n_heads": 3,
+    "final_logit_softcapping": 3.0,
+    "rope_parameters": MSCALE | {"attention_factor": 1.0},
 }
 INDEX = "indexed_attention"
 NOTE: Fields = {
@@ -1060,6 +1077,36 @@ ROWS: dict[str, Row] = {
         {
             "plain queries": {
                 "text_config": {"model_type": "mistral4", **COMMON, **MISTRAL, "q_lora_rank": None}
+            }
+        },
+        fused=False,
+    ),
+    "mistral_large4": Row(
+        {
+            "text_config": LARGE,
+            "vision_config": {
+                "model_type": "pixtral",
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            "tie_word_embeddings": False,
+        },
+        {
+            "one group": {
+                "text_config": LARGE
+                | {
+                    "attention_bias": False,
+                    "n_group": 1,
+                    "topk_group": 1,
+                    "no_rope_layers": [0, 1],
+                    "indexer_types": ["full", "shared"],
+                    "mlp_layer_types": ["sparse", "sparse"],
+                    "rope_parameters": COMMON["rope_parameters"],
+                }
             }
         },
         fused=False,

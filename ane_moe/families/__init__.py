@@ -125,6 +125,8 @@ def describe(
     family = load_family(spec.family)
     if hasattr(family, "as_stored"):
         spec = family.as_stored(spec, checkpoint.tensors)
+    if hasattr(family, "as_read"):
+        spec = family.as_read(spec, checkpoint)
     try:
         shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
         sources = find_tensors(spec, shapes, family.KEYS)

@@ -10,7 +10,6 @@ MISSING: dict[str, tuple[str, str]] = {
     "hy_v4": (MLA, f"{DSA}, sinks over latents, hyper-connections"),
     "inkling": ("", "convolutions around attention, routing together with shared experts"),
     "inkling2": ("", "convolutions around attention, a softly capped activation"),
-    "mistral_large4": (MLA, f"{DSA}, a temperature of attention"),
     "muse_spark": ("afmoe", "experts that work on a latent, a norm after each"),
     "qwen4_exp": ("qwen3_next", f"tables of n-grams, {DSA}"),
 }

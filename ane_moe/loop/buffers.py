@@ -11,6 +11,7 @@ import numpy as np
 from ane_moe.errors import UserError
 from ane_moe.manifest import Manifest
 from ane_moe.model.port import (
+    BEFORE,
     PART,
     PASSED,
     Port,
@@ -170,10 +171,13 @@ def _noise(array: np.ndarray, slot: str, at: Placement) -> None:
 
 def _passed(array: np.ndarray, slot: str, at: Placement) -> None:
     """`(1, 1, 1, T)`: log(1 + n) for the n runs of tokens that end with a token or before, whole or
-    with the part of one begun."""
+    with the part of one begun; or for all tokens before."""
     (steps,) = slot_arguments(slot)
     array.fill(0)
     positions = np.full(at.count, at.position) if at.roster else np.arange(at.position, at.end)
+    if steps == BEFORE:
+        array[0, 0, 0, : at.count] = np.log1p(positions)
+        return
     runs = (positions + 1) / int(steps.removeprefix(PART))
     array[0, 0, 0, : at.count] = np.log1p(runs if steps.startswith(PART) else np.floor(runs))
 

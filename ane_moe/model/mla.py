@@ -12,7 +12,7 @@ from typing import Self
 from ane_moe.model.indexer import IndexerSpec
 from ane_moe.model.kv_cache import cache_ports
 from ane_moe.model.mixer import MixerConfig
-from ane_moe.model.port import Port
+from ane_moe.model.port import BEFORE, PASSED, Port
 from ane_moe.model.spec import LATENT_SCALE
 from ane_moe.model.weight import Weight
 
@@ -27,7 +27,8 @@ class MlaSpec:
     of it, by one of what queries are made of; that is both the query's latent normed and the latent
     as it is (`AXK2Attention`). `latent_scale` multiplies the normed latent. An `indexer` says
     which tokens are attended to, where there are more than it chooses. `key_norm`: the key that
-    heads share is normed as latents are."""
+    heads share is normed as latents are. `grows`: each head's query is multiplied by the logarithm
+    of its place, from 1 on, times a number and plus another (arXiv 2501.19399)."""
 
     heads: int
     nope: int
@@ -46,6 +47,7 @@ class MlaSpec:
     indexer: IndexerSpec | None = None
     window: int | None = None
     key_norm: bool = False
+    grows: bool = False
 
     @property
     def kept(self) -> int:
@@ -72,9 +74,13 @@ class MlaSpec:
             yield Weight("q_norm.weight", (self.q_rank,))
             inner, reads = self.q_rank * (1 + self.gated_by_query), "q_latent"
         for name, each in (("q_nope", self.nope), ("q_rotated", self.rotated)):
+            if not each:
+                continue
             width = self.heads * each
             yield Weight(f"{name}.weight", (width, inner), "attention.q", reads=reads)
         for name, width in (("latent", self.kv_rank), ("k_rotated", self.rotated)):
+            if not width:
+                continue
             yield Weight(f"{name}.weight", (width, d_model), "attention.k", reads="x")
             if self.bias:
                 yield Weight(f"{name}.bias", (width,))
@@ -93,6 +99,9 @@ class MlaSpec:
             yield Weight("gate.weight", (self.heads, d_model), "attention.q", reads="x")
         if self.gated_by_query:
             yield Weight("gate.weight", (width, inner), "attention.q", reads=reads)
+        if self.grows:
+            yield Weight("growth.scale", (self.heads,))
+            yield Weight("growth.bias", (self.heads,))
         if self.indexer and self.q_rank:
             rows = self.indexer.rows(d_model, self.q_rank)
             yield from (row.under("index") for row in rows)
@@ -112,4 +121,7 @@ class MlaConfig(MixerConfig):
         )
 
     def host(self, tokens: int) -> tuple[Port, ...]:
-        return cache_ports(self.mixer.rope, self.rotary, self.mixer.window, self.slots, tokens)
+        m = self.mixer
+        ports = cache_ports(m.rope, self.rotary, m.window, self.slots, tokens)
+        passed = Port(PASSED, (1, 1, 1, tokens), f"{PASSED}.{BEFORE}")
+        return (*ports, passed) if m.grows else ports

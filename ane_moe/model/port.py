@@ -28,6 +28,7 @@ in slots alone: whoever runs a model fills a function's input slots, calls it, a
     real                    1 for the tokens of a call, 0 for padding
     passed.64               log(1 + n) for n whole runs of 64 tokens up to each token
     passed.part_64          the same, with the part of a run begun
+    passed.before           log(1 + n) for the n tokens before each
 
 The last six and noise are made by the host, by rules of `loop/buffers.py`; functions fill the
 others.
@@ -46,7 +47,7 @@ FFN_INPUT = "ffn_input"
 ADDED = "added"
 LATER = "carry.later"
 MASK, BAND, CHUNK, PROMPT = "mask", "band_", "chunk_", "prompt_"
-PASSED, PART, SHIFT = "passed", "part_", "shift"
+PASSED, PART, BEFORE, SHIFT = "passed", "part_", "before", "shift"
 GATES, LOGITS, STATE, WEIGHT = "gates", "logits", "state", "weight"  # roots
 MEETING = ("sum", "mean")  # how outputs of tracks go into one slot
 # Roots of the slots whose arrays have channels on axis 1 and tokens on the last: `--layout` turns

@@ -5,11 +5,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ane_moe.model.mla import MlaConfig
+from ane_moe.model.port import PASSED
 from ane_moe.parts.indexer import Indexer
 from ane_moe.parts.kv_cache import attend, updated
 from ane_moe.parts.mixer import Mixer
 from ane_moe.parts.norm import RmsNorm
 from ane_moe.parts.projection import Projection
+from ane_moe.parts.residual import vector
 from ane_moe.parts.rope import rotate
 
 
@@ -31,6 +33,17 @@ class ByHead(nn.Module):
         return F.conv2d(x, self.weight, groups=self.heads)
 
 
+class Growth(nn.Module):
+    """What each head's queries are multiplied by: `(1, 1, 1, T) -> (1, H, 1, T)`."""
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.scale, self.bias = vector(heads), vector(heads)
+
+    def forward(self, passed: Tensor) -> Tensor:
+        return passed * self.scale + self.bias
+
+
 class Mla(Mixer):
     """`y = x + attention(norm(x))` over a cache of latents and of the key that all heads share."""
 
@@ -44,9 +57,11 @@ class Mla(Mixer):
             self.q_norm = RmsNorm(m.q_rank, m.latent_eps)
             inner = m.q_rank * (1 + m.gated_by_query)
         self.q_nope = Projection(inner, m.heads * m.nope, rank=c.rank("q_nope"))
-        self.q_rotated = Projection(inner, m.heads * m.rotated, rank=c.rank("q_rotated"))
+        if m.rotated:
+            self.q_rotated = Projection(inner, m.heads * m.rotated, rank=c.rank("q_rotated"))
         self.latent = Projection(d, m.kv_rank, m.bias, c.rank("latent"))
-        self.k_rotated = Projection(d, m.rotated, m.bias, c.rank("k_rotated"))
+        if m.rotated:
+            self.k_rotated = Projection(d, m.rotated, m.bias, c.rank("k_rotated"))
         self.latent_norm = RmsNorm(m.kv_rank, m.latent_eps)
         if m.key_norm:
             self.k_norm = RmsNorm(m.rotated, m.latent_eps)
@@ -58,6 +73,8 @@ class Mla(Mixer):
         if m.gated_by_query:
             self.gate = Projection(inner, m.heads * m.value, rank=c.rank("gate"))
 
+        if m.grows:
+            self.growth = Growth(m.heads)
         if m.indexer and m.q_rank:
             ranks = c.rank("index.q"), c.rank("index.k")
             self.index = Indexer(d, m.q_rank, m.indexer, ranks)
@@ -108,14 +125,19 @@ class Mla(Mixer):
     def _query(self, inner: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """`(1, H, R + r, T)`: against latents, and against the key that is shared."""
         m = self.config.mixer
-        against = self.key_of.backwards(self.q_nope(inner))
-        rotated = self.q_rotated(inner).reshape(1, m.heads, m.rotated, -1)
-        return torch.cat([against, self._rotated(rotated, inputs)], dim=2)
+        parts = [self.key_of.backwards(self.q_nope(inner))]
+        if m.rotated:
+            rotated = self.q_rotated(inner).reshape(1, m.heads, m.rotated, -1)
+            parts.append(self._rotated(rotated, inputs))
+        q = torch.cat(parts, dim=2)
+        return q * self.growth(inputs[PASSED]) if m.grows else q
 
     def _kept(self, h: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """`(1, 1, R + r, T)`."""
         m = self.config.mixer
         latent = self.latent_norm(self.latent(h)).reshape(1, 1, m.kv_rank, -1)
+        if not m.rotated:
+            return latent
         shared = self.k_rotated(h)
         shared = self.k_norm(shared) if m.key_norm else shared
         key = shared.reshape(1, 1, m.rotated, -1)

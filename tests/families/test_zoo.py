@@ -398,6 +398,7 @@ MUTATIONS: dict[str, tuple[Callable[[ModelSpec, Change], ModelSpec], Change]] = 
     ),
     "experts of attention per token": (of_experts_in_attention, lambda m: {"k": m.k - 1}),
     "another eps of the last norm": (of_head, lambda head: {"eps": head.eps and 1e-6}),
+    "latents that do not grow": (of_latents, lambda m: {"grows": False}),
     "no norm of the shared key": (of_latents, lambda m: {"key_norm": False}),
     "latents in a wider window": (of_latents, lambda m: {"window": m.window and m.window + 1}),
     "latents of another size": (of_latents, lambda m: {"latent_scale": m.latent_scale * 1.1}),
