@@ -23,6 +23,7 @@ from ane_moe.errors import UserError
 from ane_moe.formats.recipe import FP16, find_recipe
 from ane_moe.loop import expert_store, prefetch
 from ane_moe.loop.expert_store import StoreFile, views
+from ane_moe.loop.generation import GenerateOptions, generate
 from ane_moe.loop.session import Session
 from ane_moe.loop.shards import load_shards
 from ane_moe.manifest import read_manifest
@@ -223,6 +224,26 @@ def test_a_disk_error_is_one_clear_error_and_the_session_goes_on(store, expected
     monkeypatch.setattr(os, "preadv", preadv)
     rows += [session.decode(token).copy() for token in IDS[10:]]
     np.testing.assert_array_equal(np.stack(rows), expected)
+
+
+@pytest.mark.slow
+def test_after_a_disk_error_at_token_500_generate_goes_on_with_the_same_text(tmp_path, monkeypatch):
+    model = make_model("qwen3_moe", seed=1, **SMALL | {"max_position_embeddings": 1024})
+    folder = save_checkpoint(model, tmp_path / "checkpoint")
+    out = converted(folder, "long", routing="stream", context=600, prefill=0)
+    options = GenerateOptions(max_tokens=520)
+    expected = [piece.id for piece in generate(session_of(out, experts=5), IDS, options)]
+    session, preadv, ids = session_of(out, experts=5), os.preadv, []
+    with pytest.raises(UserError, match="cannot be read"):
+        for piece in generate(session, IDS, options):
+            ids.append(piece.id)
+            if len(ids) == 500:
+                monkeypatch.setattr(os, "preadv", failing_read)
+    assert ids == expected[: len(ids)] and 500 <= len(ids) < 520
+    monkeypatch.setattr(os, "preadv", preadv)
+    rest = GenerateOptions(max_tokens=520 - len(ids))
+    ids += [piece.id for piece in generate(session, IDS + ids, rest, taken=session.position)]
+    assert ids == expected
 
 
 def failing_read(*_):
