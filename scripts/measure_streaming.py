@@ -13,6 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from ane_moe.loop.eviction import DEFAULT_POLICY
 from ane_moe.loop.expert_cache import ExpertCache
 from ane_moe.loop.session import Session
 from ane_moe.loop.shards import LoadedShards, load_shards
@@ -53,7 +54,7 @@ def main() -> None:
         load_ms = 1000 * cache.load_seconds / cache.loads
         machine = Machine(compute_ms, 1e9, load_ms, 1, ahead_readers=1, channels=2)
         guesses = guessed(calls, PREDICTORS[name](experts)) if name in PREDICTORS else None
-        row = play(calls, limit, "lru", machine, name, guesses)
+        row = play(calls, limit, DEFAULT_POLICY, machine, name, guesses)
         waited = 1000 * cache.wait_seconds / arguments.tokens
         print(
             f"| {name} | {cache.misses} | {row.misses} | {cache.late} | {row.late} | {waited:.1f} "

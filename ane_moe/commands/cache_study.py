@@ -19,7 +19,7 @@ def cache_study(
     ] = "0.125,0.25,0.5,1",
     guess_policy: Annotated[
         str, typer.Option(help="Who leaves first where experts are loaded ahead.")
-    ] = "lru",
+    ] = "layer-distance",
     max_tokens: Annotated[int, typer.Option(help="Tokens of the trace to play.", min=1)] = 2048,
     compute_ms: Annotated[
         float, typer.Option(help="Assumed: ms that a layer takes, nothing being waited for.")

@@ -52,7 +52,7 @@ def generate(
     runtime: RuntimeName = "auto",
     precision: PrecisionName = "fp32",
     expert_cache_mb: ExpertCacheMb = None,
-    expert_policy: ExpertPolicy = "lru",
+    expert_policy: ExpertPolicy = "layer-distance",
     memory_mb: MemoryMb = None,
     direct: Direct = False,
     concurrency: Concurrency = 1,

@@ -116,3 +116,6 @@ POLICIES: dict[str, Callable[[Sequence[int]], LeastRecent]] = {
     "layer-distance": LayerDistance,
     "least-stale": LeastStale,
 }
+# Of caches that hold less than a pass over the layers lru keeps nothing; docs/streaming.md has the
+# hits of each on traces.
+DEFAULT_POLICY = "layer-distance"

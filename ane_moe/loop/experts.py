@@ -21,6 +21,7 @@ import numpy as np
 
 from ane_moe.errors import UserError
 from ane_moe.loop.buffers import by_channel
+from ane_moe.loop.eviction import DEFAULT_POLICY
 from ane_moe.loop.expert_cache import Eviction, ExpertCache, FunctionKey
 from ane_moe.loop.expert_source import PackageSource, Sources
 from ane_moe.loop.expert_store import READERS, StoreSource
@@ -300,7 +301,7 @@ def open_cache(
     manifest: Manifest,
     runtime: str,
     limit_bytes: int | None,
-    policy: str = "lru",
+    policy: str = DEFAULT_POLICY,
     *,
     direct: bool = False,
     **options: Any,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from ane_moe.loop.eviction import DEFAULT_POLICY
 from ane_moe.loop.shards import LoadedShards, load_shards
 from ane_moe.loop.tokenizer import Tokenizer, load_tokenizer
 from ane_moe.manifest import read_manifest
@@ -25,7 +26,7 @@ def open_model(
     precision: str = "fp32",
     *,
     expert_cache_mb: float | None = None,
-    expert_policy: str = "lru",
+    expert_policy: str = DEFAULT_POLICY,
     memory_mb: float | None = None,
     adapter: str | None = None,
     direct: bool = False,

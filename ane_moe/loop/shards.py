@@ -9,6 +9,7 @@ import numpy as np
 from ane_moe.errors import UserError
 from ane_moe.loop.buffers import rope_tables
 from ane_moe.loop.embedding_table import EmbeddingTable, open_embeddings
+from ane_moe.loop.eviction import DEFAULT_POLICY
 from ane_moe.loop.expert_cache import ExpertCache
 from ane_moe.loop.expert_source import check_function
 from ane_moe.loop.experts import ExpertLayer, expert_layers, open_cache
@@ -97,7 +98,7 @@ def load_shards(
     runtime: str = "auto",
     *,
     expert_cache_bytes: int | None = None,
-    expert_policy: str = "lru",
+    expert_policy: str = DEFAULT_POLICY,
     memory_mb: float | None = None,
     adapter: str | None = None,
     direct: bool = False,

@@ -6,6 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ane_moe.forecast.chips import Range
+from ane_moe.loop.eviction import DEFAULT_POLICY
 from ane_moe.routing.function_size import SizeChoice
 from ane_moe.routing.grouping import GroupingReport
 from ane_moe.routing.statistics import TraceSummary
@@ -55,8 +56,7 @@ def trace_table(summary: TraceSummary) -> RenderableType:
     if not summary.traffic:
         return Group(head, table)
     cached = _table(
-        "Decoding through a cache of expert functions (least recently used out first; played "
-        "through, not "
+        f"Decoding through a cache of expert functions ({DEFAULT_POLICY}; played through, not "
         "measured)",
         "cache MB",
         "of experts",

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ane_moe.forecast.streaming import Timeline
-from ane_moe.loop.eviction import POLICIES
+from ane_moe.loop.eviction import DEFAULT_POLICY, POLICIES
 from ane_moe.loop.prefetch import LayerBefore, MostUsed, Predictor, PreviousToken
 from ane_moe.progress import Progress, silent
 from ane_moe.routing.heard import Heard, HiddenStates
@@ -102,7 +102,7 @@ def study(
     machine: Machine,
     *,
     shares: Sequence[float] = SHARES,
-    guess_policy: str = "lru",
+    guess_policy: str = DEFAULT_POLICY,
     heard: Heard | None = None,
     progress: Progress = silent,
 ) -> CacheStudy:

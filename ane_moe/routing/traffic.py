@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 
 from ane_moe.errors import UserError
-from ane_moe.loop.eviction import POLICIES, Belady, LeastRecent
+from ane_moe.loop.eviction import DEFAULT_POLICY, POLICIES, Belady, LeastRecent
 from ane_moe.routing.routing_trace import RoutingTrace
 
 Groups = Sequence[Sequence[int]]  # experts of each function of a layer
@@ -119,7 +119,7 @@ def expert_traffic(
     cache_bytes: int | None,
     groups: Mapping[int, Groups] | None = None,
     function_bytes: Mapping[int, int] | None = None,
-    policy: str = "lru",
+    policy: str = DEFAULT_POLICY,
 ) -> ExpertTraffic:
     """Play the trace through a cache that drops functions by `policy`, as `ExpertCache` does, or
     `belady`.
