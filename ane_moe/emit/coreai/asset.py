@@ -16,7 +16,7 @@ from typing import Any
 
 from ane_moe.emit.coreai.bytecode import DO, read_arrays
 from ane_moe.emit.coreai.expansions import Held, constant, expanded, resource
-from ane_moe.emit.coreai.told import Packed, by_name, told_of, weight_of
+from ane_moe.emit.coreai.told import Arrays, by_name, told_of, weight_of
 from ane_moe.emit.coreml.package import ContentKey, Weight, Written, disk_error, extent
 from ane_moe.emit.coreml.template import Template, value_name
 from ane_moe.errors import UserError
@@ -25,7 +25,7 @@ from ane_moe.formats.encoded import Encoded, Expansion, Stored
 from ane_moe.model.template_key import function_name, weight_name
 from ane_moe.runtime.coreai.installed import core_ai, quiet
 
-PROGRAM, METADATA = "main.mlirb", "metadata.json"
+PROGRAM, DIGEST, METADATA = "main.mlirb", "main.hash", "metadata.json"
 FACTS = "ane_moe"  # of what whoever makes an asset may say in its metadata
 NAME = "coreai.name"  # of an input, as the runtime calls it
 
@@ -67,7 +67,8 @@ def stamp_asset(
             temporary.parent.mkdir(parents=True, exist_ok=True)
             assets.AIProgram._from_mlir_module(module).save_asset(temporary)
             _say(bound, content_key, temporary / METADATA)
-            files = {one.name: sha256(one) for one in sorted(temporary.iterdir())}
+            files = {name: sha256(temporary / name) for name in (DIGEST, METADATA)}
+            files[PROGRAM] = (temporary / DIGEST).read_bytes().hex()
     except (OSError, RuntimeError) as error:
         raise disk_error(error, path) from error
     return Written(content_key, files)
@@ -122,11 +123,12 @@ def _bound(
         for name, shape in template.weights.items()
     }
     bound: dict[str, _Bound] = {}
+    arrays = Arrays()
     for name, value in values:
         size, type_ = extent(value)
         if size != math.prod(shapes[name]) or type_ != "fp16" or name in bound:
             raise ValueError(f"weight {name}: {type_}, {size} elements, for {shapes[name]}")
-        bound[name] = _held(value, shapes[name])
+        bound[name] = _held(value, shapes[name], arrays)
     for name, other in shared.items():
         if name in bound or shapes[name] != shapes[other]:
             raise ValueError(f"weight {name}: {shapes[name]}, cannot be {other} {shapes[other]}")
@@ -136,14 +138,14 @@ def _bound(
     return bound
 
 
-def _held(value: Weight, shape: tuple[int, ...]) -> _Bound:
+def _held(value: Weight, shape: tuple[int, ...], arrays: Arrays) -> _Bound:
     if not isinstance(value, Encoded):
-        plain = Packed(Stored(value.reshape(shape), "fp16"))
+        plain = arrays.add(Stored(value.reshape(shape), "fp16"))
         return _Bound(plain.told, resource(plain))
     told, expansions = [], []
     for expansion in value.expansions:
         packed = {
-            part: Packed(array)
+            part: arrays.add(array)
             for part, array in expansion.inputs.items()
             if isinstance(array, Stored)
         }

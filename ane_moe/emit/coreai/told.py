@@ -1,12 +1,13 @@
 """What the metadata of an asset tells of its weights, so that they can be read again: types, shapes
 and expansions, as JSON, and the arrays of the program by name.
 
-The name of an array is a digest of its bytes: of those that are equal, whatever their types,
-Apple's writer keeps one, under the name of any of them.
+Of arrays that are equal, whatever their types, Apple's writer keeps one, under the name of any of
+them: so equal arrays have one name here.
 """
 
-import hashlib
+import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,26 +16,46 @@ from ane_moe.formats.encoded import Encoded, Expansion, Stored
 from ane_moe.mlprogram.storage import STORAGE, decode, encode
 
 Weight = np.ndarray | Encoded
-NAME_LENGTH = 32  # hexadecimal digits
 
 
+@dataclass(frozen=True)
 class Packed:
-    """The bytes of a stored array, a copy, and what an asset calls them."""
+    """The bytes of a stored array, and what an asset calls them."""
 
-    def __init__(self, stored: Stored):
-        self.type, self.shape = stored.type, stored.values.shape
-        self.bytes = np.array(encode(STORAGE[stored.type], stored.values))
-        self.name = hashlib.sha256(self.bytes.data).hexdigest()[:NAME_LENGTH]
+    type: str
+    shape: tuple[int, ...]
+    name: str
+    bytes: np.ndarray
 
     @property
     def told(self) -> list[Any]:
         return [self.type, list(self.shape), self.name]
 
 
+@dataclass
+class Arrays:
+    """The arrays of one asset, numbered as they come."""
+
+    _known: dict[tuple[int, int], list[Packed]] = field(default_factory=dict)
+    _count: int = 0
+
+    def add(self, stored: Stored) -> Packed:
+        """A copy of the array, packed; in the place of one that is equal, if there is any."""
+        packed = encode(STORAGE[stored.type], stored.values)
+        alike = self._known.setdefault((packed.size, zlib.crc32(packed.data)), [])
+        shape = stored.values.shape
+        for other in alike:
+            if np.array_equal(other.bytes, packed):
+                return Packed(stored.type, shape, other.name, other.bytes)
+        alike.append(Packed(stored.type, shape, f"array{self._count:06d}", np.array(packed)))
+        self._count += 1
+        return alike[-1]
+
+
 def by_name(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The arrays of a program as weights call them: MLIR puts a number behind a name that it has
     already."""
-    return {name[:NAME_LENGTH]: array for name, array in arrays.items()}
+    return {name.partition("_")[0]: array for name, array in arrays.items()}
 
 
 def told_of(expansion: Expansion, packed: Mapping[str, Packed]) -> dict[str, Any]:

@@ -1,0 +1,69 @@
+"""`--format aimodel` over the families: Hugging Face's model, the reference runtime and Core AI's on
+the same prompts."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ane_moe.conversion.pipeline import convert
+from ane_moe.conversion.plan import ConvertOptions
+from ane_moe.formats.recipe import FP16
+from ane_moe.loop.session import Session
+from ane_moe.loop.shards import load_shards
+from ane_moe.original.golden import read_golden
+from tests.models import DECODERS, make_model, save_checkpoint
+from tests.zoo import ROWS
+
+HAS_CORE_AI = importlib.util.find_spec("coreai_torch") is not None
+pytestmark = pytest.mark.skipif(not HAS_CORE_AI, reason="Core AI's packages are not installed")
+
+TOKENS, MORE = 20, 8
+COSINE = 0.9999  # of logits, fp16
+QUICK = "lfm2_moe"  # short convolutions beside attention, sigmoid routing
+PROMPT = np.random.default_rng(0).integers(3, 211, TOKENS).tolist()
+
+
+def scores(out: Path, ids: list[int]) -> np.ndarray:
+    """Logits after the prompt and after each further one of `ids`, [1 + MORE,V]."""
+    session = Session(load_shards(out))
+    found = [session.prefill(ids[:TOKENS]).copy()]  # a session has one array for its scores
+    found += [session.decode(token).copy() for token in ids[TOKENS : TOKENS + MORE]]
+    return np.array(found, np.float64)
+
+
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    return np.sum(a * b, -1) / norms
+
+
+def compared(family: str, folder: Path, prefill: int = 16) -> dict[str, float]:
+    """The least cosines of the three pairs, over the prompt's last token and those after it, which
+    are the golden's own."""
+    seed = ROWS[family].seed if family in ROWS else 0
+    checkpoint = save_checkpoint(make_model(family, seed=seed), folder / "checkpoint")
+    ids = [*PROMPT, *np.random.default_rng(1).integers(3, 211, MORE).tolist()]
+    (folder / "prompts.json").write_text(json.dumps([ids]))
+    for form in ("mlpackage", "aimodel"):
+        options = ConvertOptions(recipe=FP16, format=form, prefill=prefill, context=64)
+        golden = form == "mlpackage"
+        prompts = folder / "prompts.json" if golden else None
+        convert(checkpoint, folder / form, options, golden=golden, prompts=prompts)
+    original = np.asarray(read_golden(folder / "mlpackage/golden.safetensors").logits, np.float64)
+    ours, theirs = (scores(folder / form, ids) for form in ("mlpackage", "aimodel"))
+    assert [int(row.argmax()) for row in ours] == [int(row.argmax()) for row in theirs]
+    hf = original[TOKENS - 1 : TOKENS + MORE]
+    pairs = {"HF, reference": (hf, ours), "HF, Core AI": (hf, theirs), "both": (ours, theirs)}
+    return {name: float(cosines(*pair).min()) for name, pair in pairs.items()}
+
+
+def test_three_opinions_agree(tmp_path: Path) -> None:
+    assert min(compared(QUICK, tmp_path, prefill=0).values()) > COSINE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", (*DECODERS, *ROWS))
+def test_three_opinions_agree_in_every_family(family: str, tmp_path: Path) -> None:
+    assert min(compared(family, tmp_path).values()) > COSINE
