@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from ane_moe.emit.coreml.package import ContentKey
@@ -178,3 +179,21 @@ def test_equal_numbers_in_two_shapes_are_both_read_again(tmp_path: Path) -> None
     found = dict(read_weights(path))
     assert [found[f"{name}/weight"].shape for name in "ab"] == list(shapes)
     np.testing.assert_array_equal(found["b/weight"].ravel(), weight.ravel())
+
+
+def test_results_of_calls_are_not_kept(tmp_path: Path) -> None:
+    """Core AI itself keeps them for ever: 300 of 64 kB would be 20 MB."""
+    from ane_moe.emit.coreai.asset import stamp_asset
+    from ane_moe.runtime import load_package
+
+    wide = TEXT.replace(f"x{TOKENS}xf16", "x512xf16")
+    path, x = tmp_path / "a.aimodel", np.zeros((1, COLUMNS, 1, 512), np.float16)
+    values = [("weight", encoded("fp16"))]
+    stamp_asset({"": Template(wide.encode(), TEMPLATE.weights)}, values, ContentKey(), path)
+    function, process = load_package(path), psutil.Process()
+    for _ in range(20):
+        function.predict({"x": x})
+    before = process.memory_info().rss
+    for _ in range(300):
+        function.predict({"x": x})
+    assert process.memory_info().rss - before < 5_000_000

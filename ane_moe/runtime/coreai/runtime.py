@@ -75,13 +75,16 @@ class CoreAiFunction:
         runtime = core_ai("coreai.runtime")
         arrays = check_inputs(self.inputs, dict(inputs), self._where)
         given = {name: runtime.NDArray(np.ascontiguousarray(each)) for name, each in arrays.items()}
-        call = self._native(given, state=self._kept(state))
+        call = _called(self._native, given, self._kept(state))
         results = self._model.wait(call, f"Core AI could not run {self._where}")
-        return {one.name: np.array(results[one.name].numpy()) for one in self.outputs}
+        wrapped = {name: runtime.NDArray._wrap(value) for name, value in results.items()}
+        outputs = {one.name: np.array(wrapped[one.name].numpy()) for one in self.outputs}
+        results.clear()  # Core AI holds on to it for ever, and to all that is in it
+        return outputs
 
-    def _kept(self, state: CoreAiState | None) -> dict[str, Any] | None:
+    def _kept(self, state: CoreAiState | None) -> dict[str, Any]:
         if not self.states:
-            return None
+            return {}
         if not isinstance(state, CoreAiState):
             raise UserError(f"{self._where} needs a state", do="make one with make_state()")
         for feature in self.states:
@@ -89,6 +92,14 @@ class CoreAiFunction:
             if array is None or tuple(array.shape) != feature.type.shape:
                 raise UserError(f"the state does not fit {self._where}", feature.name)
         return {one.name: state.arrays[one.name] for one in self.states}
+
+
+async def _called(function: Any, inputs: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    """Core AI's own dictionary of results, of which its Python function gives a copy."""
+    own = ({name: array._tensor for name, array in arrays.items()} for arrays in (inputs, state))
+    given, kept = own
+    results: dict[str, Any] = await function._function(inputs=given, state=kept)
+    return results
 
 
 class Model:
