@@ -94,7 +94,7 @@ class LowRank:
         halves = narrowed(np.ldexp(out, shift)), narrowed(np.ldexp(into, -shift))
         if not all(np.isfinite(half).all() for half in halves):
             raise UserError(
-                f"{self.pair.into.path.parent}: {self.pair.into.key} overflows fp16, or is damaged",
+                f"{self.pair.into.path}: {self.pair.into.key} overflows fp16, or is damaged",
                 do="merge it: " + MERGED_INSTEAD,
             )
         return halves

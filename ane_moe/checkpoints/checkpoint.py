@@ -7,7 +7,6 @@ import hashlib
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from io import FileIO
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
@@ -31,8 +30,10 @@ from ane_moe.checkpoints.key_names import example, model_names
 from ane_moe.checkpoints.left_out import left_out
 from ane_moe.checkpoints.packed import plain_tensors
 from ane_moe.checkpoints.packed.facts import plain_config, side_facts
+from ane_moe.checkpoints.remote import placed, url_of
 from ane_moe.checkpoints.safetensors_header import read_header
 from ane_moe.checkpoints.stored_tensor import Codec, StoredTensor
+from ane_moe.checkpoints.weight_file import opened, read_exactly
 from ane_moe.errors import UserError
 from ane_moe.half import STORED, narrow_into, narrowed, widened
 from ane_moe.json_file import read_json
@@ -329,11 +330,11 @@ class Checkpoint:
                 for begin in range(0, len(numbers), CHUNK_ELEMENTS):
                     yield first + begin, numbers[begin : begin + CHUNK_ELEMENTS]
             return
-        with tensor.path.open("rb", buffering=0) as stream:
+        with opened(tensor.path) as stream:
             stream.seek(tensor.offset + start * stored.itemsize)
             for first in range(0, count, CHUNK_ELEMENTS):
                 raw = self._raw[: min(CHUNK_ELEMENTS, count - first) * stored.itemsize]
-                _read_exactly(stream, raw, tensor.path)
+                read_exactly(stream, raw, tensor.path)
                 yield first, raw.view(stored)
 
     def _numbers(self, source: TensorSource, codec: Codec) -> Iterable[Piece]:
@@ -437,7 +438,7 @@ def _predicting(config: Mapping[str, Any]) -> range:
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Read the configuration and the headers of the checkpoint folder `path`, of a GGUF file, or of
-    a model that it names on the Hub; no weights yet.
+    a model that it names on the Hub or by another address; no weights yet.
 
     Raises UserError when it is not a readable checkpoint in safetensors or GGUF form.
     """
@@ -455,7 +456,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     generation = folder / "generation_config.json"
     stored: dict[str, StoredTensor] = {}
     for file in weight_files(folder):
-        header = read_header(file)
+        header = placed(read_header(file), folder)
         if twice := [key for key in header if key in stored]:
             count = counted(len(twice), "tensor")
             raise UserError(f"{folder} stores {count} twice", listed(twice))
@@ -479,7 +480,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         config = plain_config(config)
         decoding = f"quantised ({', '.join(forms)}): decoded exactly while it is read"
     fetched = from_hub and "{hub} at {revision}".format(**from_hub)
-    read = (fetched, renamed, alternating, original, decoding)
+    apart = url_of(folder) and f"{url_of(folder)}, by byte ranges"
+    read = (fetched, apart, renamed, alternating, original, decoding)
     said = (*read, passed_over(folder), adapter_beside(folder))
     return Checkpoint(
         folder,
@@ -498,12 +500,3 @@ def _require_indexed(folder: Path, tensors: Collection[str]) -> None:
     if missing := [key for key in weight_map(folder) if key not in tensors]:
         lacking = f"{counted(len(missing), 'tensor')} that its index names: {listed(missing)}"
         raise UserError(f"{folder} lacks {lacking}", do="download it again")
-
-
-def _read_exactly(stream: FileIO, raw: np.ndarray, path: Path) -> None:
-    view = raw.data
-    while view:
-        got = stream.readinto(view)
-        if not got:
-            raise UserError(f"{path} is truncated", "it ended while it was being read")
-        view = view[got:]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ane_moe.checkpoints.stored_tensor import Codec, Pieces, StoredTensor
-from ane_moe.errors import UserError
+from ane_moe.checkpoints.weight_file import opened, read_exactly
 from ane_moe.half import widened
 
 DECODED_ELEMENTS = 1 << 20  # decoded at a time, where rows allow it
@@ -61,11 +61,10 @@ TABLES = {"F8_E4M3": E4M3, "F8_E5M2": E5M2, "F8_E8M0": E8M0, "U8": E8M0}
 
 def stored_bytes(tensor: StoredTensor, first: int, count: int) -> np.ndarray:
     """Bytes [first, first + count) of a tensor. Raises UserError where the file ends."""
-    with tensor.path.open("rb") as stream:
+    stored = np.empty(count, np.uint8)
+    with opened(tensor.path) as stream:
         stream.seek(tensor.offset + first)
-        stored = np.fromfile(stream, np.uint8, count)
-    if len(stored) != count:
-        raise UserError(f"{tensor.path} is truncated", "it ended while it was being read")
+        read_exactly(stream, stored, tensor.path)
     return stored
 
 

@@ -18,6 +18,8 @@ MODEL_FOLDER = "give a Hugging Face model folder"
 ADAPTER_ADVICE = "give its base model, and this folder as --adapter"
 # safetensors files of an adapter, and of Mistral's original layout
 NOT_THE_MODEL = ("adapter_model", "consolidated")
+# Beside the weights: configuration, tokenizer, chat template.
+SMALL = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.vocab")
 # Files beside the weights that are large enough for Git LFS
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 
@@ -96,6 +98,19 @@ def weight_files(folder: Path) -> list[Path]:
     if not files:
         raise _foreign(folder) or UserError(f"{folder} holds no safetensors files", "no weights")
     return files
+
+
+def weight_names(folder: Path, files: list[str]) -> list[str]:
+    """The weight files that are read, out of the names of all, as `weight_files` chooses
+    once they are there."""
+    if SINGLE in files:
+        return [SINGLE]
+    if INDEX in files:
+        found = read_json(folder / INDEX).get("weight_map")
+        names = set(found.values()) if isinstance(found, dict) else set()
+        return sorted(file for file in files if file in names and "/" not in file)
+    plain = (file for file in files if "/" not in file and file.endswith(".safetensors"))
+    return sorted(file for file in plain if not file.startswith(NOT_THE_MODEL))
 
 
 def weight_map(folder: Path) -> dict[str, str]:

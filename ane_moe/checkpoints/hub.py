@@ -10,11 +10,13 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ane_moe.checkpoints.folder import CONFIG, INDEX, NOT_THE_MODEL, SINGLE, weight_files
-from ane_moe.checkpoints.safetensors_header import MAX_HEADER_BYTES, read_header
+from ane_moe.checkpoints.folder import CONFIG, SMALL, weight_files, weight_names
+from ane_moe.checkpoints.remote import address, fetch_header, remote_folder
+from ane_moe.checkpoints.safetensors_header import read_header
 from ane_moe.errors import UserError
 from ane_moe.files import replaced, write_text
 from ane_moe.json_file import read_json
@@ -24,8 +26,6 @@ NAME = re.compile(
     r"(?:hf:/{1,2})?(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?"
     r"(?::(?P<kind>\w[\w.-]*))?"
 )
-# Beside the weights: configuration, tokenizer, chat template.
-SMALL = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.vocab")
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>\w+)$")
 PARTIAL = re.compile(
@@ -66,12 +66,14 @@ def hub_name(given: str | Path) -> HubName | None:
 
 def local_folder(given: str | Path, layers: Sequence[int] | None = None) -> Path:
     """A folder with the checkpoint, or a GGUF file: the path itself, or what is fetched where a
-    model of the Hub is named. With `layers`, tensors of other layers may be zeros in it; with none
-    of them, all.
+    model of the Hub is named, or another address, whose tensors stay there (remote.py). With
+    `layers`, tensors of other layers may be zeros in it; with none of them, all.
 
     Raises UserError where there is no such model, no permission or no network and nothing in the
     cache.
     """
+    if url := address(given):
+        return remote_folder(url)
     name = hub_name(given)
     if name is None:
         return Path(given)
@@ -153,7 +155,7 @@ def _folder(name: HubName, layers: Sequence[int] | None) -> Path:
         return _gguf(commit, parts, header=layers is not None and not layers and not offline)
     if not (folder / CONFIG).is_file():
         raise UserError(f"{name} has no {CONFIG}", f"{len(files)} other files", "name another")
-    weights = _weights(folder, files)
+    weights = weight_names(folder, files)
     if not weights:
         raise UserError(
             f"{name} has no safetensors weights", f"{len(files)} other files", "name another"
@@ -218,24 +220,12 @@ def _gguf(name: HubName, parts: list[str], header: bool) -> Path:
         if path.is_file() and path.stat().st_size == size:
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replaced(path) as partial, partial.open("wb") as stream:
+        with replaced(path) as unfinished, unfinished.open("wb") as stream:
             for first in range(0, min(size, GGUF_HEADER_BYTES), PIECE):
                 last = min(first + PIECE, size, GGUF_HEADER_BYTES)
                 stream.write(_range(found.location, first, last))
             stream.truncate(size)
     return folder / parts[0]
-
-
-def _weights(folder: Path, files: list[str]) -> list[str]:
-    """The weight files that are read, out of the names of all (folder.weight_files)."""
-    if SINGLE in files:
-        return [SINGLE]
-    if INDEX in files:
-        found = read_json(folder / INDEX).get("weight_map")
-        names = set(found.values()) if isinstance(found, dict) else set()
-        return sorted(file for file in files if file in names and "/" not in file)
-    plain = (file for file in files if "/" not in file and file.endswith(".safetensors"))
-    return sorted(file for file in plain if not file.startswith(NOT_THE_MODEL))
 
 
 def _literal(file: str) -> str:
@@ -282,7 +272,7 @@ def _fetch_tensors(name: HubName, path: Path, layers: set[int], arrived: _Arrive
     if not size:
         raise UserError(f"{url} has no size", "nothing to fetch", "name another revision")
     if not path.is_file() or path.stat().st_size != size:
-        _header(place, path, size)
+        fetch_header(path, size, partial(_range, place), place)
     for first, last in _runs(path, layers) if layers else ():
         key = f"{path.name}:{first}-{last}"
         start = arrived.ends.get(key, first)
@@ -293,16 +283,6 @@ def _fetch_tensors(name: HubName, path: Path, layers: set[int], arrived: _Arrive
                 stream.write(_range(place, begin, end))
                 stream.flush()
                 arrived.note(key, end)
-
-
-def _header(url: str, path: Path, size: int) -> None:
-    """A file of the whole size that holds the header alone."""
-    length = int.from_bytes(_range(url, 0, 8), "little")
-    if length > min(size - 8, MAX_HEADER_BYTES):
-        raise UserError(f"{url} is not a safetensors file", f"a header of {length} bytes")
-    with replaced(path) as partial, partial.open("wb") as stream:
-        stream.write(_range(url, 0, 8 + length))
-        stream.truncate(size)
 
 
 def _runs(path: Path, layers: set[int]) -> Iterator[tuple[int, int]]:

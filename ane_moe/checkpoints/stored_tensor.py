@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
+from ane_moe.checkpoints.weight_file import WeightFile
 
 
 class Codec(Protocol):
@@ -58,7 +59,7 @@ class StoredTensor:
     codes."""
 
     key: str
-    path: Path
+    path: WeightFile
     dtype: str
     shape: tuple[int, ...]
     offset: int

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import ane_moe
+from ane_moe.checkpoints.weight_file import WeightFile, size_of
 from ane_moe.errors import UserError
 from ane_moe.files import scratch_folder
 
@@ -40,7 +41,7 @@ class Conditions:
     the folder that it is to write to."""
 
     versions: tuple[tuple[str, str], ...]
-    sizes: tuple[tuple[Path, int], ...] = ()
+    sizes: tuple[tuple[WeightFile, int], ...] = ()
     marker: Path | None = None
     text: str = ""
 
@@ -51,9 +52,9 @@ class Conditions:
             if found[name] != wanted:
                 return f"has {name} {found[name]}, not {wanted}"
         for path, size in self.sizes:
-            if not path.is_file():
+            if (found_size := size_of(path)) is None:
                 return f"does not see {path}"
-            if path.stat().st_size != size:
+            if found_size != size:
                 return f"sees another file as {path}"
         return self._objection_to_folder(self.marker) if self.marker else ""
 
@@ -149,9 +150,9 @@ class Cluster(Executor):
         self._ended.set()
         self._client.close(timeout=2)
 
-    def admit(self, files: Collection[Path], marker: Path) -> None:
+    def admit(self, files: Collection[WeightFile], marker: Path) -> None:
         """As of `Workers`; also refuses workers with other versions of what decides the result."""
-        sizes = tuple((path, path.stat().st_size) for path in sorted(files))
+        sizes = tuple((file, size_of(file) or 0) for file in sorted(files, key=str))
         versions = tuple(installed().items())
         self._conditions = Conditions(versions, sizes, marker, marker.read_text())
         for address, found in self._ask(_objection, self._conditions).items():

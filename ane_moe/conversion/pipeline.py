@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ane_moe.checkpoints.checkpoint import TensorSource
+from ane_moe.checkpoints.hub import local_folder
 from ane_moe.conversion import stamping
 from ane_moe.conversion.goldens import (
     GOLDEN,
@@ -125,7 +126,7 @@ def convert(
     """Open `checkpoint`, plan its conversion into the shard folder `out`, and `carry_out` that: by
     processes of this machine, or by the workers of a `cluster`, the address of its scheduler."""
     if cluster:  # whose workers are in folders of their own
-        checkpoint, out = checkpoint.absolute(), out.absolute()
+        checkpoint, out = local_folder(checkpoint).absolute(), out.absolute()
     job = open_job(checkpoint, out, options or ConvertOptions())
     with open_workers(workers, stamping.__name__, cluster, out) as those:
         return carry_out(

@@ -20,6 +20,8 @@ from typing import Any, Protocol, TypeVar
 
 import psutil
 
+from ane_moe.checkpoints.weight_file import WeightFile
+
 T = TypeVar("T")
 
 Pool = Executor | None  # None: everything in this process
@@ -28,7 +30,7 @@ Pool = Executor | None  # None: everything in this process
 class Workers(Protocol):
     """Who does the calls of a conversion."""
 
-    def admit(self, files: Collection[Path], marker: Path) -> None:
+    def admit(self, files: Collection[WeightFile], marker: Path) -> None:
         """Check, before anything is begun, that all of them can read `files`, and see `marker`
         where they are to write. Raises UserError."""
 
@@ -46,7 +48,7 @@ class LocalWorkers:
     count: int
     preload: str
 
-    def admit(self, files: Collection[Path], marker: Path) -> None:
+    def admit(self, files: Collection[WeightFile], marker: Path) -> None:
         """They see what this process sees."""
 
     def readers(self) -> AbstractContextManager[Pool]:

@@ -36,7 +36,9 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from ane_moe.checkpoints.checkpoint import Checkpoint
+from ane_moe.checkpoints.coded import stored_bytes
 from ane_moe.checkpoints.left_out import is_beside
+from ane_moe.checkpoints.weight_file import RemoteFile
 from ane_moe.errors import UserError
 from ane_moe.families import load_family
 from ane_moe.families.quantised import quantisation
@@ -88,10 +90,10 @@ class OriginalTensors:
     def opened(self, names: Collection[str]) -> Iterator[dict[str, Any]]:
         with ExitStack() as stack:
             stored = [self._stored[name] for name in names]
-            files = {tensor.path for tensor in stored if not tensor.made}
+            paths = {tensor.path for tensor in stored if not tensor.made}
+            files = sorted(path for path in paths if isinstance(path, Path))
             opened = {
-                file: stack.enter_context(safe_open(file, "pt", backend="pread"))
-                for file in sorted(files)
+                file: stack.enter_context(safe_open(file, "pt", backend="pread")) for file in files
             }
             yield {name: self._opened(opened, name) for name in names}
 
@@ -99,6 +101,9 @@ class OriginalTensors:
         tensor = self._stored[name]
         if tensor.made:
             return torch.from_numpy(self._made(name))
+        if isinstance(tensor.path, RemoteFile):
+            stored = torch.from_numpy(stored_bytes(tensor, 0, tensor.size))
+            return stored.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
         return files[tensor.path].get_slice(tensor.key)
 
 

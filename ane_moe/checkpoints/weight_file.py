@@ -1,0 +1,131 @@
+"""The bytes of a weight file: of this machine, or of a place that fsspec reads by ranges."""
+
+import io
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ane_moe.errors import UserError
+
+BLOCK, BLOCKS = 1 << 23, 6  # bytes of a request, and how many stay: neighbours are read next
+TRIES, PAUSE_SECONDS = 5, 0.2  # again, where the line breaks; twice the pause each time
+# Protocols that need a package beyond fsspec have theirs in this extra.
+EXTRA = "pip install 'ane-moe[remote]', or what fsspec names for it"
+
+
+@dataclass(frozen=True, order=True)
+class RemoteFile:
+    """A file of `size` bytes at an address that fsspec knows."""
+
+    url: str
+    size: int
+
+    @property
+    def name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+    def __str__(self) -> str:
+        return self.url
+
+
+WeightFile = Path | RemoteFile
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """fsspec's file system of an address, and the path in it. Raises UserError where none is
+    known or a package is missing."""
+    import fsspec
+
+    try:
+        files, path = fsspec.core.url_to_fs(url)
+        return files, path
+    except ImportError as error:
+        raise UserError(f"{url} needs another package", str(error), EXTRA) from None
+    except ValueError as error:
+        raise UserError(f"{url} is at no known kind of place", str(error)) from None
+
+
+def read_range(url: str, first: int, last: int) -> bytes:
+    """Bytes [first, last) of a file. Raises UserError where they cannot be had."""
+    files, path = file_system(url)
+    for number in range(TRIES):
+        try:
+            data = bytes(files.cat_file(path, start=first, end=last))
+            break
+        except FileNotFoundError:
+            raise UserError(f"there is no {url}") from None
+        except Exception as error:  # of many libraries: network, permission
+            if number == TRIES - 1:
+                raise unreadable(url, error) from None
+            time.sleep(PAUSE_SECONDS * 2**number)
+    if len(data) != last - first:
+        found = f"{len(data)} bytes where {last - first} were asked for"
+        raise UserError(f"{url} is not given by ranges", found, "download it, and give the folder")
+    return data
+
+
+def unreadable(url: str, error: Exception) -> UserError:
+    reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+    return UserError(f"{url} cannot be read", reason, "check the address, and the network")
+
+
+def size_of(file: WeightFile) -> int | None:
+    """Bytes of a file as it is there now; None where there is none."""
+    if isinstance(file, Path):
+        return file.stat().st_size if file.is_file() else None
+    files, path = file_system(file.url)
+    try:
+        return int(files.info(path)["size"] or 0)
+    except Exception:  # as above
+        return None
+
+
+def opened(file: WeightFile) -> AbstractContextManager[io.RawIOBase]:
+    """The file, to be sought in and read without another buffer."""
+    return file.open("rb", buffering=0) if isinstance(file, Path) else _Blocks(file)
+
+
+def read_exactly(stream: io.RawIOBase, raw: np.ndarray, file: WeightFile) -> None:
+    """Fill an array of bytes. Raises UserError where the file ends."""
+    view = raw.data
+    while view:
+        got = stream.readinto(view)
+        if not got:
+            raise UserError(f"{file} is truncated", "it ended while it was being read")
+        view = view[got:]
+
+
+class _Blocks(io.RawIOBase):
+    """A file that is fetched block by block."""
+
+    def __init__(self, file: RemoteFile):
+        self._file, self._at = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        assert whence == 0
+        self._at = offset
+        return offset
+
+    def readinto(self, buffer: Any) -> int:
+        if self._at >= self._file.size:
+            return 0
+        view, (number, first) = memoryview(buffer), divmod(self._at, BLOCK)
+        piece = _block(self._file, number)[first : first + len(view)]
+        view[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
+
+
+@lru_cache(maxsize=BLOCKS)
+def _block(file: RemoteFile, number: int) -> memoryview:
+    """Tensors that lie beside each other come by one request."""
+    first = number * BLOCK
+    return memoryview(read_range(file.url, first, min(first + BLOCK, file.size)))

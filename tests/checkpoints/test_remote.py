@@ -1,0 +1,205 @@
+"""Checkpoints at addresses, read by byte ranges: from web servers of this machine, and from
+fsspec's own memory."""
+
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+import fsspec
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from ane_moe.checkpoints import weight_file
+from ane_moe.checkpoints.checkpoint import open_checkpoint
+from ane_moe.checkpoints.hub import local_folder
+from ane_moe.checkpoints.remote import address, url_of
+from ane_moe.checkpoints.weight_file import RemoteFile, read_range
+from ane_moe.conversion.pipeline import ConvertOptions, convert
+from ane_moe.errors import UserError
+from ane_moe.verification.verify import verify
+from tests.checkpoints.hub_server import Hub, _Handler
+from tests.conversion.test_convert import contents
+from tests.models import make_model, save_checkpoint
+
+OPTIONS = ConvertOptions(prefill=0)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("remote") / "model"
+    model = make_model("mixtral")
+    save_checkpoint(model, folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="60KB")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("conversion") / "out"
+    convert(saved, out, OPTIONS, golden=True)
+    return out
+
+
+@contextmanager
+def web_server(folder: Path, ranges: bool = True) -> Iterator[Hub]:
+    """Serves the files of a folder as `/model/...`, and lists none."""
+    hub = Hub({"model": folder})
+
+    class Handler(_Handler):
+        state = hub
+
+        def _answer(self, body: bool) -> None:
+            if not ranges:
+                del self.headers["Range"]
+            name = unquote(self.path).removeprefix("/model/")
+            if not (folder / name).is_file():
+                return self._failed("EntryNotFound")
+            self._file(name, (folder / name).read_bytes(), body)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}/model"
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def memory(saved: Path) -> Iterator[str]:
+    files = fsspec.filesystem("memory")
+    for path in saved.iterdir():
+        files.pipe(f"/models/tiny/{path.name}", path.read_bytes())
+    yield "memory://models/tiny"
+    files.rm("/models", recursive=True)
+    weight_file._block.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("s3://bucket/a/b/", "s3://bucket/a/b"),
+        (Path("s3://bucket/a"), "s3://bucket/a"),
+        (Path("https://host:81/a"), "https://host:81/a"),
+        ("hf://owner/name", None),
+        ("owner/name", None),
+        ("owner/name:Q4_K_M", None),
+        ("/a/b", None),
+        ("c:/model", None),
+    ],
+)
+def test_an_address_is_told_from_paths_and_names(given: str | Path, found: str | None) -> None:
+    assert address(given) == found
+
+
+def test_tensors_come_by_ranges_and_are_those_of_the_file(saved: Path, memory: str) -> None:
+    there, here = open_checkpoint(memory), open_checkpoint(saved)
+    assert there.tensors.keys() == here.tensors.keys()
+    assert there.notes[0] == f"{memory}, by byte ranges"
+    stored = {
+        key: value for file in saved.glob("*.safetensors") for key, value in load_file(file).items()
+    }
+    for key, tensor in there.tensors.items():
+        assert isinstance(tensor.path, RemoteFile)
+        np.testing.assert_array_equal(there.made(key), stored[tensor.key])
+
+
+def test_what_is_converted_and_proved_at_an_address_is_what_is_here(
+    saved: Path, local: Path, memory: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    report = convert(Path(memory), out, OPTIONS, golden=True)
+    assert contents(out) == contents(local)
+    assert not convert(saved, out, OPTIONS).written  # nor is anything else to be done here
+    assert f"{memory}, by byte ranges" in report.notes
+    assert verify(out, checkpoint=Path(memory), runtime="reference").passed
+
+
+def test_a_web_server_that_lists_nothing_is_asked_for_ranges_alone(
+    saved: Path, local: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("aiohttp")
+    with web_server(saved) as server:
+        folder = local_folder(server.endpoint)
+        headers = sum(
+            8 + int.from_bytes(file.read_bytes()[:8], "little") + 8
+            for file in saved.glob("*.safetensors")
+        )
+        weights = [name for name, _, _ in server.sent if name.endswith(".safetensors")]
+        assert sum(map(server.bytes_of, set(weights))) == headers
+        assert url_of(folder) == server.endpoint
+        convert(Path(server.endpoint), tmp_path / "out", OPTIONS)
+        ours, theirs = contents(tmp_path / "out"), contents(local)
+        assert all(theirs[name] == data for name, data in ours.items() if "shard" in name)
+        assert {name for name in ours if "mlpackage" in name} == {
+            name for name in theirs if "mlpackage" in name
+        }
+
+
+def test_a_line_that_breaks_is_asked_again_and_a_dead_one_is_said(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr(weight_file, "PAUSE_SECONDS", 0.01)
+    file = next(saved.glob("*.safetensors"))
+    with web_server(saved) as server:
+        url, server.break_after = f"{server.endpoint}/{file.name}", 100
+        assert read_range(url, 8, 5000) == file.read_bytes()[8:5000]
+        assert server.break_after is None  # it broke
+    dead = f"http://127.0.0.1:1/model/{file.name}"
+    with pytest.raises(UserError, match=rf"{dead} cannot be read; found: .*127\.0\.0\.1") as raised:
+        read_range(dead, 8, 5000)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_server_that_gives_whole_files_is_refused(saved: Path) -> None:
+    pytest.importorskip("aiohttp")
+    with (
+        web_server(saved, ranges=False) as server,
+        pytest.raises(UserError, match=r"is not given by ranges; found: .* were asked for"),
+    ):
+        open_checkpoint(server.endpoint)
+
+
+def test_a_file_that_changed_is_fetched_again_and_one_that_went_goes(
+    saved: Path, memory: str
+) -> None:
+    folder = local_folder(memory)
+    before = (folder / "config.json").stat().st_mtime_ns
+    assert local_folder(memory) == folder  # nothing is written twice
+    assert (folder / "config.json").stat().st_mtime_ns == before
+    files = fsspec.filesystem("memory")
+    config = json.loads((saved / "config.json").read_text()) | {"rms_norm_eps": 0.5}
+    files.pipe("/models/tiny/config.json", json.dumps(config).encode())
+    files.rm("/models/tiny/generation_config.json")
+    folder = local_folder(memory)
+    assert open_checkpoint(memory).config["rms_norm_eps"] == 0.5
+    assert not (folder / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("nowhere://a/b", "nowhere://a/b is at no known kind of place"),
+        ("memory://empty", "memory://empty has no config.json"),
+    ],
+)
+def test_what_is_at_no_place_is_one_line(url: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        open_checkpoint(url)
+
+
+def test_a_folder_of_a_users_cannot_point_elsewhere(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    folder.with_suffix(".url").write_text("memory://secret")
+    tensors = open_checkpoint(folder).tensors.values()
+    assert all(isinstance(tensor.path, Path) for tensor in tensors)
