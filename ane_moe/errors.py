@@ -13,3 +13,7 @@ class UserError(Exception):
         self.do = do
         parts = [what] + ([f"found: {found}"] if found else []) + ([do] if do else [])
         super().__init__("; ".join(" ".join(part.split()) for part in parts))
+
+
+class DiskFull(UserError):
+    """There is no room to write, or no more is allowed: on another machine there may be."""

@@ -171,8 +171,9 @@ def convert(
     cluster: Annotated[
         str | None,
         typer.Option(
-            help="Let the workers of this Dask scheduler convert, instead of processes here.",
-            metavar="tcp://HOST:PORT",
+            help="Let the workers of this Dask scheduler convert, instead of processes here, or "
+            "those of jobs that a .toml file has a batch system begin.",
+            metavar="tcp://HOST:PORT|FILE.toml",
         ),
     ] = None,
     workers: Annotated[

@@ -12,8 +12,8 @@ EXAMPLES: dict[str, tuple[tuple[str, str], tuple[str, str]]] = {
     "convert": (
         ("ane-moe convert demo out --golden", "the built-in model, with what verify compares"),
         (
-            "ane-moe convert Qwen/Qwen3-30B-A3B out --routing sparse --target m4-max",
-            "one function per expert, or as many in one as the chip takes",
+            "ane-moe convert model/ out --compress lut4 --cluster tcp://host:8786",
+            "by the workers of a Dask scheduler, which see both folders",
         ),
     ),
     "verify": (

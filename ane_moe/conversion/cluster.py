@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import CancelledError, Executor, Future
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +23,8 @@ from typing import Any
 
 import ane_moe
 from ane_moe.checkpoints.weight_file import WeightFile, size_of
-from ane_moe.errors import UserError
+from ane_moe.conversion.batch_system import read_batch_system, started
+from ane_moe.errors import DiskFull, UserError
 from ane_moe.files import scratch_folder
 
 PACKAGES = ("ane-moe", "coremltools", "torch", "numpy", "scipy", "protobuf")
@@ -90,28 +91,35 @@ def _version(name: str) -> str:
 
 
 @contextmanager
-def open_cluster(address: str, out: Path) -> Iterator["Cluster"]:
-    """The workers of the scheduler at `address`, for a conversion into `out`, once they have ended
-    what an earlier run left them to do there. Raises UserError."""
+def open_cluster(where: str, out: Path) -> Iterator["Cluster"]:
+    """The workers of the scheduler of that address, or of a cluster that the .toml file of that
+    name says how to start, for a conversion into `out`, once they have ended what an earlier run
+    left them to do there. Raises UserError."""
     if find_spec("distributed") is None:
         raise UserError(
             "a cluster needs another package", "no distributed", "pip install 'ane-moe[cluster]'"
         )
+    with ExitStack() as stack:
+        address, patience = where, JOIN_SECONDS
+        if where.endswith(".toml"):
+            batch = read_batch_system(Path(where))
+            address, patience = stack.enter_context(started(batch)), batch.wait_minutes * 60
+        cluster = Cluster(_client(address), address, out)
+        stack.callback(cluster.end)
+        cluster.begin(patience)
+        yield cluster
+
+
+def _client(address: str) -> Any:
     from distributed import Client
 
     try:
-        client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
+        return Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"no scheduler answers at {address}", reason, "start one with `dask scheduler`"
         ) from None
-    cluster = Cluster(client, address, out)
-    try:
-        cluster.begin()
-        yield cluster
-    finally:
-        cluster.end()
 
 
 class Cluster(Executor):
@@ -124,14 +132,15 @@ class Cluster(Executor):
         self._resources: dict[str, float] | None = None
         self._slots = 0
         self._calls: dict[Future[Any], Any] = {}  # ours, and dask's
+        self._full: dict[str, DiskFull] = {}  # workers without room, by address
         self._change = threading.Condition()
         self._failure: UserError | None = None
         self._ended = threading.Event()
 
-    def begin(self) -> None:
-        """Wait for a first worker, and for calls of an earlier run that nobody waits for any more:
-        they would write beside ours."""
-        deadline = time.monotonic() + JOIN_SECONDS
+    def begin(self, patience: float) -> None:
+        """Wait so many seconds for a first worker, and for calls of an earlier run that nobody
+        waits for any more: they would write beside ours."""
+        deadline = time.monotonic() + patience
         while not self._offers(RESOURCE) and not self._offers(None):
             if time.monotonic() > deadline:
                 raise UserError(
@@ -140,7 +149,7 @@ class Cluster(Executor):
                 )
             time.sleep(LOOK_SECONDS)
         self._resources = {RESOURCE: 1} if self._offers(RESOURCE) else None
-        self._slots = sum(self._workers().values())
+        self._slots = self._room()
         while True in self._ask(_is_busy, self._prefix).values():
             time.sleep(LOOK_SECONDS)
         threading.Thread(target=self._watch, daemon=True).start()
@@ -176,55 +185,95 @@ class Cluster(Executor):
             self._change.wait_for(lambda: self._failure or len(self._calls) < max(1, self._slots))
             if self._failure:
                 raise self._failure
-            call = self._client.submit(
-                _answer,
-                self._conditions,
-                function,
-                *arguments,
-                key=f"{self._prefix}-{function.__name__}-{uuid.uuid4().hex}",
-                retries=RETRIES,
-                resources=self._resources,
-                pure=False,
-            )
-            self._calls[future] = call
-        call.add_done_callback(lambda call: self._done(call, future))
+            self._begin(function, arguments, future)
         return future
+
+    def _begin(
+        self, function: Callable[..., Any], arguments: tuple[Any, ...], future: "Future[Any]"
+    ) -> None:
+        """Send one call, to workers that have room where others have none."""
+        name = getattr(arguments[0], "name", function.__name__)
+        call = self._client.submit(
+            _answer,
+            self._conditions,
+            function,
+            *arguments,
+            key=f"{self._prefix}-{name}-{uuid.uuid4().hex}",
+            retries=RETRIES,
+            resources=self._resources,
+            workers=[*(self._workers().keys() - self._full)] if self._full else None,
+            allow_other_workers=bool(self._full),  # those that join later
+            pure=False,
+        )
+        self._calls[future] = call
+
+        def again() -> None:
+            self._begin(function, arguments, future)
+
+        call.add_done_callback(lambda call: self._done(call, again, name, future))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(
+            f"worker {address} was left out: {error}" for address, error in self._full.items()
+        )
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Begin nothing new. What runs ends by itself, and a next run waits for it."""
         with self._change:
             self._client.cancel(list(self._calls.values()))
 
-    def _done(self, call: Any, future: "Future[Any]") -> None:
-        from distributed.client import FutureCancelledError
-        from distributed.scheduler import KilledWorker
-
-        error: BaseException | None = None
+    def _done(self, call: Any, again: Callable[[], None], name: str, future: "Future[Any]") -> None:
+        """Hand on what came of a call, or do it `again` where its worker's disk is full: elsewhere,
+        as long as there are others."""
         try:
-            answer = call.result()
-            error = answer if isinstance(answer, UserError) else None
-        except KilledWorker as killed:
-            error = UserError(
-                f"{killed.allowed_failures + 1} workers died of {call.key}, one after the other",
-                f"the last was {killed.last_worker.address}",
-                f"look at its log, or give workers more memory; {AGAIN}",
-            )
-        except (FutureCancelledError, CancelledError):
-            error = self._lost()
-        except Exception as raised:
-            error = raised
+            answer, error = self._came_of(call, name)
+            if isinstance(answer, _Full):
+                if self._left_out(answer) and future in self._calls:
+                    return again()
+                error = UserError(f"no worker has room to write to; {answer.error}")
+        except Exception as raised:  # of a connection that closes meanwhile
+            answer, error = None, raised
         with self._change:
             mine = self._calls.pop(future, None)
             self._change.notify_all()
         if mine is not None:
             future.set_exception(error) if error else future.set_result(answer)
 
+    def _came_of(self, call: Any, name: str) -> tuple[Any, BaseException | None]:
+        from distributed.client import FutureCancelledError
+        from distributed.comm import CommClosedError
+        from distributed.scheduler import KilledWorker
+
+        try:
+            answer = call.result()
+            return answer, answer if isinstance(answer, UserError) else None
+        except KilledWorker as killed:
+            error = UserError(
+                f"{killed.allowed_failures + 1} workers died of {name}, one after the other",
+                f"the last was {killed.last_worker.address}",
+                f"look at its log, or give workers more memory; {AGAIN}",
+            )
+            return None, error
+        except (FutureCancelledError, CancelledError, CommClosedError):
+            return None, self._lost()
+        except Exception as raised:
+            return None, raised
+
+    def _left_out(self, full: "_Full") -> bool:
+        """Ask a worker nothing more; whether there are others."""
+        with self._change:
+            self._full[full.worker] = full.error
+            self._slots = self._room()
+            self._change.notify_all()
+            return self._slots > 0
+
     def _watch(self) -> None:
         """Count the workers, and end all calls where there is nobody left to do them."""
         seen = time.monotonic()
         while not self._ended.wait(LOOK_SECONDS):
             try:
-                slots = sum(self._workers().values())
+                slots = self._room()
             except Exception:  # whatever a closing connection gives
                 self._fail(self._lost())
                 return
@@ -266,6 +315,10 @@ class Cluster(Executor):
             if RESOURCE in worker["resources"]
         }
 
+    def _room(self) -> int:
+        """How many calls all of them have room for, but those with a full disk."""
+        return sum(room for one, room in self._workers().items() if one not in self._full)
+
     def _ask(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
         """What each worker that is used answers at once; an exception where it could not."""
         workers = list(self._workers())
@@ -289,15 +342,25 @@ def _is_busy(prefix: str, dask_worker: Any) -> bool:
     return any(str(task.key).startswith(prefix) for task in dask_worker.state.executing)
 
 
-def _answer(conditions: Conditions, function: Callable[..., Any], *arguments: Any) -> Any:
-    """In a worker: the result, or the UserError, which no other worker would mend. One that joined
-    later has been asked nothing yet."""
-    if objection := _objection(conditions):
-        from distributed import get_worker
+@dataclass(frozen=True)
+class _Full:
+    """What a worker answers that had no room to write."""
 
+    worker: str
+    error: DiskFull
+
+
+def _answer(conditions: Conditions, function: Callable[..., Any], *arguments: Any) -> Any:
+    """In a worker: the result, or the UserError, which no other worker would mend unless it is of
+    a full disk. One that joined later has been asked nothing yet."""
+    from distributed import get_worker
+
+    if objection := _objection(conditions):
         return _refused(get_worker().address, objection)
     try:
         return function(*arguments)
+    except DiskFull as error:
+        return _Full(get_worker().address, error)
     except UserError as error:
         return error
 

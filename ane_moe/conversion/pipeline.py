@@ -90,7 +90,8 @@ class Progress:
 class ConvertReport:
     """`reused` shards were there already with the same content key. `golden_kept`:
     the goldens are those of an earlier run. `notes` are sentences on how the checkpoint was
-    read. `stream` is what became of hidden states that are too large for fp16."""
+    read, and on workers that were left out. `stream` is what became of hidden states that are too
+    large for fp16."""
 
     folder: Path
     manifest: Manifest
@@ -124,7 +125,7 @@ def convert(
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> ConvertReport:
     """Open `checkpoint`, plan its conversion into the shard folder `out`, and `carry_out` that: by
-    processes of this machine, or by the workers of a `cluster`, the address of its scheduler."""
+    processes of this machine, or by the workers of a `cluster`, as of `open_workers`."""
     if cluster:  # whose workers are in folders of their own
         checkpoint, out = local_folder(checkpoint).absolute(), out.absolute()
     job = open_job(checkpoint, out, options or ConvertOptions())
@@ -191,7 +192,7 @@ def carry_out(
         raise disk_error(error, out / "the conversion") from error
     reused = tuple(sorted(shard.path for shard in done if shard.reused))
     written = tuple(sorted(shard.path for shard in done if not shard.reused))
-    notes = job.plan.source.notes
+    notes = (*job.plan.source.notes, *workers.notes)
     return ConvertReport(out, manifest, written, reused, meter.peak, stream, kept, notes)
 
 

@@ -18,7 +18,14 @@ from ane_moe.conversion.side_files import write_embedding
 from ane_moe.conversion.store_writer import read_store_key, sound_digest, write_store
 from ane_moe.conversion.workers import peak_memory_bytes, this_process
 from ane_moe.emit.coreai.asset import read_asset_key, stamp_asset
-from ane_moe.emit.coreml.package import ContentKey, Weight, file_hashes, read_content_key, stamp
+from ane_moe.emit.coreml.package import (
+    ContentKey,
+    Weight,
+    disk_error,
+    file_hashes,
+    read_content_key,
+    stamp,
+)
 from ane_moe.emit.coreml.template import Template
 from ane_moe.errors import UserError
 from ane_moe.files import sha256
@@ -60,6 +67,11 @@ class ShardJob:
     out: Path
     shard: ShardPlan
     calibration: Path | None
+
+    @property
+    def name(self) -> str:
+        """What it is called where a worker's trouble with it is told."""
+        return self.shard.path
 
 
 def shard_job(job: Job, shard: ShardPlan) -> ShardJob:
@@ -209,6 +221,9 @@ def _carried(
 
 def stamp_embedding(checkpoint: Checkpoint, source: TensorSource, path: Path, form: str) -> Done:
     key = ContentKey(form, ENCODING)
-    files = {path.name: write_embedding(checkpoint, source, path, form, key, this_process())}
+    try:
+        files = {path.name: write_embedding(checkpoint, source, path, form, key, this_process())}
+    except OSError as error:
+        raise disk_error(error, path) from error
     size, peak = path.stat().st_size, peak_memory_bytes()
     return Done(path.name, key.digest(), size, False, files, peak, this_process())

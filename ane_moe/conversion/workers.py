@@ -40,6 +40,10 @@ class Workers(Protocol):
     def writers(self) -> AbstractContextManager[Pool]:
         """For calls that write shards."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on those who were left out meanwhile."""
+
 
 @dataclass(frozen=True)
 class LocalWorkers:
@@ -57,12 +61,16 @@ class LocalWorkers:
     def writers(self) -> AbstractContextManager[Pool]:
         return open_pool(self.count, self.preload)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ()
+
 
 def open_workers(
     count: int, preload: str, cluster: str | None, out: Path
 ) -> AbstractContextManager[Workers]:
-    """`count` processes of this machine, or the workers of the `cluster` whose scheduler has that
-    address. Raises UserError."""
+    """`count` processes of this machine, or the workers of the `cluster`: the address of its
+    scheduler, or a .toml file that says how to start it. Raises UserError."""
     if cluster is None:
         return nullcontext(LocalWorkers(count, preload))
     from ane_moe.conversion.cluster import open_cluster

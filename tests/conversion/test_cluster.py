@@ -1,23 +1,42 @@
 """A cluster of worker processes writes what a local conversion writes, byte for byte, whoever dies."""
 
+import json
 import os
+import random
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
 from ane_moe.conversion import cluster as cluster_module
-from ane_moe.conversion.cluster import Conditions, installed
+from ane_moe.conversion import stamping
+from ane_moe.conversion.cluster import RESOURCE, Conditions, installed
+from ane_moe.conversion.job import open_job
+from ane_moe.conversion.output_folder import MARKER
 from ane_moe.conversion.pipeline import ConvertOptions, convert
+from ane_moe.conversion.templates import templates_of
+from ane_moe.emit.coreml.template_cache import TemplateCache
 from ane_moe.errors import UserError
+from ane_moe.files import TEMPORARY
+from ane_moe.manifest import FILE_NAME
 from tests.conversion.test_convert import contents
+from tests.conversion.trouble import VARIABLE, Trouble
 from tests.models import make_model, save_checkpoint
 
+dask = pytest.importorskip("dask")
 distributed = pytest.importorskip("distributed")
 OPTIONS = ConvertOptions(prefill=0)
+SHARD = "moe/layer_01.mlpackage"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -33,53 +52,266 @@ def local(checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    with distributed.LocalCluster(
-        n_workers=2,
-        threads_per_worker=1,
-        processes=True,
-        scheduler_port=0,
-        dashboard_address=None,
-    ) as opened:
+def own_trouble(tmp_path_factory):
+    return Trouble(tmp_path_factory.mktemp("trouble"))
+
+
+@pytest.fixture(scope="module")
+def cluster(own_trouble):
+    with (
+        # As long as a killed worker may take to be there again, on a machine with much to do.
+        dask.config.set({"distributed.deploy.lost-worker-timeout": "10 minutes"}),
+        distributed.LocalCluster(
+            n_workers=2,
+            threads_per_worker=1,
+            processes=True,
+            scheduler_port=0,
+            dashboard_address=":0",
+            preload="tests.conversion.trouble",
+            env={VARIABLE: str(own_trouble.folder)},
+        ) as opened,
+    ):
+        own_trouble.begin()
+        opened.wait_for_workers(2)
         yield opened
 
 
+@pytest.fixture
+def trouble(own_trouble, cluster):
+    while len(cluster.scheduler.workers) < 2:  # those that were killed before
+        time.sleep(0.05)
+    own_trouble.begin()
+    yield own_trouble
+    own_trouble.begin()
+
+
+@pytest.fixture
+def address(cluster):
+    return cluster.scheduler_address
+
+
+def pids(cluster) -> dict[int, int]:
+    """Process of each worker, by its name."""
+    return {name: nanny.pid for name, nanny in cluster.workers.items()}
+
+
 def test_a_cluster_writes_the_same_bytes_and_resumes_a_local_conversion(
-    checkpoint, local, cluster, tmp_path
+    checkpoint, local, address, tmp_path
 ):
-    out, address = tmp_path / "out", cluster.scheduler_address
+    out = tmp_path / "out"
     report = convert(checkpoint, out, OPTIONS, cluster=address)
-    assert not report.reused and contents(out) == contents(local)
+    assert not report.reused and not report.notes and contents(out) == contents(local)
     assert not convert(checkpoint, out, OPTIONS).written  # here, what the cluster wrote
-    assert not convert(checkpoint, out, OPTIONS, cluster=address).written
+    shutil.rmtree(out / SHARD)
+    shutil.rmtree(out / "attn" / "layer_02.mlpackage")
+    (out / FILE_NAME).rename(out / MARKER)  # as the conversion was before its end
+    (out / MARKER).write_text(json.dumps(json.loads((out / MARKER).read_text())["source"]))
+    report = convert(checkpoint, out, OPTIONS, cluster=address)
+    assert report.written == ("attn/layer_02.mlpackage", SHARD)
     assert contents(out) == contents(local)
 
 
-def test_killed_workers_lose_nothing(checkpoint, local, cluster, tmp_path):
-    out, killed = tmp_path / "out", []
+def kill_workers(cluster, trouble, count: int, ended: threading.Event) -> list[str]:
+    """Kill `count` workers, now and then, each while it stamps a shard; those shards. None that
+    three workers died of: the fourth ends a conversion."""
+    dead: set[int] = set()
+    killed, draw = [], random.Random(0)
+    while len(killed) < count and not ended.is_set():
+        time.sleep(draw.uniform(0.0, 0.1))
+        at = {pid: shard for pid, shard in trouble.running().items() if pid not in dead}
+        fair = [pid for name, pid in pids(cluster).items() if pid in at and spared(cluster, name)]
+        if fair:
+            os.kill(pid := draw.choice(fair), signal.SIGKILL)
+            dead.add(pid)
+            time.sleep(0.05)
+            if pid in trouble.running():  # its mark is there for ever: it was at the shard
+                killed.append(at[pid])
+    return killed
 
-    def kill() -> None:
-        for _ in range(3):
-            with distributed.Client(cluster.scheduler_address, set_as_default=False) as client:
-                pids = list(client.run(os.getpid, on_error="ignore").values())
-            if pids:
-                os.kill(pids[0], signal.SIGKILL)
-                killed.append(pids[0])
-            time.sleep(0.2)
 
-    killing = threading.Thread(target=kill)
+def spared(cluster, name: int) -> bool:
+    """Whether no call of a worker, those that wait there too, is near the scheduler's limit."""
+    state = cluster.scheduler.workers.get(cluster.scheduler.aliases.get(name))
+    return state is not None and all(task.suspicious < 2 for task in list(state.processing))
+
+
+def converted_with_kills(cluster, trouble, count: int, *arguments) -> list[str]:
+    ended, killed = threading.Event(), []
+    killing = threading.Thread(
+        target=lambda: killed.extend(kill_workers(cluster, trouble, count, ended))
+    )
     killing.start()
-    convert(checkpoint, out, OPTIONS, cluster=cluster.scheduler_address)
-    killing.join()
-    assert killed and contents(out) == contents(local)
+    try:
+        convert(*arguments, cluster=cluster.scheduler_address)
+    finally:
+        ended.set()
+        killing.join()
+    return killed
+
+
+def test_workers_killed_at_a_shard_lose_nothing(checkpoint, local, cluster, trouble, tmp_path):
+    out = tmp_path / "out"
+    trouble.begin(seconds=0.2)
+    killed = converted_with_kills(cluster, trouble, 2, checkpoint, out, OPTIONS)
+    assert len(killed) == 2 and contents(out) == contents(local)
+
+
+@pytest.mark.slow
+def test_twenty_kills_in_one_conversion_lose_nothing(cluster, trouble, tmp_path):
+    deep = make_model("mixtral", num_hidden_layers=12)
+    checkpoint = save_checkpoint(deep, tmp_path / "checkpoint")
+    out, alone = tmp_path / "out", tmp_path / "alone"
+    convert(checkpoint, alone, OPTIONS)
+    trouble.begin(seconds=0.4)
+    killed = converted_with_kills(cluster, trouble, 20, checkpoint, out, OPTIONS)
+    assert len(killed) == 20 and contents(out) == contents(alone)
+
+
+def test_a_shard_that_workers_die_of_is_named(checkpoint, cluster, trouble, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    trouble.begin(deadly=SHARD)
+    wanted = rf"4 workers died of {SHARD}, one after the other; found: the last was tcp://\S+; "
+    with pytest.raises(UserError, match=wanted) as raised:
+        convert(checkpoint, out, OPTIONS, cluster=cluster.scheduler_address)
+    assert "\n" not in str(raised.value)
+    trouble.begin()
+    report = convert(checkpoint, out, OPTIONS)
+    assert SHARD in report.written and report.reused
+
+
+def test_a_worker_with_a_full_disk_is_left_out(
+    checkpoint, local, cluster, address, trouble, tmp_path
+):
+    out = tmp_path / "out"
+    trouble.begin(full=(0,))
+    (note,) = convert(checkpoint, out, OPTIONS, cluster=address).notes
+    own = cluster.scheduler.aliases[0]
+    assert note.startswith(f"worker {own} was left out: the disk is full: ")
+    assert {pid for pid, _ in trouble.stamped()} == {pids(cluster)[1]}
+    assert contents(out) == contents(local)
+
+
+def test_full_disks_everywhere_are_one_line(checkpoint, local, address, trouble, tmp_path):
+    out = tmp_path / "out"
+    trouble.begin(full=(0, 1))
+    with pytest.raises(UserError, match="no worker has room to write to; the disk is full") as e:
+        convert(checkpoint, out, OPTIONS, cluster=address)
+    assert "\n" not in str(e.value)
+    trouble.begin()
+    convert(checkpoint, out, OPTIONS, cluster=address)
+    assert contents(out) == contents(local)
+
+
+CLIENT = """
+import sys
+from pathlib import Path
+from ane_moe.conversion.pipeline import ConvertOptions, convert
+checkpoint, out, address = sys.argv[1:]
+convert(Path(checkpoint), Path(out), ConvertOptions(prefill=0), cluster=address)
+"""
+
+
+def test_a_killed_client_loses_nothing(checkpoint, local, address, trouble, tmp_path):
+    out = tmp_path / "out"
+    trouble.begin(seconds=0.5)
+    given = [sys.executable, "-c", CLIENT, str(checkpoint), str(out), address]
+    with subprocess.Popen(given, cwd=ROOT) as client:
+        while not trouble.stamped() or not trouble.running():
+            assert client.poll() is None
+            time.sleep(0.02)
+        client.kill()
+    finished = trouble.stamped()
+    report = convert(checkpoint, out, OPTIONS, cluster=address)
+    assert {shard for _, shard in finished} <= {*report.reused}
+    # What a worker was at has been waited for, not done again beside it.
+    times = Counter(shard for _, shard in trouble.stamped())
+    assert set(times.values()) == {1} and times.keys() == {*report.reused, *report.written}
+    assert contents(out) == contents(local)
+
+
+def test_workers_with_the_resource_are_used_alone(
+    checkpoint, local, cluster, address, trouble, tmp_path
+):
+    async def offer(dask_worker) -> None:
+        await dask_worker.set_resources(**{RESOURCE: 1})
+
+    with distributed.Client(address, set_as_default=False) as client:
+        client.run(offer, workers=[cluster.scheduler.aliases[1]])
+    chosen = pids(cluster)[1]
+    convert(checkpoint, tmp_path / "out", OPTIONS, cluster=address)
+    assert {pid for pid, _ in trouble.stamped()} == {chosen}
+    assert contents(tmp_path / "out") == contents(local)
+    os.kill(chosen, signal.SIGKILL)  # the next one offers nothing
+
+
+def _stamp_again(job, templates, times: int) -> None:
+    for _ in range(times):
+        stamping.stamp_shard(job, templates)
+
+
+def test_writers_of_one_shard_do_not_mix(checkpoint, local, tmp_path):
+    job = open_job(checkpoint, tmp_path / "out", OPTIONS)
+    (shard,) = (shard for shard in job.plan.shards if shard.path == SHARD)
+    found = dict(templates_of(shard.graphs.values(), TemplateCache()))
+    own = {prefix: found[key] for prefix, key in shard.graphs.items()}
+    arguments = (stamping.shard_job(job, shard), own, 15)
+    racing = [get_context("fork").Process(target=_stamp_again, args=arguments) for _ in range(3)]
+    for one in racing:
+        one.start()
+    for one in racing:
+        one.join()
+    assert [one.exitcode for one in racing] == [0, 0, 0]
+    assert contents(job.out / SHARD) == contents(local / SHARD)
+    assert not [*job.out.rglob(f"{TEMPORARY}*")]
+
+
+@contextmanager
+def begun(*command: str):
+    with subprocess.Popen([sys.executable, "-m", *command], stderr=subprocess.DEVNULL) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_killed_scheduler_is_one_line(checkpoint, local, trouble, tmp_path, monkeypatch):
+    out, file = tmp_path / "out", tmp_path / "scheduler.json"
+    monkeypatch.setenv(VARIABLE, str(trouble.folder))
+    at = ("--scheduler-file", str(file))
+    there = ("--port", "0", "--no-dashboard", "--host", "127.0.0.1", *at)
+    alone = ("--no-nanny", "--nthreads", "1", "--no-dashboard", *at)
+    preload = ("--preload", "tests.conversion.trouble")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    with (
+        begun("distributed.cli.dask_scheduler", *there) as scheduler,
+        begun("distributed.cli.dask_worker", *alone, *preload),
+    ):
+        trouble.begin(seconds=0.2)
+
+        def kill() -> None:
+            while len(trouble.stamped()) < 2:
+                time.sleep(0.02)
+            scheduler.kill()
+
+        threading.Thread(target=kill, daemon=True).start()
+        while not file.exists():
+            time.sleep(0.02)
+        address = json.loads(file.read_text())["address"]
+        with pytest.raises(UserError, match=r"the scheduler at \S+ went away; start it") as e:
+            convert(checkpoint, out, OPTIONS, cluster=address)
+    assert "\n" not in str(e.value)
+    trouble.begin()
+    assert convert(checkpoint, out, OPTIONS).reused
+    assert contents(out) == contents(local)
 
 
 def test_another_version_is_refused_by_name_before_anything_is_written(
-    checkpoint, cluster, tmp_path, monkeypatch
+    checkpoint, address, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(cluster_module, "installed", lambda: installed() | {"numpy": "0.1"})
     with pytest.raises(UserError, match=r"worker tcp://\S+ has numpy \S+, not 0\.1"):
-        convert(checkpoint, tmp_path / "out", OPTIONS, cluster=cluster.scheduler_address)
+        convert(checkpoint, tmp_path / "out", OPTIONS, cluster=address)
     assert not list((tmp_path / "out").rglob("*.mlpackage"))
 
 

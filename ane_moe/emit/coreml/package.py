@@ -9,6 +9,7 @@ A package is a folder: Manifest.json, Data/com.apple.CoreML/model.mlmodel (the p
 weights/weight.bin (the blob file). It appears under its final name only when it is complete.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -24,7 +25,7 @@ import numpy as np
 
 from ane_moe.emit.coreml.expansions import FILE, expansion_operations
 from ane_moe.emit.coreml.template import Template, value_name
-from ane_moe.errors import UserError
+from ane_moe.errors import DiskFull
 from ane_moe.files import is_hidden, replaced, sha256
 from ane_moe.formats.encoded import Encoded, Expansion, Stored
 from ane_moe.mlprogram.blob_writer import BlobWriter
@@ -36,6 +37,7 @@ WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
 MANIFEST = "Manifest.json"
 CONTENT_KEY = "ane_moe.content_key"
 SHORT = 4096  # bytes, of which a key takes all
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Weight = np.ndarray | Encoded
 
@@ -137,14 +139,15 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 
 def disk_error(error: Exception, path: Path) -> Exception:
-    """A UserError when `error` looks like a full disk, else the error itself."""
+    """A DiskFull when `error` looks like a full disk, or a used up quota, else the error itself."""
     free = shutil.disk_usage(path.parent).free
-    if getattr(error, "errno", None) == 28 or (isinstance(error, RuntimeError) and free < 1 << 26):
+    full = getattr(error, "errno", None) in FULL
+    if full or (isinstance(error, RuntimeError) and free < 1 << 26):
         what, do = (
             f"the disk is full: {path.name} was not written",
             "free some space and run the same command again",
         )
-        return UserError(what, f"{free / 1e6:.0f} MB free", do)
+        return DiskFull(what, f"{free / 1e6:.0f} MB free", do)
     return error
 
 
