@@ -490,4 +490,6 @@ def _moe_facts(plan: ConversionPlan) -> Iterable[tuple[str, dict[str, Any]]]:
         ffn = plan.spec.layers[layer].ffn
         if isinstance(ffn, MoeSpec):
             table = {"router": plan.routers[layer]} if layer in plan.routers else {}
-            yield str(layer), {"experts": ffn.router.experts, "k": ffn.router.k} | table
+            idle = getattr(ffn.router, "idle", 0)
+            facts = {"experts": ffn.router.experts, "k": ffn.router.k}
+            yield str(layer), facts | table | ({"idle": idle} if idle else {})

@@ -11,7 +11,7 @@ from ane_moe.forecast.chips import Chip
 from ane_moe.forecast.layer_kinds import plan_kinds
 from ane_moe.forecast.stream_speed import Reading, StreamSpeed, stream_speed
 from ane_moe.forecast.verdict import short
-from ane_moe.forecast.workload import workload_of_plan
+from ane_moe.forecast.workload import computing_of, workload_of_plan
 from ane_moe.formats.recipe import Recipe
 from ane_moe.loop.memory_budget import MB, Budget, budget_of
 from ane_moe.model.spec import ModelSpec, MoeSpec
@@ -110,4 +110,4 @@ def _fit(
 def _chosen(plan: ConversionPlan, layer: int) -> int:
     ffn = plan.spec.layers[layer].ffn
     assert isinstance(ffn, MoeSpec)
-    return ffn.router.k
+    return computing_of(ffn)

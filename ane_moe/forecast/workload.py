@@ -119,7 +119,10 @@ def workload_of(conversion: Path | Manifest, adapter: str | None = None) -> Work
     chains = _chains_in(conversion, manifest) if isinstance(conversion, Path) else ()
     table = find_format(manifest.embed_format).stored_bytes(manifest.vocab, manifest.d_model)
     embed = 0 if manifest.embed is None else table
-    k = {int(layer): facts["k"] for layer, facts in manifest.moe.items()}
+    k = {
+        int(layer): computing(facts["k"], facts["experts"], facts.get("idle", 0))
+        for layer, facts in manifest.moe.items()
+    }
     workload = assemble(
         pieces_of(manifest.shards, k),
         manifest.routing,
@@ -135,7 +138,7 @@ def workload_of_plan(plan: ConversionPlan, repeats: Mapping[int, int] | None = N
     """The workload of a conversion that has not been made. A layer of the plan stands for as many
     as `repeats` says, or for itself."""
     options, layers = plan.options, enumerate(plan.spec.layers)
-    k = {number: layer.ffn.router.k for number, layer in layers if isinstance(layer.ffn, MoeSpec)}
+    k = {n: computing_of(layer.ffn) for n, layer in layers if isinstance(layer.ffn, MoeSpec)}
     pieces = pieces_of(plan.shards, k, repeats)
     workload = assemble(
         pieces,
@@ -146,6 +149,18 @@ def workload_of_plan(plan: ConversionPlan, repeats: Mapping[int, int] | None = N
         plan.lengths,
     )
     return replace(workload, chains=_chains_of(plan, repeats or {}))
+
+
+def computing(k: int, experts: int, idle: int) -> int:
+    """How many of the `k` chosen compute something, were all experts chosen as often as the `idle`
+    ones."""
+    return max(1, round(k * experts / (experts + idle)))
+
+
+def computing_of(moe: MoeSpec) -> int:
+    """The same of a layer."""
+    router = moe.router
+    return computing(router.k, router.experts, getattr(router, "idle", 0))
 
 
 def assemble(
