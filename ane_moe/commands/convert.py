@@ -230,6 +230,7 @@ def convert(
     from ane_moe.conversion.plan import DISPATCHED, MAX_EXPERT_TOKENS, MAX_LENGTH, ConvertOptions
     from ane_moe.demo import built_in
     from ane_moe.forecast.concerns import concerns_of_plan, require_engine_formats
+    from ane_moe.forecast.core_ai import faults_of
     from ane_moe.forecast.design import AUTO, sizes_of
     from ane_moe.formats.recipe import find_recipe, recipe_of
     from ane_moe.number_lists import parse_counts, parse_layers
@@ -315,16 +316,18 @@ def convert(
         require_engine_formats(stored, place)
     warned = format_ == "mlpackage"  # the rules are Core ML's
     concerns = concerns_of_plan(job.plan, place) if warned else ()
+    warnings = [warning(concern, place) for concern in concerns]
+    warnings += [] if warned else faults_of(stored.formats)
     if dry_run:
         require_tokenizer(job.checkpoint.folder)
-        _print_all(warning(concern, place) for concern in concerns)
+        _print_all(warnings)
         document = plan_document(job.plan, concerns)
         typer.echo(json.dumps(document, indent=2)) if as_json else print_plan(job.plan)
         return
     try:
         with (
             open_workers(workers, STAMPING, cluster, out) as those,
-            ConvertBar(warning(concern, place) for concern in concerns) as bar,
+            ConvertBar(warnings) as bar,
         ):
             report = carry_out(
                 job,

@@ -63,6 +63,8 @@ def render_markdown(data: ReportData) -> str:
             f"{counts['gpu']} on the GPU, {counts['uncertain']} open.",
         ]
     parts += list(_speed(data))
+    if data.core_ai:
+        parts += ["## Core AI", "\n".join(f"- {markdown_text(line)}" for line in data.core_ai)]
     versions = ", ".join(
         f"{markdown_text(name)} {markdown_text(number)}"
         for name, number in sorted(manifest.versions.items())

@@ -11,8 +11,10 @@ import numpy as np
 
 from ane_moe.errors import UserError
 from ane_moe.forecast.chips import chip_names, find_chip
+from ane_moe.forecast.core_ai import of_conversion
 from ane_moe.forecast.cost_model import predict
 from ane_moe.forecast.workload import workload_of
+from ane_moe.formats.recipe import recipe_of
 from ane_moe.manifest import PACKAGE, Manifest, read_manifest
 from ane_moe.original.golden import read_golden
 from ane_moe.placement.result import PlacementReport
@@ -37,7 +39,8 @@ class ReportData:
     """Parts that are not there are None (or empty), and the page leaves them out.
 
     `bench` is a document that `bench --save` wrote; `predicted` one of the cost model
-    (`Prediction.as_json`). `routing_of` says what text the experts' use was counted on.
+    (`Prediction.as_json`), in whose place `core_ai` stands for Core AI's assets: sentences.
+    `routing_of` says what text the experts' use was counted on.
     """
 
     folder: str
@@ -48,6 +51,7 @@ class ReportData:
     predicted: dict[str, Any] | None
     routing: tuple[ExpertUse, ...]
     routing_of: str
+    core_ai: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool | None:
@@ -75,7 +79,12 @@ def gather(
     known = target in chip_names() and manifest.package_form == PACKAGE  # of Core ML
     predicted = predict(workload_of(out), find_chip(target)).as_json() if known else None
     figures = _bench(bench) if bench else None
-    return ReportData(str(out), manifest, verify, placement, figures, predicted, routing, source)
+    told: tuple[str, ...] = ()
+    if manifest.package_form != PACKAGE:
+        told = of_conversion(recipe_of(manifest.weights, manifest.recipe).formats)
+    return ReportData(
+        str(out), manifest, verify, placement, figures, predicted, routing, source, told
+    )
 
 
 def _expert_use(
