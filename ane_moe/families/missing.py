@@ -1,17 +1,20 @@
 """Mixtures of experts that transformers has and no family describes: what is nearest, and what that
 lacks."""
 
-DSA, MLA = "sparse attention by an index", "deepseek_v3"
+INDEXED = "deepseek_v32"
 # model_type -> (the supported one that is nearest, or nothing; what it has not got).
 MISSING: dict[str, tuple[str, str]] = {
-    "deepseek_v4": (MLA, "compressed attention, experts chosen by token, hyper-connections"),
+    "deepseek_v4": (INDEXED, "compressed attention, experts chosen by token, hyper-connections"),
     "diffusion_gemma": ("", "Gemma 4's layer, decoding by diffusion"),
-    "glm5_next": (MLA, f"linear attention, {DSA}, hyper-connections"),
-    "hy_v4": (MLA, f"{DSA}, sinks over latents, hyper-connections"),
+    "glm5_next": (INDEXED, "linear attention, hyper-connections"),
+    "hy_v4": (INDEXED, "sinks over latents, hyper-connections"),
     "inkling": ("", "convolutions around attention, routing together with shared experts"),
     "inkling2": ("", "convolutions around attention, a softly capped activation"),
-    "muse_spark": ("afmoe", "experts that work on a latent, a norm after each"),
-    "qwen4_exp": ("qwen3_next", f"tables of n-grams, {DSA}"),
+    "muse_spark": (
+        "afmoe",
+        "experts that work on a latent, a norm after each, gated residuals, a normed embedding",
+    ),
+    "qwen4_exp": ("qwen3_next", "tables of n-grams, sparse attention by an index"),
 }
 # What has experts, and is no decoder that routes tokens.
 ELSEWHERE = {
