@@ -43,9 +43,8 @@ class MoaSpec:
         yield from (row.under("router") for row in self.router.rows(d_model))
         for name, width in (("q", every), ("k", self.width), ("v", self.width)):
             yield Weight(f"{name}.weight", (width, d_model), f"attention.{name}", reads="x")
-        yield Weight(
-            "o.weight", (d_model, every), "attention.o", reads="attended", fold="residual_scale"
-        )
+        # No module of transformers is given all that enters it.
+        yield Weight("o.weight", (d_model, every), "attention.o", fold="residual_scale")
         yield Weight("o.bias", (d_model,), fold="residual_scale")
 
 

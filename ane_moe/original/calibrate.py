@@ -93,16 +93,13 @@ class _Collector:
         self.ranges: dict[int, np.ndarray] = {}
         for number, layer in enumerate(model.spec.layers):
             heard = self._heard[number] = {}
-            theirs = number // stream.taps.each
-            start = f".{stream.taps.layers}.{theirs}."  # whatever the model is nested in
             for row in layer.mixer.rows(model.spec.d_model) if layer.mixer else ():
                 name = WeightName(number, "attn", None, row.path)
                 if (
                     row.reads and name.beside(row.reads) not in heard
                 ):  # one of those that read it says it
                     inputs = heard[name.beside(row.reads)] = []
-                    path = model.sources[name].key.partition(start)[2].removesuffix(".weight")
-                    module = stream.layers[theirs].get_submodule(path)
+                    module = stream.module(model.sources[name].key)
                     module.register_forward_pre_hook(_Ear(inputs))
 
     @torch.no_grad()
@@ -155,8 +152,7 @@ class _Collector:
 
     def _final_norm(self, x: torch.Tensor) -> torch.Tensor:
         key = self._model.sources[HEAD.beside("norm.weight")].key
-        path = key.partition(".")[2].removesuffix(".weight")
-        return cast(torch.Tensor, self._stream.decoder.get_submodule(path)(x))
+        return cast(torch.Tensor, self._stream.module(key)(x))
 
     def _mlp(self, part: WeightName, prefix: str, x: torch.Tensor, spec: MlpSpec) -> None:
         def projected(matrix: str) -> torch.Tensor:

@@ -189,6 +189,16 @@ class StreamedModel:
         """The number of layers, as ours are counted."""
         return len(self.layers) * self.taps.each
 
+    def module(self, key: str) -> nn.Module:
+        """What has a tensor of the checkpoint, whatever that is called there."""
+        origins = self._tensors.origins
+        targets = (
+            target
+            for target, names in self._sources.items()
+            if any(origins[name] == origins[key] for name in names)
+        )
+        return self.model.get_submodule(next(targets).rpartition(".")[0])
+
     def together(self, outputs: Sequence[Any]) -> Any:
         """What becomes of the outputs that a layer `reads`."""
         return self.decoder.meet(outputs) if len(outputs) > 1 else outputs[0]

@@ -38,7 +38,7 @@ def text(tmp_path_factory) -> Path:
 HEADS = ("lm_head", "score")
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3_5_moe"])
+@pytest.mark.parametrize("family", ["mistral_large4", "qwen3_vl_moe", "qwen3_5_moe"])
 def test_a_language_model_inside_another_model_is_heard_too(family, tmp_path, text):
     model = make_model(family)
     calibration = calibrate(open_model(save_checkpoint(model, tmp_path / "checkpoint")), text)
