@@ -29,9 +29,11 @@ def plan_kinds(spec: ModelSpec, options: ConvertOptions) -> KindsPlan:
     alike: dict[tuple[LayerSpec, tuple[bool, ...]], list[int]] = {}
     for number, layer in enumerate(spec.layers):
         facts = (*_entries(options.recipe, number), number in spec.lenders)
-        alike.setdefault((layer, facts), []).append(number)
+        kind = replace(layer, stored=None)  # wherever its tensors lie
+        alike.setdefault((kind, facts), []).append(number)
     place = {number: index for index, own in enumerate(alike.values()) for number in own}
-    short = replace(spec, layers=tuple(_read_from(layer, place) for layer, _ in alike))
+    firsts = (spec.layers[numbers[0]] for numbers in alike.values())
+    short = replace(spec, layers=tuple(_read_from(layer, place) for layer in firsts))
     recipe = _for_layers(options.recipe, [numbers[0] for numbers in alike.values()])
     plan = make_plan(short, sources_of(short), replace(options, recipe=recipe))
     repeats = {index: len(numbers) for index, numbers in enumerate(alike.values())}
