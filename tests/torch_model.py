@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from ane_moe.checkpoints.checkpoint import TensorSource, open_checkpoint
-from ane_moe.conversion.plan import ConvertOptions, make_plan
+from ane_moe.conversion.plan import ConvertOptions
+from ane_moe.conversion.planner import make_plan
 from ane_moe.families import describe, load_family
 from ane_moe.families.keys import find_tensors
 from ane_moe.formats.recipe import FP16

@@ -227,7 +227,8 @@ def convert(
         prepare(workers, STAMPING)
     from ane_moe.conversion.job import job_of, plan_of
     from ane_moe.conversion.pipeline import carry_out
-    from ane_moe.conversion.plan import DISPATCHED, MAX_EXPERT_TOKENS, MAX_LENGTH, ConvertOptions
+    from ane_moe.conversion.plan import DISPATCHED, MAX_LENGTH, ConvertOptions
+    from ane_moe.conversion.planner import MAX_EXPERT_TOKENS
     from ane_moe.demo import built_in
     from ane_moe.forecast.concerns import concerns_of_plan, require_engine_formats
     from ane_moe.forecast.core_ai import faults_of

@@ -4,7 +4,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ane_moe.conversion.as_stored import notes, with_stored_forms
-from ane_moe.conversion.plan import ConversionPlan, ConvertOptions, SourceFacts, make_plan
+from ane_moe.conversion.plan import ConversionPlan, ConvertOptions, SourceFacts
+from ane_moe.conversion.planner import make_plan
 from ane_moe.families import beside
 from ane_moe.formats.mixture import with_mixed_formats
 from ane_moe.opened import Model, open_model

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ane_moe.conversion.plan import ConversionPlan, ConvertOptions, make_plan, sources_of
+from ane_moe.conversion.plan import ConversionPlan, ConvertOptions, sources_of
+from ane_moe.conversion.planner import make_plan
 from ane_moe.formats.recipe import Recipe
 from ane_moe.model.spec import LayerSpec, ModelSpec, SharedGqaSpec, TrackSpec
 

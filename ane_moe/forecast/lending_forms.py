@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ane_moe.conversion.plan import MB, ConvertOptions, ShardPlan, make_plan, sources_of
+from ane_moe.conversion.plan import MB, ConvertOptions, ShardPlan, sources_of
+from ane_moe.conversion.planner import make_plan
 from ane_moe.forecast.chips import Chip, Range
 from ane_moe.forecast.cost_model import breakdown
 from ane_moe.forecast.pieces import pieces_of

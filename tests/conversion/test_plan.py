@@ -8,7 +8,8 @@ import pytest
 
 from ane_moe.checkpoints.checkpoint import TensorSource
 from ane_moe.conversion import plan as planning
-from ane_moe.conversion.plan import MAX_HEAD_ROWS, MB, ConvertOptions, OneHot, make_plan
+from ane_moe.conversion.plan import MB, ConvertOptions, OneHot
+from ane_moe.conversion.planner import MAX_HEAD_ROWS, make_plan
 from ane_moe.errors import UserError
 from ane_moe.formats.recipe import FP16
 from ane_moe.model.spec import (

@@ -8,7 +8,8 @@ import pytest
 
 from ane_moe.checkpoints.checkpoint import open_checkpoint
 from ane_moe.conversion.pipeline import convert, plan
-from ane_moe.conversion.plan import ConvertOptions, make_plan
+from ane_moe.conversion.plan import ConvertOptions
+from ane_moe.conversion.planner import make_plan
 from ane_moe.errors import UserError
 from ane_moe.families import describe
 from ane_moe.formats.recipe import FP16

@@ -7,7 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from ane_moe.cli import app
-from ane_moe.conversion.plan import ConvertOptions, make_plan, sources_of
+from ane_moe.conversion.plan import ConvertOptions, sources_of
+from ane_moe.conversion.planner import make_plan
 from ane_moe.families import describe_config
 from ane_moe.forecast import concerns
 from ane_moe.forecast.concerns import Concern, concerns_of_plan

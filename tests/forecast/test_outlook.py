@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from ane_moe.cli import app
 from ane_moe.conversion.pipeline import plan
-from ane_moe.conversion.plan import ConvertOptions, make_plan, sources_of
+from ane_moe.conversion.plan import ConvertOptions, sources_of
+from ane_moe.conversion.planner import make_plan
 from ane_moe.errors import UserError
 from ane_moe.families import describe_config
 from ane_moe.families.approximate import approximate

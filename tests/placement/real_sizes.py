@@ -8,7 +8,8 @@ from typing import Any
 from transformers import AutoConfig
 
 from ane_moe.checkpoints.checkpoint import TensorSource
-from ane_moe.conversion.plan import ConversionPlan, ConvertOptions, ShardPlan, make_plan
+from ane_moe.conversion.plan import ConversionPlan, ConvertOptions, ShardPlan
+from ane_moe.conversion.planner import make_plan
 from ane_moe.emit.coreml.package import MODEL, WEIGHTS, _bound, _item_manifest, _Place
 from ane_moe.emit.coreml.tracing import make_template
 from ane_moe.families import load_family

@@ -10,7 +10,8 @@ import torch
 
 from ane_moe.checkpoints.checkpoint import open_checkpoint
 from ane_moe.conversion.pipeline import convert
-from ane_moe.conversion.plan import ConversionPlan, ConvertOptions, make_plan, sources_of
+from ane_moe.conversion.plan import ConversionPlan, ConvertOptions, sources_of
+from ane_moe.conversion.planner import make_plan
 from ane_moe.families import describe
 from ane_moe.formats.recipe import FP16
 from ane_moe.loop.session import Session

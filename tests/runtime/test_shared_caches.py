@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from ane_moe.conversion.plan import ConvertOptions, make_plan, sources_of
+from ane_moe.conversion.plan import ConvertOptions, sources_of
+from ane_moe.conversion.planner import make_plan
 from ane_moe.errors import UserError
 from ane_moe.families import describe_config
 from ane_moe.forecast.chips import Range, find_chip

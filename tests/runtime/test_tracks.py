@@ -14,7 +14,8 @@ from rich.console import Console
 from ane_moe.benchmark.measurement import BenchOptions, bench
 from ane_moe.checkpoints.checkpoint import open_checkpoint
 from ane_moe.conversion.pipeline import convert
-from ane_moe.conversion.plan import ConvertOptions, make_plan, sources_of
+from ane_moe.conversion.plan import ConvertOptions, sources_of
+from ane_moe.conversion.planner import make_plan
 from ane_moe.errors import UserError
 from ane_moe.families import describe, describe_config
 from ane_moe.families.pt_moe import published
