@@ -34,6 +34,10 @@ class Kept:
     def reused(self) -> int:
         return len(self._reused)
 
+    def has(self, step: str) -> bool:
+        """Whether a step was done before."""
+        return (self.folder / step).is_file()
+
     def save(self, step: str, result: dict[str, Any]) -> None:
         """Write what a step gave."""
         import torch

@@ -69,6 +69,14 @@ def verify(
         bool,
         typer.Option("--fresh", help="Do not go on with what a run that was broken off proved."),
     ] = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            help="Let the workers of this Dask scheduler, which see OUT, prove the functions (see "
+            "`convert`).",
+            metavar="tcp://HOST:PORT|FILE.toml",
+        ),
+    ] = None,
     against: Annotated[
         str | None,
         typer.Option(
@@ -154,6 +162,7 @@ def verify(
                     quick=quick,
                     fresh=fresh,
                     adapters=tuple(adapter or ()),
+                    cluster=cluster,
                     progress=progress,
                 )
             except KeyboardInterrupt:

@@ -4,8 +4,9 @@ What a stage gave is kept when it is done, together with the streams that the wh
 with; a run that was broken off goes on there.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ class Proof:
     kept: Kept
     quick: bool  # functions of a few experts, and not the whole model
     progress: Progress
+    # The rows of stages that are proved elsewhere, by their numbers, once those are asked.
+    begun: Mapping[int, "Future[Future[list[list[Row]]]]"] = field(default_factory=dict)
 
     def compared(self, trials: Sequence[Trial]) -> list[Comparison]:
         """Every function and the whole model against each golden; they are of the same prompts."""
@@ -70,12 +73,25 @@ class Proof:
             self.progress(_label(stage), sum(sizes[:number]), sum(sizes))
             found = self._kept_stage(number, trials, passes)
             if found is None:
-                found = self._stage(stage, parities, passes, ropes, dispatch)
+                elsewhere = self.begun.get(number)
+                here = [] if elsewhere else parities
+                found = self._stage(stage, here, passes, ropes, dispatch)
+                found = elsewhere.result().result() if elsewhere else found
                 if not _gives_scores(stage):
                     self._keep_stage(number, found, passes)
             for own, more in zip(rows, found, strict=True):
                 own += more
         return [_comparison(trial, own, passes) for trial, own in zip(trials, rows, strict=True)]
+
+    def rows(self, stage: Stage, trials: Sequence[Trial]) -> list[list[Row]]:
+        """The rows of one stage against each golden, and nothing of the whole model."""
+        ropes, dispatch = rope_tables(self.manifest), self._dispatch()
+        parities = [self._parity(trial, ropes, dispatch) for trial in trials]
+        return self._stage(stage, parities, (), ropes, dispatch)
+
+    def is_kept(self, number: int) -> bool:
+        """Whether a stage was done before."""
+        return self.kept.has(_step(number))
 
     def _stage(
         self,

@@ -2,20 +2,23 @@
 model."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ane_moe.checkpoints.adapter import adapter_name
+from ane_moe.errors import UserError
 from ane_moe.kept import Kept, kept_beside
-from ane_moe.manifest import Manifest, read_manifest
+from ane_moe.manifest import FILE_NAME, Manifest, read_manifest
 from ane_moe.model.spec import InnerScale
 from ane_moe.original.ranges import ranges_of
 from ane_moe.original.stored_model import Goldens
 from ane_moe.progress import Progress, phase, silent
 from ane_moe.runtime import with_precision
 from ane_moe.runtime.reference.engine.ledger import Ledger
+from ane_moe.verification.elsewhere import by_workers
 from ane_moe.verification.engine_report import engine_report
 from ane_moe.verification.engine_result import EngineReport
 from ane_moe.verification.goldens import (
@@ -58,6 +61,7 @@ def verify(
     quick: bool = False,
     fresh: bool = False,
     adapters: Sequence[Path] = (),
+    cluster: str | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> VerifyReport:
@@ -71,7 +75,8 @@ def verify(
     "engine" the results are by the Neural Engine's arithmetic, and the report sets it beside exact
     sums. When files are damaged nothing is run and the report says which. Raises UserError when
     there is no conversion, no golden to compare with, or a golden or prompts of something else.
-    A conversion whose adapters can be switched on is checked with that which is named.
+    A conversion whose adapters can be switched on is checked with that which is named. With a
+    `cluster` (as of `open_workers`) its workers, which see `out`, prove the functions.
     """
     told, written = progress or silent, read_manifest(out)
     whole = with_switched(written, adapters, merged=checkpoint is not None)
@@ -79,6 +84,9 @@ def verify(
     runtime, computed = with_precision(runtime, precision, manifest.package_form)
     problems = check_integrity(out, written, phase(told, 0, FILES), manifest.shards)
     by_engine = precision == "engine"
+    if cluster:
+        _require_shared(checkpoint, by_engine)
+        out = out.absolute()  # its workers are in folders of their own
     options = options if by_engine else options | computed
     require_golden(out, manifest, checkpoint, prompts)
     facts = (manifest.routing, manifest.weights, manifest.compressed)
@@ -112,6 +120,9 @@ def verify(
         trials = _trials(goldens, _gates(manifest, min_cosine, min_logit_cosine))
         if by_engine:
             (against_original, *others), engine = _compared_by_engine(proof, computed, trials)
+        elif cluster:
+            with _on_cluster(cluster, proof, trials) as shared:
+                (against_original, *others), engine = shared.compared(trials), None
         else:
             (against_original, *others), engine = proof.compared(trials), None
         prompts_seen = (len(goldens.original.prompts), prompts_in_all)
@@ -135,6 +146,27 @@ def verify(
             ),
         )
     return replace(report, passed=not report.failures)
+
+
+def _require_shared(checkpoint: Path | None, by_engine: bool) -> None:
+    """Raise UserError for what the workers of a cluster cannot share."""
+    if checkpoint is not None:
+        raise UserError("--cluster proves by the golden in OUT", "--checkpoint", "leave it out")
+    if by_engine:
+        raise UserError("--cluster proves by exact sums", "--precision engine", "leave one out")
+
+
+@contextmanager
+def _on_cluster(where: str, proof: Proof, trials: Sequence[Trial]) -> Iterator[Proof]:
+    """The proof with its functions proved by workers that see the conversion as it is here."""
+    from ane_moe.conversion.cluster import open_cluster
+
+    manifest = proof.manifest
+    goldens = filter(None, (manifest.golden, manifest.golden_as_stored))
+    with open_cluster(where, proof.out) as workers:
+        workers.admit([proof.out / name for name in goldens], proof.out / FILE_NAME)
+        with workers.writers() as pool, by_workers(proof, trials, pool) as shared:
+            yield shared
 
 
 def _compared_by_engine(

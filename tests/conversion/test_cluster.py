@@ -27,7 +27,9 @@ from ane_moe.conversion.templates import templates_of
 from ane_moe.emit.coreml.template_cache import TemplateCache
 from ane_moe.errors import UserError
 from ane_moe.files import TEMPORARY
+from ane_moe.formats.recipe import find_recipe
 from ane_moe.manifest import FILE_NAME
+from ane_moe.verification.verify import verify
 from tests.conversion.test_convert import contents
 from tests.conversion.trouble import VARIABLE, Trouble
 from tests.models import make_model, save_checkpoint
@@ -242,6 +244,15 @@ def test_workers_with_the_resource_are_used_alone(
     assert {pid for pid, _ in trouble.stamped()} == {chosen}
     assert contents(tmp_path / "out") == contents(local)
     os.kill(chosen, signal.SIGKILL)  # the next one offers nothing
+
+
+@pytest.mark.slow
+def test_functions_are_proved_by_workers_as_here(checkpoint, address, trouble, tmp_path):
+    out = tmp_path / "out"
+    convert(checkpoint, out, replace(OPTIONS, recipe=find_recipe("int8")), golden=True)
+    here = verify(out, runtime="reference")
+    there = verify(out, runtime="reference", cluster=address)
+    assert here.passed and there == replace(here, folder=there.folder) and len(there.shards) > 6
 
 
 def _stamp_again(job, templates, times: int) -> None:
