@@ -132,7 +132,8 @@ def _names(files: Any, root: str) -> list[str]:
     there = [name for name in ASKED if files.exists(f"{root}/{name}")]
     if INDEX in there:
         index = json.loads(files.cat_file(f"{root}/{INDEX}"))
-        there += sorted({str(name) for name in index.get("weight_map", {}).values()})
+        told = {str(name) for name in index.get("weight_map", {}).values()}
+        there += sorted(name for name in told if PurePosixPath(name).name == name)
     return list(dict.fromkeys(there))
 
 

@@ -144,6 +144,19 @@ def test_a_web_server_that_lists_nothing_is_asked_for_ranges_alone(
         }
 
 
+@pytest.mark.parametrize("name", ["../model/config.json", "model/config.json"])
+def test_an_index_cannot_name_files_elsewhere(saved: Path, tmp_path: Path, name: str) -> None:
+    served = Path(shutil.copytree(saved, tmp_path / "model"))
+    index = json.loads((served / "model.safetensors.index.json").read_text())
+    index["weight_map"]["other"] = name
+    (served / "model.safetensors.index.json").write_text(json.dumps(index))
+    with web_server(served) as server:
+        folder = local_folder(server.endpoint)
+    expected = {path.name for path in saved.iterdir()} - {"README.md"}
+    assert {path.name for path in folder.iterdir()} <= expected
+    assert not (folder.parent / "model").exists()
+
+
 def test_a_line_that_breaks_is_asked_again_and_a_dead_one_is_said(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
