@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ane_moe.checkpoints.checkpoint import Checkpoint, TensorSource
-from ane_moe.emit.coreai.asset import read_weights
+from ane_moe.emit.coreai.asset import read_weights, weight_names
 from ane_moe.errors import UserError
 from ane_moe.expert_record import Store
 from ane_moe.formats.encoded import Encoded
@@ -25,7 +25,6 @@ from ane_moe.loop.embedding_table import open_embeddings
 from ane_moe.loop.expert_store import StoreFile, expanded
 from ane_moe.manifest import ASSET, Manifest, Shard, ShardFunction
 from ane_moe.mlprogram.reader import read_program
-from ane_moe.model.template_key import weight_name
 from ane_moe.model.weight import EMBEDDING, HEAD, HEAD_BIAS, Place, WeightName
 from ane_moe.opened import Model
 from ane_moe.runtime.reference.weight_values import weight_values
@@ -106,17 +105,24 @@ def _reader(path: Path) -> Callable[[ShardFunction, Callable[[str], bool]], Valu
 
 
 def _of_asset(path: Path, entry: ShardFunction, reads: Callable[[str], bool]) -> Values:
-    """Copies of one asset are told apart by what comes before the name of their functions."""
-    prefix = weight_name(entry.entry.rpartition("_")[0], "") if entry.experts else ""
+    """Copies of one asset, where there are any, are told apart by what comes before the name of
+    their functions: weights of expert_007_t16 are called `expert_007/...`."""
+    copies = {name.rpartition("/")[0] for name in weight_names(path)}
+    copy = entry.entry.rpartition("_")[0]
+    copy = copy if copy in copies else ""
 
     def mine(name: str) -> bool:
-        return name.startswith(prefix) and reads(name.removeprefix(prefix))
+        of, _, parameter = name.rpartition("/")
+        return of == copy and reads(parameter)
 
-    found = read_weights(path, mine)
     return {
-        name.removeprefix(prefix): expand(value) if isinstance(value, Encoded) else value
-        for name, value in found
+        name.rpartition("/")[2]: _as_in_graphs(value) for name, value in read_weights(path, mine)
     }
+
+
+def _as_in_graphs(value: np.ndarray | Encoded) -> np.ndarray:
+    """`(out, in, 1, 1)` of a matrix."""
+    return expand(value)[:, :, None, None] if isinstance(value, Encoded) else value
 
 
 def _parameter(constant: str) -> str:

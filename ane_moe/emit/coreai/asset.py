@@ -88,16 +88,31 @@ def read_weights(
 ) -> Iterator[tuple[str, Weight]]:
     """The weights of an asset of ours that are `wanted`, by the names that they were stamped with,
     as it stores them. Raises UserError for another asset, or one that is damaged."""
-    program = path / PROGRAM
-    arrays = by_name(read_arrays(program))
+    arrays = by_name(read_arrays(path / PROGRAM))
+    for name, told in _weights_of(path).items():
+        if wanted(name):
+            try:
+                yield name, weight_of(told, arrays)
+            except (ValueError, LookupError, TypeError) as error:
+                raise _unsaid(path, error) from None
+
+
+def weight_names(path: Path) -> tuple[str, ...]:
+    """The names of an asset's weights. Raises UserError as `read_weights` does."""
+    return tuple(_weights_of(path))
+
+
+def _weights_of(path: Path) -> dict[str, Any]:
     try:
         facts = json.loads((path / METADATA).read_text())["creatorDefinedMetadata"][FACTS]
-        for name, told in dict(facts["weights"]).items():
-            if wanted(name):
-                yield name, weight_of(told, arrays)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        found = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path} says nothing of its weights", found, DO) from None
+        return dict(facts["weights"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise _unsaid(path, error) from None
+
+
+def _unsaid(path: Path, error: Exception) -> UserError:
+    found = f"{type(error).__name__}: {error}"
+    return UserError(f"{path} says nothing of its weights", found, DO)
 
 
 def _say(bound: Mapping[str, _Bound], content_key: str, path: Path) -> None:

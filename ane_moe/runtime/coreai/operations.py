@@ -125,6 +125,7 @@ OPERATIONS: dict[str, Kernel] = {
     "reduce_min": _reduction(lambda x, axes, keep: torch.amin(x, axes, keep)),
     "reduce_sum": _reduction(lambda x, axes, keep: torch.sum(x, axes, keep)),
     "relu": lambda x: x.relu(),
+    "round": lambda x: x.round(),
     "rsqrt": rsqrt,
     "sigmoid": lambda x: x.sigmoid(),
     "silu": lambda x: functional.silu(x),
