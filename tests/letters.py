@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -24,6 +25,12 @@ def letter_shards(folder: Path, template: str | None = CHAT, context: int = 64) 
     object.__setattr__(shards.manifest, "tokenizer", ("tokenizer.json",))
     object.__setattr__(shards.manifest, "tokenizer_class", "PreTrainedTokenizerFast")
     return shards
+
+
+def serve_shards(patch: pytest.MonkeyPatch, shards: LoadedShards) -> None:
+    """What is opened from now on is these."""
+    patch.setattr("ane_moe.loop.opened.read_manifest", lambda folder: shards.manifest)
+    patch.setattr("ane_moe.loop.opened.load_shards", lambda *given, **options: shards)
 
 
 def slowed(shards: LoadedShards, seconds: float) -> LoadedShards:

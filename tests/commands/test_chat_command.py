@@ -13,7 +13,7 @@ from ane_moe.loop.dialogue import Dialogue
 from ane_moe.loop.generation import GenerateOptions
 from ane_moe.loop.messages import Message
 from ane_moe.loop.tokenizer import load_tokenizer
-from tests.letters import CHAT, letter_shards
+from tests.letters import CHAT, letter_shards, serve_shards
 
 CONTEXT = 64
 
@@ -21,7 +21,7 @@ CONTEXT = 64
 @pytest.fixture
 def out(tmp_path, monkeypatch):
     shards = letter_shards(tmp_path)
-    monkeypatch.setattr("ane_moe.loop.opened.load_shards", lambda *given, **options: shards)
+    serve_shards(monkeypatch, shards)
     return tmp_path
 
 
@@ -122,7 +122,7 @@ def test_a_message_that_does_not_fit_was_not_said(tmp_path):
 
 def test_without_a_template_it_is_said(tmp_path, monkeypatch):
     shards = letter_shards(tmp_path, template=None)
-    monkeypatch.setattr("ane_moe.loop.opened.load_shards", lambda *given, **options: shards)
+    serve_shards(monkeypatch, shards)
     result = run(tmp_path, lines=["012"])
     assert result.exit_code == 0 and "no chat template" in result.stderr
 

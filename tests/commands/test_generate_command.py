@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from ane_moe.commands.generate import generate
 from ane_moe.errors import UserError
 from ane_moe.loop.session import Session
+from tests.letters import serve_shards
 from tests.runtime.numpy_shards import VOCAB, Decoder, make_manifest, make_shards
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}!{% endif %}"
@@ -32,7 +33,7 @@ def _serve(folder, monkeypatch, tokenizer):
     shards = make_shards(Decoder((None,)), make_manifest((None,)))
     object.__setattr__(shards.manifest, "tokenizer", tokenizer)
     object.__setattr__(shards.manifest, "tokenizer_class", "PreTrainedTokenizerFast")
-    monkeypatch.setattr("ane_moe.loop.opened.load_shards", lambda path, runtime, **options: shards)
+    serve_shards(monkeypatch, shards)
 
 
 def run(*arguments, **options):

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from ane_moe.checkpoints.checkpoint import TensorSource
-from ane_moe.conversion import plan as planning
+from ane_moe.conversion import planner as planning
 from ane_moe.conversion.plan import MB, ConvertOptions, OneHot
 from ane_moe.conversion.planner import MAX_HEAD_ROWS, make_plan
 from ane_moe.errors import UserError

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ane_moe.conversion import plan as planning
+from ane_moe.conversion import planner as planning
 from ane_moe.demo import demo_checkpoint
 from ane_moe.errors import UserError
 from ane_moe.loop.generation import GenerateOptions, generate

@@ -19,6 +19,7 @@ from ane_moe.model.mamba import MambaConfig, MambaSpec
 from ane_moe.model.mamba2 import Mamba2Config, Mamba2Spec
 from ane_moe.model.mla import MlaConfig, MlaSpec
 from ane_moe.model.mlp import DenseConfig
+from ane_moe.model.moa import MoaConfig, MoaSpec
 from ane_moe.model.moe import MoeConfig
 from ane_moe.model.residual import ResidualSpec
 from ane_moe.model.routed import RoutedMixerConfig, RoutingConfig
@@ -123,6 +124,7 @@ CONFIGS = [
     LightningConfig(
         D, NORM, LightningSpec(2, 8, 1e-6), ranks=(("gate", 2),), residual=ResidualSpec(keeps=2.0)
     ),
+    MoaConfig(D, NORM, MoaSpec(2, 8, experts=4, k=2, scale=0.3, rope=None), slots=32),
     MambaConfig(D, NORM, MambaSpec(32, 8, 5, 3, 1e-6, bias=True), ranks=(("u", 2),)),
     Mamba2Config(D, NORM, Mamba2Spec(4, 6, 2, 8, 3, 1e-6, bias=True), ranks=(("u", 2),)),
 ]

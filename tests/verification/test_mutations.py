@@ -9,10 +9,9 @@ import shutil
 
 import pytest
 
-from ane_moe.families import describe
 from ane_moe.verification.verify import verify
 from tests.models import edit_config
-from tests.verification.tiny import edit_tensors, tiny_checkpoint, tiny_conversion
+from tests.verification.tiny import describe_wrongly, edit_tensors, tiny_checkpoint, tiny_conversion
 
 PROMPTS = [[7, 3, 11, 50, 2, 9, 33, 33, 18, 4, 25, 60, 1, 0, 44, 12], [5], [40, 41, 42, 43]]
 EXPERT = "model.layers.0.mlp.experts.{}.{}_proj.weight"
@@ -122,14 +121,13 @@ def test_a_wrong_tensor_map_fails_the_shards_it_is_part_of(
 
 
 def test_attention_without_its_q_and_k_norms_fails(true_checkpoint, prompts, tmp_path, monkeypatch):
-    def without_norms(checkpoint, ignore):
-        spec, sources = describe(checkpoint, ignore)
+    def without_norms(spec):
         layers = tuple(
             dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, qk_norm="none"))
             for layer in spec.layers
         )
-        return dataclasses.replace(spec, layers=layers), sources
+        return dataclasses.replace(spec, layers=layers)
 
     true = true_checkpoint("qwen3_moe")
-    monkeypatch.setattr("ane_moe.opened.describe", without_norms)
+    describe_wrongly(monkeypatch, without_norms)
     assert failing_kinds(tiny_conversion(true, tmp_path / "out"), true, prompts) == {"attn"}

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from ane_moe.families import describe
 from ane_moe.formats.recipe import FP16
 from ane_moe.loop.session import Session
 from ane_moe.loop.shards import load_shards
@@ -18,7 +17,7 @@ from ane_moe.model.spec import ModelSpec
 from ane_moe.verification.result import VerifyReport
 from ane_moe.verification.verify import verify
 from tests.models import make_model, read_config, save_checkpoint
-from tests.verification.tiny import edit_tensors, tiny_conversion
+from tests.verification.tiny import describe_wrongly, edit_tensors, tiny_conversion
 
 COSINE = 0.9999
 # Prompts of more than two prefill chunks, the last one padded: kept tokens cross both.
@@ -196,12 +195,8 @@ def test_a_wrong_field_of_the_spec_fails(
     change, kind = MUTATIONS[family][field]
     true = save_checkpoint(make_model(family, num_hidden_layers=LAYERS[family]), tmp_path / "true")
 
-    def changed(checkpoint: Any, ignore: Any) -> Any:
-        spec, sources = describe(checkpoint, ignore)
-        return change(spec), sources
-
     with monkeypatch.context() as patch:
-        patch.setattr("ane_moe.opened.describe", changed)
+        describe_wrongly(patch, change)
         tiny_conversion(true, tmp_path / "out", prefill=16, context=96)
     report = verify(tmp_path / "out", checkpoint=true, prompts=prompts)
     assert not report.passed

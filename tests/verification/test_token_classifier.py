@@ -12,7 +12,6 @@ import torch
 from transformers import PreTrainedModel
 
 from ane_moe.errors import UserError
-from ane_moe.families import describe
 from ane_moe.formats.recipe import find_recipe
 from ane_moe.loop.labels import Labeller
 from ane_moe.loop.session import Session
@@ -29,7 +28,7 @@ from tests.verification.test_other_shapes import (
     roll,
     turned_faster,
 )
-from tests.verification.tiny import edit_tensors, tiny_conversion
+from tests.verification.tiny import describe_wrongly, edit_tensors, tiny_conversion
 
 FAMILY = "openai_privacy_filter"
 REACH = CONFIGS[FAMILY]["sliding_window"]
@@ -274,12 +273,8 @@ def test_a_wrong_field_of_the_spec_fails(
 ) -> None:
     change, kind = MUTATIONS[field]
 
-    def changed(opened: Any, ignore: Any) -> Any:
-        spec, sources = describe(opened, ignore)
-        return change(spec), sources
-
     with monkeypatch.context() as patch:
-        patch.setattr("ane_moe.opened.describe", changed)
+        describe_wrongly(patch, change)
         out = tiny_conversion(checkpoint, tmp_path / "out", lengths=(32,))
     report = verify(out, checkpoint=checkpoint, prompts=prompts)
     assert not report.passed

@@ -1,15 +1,20 @@
 """The smallest models that still have every part, so that a test can afford its own conversion."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from ane_moe.checkpoints.checkpoint import Checkpoint
 from ane_moe.conversion.pipeline import convert
 from ane_moe.conversion.plan import ConvertOptions
+from ane_moe.families import describe
 from ane_moe.formats.recipe import FP16
+from ane_moe.model.spec import ModelSpec
 from tests.models import make_model, save_checkpoint
 
 SIZES = {
@@ -50,6 +55,18 @@ def tiny_conversion(checkpoint: Path, out: Path, **options: object) -> Path:
         checkpoint, out, ConvertOptions(**{"prefill": 0, "recipe": FP16, **options}), golden=golden
     )
     return out
+
+
+def describe_wrongly(patch: pytest.MonkeyPatch, change: Callable[[ModelSpec], ModelSpec]) -> None:
+    """Checkpoints are described as `change` says; nobody asks about tensors that it has no use
+    for."""
+
+    def changed(checkpoint: Checkpoint, ignore: Collection[str]) -> Any:
+        spec, sources = describe(checkpoint, ignore)
+        return change(spec), sources
+
+    patch.setattr("ane_moe.opened.describe", changed)
+    patch.setattr(Checkpoint, "left_out", lambda *_: {})
 
 
 def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
