@@ -107,7 +107,7 @@ def weight_names(folder: Path, files: list[str]) -> list[str]:
         return [SINGLE]
     if INDEX in files:
         found = read_json(folder / INDEX).get("weight_map")
-        names = set(found.values()) if isinstance(found, dict) else set()
+        names = [*found.values()] if isinstance(found, dict) else []  # whatever they are
         return sorted(file for file in files if file in names and "/" not in file)
     plain = (file for file in files if "/" not in file and file.endswith(".safetensors"))
     return sorted(file for file in plain if not file.startswith(NOT_THE_MODEL))

@@ -62,7 +62,7 @@ def remote_folder(url: str) -> Path:
         if path.name not in (*names, *weights):
             path.unlink()
     for name in weights:
-        size = int(files.info(f"{root}/{name}")["size"] or 0)
+        size = _size(files, f"{root}/{name}", f"{url}/{name}")
         fetch_header(folder / name, size, _reading(f"{url}/{name}"), f"{url}/{name}")
     write_text(folder.with_suffix(".url"), url)
     return folder
@@ -128,21 +128,41 @@ def _names(files: Any, root: str) -> list[str]:
     except FileNotFoundError:
         listed = []
     if CONFIG in listed:
-        return sorted(listed)
+        return sorted(filter(_is_name, listed))
     there = [name for name in ASKED if files.exists(f"{root}/{name}")]
     if INDEX in there:
-        index = json.loads(files.cat_file(f"{root}/{INDEX}"))
+        index = json.loads(_read(files, f"{root}/{INDEX}", INDEX))
         told = {str(name) for name in index.get("weight_map", {}).values()}
-        there += sorted(name for name in told if PurePosixPath(name).name == name)
+        there += sorted(name for name in told if _is_name(name))
     return list(dict.fromkeys(there))
+
+
+def _is_name(text: str) -> bool:
+    """Whether it names a file of the folder itself."""
+    return PurePosixPath(text).name == text != ".."
 
 
 def _whole(url: str) -> bytes:
     files, path = file_system(url)
-    size = int(files.info(path)["size"] or 0)
-    if size > MAX_SMALL_BYTES:
-        raise UserError(f"{url} is too large", f"{size} bytes")
-    return bytes(files.cat_file(path))
+    return _read(files, path, url)
+
+
+def _read(files: Any, path: str, what: str) -> bytes:
+    """A small file. Raises UserError where it is none, or cannot be had."""
+    if (size := _size(files, path, what)) > MAX_SMALL_BYTES:
+        raise UserError(f"{what} is too large", f"{size} bytes")
+    try:
+        return bytes(files.cat_file(path))
+    except Exception as error:  # as of `remote_folder`
+        raise unreadable(what, error) from None
+
+
+def _size(files: Any, path: str, what: str) -> int:
+    """Bytes of a file. Raises UserError where it is not there, or nobody says."""
+    try:
+        return int(files.info(path)["size"] or 0)
+    except Exception as error:  # as of `remote_folder`
+        raise unreadable(what, error) from None
 
 
 def _keep(path: Path, data: bytes) -> None:

@@ -144,7 +144,7 @@ def test_a_web_server_that_lists_nothing_is_asked_for_ranges_alone(
         }
 
 
-@pytest.mark.parametrize("name", ["../model/config.json", "model/config.json"])
+@pytest.mark.parametrize("name", ["../model/config.json", "model/config.json", ".."])
 def test_an_index_cannot_name_files_elsewhere(saved: Path, tmp_path: Path, name: str) -> None:
     served = Path(shutil.copytree(saved, tmp_path / "model"))
     index = json.loads((served / "model.safetensors.index.json").read_text())
@@ -155,6 +155,24 @@ def test_an_index_cannot_name_files_elsewhere(saved: Path, tmp_path: Path, name:
     expected = {path.name for path in saved.iterdir()} - {"README.md"}
     assert {path.name for path in folder.iterdir()} <= expected
     assert not (folder.parent / "model").exists()
+
+
+def test_a_weight_file_that_its_server_lacks_is_one_line(saved: Path, tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    served = Path(shutil.copytree(saved, tmp_path / "model"))
+    lacking = next(served.glob("*.safetensors"))
+    lacking.unlink()
+    with web_server(served) as server, pytest.raises(UserError, match="cannot be read") as raised:
+        local_folder(server.endpoint)
+    assert f"{server.endpoint}/{lacking.name}" in str(raised.value)
+
+
+@pytest.mark.parametrize("named", [["x"], {}, 3, None])
+def test_an_index_that_names_no_files_is_one_line(memory: str, named: object) -> None:
+    index = json.dumps({"weight_map": {"a": named}}).encode()
+    fsspec.filesystem("memory").pipe("/models/tiny/model.safetensors.index.json", index)
+    with pytest.raises(UserError, match="has no safetensors weights"):
+        local_folder(memory)
 
 
 def test_a_line_that_breaks_is_asked_again_and_a_dead_one_is_said(
