@@ -4,7 +4,7 @@ in this process, the workers in jobs that dask-jobqueue submits."""
 import shutil
 import signal
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -106,10 +106,16 @@ def started(batch: BatchSystem) -> Iterator[str]:
         )
     with _interrupted_as_before():
         import dask_jobqueue
-    made = getattr(dask_jobqueue, name)
-    cores = batch.options["cores"]
-    with made(
-        processes=cores, scheduler_options={"dashboard_address": ":0"}, **batch.options
-    ) as cluster:
+    with _made(getattr(dask_jobqueue, name), batch) as cluster:
         cluster.adapt(minimum_jobs=batch.jobs, maximum_jobs=batch.jobs)
         yield cluster.scheduler_address
+
+
+def _made(kind: Callable[..., Any], batch: BatchSystem) -> Any:
+    cores = batch.options["cores"]
+    try:
+        return kind(processes=cores, scheduler_options={"dashboard_address": ":0"}, **batch.options)
+    except (OSError, RuntimeError, ValueError) as error:  # of a size, or a network, that is none
+        raise UserError(
+            f"a cluster of {batch.name} does not begin", str(error), "look at the file's entries"
+        ) from None

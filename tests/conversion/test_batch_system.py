@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ane_moe.conversion.batch_system import BatchSystem, read_batch_system
+from ane_moe.conversion.batch_system import BatchSystem, read_batch_system, started
 from ane_moe.conversion.pipeline import ConvertOptions, convert
 from ane_moe.errors import UserError
 from tests.conversion.test_convert import contents
@@ -79,6 +79,22 @@ def test_where_nothing_can_be_submitted_it_says_so(
     with pytest.raises(UserError, match="there is no sbatch here; run this where jobs"):
         convert(checkpoint, tmp_path / "out", cluster=str(given))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(('"lo"', '"none0"'), "not a valid network interface"), (('"2GB"', '"lots"'), "lots")],
+)
+def test_what_dask_jobqueue_refuses_is_one_line(
+    given: Path, slurm: Path, change: tuple[str, str], said: str
+) -> None:
+    pytest.importorskip("dask_jobqueue")
+    given.write_text(given.read_text().replace(*change))
+    with (
+        pytest.raises(UserError, match=f"a cluster of slurm does not begin; found: .*{said}"),
+        started(read_batch_system(given)),
+    ):
+        pass
 
 
 def test_a_file_is_read_into_what_dask_jobqueue_takes(given: Path) -> None:
