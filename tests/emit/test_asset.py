@@ -162,6 +162,44 @@ def test_bytecode_that_ends_too_soon_is_one_line(asset: Path, tmp_path: Path, si
         read_arrays(path)
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        [{"type": "constexpr_lut_to_dense", "inputs": [], "outputs": [], "integers": {}}],
+        ["fp16", [-1], "array000000"],
+        ["fp16", [float("inf")], "array000000"],
+        ["uint1", [1 << 40], "array000000"],
+        ["fp16", [3], "array000000"],
+        [None],
+    ],
+)
+def test_metadata_of_another_shape_is_one_line(tmp_path: Path, told: object) -> None:
+    from ane_moe.emit.coreai.asset import read_weights, stamp_asset
+
+    path = tmp_path / "a.aimodel"
+    stamp_asset({"": TEMPLATE}, [("weight", encoded("fp16"))], ContentKey(), path)
+    about = json.loads((path / "metadata.json").read_text())
+    about["creatorDefinedMetadata"]["ane_moe"]["weights"]["weight"] = told
+    (path / "metadata.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="says nothing of its weights"):
+        list(read_weights(path))
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "[" * 100_000, '{"creatorDefinedMetadata": []}'])
+def test_metadata_that_is_none_is_one_line(tmp_path: Path, text: str) -> None:
+    from ane_moe.emit.coreai.asset import read_asset_key, read_weights, stamp_asset
+    from ane_moe.runtime.coreai.runtime import check_asset
+
+    path = tmp_path / "a.aimodel"
+    stamp_asset({"": TEMPLATE}, [("weight", encoded("fp16"))], ContentKey(), path)
+    (path / "metadata.json").write_text(text)
+    assert read_asset_key(path) is None
+    with pytest.raises(UserError):
+        list(read_weights(path))
+    with pytest.raises(UserError):
+        check_asset(path)
+
+
 def test_equal_numbers_in_two_shapes_are_both_read_again(tmp_path: Path) -> None:
     from ane_moe.emit.coreai.asset import read_weights, stamp_asset
 

@@ -22,11 +22,14 @@ from ane_moe.emit.coreml.template import Template, value_name
 from ane_moe.errors import UserError
 from ane_moe.files import replaced, sha256
 from ane_moe.formats.encoded import Encoded, Expansion, Stored
+from ane_moe.json_file import read_json
 from ane_moe.model.template_key import function_name, weight_name
 from ane_moe.runtime.coreai.installed import core_ai, quiet
 
 PROGRAM, DIGEST, METADATA = "main.mlirb", "main.hash", "metadata.json"
 FACTS = "ane_moe"  # of what whoever makes an asset may say in its metadata
+# What metadata of another shape than ours gives.
+UNFIT = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 NAME = "coreai.name"  # of an input, as the runtime calls it
 
 
@@ -77,9 +80,8 @@ def stamp_asset(
 def read_asset_key(path: Path) -> str | None:
     """The content key of an asset of ours, or None when there is no such asset."""
     try:
-        facts = json.loads((path / METADATA).read_text())["creatorDefinedMetadata"][FACTS]
-        return str(facts["content_key"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(_facts(path)["content_key"])
+    except (UserError, *UNFIT):
         return None
 
 
@@ -93,7 +95,7 @@ def read_weights(
         if wanted(name):
             try:
                 yield name, weight_of(told, arrays)
-            except (ValueError, LookupError, TypeError) as error:
+            except UNFIT as error:
                 raise _unsaid(path, error) from None
 
 
@@ -104,10 +106,13 @@ def weight_names(path: Path) -> tuple[str, ...]:
 
 def _weights_of(path: Path) -> dict[str, Any]:
     try:
-        facts = json.loads((path / METADATA).read_text())["creatorDefinedMetadata"][FACTS]
-        return dict(facts["weights"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        return dict(_facts(path)["weights"])
+    except UNFIT as error:
         raise _unsaid(path, error) from None
+
+
+def _facts(path: Path) -> Any:
+    return read_json(path / METADATA)["creatorDefinedMetadata"][FACTS]
 
 
 def _unsaid(path: Path, error: Exception) -> UserError:

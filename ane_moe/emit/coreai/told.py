@@ -5,6 +5,7 @@ Of arrays that are equal, whatever their types, Apple's writer keeps one, under 
 them: so equal arrays have one name here.
 """
 
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ane_moe.formats.encoded import Encoded, Expansion, Stored
-from ane_moe.mlprogram.storage import STORAGE, decode, encode
+from ane_moe.mlprogram.storage import STORAGE, decode, encode, stored_size
 
 Weight = np.ndarray | Encoded
 
@@ -73,7 +74,7 @@ def weight_of(told: Any, arrays: Mapping[str, np.ndarray]) -> Weight:
     """The weight that was told of, with its numbers out of `arrays`: those of one that is stored
     as it is, or by its expansions.
 
-    Raises ValueError, KeyError or TypeError where they do not fit.
+    Raises errors of Python's (`UNFIT` of asset.py) where they do not fit.
     """
     if isinstance(told[0], str):
         return _stored(told, arrays).values
@@ -93,5 +94,7 @@ def _input(facts: Any, arrays: Mapping[str, np.ndarray]) -> Stored | tuple[int, 
 
 def _stored(facts: Any, arrays: Mapping[str, np.ndarray]) -> Stored:
     type_, shape, name = str(facts[0]), tuple(map(int, facts[1])), facts[2]
-    count = int(np.prod(shape, dtype=np.int64))
-    return Stored(decode(STORAGE[type_], arrays[name], count).reshape(shape), type_)
+    storage, count, raw = STORAGE[type_], math.prod(shape), arrays[name]
+    if min(shape, default=1) < 0 or stored_size(storage, count) != raw.size:
+        raise ValueError(f"{shape} of {type_} in {raw.size} bytes")
+    return Stored(decode(storage, raw, count).reshape(shape), type_)

@@ -7,7 +7,6 @@ ours.
 
 import asyncio
 import hashlib
-import json
 import tempfile
 import threading
 import weakref
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ane_moe.errors import UserError
+from ane_moe.json_file import read_json
 from ane_moe.mlprogram.program import Feature, Interface, TensorType
 from ane_moe.mlprogram.reader import OpenProgram, open_program
 from ane_moe.mlprogram.weights import weights_of
@@ -217,10 +217,9 @@ def check_asset(path: Path) -> None:
     if found != (path / DIGEST).read_bytes():
         raise UserError(f"{path / PROGRAM} is not what was written", "another sha256", DAMAGED)
     try:
-        found_version = json.loads((path / METADATA).read_text())["assetVersion"]
-    except (ValueError, KeyError, TypeError) as error:
-        found_text = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path / METADATA} cannot be read", found_text, DAMAGED) from None
+        found_version = read_json(path / METADATA).get("assetVersion")
+    except UserError as error:
+        raise UserError(f"{path} cannot be read", str(error), DAMAGED) from None
     if found_version != VERSION:
         raise UserError(
             f"{path} is of another version of Core AI's assets",
