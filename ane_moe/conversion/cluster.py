@@ -48,10 +48,10 @@ class Conditions:
 
     def objection(self) -> str:
         """What is not so in this process; nothing where all is."""
-        found = installed()
+        ours = installed()
         for name, wanted in self.versions:
-            if found[name] != wanted:
-                return f"has {name} {found[name]}, not {wanted}"
+            if (found := ours.get(name) or _version(name)) != wanted:
+                return f"has {name} {found}, not {wanted}"
         for path, size in self.sizes:
             if (found_size := size_of(path)) is None:
                 return f"does not see {path}"
@@ -159,10 +159,12 @@ class Cluster(Executor):
         self._ended.set()
         self._client.close(timeout=2)
 
-    def admit(self, files: Collection[WeightFile], marker: Path) -> None:
+    def admit(
+        self, files: Collection[WeightFile], marker: Path, packages: Collection[str] = ()
+    ) -> None:
         """As of `Workers`; also refuses workers with other versions of what decides the result."""
         sizes = tuple((file, size_of(file) or 0) for file in sorted(files, key=str))
-        versions = tuple(installed().items())
+        versions = (*installed().items(), *((name, _version(name)) for name in packages))
         self._conditions = Conditions(versions, sizes, marker, marker.read_text())
         for address, found in self._ask(_objection, self._conditions).items():
             if isinstance(found, OSError):  # it died meanwhile

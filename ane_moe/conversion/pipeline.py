@@ -68,7 +68,7 @@ from ane_moe.original.checkpoint_tokenizer import (
     require_tokenizer,
     write_tokenizer,
 )
-from ane_moe.runtime.coreai.installed import require_packages
+from ane_moe.runtime.coreai.installed import DISTRIBUTIONS, require_packages
 
 EMBED = "embed.bin"
 BUILTIN_TEXT = "builtin"
@@ -161,13 +161,16 @@ def carry_out(
     out = job.out
     ids = _prompt_ids(job, prompts) if golden else None
     _require_text(job.plan.options)
+    packages: tuple[str, ...] = ()
     if job.plan.options.format == "aimodel":
         require_packages()
+        packages = DISTRIBUTIONS
     tokenizer = read_tokenizer(job.checkpoint.folder)
     earlier = None if overwrite else finished(out)
     claim(job, overwrite)
     require_disk(out, job.plan)
-    workers.admit({tensor.path for tensor in job.checkpoint.tensors.values()}, out / MARKER)
+    files = {tensor.path for tensor in job.checkpoint.tensors.values()}
+    workers.admit(files, out / MARKER, packages)
     meter = _Meter(job.plan.disk_bytes, progress)
     try:
         tokenizer_files = write_tokenizer(tokenizer, out)

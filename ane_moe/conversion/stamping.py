@@ -35,13 +35,13 @@ from ane_moe.formats.encoded import Encoded
 from ane_moe.formats.recipe import Choice, find_format
 from ane_moe.manifest import ASSET
 from ane_moe.model.port import Shape
+from ane_moe.runtime.coreai.installed import DISTRIBUTIONS
 
 if TYPE_CHECKING:  # it imports torch
     from ane_moe.formats.low_rank import LowRank
 
 NOTHING = np.empty((0, 0), np.float16)
 TOOLS = ("ane-moe", "coremltools", "torch")
-OF_CORE_AI = ("coreai-core", "coreai-torch")
 ENCODING = 3  # counts up when a weight format comes to give other bytes
 
 
@@ -135,7 +135,7 @@ def is_asset(shard: ShardPlan) -> bool:
 
 def tool_versions(asset: bool) -> dict[str, str]:
     """Versions of what made a shard, by package."""
-    names = (*TOOLS, *OF_CORE_AI) if asset else TOOLS
+    names = (*TOOLS, *DISTRIBUTIONS) if asset else TOOLS
     return {name: version(name) for name in names}
 
 

@@ -5,9 +5,10 @@ from collections.abc import Collection, Iterator
 from ane_moe.emit.coreml.template import Template
 from ane_moe.emit.coreml.template_cache import CORE_ML, Making, TemplateCache
 from ane_moe.model.template_key import TemplateKey
+from ane_moe.runtime.coreai.installed import DISTRIBUTIONS
 
 CORE_AI = Making(
-    (*CORE_ML.tools, "coreai-core", "coreai-torch"),
+    (*CORE_ML.tools, *DISTRIBUTIONS),
     (*CORE_ML.sources, "emit/coreai", "mlprogram", "runtime/coreai"),
 )
 

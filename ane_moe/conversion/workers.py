@@ -30,9 +30,12 @@ Pool = Executor | None  # None: everything in this process
 class Workers(Protocol):
     """Who does the calls of a conversion."""
 
-    def admit(self, files: Collection[WeightFile], marker: Path) -> None:
+    def admit(
+        self, files: Collection[WeightFile], marker: Path, packages: Collection[str] = ()
+    ) -> None:
         """Check, before anything is begun, that all of them can read `files`, and see `marker`
-        where they are to write. Raises UserError."""
+        where they are to write, and have these `packages` too, in our versions. Raises
+        UserError."""
 
     def readers(self) -> AbstractContextManager[Pool]:
         """For calls that read and hash."""
@@ -52,7 +55,9 @@ class LocalWorkers:
     count: int
     preload: str
 
-    def admit(self, files: Collection[WeightFile], marker: Path) -> None:
+    def admit(
+        self, files: Collection[WeightFile], marker: Path, packages: Collection[str] = ()
+    ) -> None:
         """They see what this process sees."""
 
     def readers(self) -> AbstractContextManager[Pool]:

@@ -11,12 +11,13 @@ from typing import Any
 from ane_moe.checkpoints.adapter import adapter_name
 from ane_moe.errors import UserError
 from ane_moe.kept import Kept, kept_beside
-from ane_moe.manifest import FILE_NAME, Manifest, read_manifest
+from ane_moe.manifest import ASSET, FILE_NAME, Manifest, read_manifest
 from ane_moe.model.spec import InnerScale
 from ane_moe.original.ranges import ranges_of
 from ane_moe.original.stored_model import Goldens
 from ane_moe.progress import Progress, phase, silent
 from ane_moe.runtime import with_precision
+from ane_moe.runtime.coreai.installed import DISTRIBUTIONS
 from ane_moe.runtime.reference.engine.ledger import Ledger
 from ane_moe.verification.elsewhere import by_workers
 from ane_moe.verification.engine_report import engine_report
@@ -164,7 +165,9 @@ def _on_cluster(where: str, proof: Proof, trials: Sequence[Trial]) -> Iterator[P
     manifest = proof.manifest
     goldens = filter(None, (manifest.golden, manifest.golden_as_stored))
     with open_cluster(where, proof.out) as workers:
-        workers.admit([proof.out / name for name in goldens], proof.out / FILE_NAME)
+        files = [proof.out / name for name in goldens]
+        packages = DISTRIBUTIONS if manifest.package_form == ASSET else ()
+        workers.admit(files, proof.out / FILE_NAME, packages)
         with workers.writers() as pool, by_workers(proof, trials, pool) as shared:
             yield shared
 

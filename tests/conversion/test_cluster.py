@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from ane_moe.conversion import cluster as cluster_module
-from ane_moe.conversion import stamping
+from ane_moe.conversion import pipeline, stamping
 from ane_moe.conversion.cluster import RESOURCE, Conditions, installed
 from ane_moe.conversion.job import open_job
 from ane_moe.conversion.output_folder import MARKER
@@ -337,6 +337,20 @@ def test_what_a_worker_lacks_is_said(tmp_path: Path) -> None:
     assert "another file" in replace(good, sizes=((file, 5),)).objection()
     assert "another folder" in replace(good, text="y").objection()
     assert "does not see" in replace(good, marker=elsewhere / "marker").objection()
+    needed = replace(good, versions=(*good.versions, ("of-no-index", "1.0")))
+    assert needed.objection() == "has of-no-index not installed, not 1.0"
+
+
+def test_workers_without_what_writes_assets_are_refused(
+    checkpoint, address, tmp_path, monkeypatch
+) -> None:
+    assert installed()  # kept, before `_version` is another one
+    monkeypatch.setattr(pipeline, "DISTRIBUTIONS", ("pytest", "of-no-index"))
+    monkeypatch.setattr(cluster_module, "_version", lambda name: f"{name} 0.1")
+    options = ConvertOptions(prefill=0, format="aimodel")
+    with pytest.raises(UserError, match=r"worker tcp://\S+ has pytest [0-9.]+, not pytest 0\.1"):
+        convert(checkpoint, tmp_path / "out", options, cluster=address)
+    assert not list((tmp_path / "out").rglob("*.aimodel"))
 
 
 def test_a_scheduler_that_does_not_answer_is_one_line(checkpoint, tmp_path, monkeypatch):

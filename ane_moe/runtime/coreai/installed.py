@@ -12,6 +12,7 @@ from typing import Any
 from ane_moe.errors import UserError
 
 PACKAGES = ("coreai", "coreai_torch")
+DISTRIBUTIONS = ("coreai-core", "coreai-torch")  # which have them
 INSTALL = "pip install 'ane-moe[coreai]' (Linux on x86-64, or macOS)"
 
 
