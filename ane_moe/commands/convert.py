@@ -350,6 +350,8 @@ def convert(
     if warned and chosen != stored:
         final = concerns_of_plan(plan_of(model, replace(options, recipe=chosen)), place)
     _print_all(warning(concern, place) for concern in final if concern not in concerns)
+    faults = () if warned else faults_of(chosen.formats)
+    _print_all(fault for fault in faults if fault not in warnings)
     document = report_document(report, final)
     typer.echo(json.dumps(document, indent=2)) if as_json else print_report(report)
 

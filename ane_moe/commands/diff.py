@@ -55,7 +55,8 @@ def diff(
         str, typer.Option(help="Precision of A in the reference runtime: fp32, fp16 or engine.")
     ] = "fp32",
     precision_b: Annotated[
-        str | None, typer.Option(help="Precision of B.", show_default="as --precision")
+        str | None,
+        typer.Option(help="Precision of B.", show_default="as --precision; fp32 for an .aimodel"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Draws the inputs that are not given.")] = 0,
     tolerance: Annotated[
@@ -79,10 +80,11 @@ def diff(
         return Side(path, resolved, name, options)
 
     other = b or a
-    of_a = None if other.suffix == ASSET else runtime
+    is_asset = other.suffix == ASSET
+    of_a, as_a = (None, "fp32") if is_asset else (runtime, precision)
     result = compare(
         side(a, function, runtime, precision),
-        side(other, function_b or function, runtime_b or of_a, precision_b or precision),
+        side(other, function_b or function, runtime_b or of_a, precision_b or as_a),
         read_inputs(given or []),
         seed,
         tolerance,

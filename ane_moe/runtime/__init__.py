@@ -46,10 +46,14 @@ def with_precision(
     cannot run."""
     if precision == "fp32":
         return resolve_runtime(name, package), {}
-    if name == "auto" or resolve_runtime(name, package) == "reference":
-        return resolve_runtime("reference", package), {"precision": precision}
+    is_asset = str(package).endswith(ASSET)
+    if not is_asset and (name == "auto" or resolve_runtime(name) == "reference"):
+        return "reference", {"precision": precision}
+    chosen = resolve_runtime(name, package)
     raise UserError(
-        "only the reference runtime computes in another precision", name, "leave --runtime out"
+        "only the reference runtime computes in another precision",
+        chosen,
+        f"leave --{'precision' if is_asset else 'runtime'} out",
     )
 
 

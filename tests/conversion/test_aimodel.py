@@ -16,10 +16,13 @@ from safetensors.numpy import load_file
 from ane_moe.cli import main
 from ane_moe.conversion.pipeline import convert
 from ane_moe.conversion.plan import ConvertOptions
-from ane_moe.formats.recipe import FP16, find_recipe
+from ane_moe.errors import UserError
+from ane_moe.forecast.core_ai import faults_of
+from ane_moe.formats.recipe import FP16, find_recipe, recipe_of
 from ane_moe.loop.session import Session
 from ane_moe.loop.shards import load_shards
 from ane_moe.manifest import read_manifest
+from ane_moe.runtime import with_precision
 from tests.verification.tiny import tiny_checkpoint
 
 HAS_CORE_AI = importlib.util.find_spec("coreai_torch") is not None
@@ -193,7 +196,7 @@ def test_commands_read_an_asset(
     said = {}
     for name, arguments in {
         "run": ["run", b, "--function", "decode", "--seed", "0", "--json"],
-        "diff": ["diff", a, b, "--function", "prefill", "--json"],
+        "diff": ["diff", a, b, "--function", "prefill", "--precision", "fp16", "--json"],
         "inspect": ["inspect", b, "--json"],
     }.items():
         with pytest.raises(SystemExit) as ended:
@@ -258,6 +261,26 @@ def test_without_the_packages_nothing_is_begun(
     assert ended.value.code == 2
     assert "pip install 'ane-moe[coreai]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@needs_core_ai
+def test_formats_that_a_budget_chose_are_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    how = ["--format", "aimodel", "--budget-mb", "1.7", "--prefill", "0", "--workers", "1"]
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", "demo", str(out), *how])
+    assert ended.value.code == 0
+    chosen = recipe_of(read_manifest(out).weights, read_manifest(out).recipe).formats
+    faults, said = faults_of(chosen), capsys.readouterr().err.splitlines()
+    assert faults and set(faults) <= set(said)
+
+
+@pytest.mark.parametrize("runtime", ["auto", "coreai"])
+def test_another_precision_is_not_core_ais(runtime: str) -> None:
+    with pytest.raises(UserError, match="found: coreai; leave --precision out"):
+        with_precision(runtime, "fp16", "a.aimodel")
 
 
 def test_a_target_is_of_core_ml(checkpoint: Path, tmp_path: Path, capsys) -> None:
