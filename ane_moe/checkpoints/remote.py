@@ -7,6 +7,7 @@ that the workers of a cluster need no disk in common for them.
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from ane_moe.checkpoints.safetensors_header import MAX_HEADER_BYTES
 from ane_moe.checkpoints.stored_tensor import StoredTensor
 from ane_moe.checkpoints.weight_file import RemoteFile, file_system, read_range, unreadable
 from ane_moe.errors import UserError
-from ane_moe.files import replaced, write_text
+from ane_moe.files import is_hidden, replaced, write_text
 from ane_moe.user_cache import user_cache
 
 # pathlib makes one stroke of two.
@@ -59,7 +60,7 @@ def remote_folder(url: str) -> Path:
         )
     weights = weight_names_of(url, folder, names)
     for path in folder.iterdir():
-        if path.name not in (*names, *weights):
+        if path.name not in (*names, *weights) and not is_hidden(path):  # another run's
             path.unlink()
     for name in weights:
         size = _size(files, f"{root}/{name}", f"{url}/{name}")
@@ -104,9 +105,14 @@ def fetch_header(path: Path, size: int, read: Callable[[int, int], bytes], what:
         with path.open("rb") as stream:
             if stream.read(8 + length) == header:
                 return
-    with replaced(path) as partial, partial.open("wb") as stream:
+    with replaced(path, _writer()) as partial, partial.open("wb") as stream:
         stream.write(header)
         stream.truncate(size)
+
+
+def _writer() -> str:
+    """Runs for one address may fetch the same at once."""
+    return f"{os.getpid()}-"
 
 
 def _root() -> Path:
@@ -169,5 +175,5 @@ def _keep(path: Path, data: bytes) -> None:
     """Write a file unless it is so already: what was kept of it goes on by its times."""
     if path.is_file() and path.read_bytes() == data:
         return
-    with replaced(path) as partial:
+    with replaced(path, _writer()) as partial:
         partial.write_bytes(data)

@@ -22,6 +22,7 @@ from ane_moe.checkpoints.remote import address, url_of
 from ane_moe.checkpoints.weight_file import RemoteFile, read_range
 from ane_moe.conversion.pipeline import ConvertOptions, convert
 from ane_moe.errors import UserError
+from ane_moe.files import TEMPORARY
 from ane_moe.verification.verify import verify
 from tests.checkpoints.hub_server import Hub, _Handler
 from tests.conversion.test_convert import contents
@@ -214,6 +215,18 @@ def test_a_file_that_changed_is_fetched_again_and_one_that_went_goes(
     folder = local_folder(memory)
     assert open_checkpoint(memory).config["rms_norm_eps"] == 0.5
     assert not (folder / "generation_config.json").exists()
+
+
+def test_what_another_run_is_writing_stays(memory: str) -> None:
+    folder = local_folder(memory)
+    others = [folder / f"{TEMPORARY}{writer}config.json" for writer in ("", "1-")]
+    for other in others:
+        other.write_text("half")
+    (folder / "config.json").unlink()
+    local_folder(memory)
+    assert (folder / "config.json").is_file() and all(map(Path.is_file, others))
+    for other in others:
+        other.unlink()
 
 
 @pytest.mark.parametrize(
