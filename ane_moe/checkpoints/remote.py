@@ -24,6 +24,7 @@ from ane_moe.user_cache import user_cache
 
 # pathlib makes one stroke of two.
 ADDRESS = re.compile(r"(?P<protocol>[a-z][a-z0-9+.-]+):/{1,2}(?P<rest>[^/].*?)/*")
+ADDRESS_FILE = ".address"  # in a folder of our cache, and nowhere else
 HUB = "hf"  # by its own name and cache (hub.py)
 MAX_SMALL_BYTES = 1 << 28
 # What is asked for at a web server that lists no folder.
@@ -47,6 +48,7 @@ def remote_folder(url: str) -> Path:
     """The folder of our cache for the checkpoint at `url`, as it is there now. Raises UserError."""
     folder = _root() / hashlib.sha256(url.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / ADDRESS_FILE, url)
     files, root = file_system(url)
     try:
         names = _names(files, root)
@@ -65,7 +67,6 @@ def remote_folder(url: str) -> Path:
     for name in weights:
         size = _size(files, f"{root}/{name}", f"{url}/{name}")
         fetch_header(folder / name, size, _reading(f"{url}/{name}"), f"{url}/{name}")
-    write_text(folder.with_suffix(".url"), url)
     return folder
 
 
@@ -81,9 +82,15 @@ def weight_names_of(url: str, folder: Path, names: list[str]) -> list[str]:
 
 
 def url_of(folder: Path) -> str:
-    """The address of a folder in our cache; nothing for others."""
-    record = folder.with_suffix(".url")
-    return record.read_text() if folder.parent == _root() and record.is_file() else ""
+    """The address of a folder in our cache; nothing for others. Raises UserError for one that was
+    taken out of it: its files are as large as they should be, and hold no weights."""
+    record = folder / ADDRESS_FILE
+    if not record.is_file():
+        return ""
+    url = record.read_text()
+    if folder.resolve().parent != _root().resolve():
+        raise UserError(f"{folder} has the headers of weight files alone", url, "give that address")
+    return url
 
 
 def placed(tensors: dict[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:

@@ -153,7 +153,7 @@ def test_an_index_cannot_name_files_elsewhere(saved: Path, tmp_path: Path, name:
     (served / "model.safetensors.index.json").write_text(json.dumps(index))
     with web_server(served) as server:
         folder = local_folder(server.endpoint)
-    expected = {path.name for path in saved.iterdir()} - {"README.md"}
+    expected = {path.name for path in saved.iterdir()} - {"README.md"} | {".address"}
     assert {path.name for path in folder.iterdir()} <= expected
     assert not (folder.parent / "model").exists()
 
@@ -241,9 +241,13 @@ def test_what_is_at_no_place_is_one_line(url: str, said: str) -> None:
         open_checkpoint(url)
 
 
-def test_a_folder_of_a_users_cannot_point_elsewhere(saved: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(saved, folder)
-    folder.with_suffix(".url").write_text("memory://secret")
-    tensors = open_checkpoint(folder).tensors.values()
-    assert all(isinstance(tensor.path, Path) for tensor in tensors)
+def test_a_folder_outside_the_cache_is_not_read_from_elsewhere(memory: str, tmp_path: Path) -> None:
+    """Nor is what was fetched, the headers alone, taken for weights, which would be zeros."""
+    fetched = local_folder(memory)
+    assert isinstance(next(iter(open_checkpoint(fetched).tensors.values())).path, RemoteFile)
+    (tmp_path / "link").symlink_to(fetched)
+    linked = open_checkpoint(tmp_path / "link").tensors.values()
+    assert all(isinstance(tensor.path, RemoteFile) for tensor in linked)
+    copied = Path(shutil.copytree(fetched, tmp_path / "model"))
+    with pytest.raises(UserError, match="headers of weight files alone; found: memory://"):
+        open_checkpoint(copied)
