@@ -39,7 +39,7 @@ ASKED = (
 def address(given: str | Path) -> str | None:
     """The address that is named; None for a path that is there, and for what is none."""
     found = ADDRESS.fullmatch(str(given))
-    if found is None or found["protocol"] == HUB or Path(given).exists():
+    if found is None or found["protocol"] in (HUB, "file") or Path(given).exists():
         return None
     return f"{found['protocol']}://{found['rest']}"
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ane_moe.commands.options import AsJson, PlacementSystem
+from ane_moe.errors import UserError
 
 
 def plan(
@@ -47,9 +48,13 @@ def plan(
         typer.Option(help="Also: how many experts of a store stay in so much memory.", min=1),
     ] = None,
     read_gb_s: Annotated[
-        float,
-        typer.Option(help="Assumed of streams: 10^9 bytes a second of the disk.", min=0.001),
-    ] = 3.0,
+        float | None,
+        typer.Option(
+            help="Assumed of streams: 10^9 bytes a second of the disk.",
+            min=0.001,
+            show_default="3.0",
+        ),
+    ] = None,
     hit_rate: Annotated[
         float | None,
         typer.Option(
@@ -68,10 +73,18 @@ def plan(
     """
     from ane_moe.demo import built_in
     from ane_moe.forecast.outlook import outlook
-    from ane_moe.forecast.stream_speed import Reading
+    from ane_moe.forecast.stream_speed import READ_GB_S, Reading
     from ane_moe.number_lists import parse_counts
     from ane_moe.report.outlook_table import print_outlook
 
+    streams = {"--read-gb-s": read_gb_s, "--hit-rate": hit_rate}
+    idle = [name for name, value in streams.items() if value is not None]
+    if idle and memory_mb is None:
+        raise UserError(
+            f"{idle[0]} is of experts that are read from a store",
+            "no --memory-mb",
+            "give --memory-mb, or leave it out",
+        )
     recipes = tuple(name.strip() for name in compress.split(",") if name.strip())
     found = outlook(
         built_in(Path(checkpoint)),
@@ -83,7 +96,7 @@ def plan(
         max_shard_mb=max_shard_mb,
         lengths=None if lengths is None else parse_counts(lengths, "--lengths", 1),
         memory_mb=memory_mb,
-        reading=Reading(read_gb_s, hit_rate),
+        reading=Reading(read_gb_s or READ_GB_S, hit_rate),
     )
     if as_json:
         typer.echo(json.dumps(found.as_json(), indent=2))

@@ -14,6 +14,7 @@ from ane_moe.commands.options import (
     PrecisionName,
     RuntimeName,
 )
+from ane_moe.errors import UserError
 
 
 def verify(
@@ -146,6 +147,12 @@ def verify(
         checkpoint = local_folder(checkpoint, manifest.walked)
     bare = checkpoint is None and manifest.golden is None
     others_only = bool(compute_plan or against) and bare
+    if others_only and cluster is not None:
+        raise UserError(
+            "--cluster has workers prove functions by the golden",
+            f"no golden in {out}",
+            "leave it out, or convert with --golden",
+        )
     report = placement = second = None
     with step_bar() as progress:
         if not others_only:

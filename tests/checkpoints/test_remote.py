@@ -91,6 +91,7 @@ def memory(saved: Path) -> Iterator[str]:
         (Path("s3://bucket/a"), "s3://bucket/a"),
         (Path("https://host:81/a"), "https://host:81/a"),
         ("hf://owner/name", None),
+        (Path("file:///a/b"), None),
         ("owner/name", None),
         ("owner/name:Q4_K_M", None),
         ("/a/b", None),

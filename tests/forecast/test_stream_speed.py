@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ane_moe.cli import app
+from ane_moe.errors import UserError
 from ane_moe.forecast.chips import find_chip
 from ane_moe.forecast.cost_model import breakdown
 from ane_moe.forecast.outlook import outlook_of
@@ -90,3 +91,9 @@ def test_speed_is_of_a_chip_and_a_workload() -> None:
     workload = found.choices[1].workload
     slow, fast = (stream_speed(workload, CHIP, 10**8, 16, 8, 0.0, gb_s) for gb_s in (1, 10))
     assert slow.stalled_ms == pytest.approx(100) and fast.stalled_ms == pytest.approx(10)
+
+
+@pytest.mark.parametrize("option", [("--hit-rate", "0"), ("--read-gb-s", "17.5")])
+def test_what_is_assumed_of_streams_is_refused_where_none_is_asked_for(option: tuple) -> None:
+    refused = CliRunner().invoke(app, ["plan", "demo", *option]).exception
+    assert isinstance(refused, UserError) and f"{option[0]} is of experts" in str(refused)
