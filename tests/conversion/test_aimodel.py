@@ -23,6 +23,7 @@ from ane_moe.loop.session import Session
 from ane_moe.loop.shards import load_shards
 from ane_moe.manifest import read_manifest
 from ane_moe.runtime import with_precision
+from tests.slow_set import slow_but
 from tests.verification.tiny import tiny_checkpoint
 
 HAS_CORE_AI = importlib.util.find_spec("coreai_torch") is not None
@@ -82,8 +83,12 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 @needs_core_ai
 @pytest.mark.parametrize(
     "options",
-    [{}, {"state": "explicit"}, {"routing": "sparse"}, {"routing": "stream", "compress": "lut4"}],
-    ids=["mlstate", "explicit", "sparse", "stream"],
+    [
+        {},
+        {"routing": "sparse"},
+        *slow_but([], [{"state": "explicit"}, {"routing": "stream", "compress": "lut4"}]),
+    ],
+    ids=["mlstate", "sparse", "explicit", "stream"],
 )
 def test_both_formats_give_the_same_ids(converted: Callable[..., Path], options: dict) -> None:
     ours, theirs = (logits(converted(form, **options)) for form in ("mlpackage", "aimodel"))

@@ -17,6 +17,7 @@ from ane_moe.original.capture import capture_golden
 from ane_moe.original.golden import arrays_of, read_golden
 from ane_moe.original.stored_weights import StoredTensors, stored_weights
 from tests.models import make_model, save_checkpoint, save_fused
+from tests.slow_set import slow_but
 
 CASES = {
     "each expert": ("qwen3_moe", save_checkpoint, find_recipe("int8"), {}),
@@ -27,7 +28,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but([*CASES][:2], CASES))
 def test_it_is_the_golden_of_a_checkpoint_that_holds_the_stored_weights(case, tmp_path):
     """The other way round: the weights go into files, and the ordinary capture reads them."""
     torch.set_num_threads(1)

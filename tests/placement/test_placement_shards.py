@@ -12,6 +12,7 @@ from ane_moe.placement.targets import find_target
 from tests.models import CONFIGS as TINY
 from tests.models import FAMILIES, make_model, save_checkpoint
 from tests.placement.real_sizes import distinct_shards, plan_of, write_hollow
+from tests.slow_set import slow_but
 
 TARGETS = ("m4-max", "m1", "m2", "iphone-a17")
 OPTIONS = (
@@ -56,7 +57,11 @@ def packages_in(out: Path) -> list[tuple[Path, str]]:
     return [(path, path.relative_to(out).as_posix()) for path in sorted(out.rglob("*.mlpackage"))]
 
 
-@pytest.mark.parametrize("number", range(len(FAMILIES)), ids=lambda number: FAMILIES[number])
+@pytest.mark.parametrize(
+    "number",
+    slow_but(range(4), range(len(FAMILIES))),  # which have every kind, layout and mode
+    ids=lambda number: FAMILIES[number],
+)
 def test_shards_of_every_family_break_no_rule(number, tmp_path):
     """Each family in another state kind, layout and routing mode; a layer with experts and one
     without."""

@@ -246,7 +246,10 @@ def test_what_reads_values_undoes_what_they_were_multiplied_by() -> None:
     ("state", "together", "paths"),
     [
         ("mlstate", 4, ["stack/layer_00_to_03", "stack/layer_04_to_07"]),
-        ("explicit", 4, ["stack/layer_00_to_03", "stack/layer_04_to_07"]),
+        pytest.param(
+            *("explicit", 4, ["stack/layer_00_to_03", "stack/layer_04_to_07"]),
+            marks=pytest.mark.slow,
+        ),
         ("mlstate", 3, ["stack/layer_00_to_02", "attn/layer_03", "attn/layer_04"]),
     ],
 )

@@ -121,7 +121,11 @@ SPARSE = {"routing": "sparse", "expert_tokens": (1, 16)}
 
 
 @pytest.mark.parametrize(
-    ("reduce", "kinds"), [("mean", ["dense", "sparse"]), ("sum", ["sparse", "dense"])]
+    ("reduce", "kinds"),
+    [
+        ("mean", ["dense", "sparse"]),
+        pytest.param("sum", ["sparse", "dense"], marks=pytest.mark.slow),
+    ],
 )
 def test_dispatched_experts_of_a_track_add_to_its_stream(reduce, kinds, tmp_path):
     """The last of a block's are of its meeting, where the last layer has experts."""

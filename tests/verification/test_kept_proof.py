@@ -150,7 +150,7 @@ def other_prompts(checkpoint, out):
         a_changed_package,
         other_prompts,
         lambda *_: {"decode_tokens": 4},
-        lambda *_: {"precision": "fp16"},
+        pytest.param(lambda *_: {"precision": "fp16"}, marks=pytest.mark.slow),
         pytest.param(lambda *_: {"precision": "engine"}, marks=pytest.mark.slow),
         lambda *_: {"quick": True},
         lambda *_: {"fresh": True},
