@@ -344,6 +344,14 @@ class Row:
     fused: bool = True  # transformers 5's own names are another form of its checkpoint
 
 
+VISION = {  # of a tower that is left out
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 ROWS: dict[str, Row] = {
     "afm": Row(
         {
@@ -618,12 +626,7 @@ ROWS: dict[str, Row] = {
                 "attention_bias": True,
             },
             "vision_config": {
-                "hidden_size": 16,
-                "intermediate_size": 16,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "image_size": 28,
-                "patch_size": 14,
+                **VISION,
             },
             "tie_word_embeddings": False,
         },
@@ -884,12 +887,7 @@ ROWS: dict[str, Row] = {
                 "rope_parameters": BY_KIND | {FULL: BY_KIND[FULL] | {"partial_rotary_factor": 0.5}},
             },
             "vision_config": {
-                "hidden_size": 16,
-                "intermediate_size": 16,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "image_size": 28,
-                "patch_size": 14,
+                **VISION,
             },
         },
         fused=False,
@@ -1065,12 +1063,7 @@ ROWS: dict[str, Row] = {
         {
             "text_config": {"model_type": "mistral4", **COMMON, **MISTRAL},
             "vision_config": {
-                "hidden_size": 16,
-                "intermediate_size": 16,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "image_size": 28,
-                "patch_size": 14,
+                **VISION,
             },
             "tie_word_embeddings": False,
         },
@@ -1086,12 +1079,7 @@ ROWS: dict[str, Row] = {
             "text_config": LARGE,
             "vision_config": {
                 "model_type": "pixtral",
-                "hidden_size": 16,
-                "intermediate_size": 16,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "image_size": 28,
-                "patch_size": 14,
+                **VISION,
             },
             "tie_word_embeddings": False,
         },
@@ -1337,12 +1325,7 @@ ROWS: dict[str, Row] = {
             "vision_config": {
                 "sam_config": SAM,
                 "encoder_config": {
-                    "hidden_size": 16,
-                    "intermediate_size": 16,
-                    "num_hidden_layers": 1,
-                    "num_attention_heads": 2,
-                    "image_size": 28,
-                    "patch_size": 14,
+                    **VISION,
                 },
             },
             "tie_word_embeddings": False,

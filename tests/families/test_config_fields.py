@@ -146,6 +146,27 @@ def test_impossible_layer_lists_are_refused_by_name(
     assert next(iter(changes)) in refusal(tmp_path, **changes)
 
 
+@pytest.mark.parametrize(
+    ("family_name", "field", "value"),
+    [
+        ("dots3_note", "mlp_bias", True),
+        ("dots3_note", "num_key_value_heads", 2),
+        ("mistral_large4", "kv_source_layers", [0, 0]),
+        ("mistral_large4", "no_rope_layers", [1]),
+        ("mistral_large4", "norm_topk_prob", False),
+    ],
+)
+def test_other_maths_of_a_language_model_is_refused_by_name(
+    family_name: str, field: str, value: Any, tmp_path: Path
+) -> None:
+    checkpoint = save_checkpoint(make_model(family_name), tmp_path)
+    config = read_config(checkpoint)
+    config["text_config"][field] = value
+    write_config(checkpoint, config)
+    with pytest.raises(UserError, match=field):
+        describe(open_checkpoint(checkpoint))
+
+
 def test_two_names_of_one_field_may_not_contradict_each_other(tmp_path: Path) -> None:
     save_checkpoint(make_model("mixtral"), tmp_path)
     assert "num_experts = 6" in refusal(tmp_path, num_experts=6)

@@ -1,9 +1,6 @@
 """What published files of dots 3 note say in other words than transformers saves."""
 
-import pytest
-
 from ane_moe.checkpoints.checkpoint import open_checkpoint
-from ane_moe.errors import UserError
 from ane_moe.families import describe
 from ane_moe.families.dots3_note import SIZES
 from tests.models import make_model, read_config, save_checkpoint, write_config
@@ -24,13 +21,3 @@ def test_published_files_name_what_windows_have_by_themselves(tmp_path):
     del text["mlp_layer_types"]
     write_config(checkpoint, text | config)
     assert describe(open_checkpoint(checkpoint))[0] == saved
-
-
-@pytest.mark.parametrize(("field", "value"), [("mlp_bias", True), ("num_key_value_heads", 2)])
-def test_other_maths_is_refused_by_name(field, value, tmp_path):
-    checkpoint = save_checkpoint(make_model("dots3_note"), tmp_path)
-    config = read_config(checkpoint)
-    config["text_config"][field] = value
-    write_config(checkpoint, config)
-    with pytest.raises(UserError, match=field):
-        describe(open_checkpoint(checkpoint))
