@@ -17,10 +17,10 @@ from ane_moe.model.port import FFN_INPUT, STATE, Port, Ports, slot_rows
 from ane_moe.model.spec import Synchronisations
 from ane_moe.model.template_key import function_name
 from ane_moe.model.weight import Place
+from ane_moe.package_form import ASSET, PACKAGE
 
 FILE_NAME = "runtime_meta.json"
 FORMAT = 3
-PACKAGE, ASSET = ".mlpackage", ".aimodel"  # of Core ML, of Core AI
 FUNCTIONS = ("functions", "adapted")  # fields of a shard
 EXPERT_GRAPH = "expert_graph"  # the kind of what computes stored experts
 TAIL = "tail"  # a function for one token, of a prompt the last one, in each lane

@@ -69,7 +69,8 @@ def diff(
     Ops are matched by name, then by order; of an .aimodel the outputs alone are seen. Exits with 1
     when something differs by more than the tolerance.
     """
-    from ane_moe.runtime import ASSET, with_precision
+    from ane_moe.package_form import ASSET
+    from ane_moe.runtime import with_precision
     from ane_moe.runtime.arrays import read_inputs
     from ane_moe.runtime.reference.diff import Side
     from ane_moe.runtime.reference.diff import diff as compare

@@ -50,8 +50,8 @@ def inspect(
         summarize_pipeline,
         summary_document,
     )
+    from ane_moe.package_form import ASSET
     from ane_moe.report.store_table import SUFFIX, find_store, store_document, store_table
-    from ane_moe.runtime import ASSET
 
     if package.suffix == SUFFIX:
         shard = find_store(package)

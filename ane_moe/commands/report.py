@@ -39,7 +39,8 @@ def report(
     from rich.console import Console
 
     from ane_moe.files import write_named_by_user
-    from ane_moe.manifest import PACKAGE, read_manifest
+    from ane_moe.manifest import read_manifest
+    from ane_moe.package_form import PACKAGE
     from ane_moe.placement.check import check_placement
     from ane_moe.placement.targets import find_target
     from ane_moe.report.report_data import gather
@@ -48,12 +49,12 @@ def report(
     from ane_moe.verification.verify import verify as run
 
     chip = find_target(target, system)
-    result = None
+    manifest, result = read_manifest(out), None
     with step_bar() as progress:
-        if verify and read_manifest(out).golden is not None:
+        if verify and manifest.golden is not None:
             result = run(out, runtime=runtime, progress=progress)
         sound = result is None or not result.integrity
-        told = read_manifest(out).package_form == PACKAGE  # of Core AI's nothing is known
+        told = manifest.package_form == PACKAGE  # of Core AI's nothing is known
         placement = (
             check_placement(out, chip, runtime=runtime, progress=progress)
             if sound and told

@@ -12,8 +12,9 @@ from ane_moe.conversion.plan import MB, ROUTERS, ConversionPlan, ConvertOptions
 from ane_moe.emit.coreml.package import ContentKey
 from ane_moe.errors import UserError
 from ane_moe.files import sweep, write_text
-from ane_moe.manifest import ASSET, FILE_NAME, PACKAGE, Manifest
+from ane_moe.manifest import FILE_NAME, Manifest
 from ane_moe.original.checkpoint_tokenizer import ALL_FILES as TOKENIZER_FILES
+from ane_moe.package_form import ASSET, PACKAGE
 
 MARKER = ".converting.json"  # present while a conversion is unfinished: which one it is
 

@@ -33,8 +33,8 @@ from ane_moe.formats.as_stored import AsStored, Codes
 from ane_moe.formats.calibration import Moments
 from ane_moe.formats.encoded import Encoded
 from ane_moe.formats.recipe import Choice, find_format
-from ane_moe.manifest import ASSET
 from ane_moe.model.port import Shape
+from ane_moe.package_form import ASSET
 from ane_moe.runtime.coreai.installed import DISTRIBUTIONS
 
 if TYPE_CHECKING:  # it imports torch

@@ -36,6 +36,11 @@ KEYS: KeyTable = {**DEEPSEEK_V3, **INDEX_KEYS}
 
 
 def spec(config: Config) -> ModelSpec:
+    return indexed_model(config, indexer(config))
+
+
+def indexed_model(config: Config, chooses: IndexerSpec | None) -> ModelSpec:
+    """The model whose attention goes to what an indexer chooses, or to all tokens."""
     config.only("rope_interleave", None, True)  # DeepseekV32Attention has no other
     config.only("moe_layer_freq", None, 1)
     config.integer("q_lora_rank")
@@ -45,7 +50,7 @@ def spec(config: Config) -> ModelSpec:
         return "dense" if number < first else "sparse"
 
     ffns = listed_dense(config, experts(config, sigmoid_router(config)), kind)
-    return latent_model(config, ffns, indexer=indexer(config))
+    return latent_model(config, ffns, indexer=chooses)
 
 
 def indexer(config: Config, **facts: bool) -> IndexerSpec:

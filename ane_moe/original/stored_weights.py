@@ -23,10 +23,11 @@ from ane_moe.formats.expand import expand
 from ane_moe.formats.recipe import Choice, find_format, recipe_of
 from ane_moe.loop.embedding_table import open_embeddings
 from ane_moe.loop.expert_store import StoreFile, expanded
-from ane_moe.manifest import ASSET, Manifest, Shard, ShardFunction
+from ane_moe.manifest import Manifest, Shard, ShardFunction
 from ane_moe.mlprogram.reader import read_program
 from ane_moe.model.weight import EMBEDDING, HEAD, HEAD_BIAS, Place, WeightName
 from ane_moe.opened import Model
+from ane_moe.package_form import ASSET
 from ane_moe.runtime.reference.weight_values import weight_values
 
 PREFIX = "w_"

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ane_moe.errors import UserError
-from ane_moe.manifest import PACKAGE, Manifest, read_manifest
+from ane_moe.manifest import Manifest, read_manifest
+from ane_moe.package_form import PACKAGE
 from ane_moe.placement.feedback import compare, feedback, write_feedback
 from ane_moe.placement.machine import matching_target, this_machine
 from ane_moe.placement.predicted import predict

@@ -7,10 +7,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ane_moe.report.failure_lines import failure_lines
 from ane_moe.report.verify_table import functions_table
 from ane_moe.verification.pairs import AgainstReport, PairResult
 
-SHOWN = 20
 COLUMNS = ("kind", "function", "value", "passed", "rel. L2", "beyond rounding", "cosine", "error")
 
 
@@ -63,10 +63,7 @@ def _failures(report: AgainstReport) -> Iterable[Text]:
         for row in report.golden
         if not row.passed
     ]
-    for line in lines[:SHOWN]:
-        yield Text(line, style="red")
-    if len(lines) > SHOWN:
-        yield Text(f"and {len(lines) - SHOWN} more (--json lists them all)", style="red")
+    yield from failure_lines(lines)
 
 
 def _verdict(report: AgainstReport) -> Text:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ane_moe.report.engine_table import engine_tables, engine_title, overflow_lines
+from ane_moe.report.failure_lines import failure_lines
 from ane_moe.report.range_table import range_tables
 from ane_moe.verification.result import (
     FunctionModelResult,
@@ -19,7 +20,6 @@ from ane_moe.verification.result import (
     VerifyReport,
 )
 
-SHOWN_FAILURES = 20
 SHOWN_LAYERS = 8
 CAUSES = {
     "compression": "; the shards compute what their weights say: the loss is the compression's",
@@ -239,10 +239,7 @@ def _failures(report: VerifyReport) -> Iterable[Text]:
     ]
     if report.tokenizer and report.tokenizer.reason:
         lines.append(f"tokenizer: {report.tokenizer.reason}")
-    for line in lines[:SHOWN_FAILURES]:
-        yield Text(line, style="red")
-    if len(lines) > SHOWN_FAILURES:
-        yield Text(f"and {len(lines) - SHOWN_FAILURES} more (--json lists them all)", style="red")
+    yield from failure_lines(lines)
 
 
 def _verdict(report: VerifyReport) -> Text:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ane_moe.errors import UserError
+from ane_moe.package_form import ASSET
 from ane_moe.runtime.interface import LoadedFunction, Package
 
-ASSET = ".aimodel"
 RUNTIMES = {
     "reference": "ane_moe.runtime.reference.runtime",
     "coreml": "ane_moe.runtime.coreml.runtime",

@@ -16,11 +16,12 @@ import numpy as np
 from ane_moe.errors import UserError
 from ane_moe.loop.buffers import rope_tables
 from ane_moe.loop.shards import LoadedShard
-from ane_moe.manifest import PACKAGE, Manifest, Shard, ShardFunction, read_manifest
+from ane_moe.manifest import Manifest, Shard, ShardFunction, read_manifest
 from ane_moe.mlprogram.program import Function
 from ane_moe.mlprogram.reader import open_program
 from ane_moe.model.port import STREAM, WEIGHT
 from ane_moe.original.golden import Golden
+from ane_moe.package_form import PACKAGE
 from ane_moe.progress import Progress, silent
 from ane_moe.runtime import open_package, resolve_runtime
 from ane_moe.runtime.arrays import random_inputs

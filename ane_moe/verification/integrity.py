@@ -17,9 +17,10 @@ from ane_moe.formats.encoded import Encoded
 from ane_moe.loop.embedding_table import Int8Table, NoTable, open_embeddings
 from ane_moe.loop.expert_store import StoreFile
 from ane_moe.loop.shards import check_manifest
-from ane_moe.manifest import ASSET, PACKAGE, Manifest, Shard
+from ane_moe.manifest import Manifest, Shard
 from ane_moe.mlprogram.program import Block, Constant, Program
 from ane_moe.mlprogram.reader import read_program
+from ane_moe.package_form import ASSET, PACKAGE
 from ane_moe.progress import Progress
 from ane_moe.runtime.coreai.runtime import check_asset
 from ane_moe.verification.result import Problem

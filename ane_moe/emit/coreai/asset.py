@@ -24,9 +24,9 @@ from ane_moe.files import replaced, sha256
 from ane_moe.formats.encoded import Encoded, Expansion, Stored
 from ane_moe.json_file import read_json
 from ane_moe.model.template_key import function_name, weight_name
+from ane_moe.package_form import DIGEST, METADATA, PROGRAM
 from ane_moe.runtime.coreai.installed import core_ai, quiet
 
-PROGRAM, DIGEST, METADATA = "main.mlirb", "main.hash", "metadata.json"
 FACTS = "ane_moe"  # of what whoever makes an asset may say in its metadata
 # What metadata of another shape than ours gives.
 UNFIT = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)

@@ -23,13 +23,12 @@ from ane_moe.json_file import read_json
 from ane_moe.mlprogram.program import Feature, Interface, TensorType
 from ane_moe.mlprogram.reader import OpenProgram, open_program
 from ane_moe.mlprogram.weights import weights_of
+from ane_moe.package_form import ASSET, DIGEST, METADATA, PROGRAM
 from ane_moe.runtime.coreai.installed import core_ai, quiet
 from ane_moe.runtime.coreai.twin import MAIN, save_twin
 from ane_moe.runtime.inputs import check_inputs
 from ane_moe.runtime.numpy_dtypes import NUMPY
 
-SUFFIX = ".aimodel"
-PROGRAM, DIGEST, METADATA = "main.mlirb", "main.hash", "metadata.json"
 VERSION = "2.0"  # of assets, as coreai-core 1.0.0b3 writes them
 DTYPES = {
     "float16": "fp16",
@@ -178,7 +177,7 @@ class TwinPackage:
         name = name or self._program.default_function
         program = self._program.read((name,))
         with tempfile.TemporaryDirectory(prefix="ane-moe-") as scratch:
-            path = Path(scratch) / f"{MAIN}{SUFFIX}"
+            path = Path(scratch) / f"{MAIN}{ASSET}"
             save_twin(program, name, path)
             model = Model(path)
         where = f"the twin of function '{name}' of {self._program.path}"
@@ -196,7 +195,7 @@ def open_package(path: Path) -> AssetPackage | TwinPackage:
     Raises UserError where Core AI is not installed, or what is there cannot be read.
     """
     core_ai("coreai.runtime")
-    return AssetPackage(path) if path.suffix == SUFFIX else TwinPackage(open_program(path))
+    return AssetPackage(path) if path.suffix == ASSET else TwinPackage(open_program(path))
 
 
 def session_options(memory_mb: float | None, stored_bytes: int) -> dict[str, Any]:

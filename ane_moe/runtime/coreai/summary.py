@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from ane_moe.errors import UserError
+from ane_moe.package_form import PROGRAM
 from ane_moe.runtime.coreai.installed import core_ai, quiet
-from ane_moe.runtime.coreai.runtime import DAMAGED, PROGRAM, check_asset
+from ane_moe.runtime.coreai.runtime import DAMAGED, check_asset
 
 Named = tuple[tuple[str, str], ...]  # a name, and a type in Core AI's words
 
