@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ane_moe.addresses import address
 from ane_moe.checkpoints.folder import CONFIG, SMALL, weight_files, weight_names
-from ane_moe.checkpoints.remote import address, fetch_header, remote_folder
+from ane_moe.checkpoints.remote import fetch_header, remote_folder
 from ane_moe.checkpoints.safetensors_header import read_header
 from ane_moe.errors import UserError
 from ane_moe.files import replaced, write_text

@@ -8,24 +8,21 @@ that the workers of a cluster need no disk in common for them.
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ane_moe.addresses import file_system, unreadable
 from ane_moe.checkpoints.folder import CONFIG, INDEX, SINGLE, SMALL, TOKENIZER, weight_names
 from ane_moe.checkpoints.safetensors_header import MAX_HEADER_BYTES
 from ane_moe.checkpoints.stored_tensor import StoredTensor
-from ane_moe.checkpoints.weight_file import RemoteFile, file_system, read_range, unreadable
+from ane_moe.checkpoints.weight_file import RemoteFile, read_range
 from ane_moe.errors import UserError
 from ane_moe.files import is_hidden, replaced, write_text
 from ane_moe.user_cache import user_cache
 
-# pathlib makes one stroke of two.
-ADDRESS = re.compile(r"(?P<protocol>[a-z][a-z0-9+.-]+):/{1,2}(?P<rest>[^/].*?)/*")
 ADDRESS_FILE = ".address"  # in a folder of our cache, and nowhere else
-HUB = "hf"  # by its own name and cache (hub.py)
 MAX_SMALL_BYTES = 1 << 28
 # What is asked for at a web server that lists no folder.
 ASKED = (
@@ -34,14 +31,6 @@ ASKED = (
     *("added_tokens.json", "chat_template.jinja", "quantize_config.json"),
     *("hf_quant_config.json", "viterbi_calibration.json"),
 )
-
-
-def address(given: str | Path) -> str | None:
-    """The address that is named; None for a path that is there, and for what is none."""
-    found = ADDRESS.fullmatch(str(given))
-    if found is None or found["protocol"] in (HUB, "file") or Path(given).exists():
-        return None
-    return f"{found['protocol']}://{found['rest']}"
 
 
 def remote_folder(url: str) -> Path:

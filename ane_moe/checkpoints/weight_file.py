@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from ane_moe.addresses import file_system, unreadable
 from ane_moe.errors import UserError
 
 BLOCK, BLOCKS = 1 << 23, 6  # bytes of a request, and how many stay: neighbours are read next
 TRIES, PAUSE_SECONDS = 5, 0.2  # again, where the line breaks; twice the pause each time
-# Protocols that need a package beyond fsspec have theirs in this extra.
-EXTRA = "pip install 'ane-moe[remote]', or what fsspec names for it"
 
 
 @dataclass(frozen=True, order=True)
@@ -36,20 +35,6 @@ class RemoteFile:
 WeightFile = Path | RemoteFile
 
 
-def file_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system of an address, and the path in it. Raises UserError where none is
-    known or a package is missing."""
-    import fsspec
-
-    try:
-        files, path = fsspec.core.url_to_fs(url)
-        return files, path
-    except ImportError as error:
-        raise UserError(f"{url} needs another package", str(error), EXTRA) from None
-    except ValueError as error:
-        raise UserError(f"{url} is at no known kind of place", str(error)) from None
-
-
 def read_range(url: str, first: int, last: int) -> bytes:
     """Bytes [first, last) of a file. Raises UserError where they cannot be had."""
     files, path = file_system(url)
@@ -67,11 +52,6 @@ def read_range(url: str, first: int, last: int) -> bytes:
         found = f"{len(data)} bytes where {last - first} were asked for"
         raise UserError(f"{url} is not given by ranges", found, "download it, and give the folder")
     return data
-
-
-def unreadable(url: str, error: Exception) -> UserError:
-    reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-    return UserError(f"{url} cannot be read", reason, "check the address, and the network")
 
 
 def size_of(file: WeightFile) -> int | None:

@@ -26,7 +26,10 @@ def convert(
             metavar="CHECKPOINT",
         ),
     ],
-    out: Annotated[Path, typer.Argument(help="The folder to write.", metavar="OUT")],
+    out: Annotated[
+        Path,
+        typer.Argument(help="The folder to write, or an address: s3://BUCKET/OUT.", metavar="OUT"),
+    ],
     format_: Annotated[
         Literal["mlpackage", "aimodel"],
         typer.Option("--format", help="mlpackage: for Core ML. aimodel: for Core AI (macOS 27)."),
@@ -216,12 +219,13 @@ def convert(
 ) -> None:
     """Convert a checkpoint into shards for Core ML, or for Core AI. Run it again to go on after an
     interruption."""
+    from ane_moe.addresses import from_anywhere, named
     from ane_moe.checkpoints.hub import local_folder
     from ane_moe.conversion.workers import open_workers, prepare
     from ane_moe.manifest import FILE_NAME
 
     if cluster:  # its workers are in folders of their own
-        out = out.absolute()
+        out = from_anywhere(out)
     may_be_done = (out / FILE_NAME).exists() and not overwrite
     if not dry_run and not may_be_done and not cluster:
         prepare(workers, STAMPING)
@@ -340,7 +344,8 @@ def convert(
             )
     except KeyboardInterrupt:
         typer.echo(
-            f"ane-moe: interrupted; finished shards are kept in {out}: run the same command again",
+            f"ane-moe: interrupted; finished shards are kept in {named(out)}: run the same command "
+            "again",
             err=True,
         )
         raise typer.Exit(INTERRUPTED) from None

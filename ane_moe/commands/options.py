@@ -1,21 +1,40 @@
 """Options and arguments that several commands have, so that they read and mean the same."""
 
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ane_moe.addresses import address
+
 
 def opened_out(context: typer.Context, out: Path) -> Path:
-    """The folder itself, or what is fetched of a conversion on the Hub: how every command opens
-    its OUT. Raises UserError."""
-    if context.resilient_parsing or not str(out).startswith("hf:"):
+    """The folder itself, or what is fetched of a conversion on the Hub or at an address: how every
+    command opens its OUT. Raises UserError."""
+    url, on_hub = address(out), str(out).startswith("hf:")
+    if context.resilient_parsing or not (url or on_hub):
         return out
+    from ane_moe.hub.fetched import fetched
     from ane_moe.hub.pulled import pulled
     from ane_moe.report.step_bar import step_bar
 
     with step_bar() as progress:
-        return pulled(str(out), progress)
+        return pulled(str(out), progress) if url is None else fetched(url, progress)
+
+
+def opened_package(context: typer.Context, package: Path) -> Path:
+    """The package itself, or that of an address, fetched for this command. Raises UserError."""
+    url = address(package)
+    if context.resilient_parsing or url is None:
+        return package
+    from ane_moe.remote_folder import RemoteFolder
+
+    scratch = context.with_resource(tempfile.TemporaryDirectory(prefix="ane-moe-"))
+    here, there = Path(scratch) / package.name, RemoteFolder(url)
+    for name in there.sizes():
+        there.fetch(name, here / name)
+    return here
 
 
 AdapterFolders = Annotated[
@@ -74,7 +93,7 @@ MemoryMb = Annotated[
 Out = Annotated[
     Path,
     typer.Argument(
-        help="Folder of a conversion, or hf://OWNER/NAME[@REVISION].",
+        help="Folder of a conversion, its address, or hf://OWNER/NAME[@REVISION].",
         metavar="OUT",
         callback=opened_out,
         show_default=False,
@@ -82,7 +101,12 @@ Out = Annotated[
 ]
 Package = Annotated[
     Path,
-    typer.Argument(help="An .mlpackage, .mlmodelc or .aimodel folder.", metavar="PACKAGE"),
+    typer.Argument(
+        help="An .mlpackage, .mlmodelc or .aimodel folder, or the address of one.",
+        metavar="PACKAGE",
+        callback=opened_package,
+        show_default=False,
+    ),
 ]
 PlacementSystem = Annotated[
     int, typer.Option("--os", help="System to predict placement for: 15, 26 or 27.")
@@ -110,7 +134,8 @@ RuntimeName = Annotated[str, typer.Option(help="reference, coreml, coreai or aut
 Shards = Annotated[
     Path,
     typer.Argument(
-        help="Folder of a conversion, hf://OWNER/NAME[@REVISION], or `demo`: the built-in model.",
+        help="Folder of a conversion, its address, hf://OWNER/NAME[@REVISION], or `demo`: the "
+        "built-in model.",
         metavar="OUT",
         callback=opened_out,
         show_default=False,

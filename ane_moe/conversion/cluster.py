@@ -1,9 +1,10 @@
 """The workers of a `dask.distributed` cluster in the place of processes of this machine.
 
 Every call is complete in itself: it brings its templates, reads the checkpoint from storage that
-all machines share, and writes to such storage under a name of its worker's own. A call whose worker
-dies is done again by another one. No more calls are sent than workers have room for: the scheduler
-gives up a call that four workers died of, and counts those that only waited there.
+all machines share, or at an address, and writes to such storage under a name of its worker's own,
+or to an address. A call whose worker dies is done again by another one. No more calls are sent than
+workers have room for: the scheduler gives up a call that four workers died of, and counts those
+that only waited there.
 """
 
 import hashlib
@@ -22,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import ane_moe
+from ane_moe.addresses import from_anywhere
 from ane_moe.checkpoints.weight_file import WeightFile, size_of
 from ane_moe.conversion.batch_system import read_batch_system, started
 from ane_moe.errors import DiskFull, UserError
-from ane_moe.files import scratch_folder
+from ane_moe.files import TEMPORARY, scratch_folder
+from ane_moe.remote_folder import RemoteFolder
 
 PACKAGES = ("ane-moe", "coremltools", "torch", "numpy", "scipy", "protobuf")
 SOURCE = "source of ane-moe"  # two checkouts have one version
@@ -38,12 +41,13 @@ AGAIN = "finished shards are kept: run the same command again"
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a worker has to find: versions by package, sizes of files, and a file with this text in
-    the folder that it is to write to."""
+    """What a worker has to find: versions by package, sizes of files, and a file `marker` with this
+    text where it is to write."""
 
     versions: tuple[tuple[str, str], ...]
     sizes: tuple[tuple[WeightFile, int], ...] = ()
-    marker: Path | None = None
+    out: Path | RemoteFolder | None = None
+    marker: str = ""
     text: str = ""
 
     def objection(self) -> str:
@@ -57,13 +61,24 @@ class Conditions:
                 return f"does not see {path}"
             if found_size != size:
                 return f"sees another file as {path}"
-        return self._objection_to_folder(self.marker) if self.marker else ""
+            if isinstance(path, Path) and not os.access(path, os.R_OK):
+                return f"cannot read {path}"
+        if isinstance(self.out, RemoteFolder):
+            return self._objection_to_address(self.out)
+        return self._objection_to_folder(self.out) if self.out else ""
 
-    def _objection_to_folder(self, marker: Path) -> str:
-        folder = marker.parent
+    def _objection_to_address(self, out: RemoteFolder) -> str:
+        if out.read(self.marker) != self.text.encode():
+            return f"sees another conversion at {out}"
+        trial = f"{TEMPORARY}admission-{uuid.uuid4().hex}"
+        out.write(trial, "")
+        out.remove(trial)
+        return ""
+
+    def _objection_to_folder(self, folder: Path) -> str:
         try:
             os.listdir(folder)  # a network file system looks again
-            if marker.read_text() != self.text:
+            if (folder / self.marker).read_text() != self.text:
                 return f"sees another folder as {folder}"
         except OSError:
             return f"does not see {folder}"
@@ -126,7 +141,7 @@ class Cluster(Executor):
     """`Workers` (workers.py) and their pool in one; made by `open_cluster`."""
 
     def __init__(self, client: Any, address: str, out: Path):
-        name = hashlib.sha256(str(out.absolute()).encode()).hexdigest()[:12]
+        name = hashlib.sha256(str(from_anywhere(out)).encode()).hexdigest()[:12]
         self._client, self._address, self._prefix = client, address, f"ane-moe-{name}"
         self._conditions = Conditions(tuple(installed().items()))
         self._resources: dict[str, float] | None = None
@@ -160,12 +175,17 @@ class Cluster(Executor):
         self._client.close(timeout=2)
 
     def admit(
-        self, files: Collection[WeightFile], marker: Path, packages: Collection[str] = ()
+        self,
+        files: Collection[WeightFile],
+        out: Path | RemoteFolder,
+        marker: str,
+        packages: Collection[str] = (),
     ) -> None:
         """As of `Workers`; also refuses workers with other versions of what decides the result."""
         sizes = tuple((file, size_of(file) or 0) for file in sorted(files, key=str))
         versions = (*installed().items(), *((name, _version(name)) for name in packages))
-        self._conditions = Conditions(versions, sizes, marker, marker.read_text())
+        there = out.read(marker) if isinstance(out, RemoteFolder) else (out / marker).read_bytes()
+        self._conditions = Conditions(versions, sizes, out, marker, (there or b"").decode())
         for address, found in self._ask(_objection, self._conditions).items():
             if isinstance(found, OSError):  # it died meanwhile
                 continue
@@ -331,7 +351,11 @@ def _objection(conditions: Conditions) -> str:
     """In a worker: what it lacks, looked for until it once lacked nothing."""
     if conditions in _met:
         return ""
-    if not (found := conditions.objection()):
+    try:
+        found = conditions.objection()
+    except UserError as error:  # of an address
+        return f"says: {error}"
+    if not found:
         _met.add(conditions)
     return found
 

@@ -9,16 +9,18 @@ from ane_moe.conversion.planner import make_plan
 from ane_moe.families import beside
 from ane_moe.formats.mixture import with_mixed_formats
 from ane_moe.opened import Model, open_model
+from ane_moe.remote_folder import RemoteFolder
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job(Model):
     """A model on its way into the folder `out`, by a plan. `calibration` is a file, where there is
-    one."""
+    one. Where it all goes to an address in the end, `away`, `out` is a scratch folder."""
 
     plan: ConversionPlan
     out: Path
     calibration: Path | None = None
+    away: RemoteFolder | None = None
 
 
 def plan_of(model: Model, options: ConvertOptions) -> ConversionPlan:

@@ -17,30 +17,39 @@ from ane_moe.original.checkpoint_tokenizer import ALL_FILES as TOKENIZER_FILES
 from ane_moe.package_form import ASSET, PACKAGE
 
 MARKER = ".converting.json"  # present while a conversion is unfinished: which one it is
+LOOSE = (*TOKENIZER_FILES, "golden*.safetensors")  # beside the shards, and not always
 
 
 def claim(job: Job, overwrite: bool) -> None:
     """Take the output folder: a new or empty one, or one that an earlier run of the same conversion
     began."""
-    what, out = identity(job), job.out
+    what, out, where = identity(job), job.out, job.away or job.out
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is not a folder", do="name another output folder")
     marker = out / MARKER
     if out.is_dir() and any(out.iterdir()):
         found = _identity_on_disk(out)
         if found is None and not marker.exists():
-            raise UserError(
-                f"{out} holds something else", f"no {FILE_NAME} in it", "name another output folder"
-            )
+            raise of_something_else(where)
         if found != what and not overwrite:
-            raise UserError(
-                f"{out} holds another conversion",
-                do="name another folder, or replace it with --overwrite",
-            )
+            raise of_another(where)
         sweep(out)
     out.mkdir(parents=True, exist_ok=True)
     write_text(marker, json.dumps(what, sort_keys=True) + "\n")
     (out / FILE_NAME).unlink(missing_ok=True)
+
+
+def of_something_else(where: object) -> UserError:
+    """The error for a place with files that no conversion wrote."""
+    return UserError(
+        f"{where} holds something else", f"no {FILE_NAME} in it", "name another output folder"
+    )
+
+
+def of_another(where: object) -> UserError:
+    """The error for a place that is taken."""
+    do = "name another folder, or replace it with --overwrite"
+    return UserError(f"{where} holds another conversion", do=do)
 
 
 def identity(job: Job) -> dict[str, str]:
@@ -88,8 +97,7 @@ def remove_strangers(out: Path, manifest: Manifest) -> None:
     for path in [*out.rglob(f"*{PACKAGE}"), *out.rglob(f"*{ASSET}")]:
         if path.relative_to(out).as_posix() not in kept:
             shutil.rmtree(path)
-    patterns = (*TOKENIZER_FILES, "golden*.safetensors")
-    loose = [path for pattern in patterns for path in out.glob(pattern)]
+    loose = [path for pattern in LOOSE for path in out.glob(pattern)]
     for path in (*(out / ROUTERS).glob("*"), *(out / "experts").glob("*.bin"), *loose):
         if path.relative_to(out).as_posix() not in manifest.files:
             path.unlink()

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ane_moe.addresses import from_anywhere
 from ane_moe.checkpoints.checkpoint import TensorSource
 from ane_moe.checkpoints.hub import local_folder
 from ane_moe.conversion import stamping
@@ -23,6 +24,16 @@ from ane_moe.conversion.goldens import (
 from ane_moe.conversion.job import Job, open_job, plan_of
 from ane_moe.conversion.output_folder import MARKER, claim, identity, remove_strangers, require_disk
 from ane_moe.conversion.plan import MB, ConversionPlan, ConvertOptions, Recovery
+from ane_moe.conversion.remote_output import (
+    announce,
+    deliver,
+    destination,
+    fetch_shards,
+    present,
+    send_calibration,
+    sent_calibration,
+    with_scratch,
+)
 from ane_moe.conversion.side_files import LABEL_FILES, copy_label_files, write_routers
 from ane_moe.conversion.stamping import (
     Done,
@@ -124,10 +135,10 @@ def convert(
     overwrite: bool = False,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> ConvertReport:
-    """Open `checkpoint`, plan its conversion into the shard folder `out`, and `carry_out` that: by
-    processes of this machine, or by the workers of a `cluster`, as of `open_workers`."""
+    """Open `checkpoint`, plan its conversion into the folder or address `out`, and `carry_out`
+    that: by processes of this machine, or by the workers of a `cluster`, as of `open_workers`."""
     if cluster:  # whose workers are in folders of their own
-        checkpoint, out = local_folder(checkpoint).absolute(), out.absolute()
+        checkpoint, out = local_folder(checkpoint).absolute(), from_anywhere(out)
     job = open_job(checkpoint, out, options or ConvertOptions())
     with open_workers(workers, stamping.__name__, cluster, out) as those:
         return carry_out(
@@ -158,6 +169,19 @@ def carry_out(
     written before it was known is written again. Raises UserError for everything the user can mend;
     what is finished by then stays and is reused.
     """
+    with with_scratch(job) as job_here:
+        report = _carried_out(job_here, workers, golden, prompts, overwrite, progress)
+    return replace(report, folder=job.out)
+
+
+def _carried_out(
+    job: Job,
+    workers: Workers,
+    golden: bool,
+    prompts: Path | None,
+    overwrite: bool,
+    progress: Callable[[Progress], None],
+) -> ConvertReport:
     out = job.out
     ids = _prompt_ids(job, prompts) if golden else None
     _require_text(job.plan.options)
@@ -168,9 +192,11 @@ def carry_out(
     tokenizer = read_tokenizer(job.checkpoint.folder)
     earlier = None if overwrite else finished(out)
     claim(job, overwrite)
-    require_disk(out, job.plan)
+    announce(job)
+    if job.away is None:  # whoever keeps an address says so when it is full
+        require_disk(out, job.plan)
     files = {tensor.path for tensor in job.checkpoint.tensors.values()}
-    workers.admit(files, out / MARKER, packages)
+    workers.admit(files, job.away or out, MARKER, packages)
     meter = _Meter(job.plan.disk_bytes, progress)
     try:
         tokenizer_files = write_tokenizer(tokenizer, out)
@@ -185,11 +211,12 @@ def carry_out(
                 break
             job = settled
             meter.begin_again()
-        manifest = _complete(manifest, job)
+        sent, manifest = manifest.files, _complete(manifest, job)
         stream = divided_stream(job, out / GOLDEN)
         sweep(out)  # of killed workers, whose calls others did
         remove_strangers(out, manifest)
         manifest.write(out)
+        deliver(job, manifest, sent)
         (out / MARKER).unlink()
     except OSError as error:
         raise disk_error(error, out / "the conversion") from error
@@ -223,6 +250,7 @@ def _written(
     if prompts is None:
         remove_goldens(out)
         return done, manifest, False
+    fetch_shards(job, manifest)
     return done, write_goldens(job, manifest, prompts, meter.golden), False
 
 
@@ -271,6 +299,7 @@ def _calibrated(job: Job, workers: Workers, meter: _Meter) -> Job:
     """The job with its calibration, and with the formats that a budget or a least cosine chooses,
     where asked for."""
     job = replace(job, calibration=_calibration(job, meter))
+    send_calibration(job)
     if job.plan.options.budget_mb is None and job.plan.options.min_cosine is None:
         return job
     with workers.writers() as pool:
@@ -312,9 +341,10 @@ def _with_formats(pool: Pool, job: Job, meter: _Meter) -> Job:
     from ane_moe.formats.budget import fit_budget, measure_sensitivity, reach_cosine  # torch
 
     plan, options, measured = job.plan, job.plan.options, []
-    assert job.calibration is not None
+    calibration = sent_calibration(job)
+    assert calibration is not None
     calls = [
-        (job.checkpoint.holding({source.key for source in matrices}), job.calibration, matrices)
+        (job.checkpoint.holding({source.key for source in matrices}), calibration, matrices)
         for matrices in plan.matrices.values()
     ]
     for sensitivities in run(pool, measure_sensitivity, calls):
@@ -348,15 +378,15 @@ def _start_embedding(pool: Pool, job: Job) -> Future[Done] | None:
         return None
     source = job.sources[EMBEDDING]
     checkpoint = job.checkpoint.holding({source.key})
-    return start(pool, stamp_embedding, checkpoint, source, job.out / EMBED, job.plan.embed_format)
+    path, form = job.out / EMBED, job.plan.embed_format
+    return start(pool, stamp_embedding, checkpoint, source, path, form, destination(job))
 
 
 def _finished(pool: Pool, job: Job, meter: _Meter) -> list[Done]:
     """The shards an earlier run left complete, and of exactly these weights, options and tools."""
-    present = [
-        (shard_job(job, shard),) for shard in job.plan.shards if (job.out / shard.path).exists()
-    ]
-    return [meter.shard(done) for done in run(pool, reuse_shard, present) if done is not None]
+    there = present(job)
+    calls = [(shard_job(job, shard),) for shard in job.plan.shards if shard.path in there]
+    return [meter.shard(done) for done in run(pool, reuse_shard, calls) if done is not None]
 
 
 def _stamp_rest(pool: Pool, job: Job, finished: set[str], meter: _Meter) -> list[Done]:

@@ -3,7 +3,9 @@
 In a process that imports neither torch nor coremltools, unless a weight format needs torch.
 """
 
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +16,7 @@ import numpy as np
 from ane_moe.checkpoints.checkpoint import Checkpoint, TensorSource
 from ane_moe.conversion.job import Job
 from ane_moe.conversion.plan import OneHot, Recovery, ShardPlan
+from ane_moe.conversion.remote_output import Destination, destination, sent_calibration
 from ane_moe.conversion.side_files import write_embedding
 from ane_moe.conversion.store_writer import read_store_key, sound_digest, write_store
 from ane_moe.conversion.workers import peak_memory_bytes, this_process
@@ -35,6 +38,7 @@ from ane_moe.formats.encoded import Encoded
 from ane_moe.formats.recipe import Choice, find_format
 from ane_moe.model.port import Shape
 from ane_moe.package_form import ASSET
+from ane_moe.remote_folder import SentFile, at_hand
 from ane_moe.runtime.coreai.installed import DISTRIBUTIONS
 
 if TYPE_CHECKING:  # it imports torch
@@ -61,12 +65,13 @@ class Done:
 @dataclass(frozen=True)
 class ShardJob:
     """One shard's part of a job, complete in itself: `checkpoint` holds no tensors but the
-    shard's."""
+    shard's. It is written into `out`, or sent to an address."""
 
     checkpoint: Checkpoint
     out: Path
     shard: ShardPlan
-    calibration: Path | None
+    calibration: Path | SentFile | None
+    sent_to: Destination | None = None
 
     @property
     def name(self) -> str:
@@ -77,11 +82,29 @@ class ShardJob:
 def shard_job(job: Job, shard: ShardPlan) -> ShardJob:
     """What a worker needs to know of the job to make one shard."""
     keys = {source.key for source in shard.sources.values() if isinstance(source, TensorSource)}
-    return ShardJob(job.checkpoint.holding(keys), job.out, shard, job.calibration)
+    calibration, to = sent_calibration(job), destination(job)
+    return ShardJob(job.checkpoint.holding(keys), job.out, shard, calibration, to)
+
+
+@contextmanager
+def _in_scratch(job: ShardJob) -> Iterator[ShardJob]:
+    """The job with a folder of this machine alone to write into."""
+    with tempfile.TemporaryDirectory(prefix="ane-moe-") as scratch:
+        yield replace(job, out=Path(scratch), sent_to=None)
 
 
 def reuse_shard(job: ShardJob) -> Done | None:
-    """The shard as it lies on disk, if its content key is the one it would get."""
+    """The shard as it lies there, if its content key is the one it would get."""
+    if job.sent_to is None:
+        return _reused(job)
+    folder = job.sent_to.folder
+    with _in_scratch(job) as here:
+        for name in folder.sizes(job.shard.path):
+            folder.fetch(name, here.out / name)
+        return _reused(here)
+
+
+def _reused(job: ShardJob) -> Done | None:
     shard, path = job.shard, job.out / job.shard.path
     if shard.store:
         key = read_store_key(path, shard.store)
@@ -96,6 +119,16 @@ def reuse_shard(job: ShardJob) -> Done | None:
 
 
 def stamp_shard(job: ShardJob, templates: dict[str, Template]) -> Done:
+    """Write a shard, and send it where it goes."""
+    if job.sent_to is None:
+        return _stamped(job, templates)
+    with _in_scratch(job) as here:
+        done = _stamped(here, templates)
+        job.sent_to.send(here.out, done.path, done.files)
+        return done
+
+
+def _stamped(job: ShardJob, templates: dict[str, Template]) -> Done:
     key, path = _key(job), job.out / job.shard.path
     path.parent.mkdir(parents=True, exist_ok=True)
     if store := job.shard.store:
@@ -120,7 +153,7 @@ def _report(job: ShardJob, content_key: str, files: dict[str, str], reused: bool
 
 
 def _key(job: ShardJob) -> ContentKey:
-    shard, calibration = job.shard, job.calibration
+    shard, calibration = job.shard, job.calibration and at_hand(job.calibration)
     seen = sha256(calibration) if calibration and shard.choices else None
     choices = sorted((name, choice.format, choice.rank) for name, choice in shard.choices.items())
     made = shard.graphs if shard.store is None else shard.store.record
@@ -155,7 +188,8 @@ def _expected_key(job: ShardJob) -> str:
 def _values(job: ShardJob, key: ContentKey) -> Iterator[tuple[str, Weight]]:
     """Each weight of the shard, valid until the next one of its shape: fresh memory costs more than
     the reading."""
-    shard, moments = job.shard, Moments(job.calibration) if job.calibration else None
+    shard, calibration = job.shard, job.calibration and at_hand(job.calibration)
+    moments = Moments(calibration) if calibration else None
     buffers: dict[Shape, np.ndarray] = {}
     ranks = {
         other.source: other.rank for other in shard.sources.values() if isinstance(other, Recovery)
@@ -219,7 +253,19 @@ def _carried(
         ) from None
 
 
-def stamp_embedding(checkpoint: Checkpoint, source: TensorSource, path: Path, form: str) -> Done:
+def stamp_embedding(
+    checkpoint: Checkpoint,
+    source: TensorSource,
+    path: Path,
+    form: str,
+    sent_to: Destination | None = None,
+) -> Done:
+    """Write the embedding table to `path`, or send it by its name."""
+    if sent_to is not None:
+        with tempfile.TemporaryDirectory(prefix="ane-moe-") as scratch:
+            done = stamp_embedding(checkpoint, source, Path(scratch) / path.name, form)
+            sent_to.send(Path(scratch), done.path, done.files)
+            return done
     key = ContentKey(form, ENCODING)
     try:
         files = {path.name: write_embedding(checkpoint, source, path, form, key, this_process())}

@@ -21,6 +21,7 @@ from typing import Any, Protocol, TypeVar
 import psutil
 
 from ane_moe.checkpoints.weight_file import WeightFile
+from ane_moe.remote_folder import RemoteFolder
 
 T = TypeVar("T")
 
@@ -31,11 +32,15 @@ class Workers(Protocol):
     """Who does the calls of a conversion."""
 
     def admit(
-        self, files: Collection[WeightFile], marker: Path, packages: Collection[str] = ()
+        self,
+        files: Collection[WeightFile],
+        out: Path | RemoteFolder,
+        marker: str,
+        packages: Collection[str] = (),
     ) -> None:
-        """Check, before anything is begun, that all of them can read `files`, and see `marker`
-        where they are to write, and have these `packages` too, in our versions. Raises
-        UserError."""
+        """Check, before anything is begun, that all of them can read `files`, and see the file
+        `marker` of `out`, where they are to write, and have these `packages` too, in our versions.
+        Raises UserError."""
 
     def readers(self) -> AbstractContextManager[Pool]:
         """For calls that read and hash."""
@@ -56,7 +61,11 @@ class LocalWorkers:
     preload: str
 
     def admit(
-        self, files: Collection[WeightFile], marker: Path, packages: Collection[str] = ()
+        self,
+        files: Collection[WeightFile],
+        out: Path | RemoteFolder,
+        marker: str,
+        packages: Collection[str] = (),
     ) -> None:
         """They see what this process sees."""
 

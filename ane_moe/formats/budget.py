@@ -22,6 +22,7 @@ from ane_moe.formats.calibration import Moments
 from ane_moe.formats.expand import expand
 from ane_moe.formats.recipe import find_format
 from ane_moe.model.weight import WeightName
+from ane_moe.remote_folder import SentFile, at_hand
 
 CANDIDATES = ("fp16", "int8", "lut6", "lut4", "lut3", "lut2")
 SAMPLED_ROWS = 64  # four palettes of 16 rows
@@ -46,10 +47,10 @@ class Sensitivity:
 
 
 def measure_sensitivity(
-    checkpoint: Checkpoint, calibration: Path, sources: Sequence[TensorSource]
+    checkpoint: Checkpoint, calibration: Path | SentFile, sources: Sequence[TensorSource]
 ) -> list[Sensitivity]:
     """Encode a sample of each matrix in every candidate format and compare outputs."""
-    moments = Moments(calibration)
+    moments = Moments(at_hand(calibration))
     return [_measured(checkpoint.read(_sample(source)), source, moments) for source in sources]
 
 

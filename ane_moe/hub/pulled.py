@@ -3,6 +3,7 @@ digests before anything is loaded."""
 
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -61,11 +62,21 @@ def _asking(name: HubName) -> AbstractContextManager[None]:
 
 
 def _fetch(commit: HubName, manifest: Manifest, folder: Path, progress: Progress) -> None:
-    """All files below a temporary name, checked, then each to its place, the manifest last."""
+    def download(into: Path) -> None:
+        with _asking(commit):
+            into.mkdir(parents=True, exist_ok=True)
+            _snapshot(commit, manifest, into)
+
+    take(download, manifest, folder, progress)
+
+
+def take(
+    download: Callable[[Path], None], manifest: Manifest, folder: Path, progress: Progress
+) -> None:
+    """All files below a temporary name, checked, then each to its place in `folder`, the manifest
+    last. Raises UserError."""
     partial = folder / PARTIAL
-    with _asking(commit):
-        partial.mkdir(parents=True, exist_ok=True)
-        _snapshot(commit, manifest, partial)
+    download(partial)
     check_digests(partial, manifest, progress)
     try:
         for file in (*manifest.files, CARD, FILE_NAME):

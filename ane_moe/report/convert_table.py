@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ane_moe.addresses import named
 from ane_moe.conversion.pipeline import ConvertReport
 from ane_moe.conversion.pipeline import Progress as Step
 from ane_moe.conversion.plan import MB, ConversionPlan, ShardPlan
@@ -126,7 +127,7 @@ def print_plan(plan: ConversionPlan) -> None:
 def report_document(report: ConvertReport, concerns: Iterable[Concern] = ()) -> dict[str, Any]:
     """The result as JSON data, with the placement rules it would meet."""
     return {
-        "folder": str(report.folder),
+        "folder": named(report.folder),
         "written": list(report.written),
         "reused": list(report.reused),
         "weight_bytes": sum(shard.weight_bytes for shard in report.manifest.shards),
@@ -145,8 +146,8 @@ def print_report(report: ConvertReport) -> None:
     size = sum(shard.weight_bytes for shard in report.manifest.shards) / MB
     console = Console()
     console.print(
-        f"{len(report.manifest.shards)} shards, {size:,.0f} MB of weights in {report.folder}: "
-        f"{len(report.written)} written, {len(report.reused)} reused; "
+        f"{len(report.manifest.shards)} shards, {size:,.0f} MB of weights in "
+        f"{named(report.folder)}: {len(report.written)} written, {len(report.reused)} reused; "
         f"peak memory {report.peak_memory_bytes / MB:,.0f} MB",
         soft_wrap=True,
     )
@@ -157,7 +158,7 @@ def print_report(report: ConvertReport) -> None:
     _print_source(console, report.notes, report.manifest.left_out)
     with_golden = "" if report.manifest.golden else " --checkpoint CHECKPOINT"
     console.print(
-        f"next: ane-moe verify {report.folder}{with_golden}", markup=False, soft_wrap=True
+        f"next: ane-moe verify {named(report.folder)}{with_golden}", markup=False, soft_wrap=True
     )
 
 

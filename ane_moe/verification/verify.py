@@ -168,7 +168,7 @@ def _on_cluster(where: str, proof: Proof, trials: Sequence[Trial]) -> Iterator[P
     with open_cluster(where, proof.out) as workers:
         files = [proof.out / name for name in goldens]
         packages = DISTRIBUTIONS if manifest.package_form == ASSET else ()
-        workers.admit(files, proof.out / FILE_NAME, packages)
+        workers.admit(files, proof.out, FILE_NAME, packages)
         with workers.writers() as pool, by_workers(proof, trials, pool) as shared:
             yield shared
 

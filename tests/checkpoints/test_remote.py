@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from ane_moe.addresses import address
 from ane_moe.checkpoints import weight_file
 from ane_moe.checkpoints.checkpoint import open_checkpoint
 from ane_moe.checkpoints.hub import local_folder
-from ane_moe.checkpoints.remote import address, url_of
+from ane_moe.checkpoints.remote import url_of
 from ane_moe.checkpoints.weight_file import RemoteFile, read_range
 from ane_moe.conversion.pipeline import ConvertOptions, convert
 from ane_moe.errors import UserError

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -30,6 +31,7 @@ from ane_moe.files import TEMPORARY
 from ane_moe.formats.recipe import find_recipe
 from ane_moe.manifest import FILE_NAME
 from ane_moe.verification.verify import verify
+from tests.conversion import bucket
 from tests.conversion.test_convert import contents
 from tests.conversion.trouble import VARIABLE, Trouble
 from tests.models import make_model, save_checkpoint
@@ -59,7 +61,17 @@ def own_trouble(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cluster(own_trouble):
+def store(tmp_path_factory):
+    """A folder with what is behind bucket:// in workers, and with a client's that they do not
+    see."""
+    folder = tmp_path_factory.mktemp("store")
+    for name in ("bucket", "client/cache", "client/scratch"):
+        (folder / name).mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster(own_trouble, store):
     with (
         # As long as a killed worker may take to be there again, on a machine with much to do.
         dask.config.set({"distributed.deploy.lost-worker-timeout": "10 minutes"}),
@@ -69,8 +81,12 @@ def cluster(own_trouble):
             processes=True,
             scheduler_port=0,
             dashboard_address=":0",
-            preload="tests.conversion.trouble",
-            env={VARIABLE: str(own_trouble.folder)},
+            preload=["tests.conversion.trouble", "tests.conversion.bucket"],
+            env={
+                VARIABLE: str(own_trouble.folder),
+                bucket.VARIABLE: str(store / "bucket"),
+                bucket.UNSEEN: str(store / "client"),
+            },
         ) as opened,
     ):
         own_trouble.begin()
@@ -191,6 +207,28 @@ def test_a_worker_with_a_full_disk_is_left_out(
     assert note.startswith(f"worker {own} was left out: the disk is full: ")
     assert {pid for pid, _ in trouble.stamped()} == {pids(cluster)[1]}
     assert contents(out) == contents(local)
+
+
+def test_workers_without_a_common_disk_read_and_write_at_addresses(
+    checkpoint, local, cluster, trouble, store, monkeypatch
+):
+    monkeypatch.setenv(bucket.VARIABLE, "")
+    bucket.begin(store / "bucket")
+    shutil.copytree(checkpoint, store / "bucket" / "models" / "tiny")
+    (store / "client" / "cache" / "templates").symlink_to(TemplateCache().folder)
+    monkeypatch.setenv("ANE_MOE_CACHE", str(store / "client" / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(store / "client" / "scratch"))
+    trouble.begin(seconds=0.2)
+    out = Path("bucket://some/out")
+    given = (Path("bucket://models/tiny"), out, OPTIONS)
+    killed = converted_with_kills(cluster, trouble, 1, *given)
+    written = store / "bucket" / "some" / "out"
+    assert len(killed) == 1 and contents(written) == contents(local)
+    report = convert(checkpoint, out, OPTIONS)  # here, from the disk
+    assert not report.written and contents(written) == contents(local)
+    shutil.copytree(checkpoint, store / "client" / "model")
+    with pytest.raises(PermissionError):  # nothing else of this machine is read by them
+        convert(store / "client" / "model", out, OPTIONS, cluster=cluster.scheduler_address)
 
 
 def test_full_disks_everywhere_are_one_line(checkpoint, local, address, trouble, tmp_path):
@@ -330,13 +368,13 @@ def test_what_a_worker_lacks_is_said(tmp_path: Path) -> None:
     file, marker = tmp_path / "weights", tmp_path / "marker"
     file.write_bytes(b"1234")
     marker.write_text("x")
-    good = Conditions(tuple(installed().items()), ((file, 4),), marker, "x")
+    good = Conditions(tuple(installed().items()), ((file, 4),), tmp_path, marker.name, "x")
     assert good.objection() == ""
     elsewhere = tmp_path / "elsewhere"
     assert "does not see" in replace(good, sizes=((elsewhere, 4),)).objection()
     assert "another file" in replace(good, sizes=((file, 5),)).objection()
     assert "another folder" in replace(good, text="y").objection()
-    assert "does not see" in replace(good, marker=elsewhere / "marker").objection()
+    assert "does not see" in replace(good, out=elsewhere).objection()
     needed = replace(good, versions=(*good.versions, ("of-no-index", "1.0")))
     assert needed.objection() == "has of-no-index not installed, not 1.0"
 

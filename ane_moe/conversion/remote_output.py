@@ -1,0 +1,138 @@
+"""A conversion into an address: small files are made in a scratch folder here, shards in one of
+whoever makes them, and what is finished is put there, the manifest last."""
+
+import json
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+
+from ane_moe.addresses import address
+from ane_moe.conversion.job import Job
+from ane_moe.conversion.output_folder import (
+    LOOSE,
+    MARKER,
+    of_another,
+    of_something_else,
+)
+from ane_moe.conversion.plan import ROUTERS
+from ane_moe.conversion.side_files import LABEL_FILES
+from ane_moe.emit.coreml.package import MODEL
+from ane_moe.files import TEMPORARY, sha256
+from ane_moe.formats.calibration import FILE_NAME as CALIBRATION
+from ane_moe.manifest import FILE_NAME, Manifest
+from ane_moe.package_form import ASSET, METADATA, PACKAGE
+from ane_moe.remote_folder import RemoteFolder, SentFile
+
+KEPT = ("golden*.safetensors", CALIBRATION)  # of an earlier run, to be looked at here
+FOLDERS = (ROUTERS, "experts")  # of files that are no packages
+ALONE = (*LOOSE, *LABEL_FILES, CALIBRATION, "embed.bin")
+
+
+@dataclass(frozen=True)
+class Destination:
+    """An address, as long as it says there by `marker` that it is this conversion's."""
+
+    folder: RemoteFolder
+    marker: str
+
+    def require_ours(self) -> None:
+        """Raise UserError where another conversion has begun to write there meanwhile, or ended."""
+        found = self.folder.read(MARKER)
+        if found is None:  # an equal run may have come to its end
+            manifest = json.loads(self.folder.read(FILE_NAME) or b"{}")
+            found = json.dumps(manifest.get("source"), sort_keys=True).encode() + b"\n"
+        if found != self.marker.encode():
+            raise of_another(self.folder)
+
+    def send(self, folder: Path, path: str, files: Collection[str]) -> None:
+        """Put the `files` of the shard `path` there: what holds its key comes last."""
+        self.require_ours()
+        ends = (f"{path}/{METADATA if path.endswith(ASSET) else MODEL}", path)
+        self.folder.replace_group(folder, sorted(files, key=lambda name: (name in ends, name)))
+
+
+@contextmanager
+def with_scratch(job: Job) -> Iterator[Job]:
+    """The job; one whose folder is an address has a scratch folder in its place, with what an
+    earlier run of it left there. Raises UserError."""
+    url = address(job.out)
+    if url is None:
+        yield job
+        return
+    away = RemoteFolder(url)
+    with tempfile.TemporaryDirectory(prefix="ane-moe-") as scratch:
+        here, there = Path(scratch), away.sizes()
+        told = [name for name in (MARKER, FILE_NAME) if name in there]
+        if there and not told:
+            raise of_something_else(url)
+        kept = (name for name in there if any(fnmatchcase(name, one) for one in KEPT))
+        for name in (*told, *kept):
+            away.fetch(name, here / name)
+        yield replace(job, out=here, away=away)
+
+
+def announce(job: Job) -> None:
+    """Say at the job's address what is being written there."""
+    if job.away:
+        job.away.write(MARKER, (job.out / MARKER).read_text())
+        job.away.remove(FILE_NAME)
+
+
+def destination(job: Job) -> Destination | None:
+    """Where whoever makes shards sends them."""
+    return Destination(job.away, (job.out / MARKER).read_text()) if job.away else None
+
+
+def present(job: Job) -> set[str]:
+    """The paths of what lies at the job's address: files, and the folders above them."""
+    if job.away is None:
+        return {shard.path for shard in job.plan.shards if (job.out / shard.path).exists()}
+    names = [PurePosixPath(name) for name in job.away.sizes()]
+    return {str(path) for name in names for path in (name, *name.parents)}
+
+
+def sent_calibration(job: Job) -> Path | SentFile | None:
+    """The job's calibration where whoever makes shards finds it."""
+    path = job.calibration
+    if path is None or job.away is None:
+        return path
+    return SentFile(job.away, path.name, sha256(path))
+
+
+def send_calibration(job: Job) -> None:
+    if job.away and job.calibration:
+        job.away.send(job.calibration, job.calibration.name)
+
+
+def fetch_shards(job: Job, manifest: Manifest) -> None:
+    """Bring here what the golden of compressed weights is made of."""
+    if job.away and manifest.compressed:
+        job.away.fetch_checked(manifest.files, job.out)
+
+
+def deliver(job: Job, manifest: Manifest, sent: Collection[str]) -> None:
+    """Put there what has not been `sent` yet, then the manifest, which `job.out` has; what it does
+    not name goes. Raises UserError where it is another conversion's by now."""
+    if (to := destination(job)) is None:
+        return
+    to.require_ours()
+    away = to.folder
+    for name in sorted(manifest.files.keys() - set(sent)):
+        away.send(job.out / name, name)
+    for name in away.sizes():
+        if name not in manifest.files and _is_ours(name):
+            away.remove(name)
+    away.send(job.out / FILE_NAME, FILE_NAME)
+    away.remove(MARKER)
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a file is one that conversions write, or that a killed one left."""
+    parts = PurePosixPath(name).parts
+    made = any(part.endswith((PACKAGE, ASSET)) or part.startswith(TEMPORARY) for part in parts)
+    inside = len(parts) > 1 and parts[0] in FOLDERS
+    alone = len(parts) == 1 and any(fnmatchcase(name, pattern) for pattern in ALONE)
+    return made or inside or alone

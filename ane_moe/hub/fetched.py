@@ -1,0 +1,57 @@
+"""Conversions at an address: what the manifest names and nothing else, checked by its digests
+before anything is loaded."""
+
+import hashlib
+from pathlib import Path
+
+from ane_moe.errors import UserError
+from ane_moe.files import write_text
+from ane_moe.hub.digests import check_digests_once, note_checked
+from ane_moe.hub.pulled import PARTIAL, take
+from ane_moe.manifest import FILE_NAME, read_manifest
+from ane_moe.progress import Progress, silent
+from ane_moe.remote_folder import RemoteFolder
+from ane_moe.user_cache import user_cache
+
+ADDRESS_FILE = ".address"  # above the folders of one address
+
+
+def fetched(url: str, progress: Progress = silent) -> Path:
+    """The conversion at `url`, as it is there now, in a folder of our own cache. Raises UserError
+    where there is none, and where a file is not what the manifest names."""
+    there = RemoteFolder(url)
+    text = there.read(FILE_NAME)
+    if text is None:
+        raise UserError(
+            f"{url} is not a finished conversion", f"no {FILE_NAME}", "run `ane-moe convert` again"
+        )
+    of_address = _root() / hashlib.sha256(url.encode()).hexdigest()[:16]
+    folder = of_address / hashlib.sha256(text).hexdigest()[:32]
+    if (folder / FILE_NAME).is_file():
+        check_digests_once(folder, read_manifest(folder), progress)
+        return folder
+    partial = folder / PARTIAL
+    partial.mkdir(parents=True, exist_ok=True)
+    write_text(of_address / ADDRESS_FILE, url)
+    (partial / FILE_NAME).write_bytes(text)
+    manifest = read_manifest(partial)
+
+    def download(into: Path) -> None:
+        for done, (name, digest) in enumerate(sorted(manifest.files.items())):
+            progress(f"fetching {name}", done, len(manifest.files))
+            there.fetch_checked({name: digest}, into)
+
+    take(download, manifest, folder, progress)
+    note_checked(folder, manifest)
+    return folder
+
+
+def address_of(folder: Path) -> RemoteFolder | None:
+    """Where a folder was `fetched` from; None for others."""
+    record = folder.absolute().parent / ADDRESS_FILE
+    inside = record.parent.parent == _root().absolute()
+    return RemoteFolder(record.read_text()) if inside and record.is_file() else None
+
+
+def _root() -> Path:
+    return user_cache() / "conversions" / "addresses"

@@ -1,0 +1,169 @@
+"""A folder at an address, to be written: each file is there whole or not at all where the store
+puts it so, as object stores do; elsewhere it is whole unless a writer was killed."""
+
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ane_moe.addresses import file_system, reason_of, unreadable
+from ane_moe.errors import UserError
+from ane_moe.files import replaced, sha256
+
+T = TypeVar("T")
+TRIES, PAUSE_SECONDS = 4, 0.5  # again, where the line breaks; twice the pause each time
+FINAL = (FileNotFoundError, PermissionError)  # another try gives the same
+FETCHED_FILES = 4  # that a process keeps
+_FETCHING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class RemoteFolder:
+    """The files below `url`, by their paths there. Methods raise UserError where they cannot be
+    had, or written."""
+
+    url: str
+
+    def __str__(self) -> str:
+        return self.url
+
+    def sizes(self, below: str = "") -> dict[str, int]:
+        """Bytes of each file `below` a path, as it is now; of none where nothing is there."""
+        files, root = self._place()
+        top = f"{root}/{below}".rstrip("/")
+
+        def find() -> dict[str, Any]:
+            files.invalidate_cache()
+            return dict(files.find(top, detail=True))
+
+        try:
+            found = _tried(find)
+        except FileNotFoundError:
+            return {}
+        except Exception as error:  # of many libraries: network, permission
+            raise unreadable(self.url, error) from None
+        start = len(root.rstrip("/")) + 1
+        return {path[start:]: int(one["size"] or 0) for path, one in found.items()}
+
+    def read(self, name: str) -> bytes | None:
+        """A small file; None where there is none."""
+        files, root = self._place()
+        try:
+            return bytes(_tried(lambda: files.cat_file(f"{root}/{name}")))
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # as above
+            raise unreadable(f"{self.url}/{name}", error) from None
+
+    def fetch(self, name: str, path: Path, writer: str = "") -> None:
+        """Bring a file to `path`; `writer` is as of `replaced`."""
+        files, root = self._place()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with replaced(path, writer) as temporary:
+                _tried(lambda: files.get_file(f"{root}/{name}", str(temporary)))
+        except Exception as error:  # as above
+            raise unreadable(f"{self.url}/{name}", error) from None
+
+    def send(self, path: Path, name: str) -> None:
+        """Put the file at `path` there, in the place of what was there."""
+        files, root = self._place()
+        self._changed(name, lambda: files.put_file(str(path), f"{root}/{name}"))
+
+    def write(self, name: str, text: str) -> None:
+        """Put a file of this text there."""
+        with tempfile.TemporaryDirectory(prefix="ane-moe-") as scratch:
+            path = Path(scratch) / "text"
+            path.write_text(text, encoding="utf-8")
+            self.send(path, name)
+
+    def remove(self, name: str) -> None:
+        """Delete a file that may be there."""
+        files, root = self._place()
+
+        def gone() -> None:
+            with suppress(FileNotFoundError):
+                files.rm_file(f"{root}/{name}")
+
+        self._changed(name, gone)
+
+    def fetch_checked(self, digests: Mapping[str, str], folder: Path) -> None:
+        """Bring files into `folder`, but for those that are there by their sha256 (hex)."""
+        for name, digest in digests.items():
+            path = folder / name
+            if path.is_file() and sha256(path) == digest:
+                continue
+            self.fetch(name, path)
+            if (found := sha256(path)) != digest:
+                path.unlink()
+                raise UserError(
+                    f"{self.url}/{name} is not the file that was written",
+                    f"sha256 {found[:12]}, not {digest[:12]}",
+                    "somebody else writes there, or it was damaged",
+                )
+
+    def replace_group(self, folder: Path, names: Sequence[str]) -> None:
+        """Put files of `folder` there that are one thing, the last of which tells which one: it
+        is put when the others are there, and is never beside others than its own."""
+        *others, last = names
+        told = self.read(last)
+        if told is not None and told != (folder / last).read_bytes():
+            self.remove(last)
+        for name in (*others, last):
+            self.send(folder / name, name)
+
+    def _place(self) -> tuple[Any, str]:
+        return file_system(self.url)
+
+    def _changed(self, name: str, change: Callable[[], None]) -> None:
+        try:
+            _tried(change)
+        except Exception as error:  # as above
+            raise UserError(
+                f"{self.url}/{name} cannot be written",
+                reason_of(error),
+                "check permission, room and the network; what is finished there is kept",
+            ) from None
+
+
+@dataclass(frozen=True)
+class SentFile:
+    """A file at an address, known by its sha256 (hex): workers fetch it once."""
+
+    folder: RemoteFolder
+    name: str
+    sha256: str
+
+    def here(self) -> Path:
+        """The file in a scratch folder of this process. Raises UserError."""
+        with _FETCHING:  # of threads that ask at once
+            return Path(_fetched(self).name) / self.name
+
+
+def at_hand(file: Path | SentFile) -> Path:
+    """Where the file can be opened. Raises UserError as `SentFile.here`."""
+    return file.here() if isinstance(file, SentFile) else file
+
+
+@lru_cache(maxsize=FETCHED_FILES)
+def _fetched(file: SentFile) -> "tempfile.TemporaryDirectory[str]":
+    """Gone with the process, or when others have come."""
+    scratch = tempfile.TemporaryDirectory(prefix="ane-moe-")
+    file.folder.fetch_checked({file.name: file.sha256}, Path(scratch.name))
+    return scratch
+
+
+def _tried(call: Callable[[], T]) -> T:
+    for number in range(TRIES - 1):
+        try:
+            return call()
+        except FINAL:
+            raise
+        except Exception:  # of many libraries
+            time.sleep(PAUSE_SECONDS * 2**number)
+    return call()

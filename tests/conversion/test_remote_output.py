@@ -1,0 +1,226 @@
+"""Conversions into an address are those of a folder, byte for byte, whatever befalls on the way."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from typer.testing import CliRunner
+
+from ane_moe import remote_folder
+from ane_moe.cli import app
+from ane_moe.conversion.output_folder import MARKER
+from ane_moe.conversion.pipeline import ConvertOptions, convert
+from ane_moe.errors import UserError
+from ane_moe.formats.recipe import find_recipe
+from ane_moe.hub.fetched import address_of, fetched
+from ane_moe.manifest import FILE_NAME, read_manifest
+from ane_moe.remote_folder import RemoteFolder
+from tests.conversion import bucket
+from tests.conversion.test_convert import contents
+from tests.models import make_model, save_checkpoint
+
+OPTIONS = ConvertOptions(prefill=0, recipe=find_recipe("int8"), calibrate="builtin")
+URL = "bucket://some/out"
+SHARD = "moe/layer_01.mlpackage"
+KEY = f"{SHARD}/Data/com.apple.CoreML/model.mlmodel"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(make_model("mixtral"), tmp_path_factory.mktemp("model") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def local(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("conversion") / "out"
+    convert(checkpoint, out, OPTIONS, golden=True)
+    return out
+
+
+@pytest.fixture
+def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder behind URL."""
+    monkeypatch.setattr(remote_folder, "PAUSE_SECONDS", 0.001)
+    monkeypatch.setenv("ANE_MOE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv(bucket.VARIABLE, "")
+    (tmp_path / "store").mkdir()
+    bucket.begin(tmp_path / "store")
+    yield tmp_path / "store" / "some" / "out"
+
+
+def ran(*arguments: object) -> Any:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exception is None, result.exception
+    return result
+
+
+def test_what_is_put_at_an_address_is_what_a_folder_would_have(
+    checkpoint: Path, local: Path, there: Path
+) -> None:
+    report = convert(checkpoint, Path(URL), OPTIONS, golden=True)
+    assert not report.reused and contents(there) == contents(local)
+    order = sorted(there.rglob("*"), key=lambda path: path.stat().st_mtime_ns)
+    assert [path for path in order if path.is_file()][-1].name == FILE_NAME
+    again = convert(checkpoint, Path(URL), OPTIONS, golden=True)
+    assert not again.written and again.golden_kept and contents(there) == contents(local)
+
+
+def test_either_goes_on_where_the_other_stopped(
+    checkpoint: Path, local: Path, there: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(local, there)
+    (there / KEY).unlink()  # a worker was killed before it put the last file of a shard
+    (there / FILE_NAME).rename(there / MARKER)
+    source = json.loads((there / MARKER).read_text())["source"]
+    (there / MARKER).write_text(json.dumps(source, sort_keys=True) + "\n")
+    report = convert(checkpoint, Path(URL), OPTIONS, golden=True)
+    assert report.written == (SHARD,) and contents(there) == contents(local)
+    here = Path(shutil.copytree(there, tmp_path / "here"))
+    assert not convert(checkpoint, here, OPTIONS, golden=True).written
+
+
+@pytest.mark.parametrize("routing", ["stream", pytest.param("sparse", marks=pytest.mark.slow)])
+def test_stores_and_expert_functions_go_the_same_way(
+    checkpoint: Path, there: Path, tmp_path: Path, routing: str
+) -> None:
+    options = replace(OPTIONS, routing=routing, calibrate=None)
+    convert(checkpoint, tmp_path / "out", options)
+    convert(checkpoint, Path(URL), options)
+    assert contents(there) == contents(tmp_path / "out")
+    (there / FILE_NAME).unlink()
+    (there / MARKER).write_text(
+        json.dumps(read_manifest(tmp_path / "out").source, sort_keys=True) + "\n"
+    )
+    assert not convert(checkpoint, Path(URL), options).written
+
+
+def test_commands_read_it_from_there(local: Path, there: Path, tmp_path: Path) -> None:
+    shutil.copytree(local, there)
+    (there / "beside.txt").write_text("named by nobody")
+    assert ran("verify", URL, "--runtime", "reference", "--quick").exit_code == 0
+    common = ("--prompt-ids", "3,4,5", "--max-tokens", 3, "--runtime", "reference", "--json")
+    ids = [json.loads(ran("generate", out, *common).stdout)["ids"] for out in (local, URL)]
+    assert ids[0] == ids[1] and ids[0]
+    shown = [json.loads(ran("inspect", f"{out}/{SHARD}", "--json").stdout) for out in (local, URL)]
+    assert shown[0]["functions"] == shown[1]["functions"]
+    folder = fetched(URL)
+    assert contents(folder) == contents(local) and address_of(folder) == RemoteFolder(URL)
+    (there / "embed.bin").write_bytes(b"another")
+    (there / FILE_NAME).write_text((there / FILE_NAME).read_text() + "\n")
+    with pytest.raises(UserError, match=r"embed\.bin is not the file that was written"):
+        fetched(URL)
+    (there / FILE_NAME).unlink()
+    with pytest.raises(UserError, match=f"{URL} is not a finished conversion"):
+        fetched(URL)
+
+
+def test_a_store_that_refuses_is_one_line_and_nothing_is_lost(
+    checkpoint: Path, local: Path, there: Path
+) -> None:
+    for what, named, after, said in (
+        ("denied", MARKER, 0, "Access Denied"),
+        ("full", "weight.bin", 1, "No space left on the store"),
+        ("broken", "weight.bin", 1, "the line broke"),
+    ):
+        bucket.befall(what, named, after)
+        with pytest.raises(UserError, match=f"{named} cannot be written; found: .*{said}") as e:
+            convert(checkpoint, Path(URL), OPTIONS, golden=True)
+        assert "\n" not in str(e.value) and there.exists() == (what != "denied")
+    bucket.befall()
+    report = convert(checkpoint, Path(URL), OPTIONS, golden=True)
+    assert len(report.reused) == 2 and contents(there) == contents(local)
+
+
+def test_what_is_held_by_something_else_stays(checkpoint: Path, there: Path, local: Path) -> None:
+    there.mkdir(parents=True)
+    (there / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match=f"{URL} holds something else"):
+        convert(checkpoint, Path(URL), OPTIONS)
+    assert [path.name for path in there.iterdir()] == ["mine.txt"]
+    (there / "mine.txt").unlink()
+    convert(checkpoint, Path(URL), replace(OPTIONS, layers=(0,), calibrate=None))
+    with pytest.raises(UserError, match=f"{URL} holds another conversion; name another"):
+        convert(checkpoint, Path(URL), OPTIONS)
+    (there / "mine.txt").write_text("mine")
+    (there / "moe" / "layer_09.mlpackage").mkdir()
+    (there / "moe" / "layer_09.mlpackage" / "old").write_text("old")
+    convert(checkpoint, Path(URL), OPTIONS, golden=True, overwrite=True)
+    (there / "mine.txt").unlink()
+    (there / "moe" / "layer_09.mlpackage").rmdir()
+    assert contents(there) == contents(local)
+
+
+def test_whoever_finds_another_conversion_begun_there_stops(
+    checkpoint: Path, there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = '{"config": "another", "options": "another"}\n'
+    put = bucket.Bucket.put_file
+
+    def raced(self: Any, lpath: str, rpath: str, **named: Any) -> None:
+        put(self, lpath, rpath, **named)
+        if rpath.endswith(f"attn/layer_00.mlpackage/{KEY.partition('.mlpackage/')[2]}"):
+            (there / MARKER).write_text(other)
+
+    monkeypatch.setattr(bucket.Bucket, "put_file", raced)
+    with pytest.raises(UserError, match=f"{URL} holds another conversion"):
+        convert(checkpoint, Path(URL), OPTIONS)
+    assert (there / MARKER).read_text() == other and not (there / FILE_NAME).exists()
+
+
+def test_a_key_is_never_beside_weights_of_another(
+    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there.mkdir(parents=True)
+    made = tmp_path / "made"
+    made.mkdir()
+    for folder, text in ((there, "old"), (made, "new")):
+        for name in ("weights", "key"):
+            (folder / name).write_text(text)
+    bucket.befall("broken", "weights")
+    with pytest.raises(UserError, match="weights cannot be written"):
+        RemoteFolder(URL).replace_group(made, ["weights", "key"])
+    assert not (there / "key").exists()
+    bucket.befall()
+    RemoteFolder(URL).replace_group(made, ["weights", "key"])
+    assert {path.read_text() for path in there.iterdir()} == {"new"}
+
+
+def test_a_place_without_a_writer_is_one_line(checkpoint: Path, there: Path) -> None:
+    pytest.importorskip("aiohttp")
+    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:1/out") as raised:
+        convert(checkpoint, Path("http://127.0.0.1:1/out"), OPTIONS)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.slow
+def test_s3_takes_and_gives_it(
+    checkpoint: Path, local: Path, there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By s3fs, and moto's server in the place of Amazon's."""
+    pytest.importorskip("s3fs")
+    servers = pytest.importorskip("moto.server")
+    server = servers.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    try:
+        files = fsspec.filesystem("s3", skip_instance_cache=True)
+        with pytest.raises(UserError, match=r"s3://some/out\S* cannot be written"):
+            convert(checkpoint, Path("s3://some/out"), OPTIONS)
+        files.mkdir("some")
+        convert(checkpoint, Path("s3://some/out"), OPTIONS, golden=True, workers=2)
+        folder = fetched("s3://some/out")
+        assert contents(folder) == contents(local)
+        names = {path.removeprefix("some/out/") for path in files.find("some/out")}
+        assert names == {*read_manifest(local).files, FILE_NAME}
+        assert not convert(checkpoint, Path("s3://some/out"), OPTIONS, golden=True).written
+    finally:
+        server.stop()
