@@ -34,6 +34,7 @@ from ane_moe.conversion.remote_output import (
     sent_calibration,
     with_scratch,
 )
+from ane_moe.conversion.shard_form import form_of
 from ane_moe.conversion.side_files import LABEL_FILES, copy_label_files, write_routers
 from ane_moe.conversion.stamping import (
     Done,
@@ -464,7 +465,7 @@ def _manifest(
         compression=_compression(plan),
         moe=dict(_moe_facts(plan)),
         halves={str(layer): scopes for layer, scopes in plan.halves.items()},
-        versions=tool_versions(options.format == "aimodel"),
+        versions=tool_versions(*map(form_of, plan.shards)),
         source=identity(job),
         origin=job.checkpoint.origin,
         left_out=dict(plan.source.left_out),

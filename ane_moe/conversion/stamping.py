@@ -17,18 +17,10 @@ from ane_moe.checkpoints.checkpoint import Checkpoint, TensorSource
 from ane_moe.conversion.job import Job
 from ane_moe.conversion.plan import OneHot, Recovery, ShardPlan
 from ane_moe.conversion.remote_output import Destination, destination, sent_calibration
+from ane_moe.conversion.shard_form import ShardForm, form_of
 from ane_moe.conversion.side_files import write_embedding
-from ane_moe.conversion.store_writer import read_store_key, sound_digest, write_store
 from ane_moe.conversion.workers import peak_memory_bytes, this_process
-from ane_moe.emit.coreai.asset import read_asset_key, stamp_asset
-from ane_moe.emit.coreml.package import (
-    ContentKey,
-    Weight,
-    disk_error,
-    file_hashes,
-    read_content_key,
-    stamp,
-)
+from ane_moe.emit.coreml.package import ContentKey, Weight, disk_error
 from ane_moe.emit.coreml.template import Template
 from ane_moe.errors import UserError
 from ane_moe.files import sha256
@@ -37,15 +29,12 @@ from ane_moe.formats.calibration import Moments
 from ane_moe.formats.encoded import Encoded
 from ane_moe.formats.recipe import Choice, find_format
 from ane_moe.model.port import Shape
-from ane_moe.package_form import ASSET
 from ane_moe.remote_folder import SentFile, at_hand
-from ane_moe.runtime.coreai.installed import DISTRIBUTIONS
 
 if TYPE_CHECKING:  # it imports torch
     from ane_moe.formats.low_rank import LowRank
 
 NOTHING = np.empty((0, 0), np.float16)
-TOOLS = ("ane-moe", "coremltools", "torch")
 ENCODING = 3  # counts up when a weight format comes to give other bytes
 
 
@@ -105,17 +94,12 @@ def reuse_shard(job: ShardJob) -> Done | None:
 
 
 def _reused(job: ShardJob) -> Done | None:
-    shard, path = job.shard, job.out / job.shard.path
-    if shard.store:
-        key = read_store_key(path, shard.store)
-    else:
-        key = read_asset_key(path) if is_asset(shard) else read_content_key(path)
+    form, path = form_of(job.shard), job.out / job.shard.path
+    key = form.key_at(path)
     if key is None or key != _expected_key(job):
         return None
-    if shard.store is None:
-        return _report(job, key, file_hashes(path), reused=True)
-    digest = sound_digest(path, shard.store)
-    return None if digest is None else _report(job, key, {"": digest}, reused=True)
+    digests = form.digests_at(path)
+    return None if digests is None else _report(job, key, digests, reused=True)
 
 
 def stamp_shard(job: ShardJob, templates: dict[str, Template]) -> Done:
@@ -131,22 +115,12 @@ def stamp_shard(job: ShardJob, templates: dict[str, Template]) -> Done:
 def _stamped(job: ShardJob, templates: dict[str, Template]) -> Done:
     key, path = _key(job), job.out / job.shard.path
     path.parent.mkdir(parents=True, exist_ok=True)
-    if store := job.shard.store:
-        prefixes = dict.fromkeys(name.partition("/")[0] for name in job.shard.sources)
-        written = write_store(_values(job, key), [*prefixes], key, path, store, this_process())
-        return _report(job, written.content_key, written.files, reused=False)
-    if is_asset(job.shard):
-        values, shared = _values(job, key), job.shard.shared
-        written = stamp_asset(templates, values, key, path, shared, this_process())
-        return _report(job, written.content_key, written.files, reused=False)
-    formats = [find_format(choice.format) for choice in job.shard.choices.values()]
-    more = sum(form.stored_arrays - 1 for form in formats)
-    written = stamp(templates, _values(job, key), key, path, more, job.shard.shared, this_process())
+    written = form_of(job.shard).write(templates, _values(job, key), key, path)
     return _report(job, written.content_key, written.files, reused=False)
 
 
 def _report(job: ShardJob, content_key: str, files: dict[str, str], reused: bool) -> Done:
-    """`files` are digests by path inside the package; of a store it is empty."""
+    """`files` are digests by path inside the shard; of a single file by ""."""
     shard, peak = job.shard, peak_memory_bytes()
     named = {f"{shard.path}/{name}".rstrip("/"): digest for name, digest in files.items()}
     return Done(shard.path, content_key, shard.weight_bytes, reused, named, peak, this_process())
@@ -156,20 +130,13 @@ def _key(job: ShardJob) -> ContentKey:
     shard, calibration = job.shard, job.calibration and at_hand(job.calibration)
     seen = sha256(calibration) if calibration and shard.choices else None
     choices = sorted((name, choice.format, choice.rank) for name, choice in shard.choices.items())
-    made = shard.graphs if shard.store is None else shard.store.record
-    versions = tool_versions(is_asset(shard))
-    return ContentKey(made, choices, seen, ENCODING, versions)
+    form = form_of(shard)
+    return ContentKey(form.made_of, choices, seen, ENCODING, tool_versions(form))
 
 
-def is_asset(shard: ShardPlan) -> bool:
-    """Whether it is written for Core AI."""
-    return shard.path.endswith(ASSET)
-
-
-def tool_versions(asset: bool) -> dict[str, str]:
-    """Versions of what made a shard, by package."""
-    names = (*TOOLS, *DISTRIBUTIONS) if asset else TOOLS
-    return {name: version(name) for name in names}
+def tool_versions(*forms: ShardForm) -> dict[str, str]:
+    """Versions of what decides the bytes of such shards, by package."""
+    return {name: version(name) for form in forms for name in form.tools}
 
 
 def _expected_key(job: ShardJob) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ane_moe.conversion import stamping
+from ane_moe.conversion import shard_form
 from ane_moe.files import write_text
 
 VARIABLE = "ANE_MOE_TROUBLE"
@@ -45,7 +45,7 @@ class Trouble:
 
 
 def dask_setup(worker: Any) -> None:
-    folder, stamp = Path(os.environ[VARIABLE]), stamping.stamp
+    folder, stamp = Path(os.environ[VARIABLE]), shard_form.stamp
 
     def troubled(templates: Any, values: Any, key: Any, path: Path, *rest: Any) -> Any:
         facts = json.loads((folder / "facts").read_text())
@@ -67,4 +67,4 @@ def dask_setup(worker: Any) -> None:
             file.write(f"{os.getpid()} {shard}\n")
         return written
 
-    stamping.stamp = troubled
+    shard_form.stamp = troubled
