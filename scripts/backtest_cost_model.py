@@ -6,7 +6,6 @@ tables of docs/cost-model.md, or put them there.
 Exits with 1 when the ranges hold fewer than 80 % of the timings that nothing was fitted to.
 """
 
-import re
 import sys
 import tomllib
 from dataclasses import replace
@@ -17,10 +16,10 @@ sys.path.insert(0, str(ROOT))
 
 from ane_moe.forecast.backtest import Outcome, outcomes, summary  # noqa: E402
 from ane_moe.forecast.chips import Range  # noqa: E402
+from scripts.doc_page import PagePart  # noqa: E402
 
 EARLIER = ROOT / "scripts" / "earlier_predictions.toml"
-PAGE = ROOT / "docs" / "cost-model.md"
-MARKED = re.compile(r"(<!-- back-test -->\n).*(<!-- end of back-test -->)", re.DOTALL)
+TABLE = PagePart("cost-model.md", "back-test")
 COVERAGE = 0.8
 
 
@@ -89,7 +88,7 @@ def main() -> int:
     rows = outcomes()
     text = table(rows)
     if "--write" in sys.argv[1:]:
-        PAGE.write_text(MARKED.sub(lambda found: f"{found[1]}{text}\n{found[2]}", PAGE.read_text()))
+        TABLE.write(text)
     else:
         print(text)
     return int(summary(held_out(rows)).coverage < COVERAGE)

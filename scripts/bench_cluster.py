@@ -29,7 +29,7 @@ from typing import Any
 
 import psutil
 from command_cost import cost_of
-from doc_page import put_into_page
+from doc_page import PagePart
 
 from ane_moe.checkpoints.checkpoint import TensorSource
 from ane_moe.conversion.plan import ConvertOptions, ShardPlan
@@ -40,8 +40,7 @@ from ane_moe.formats.recipe import find_recipe
 
 MB = 1_000_000
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
-PAGE = Path(__file__).parents[1] / "docs" / "cluster.md"
-BEGIN, END = "<!-- modelled: scripts/bench_cluster.py --model -->\n", "<!-- end of modelled -->"
+TABLE = PagePart("cluster.md", "modelled")
 MODEL = Path(__file__).with_name("cluster_model.toml")
 COUNTS = (1, 8, 64, 256)  # workers that are modelled
 FORMATS, ROUTINGS = ("int8", "lut4"), ("masked", "stream")
@@ -54,7 +53,7 @@ HEAD = """
 def main() -> None:
     arguments = parse()
     if arguments.model:
-        put_into_page(PAGE, BEGIN, END, modelled_table())
+        TABLE.write(modelled_table())
         return
     arguments.scratch.mkdir(parents=True, exist_ok=True)
     os.environ |= {"ANE_MOE_CACHE": str(arguments.scratch / "cache"), "OMP_NUM_THREADS": "1"}

@@ -10,7 +10,6 @@ engine it has. Nothing is measured.
 """
 
 import logging
-import re
 import sys
 import tempfile
 from collections import Counter
@@ -48,12 +47,12 @@ from ane_moe.placement.estimates import estimate_book  # noqa: E402
 from ane_moe.placement.facts import FunctionFacts, function_facts  # noqa: E402
 from ane_moe.placement.rules import rule_book  # noqa: E402
 from ane_moe.placement.targets import find_target  # noqa: E402
+from scripts.doc_page import PagePart  # noqa: E402
 from scripts.make_checkpoint import PRESETS  # noqa: E402
 from tests.placement.real_sizes import write_graph  # noqa: E402
 
 logging.getLogger("coremltools").setLevel(logging.ERROR)
-PAGE = ROOT / "docs" / "placement.md"
-MARKED = re.compile(r"(<!-- forms -->\n).*(<!-- end of forms -->)", re.DOTALL)
+TABLE = PagePart("placement.md", "forms")
 CHIPS, SYSTEM = ("m1", "m4", "m5", "m6"), 27
 SLOTS = 2048  # of the caches
 LENGTH = 128  # tokens of a call of an encoder
@@ -132,7 +131,7 @@ def rounds_mask(logits: Tensor, k: int, experts: int) -> Tensor:
 
 
 def keys_first(
-    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, sinks: Tensor | None = None
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, *_: None
 ) -> Tensor:
     """Caches turned, queries as they come: for one token."""
     heads, head_dim, kv_heads = q.shape[1], q.shape[2], keys.shape[1]
@@ -142,9 +141,7 @@ def keys_first(
     return mixed.transpose(2, 3).reshape(1, heads * head_dim, 1, -1)
 
 
-def fused(
-    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, sinks: Tensor | None = None
-) -> Tensor:
+def fused(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, *_: None) -> Tensor:
     """Core ML's own attention: for one token."""
     heads, head_dim, kv_heads = q.shape[1], q.shape[2], keys.shape[1]
     q = q.reshape(1, kv_heads, -1, head_dim)
@@ -323,7 +320,7 @@ def main(arguments: list[str]) -> int:
             lines.append(line)
     text = "\n".join(lines)
     if "--write" in arguments:
-        PAGE.write_text(MARKED.sub(lambda found: f"{found[1]}{text}\n{found[2]}", PAGE.read_text()))
+        TABLE.write(text)
     else:
         print(text)
     return 0

@@ -8,14 +8,13 @@ the page is stale.
 
 import argparse
 import sys
-from pathlib import Path
 
 from coremltools.converters.mil.mil.ops.registry import SSAOpRegistry
+from doc_page import PagePart
 
 from ane_moe.runtime.reference.ops import STRUCTURAL, TABLE
 
-PAGE = Path(__file__).parent.parent / "docs" / "runtime.md"
-BEGIN, END = "<!-- op table: begin -->\n", "<!-- op table: end -->\n"
+PART = PagePart("runtime.md", "op table")
 RELEASES = (15, 16, 17, 18)
 INTERNAL = {"_const_symbolic", "coreml_update_state"}  # never in a saved package
 
@@ -51,24 +50,17 @@ def rows() -> list[str]:
     return lines
 
 
-def rendered(page: str) -> str:
-    """`page` with a fresh table."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return before + BEGIN + "\n".join(rows()) + "\n" + END + after
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit with 1 when the page is stale"
     )
     options = parser.parse_args()
-    page = PAGE.read_text(encoding="utf-8")
-    fresh = rendered(page)
-    if options.check:
-        sys.exit(page != fresh)
-    PAGE.write_text(fresh, encoding="utf-8")
+    text = "\n".join(rows())
+    if not options.check:
+        PART.write(text)
+    elif PART.text != f"{text}\n":
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ shards', in nats: near zero, two readings are as good as equal to it.
 """
 
 import json
-import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from doc_page import PagePart
 from transformers import AutoModelForTokenClassification
 
 from ane_moe import convert
@@ -32,8 +32,7 @@ from ane_moe.redaction.viterbi import Decoder
 from ane_moe.redaction.windows import scores_of_all
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "redact.md"
-MARKED = re.compile(r"(<!-- formats -->\n).*(<!-- end of formats -->)", re.DOTALL)
+TABLES = PagePart("redact.md", "formats")
 SENTENCES = (
     ROOT / "tests" / "demo" / "new_sentences.jsonl",
     ROOT / "tests" / "demo" / "held_out_sentences.jsonl",
@@ -170,9 +169,7 @@ def main(
             _tables(source, path, outs, open_redactor(outs[0][1])) for path in SENTENCES
         )
     if write:
-        page = PAGE.read_text(encoding="utf-8")
-        changed = MARKED.sub(lambda found: f"{found[1]}{text}\n{found[2]}", page)
-        PAGE.write_text(changed, encoding="utf-8")
+        TABLES.write(text)
     print(text)
 
 

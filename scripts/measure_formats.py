@@ -20,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from doc_page import DOCS, PagePart
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer
 from train_demo import read_corpus
@@ -59,7 +60,6 @@ FORMATS = [
 ]
 HELD_OUT_PERCENT = 5
 PASSAGE = 512
-DOCS = Path(__file__).resolve().parents[1] / "docs"
 HEAD = (
     "| format | bits a weight | MB | convert s | worst cosine | mean KL | perplexity | against "
     "fp32 | top-1 |"
@@ -165,20 +165,13 @@ def line(row: dict) -> str:
 
 def write(rows: list[dict], tokens: int, name: str) -> None:
     """The table between its markers in docs/compression.md."""
-    page = DOCS / "compression.md"
     conditions = (
         f"{tokens:,} tokens of held-out text (CPython {platform.python_version()}) in passages of "
         f"{PASSAGE}; "
         f"reference runtime on {os.cpu_count()} cores. Conversion is by one process."
     )
     table = "\n".join([HEAD, "|---|" + "---:|" * 8, *map(line, rows), "", conditions])
-    text = re.sub(
-        rf"(<!-- {name} -->\n).*?(<!-- end -->)",
-        lambda found: f"{found[1]}{table}\n{found[2]}",
-        page.read_text(),
-        flags=re.DOTALL,
-    )
-    page.write_text(text)
+    PagePart("compression.md", name).write(table)
 
 
 def plot(rows: list[dict]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from demo_training import save_checkpoint, say
-from doc_page import put_into_page
+from doc_page import PagePart
 from train_demo import encode, read_corpus, train_tokenizer
 from train_omni import ARCHITECTURE, HELD_OUT_PERCENT, Settings, build, train
 from transformers import AutoTokenizer
@@ -30,8 +30,7 @@ from ane_moe.loop.adapters import write_adapters
 from ane_moe.manifest import FILE_NAME
 from ane_moe.routing.alignment import Alignment, align
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "streaming.md"
-BEGIN, END = "<!-- predictors: begin -->\n", "<!-- predictors: end -->\n"
+TABLE = PagePart("streaming.md", "predictors")
 PASSAGES, PASSAGE = 48, 128
 NAMES = {
     "static": "most used",
@@ -122,7 +121,7 @@ def main() -> None:
     text = "\n\n".join([*tables, note])
     print(text)
     if arguments.write:
-        put_into_page(PAGE, BEGIN, END, text)
+        TABLE.write(text)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from doc_page import put_into_page
+from doc_page import PagePart
 from train_demo import Settings, read_corpus
 
 from ane_moe.conversion.pipeline import convert
@@ -109,9 +109,7 @@ def table(shards: LoadedShards, texts: Sequence[Sequence[int]]) -> list[str]:
 
 def write(lines: Sequence[str]) -> None:
     """The table between its markers in docs/research.md."""
-    page = Path(__file__).resolve().parents[1] / "docs" / "research.md"
-    begin, end = "<!-- roster: begin -->\n", "<!-- roster: end -->"
-    put_into_page(page, begin, end, "\n".join(lines))
+    PagePart("research.md", "roster").write("\n".join(lines))
 
 
 def main() -> None:

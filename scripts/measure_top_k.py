@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from demo_training import balance_loss, build_optimizer, learning_rate_factor, say
+from doc_page import PagePart
 from torch import Tensor, nn
 from torch.nn import functional as F
 from train_demo import Settings, read_corpus, shuffled_windows
@@ -445,10 +446,7 @@ def routing_facts(name: str, run: Run, text: Tensor) -> str:
 
 def write(table: str) -> None:
     """The table between its markers in docs/compression.md."""
-    page = Path(__file__).resolve().parents[1] / "docs" / "compression.md"
-    before, marker, rest = page.read_text().partition("<!-- top-k -->\n")
-    _, end, after = rest.partition("<!-- end -->")
-    page.write_text(f"{before}{marker}{table}\n{end}{after}")
+    PagePart("compression.md", "top-k").write(table)
 
 
 def main() -> None:

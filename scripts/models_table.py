@@ -33,12 +33,12 @@ from ane_moe.model.spec import (  # noqa: E402
     RouterSpec,
     SharedGqaSpec,
 )
+from scripts.doc_page import PagePart  # noqa: E402
 from tests.models import make_model, save_checkpoint  # noqa: E402
 from tests.torch_model import TorchModel  # noqa: E402
 from tests.zoo import ROWS  # noqa: E402
 
-PAGE = ROOT / "docs" / "models.md"
-BEGIN, END = "<!-- models: begin -->\n", "<!-- models: end -->\n"
+TABLES = PagePart("models.md", "models")
 EXPERTS = re.compile(r"^class \w*(?:Experts|SparseMoeBlock|SparseMLP|MoE|Moe)\b", re.M)
 IDS = np.random.default_rng(0).integers(3, 211, 24).tolist()
 MIXERS = {
@@ -186,26 +186,18 @@ def rows() -> list[str]:
     return lines
 
 
-def rendered(page: str) -> str:
-    """`page` with fresh tables."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return before + BEGIN + "\n".join(rows()) + "\n" + END + after
-
-
-def without_deviations(page: str) -> str:
-    return re.sub(r"\d+e-\d+ \|$", "|", page, flags=re.M)
+def without_deviations(text: str) -> str:
+    return re.sub(r"\d+e-\d+ \|$", "|", text, flags=re.M)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true")
-    check, page = parser.parse_args().check, PAGE.read_text()
-    fresh = rendered(page)
+    check, text = parser.parse_args().check, "\n".join(rows())
     if not check:
-        PAGE.write_text(fresh)
-    elif without_deviations(fresh) != without_deviations(page):
-        sys.exit(f"{PAGE} is stale: python scripts/models_table.py")
+        TABLES.write(text)
+    elif without_deviations(TABLES.text) != without_deviations(f"{text}\n"):
+        sys.exit(f"{TABLES.path} is stale: python scripts/models_table.py")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ there, with the plot of margins.
 Exits with 1 when a prediction of `ane` or `cpu` is wrong.
 """
 
-import re
 import sys
 from pathlib import Path
 
@@ -21,9 +20,10 @@ from ane_moe.placement.published.dispatched import (  # noqa: E402
     dispatched_outcomes,
     dispatched_table,
 )
+from scripts.doc_page import DOCS, PagePart  # noqa: E402
 
-PAGE = ROOT / "docs" / "placement.md"
-PLOT = PAGE.with_suffix(".svg")
+PAGE = "placement.md"
+PLOT = (DOCS / PAGE).with_suffix(".svg")
 SHOWN_MS = 20.0
 NOTHING_MS = -0.25  # the margin where the engine may run nothing: a run, and nothing saved
 BESIDE = 0.12  # how far those on the CPU stand below those on the engine
@@ -33,19 +33,12 @@ def main() -> int:
     rows, graphs = outcomes(), dispatched_outcomes()
     texts = {"dispatch": dispatched_table(graphs), "back-test": table(rows)}
     if "--write" in sys.argv[1:]:
-        page = PAGE.read_text()
         for name, text in texts.items():
-            page = _marked(page, name, text)
-        PAGE.write_text(page)
+            PagePart(PAGE, name).write(text)
         plot(graphs)
     else:
         print("\n\n".join(texts.values()))
     return int(any(row.grade == "wrong" for row in [*rows, *graphs]))
-
-
-def _marked(page: str, name: str, text: str) -> str:
-    place = re.compile(rf"(<!-- {name} -->\n).*(<!-- end of {name} -->)", re.DOTALL)
-    return place.sub(lambda found: f"{found[1]}{text}\n{found[2]}", page)
 
 
 def plot(graphs: list[Dispatched]) -> None:

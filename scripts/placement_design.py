@@ -7,7 +7,6 @@ By Core ML's own estimates for one token (ane_moe/forecast/design.py), from the 
 families' configurations give. Nothing is measured.
 """
 
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ from transformers import AutoConfig  # noqa: E402
 from ane_moe.families import describe_config  # noqa: E402
 from ane_moe.forecast.design import Design, design  # noqa: E402
 from ane_moe.placement.targets import find_target  # noqa: E402
+from scripts.doc_page import PagePart  # noqa: E402
 
-PAGE = ROOT / "docs" / "placement.md"
-MARKED = re.compile(r"(<!-- design -->\n).*(<!-- end of design -->)", re.DOTALL)
+TABLE = PagePart("placement.md", "design")
 CHIPS, SYSTEM = ("m1", "m4", "m5", "m6"), 27
 PRICE_MS = 0.25
 # Hidden size, width of an expert, experts, heads, KV heads, size of a head: of the model cards.
@@ -78,7 +77,7 @@ def cell(found: Design) -> str:
 def main() -> int:
     text = table()
     if "--write" in sys.argv[1:]:
-        PAGE.write_text(MARKED.sub(lambda found: f"{found[1]}{text}\n{found[2]}", PAGE.read_text()))
+        TABLE.write(text)
     else:
         print(text)
     return 0

@@ -8,15 +8,13 @@ docs/streaming.md.
 """
 
 import argparse
-from pathlib import Path
 
-from doc_page import put_into_page
+from doc_page import PagePart
 
 from ane_moe.forecast.streaming import simulate
 from ane_moe.loop.layer_times import LayerTimes
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "streaming.md"
-BEGIN, END = "<!-- map: begin -->\n", "<!-- map: end -->\n"
+TABLE = PagePart("streaming.md", "map")
 LAYERS, COMPUTE_MS, K, EXPERT_BYTES = 60, 1.87, 4, 7_077_888
 SPEEDS = (3, 6, 11.7, 24)  # 10^9 bytes a second of the disk
 HITS = (0.0, 0.5, 0.7, 0.9, 0.97)
@@ -68,7 +66,7 @@ def main() -> None:
     )
     print(text)
     if arguments.write:
-        put_into_page(PAGE, BEGIN, END, text)
+        TABLE.write(text)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from demo_training import save_checkpoint, say, train_on_text
-from doc_page import put_into_page
+from doc_page import PagePart
 from torch import nn
 from torch.nn import functional as F
 from train_demo import Corpus, encode, read_corpus, shuffled_windows, train_tokenizer
@@ -30,8 +30,7 @@ from ane_moe.original.omni_moe import OmniMoeConfig, OmniMoeForCausalLM
 from ane_moe.routing.recorder import record
 from ane_moe.routing.statistics import TraceSummary, summarise
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "research.md"
-BEGIN, END = "<!-- omni: begin -->\n", "<!-- omni: end -->\n"
+TABLE = PagePart("research.md", "omni")
 TWINS = {"shared": True, "separate": False}
 CONTEXT, HELD_OUT_PERCENT = 128, 5
 PASSAGES, PASSAGE = 64, 128  # held-out ones, evenly out of all files
@@ -67,6 +66,13 @@ def build(shared: bool, seed: int, end_of_text: int) -> OmniMoeForCausalLM:
     torch.manual_seed(seed)
     ids = {"eos_token_id": end_of_text, "pad_token_id": end_of_text}
     return OmniMoeForCausalLM(OmniMoeConfig(**ARCHITECTURE, **ids, shared_router=shared))
+
+
+def train(model: OmniMoeForCausalLM, stream: torch.Tensor, settings: Settings) -> None:
+    """Train `model` in place on the token stream, reporting to stderr."""
+    random = torch.Generator().manual_seed(settings.seed)
+    windows = shuffled_windows(stream, CONTEXT, random)
+    train_on_text(model, lambda ids: model(ids).logits, windows, settings)
 
 
 @torch.inference_mode()
@@ -140,14 +146,12 @@ def main() -> None:
         for name, shared in TWINS.items():
             model = build(shared, settings.seed, tokenizer.eos_token_id)
             say(f"{name}: {model.num_parameters():,} parameters, {len(stream):,} tokens of text")
-            random = torch.Generator().manual_seed(settings.seed)
-            windows = shuffled_windows(stream, CONTEXT, random)
-            train_on_text(model, lambda ids, model=model: model(ids).logits, windows, settings)
+            train(model, stream, settings)
             save_checkpoint(model, tokenizer, arguments.work / name)
     text = table(evaluate(arguments.work, held_out(tokenizer, corpus)), settings)
     print(text)
     if arguments.write:
-        put_into_page(PAGE, BEGIN, END, text)
+        TABLE.write(text)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from demo_card import RECORD
 from demo_training import replace_folder, save_checkpoint, say, train_on_text
-from doc_page import put_into_page
+from doc_page import PagePart
 from measure_formats import HELD_OUT_PERCENT, PASSAGE, held_out, measure
 from research_card import Card, cpu_seconds, record_of, write_record
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -36,8 +36,7 @@ from ane_moe.manifest import read_manifest
 from ane_moe.opened import open_model
 from ane_moe.original.stored_weights import stored_weights
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "research.md"
-BEGIN, END = "<!-- qat: begin -->\n", "<!-- qat: end -->\n"
+TABLE = PagePart("research.md", "qat")
 TOKENS = 4096  # held-out ones that conversions are measured on
 HEAD = "| weights | bits a weight | nats a token | above fp16 | lost by conversion | perplexity |\n"
 CARD = Card(
@@ -172,7 +171,7 @@ def main() -> None:
     write_record(CARD, record, asked.out, f"\n## At two bits\n\n{text}\n")
     say(text)
     if asked.write:
-        put_into_page(PAGE, BEGIN, END, text)
+        TABLE.write(text)
 
 
 if __name__ == "__main__":

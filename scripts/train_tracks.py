@@ -15,21 +15,19 @@ import math
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from time import process_time
 
 import numpy as np
 import torch
 from demo_training import Descent, say
-from doc_page import put_into_page
+from doc_page import PagePart
 from torch.nn import functional as F
 from train_demo import Settings, read_corpus
 
 from ane_moe.model.spec import Synchronisations, TrackSpec
 from ane_moe.original.pt_moe import PtMoeConfig, PtMoeForCausalLM
 
-PAGE = Path(__file__).parents[1] / "docs/research.md"
-BEGIN, END = "<!-- tracks: begin -->\n", "<!-- tracks: end -->\n"
+TABLE = PagePart("research.md", "tracks")
 TRACKS, LAYERS, DEPTHS = 4, 8, (0, 1, 2, 4, 8)
 LENGTH, BATCH, PASSAGES = 64, 16, 256
 KINDS = {"PT-MoE": ["dense", "sparse"] * (LAYERS // 2), "dense": ["dense"] * LAYERS}
@@ -142,7 +140,7 @@ def main() -> None:
         print(line, flush=True)
         lines.append(line)
     if asked.write:
-        put_into_page(PAGE, BEGIN, END, "\n".join(lines))
+        TABLE.write("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
 """The cost model against calculations by hand, its own published back-test, and shards that lie on
 disk."""
 
-import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -29,7 +27,7 @@ from ane_moe.manifest import Manifest
 from ane_moe.placement.targets import target_names
 from scripts.backtest_cost_model import (
     COVERAGE,
-    PAGE,
+    TABLE,
     before,
     held_out,
     table,
@@ -245,10 +243,7 @@ def test_the_ranges_hold_what_they_promise_and_the_page_says_so():
     rows = outcomes()
     found = summary(held_out(rows))
     assert found.coverage >= COVERAGE and found.rows >= 20
-    page = Path(PAGE).read_text()
-    assert re.search(r"<!-- back-test -->\n(.*)\n<!-- end of back-test -->", page, re.DOTALL)[
-        1
-    ] == table(rows)
+    assert TABLE.text == f"{table(rows)}\n"
 
 
 @pytest.mark.parametrize("choose", [unseen, unrelated, held_out])
