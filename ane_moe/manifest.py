@@ -209,7 +209,8 @@ class Manifest:
     compression: dict[str, dict[str, Any]] = field(default_factory=dict)
     # The sha256 of every file, packages file by file.
     files: dict[str, str] = field(default_factory=dict)
-    moe: dict[str, dict[str, Any]] = field(default_factory=dict)  # layer -> {"experts": E, "k": k}
+    # layer -> {"experts": E, "k": k}, and the layer that its attention shard "guesses", if any.
+    moe: dict[str, dict[str, Any]] = field(default_factory=dict)
     # Of layers that are half of one: the scopes of their shards.
     halves: dict[str, tuple[str, ...]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -229,6 +230,7 @@ class Manifest:
     # By the name of an adapter that can be switched on: what is said of the model with it
     # (`golden`, `golden_as_stored`, `compression`).
     adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    early: str | None = None  # the adapters by which shards guess experts of later layers
     format: int = FORMAT
 
     @property

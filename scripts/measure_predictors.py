@@ -25,8 +25,8 @@ from transformers import AutoTokenizer
 from ane_moe.conversion.pipeline import convert
 from ane_moe.conversion.plan import ConvertOptions
 from ane_moe.demo import demo_checkpoint
+from ane_moe.early_adapters import write_adapters
 from ane_moe.files import write_text
-from ane_moe.loop.adapters import write_adapters
 from ane_moe.manifest import FILE_NAME
 from ane_moe.routing.alignment import Alignment, align
 

@@ -34,12 +34,13 @@ def align(
     """Fit adapters from each layer's hidden state to that of later layers, and say how well they
     guess experts.
 
-    `generate --predictor adapter` loads experts by them, `generate --self-speculate` drafts tokens.
+    `convert --early` lets shards guess experts by them, `generate --predictor adapter` the host;
+    `generate --self-speculate` drafts tokens.
     Figures are of the third of the passages that is left out of the fit.
     """
     from rich.console import Console
 
-    from ane_moe.loop.adapters import write_adapters
+    from ane_moe.early_adapters import write_adapters
     from ane_moe.report.cache_table import alignment_table
     from ane_moe.report.step_bar import step_bar
     from ane_moe.routing.alignment import align as fitted

@@ -59,7 +59,8 @@ def bench(
     direct: Direct = False,
     concurrency: Concurrency = 1,
     predictor: Annotated[
-        str, typer.Option(help="Load experts ahead, guessed by: none, previous, layer, router.")
+        str,
+        typer.Option(help="Load experts ahead, guessed by: none, previous, layer, router, shard."),
     ] = "none",
     energy: Annotated[
         bool,

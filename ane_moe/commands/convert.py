@@ -153,6 +153,19 @@ def convert(
             metavar="auto|off|N",
         ),
     ] = "auto",
+    early: Annotated[
+        Path | None,
+        typer.Option(
+            help="sparse, stream: let attention shards guess experts of later layers, by what "
+            "`ane-moe align` fitted to a conversion of this model.",
+            metavar="FILE.npz",
+            show_default=False,
+        ),
+    ] = None,
+    ahead: Annotated[
+        int | None,
+        typer.Option(help="early: of so many layers ahead.", min=1, show_default="1"),
+    ] = None,
     roster: Annotated[
         bool,
         typer.Option("--roster", help="Let `generate --roster` disturb the choice of experts."),
@@ -262,6 +275,12 @@ def convert(
                 "leave --experts-per-function out",
             )
         experts_per_function = str(groups.experts_per_function)
+    if ahead is not None and early is None:
+        raise UserError(
+            "--ahead says how far shards guess experts",
+            "no --early",
+            "give --early FILE, or leave it out",
+        )
     if target and format_ == "aimodel":
         raise UserError(
             "--target chooses by Core ML's placement rules",
@@ -314,6 +333,8 @@ def convert(
         adapters=tuple(map(str, adapter or ())),
         adapter_mode=adapter_mode,
         format=format_,
+        early=None if early is None else str(early),
+        ahead=ahead or 1,
     )
     job = job_of(model, out, options)
     stored = job.plan.options.recipe  # with the forms that the checkpoint has

@@ -56,10 +56,15 @@ def generate(
     memory_mb: MemoryMb = None,
     direct: Direct = False,
     concurrency: Concurrency = 1,
-    predictor: Predictor = "none",
+    predictor: Predictor = None,
     ahead: Annotated[
-        int, typer.Option(help="Guess the experts of so many layers ahead.", min=1)
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="Guess the experts of so many layers ahead.",
+            min=1,
+            show_default="1, or as far as shards guess",
+        ),
+    ] = None,
     ahead_if_it_pays: Annotated[
         bool,
         typer.Option(
@@ -134,7 +139,7 @@ def generate(
     stdin when none is given. Without a tokenizer, ids go in (--prompt-ids) and come out. A last
     token of white space is taken back, and the first new one must begin with it.
     """
-    from ane_moe.loop.adapters import read_adapters
+    from ane_moe.early_adapters import read_adapters
     from ane_moe.loop.embeddings_file import read_embeddings
     from ane_moe.loop.figures import figures_dict, figures_line
     from ane_moe.loop.generation import GenerateOptions
@@ -171,7 +176,8 @@ def generate(
     else:
         ids = tokenizer.encode_chat(text) if chat else tokenizer.encode(text)
     fitted = None if adapters is None else read_adapters(adapters, width)
-    ways = (self_speculate, pin_experts, roster, None if predictor == "none" else predictor)
+    asked = None if predictor == "none" else predictor
+    ways = (self_speculate, pin_experts, roster, asked)
     _require_alone(sum(way is not None for way in ways))
     session: Session
     if self_speculate is not None:

@@ -122,12 +122,14 @@ PrecisionName = Annotated[
     ),
 ]
 Predictor = Annotated[
-    str,
+    str | None,
     typer.Option(
         help=(
             "Load experts ahead, guessed by: none, static (most used), previous (token), layer "
-            "(before), router (of the layer that is guessed), adapter (and an adapter)."
-        )
+            "(before), router (of the layer that is guessed), adapter (and an adapter), shard (as "
+            "`convert --early` made it)."
+        ),
+        show_default="shard, where there are such",
     ),
 ]
 RuntimeName = Annotated[str, typer.Option(help="reference, coreml, coreai or auto.")]

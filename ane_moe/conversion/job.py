@@ -6,6 +6,8 @@ from pathlib import Path
 from ane_moe.conversion.as_stored import notes, with_stored_forms
 from ane_moe.conversion.plan import ConversionPlan, ConvertOptions, SourceFacts
 from ane_moe.conversion.planner import make_plan
+from ane_moe.early_adapters import Adapters, read_adapters
+from ane_moe.errors import UserError
 from ane_moe.families import beside
 from ane_moe.formats.mixture import with_mixed_formats
 from ane_moe.opened import Model, open_model
@@ -28,11 +30,25 @@ def plan_of(model: Model, options: ConvertOptions) -> ConversionPlan:
     checkpoint = model.checkpoint
     recipe = with_stored_forms(options.recipe, checkpoint, model.sources)
     settled = replace(options, recipe=with_mixed_formats(recipe, model.sources))
-    plan = make_plan(model.spec, model.sources, settled, model.low_ranks)
+    early = _early_adapters(model, options)
+    plan = make_plan(model.spec, model.sources, settled, model.low_ranks, early)
     used = {name: model.sources[name] for name, _ in plan.spec.weights()}
     left_out = checkpoint.left_out(used, options.ignore_tensors, beside(model.spec.family))
     said = (*checkpoint.notes, *notes(options.recipe, checkpoint, model.sources))
     return replace(plan, source=SourceFacts(said, left_out))
+
+
+def _early_adapters(model: Model, options: ConvertOptions) -> Adapters | None:
+    """Raises UserError where the host loads no experts, and for a file of another model."""
+    if options.early is None:
+        return None
+    if not options.dispatches:
+        raise UserError(
+            "--early is of experts that are loaded ahead",
+            f"{options.routing} routing loads all of them",
+            "give --routing sparse or stream, or leave --early out",
+        )
+    return read_adapters(Path(options.early), model.spec.d_model)
 
 
 def job_of(model: Model, out: Path, options: ConvertOptions) -> Job:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ane_moe.checkpoints.adapter import adapter_name
+from ane_moe.conversion.early import FILE_NAME as EARLY
 from ane_moe.conversion.job import Job
 from ane_moe.conversion.plan import MB, ROUTERS, ConversionPlan, ConvertOptions
 from ane_moe.emit.coreml.package import ContentKey
@@ -17,7 +18,7 @@ from ane_moe.original.checkpoint_tokenizer import ALL_FILES as TOKENIZER_FILES
 from ane_moe.package_form import ASSET, PACKAGE
 
 MARKER = ".converting.json"  # present while a conversion is unfinished: which one it is
-LOOSE = (*TOKENIZER_FILES, "golden*.safetensors")  # beside the shards, and not always
+LOOSE = (*TOKENIZER_FILES, EARLY, "golden*.safetensors")  # beside the shards, and not always
 
 
 def claim(job: Job, overwrite: bool) -> None:
@@ -65,7 +66,8 @@ def _settled(plan: ConversionPlan) -> ConvertOptions:
     """The options with what was left to the model filled in."""
     lengths, adapters = plan.lengths or None, tuple(map(adapter_name, plan.options.adapters))
     settled = replace(plan.options, context=plan.context, layers=plan.layers, lengths=lengths)
-    return replace(settled, adapters=adapters)
+    early = plan.options.early and Path(plan.options.early).name
+    return replace(settled, adapters=adapters, early=early)
 
 
 def _identity_on_disk(out: Path) -> dict[str, str] | None:

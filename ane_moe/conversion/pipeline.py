@@ -12,6 +12,7 @@ from ane_moe.addresses import from_anywhere
 from ane_moe.checkpoints.checkpoint import TensorSource
 from ane_moe.checkpoints.hub import local_folder
 from ane_moe.conversion import stamping
+from ane_moe.conversion.early import write_early
 from ane_moe.conversion.goldens import (
     GOLDEN,
     GOLDEN_AS_STORED,
@@ -240,7 +241,8 @@ def _written(
     out = job.out
     done, embed = _stamp(job, workers, meter)
     write_routers(job.checkpoint, job.sources, job.plan.routers, out)
-    manifest = _manifest(job, done, embed, tokenizer)
+    facts = (job.spec.d_model, job.plan.options.ahead)
+    manifest = _manifest(job, done, embed, tokenizer, write_early(job.plan.early, facts, out))
     if prompts is not None or (earlier and earlier.golden):
         written = [*done, embed] if embed else done
         key = golden_key(job, [one.content_key for one in written])
@@ -427,7 +429,11 @@ def _prompt_ids(job: Job, prompts: Path | None) -> list[list[int]]:
 
 
 def _manifest(
-    job: Job, done: list[Done], embed: Done | None, tokenizer: TokenizerFiles
+    job: Job,
+    done: list[Done],
+    embed: Done | None,
+    tokenizer: TokenizerFiles,
+    early: str | None,
 ) -> Manifest:
     """The manifest but for what lies beside the shards."""
     spec, plan, options = job.spec, job.plan, job.plan.options
@@ -473,6 +479,7 @@ def _manifest(
         tracks=asdict(plan.synchronisations) if plan.synchronisations else {},
         inner={str(layer): asdict(scale) for layer, scale in spec.inner.items()},
         adapters={name: {} for name in job.adapters},
+        early=early,
     )
 
 
@@ -484,7 +491,7 @@ def _complete(manifest: Manifest, job: Job) -> Manifest:
     )
     of_adapters = [name for facts in manifest.adapters.values() for name in facts.values()]
     goldens = (golden, as_stored, *(name for name in of_adapters if isinstance(name, str)))
-    named = (*goldens, CALIBRATION, manifest.tokenizer_record, *LABEL_FILES)
+    named = (*goldens, manifest.early, CALIBRATION, manifest.tokenizer_record, *LABEL_FILES)
     beside = [name for name in named if name and (out / name).exists()]
     loose = (*manifest.tokenizer, *job.plan.routers.values(), *beside)
     files = manifest.files | {name: sha256(out / name) for name in loose}
@@ -523,7 +530,11 @@ def _moe_facts(plan: ConversionPlan) -> Iterable[tuple[str, dict[str, Any]]]:
     for layer in plan.layers:
         ffn = plan.spec.layers[layer].ffn
         if isinstance(ffn, MoeSpec):
-            table = {"router": plan.routers[layer]} if layer in plan.routers else {}
             idle = getattr(ffn.router, "idle", 0)
             facts = {"experts": ffn.router.experts, "k": ffn.router.k}
-            yield str(layer), facts | table | ({"idle": idle} if idle else {})
+            further = {
+                "router": plan.routers.get(layer),
+                "guesses": plan.early[layer].layer if layer in plan.early else None,
+                "idle": idle or None,
+            }
+            yield str(layer), facts | {name: one for name, one in further.items() if one}

@@ -8,6 +8,7 @@ from typing import Literal
 
 from ane_moe.checkpoints.adapter import LowRank
 from ane_moe.checkpoints.checkpoint import Hasher, TensorSource
+from ane_moe.conversion.early import EarlyRows, guessable
 from ane_moe.errors import UserError
 from ane_moe.formats.recipe import INT8, Choice, Recipe, find_format
 from ane_moe.manifest import (
@@ -16,7 +17,6 @@ from ane_moe.manifest import (
 )
 from ane_moe.model.spec import (
     ModelSpec,
-    MoeSpec,
     Synchronisations,
 )
 from ane_moe.model.template_key import TemplateKey
@@ -52,7 +52,9 @@ class ConvertOptions:
     no longer than calls can see, as it always has where there are tracks; those of a block are
     apart, or "packed" into one graph. `adapters` are folders of PEFT's: what they add is merged
     into the weights, or each can be switched on by functions of its own. Packages are of `format`:
-    Core ML's or Core AI's."""
+    Core ML's or Core AI's. By the adapters of a
+    file that `ane-moe align` wrote (`early`), attention shards score experts so many layers with
+    experts `ahead`."""
 
     routing: Literal["masked", "soft", "sparse", "stream"] = "masked"
     state: Literal["mlstate", "explicit"] = "mlstate"
@@ -79,6 +81,8 @@ class ConvertOptions:
     adapters: tuple[str, ...] = ()
     adapter_mode: Literal["merge", "switch"] = "merge"
     format: Literal["mlpackage", "aimodel"] = "mlpackage"
+    early: str | None = None
+    ahead: int = 1
 
     @property
     def dispatches(self) -> bool:
@@ -140,7 +144,14 @@ class Recovery:
             self.added.feed(hasher)
 
 
-Source = TensorSource | OneHot | Recovery
+Source = TensorSource | OneHot | Recovery | EarlyRows
+
+
+def tensors_of(source: Source) -> tuple[TensorSource, ...]:
+    """What a source of a weight reads of the checkpoint by itself."""
+    if isinstance(source, TensorSource):
+        return (source,)
+    return source.tensors if isinstance(source, EarlyRows) else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,14 +269,18 @@ class ConversionPlan:
     def routers(self) -> dict[int, str]:
         """Paths of the router tables that guesses of the host read, by layer: where a matrix alone,
         after a norm by the root of the mean square, says which experts score highest."""
-        if not self.options.dispatches:
-            return {}
-        ffns = {n: self.spec.layers[n].ffn for n in self.layers}
-        linear = (n for n, ffn in ffns.items() if isinstance(ffn, MoeSpec) and ffn.router.is_linear)
-        normed = (n for n in linear if self.spec.layers[n].ffn_residual.norms != "after")
-        norm = self.spec.norm
-        told = normed if norm.kind == "rms" and not norm.gate_rank else ()
+        told = guessable(self.spec, self.layers) if self.options.dispatches else ()
         return {n: f"{ROUTERS}/layer_{n:02d}.bin" for n in told}
+
+    @property
+    def early(self) -> dict[int, EarlyRows]:
+        """By layer: what its attention shard scores a later layer's experts by."""
+        return {
+            shard.layer: source
+            for shard in self.shards
+            for source in shard.sources.values()
+            if isinstance(source, EarlyRows) and shard.layer is not None
+        }
 
 
 def sources_of(spec: ModelSpec) -> dict[WeightName, TensorSource]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ane_moe.checkpoints.adapter import MERGED_INSTEAD, LowRank
 from ane_moe.checkpoints.checkpoint import TensorSource
+from ane_moe.conversion.early import EarlyRows, early_rows
 from ane_moe.conversion.expert_layout import Formed, common_record
 from ane_moe.conversion.plan import (
     MB,
@@ -21,6 +22,7 @@ from ane_moe.conversion.plan import (
     functions_of,
     lengths_of,
 )
+from ane_moe.early_adapters import Adapters
 from ane_moe.errors import UserError
 from ane_moe.expert_record import Store
 from ane_moe.formats.recipe import Choice, find_format
@@ -56,8 +58,17 @@ from ane_moe.model.spec import (
 )
 from ane_moe.model.stack import FfnConfig, PackedConfig, StackConfig, can_share
 from ane_moe.model.template_key import TemplateKey, function_name, weight_name
-from ane_moe.model.weight import HEAD, HEAD_BIAS, Directions, Place, Selection, Weight, WeightName
-from ane_moe.wording import listed
+from ane_moe.model.weight import (
+    HEAD,
+    HEAD_BIAS,
+    Directions,
+    Early,
+    Place,
+    Selection,
+    Weight,
+    WeightName,
+)
+from ane_moe.wording import counted, listed
 
 CACHE_STEP = 32  # a state's last axis must be a multiple of it (coremltools issue 2631)
 MAX_WEIGHT_BYTES = 1 << 31  # Core ML refuses larger weight files (coremltools PR 2593)
@@ -73,11 +84,13 @@ def make_plan(
     sources: Mapping[WeightName, TensorSource],
     options: ConvertOptions,
     adapters: Mapping[str, Mapping[WeightName, LowRank]] | None = None,
+    early: Adapters | None = None,
 ) -> ConversionPlan:
-    """Cut the model into shards. What `adapters` add, by their names, gets functions of its own.
+    """Cut the model into shards. What `adapters` add, by their names, gets functions of its own;
+    by those that are `early` attention shards guess experts.
 
     Raises UserError for a context or a layer the model does not have, for senseless expert
-    functions, and for a shard that cannot be cut below 2 GiB.
+    functions, for a shard that cannot be cut below 2 GiB, and as `early_rows` does.
     """
     _require_expert_functions(options)
     if options.stream_divisor not in (None, *STREAM_DIVISORS):
@@ -100,7 +113,8 @@ def make_plan(
         )
     width = math.ceil(context / CACHE_STEP) * CACHE_STEP
     spec = _within(spec, context)
-    planner = _Planner(spec, sources, options, width, adapters or {})
+    rows = {} if early is None else early_rows(spec, sources, early, options.ahead, layers)
+    planner = _Planner(spec, sources, options, width, adapters or {}, early=rows)
     if spec.tracks is None:
         shards = [shard for group in planner.groups(layers) for shard in planner.layers(group)]
     else:
@@ -256,6 +270,7 @@ class _Planner:
     slots: int
     adapters: Mapping[str, Mapping[WeightName, LowRank]] = field(default_factory=dict)
     low_ranks: Mapping[WeightName, LowRank] = field(default_factory=dict)
+    early: Mapping[int, EarlyRows] = field(default_factory=dict)
     # Paths of the packages that compute stored experts, by what these are.
     graphs: dict[GivenExpertConfig, str] = field(default_factory=dict)
 
@@ -485,7 +500,9 @@ class _Planner:
         kind = "routing" if spec.mixer is None else "attn"
         path = f"{kind}/layer_{layer:02d}.mlpackage"
         copy = self._copy(lambda planner: planner._routed(layer))
-        return [self._shard(path, kind, layer, copy, scope="attn")]
+        far = counted(self.options.ahead, "layer")
+        reason = f"scores experts {far} ahead" if layer in self.early else ""
+        return [self._shard(path, kind, layer, copy, scope="attn", reason=reason)]
 
     def _routed(self, layer: int) -> PartConfig:
         spec, mixer = self.spec.layers[layer], self._mixer(layer)
@@ -493,11 +510,13 @@ class _Planner:
         if not isinstance(ffn, MoeSpec) or not self.options.dispatches:
             assert mixer is not None
             return mixer
+        guesses = self.early[layer].shape[0] if layer in self.early else 0
         if mixer is None:
-            return RoutingConfig(self.spec.d_model, self.spec.norm, ffn.router)
+            return RoutingConfig(self.spec.d_model, self.spec.norm, ffn.router, guesses)
         # Experts add to the stream with what a mixer beside them adds.
         whole = replace(mixer, residual=replace(mixer.residual, parallel=False))
-        return RoutedMixerConfig(whole, ffn.router, spec.ffn_residual, ffn.router_norm)
+        facts = (ffn.router, spec.ffn_residual, ffn.router_norm, guesses)
+        return RoutedMixerConfig(whole, *facts)
 
     def ffn(self, layer: int) -> list[ShardPlan]:
         ffn = self.spec.layers[layer].ffn
@@ -838,6 +857,8 @@ class _Planner:
                     sources[path] = whole.part(*vocab_rows) if vocab_rows and by_row else whole
                 case Selection(path, (count, total)):
                     sources[path] = OneHot(count, total, copy.experts[0])
+                case Early(path):
+                    sources[path] = self.early[place.layers[0]]
                 case Directions(path, of, rank, side):
                     apart = sources[of]
                     assert isinstance(apart, TensorSource)

@@ -9,6 +9,7 @@ import numpy as np
 
 from ane_moe.checkpoints.checkpoint import Checkpoint, Hasher, TensorSource
 from ane_moe.checkpoints.folder import folders_of
+from ane_moe.conversion.early import router_table, table_sources
 from ane_moe.files import replaced
 from ane_moe.formats.recipe import find_format
 from ane_moe.hashed_file import HashedFile
@@ -70,11 +71,7 @@ def write_routers(
     """Write each layer's router, fp16 `[E,d]` with the norm's weight folded in, to its path below
     `out`."""
     for layer, path in paths.items():
-        weight = WeightName(layer, "ffn", None, "router.weight")
-        own = weight.beside("router_norm.weight")
-        names = (weight, own if own in sources else weight.beside("norm.weight"))
-        router, norm = (checkpoint.read(sources[name]).astype(np.float32) for name in names)
-        table = router * norm
+        table = router_table(checkpoint, *table_sources(sources, layer))
         table /= max(1.0, float(np.abs(table).max()) / LARGEST)
         target = out / path
         target.parent.mkdir(exist_ok=True)

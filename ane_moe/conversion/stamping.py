@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ane_moe.checkpoints.checkpoint import Checkpoint, TensorSource
+from ane_moe.conversion.early import EarlyRows
 from ane_moe.conversion.job import Job
-from ane_moe.conversion.plan import OneHot, Recovery, ShardPlan
+from ane_moe.conversion.plan import OneHot, Recovery, ShardPlan, tensors_of
 from ane_moe.conversion.remote_output import Destination, destination, sent_calibration
 from ane_moe.conversion.shard_form import ShardForm, form_of
 from ane_moe.conversion.side_files import write_embedding
@@ -70,7 +71,7 @@ class ShardJob:
 
 def shard_job(job: Job, shard: ShardPlan) -> ShardJob:
     """What a worker needs to know of the job to make one shard."""
-    keys = {source.key for source in shard.sources.values() if isinstance(source, TensorSource)}
+    keys = {tensor.key for source in shard.sources.values() for tensor in tensors_of(source)}
     calibration, to = sent_calibration(job), destination(job)
     return ShardJob(job.checkpoint.holding(keys), job.out, shard, calibration, to)
 
@@ -145,10 +146,10 @@ def _expected_key(job: ShardJob) -> str:
     for name, source in job.shard.sources.items():
         if name in job.shard.shared:
             continue
-        if isinstance(source, TensorSource):
-            job.checkpoint.feed(source, key)
-        else:
+        if not isinstance(source, TensorSource):
             source.feed(key)
+        for tensor in tensors_of(source):
+            job.checkpoint.feed(tensor, key)
     return key.digest()
 
 
@@ -169,6 +170,8 @@ def _values(job: ShardJob, key: ContentKey) -> Iterator[tuple[str, Weight]]:
             source.feed(key)
         if isinstance(source, OneHot):
             yield name, np.eye(source.rows, source.columns, source.first, dtype=np.float16)
+        elif isinstance(source, EarlyRows):
+            yield name, source.value(job.checkpoint, key)
         elif isinstance(source, Recovery):
             yield name, _thin(source, apart.get(source.source))
         else:

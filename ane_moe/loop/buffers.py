@@ -221,6 +221,9 @@ class Slots:
             )
         return array
 
+    def __contains__(self, slot: str) -> bool:
+        return slot in self._arrays
+
     def columns(self, slot: str) -> np.ndarray:
         """A slot that functions fill, as `[C,T]`; the same memory."""
         return by_channel(self._arrays[slot])

@@ -41,7 +41,7 @@ class Conversations:
         count: int = 1,
         *,
         concurrency: int = 1,
-        predictor: str = "none",
+        predictor: str | None = None,
     ) -> None:
         """`concurrency` and `predictor` are those of a session. Raises UserError for an encoder and
         for no conversations."""

@@ -241,6 +241,10 @@ CONDITIONS = {
 }
 
 
+# Who guesses experts, where the predictor's name alone does not say.
+BY = {"shard": "by the shards", "previous": "by the previous token", "static": "by most used"}
+
+
 def conditions(runtime: str) -> str:
     return CONDITIONS.get(runtime, f"{runtime} runtime")
 
@@ -299,6 +303,11 @@ def figures_line(figures: Figures) -> str:
             f"expert cache {100 * figures.cache.hit_rate:.0f}% hits, "
             f"{figures.cache.bytes_loaded / 1e6:.1f} MB loaded, {figures.cache.wait_seconds:.2f} "
             f"s waited"
+        )
+    if (guesses := figures.prefetch) and guesses.needed:
+        parts.append(
+            f"guesses {BY.get(guesses.predictor, f'by {guesses.predictor}')}: "
+            f"{guesses.right} of {guesses.needed} experts"
         )
     if own := figures.speculation:
         parts.append(

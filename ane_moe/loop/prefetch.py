@@ -4,33 +4,38 @@ d = d_model, E = experts of a layer, k = experts per token.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Protocol
 
 import numpy as np
 
+from ane_moe.early_adapters import Adapter, Adapters, read_adapters
 from ane_moe.errors import UserError
-from ane_moe.loop.adapters import Adapter, Adapters
 from ane_moe.loop.ahead_rule import CONTENTION, AheadRule
-from ane_moe.loop.experts import ExpertDispatch, expert_layers
+from ane_moe.loop.experts import ExpertDispatch
 from ane_moe.loop.figures import PrefetchFigures
 from ane_moe.manifest import Manifest
+from ane_moe.model.port import GUESS, STREAM
+from ane_moe.wording import counted
 
 
 class Predictor(Protocol):
     """Guesses experts during decode. `predict` is asked before a layer runs, `observe` told what it
-    then used."""
+    then used. `reads`: STREAM, or GUESS where it takes the scores that a shard gives."""
+
+    reads: str = STREAM
 
     def predict(self, layer: int, hidden: np.ndarray | None) -> Sequence[int]:
         """Experts `layer` may need, likeliest first. `hidden` is the residual stream `[d]` as it
-        left the attention of the layer before; None when `layer` is the first of the next token."""
+        left the attention of the layer before (or scores `[E]`); None when `layer` is the first of
+        the next token."""
 
     def observe(self, layer: int, experts: Sequence[int]) -> None: ...
 
 
-class PreviousToken:
+class PreviousToken(Predictor):
     """The experts the previous token used in that layer."""
 
     def __init__(self) -> None:
@@ -43,7 +48,7 @@ class PreviousToken:
         self._used[layer] = tuple(experts)
 
 
-class MostUsed:
+class MostUsed(Predictor):
     """The experts that the layer used most often so far, k of them."""
 
     def __init__(self, experts: Mapping[int, int]) -> None:
@@ -60,7 +65,7 @@ class MostUsed:
         self._k[layer] = max(len(experts), self._k.get(layer, 0))
 
 
-class LayerBefore:
+class LayerBefore(Predictor):
     """The experts that the token used in the layer before: what routers that layers share choose
     more often than not (Omni-router, arXiv 2507.05724). Falls back on the previous token in the
     first layer, and where the layer before has another number of experts."""
@@ -82,7 +87,7 @@ class LayerBefore:
         self._previous.observe(layer, experts)
 
 
-class RouterAhead:
+class RouterAhead(Predictor):
     """The layer's own router applied early, to a hidden state from some layers before (the residual
     stream moves slowly: Eliseev and Mazur 2023, arXiv 2312.17238); to what an adapter makes of it,
     where there are adapters. Falls back on the previous token where there is no hidden state."""
@@ -102,13 +107,42 @@ class RouterAhead:
     def predict(self, layer: int, hidden: np.ndarray | None) -> Sequence[int]:
         if hidden is None or layer not in self._routers:
             return self._previous.predict(layer, None)
-        weights, k = self._routers[layer]
+        return _highest(self.scores(layer, hidden), self._routers[layer][1])
+
+    def scores(self, layer: int, hidden: np.ndarray) -> np.ndarray:
+        """What its router would give to the experts of `layer` for hidden states `[...,d]`, fp32
+        `[...,E]`."""
+        weights, _ = self._routers[layer]
         adapter = self._adapters.get(layer)
-        scores = weights @ (adapter(hidden) if adapter else hidden.astype(np.float32))
-        return np.argsort(-scores, kind="stable")[:k].tolist()
+        return (adapter(hidden) if adapter else hidden.astype(np.float32)) @ weights.T
 
     def observe(self, layer: int, experts: Sequence[int]) -> None:
         self._previous.observe(layer, experts)
+
+
+class ShardScores(Predictor):
+    """What the attention shard of an earlier layer gives for the layer's experts, as an output of
+    its call. Falls back on the previous token where it gives none."""
+
+    reads = GUESS
+
+    def __init__(self, k: Mapping[int, int]) -> None:
+        """`k`: experts per token, by layer."""
+        self._k = k
+        self._previous = PreviousToken()
+
+    def predict(self, layer: int, hidden: np.ndarray | None) -> Sequence[int]:
+        if hidden is None:
+            return self._previous.predict(layer, None)
+        return _highest(hidden.astype(np.float32), self._k[layer])
+
+    def observe(self, layer: int, experts: Sequence[int]) -> None:
+        self._previous.observe(layer, experts)
+
+
+def _highest(scores: np.ndarray, k: int) -> list[int]:
+    """The k highest of `scores [E]`, the lowest index winning ties."""
+    return np.argsort(-scores, kind="stable")[:k].tolist()
 
 
 def read_routers(folder: Path, manifest: Manifest) -> dict[int, tuple[np.ndarray, int]]:
@@ -150,22 +184,68 @@ def _experts(manifest: Manifest) -> dict[int, int]:
 
 @dataclass(frozen=True)
 class Guessing:
-    """How a session guesses: by the predictor of this name (a key of PREDICTORS), so many layers
-    with experts `ahead`, with `adapters` where it takes them; what it loads `only_if_it_pays`, if
-    computing takes 1 + `contention` as long meanwhile."""
+    """How a session guesses: by the predictor of this name (a key of PREDICTORS; None: by what
+    shards give, where they do), so many layers with experts `ahead` (None: as far as shards do, or
+    1), with `adapters` where it takes them; what it loads `only_if_it_pays`, if computing takes
+    1 + `contention` as long meanwhile."""
 
-    predictor: str = "none"
-    ahead: int = 1
+    predictor: str | None = "none"
+    ahead: int | None = None
     adapters: Adapters | None = None
     only_if_it_pays: bool = False
     contention: float = CONTENTION
 
 
+def guesses_of(manifest: Manifest) -> dict[int, int]:
+    """The layers whose shards guess experts, and those that they guess them of."""
+    return {int(n): one["guesses"] for n, one in manifest.moe.items() if "guesses" in one}
+
+
+def guessed_ahead(manifest: Manifest) -> int | None:
+    """How many layers with experts ahead shards guess; None where they do not. Raises UserError
+    where they do not agree."""
+    place = {layer: number for number, layer in enumerate(_routed(manifest))}
+    pairs = guesses_of(manifest).items()
+    far = {place.get(meant, -1) - place[layer] for layer, meant in pairs}
+    if len(far) > 1 or min(far, default=1) < 1:
+        raise UserError("the shards guess no one distance ahead", str(dict(pairs)), "convert again")
+    return next(iter(far), None)
+
+
+def _routed(manifest: Manifest) -> list[int]:
+    """The layers with experts."""
+    return sorted(map(int, manifest.moe))
+
+
+def settled(guessing: Guessing, manifest: Manifest) -> Guessing:
+    """With all said that was left open. Raises UserError for an unknown name, for guesses of shards
+    that give none, or of another distance."""
+    own = guessed_ahead(manifest)
+    name = guessing.predictor or (BY_SHARD if own else "none")
+    if name not in PREDICTORS:
+        known = ", ".join(PREDICTORS)
+        raise UserError("unknown predictor", name, f"choose one of: {known}")
+    ahead = guessing.ahead or own or 1
+    if name == BY_SHARD and own is None:
+        raise UserError(
+            "the shards of this conversion guess no experts",
+            f"--predictor {BY_SHARD}",
+            "convert with --early FILE, or choose another predictor",
+        )
+    if name == BY_SHARD and own and ahead != own:
+        raise UserError(
+            f"the shards guess experts {counted(own, 'layer')} ahead",
+            f"--ahead {ahead}",
+            "leave --ahead out, or convert with another one",
+        )
+    return replace(guessing, predictor=name, ahead=ahead)
+
+
 def _aligned(folder: Path, manifest: Manifest, guessing: Guessing) -> Predictor:
-    """A router's guess at what adapters make of the hidden state. Raises UserError when there are
-    none for this distance."""
-    given = guessing.adapters.ahead if guessing.adapters else {}
-    layers = list(expert_layers(manifest))
+    """A router's guess at what adapters make of the hidden state: those that are given, or those
+    that shards have taken up. Raises UserError when there are none for this distance."""
+    adapters_of = guessing.adapters or _taken_up(folder, manifest)
+    given, layers = adapters_of.ahead, _routed(manifest)
     meant = dict(zip(layers, layers[guessing.ahead :], strict=False))
     adapters = {
         meant[layer]: one
@@ -181,6 +261,18 @@ def _aligned(folder: Path, manifest: Manifest, guessing: Guessing) -> Predictor:
     return RouterAhead(read_routers(folder, manifest), adapters)
 
 
+def _taken_up(folder: Path, manifest: Manifest) -> Adapters:
+    """The adapters that lie in a conversion; none where there are none."""
+    if manifest.early is None or manifest.early not in manifest.files:
+        return Adapters(manifest.d_model)
+    return read_adapters(folder / manifest.early, manifest.d_model)
+
+
+def _by_shard(folder: Path, manifest: Manifest, guessing: Guessing) -> Predictor:
+    return ShardScores({int(layer): int(facts["k"]) for layer, facts in manifest.moe.items()})
+
+
+BY_SHARD = "shard"
 # name -> makes the predictor of one session
 PREDICTORS: dict[str, Callable[[Path, Manifest, Guessing], Predictor | None]] = {
     "none": lambda folder, manifest, how: None,
@@ -189,6 +281,7 @@ PREDICTORS: dict[str, Callable[[Path, Manifest, Guessing], Predictor | None]] = 
     "layer": lambda folder, manifest, how: LayerBefore(_experts(manifest)),
     "router": lambda folder, manifest, how: RouterAhead(read_routers(folder, manifest)),
     "adapter": _aligned,
+    BY_SHARD: _by_shard,
 }
 
 
@@ -208,6 +301,7 @@ class Prefetch:
         guessed; `rule`: when to load (None: always). Raises UserError where there are not so many
         layers."""
         self._predictor = predictor
+        self.reads = predictor.reads
         self._dispatch = dispatch
         self._figures = figures
         self._layers = list(dispatch.layers)
@@ -218,9 +312,9 @@ class Prefetch:
         self._predicted: dict[int, list[int]] = {}  # by layers to come, in their order
         self._lock = Lock()  # tracks run at once
 
-    def layer_starts(self, layer: int, used: Sequence[int], hidden: np.ndarray) -> None:
+    def layer_starts(self, layer: int, used: Sequence[int], hidden: np.ndarray | None) -> None:
         """The gates of `layer` chose `used`; `hidden` is the residual stream `[d]` its experts will
-        add to."""
+        add to, or the scores that its shard gives, where it does: what the predictor `reads`."""
         place = self._layers.index(layer) + self._ahead
         following = self._layers[place % len(self._layers)]
         same_token = place < len(self._layers)
@@ -245,8 +339,6 @@ class Prefetch:
 
 
 def make_predictor(guessing: Guessing, folder: Path, manifest: Manifest) -> Predictor | None:
-    """Raises UserError for an unknown name."""
-    if guessing.predictor not in PREDICTORS:
-        known = ", ".join(PREDICTORS)
-        raise UserError("unknown predictor", guessing.predictor, f"choose one of: {known}")
-    return PREDICTORS[guessing.predictor](folder, manifest, guessing)
+    """Raises UserError as `settled` does, and for what the predictor lacks."""
+    how = settled(guessing, manifest)
+    return PREDICTORS[str(how.predictor)](folder, manifest, how)

@@ -15,7 +15,7 @@ from ane_moe.loop.buffers import Slots
 from ane_moe.loop.cuts import ONE_WAY, cuts_of
 from ane_moe.loop.experts import ExpertDispatch
 from ane_moe.loop.figures import CallClock, Figures, PrefetchFigures
-from ane_moe.loop.prefetch import Guessing, Prefetch, make_predictor
+from ane_moe.loop.prefetch import Guessing, Prefetch, make_predictor, settled
 from ane_moe.loop.shards import LoadedShards
 from ane_moe.loop.wiring import Call, GateRule, Lane, States, Wiring
 from ane_moe.manifest import TAIL
@@ -67,13 +67,13 @@ class Session:
         shards: LoadedShards,
         *,
         concurrency: int = 1,
-        predictor: str | Guessing = "none",
+        predictor: str | Guessing | None = "none",
         figures: Figures | None = None,
     ) -> None:
         """`concurrency` dispatched experts of one layer, or tracks, run at once (the results do not
-        depend on it), and `predictor` (a key of prefetch.PREDICTORS, or more about it) chooses the
-        experts loaded ahead; `figures` are those of several sessions together. Raises UserError for
-        an encoder."""
+        depend on it), and `predictor` (a key of prefetch.PREDICTORS, or more about it; None: the
+        shards, where they guess) chooses the experts loaded ahead; `figures` are those of several
+        sessions together. Raises UserError for an encoder, and as `settled` does."""
         if shards.manifest.lengths:
             raise UserError(
                 f"{shards.folder} takes whole texts, and generates none",
@@ -91,7 +91,7 @@ class Session:
         self._states = States(shards.loaded)
         self._concurrency = concurrency
         dispatch = self._dispatch(concurrency)
-        guessing = Guessing(predictor) if isinstance(predictor, str) else predictor
+        guessing = predictor if isinstance(predictor, Guessing) else Guessing(predictor)
         self._prefetch = self._ahead(guessing, dispatch)
         self._decode = self._lane("decode", dispatch, self._prefetch)
         self._prefill = self._decode
@@ -235,7 +235,8 @@ class Session:
             steps = self.shards.prefill
         notice = prefetch.layer_starts if prefetch else None
         rule = self._gate_rule(name)
-        wiring = Wiring(self._states, dispatch, notice, self._concurrency, rule)
+        noticed = prefetch.reads if prefetch else STREAM
+        wiring = Wiring(self._states, dispatch, notice, self._concurrency, rule, noticed)
         return BodyLane(wiring.lane(steps, name, slots), wiring.lane(self.shards.head, name, slots))
 
     def _gate_rule(self, name: str) -> GateRule | None:
@@ -253,14 +254,15 @@ class Session:
         return ExpertDispatch(shards.experts, shards.cache, concurrency)
 
     def _ahead(self, guessing: Guessing, dispatch: ExpertDispatch | None) -> Prefetch | None:
-        predictor = make_predictor(guessing, self.shards.folder, self.manifest)
+        how = settled(guessing, self.manifest)
+        predictor = make_predictor(how, self.shards.folder, self.manifest)
         if predictor is None or dispatch is None:
             return None
-        self.figures.prefetch = self.figures.prefetch or PrefetchFigures(guessing.predictor)
+        self.figures.prefetch = self.figures.prefetch or PrefetchFigures(str(how.predictor))
         rule = None
-        if guessing.only_if_it_pays:
-            rule = AheadRule(dispatch.cache.figures, self._concurrency, guessing.contention)
-        return Prefetch(predictor, dispatch, self.figures.prefetch, guessing.ahead, rule)
+        if how.only_if_it_pays:
+            rule = AheadRule(dispatch.cache.figures, self._concurrency, how.contention)
+        return Prefetch(predictor, dispatch, self.figures.prefetch, how.ahead or 1, rule)
 
     def _rows(self, ids: Sequence[int]) -> np.ndarray:
         """Embeddings of ids, fp16 `[n,d]`."""

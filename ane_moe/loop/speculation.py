@@ -12,8 +12,8 @@ from time import perf_counter
 
 import numpy as np
 
+from ane_moe.early_adapters import Adapter, Adapters
 from ane_moe.errors import UserError
-from ane_moe.loop.adapters import Adapter, Adapters
 from ane_moe.loop.cuts import ONE_WAY
 from ane_moe.loop.figures import CallClock, SpeculationFigures
 from ane_moe.loop.session import Session

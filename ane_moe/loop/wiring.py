@@ -21,6 +21,8 @@ from ane_moe.manifest import TAIL, Shard, ShardFunction
 from ane_moe.model.port import LOGITS, MEETING, STATE, STREAM, slot_root
 from ane_moe.runtime.interface import LoadedFunction
 
+# Told what a layer's gates chose, and of what guesses of later layers are made, where it is there.
+Notice = Callable[[int, list[int], np.ndarray | None], None]
 # What becomes of a layer's gates [E,T] before its experts are called.
 GateRule = Callable[[int, np.ndarray], np.ndarray]
 
@@ -131,9 +133,10 @@ class Dispatched:
     layer: int
     dispatch: ExpertDispatch
     slots: Slots
-    notice: Callable[[int, list[int], np.ndarray], None] | None  # of what was chosen
+    notice: Notice | None
     met: tuple[tuple[str, Share], ...] = ()  # as of a Call
     gate_rule: GateRule | None = None
+    noticed: str = STREAM  # or GUESS
 
     def run(self, clock: CallClock) -> dict[str, np.ndarray]:
         """Add what the chosen experts give to the stream, or to the slot that they name; where
@@ -147,13 +150,20 @@ class Dispatched:
             gates = self.gate_rule(self.layer, gates)
         chosen = self.dispatch.chosen(self.layer, gates)
         if self.notice:
-            stream = table.target if slot_root(table.target) == STREAM else STREAM
-            self.notice(self.layer, chosen, self.slots.columns(stream)[:, 0])
+            self.notice(self.layer, chosen, self._noticed(table.target))
         total = np.zeros(target.shape) if self.met else target.astype(np.float32)
         self.dispatch.add(self.layer, chosen, ffn_input, gates, total[:, :count], clock)
         if not self.met:
             target[:] = total
         return {name: total[None, :, None] for name, _ in self.met}
+
+    def _noticed(self, target: str) -> np.ndarray | None:
+        """Of the first token: the stream that experts add to, or what the layer's shard guesses."""
+        if self.noticed == STREAM:
+            slot = target if slot_root(target) == STREAM else STREAM
+        else:
+            slot = f"{self.noticed}.{self.layer}"
+        return self.slots.columns(slot)[:, 0] if slot in self.slots else None
 
 
 @dataclass(frozen=True)
@@ -227,9 +237,10 @@ class Wiring:
 
     states: States
     dispatch: ExpertDispatch | None = None
-    notice: Callable[[int, list[int], np.ndarray], None] | None = None
+    notice: Notice | None = None
     concurrency: int = 1
     gate_rule: GateRule | None = None
+    noticed: str = STREAM
 
     @cached_property
     def _pool(self) -> Executor | None:
@@ -269,7 +280,7 @@ class Wiring:
         shares = () if group is None else (group.share(place, slots.columns(group.slot)),)
         met = tuple((port.name, share) for port in step.entry.ports.outputs for share in shares)
         assert self.dispatch is not None
-        how = (self.notice, met, self.gate_rule)
+        how = (self.notice, met, self.gate_rule, self.noticed)
         return Dispatched(step.layer, self.dispatch, slots, *how)
 
     def _call(

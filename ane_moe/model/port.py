@@ -12,6 +12,7 @@ in slots alone: whoever runs a model fills a function's input slots, calls it, a
     weight.up.weight        and, where one graph computes all of them, their own weights
     carry.router            what a layer hands to the next one beside the stream
     carry.later             what experts give for a later layer to add
+    guess.3                 scores of a later layer's experts, by the shard that chooses those of 3
     noise.gumbel.3          what is added to layer 3's scores of experts for the choice alone
     logits[0:16384]         scores of these vocabulary rows
     state.3.k_cache         what layer 3 keeps from call to call
@@ -48,11 +49,11 @@ ADDED = "added"
 LATER = "carry.later"
 MASK, BAND, CHUNK, PROMPT = "mask", "band_", "chunk_", "prompt_"
 PASSED, PART, BEFORE, SHIFT = "passed", "part_", "before", "shift"
-GATES, LOGITS, STATE, WEIGHT = "gates", "logits", "state", "weight"  # roots
+GATES, GUESS, LOGITS, STATE, WEIGHT = "gates", "guess", "logits", "state", "weight"  # roots
 MEETING = ("sum", "mean")  # how outputs of tracks go into one slot
 # Roots of the slots whose arrays have channels on axis 1 and tokens on the last: `--layout` turns
 # those, and nothing else.
-BY_CHANNEL = ("stream", "added", "ffn_input", "gates", "carry", "logits")
+BY_CHANNEL = ("stream", "added", "ffn_input", "gates", "guess", "carry", "logits")
 
 
 @dataclass(frozen=True)

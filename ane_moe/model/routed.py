@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ane_moe.model.mixer import MixerConfig
-from ane_moe.model.port import ADDED, FFN_INPUT, LATER, STREAM, Port, Ports
+from ane_moe.model.port import ADDED, FFN_INPUT, GUESS, LATER, STREAM, Port, Ports
 from ane_moe.model.residual import PLAIN, ResidualSpec, affine_rows
 from ane_moe.model.router import router_ports
 from ane_moe.model.spec import (
@@ -12,15 +12,20 @@ from ane_moe.model.spec import (
     NormSpec,
     router_norm_rows,
 )
-from ane_moe.model.weight import Row
+from ane_moe.model.weight import Early, Row
+
+EARLY = "early.weight"
 
 
 @dataclass(frozen=True)
 class RoutedMixerConfig:
+    """`guesses`: so many experts of a later layer are scored early, from the stream."""
+
     mixer: MixerConfig
     router: AnyRouterSpec
     residual: ResidualSpec = PLAIN  # of the feed-forward block
     router_norm: bool = False
+    guesses: int = 0
 
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""
@@ -32,6 +37,7 @@ class RoutedMixerConfig:
         yield from (row.under("ffn.router") for row in self.router.rows(d))
         if self.residual.affine:
             yield from (row.under("ffn") for row in affine_rows(d))
+        yield from _early_rows(self.guesses, d)
 
     def ports(self, tokens: int) -> Ports:
         ports, routing = self.mixer.ports(tokens), router_ports(self.router, tokens)
@@ -44,27 +50,38 @@ class RoutedMixerConfig:
         return replace(
             ports,
             inputs=(*ports.inputs, *routing.inputs),
-            outputs=(*ports.outputs, *normed, *routing.outputs),
+            outputs=(*ports.outputs, *normed, *routing.outputs, *_guess(self.guesses, tokens)),
         )
 
 
 @dataclass(frozen=True)
 class RoutingConfig:
-    """Of a layer without a mixer, whose experts add to the stream."""
+    """Of a layer without a mixer, whose experts add to the stream. `guesses` as above."""
 
     d_model: int
     norm: NormSpec
     router: AnyRouterSpec
+    guesses: int = 0
 
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""
         yield from (row.under("ffn") for row in self.norm.rows(self.d_model))
         yield from (row.under("ffn.router") for row in self.router.rows(self.d_model))
+        yield from _early_rows(self.guesses, self.d_model)
 
     def ports(self, tokens: int) -> Ports:
         shape, routing = (1, self.d_model, 1, tokens), router_ports(self.router, tokens)
         normed = Port("ffn_input", shape, FFN_INPUT)
         return Ports(
             (Port("x", shape, STREAM), *routing.inputs),
-            (normed, *routing.outputs),
+            (normed, *routing.outputs, *_guess(self.guesses, tokens)),
         )
+
+
+def _early_rows(guesses: int, d_model: int) -> Iterator[Row]:
+    if guesses:
+        yield Early(f"ffn.{EARLY}", (guesses, d_model))
+
+
+def _guess(guesses: int, tokens: int) -> tuple[Port, ...]:
+    return (Port("guess", (1, guesses, 1, tokens), f"{GUESS}.{{0}}"),) if guesses else ()

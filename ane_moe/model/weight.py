@@ -76,7 +76,18 @@ class Directions:
         return replace(self, path=f"{prefix}.{self.path}", of=f"{prefix}.{self.of}")
 
 
-Row = Weight | Selection | Directions
+@dataclass(frozen=True)
+class Early:
+    """A later layer's router with an adapter in front of it, in one matrix: made, not read."""
+
+    path: str
+    shape: tuple[int, int]
+
+    def under(self, prefix: str) -> "Early":
+        return replace(self, path=f"{prefix}.{self.path}")
+
+
+Row = Weight | Selection | Directions | Early
 
 
 def with_directions(rows: Iterable[Weight], ranks: Mapping[str, int]) -> Iterator[Row]:

@@ -25,6 +25,7 @@ from ane_moe.loop.embedding_table import open_embeddings
 from ane_moe.loop.expert_store import StoreFile, expanded
 from ane_moe.manifest import Manifest, Shard, ShardFunction
 from ane_moe.mlprogram.reader import read_program
+from ane_moe.model.routed import EARLY
 from ane_moe.model.weight import EMBEDDING, HEAD, HEAD_BIAS, Place, WeightName
 from ane_moe.opened import Model
 from ane_moe.package_form import ASSET
@@ -33,7 +34,7 @@ from ane_moe.runtime.reference.weight_values import weight_values
 PREFIX = "w_"
 # Parameters that are no tensors of the model.
 DIRECTIONS = (".recover_in", ".recover_out")
-SELECTION = "select.weight"
+MADE = ("select.weight", EARLY)
 # The same in every family (families/keys.py).
 HEAD_KEY, EMBED_KEY = ("lm_head.weight", "model.embed_tokens.weight")
 
@@ -68,7 +69,7 @@ def stored_weights(
             place = shard.place(experts)
 
             def reads(name: str, place: Place = place) -> bool:
-                return not name.endswith(SELECTION) and wanted(place.name(_stem(name)))
+                return not name.endswith(MADE) and wanted(place.name(_stem(name)))
 
             values = values_of(functions[0], reads)
             for name in [name for name in values if not name.endswith(DIRECTIONS)]:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ane_moe.model.routed import RoutedMixerConfig, RoutingConfig
 from ane_moe.parts.block import Block
+from ane_moe.parts.early import make_early
 from ane_moe.parts.norm import make_norm
 from ane_moe.parts.registry import make_mixer
 from ane_moe.parts.residual import kept, norm_before, unnormed_residual
@@ -24,6 +25,7 @@ class Routing(nn.Module):
         self.router, self.hands_on = make_router(d, config.router), spec.hands_on
         self.spec = config.router
         self.residual, self.keeps = unnormed_residual(d, spec), spec.keeps
+        self.early = make_early(d, config.guesses, config.mixer.norm.eps)
 
     def forward(self, x: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         # Without a norm, one value would be two outputs, of which a program has but one.
@@ -34,6 +36,8 @@ class Routing(nn.Module):
         outputs = {"ffn_input": h, "gates": gates, "y": base, **handed_on}
         if self.hands_on:
             (outputs["later"],) = idle_share(h, gates, self.spec) or [x * 0]
+        if self.early is not None:
+            outputs["guess"] = self.early(base)
         return outputs | {"added": x * 0} if self.apart else outputs
 
 
@@ -64,11 +68,13 @@ class NormAndRouter(nn.Module):
         super().__init__()
         self.norm = make_norm(config.d_model, config.norm)
         self.router = make_router(config.d_model, config.router)
+        self.early = make_early(config.d_model, config.guesses, config.norm.eps)
 
     def forward(self, x: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         h = self.norm(x)
         gates, handed_on = self.router.gates(h, inputs)
-        return {"ffn_input": h, "gates": gates, **handed_on}
+        guess = {} if self.early is None else {"guess": self.early(x)}
+        return {"ffn_input": h, "gates": gates, **handed_on, **guess}
 
 
 class RoutingAlone(Block):

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import psutil
 
+from ane_moe.early_adapters import Adapter, Adapters, levelled
 from ane_moe.errors import UserError
-from ane_moe.loop.adapters import Adapter, Adapters, levelled
 from ane_moe.loop.prefetch import read_routers
 from ane_moe.loop.shards import LoadedShards, load_shards
 from ane_moe.original.prompts import cut_passages, read_prompts

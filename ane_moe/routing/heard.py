@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from ane_moe.early_adapters import read_adapters
 from ane_moe.errors import UserError
-from ane_moe.loop.adapters import read_adapters
 from ane_moe.loop.prefetch import Guessing, Predictor, make_predictor
 from ane_moe.loop.shards import load_shards
 from ane_moe.progress import Progress, silent

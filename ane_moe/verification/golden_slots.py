@@ -1,12 +1,40 @@
 """What a golden says of the slots around a shard. N = tokens, C = channels of a slot."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from ane_moe.manifest import Shard
-from ane_moe.model.port import ADDED, FFN_INPUT, LATER, STREAM, slot_arguments, slot_root
+from ane_moe.loop.prefetch import Guessing, RouterAhead, guesses_of, make_predictor
+from ane_moe.manifest import Manifest, Shard
+from ane_moe.model.port import ADDED, FFN_INPUT, GUESS, LATER, STREAM, slot_arguments, slot_root
 from ane_moe.original.golden import Golden, LayerGolden
+
+
+@dataclass(frozen=True)
+class HostGuesses:
+    """Experts as a host guesses them that has adapters and routers: what shards are to give.
+    `layers`: the one that each layer guesses."""
+
+    router: RouterAhead
+    layers: Mapping[int, int]
+
+    def of(self, shard: Shard, hidden: np.ndarray) -> np.ndarray:
+        """Scores fp32 `[N,E]` for hidden states `[N,d]` as the shard's experts add to them."""
+        assert shard.layer is not None
+        return self.router.scores(self.layers[shard.layer], hidden)
+
+
+def host_guesses(folder: Path, manifest: Manifest) -> HostGuesses | None:
+    """None where shards guess nothing. Raises UserError where the conversion lacks what it needs to
+    compare them with."""
+    layers = guesses_of(manifest)
+    if not layers:
+        return None
+    router = make_predictor(Guessing("adapter"), folder, manifest)
+    assert isinstance(router, RouterAhead)
+    return HostGuesses(router, layers)
 
 
 @dataclass(frozen=True)
@@ -14,6 +42,7 @@ class GoldenSlots:
     """Values of slots before and after the call of a shard."""
 
     golden: Golden
+    guesses: HostGuesses | None = None  # where shards guess experts
 
     def before(self, shard: Shard, slot: str) -> np.ndarray:
         """What the shard is given, fp32 `[N,C]`."""
@@ -48,6 +77,10 @@ class GoldenSlots:
         if root == "logits":
             logits = self.golden.logits[:, slice(*(shard.rows or (0, None)))]
             return np.zeros_like(logits), logits
+        if root == GUESS and self.guesses:
+            kept, added = self._stream(shard, None)
+            scores = self.guesses.of(shard, kept + added)
+            return np.zeros_like(scores), scores
         if root == "carry":
             (name,) = slot_arguments(slot)
             after = self._last(shard).carried_out[name]

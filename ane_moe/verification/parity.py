@@ -5,6 +5,7 @@ N = tokens of the golden, C = channels of a slot, E = experts.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,11 @@ from ane_moe.loop.labels import context_each_side
 from ane_moe.loop.shards import LoadedShard
 from ane_moe.loop.windows import Window, windows_of
 from ane_moe.manifest import TAIL, Manifest, Shard, ShardFunction
-from ane_moe.model.port import GATES, STREAM, slot_arguments, slot_root
+from ane_moe.model.port import GATES, GUESS, STREAM, slot_arguments, slot_root
 from ane_moe.original.golden import Golden, embedded
 from ane_moe.verification.expert_parity import ExpertParity
 from ane_moe.verification.gate import NOT_FINITE, judge
-from ane_moe.verification.golden_slots import GoldenSlots
+from ane_moe.verification.golden_slots import GoldenSlots, host_guesses
 from ane_moe.verification.result import RoutingResult, ShardResult
 from ane_moe.verification.routing_parity import compare_routing, near_tie_flips
 from ane_moe.verification.stage import Outcome, StageRun, Values
@@ -51,6 +52,10 @@ class Parity:
     experts: ExpertParity | None = None  # where the host dispatches them
     # What the shards that others read keep after each prompt, by slot.
     lent: list[dict[str, np.ndarray]] = field(default_factory=list)
+
+    @cached_property
+    def _slots(self) -> GoldenSlots:
+        return GoldenSlots(self.golden, host_guesses(self.folder, self.manifest))
 
     def embed(self) -> Iterator[ShardResult]:
         """The embedding table, where there is one, against the input of layer 0."""
@@ -111,11 +116,12 @@ class Parity:
         stream = next((v for slot, v in given.items() if slot_root(slot) == STREAM), None)
         for shard, finite in zip(shards, outcome.finite, strict=True):
             for slot, value in outcome.values.items():
-                expected = GoldenSlots(self.golden).expected(shard.run_of(function), slot, stream)
+                expected = self._slots.expected(shard.run_of(function), slot, stream)
                 if expected is None:
                     continue
                 base, added = (part[rows] for part in expected)
-                name = f"{function.name} {slot}" if slot_root(slot) == "carry" else function.name
+                beside = {"carry": f" {slot}", GUESS: f" {GUESS}"}.get(slot_root(slot), "")
+                name = f"{function.name}{beside}"
                 row = judge(
                     shard.path,
                     shard.kind,
@@ -134,7 +140,7 @@ class Parity:
     ) -> tuple[np.ndarray, Values, Outcome] | None:
         """The golden's rows that a function saw, what it is given for each of the golden's, and
         what it wrote; None where no prompt fits it."""
-        slots = GoldenSlots(self.golden)
+        slots = self._slots
         values = {slot: _fp16(slots.before(shard.run_of(function), slot)) for slot in run.reads}
         if self.manifest.lengths:
             return self._windows(run, shard, function, values)
@@ -165,7 +171,7 @@ class Parity:
         """What is read of other shards, by prompt: what these keep of the golden's own inputs."""
         if self.lent:
             return self.lent
-        slots, lent = GoldenSlots(self.golden), self.manifest.lent
+        slots, lent = self._slots, self.manifest.lent
         self.lent.extend({} for _ in self.golden.spans)
         for shard in {shard.path: shard for shard in lent.values()}.values():
             run, widest = StageRun([self.opened(shard)], self.ropes), shard.functions[-1].name

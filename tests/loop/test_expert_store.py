@@ -24,6 +24,7 @@ from ane_moe.formats.recipe import FP16, find_recipe
 from ane_moe.loop import expert_store, prefetch
 from ane_moe.loop.expert_store import StoreFile, views
 from ane_moe.loop.generation import GenerateOptions, generate
+from ane_moe.loop.prefetch import Predictor
 from ane_moe.loop.session import Session
 from ane_moe.loop.shards import load_shards
 from ane_moe.manifest import read_manifest
@@ -145,7 +146,7 @@ def test_a_decode_step_reads_k_experts_of_each_layer_and_copies_none_of_their_in
     assert session.figures.decode.most_at_once == 1
 
 
-class Wrong:
+class Wrong(Predictor):
     """Names experts at random."""
 
     def __init__(self, seed):

@@ -21,6 +21,7 @@ from ane_moe.formats.recipe import FP16
 from ane_moe.loop.session import Session
 from ane_moe.loop.shards import load_shards
 from ane_moe.loop.vectors import INDEX, TENSORS, write_vectors
+from tests.early import drawn_file
 from tests.loop import plain_host
 from tests.loop.plain_host import Host
 from tests.models import make_model, save_checkpoint
@@ -68,6 +69,8 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     else:
         checkpoint = save_checkpoint(make_model(name), folder / "checkpoint")
     out = folder / "out"
+    if "sparse" in request.param:  # and what shards guess
+        options |= {"early": str(drawn_file(folder / "a.npz", 128, (0, 1, 2), 1))}
     convert(checkpoint, out, ConvertOptions(**({"recipe": FP16} | options)))
     write_vectors(out, folder / "vectors", runtime="reference")
     index = json.loads((folder / "vectors" / INDEX).read_text())

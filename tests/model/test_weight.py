@@ -88,6 +88,8 @@ CONFIGS = [
     ShortConvConfig(D, NORM, ShortConvSpec(3, bias=True), ranks=(("b", 2),)),
     RoutedMixerConfig(ATTENTION, MOE.router),
     RoutingConfig(D, NORM, MOE.router),
+    RoutedMixerConfig(ATTENTION, MOE.router, guesses=5),
+    RoutingConfig(D, NORM, MOE.router, guesses=5),
     RoutedMixerConfig(ATTENTION, EDA.router, residual=ResidualSpec(affine=True)),
     DENSE,
     DenseConfig(D, NORM, MlpSpec(24), residual=ResidualSpec(affine=True)),

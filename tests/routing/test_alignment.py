@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from ane_moe.cli import app
+from ane_moe.early_adapters import levelled, read_adapters, write_adapters
 from ane_moe.errors import UserError
-from ane_moe.loop.adapters import levelled, read_adapters, write_adapters
 from ane_moe.loop.prefetch import Guessing
 from ane_moe.loop.session import Session
 from ane_moe.loop.shards import load_shards

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ane_moe.early_adapters import Adapter, Adapters, read_adapters, write_adapters
 from ane_moe.errors import UserError
-from ane_moe.loop.adapters import Adapter, Adapters, read_adapters, write_adapters
 from ane_moe.loop.generation import GenerateOptions, generate
 from ane_moe.loop.session import Session
 from ane_moe.loop.shards import load_shards

@@ -1,9 +1,11 @@
 """Low-rank adapters that say from a hidden state what it will be some layers later, so that experts
-can be guessed and tokens drafted early. `ane-moe align` fits them (`routing/alignment.py`).
+can be guessed and tokens drafted early. `ane-moe align` fits them (`routing/alignment.py`),
+`convert --early` puts them into attention shards, and a host may apply them itself.
 
 In the manner of M2R2 (arXiv 2502.02040), of which the abstract was read. d = d_model, r = rank.
 """
 
+import hashlib
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,6 +32,19 @@ class Adapter:
         """Hidden states `[...,d]` some layers later, fp32, but for their scale."""
         level = levelled(hidden)
         return level + level @ self.down @ self.up
+
+    def before(self, rows: np.ndarray) -> np.ndarray:
+        """A matrix `[n,d]` and this one in front of it in one, fp32 `[n,d]`: of a levelled state it
+        gives what `rows` give of the adapted one."""
+        return rows + rows @ self.up.T @ self.down.T
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of its numbers."""
+        hasher = hashlib.sha256(repr(self.down.shape).encode())
+        for one in (self.down, self.up):
+            hasher.update(np.ascontiguousarray(one).data)
+        return hasher.hexdigest()
 
 
 @dataclass(frozen=True)
