@@ -11,6 +11,7 @@ from ane_moe.forecast.cost_model import breakdown
 from ane_moe.forecast.workload import Calls
 from ane_moe.formats.recipe import find_format
 
+CORE_ML = "Core ML"
 MEASUREMENTS = Path(__file__).with_name("measurements.toml")
 
 
@@ -18,12 +19,14 @@ MEASUREMENTS = Path(__file__).with_name("measurements.toml")
 class Outcome:
     """One published timing beside its prediction, in ms a token. `fitted`: a figure of the model
     was read off it, so its agreement proves nothing. `series`: rows of one experiment of which
-    others are fitted, or whose source set an end of a range."""
+    others are fitted, or whose source set an end of a range. `runtime`: whose speed was measured;
+    the model's is Core ML's."""
 
     name: str
     chip: str
     source: str
     assumed: str
+    runtime: str
     fitted: bool
     series: str
     unseen: bool
@@ -80,6 +83,7 @@ def _outcome(row: dict[str, Any]) -> Outcome:
         row["chip"],
         row["source"],
         row.get("assumed", ""),
+        row.get("runtime", CORE_ML),
         row.get("fitted", False),
         row.get("series", ""),
         row.get("unseen", False),
