@@ -252,9 +252,9 @@ def test_a_session_leaves_no_files(
 def test_500_tokens_leak_neither_memory_nor_files(
     converted: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for 500 bytes that Core AI keeps of each of the seven calls a token (docs/coreai.md)."""
+    """Not even a hundred bytes of each of seven calls a token."""
     out = converted("aimodel", context=576)
-    assert leaks(out, tmp_path, 500, monkeypatch) < 2_500_000
+    assert leaks(out, tmp_path, 500, monkeypatch) < 375 * 7 * 100
 
 
 def test_without_the_packages_nothing_is_begun(

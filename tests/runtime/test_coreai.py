@@ -1,5 +1,7 @@
 """Apple's Core AI runtime behind our interface. What needs its packages is skipped without them."""
 
+import asyncio
+import gc
 import importlib.util
 import shutil
 import sys
@@ -127,16 +129,63 @@ def test_a_damaged_asset_is_one_line(
     assert "make it again" in line
 
 
+class Best(nn.Module):
+    """The most and the least of an axis, and where they are."""
+
+    def __init__(self, count: int, axis: int):
+        super().__init__()
+        self.count, self.axis = count, axis
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        most, least = (
+            torch.topk(x, self.count, dim=self.axis, largest=largest) for largest in (True, False)
+        )
+        return torch.cat([*(one[0] for one in (most, least)), most[1].half(), least[1].half()], 1)
+
+
+@needs_core_ai
+@pytest.mark.parametrize("axis", [1, 3])
+def test_of_equal_numbers_topk_takes_the_first_ones(axis: int, tmp_path: Path) -> None:
+    """As a stable sort, which torch's own topk is not; so does the reference runtime."""
+    path = tmp_path / "best.mlpackage"
+    save_converted(Best(5, axis), {"x": (1, 40, 1, 40)}, path)
+    x = np.random.default_rng(2).integers(-6, 6, (1, 40, 1, 40)).astype(np.float16)
+    sorts = [
+        torch.sort(torch.from_numpy(x), dim=axis, descending=first, stable=True)
+        for first in (True, False)
+    ]
+    parts = [*(one[0] for one in sorts), *(one[1].half() for one in sorts)]
+    expected = torch.cat([part.narrow(axis, 0, 5) for part in parts], 1).numpy()
+    for runtime in ("coreai", "reference"):
+        given = load_package(path, runtime=runtime).predict({"x": x})["y"]
+        np.testing.assert_array_equal(given, expected)
+
+
 @needs_core_ai
 def test_an_operation_that_the_twin_lacks_is_named(tmp_path: Path) -> None:
-    class Sorted(nn.Module):
+    class Added(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.topk(x, 2, dim=1)[0]
+            return torch.cumsum(x, dim=1)
 
-    path = tmp_path / "sorted.mlpackage"
-    save_converted(Sorted(), {"x": (1, 8, 1, 4)}, path)
-    with pytest.raises(NotExecuted, match="topk"):
+    path = tmp_path / "added.mlpackage"
+    save_converted(Added(), {"x": (1, 8, 1, 4)}, path)
+    with pytest.raises(NotExecuted, match="cumsum"):
         load_package(path, runtime="coreai")
+
+
+@needs_core_ai
+def test_nothing_of_a_call_is_kept(asset: Path) -> None:
+    """Not a handle of the loop's, on which its results would hang."""
+    function = load_package(asset, runtime="coreai")
+    inputs = random_inputs(function.inputs, 0)
+
+    def handles() -> int:
+        function.predict(inputs)
+        gc.collect()
+        return sum(isinstance(one, asyncio.Handle) for one in gc.get_objects())
+
+    before = handles()
+    assert {handles() for _ in range(4)} == {before}
 
 
 def test_without_the_packages_there_is_one_line(

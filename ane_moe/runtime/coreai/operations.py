@@ -1,7 +1,8 @@
 """What an operation of an ML Program is in torch: one row each.
 
 A value is a tensor; a constant that only shapes an operation (axes, masks, a padding) is a numpy
-array, a str or None. Nothing is rounded here: what each operation computes is Core AI's own.
+array, a str or None. What has several outputs gives a tuple. Nothing is rounded here: what each
+operation computes is Core AI's own.
 """
 
 from collections.abc import Callable, Sequence
@@ -94,6 +95,22 @@ def _reduction(kernel: Kernel) -> Kernel:
     return reduce
 
 
+def topk(
+    x: Tensor,
+    k: np.ndarray,
+    axis: np.ndarray,
+    ascending: Any = False,
+    sort: Any = True,
+    return_indices: Any = True,
+    output_indices_dtype: str = "int32",
+) -> tuple[Tensor, ...]:
+    """In order, also where that is not asked for; of equal elements Core AI takes the first ones,
+    as the reference runtime does. Indices are int32, which holds those of any type."""
+    count = x.shape[int(axis)] if int(k) == -1 else int(k)
+    values, indices = torch.topk(x, count, int(axis), largest=not ascending)
+    return (values, indices.to(torch.int32)) if return_indices else (values,)
+
+
 def gelu(x: Tensor, mode: str = "EXACT") -> Tensor:
     if mode not in GELU:
         raise NotExecuted("a form of gelu that Core AI's twin lacks", mode)
@@ -137,5 +154,6 @@ OPERATIONS: dict[str, Kernel] = {
     "square": lambda x: x * x,
     "sub": lambda x, y: x - y,
     "tanh": lambda x: x.tanh(),
+    "topk": topk,
     "transpose": lambda x, perm: x.permute(tuple(map(int, perm))),
 }

@@ -10,11 +10,12 @@ import hashlib
 import tempfile
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
+from contextvars import Context
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVarTuple
 
 import numpy as np
 
@@ -74,12 +75,9 @@ class CoreAiFunction:
         runtime = core_ai("coreai.runtime")
         arrays = check_inputs(self.inputs, dict(inputs), self._where)
         given = {name: runtime.NDArray(np.ascontiguousarray(each)) for name, each in arrays.items()}
-        call = _called(self._native, given, self._kept(state))
+        call = self._native(given, self._kept(state))
         results = self._model.wait(call, f"Core AI could not run {self._where}")
-        wrapped = {name: runtime.NDArray._wrap(value) for name, value in results.items()}
-        outputs = {one.name: np.array(wrapped[one.name].numpy()) for one in self.outputs}
-        results.clear()  # Core AI holds on to it for ever, and to all that is in it
-        return outputs
+        return {one.name: np.array(results[one.name].numpy()) for one in self.outputs}
 
     def _kept(self, state: CoreAiState | None) -> dict[str, Any]:
         if not self.states:
@@ -93,12 +91,17 @@ class CoreAiFunction:
         return {one.name: state.arrays[one.name] for one in self.states}
 
 
-async def _called(function: Any, inputs: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
-    """Core AI's own dictionary of results, of which its Python function gives a copy."""
-    own = ({name: array._tensor for name, array in arrays.items()} for arrays in (inputs, state))
-    given, kept = own
-    results: dict[str, Any] = await function._function(inputs=given, state=kept)
-    return results
+Given = TypeVarTuple("Given")  # arguments of a callback
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """Core AI never lets go of what `call_soon_threadsafe` gives it, once a call: a handle, on
+    which the call's results hang. Here it gets none."""
+
+    def call_soon_threadsafe(
+        self, callback: Callable[[*Given], object], *args: *Given, context: Context | None = None
+    ) -> Any:
+        super().call_soon_threadsafe(callback, *args, context=context)
 
 
 class Model:
@@ -107,7 +110,7 @@ class Model:
     def __init__(self, path: Path):
         """Raises UserError where Core AI cannot load it."""
         assets = core_ai("coreai.authoring.asset")
-        self._loop, self._lock = asyncio.new_event_loop(), threading.Lock()
+        self._loop, self._lock = _Loop(), threading.Lock()
         self._stack = AsyncExitStack()
         weakref.finalize(self, _close, self._loop, self._stack)
 

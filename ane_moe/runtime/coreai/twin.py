@@ -73,7 +73,10 @@ class Twin(nn.Module):
                 assert isinstance(declared, TensorType)
                 values[op.outputs[0].name] = values[_name(op, "x")].reshape(declared.shape)
             elif op.outputs and op.type in OPERATIONS:
-                values[op.outputs[0].name] = _computed(op, values)
+                results = _computed(op, values)
+                several = results if isinstance(results, tuple) else (results,)
+                names = (output.name for output in op.outputs)
+                values |= zip(names, several, strict=True)
         for buffer, state in self.states.items():
             getattr(self, buffer).copy_(kept[state.name])
         outputs = (values[name] for name in self._function.block.outputs)
