@@ -54,7 +54,8 @@ def indexed_model(config: Config, chooses: IndexerSpec | None) -> ModelSpec:
 
 
 def indexer(config: Config, **facts: bool) -> IndexerSpec:
-    """The indexer from the usual fields."""
+    """The indexer from the usual fields; its queries are made of the latents of queries."""
+    config.integer("q_lora_rank")
     heads, width = config.integer("index_n_heads"), config.integer("index_head_dim")
     if width % 2 or width < config.integer("qk_rope_head_dim"):
         raise config.wrong("index_head_dim", "even, and no less than qk_rope_head_dim")

@@ -220,3 +220,11 @@ def test_older_files_count_dense_layers(tmp_path):
     saved = describe(open_checkpoint(checkpoint))[0]
     edit_config(checkpoint, remove=("mlp_layer_types", "layer_types"))
     assert describe(open_checkpoint(checkpoint))[0] == saved
+
+
+@pytest.mark.parametrize("family", ["axk2", "deepseek_v32"])
+def test_an_indexer_needs_the_latents_of_queries(family, tmp_path):
+    folder = save_checkpoint(make_model(family), tmp_path)
+    edit_config(folder, q_lora_rank=None)
+    with pytest.raises(UserError, match="q_lora_rank"):
+        describe_config(read_config(folder))
