@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,17 +28,23 @@ from ane_moe.conversion.plan import ConvertOptions
 from ane_moe.demo import demo_checkpoint
 from ane_moe.early_adapters import write_adapters
 from ane_moe.files import write_text
+from ane_moe.loop.prefetch import guesses_of
+from ane_moe.loop.session import Session
+from ane_moe.loop.shards import load_shards
 from ane_moe.manifest import FILE_NAME
-from ane_moe.routing.alignment import Alignment, align
+from ane_moe.routing.alignment import FIT_SHARE, Alignment, Recall, align, recall
 
 TABLE = PagePart("streaming.md", "predictors")
 PASSAGES, PASSAGE = 48, 128
+PREFILL = 32
 NAMES = {
     "static": "most used",
     "previous": "previous token",
     "router": "router early",
     "adapter": "router on adapter",
+    "shard": "the same, by shards",
 }
+DISTANCES = (1, 2, 3, 4)
 
 
 def trained(work: Path, steps: int) -> Path:
@@ -66,11 +73,40 @@ def passages(checkpoint: Path, path: Path) -> Path:
 def measure(checkpoint: Path, out: Path, rank: int) -> Alignment:
     """Convert where that is not done, and fit."""
     if not (out / FILE_NAME).is_file():
-        convert(checkpoint, out, ConvertOptions(routing="sparse", prefill=32))
+        convert(checkpoint, out, ConvertOptions(routing="sparse", prefill=PREFILL))
     text = passages(checkpoint, out.with_suffix(".json"))
-    found = align(out, text, rank=rank, distances=(1, 2, 3, 4), runtime="reference")
-    write_adapters(found.adapters, out.with_suffix(".npz"))
-    return found
+    found = align(out, text, rank=rank, distances=DISTANCES, runtime="reference")
+    file = out.with_suffix(".npz")
+    write_adapters(found.adapters, file)
+    own: list[Recall] = []
+    for far in sorted({far for _, far in found.adapters.ahead}):
+        shape = ConvertOptions(routing="sparse", prefill=PREFILL, early=str(file), ahead=far)
+        report = convert(checkpoint, out.with_name(f"{out.name}-{far}"), shape, overwrite=True)
+        own += by_shards(report.folder, far, json.loads(text.read_text()))
+    return replace(found, recalls=(*found.recalls, *own))
+
+
+def by_shards(out: Path, far: int, texts: list[list[int]]) -> list[Recall]:
+    """What shards guess, on the passages that are left out of the fit."""
+    shards = load_shards(out, "reference")
+    session, pairs = Session(shards), guesses_of(shards.manifest)
+    scores: dict[int, list[np.ndarray]] = {layer: [] for layer in pairs}
+    chosen: dict[int, list[np.ndarray]] = {layer: [] for layer in pairs}
+    for text in texts[int(len(texts) * FIT_SHARE) :]:
+        session.reset()
+        for first in range(0, len(text), PREFILL):
+            session.prefill(text[first : first + PREFILL])
+            for layer, meant in pairs.items():
+                scores[layer].append(session.slot(f"guess.{layer}").T.astype(np.float32))
+                chosen[layer].append((session.slot(f"gates.{meant}") != 0).T)
+    rows = []
+    for layer, meant in pairs.items():
+        given, wanted = np.concatenate(scores[layer]), np.concatenate(chosen[layer])
+        k = shards.manifest.moe[str(meant)]["k"]
+        rows.append(
+            Recall("shard", far, meant, *(recall(given, wanted, k * times) for times in (1, 2)))
+        )
+    return rows
 
 
 def table(title: str, found: Alignment) -> str:
