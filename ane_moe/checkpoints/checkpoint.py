@@ -30,10 +30,10 @@ from ane_moe.checkpoints.key_names import example, model_names
 from ane_moe.checkpoints.left_out import left_out
 from ane_moe.checkpoints.packed import plain_tensors
 from ane_moe.checkpoints.packed.facts import plain_config, side_facts
-from ane_moe.checkpoints.remote import placed, url_of
+from ane_moe.checkpoints.remote import placed, placed_file, url_of
 from ane_moe.checkpoints.safetensors_header import read_header
 from ane_moe.checkpoints.stored_tensor import Codec, StoredTensor
-from ane_moe.checkpoints.weight_file import opened, read_exactly
+from ane_moe.checkpoints.weight_file import RemoteFile, opened, read_exactly
 from ane_moe.errors import UserError
 from ane_moe.half import STORED, narrow_into, narrowed, widened
 from ane_moe.json_file import read_json
@@ -444,9 +444,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     folder = local_folder(path)
     if file := gguf_file(folder):
-        gguf = open_gguf(file)
-        from_hub = origin(file)
+        gguf = open_gguf(file, placed_file)
+        from_hub, where = origin(file), placed_file(file)
         notes = gguf.notes
+        if isinstance(where, RemoteFile):
+            notes = (f"{where}, by byte ranges", *notes)
         if from_hub:
             notes = ("{hub} at {revision}".format(**from_hub), *notes)
         facts = (gguf.config, gguf.generation, gguf.tensors, notes, gguf.kinds, from_hub)

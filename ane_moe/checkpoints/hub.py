@@ -3,7 +3,8 @@ same after `hf://`; with `:KIND` a GGUF file of that kind (`owner/name-GGUF:Q4_K
 
 Only the files that a conversion reads are fetched, into the Hub's own cache, where interrupted
 downloads go on. Of a model of which a few layers are wanted, only those tensors are fetched that
-they need, by byte ranges, into files with holes under our own cache.
+they need, by byte ranges, into files with holes under our own cache. For the workers of a cluster
+weights stay on the Hub, as at other addresses (remote.py).
 """
 
 import json
@@ -12,11 +13,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from ane_moe.addresses import address
 from ane_moe.checkpoints.folder import CONFIG, SMALL, weight_files, weight_names
-from ane_moe.checkpoints.remote import fetch_header, remote_folder
+from ane_moe.checkpoints.hub_range import range_at
+from ane_moe.checkpoints.remote import (
+    fetch_header,
+    gguf_at,
+    headers_at,
+    keep_small,
+    remote_folder,
+    url_of,
+)
 from ane_moe.checkpoints.safetensors_header import read_header
 from ane_moe.errors import UserError
 from ane_moe.files import replaced, write_text
@@ -27,6 +35,10 @@ NAME = re.compile(
     r"(?:hf:/{1,2})?(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?"
     r"(?::(?P<kind>\w[\w.-]*))?"
 )
+FILE = re.compile(  # one file of a repository
+    r"hf:/{1,2}(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w.-]*))?/(?P<file>.+\.gguf)"
+)
+AT_COMMIT = re.compile(r"hf://(?P<hub>[^/]+/[^/@]+)@(?P<revision>\w+)(?:/.*)?")
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>\w+)$")
 PARTIAL = re.compile(
@@ -40,7 +52,6 @@ GGUF_HEADER_BYTES = 1 << 26  # with a vocabulary of 200,000 about a sixth of it
 FETCHED = "fetched.json"  # of a folder with holes: what has arrived, by file
 PIECE = 1 << 24  # bytes of a request
 DO = "no such folder is here; check its name and the network; gated ones need `hf auth login`"
-TRIES = 5  # again, where the line breaks
 
 
 @dataclass(frozen=True)
@@ -65,20 +76,34 @@ def hub_name(given: str | Path) -> HubName | None:
     return HubName(found["repository"], found["revision"], found["kind"])
 
 
-def local_folder(given: str | Path, layers: Sequence[int] | None = None) -> Path:
+def local_folder(
+    given: str | Path, layers: Sequence[int] | None = None, *, apart: bool = False
+) -> Path:
     """A folder with the checkpoint, or a GGUF file: the path itself, or what is fetched where a
-    model of the Hub is named, or another address, whose tensors stay there (remote.py). With
-    `layers`, tensors of other layers may be zeros in it; with none of them, all.
+    model of the Hub is named, or another address, whose tensors stay there (remote.py), as on the
+    Hub where they are to be read `apart`. With `layers`, tensors of other layers may be zeros in
+    it; with none of them, all.
 
     Raises UserError where there is no such model, no permission or no network and nothing in the
     cache.
     """
     if url := address(given):
         return remote_folder(url)
+    if (file := FILE.fullmatch(str(given))) and not Path(given).exists():
+        model = HubName(file["repository"], file["revision"])
+        return _said(model, lambda: gguf_at(f"{_at_commit(model)}/{file['file']}"))
     name = hub_name(given)
     if name is None:
         return Path(given)
-    return _said(name, lambda: _folder(name, layers))
+    return _said(name, lambda: _folder(name, layers, apart))
+
+
+def _at_commit(name: HubName) -> str:
+    """The address of a model as it is now. Raises what the libraries of the Hub do."""
+    import huggingface_hub as hub
+
+    found = hub.HfApi().model_info(name.repository, revision=name.revision)
+    return f"hf://{name.repository}@{found.sha}"
 
 
 def local_config(name: HubName) -> Path:
@@ -98,8 +123,11 @@ def local_config(name: HubName) -> Path:
 
 
 def origin(folder: Path) -> dict[str, str]:
-    """Repository and commit of a folder in the Hub's cache, or in ours; empty for others."""
+    """Repository and commit of a folder in the Hub's cache, or in ours; empty for others. Raises
+    UserError as `url_of`."""
     path = folder.absolute()
+    if told := AT_COMMIT.fullmatch(url_of(path.parent if path.is_file() else path)):
+        return told.groupdict()
     places = [one.as_posix() for one in (path, *path.parents)]
     matches = (SNAPSHOT.search(place) or PARTIAL.search(place) for place in places)
     found = next((match for match in matches if match), None)
@@ -126,7 +154,7 @@ def _said(
         ) from None
 
 
-def _folder(name: HubName, layers: Sequence[int] | None) -> Path:
+def _folder(name: HubName, layers: Sequence[int] | None, apart: bool) -> Path:
     import huggingface_hub as hub
     from huggingface_hub import constants
 
@@ -152,7 +180,10 @@ def _folder(name: HubName, layers: Sequence[int] | None) -> Path:
         info = hub.HfApi().model_info(commit.repository, revision=commit.revision)
         files = [sibling.rfilename for sibling in info.siblings or ()]
     plain = any(file.endswith(".safetensors") for file in files)
+    apart, url = apart and not offline, f"hf://{commit}"
     if parts := _gguf_parts(name, files) if name.kind or not plain else []:
+        if apart:
+            return gguf_at(f"{url}/{parts[0]}")
         return _gguf(commit, parts, header=layers is not None and not layers and not offline)
     if not (folder / CONFIG).is_file():
         raise UserError(f"{name} has no {CONFIG}", f"{len(files)} other files", "name another")
@@ -161,6 +192,9 @@ def _folder(name: HubName, layers: Sequence[int] | None) -> Path:
         raise UserError(
             f"{name} has no safetensors weights", f"{len(files)} other files", "name another"
         )
+    if apart:
+        small = (file for file in folder.iterdir() if any(map(file.match, SMALL)))
+        return headers_at(url, weights, keep_small(url, {f.name: f.read_bytes() for f in small}))
     if layers is not None and not offline:
         return _with_holes(commit, folder, weights, layers)
     return snapshot(commit.revision, list(map(_literal, weights)))
@@ -224,7 +258,7 @@ def _gguf(name: HubName, parts: list[str], header: bool) -> Path:
         with replaced(path) as unfinished, unfinished.open("wb") as stream:
             for first in range(0, min(size, GGUF_HEADER_BYTES), PIECE):
                 last = min(first + PIECE, size, GGUF_HEADER_BYTES)
-                stream.write(_range(found.location, first, last))
+                stream.write(range_at(found.location, first, last))
             stream.truncate(size)
     return folder / parts[0]
 
@@ -273,7 +307,7 @@ def _fetch_tensors(name: HubName, path: Path, layers: set[int], arrived: _Arrive
     if not size:
         raise UserError(f"{url} has no size", "nothing to fetch", "name another revision")
     if not path.is_file() or path.stat().st_size != size:
-        fetch_header(path, size, partial(_range, place), place)
+        fetch_header(path, size, partial(range_at, place), place)
     for first, last in _runs(path, layers) if layers else ():
         key = f"{path.name}:{first}-{last}"
         start = arrived.ends.get(key, first)
@@ -281,7 +315,7 @@ def _fetch_tensors(name: HubName, path: Path, layers: set[int], arrived: _Arrive
             for begin in range(start, last, PIECE):
                 end = min(begin + PIECE, last)
                 stream.seek(begin)
-                stream.write(_range(place, begin, end))
+                stream.write(range_at(place, begin, end))
                 stream.flush()
                 arrived.note(key, end)
 
@@ -303,26 +337,3 @@ def _runs(path: Path, layers: set[int]) -> Iterator[tuple[int, int]]:
         run = (first, last)
     if run is not None:
         yield run
-
-
-def _range(url: str, first: int, last: int) -> bytes:
-    """Bytes [first, last) of a file."""
-    from huggingface_hub.utils import build_hf_headers, http_backoff
-
-    headers = {**_headers(url, build_hf_headers()), "Range": f"bytes={first}-{last - 1}"}
-    response = http_backoff("GET", url, headers=headers, max_retries=TRIES)
-    response.raise_for_status()
-    if len(response.content) != last - first:
-        raise UserError(
-            f"{url} gave {len(response.content)} bytes", f"{last - first} asked for", "try again"
-        )
-    return bytes(response.content)
-
-
-def _headers(url: str, headers: dict[str, Any]) -> dict[str, Any]:
-    """Without the user's token where the file lies elsewhere than on the Hub."""
-    from huggingface_hub import constants
-
-    if url.startswith(constants.ENDPOINT):
-        return headers
-    return {name: value for name, value in headers.items() if name.lower() != "authorization"}

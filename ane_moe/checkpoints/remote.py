@@ -8,22 +8,29 @@ that the workers of a cluster need no disk in common for them.
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ane_moe.addresses import file_system, unreadable
 from ane_moe.checkpoints.folder import CONFIG, INDEX, SINGLE, SMALL, TOKENIZER, weight_names
+from ane_moe.checkpoints.gguf.header import read_gguf
+from ane_moe.checkpoints.gguf.model import SUFFIX, first_parts, part_names
 from ane_moe.checkpoints.safetensors_header import MAX_HEADER_BYTES
 from ane_moe.checkpoints.stored_tensor import StoredTensor
-from ane_moe.checkpoints.weight_file import RemoteFile, read_range
+from ane_moe.checkpoints.weight_file import RemoteFile, WeightFile, read_range, remote_size
 from ane_moe.errors import UserError
-from ane_moe.files import is_hidden, replaced, write_text
+from ane_moe.files import TEMPORARY, is_hidden, replaced, write_text
 from ane_moe.user_cache import user_cache
+from ane_moe.wording import listed
 
 ADDRESS_FILE = ".address"  # in a folder of our cache, and nowhere else
 MAX_SMALL_BYTES = 1 << 28
+STALE_SECONDS = 24 * 3600  # after which nobody is writing a file any more
 # What is asked for at a web server that lists no folder.
 ASKED = (
     *(CONFIG, INDEX, SINGLE, *TOKENIZER),
@@ -34,40 +41,70 @@ ASKED = (
 
 
 def remote_folder(url: str) -> Path:
-    """The folder of our cache for the checkpoint at `url`, as it is there now. Raises UserError."""
-    folder = _root() / hashlib.sha256(url.encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / ADDRESS_FILE, url)
-    files, root = file_system(url)
+    """The folder of our cache for the checkpoint at `url`, as it is there now; of a GGUF model, its
+    file there. Raises UserError."""
+    if url.endswith(SUFFIX):
+        return gguf_at(url)
     try:
-        names = _names(files, root)
+        names = _names(url)
     except UserError:
         raise
     except Exception as error:  # of many libraries: network, permission
         raise unreadable(url, error) from None
+    plain = any(name.endswith(".safetensors") for name in names)
+    if CONFIG not in names and not plain and (models := first_parts(names)):
+        if len(models) > 1:
+            found = listed(models)
+            raise UserError(f"{url} holds more than one GGUF model", found, "give one of them")
+        return gguf_at(f"{url}/{models[0]}")
     if CONFIG not in names:
         raise UserError(
             f"{url} has no {CONFIG}", f"{len(names)} other files", "give a model's folder"
         )
-    weights = weight_names_of(url, folder, names)
-    for path in folder.iterdir():
-        if path.name not in (*names, *weights) and not is_hidden(path):  # another run's
-            path.unlink()
-    for name in weights:
-        size = _size(files, f"{root}/{name}", f"{url}/{name}")
-        fetch_header(folder / name, size, _reading(f"{url}/{name}"), f"{url}/{name}")
-    return folder
-
-
-def weight_names_of(url: str, folder: Path, names: list[str]) -> list[str]:
-    """Those of the files that hold the weights, once the small ones are in `folder`."""
-    for name in names:
-        if any(PurePosixPath(name).match(pattern) for pattern in SMALL):
-            _keep(folder / name, _whole(f"{url}/{name}"))
+    small = (name for name in names if any(map(PurePosixPath(name).match, SMALL)))
+    folder = keep_small(url, {name: _whole(f"{url}/{name}") for name in small})
     weights = weight_names(folder, names)
     if not weights:
         raise UserError(f"{url} has no safetensors weights", f"{len(names)} other files")
-    return weights
+    for path in folder.iterdir():
+        if path.name not in (*names, *weights) and not is_hidden(path):  # another run's
+            path.unlink()
+    return headers_at(url, weights, folder)
+
+
+def keep_small(url: str, files: Mapping[str, bytes]) -> Path:
+    """The folder of our cache for an address, with these files in it."""
+    folder = _root() / hashlib.sha256(url.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f"{TEMPORARY}*"):  # of a killed run
+        with suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                left.unlink()
+    write_text(folder / ADDRESS_FILE, url)
+    for name, data in files.items():
+        _keep(folder / name, data)
+    return folder
+
+
+def headers_at(url: str, weights: Iterable[str], folder: Path) -> Path:
+    """The folder of an address, with the headers of its safetensors files. Raises UserError."""
+    for name in weights:
+        file = f"{url}/{name}"
+        fetch_header(folder / name, _size(file), partial(read_range, file), file)
+    return folder
+
+
+def gguf_at(url: str) -> Path:
+    """A file of full size in our cache that has the header of the GGUF file at `url` alone, beside
+    those of its further parts. Raises UserError."""
+    above, _, given = url.rpartition("/")
+    folder, names = keep_small(above, {}), part_names(given) or [given]
+    for name in names:
+        file = RemoteFile(f"{above}/{name}", _size(f"{above}/{name}"))
+        tensors = read_gguf(file).tensors.values()
+        header = min((tensor.offset for tensor in tensors), default=file.size)
+        _keep_header(folder / name, file.size, read_range(file.url, 0, header))
+    return folder / names[0]
 
 
 def url_of(folder: Path) -> str:
@@ -90,18 +127,27 @@ def placed(tensors: dict[str, StoredTensor], folder: Path) -> dict[str, StoredTe
     return {key: replace(tensor, path=files[tensor.path]) for key, tensor in tensors.items()}
 
 
+def placed_file(file: Path) -> WeightFile:
+    """Where the bytes of a file are of which our cache may have the header alone."""
+    url = url_of(file.parent)
+    return _remote(url, file) if url else file
+
+
 def fetch_header(path: Path, size: int, read: Callable[[int, int], bytes], what: str) -> None:
     """A file of the whole size that holds the header of a safetensors file alone; one that is so
     already stays."""
     length = int.from_bytes(read(0, min(8, size)), "little")
     if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
         raise UserError(f"{what} is not a safetensors file", f"a header of {length} bytes")
-    header = read(0, 8 + length)
+    _keep_header(path, size, read(0, 8 + length))
+
+
+def _keep_header(path: Path, size: int, header: bytes) -> None:
     if path.is_file() and path.stat().st_size == size:
         with path.open("rb") as stream:
-            if stream.read(8 + length) == header:
+            if stream.read(len(header)) == header:
                 return
-    with replaced(path, _writer()) as partial, partial.open("wb") as stream:
+    with replaced(path, _writer()) as unfinished, unfinished.open("wb") as stream:
         stream.write(header)
         stream.truncate(size)
 
@@ -119,21 +165,18 @@ def _remote(url: str, path: Any) -> RemoteFile:
     return RemoteFile(f"{url}/{path.name}", path.stat().st_size)
 
 
-def _reading(url: str) -> Callable[[int, int], bytes]:
-    return lambda first, last: read_range(url, first, last)
-
-
-def _names(files: Any, root: str) -> list[str]:
+def _names(url: str) -> list[str]:
     """The names of the files at a place."""
+    files, root = file_system(url)
     try:
-        listed = [path.rstrip("/").rpartition("/")[2] for path in files.ls(root, detail=False)]
+        there = [path.rstrip("/").rpartition("/")[2] for path in files.ls(root, detail=False)]
     except FileNotFoundError:
-        listed = []
-    if CONFIG in listed:
-        return sorted(filter(_is_name, listed))
+        there = []
+    if CONFIG in there or first_parts(there):
+        return sorted(filter(_is_name, there))
     there = [name for name in ASKED if files.exists(f"{root}/{name}")]
     if INDEX in there:
-        index = json.loads(_read(files, f"{root}/{INDEX}", INDEX))
+        index = json.loads(_whole(f"{url}/{INDEX}"))
         told = {str(name) for name in index.get("weight_map", {}).values()}
         there += sorted(name for name in told if _is_name(name))
     return list(dict.fromkeys(there))
@@ -145,31 +188,33 @@ def _is_name(text: str) -> bool:
 
 
 def _whole(url: str) -> bytes:
-    files, path = file_system(url)
-    return _read(files, path, url)
-
-
-def _read(files: Any, path: str, what: str) -> bytes:
     """A small file. Raises UserError where it is none, or cannot be had."""
-    if (size := _size(files, path, what)) > MAX_SMALL_BYTES:
-        raise UserError(f"{what} is too large", f"{size} bytes")
+    files, path = file_system(url)
+    size = remote_size(url)
     try:
-        return bytes(files.cat_file(path))
+        if size is None:  # who makes a file while it is sent counts nothing
+            with files.open(path, "rb") as stream:
+                data = bytes(stream.read(MAX_SMALL_BYTES + 1))
+        else:
+            data = bytes(files.cat_file(path)) if size <= MAX_SMALL_BYTES else b""
     except Exception as error:  # as of `remote_folder`
-        raise unreadable(what, error) from None
+        raise unreadable(url, error) from None
+    if max(size or 0, len(data)) > MAX_SMALL_BYTES:
+        raise UserError(f"{url} is too large", f"{size or len(data)} bytes")
+    return data
 
 
-def _size(files: Any, path: str, what: str) -> int:
-    """Bytes of a file. Raises UserError where it is not there, or nobody says."""
-    try:
-        return int(files.info(path)["size"] or 0)
-    except Exception as error:  # as of `remote_folder`
-        raise unreadable(what, error) from None
+def _size(url: str) -> int:
+    """Bytes of a weight file. Raises UserError where it is not there, or nobody says."""
+    if (size := remote_size(url)) is None:
+        do = "download it, and give the folder"
+        raise UserError(f"{url} has no size that its server tells", "no Content-Length", do)
+    return size
 
 
 def _keep(path: Path, data: bytes) -> None:
     """Write a file unless it is so already: what was kept of it goes on by its times."""
     if path.is_file() and path.read_bytes() == data:
         return
-    with replaced(path, _writer()) as partial:
-        partial.write_bytes(data)
+    with replaced(path, _writer()) as unfinished:
+        unfinished.write_bytes(data)

@@ -2,7 +2,7 @@
 
 import io
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ane_moe.addresses import file_system, unreadable
+from ane_moe.checkpoints.hub_range import PROTOCOL, hub_range, hub_size
 from ane_moe.errors import UserError
 
 BLOCK, BLOCKS = 1 << 23, 6  # bytes of a request, and how many stay: neighbours are read next
@@ -37,6 +38,8 @@ WeightFile = Path | RemoteFile
 
 def read_range(url: str, first: int, last: int) -> bytes:
     """Bytes [first, last) of a file. Raises UserError where they cannot be had."""
+    if url.startswith(PROTOCOL):
+        return hub_range(url, first, last)
     files, path = file_system(url)
     for number in range(TRIES):
         try:
@@ -58,16 +61,36 @@ def size_of(file: WeightFile) -> int | None:
     """Bytes of a file as it is there now; None where there is none."""
     if isinstance(file, Path):
         return file.stat().st_size if file.is_file() else None
-    files, path = file_system(file.url)
     try:
-        return int(files.info(path)["size"] or 0)
-    except Exception:  # as above
+        return remote_size(file.url)
+    except UserError:
         return None
 
 
-def opened(file: WeightFile) -> AbstractContextManager[io.RawIOBase]:
+def remote_size(url: str) -> int | None:
+    """Bytes of a file at an address; None where nobody says. Raises UserError where it is not
+    there."""
+    if url.startswith(PROTOCOL):
+        return hub_size(url)
+    files, path = file_system(url)
+    try:
+        size = files.info(path)["size"]
+        return None if size is None else int(size)
+    except Exception as error:  # of many libraries: network, permission
+        raise unreadable(url, error) from None
+
+
+def opened(file: WeightFile) -> io.RawIOBase:
     """The file, to be sought in and read without another buffer."""
     return file.open("rb", buffering=0) if isinstance(file, Path) else _Blocks(file)
+
+
+def forget(files: Iterable[WeightFile]) -> None:
+    """Read anew what is at addresses from now on: another checkpoint may be there by now."""
+    _block.cache_clear()
+    for url in {file.url.rpartition("/")[0] for file in files if isinstance(file, RemoteFile)}:
+        if not url.startswith(PROTOCOL):
+            file_system(url)[0].invalidate_cache()
 
 
 def read_exactly(stream: io.RawIOBase, raw: np.ndarray, file: WeightFile) -> None:
@@ -88,6 +111,12 @@ class _Blocks(io.RawIOBase):
 
     def readable(self) -> bool:
         return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
 
     def seek(self, offset: int, whence: int = 0) -> int:
         assert whence == 0

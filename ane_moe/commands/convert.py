@@ -21,8 +21,8 @@ def convert(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            help="A Hugging Face model folder, a GGUF file, OWNER/NAME[@REVISION] on the Hub, or "
-            "`demo`.",
+            help="A Hugging Face model folder, a GGUF file, the address of one, "
+            "OWNER/NAME[@REVISION] on the Hub, or `demo`.",
             metavar="CHECKPOINT",
         ),
     ],
@@ -296,7 +296,8 @@ def convert(
     only = None if layers is None else parse_layers(layers)
     walked = golden or calibrate or budget_mb or min_cosine  # through all layers before the last
     needed = range(max(only) + 1) if only and walked else only
-    source = local_folder(built_in(checkpoint), () if dry_run else needed)
+    fetched = () if dry_run else needed
+    source = local_folder(built_in(checkpoint), fetched, apart=cluster is not None)
     source = source.absolute() if cluster else source
     unsaid = AUTO if target else "1"
     asked = (

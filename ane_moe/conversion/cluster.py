@@ -24,7 +24,7 @@ from typing import Any
 
 import ane_moe
 from ane_moe.addresses import from_anywhere
-from ane_moe.checkpoints.weight_file import WeightFile, size_of
+from ane_moe.checkpoints.weight_file import WeightFile, forget, size_of
 from ane_moe.conversion.batch_system import read_batch_system, started
 from ane_moe.errors import DiskFull, UserError
 from ane_moe.files import TEMPORARY, scratch_folder
@@ -186,7 +186,7 @@ class Cluster(Executor):
         versions = (*installed().items(), *((name, _version(name)) for name in packages))
         there = out.read(marker) if isinstance(out, RemoteFolder) else (out / marker).read_bytes()
         self._conditions = Conditions(versions, sizes, out, marker, (there or b"").decode())
-        for address, found in self._ask(_objection, self._conditions).items():
+        for address, found in self._ask(_admission, self._conditions).items():
             if isinstance(found, OSError):  # it died meanwhile
                 continue
             if isinstance(found, Exception):
@@ -345,6 +345,12 @@ class Cluster(Executor):
         """What each worker that is used answers at once; an exception where it could not."""
         workers = list(self._workers())
         return dict(self._client.run(function, *arguments, workers=workers, on_error="return"))
+
+
+def _admission(conditions: Conditions) -> str:
+    """In a worker that begins: what it lacks."""
+    forget([file for file, _ in conditions.sizes])
+    return _objection(conditions)
 
 
 def _objection(conditions: Conditions) -> str:

@@ -140,7 +140,7 @@ def convert(
     """Open `checkpoint`, plan its conversion into the folder or address `out`, and `carry_out`
     that: by processes of this machine, or by the workers of a `cluster`, as of `open_workers`."""
     if cluster:  # whose workers are in folders of their own
-        checkpoint, out = local_folder(checkpoint).absolute(), from_anywhere(out)
+        checkpoint, out = local_folder(checkpoint, apart=True).absolute(), from_anywhere(out)
     job = open_job(checkpoint, out, options or ConvertOptions())
     with open_workers(workers, stamping.__name__, cluster, out) as those:
         return carry_out(

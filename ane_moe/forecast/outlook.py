@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ane_moe.addresses import address
 from ane_moe.checkpoints.checkpoint import open_checkpoint
 from ane_moe.checkpoints.gguf.model import gguf_file
-from ane_moe.checkpoints.hub import hub_name, local_config
+from ane_moe.checkpoints.hub import hub_name, local_config, local_folder
 from ane_moe.conversion.plan import ConvertOptions
 from ane_moe.errors import UserError
 from ane_moe.families import describe, describe_config, published, supported
@@ -159,13 +160,15 @@ def outlook(
     memory_mb: float | None = None,
     reading: Reading = ASSUMED,
 ) -> Outlook:
-    """What `convert` would make of a checkpoint folder, a config.json, or a model of the Hugging
-    Face Hub by its id.
+    """What `convert` would make of a checkpoint folder, one at an address, a config.json, or a
+    model of the Hugging Face Hub by its id.
 
     The configuration is read, and where a folder has weights, their names and shapes. Raises
     UserError when there is no configuration, for an unknown chip, system or format, and for a
     context that the model does not have.
     """
+    if address(checkpoint):
+        checkpoint = local_folder(checkpoint, ())
     values, where = read_config(checkpoint)
     folder = Path(checkpoint) if _holds_weights(Path(checkpoint)) else None
     return outlook_of(

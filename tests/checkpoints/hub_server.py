@@ -34,6 +34,9 @@ class Hub:
     objects: dict[str, bytes] = field(default_factory=dict)  # large files, by sha256
     commits: list[list[str]] = field(default_factory=list)  # the files of each
     take: int | None = None  # large files that are taken before permission ends
+    asked_by: set[tuple[str, str]] = field(default_factory=set)  # (file, token)
+    untold: str = ""  # the end of the names of files whose lengths are not told
+    gated: tuple[str, ...] = ()  # tokens of those who may read; none: everybody
 
     def bytes_of(self, file: str) -> int:
         return sum(count for name, _, count in self.sent if name == file)
@@ -174,7 +177,10 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._json([_entry(n, f) for n, f in zip(names, files, strict=True)], body)
             siblings = [{"rfilename": name} for name in names]
             return self._json({"id": found[1], "sha": COMMIT, "siblings": siblings}, body)
-        target = folder / found[3]
+        target, token = folder / found[3], self.headers.get("Authorization", "")
+        self.state.asked_by.add((found[3], token.removeprefix("Bearer ")))
+        if self.state.gated and token.removeprefix("Bearer ") not in self.state.gated:
+            return self._failed("GatedRepo", 401)
         if not target.is_file():
             return self._failed("EntryNotFound")
         self._file(found[3], target.read_bytes(), body)
@@ -190,8 +196,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("ETag", f'"{abs(hash((name, content))):x}"')
         self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("Content-Length", str(len(piece)))
+        untold = self.state.untold and name.endswith(self.state.untold)
+        if untold and not asked:
+            self.send_header("Connection", "close")
+        else:
+            self.send_header("Content-Length", str(len(piece)))
         self.end_headers()
+        self.close_connection = bool(untold)
         if not body:
             return
         cut = self.state.break_after
@@ -210,8 +221,8 @@ class _Handler(BaseHTTPRequestHandler):
         if body:
             self.wfile.write(text)
 
-    def _failed(self, code: str) -> None:
-        self.send_response(404)
+    def _failed(self, code: str, status: int = 404) -> None:
+        self.send_response(status)
         self.send_header("X-Error-Code", code)
         self.send_header("X-Error-Message", f"{code} here")
         self.send_header("Content-Length", "0")

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from ane_moe.checkpoints.checkpoint import open_checkpoint
 from ane_moe.checkpoints.hub import HubName, hub_name, local_folder
+from ane_moe.checkpoints.weight_file import read_range
 from ane_moe.cli import app
 from ane_moe.errors import UserError
 from ane_moe.families import describe
@@ -113,7 +114,7 @@ def test_a_download_that_broke_off_goes_on(
 ) -> None:
     layers = range(4)
     hub.break_after = 20_000  # of the next larger answer
-    monkeypatch.setattr("ane_moe.checkpoints.hub.TRIES", 0)
+    monkeypatch.setattr("ane_moe.checkpoints.hub_range.TRIES", 0)
     with pytest.raises(UserError, match="cannot be fetched"):
         local_folder(NAME, layers)
     hub.break_after, before = None, len(hub.sent)
@@ -125,6 +126,43 @@ def test_a_download_that_broke_off_goes_on(
     again = [name for name, _, _ in hub.sent[rest:] if name.endswith(".safetensors")]
     assert before and not again
     describe(open_checkpoint(folder))
+
+
+def test_weights_that_stay_there_are_read_by_ranges(
+    hub: Hub, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    hub.gated = ("hf_mine",)
+    folder = local_folder(NAME, apart=True)
+    sent = sum(count for name, _, count in hub.sent if name.endswith(".safetensors"))
+    assert sent < 60_000 < sum(file.stat().st_size for file in saved.glob("*.safetensors"))
+    there, here = open_checkpoint(folder), open_checkpoint(saved)
+    assert there.origin == {"hub": NAME, "revision": COMMIT}
+    assert f"hf://{NAME}@{COMMIT}, by byte ranges" in there.notes
+    sources = describe(here)[1].values()
+    assert describe(there)[1].keys() == describe(here)[1].keys()
+    assert there.digest(sources) == here.digest(sources)
+    assert "hf_mine" not in repr(there)
+    monkeypatch.setenv("HF_TOKEN", "hf_another")
+    file = next(saved.glob("*.safetensors")).name
+    with pytest.raises(UserError, match=rf"{file} cannot be read; found: the Hub answers 401"):
+        read_range(f"hf://{NAME}@{COMMIT}/{file}", 0, 8)
+
+
+def test_gguf_files_that_stay_there_are_read_by_ranges(hub: Hub, tmp_path: Path) -> None:
+    hub.models |= gguf_models(tmp_path)
+    one, parts = "someone/one-GGUF", "someone/several-GGUF"
+    for name, apart, file in (
+        (f"hf://{one}/tiny-Q8_0.gguf", False, tmp_path / "one" / "tiny-Q8_0.gguf"),
+        (f"hf://{parts}@v1/F16/tiny-F16-00002-of-00002.gguf", False, tmp_path / "several" / "F16"),
+        (f"{parts}:F16", True, tmp_path / "several" / "F16"),
+    ):
+        there, here = open_checkpoint(local_folder(name, apart=apart)), open_checkpoint(file)
+        sources = describe(here)[1].values()
+        assert there.digest(sources) == here.digest(sources), name
+        assert there.origin["revision"] == COMMIT and there.origin["hub"] in name
+    with pytest.raises(UserError, match=r"none\.gguf cannot be read; found: the Hub answers 404"):
+        local_folder(f"hf://{one}/none.gguf")
 
 
 def test_what_was_fetched_is_found_without_a_network(

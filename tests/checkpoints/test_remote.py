@@ -2,6 +2,7 @@
 fsspec's own memory."""
 
 import json
+import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from ane_moe.checkpoints.weight_file import RemoteFile, read_range
 from ane_moe.conversion.pipeline import ConvertOptions, convert
 from ane_moe.errors import UserError
 from ane_moe.files import TEMPORARY
+from ane_moe.forecast.outlook import outlook
 from ane_moe.verification.verify import verify
 from tests.checkpoints.hub_server import Hub, _Handler
 from tests.conversion.test_convert import contents
@@ -147,6 +149,53 @@ def test_a_web_server_that_lists_nothing_is_asked_for_ranges_alone(
         }
 
 
+def test_gguf_files_at_an_address_are_read_by_ranges(tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    pytest.importorskip("gguf")
+    from gguf import GGMLQuantizationType as Kind
+
+    from tests.checkpoints.gguf_models import make, save_both
+
+    (tmp_path / "model").mkdir()
+    first, _ = save_both(make("olmoe", num_hidden_layers=2), tmp_path / "model", Kind.Q8_0, parts=2)
+    files = fsspec.filesystem("memory")
+    for part in first.parent.glob("*.gguf"):
+        files.pipe(f"/gguf/tiny/{part.name}", part.read_bytes())
+    convert(first, tmp_path / "here", OPTIONS, golden=True)
+    with web_server(first.parent) as server:
+        for given in ("memory://gguf/tiny", f"{server.endpoint}/{first.name}"):
+            there = open_checkpoint(given)
+            assert any("by byte ranges" in note for note in there.notes)
+        sent = sum(count for _, _, count in server.sent)
+        assert sent < sum(part.stat().st_size for part in first.parent.glob("*.gguf")) * 2
+        out = tmp_path / "there"
+        convert(Path(f"{server.endpoint}/{first.name}"), out, OPTIONS, golden=True)
+    assert contents(out) == contents(tmp_path / "here")
+    files.pipe("/gguf/tiny/another.gguf", b"GGUF")
+    with pytest.raises(UserError, match="memory://gguf/tiny holds more than one GGUF model"):
+        open_checkpoint("memory://gguf/tiny")
+    with pytest.raises(UserError, match=r"another\.gguf is not a sound GGUF file"):
+        open_checkpoint("memory://gguf/tiny/another.gguf")
+    files.rm("/gguf", recursive=True)
+
+
+def test_a_plan_is_made_of_headers_at_an_address(saved: Path, memory: str) -> None:
+    there, here = outlook(memory), outlook(saved)
+    assert there.choices and there.choices == here.choices
+
+
+@pytest.mark.parametrize("length", [True, False])
+def test_a_weight_file_whose_size_nobody_tells_is_one_line(saved: Path, length: bool) -> None:
+    pytest.importorskip("aiohttp")
+    with web_server(saved) as server:
+        server.untold = ".json" if length else ".safetensors"
+        if length:  # small files are read to their end
+            assert open_checkpoint(server.endpoint).tensors
+            return
+        with pytest.raises(UserError, match=r"safetensors has no size that its server tells"):
+            open_checkpoint(server.endpoint)
+
+
 @pytest.mark.parametrize("name", ["../model/config.json", "model/config.json", ".."])
 def test_an_index_cannot_name_files_elsewhere(saved: Path, tmp_path: Path, name: str) -> None:
     served = Path(shutil.copytree(saved, tmp_path / "model"))
@@ -227,8 +276,10 @@ def test_what_another_run_is_writing_stays(memory: str) -> None:
     (folder / "config.json").unlink()
     local_folder(memory)
     assert (folder / "config.json").is_file() and all(map(Path.is_file, others))
-    for other in others:
-        other.unlink()
+    os.utime(others[0], (0, 0))  # of a run that was killed
+    local_folder(memory)
+    assert [other.exists() for other in others] == [False, True]
+    others[1].unlink()
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from ane_moe.files import TEMPORARY
 from ane_moe.formats.recipe import find_recipe
 from ane_moe.manifest import FILE_NAME
 from ane_moe.verification.verify import verify
+from tests.checkpoints.hub_server import point_at, served
 from tests.conversion import bucket
 from tests.conversion.test_convert import contents
 from tests.conversion.trouble import VARIABLE, Trouble
@@ -71,7 +72,13 @@ def store(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cluster(own_trouble, store):
+def hub():
+    with served({}) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def cluster(own_trouble, store, hub):
     with (
         # As long as a killed worker may take to be there again, on a machine with much to do.
         dask.config.set({"distributed.deploy.lost-worker-timeout": "10 minutes"}),
@@ -86,6 +93,8 @@ def cluster(own_trouble, store):
                 VARIABLE: str(own_trouble.folder),
                 bucket.VARIABLE: str(store / "bucket"),
                 bucket.UNSEEN: str(store / "client"),
+                "HF_ENDPOINT": hub.endpoint,
+                "HF_TOKEN": "hf_worker",
             },
         ) as opened,
     ):
@@ -229,6 +238,25 @@ def test_workers_without_a_common_disk_read_and_write_at_addresses(
     shutil.copytree(checkpoint, store / "client" / "model")
     with pytest.raises(PermissionError):  # nothing else of this machine is read by them
         convert(store / "client" / "model", out, OPTIONS, cluster=cluster.scheduler_address)
+
+
+def test_workers_read_the_hub_by_ranges_with_a_token_of_their_own(
+    checkpoint, cluster, trouble, store, hub, tmp_path, monkeypatch
+):
+    hub.models["someone/tiny"] = checkpoint
+    hub.gated = ("hf_client", "hf_worker")
+    templates = TemplateCache().folder
+    point_at(hub, store / "client" / "hub", monkeypatch)
+    TemplateCache().folder.parent.mkdir(parents=True)
+    TemplateCache().folder.symlink_to(templates)
+    monkeypatch.setenv("HF_TOKEN", "hf_client")
+    out = tmp_path / "out"
+    convert(Path("someone/tiny"), out, OPTIONS, cluster=cluster.scheduler_address)
+    readers = {token for file, token in hub.asked_by if file == "model.safetensors"}
+    assert readers == {"hf_client", "hf_worker"}
+    convert(Path("someone/tiny"), tmp_path / "alone", OPTIONS)
+    assert contents(out) == contents(tmp_path / "alone")
+    assert not any(b"hf_" in data for data in contents(out).values())
 
 
 def test_full_disks_everywhere_are_one_line(checkpoint, local, address, trouble, tmp_path):

@@ -15,6 +15,7 @@ import numpy as np
 
 from ane_moe.checkpoints.gguf.blocks import TYPES, Rows
 from ane_moe.checkpoints.stored_tensor import StoredTensor
+from ane_moe.checkpoints.weight_file import WeightFile, opened
 from ane_moe.errors import UserError
 from ane_moe.half import STORED
 from ane_moe.lfs import FETCH, is_lfs_pointer
@@ -25,6 +26,7 @@ MAX_HEADER_BYTES = 1 << 28  # a vocabulary of a million tokens is a tenth of it
 MAX_NAME_BYTES = 1 << 10  # ggml's own limit is 64 for a tensor
 MAX_DIMENSIONS = 4  # ggml's own limit
 MAX_ALIGNMENT = 1 << 20
+BUFFER = 1 << 16  # bytes of the header that are read at once
 STRING, ARRAY = 8, 9
 # Of one number each, by their numbers in gguf.h.
 NUMBERS: dict[int, np.dtype[Any]] = {
@@ -47,7 +49,7 @@ class GgufFile:
     """`metadata` by its keys: numbers, truth values, strings, lists of strings, arrays of numbers.
     `tensors` have the file's own names."""
 
-    path: Path
+    path: WeightFile
     metadata: dict[str, Any]
     tensors: dict[str, StoredTensor]
 
@@ -59,16 +61,14 @@ class _Damaged(Exception):
 class _Header:
     """Reads a header from its start, never beyond the file's end or MAX_HEADER_BYTES."""
 
-    def __init__(self, stream: BufferedReader, file_bytes: int):
+    def __init__(self, stream: "BufferedReader[Any]", file_bytes: int):
         self._stream, self._left = stream, min(file_bytes, MAX_HEADER_BYTES)
-
-    @property
-    def position(self) -> int:
-        return self._stream.tell()
+        self.position = 0
 
     def take(self, count: int) -> bytes:
         self.require(count, 1)
         self._left -= count
+        self.position += count
         return self._stream.read(count)
 
     def require(self, count: int, size: int) -> None:
@@ -116,17 +116,18 @@ class _Header:
         return np.frombuffer(self.take(count * NUMBERS[kind].itemsize), NUMBERS[kind])
 
 
-def read_gguf(path: Path) -> GgufFile:
-    """The metadata of a GGUF file, and where its tensors lie.
+def read_gguf(file: WeightFile, placed: WeightFile | None = None) -> GgufFile:
+    """The metadata of a GGUF file, and where its tensors lie: in it, or where it is `placed`.
 
     Raises UserError when the file is truncated, is no GGUF file, or describes tensors that overlap,
     leave gaps, reach past the end of the file or do not fit their blocks.
     """
-    if is_lfs_pointer(path):
+    path = placed or file
+    if isinstance(file, Path) and is_lfs_pointer(file):
         raise UserError(f"{path} is not a GGUF file", "a pointer of Git LFS", FETCH)
     try:
-        with path.open("rb") as stream:
-            file_bytes = path.stat().st_size
+        with BufferedReader(opened(file), BUFFER) as stream:
+            file_bytes = file.stat().st_size if isinstance(file, Path) else file.size
             return _read(path, _Header(stream, file_bytes), file_bytes)
     except OSError as error:
         raise UserError(f"{path} cannot be read", str(error)) from None
@@ -136,7 +137,7 @@ def read_gguf(path: Path) -> GgufFile:
         ) from None
 
 
-def _read(path: Path, header: _Header, file_bytes: int) -> GgufFile:
+def _read(path: WeightFile, header: _Header, file_bytes: int) -> GgufFile:
     if header.take(4) != MAGIC:
         raise _Damaged("other bytes than GGUF at its start")
     version = header.u32()
@@ -180,7 +181,7 @@ def _described(header: _Header) -> Described:
 
 
 def _placed(
-    path: Path, described: list[Described], start: int, alignment: int, file_bytes: int
+    path: WeightFile, described: list[Described], start: int, alignment: int, file_bytes: int
 ) -> dict[str, StoredTensor]:
     """The tensors one after the other, as llama.cpp requires it."""
     tensors: dict[str, StoredTensor] = {}
@@ -201,7 +202,7 @@ def _placed(
 
 
 def _stored(
-    name: str, path: Path, shape: tuple[int, ...], kind: int, offset: int, size: int
+    name: str, path: WeightFile, shape: tuple[int, ...], kind: int, offset: int, size: int
 ) -> StoredTensor:
     tensor = StoredTensor(name, path, TYPES[kind].name, shape, offset, size, made=True)
     if not TYPES[kind].decoded:

@@ -1,6 +1,7 @@
 """A GGUF model of one file or of several, opened."""
 
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from ane_moe.checkpoints.gguf.header import GgufFile, read_gguf
 from ane_moe.checkpoints.gguf.names import native_tensors
 from ane_moe.checkpoints.gguf.vocabulary import read_vocabulary
 from ane_moe.checkpoints.stored_tensor import StoredTensor
+from ane_moe.checkpoints.weight_file import WeightFile
 from ane_moe.errors import UserError
 from ane_moe.wording import listed
 
@@ -40,16 +42,31 @@ def gguf_file(path: Path) -> Path | None:
     files = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else []
     if not files or any(path.glob("*.safetensors")):
         return None
-    first = [file for file in files if (part := _part(file)) is None or part[1] == 1]
+    first = first_parts([file.name for file in files])
     if len(first) > 1:
-        names = listed([file.name for file in first])
-        raise UserError(f"{path} holds more than one GGUF model", names, "give one of the files")
-    return (first or files)[0]
+        do = "give one of the files"
+        raise UserError(f"{path} holds more than one GGUF model", listed(first), do)
+    return path / first[0] if first else files[0]
 
 
-def open_gguf(path: Path) -> GgufModel:
-    """The model of a file and its further parts; no weights are read. Raises UserError."""
-    parts = _parts(path)
+def first_parts(names: Iterable[str]) -> list[str]:
+    """Of the names of files, those of GGUF models of one file, and of the first of several."""
+    found = [name for name in names if name.endswith(SUFFIX)]
+    return [name for name in found if (part := _part(name)) is None or part[1] == 1]
+
+
+def part_names(given: str) -> list[str]:
+    """The names of all parts of the model of which a file of this name is one; none of a whole."""
+    if (named := _part(given)) is None:
+        return []
+    name, _, count = named
+    return [f"{name}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
+
+
+def open_gguf(path: Path, placed: Callable[[Path], WeightFile] = lambda file: file) -> GgufModel:
+    """The model of a file and its further parts; no weights are read, which are to be read where a
+    file is `placed`. Raises UserError."""
+    parts = _parts(path, placed)
     first = parts[0]
     tensors: dict[str, StoredTensor] = {}
     for part in parts:
@@ -74,29 +91,27 @@ def _kind(tensor: StoredTensor) -> str:
     return inner.dtype if isinstance(inner, StoredTensor) else ""
 
 
-def _part(file: Path) -> tuple[str, int, int] | None:
+def _part(file: str) -> tuple[str, int, int] | None:
     """Name, number and count of a part."""
-    found = PART.fullmatch(file.name)
+    found = PART.fullmatch(file)
     return (found[1], int(found[2]), int(found[3])) if found else None
 
 
-def _parts(path: Path) -> list[GgufFile]:
-    named = _part(path)
-    if named is None:
-        whole = read_gguf(path)
+def _parts(path: Path, placed: Callable[[Path], WeightFile]) -> list[GgufFile]:
+    files = [path.with_name(name) for name in part_names(path.name)]
+    if _part(path.name) is None:
+        whole = read_gguf(path, placed(path))
         if whole.metadata.get("split.count", 0) not in (0, 1):
             do = "give its parts the names that they had: NAME-00001-of-00003.gguf"
             raise UserError(f"{path} is a part of a model", "a name that does not tell", do)
         return [whole]
-    name, _, count = named
-    files = [path.with_name(f"{name}-{n:05}-of-{count:05}.gguf") for n in range(1, count + 1)]
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
         raise UserError(f"{path} is a part of a model", f"no {listed(missing)}", "download them")
-    parts = [read_gguf(file) for file in files]
+    parts = [read_gguf(file, placed(file)) for file in files]
     for number, part in enumerate(parts):
         told = tuple(part.metadata.get(f"split.{field}") for field in ("no", "count"))
-        if told != (number, count):
+        if told != (number, len(files)):
             found = f"part {told[0]} of {told[1]} by its metadata, counted from 0"
             raise UserError(f"{part.path} is not the part that its name tells", found)
     total, stored = parts[0].metadata.get("split.tensors.count"), sum(len(p.tensors) for p in parts)

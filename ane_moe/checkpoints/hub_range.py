@@ -1,0 +1,70 @@
+"""Bytes of files on the Hugging Face Hub, by ranges: `hf://OWNER/NAME@REVISION/FILE`. Whoever reads
+gives a token of its own (`HF_TOKEN`, `hf auth login`), which no address has in it."""
+
+import re
+from typing import Any
+
+from ane_moe.errors import UserError
+
+PROTOCOL = "hf://"
+FILE = re.compile(r"hf://(?P<repository>[^/]+/[^/@]+)@(?P<revision>[^/]+)/(?P<file>.+)")
+TRIES = 5  # again, where the line breaks
+DO = "check HF_TOKEN and the network of whoever reads it"
+
+
+def hub_size(url: str) -> int | None:
+    """Bytes of a file; None where the Hub does not say. Raises UserError where there is none."""
+    import huggingface_hub as hub
+
+    try:
+        return hub.get_hf_file_metadata(_place(url)).size
+    except Exception as error:  # of many libraries: no network, no such file, no permission
+        raise _refused(url, error) from None
+
+
+def hub_range(url: str, first: int, last: int) -> bytes:
+    """Bytes [first, last) of a file. Raises UserError where they cannot be had."""
+    try:
+        return range_at(_place(url), first, last)
+    except UserError:
+        raise
+    except Exception as error:  # as above
+        raise _refused(url, error) from None
+
+
+def range_at(place: str, first: int, last: int) -> bytes:
+    """Bytes [first, last) of a file of the Hub at its own address, or where that leads."""
+    from huggingface_hub.utils import build_hf_headers, http_backoff
+
+    headers = {**_headers(place, build_hf_headers()), "Range": f"bytes={first}-{last - 1}"}
+    response = http_backoff("GET", place, headers=headers, max_retries=TRIES)
+    response.raise_for_status()
+    if len(response.content) != last - first:
+        raise UserError(
+            f"{place} gave {len(response.content)} bytes", f"{last - first} asked for", "try again"
+        )
+    return bytes(response.content)
+
+
+def _place(url: str) -> str:
+    import huggingface_hub as hub
+
+    found = FILE.fullmatch(url)
+    assert found is not None
+    return str(hub.hf_hub_url(found["repository"], found["file"], revision=found["revision"]))
+
+
+def _headers(url: str, headers: dict[str, Any]) -> dict[str, Any]:
+    """Without the user's token where the file lies elsewhere than on the Hub."""
+    from huggingface_hub import constants
+
+    if url.startswith(constants.ENDPOINT):
+        return headers
+    return {name: value for name, value in headers.items() if name.lower() != "authorization"}
+
+
+def _refused(url: str, error: Exception) -> UserError:
+    """Of an answer only its number is told: it may name a place that a signature opens."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    found = f"the Hub answers {status}" if status else type(error).__name__
+    return UserError(f"{url} cannot be read", found, DO)
