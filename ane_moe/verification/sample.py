@@ -29,10 +29,12 @@ BESIDE_TOKENS = (
 
 def sampled_manifest(manifest: Manifest) -> Manifest:
     """The manifest of a few layers: the first, the first of every other kind and the last, and
-    those whose keys and values they read; and of the first and the last slice of the head."""
+    those whose keys and values they read; what computes their stored experts; and of the first and
+    the last slice of the head."""
     layers = _layers(manifest)
     head = [shard for shard in manifest.shards if shard.rows]
     kept = {shard.path for shard in (*head[:1], *head[-1:])}
+    kept |= {s.store.graph for s in manifest.shards if s.store and s.layer in layers}
     shards = [
         shard
         for shard in manifest.shards
