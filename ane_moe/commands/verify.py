@@ -73,8 +73,8 @@ def verify(
     cluster: Annotated[
         str | None,
         typer.Option(
-            help="Let the workers of this Dask scheduler, which see OUT, prove the functions (see "
-            "`convert`).",
+            help="Let the workers of this Dask scheduler, which see OUT or its address, prove the "
+            "functions (see `convert`).",
             metavar="tcp://HOST:PORT|FILE.toml",
         ),
     ] = None,
@@ -126,7 +126,6 @@ def verify(
     """
     from rich.console import Console
 
-    from ane_moe.checkpoints.hub import local_folder
     from ane_moe.manifest import read_manifest
     from ane_moe.placement.check import check_placement, require_packages
     from ane_moe.placement.targets import find_target
@@ -143,8 +142,6 @@ def verify(
         require_packages(manifest)
     if against:
         require_programs(manifest)
-    if checkpoint is not None:
-        checkpoint = local_folder(checkpoint, manifest.walked)
     bare = checkpoint is None and manifest.golden is None
     others_only = bool(compute_plan or against) and bare
     if others_only and cluster is not None:

@@ -50,6 +50,12 @@ class BatchSystem:
     wait_minutes: int
     options: dict[str, Any]
 
+    @property
+    def advice(self) -> str:
+        """What to do where no job begins."""
+        logs = self.options.get("log_directory", "the folder that it was submitted from")
+        return f"look at the queue of {self.name}, and at the log of a job in {logs}"
+
 
 def read_batch_system(path: Path) -> BatchSystem:
     """The file that names how to start a cluster. Raises UserError."""
@@ -85,8 +91,10 @@ def read_batch_system(path: Path) -> BatchSystem:
 def _interrupted_as_before() -> Iterator[None]:
     """dask-jobqueue makes Ctrl-C a quiet exit as soon as it is imported (runner.py)."""
     handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 @contextmanager

@@ -29,12 +29,14 @@ from ane_moe.conversion.batch_system import read_batch_system, started
 from ane_moe.errors import DiskFull, UserError
 from ane_moe.files import TEMPORARY, scratch_folder
 from ane_moe.remote_folder import RemoteFolder
+from ane_moe.wording import listed
 
 PACKAGES = ("ane-moe", "coremltools", "torch", "numpy", "scipy", "protobuf")
 SOURCE = "source of ane-moe"  # two checkouts have one version
 RESOURCE = "ane-moe"  # where workers offer it, they alone are used, one call for each unit
 RETRIES = 2  # of a call that ends with an error that is not the user's: of shared storage
 CONNECT_SECONDS, JOIN_SECONDS, LOOK_SECONDS = 10, 30, 0.5
+EARLIER_SECONDS = 1800  # for the shards that an earlier run had begun
 ALONE_SECONDS = 120  # without any worker: a nanny starts a killed one anew within seconds
 AGAIN = "finished shards are kept: run the same command again"
 
@@ -42,13 +44,14 @@ AGAIN = "finished shards are kept: run the same command again"
 @dataclass(frozen=True)
 class Conditions:
     """What a worker has to find: versions by package, sizes of files, and a file `marker` with this
-    text where it is to write."""
+    text in `out`, to which it can write where it `writes`."""
 
     versions: tuple[tuple[str, str], ...]
     sizes: tuple[tuple[WeightFile, int], ...] = ()
     out: Path | RemoteFolder | None = None
     marker: str = ""
     text: str = ""
+    writes: bool = True
 
     def objection(self) -> str:
         """What is not so in this process; nothing where all is."""
@@ -70,6 +73,8 @@ class Conditions:
     def _objection_to_address(self, out: RemoteFolder) -> str:
         if out.read(self.marker) != self.text.encode():
             return f"sees another conversion at {out}"
+        if not self.writes:
+            return ""
         trial = f"{TEMPORARY}admission-{uuid.uuid4().hex}"
         out.write(trial, "")
         out.remove(trial)
@@ -82,6 +87,8 @@ class Conditions:
                 return f"sees another folder as {folder}"
         except OSError:
             return f"does not see {folder}"
+        if not self.writes:
+            return ""
         try:
             with scratch_folder(folder, "admission"):
                 return ""
@@ -116,10 +123,12 @@ def open_cluster(where: str, out: Path) -> Iterator["Cluster"]:
         )
     with ExitStack() as stack:
         address, patience = where, JOIN_SECONDS
+        advice = f"start some with `dask worker {address} --nthreads 1`"
         if where.endswith(".toml"):
             batch = read_batch_system(Path(where))
             address, patience = stack.enter_context(started(batch)), batch.wait_minutes * 60
-        cluster = Cluster(_client(address), address, out)
+            advice = batch.advice
+        cluster = Cluster(_client(address), address, out, advice)
         stack.callback(cluster.end)
         cluster.begin(patience)
         yield cluster
@@ -140,9 +149,10 @@ def _client(address: str) -> Any:
 class Cluster(Executor):
     """`Workers` (workers.py) and their pool in one; made by `open_cluster`."""
 
-    def __init__(self, client: Any, address: str, out: Path):
+    def __init__(self, client: Any, address: str, out: Path, advice: str):
         name = hashlib.sha256(str(from_anywhere(out)).encode()).hexdigest()[:12]
         self._client, self._address, self._prefix = client, address, f"ane-moe-{name}"
+        self._advice = advice  # where there are no workers
         self._conditions = Conditions(tuple(installed().items()))
         self._resources: dict[str, float] | None = None
         self._slots = 0
@@ -154,18 +164,26 @@ class Cluster(Executor):
 
     def begin(self, patience: float) -> None:
         """Wait so many seconds for a first worker, and for calls of an earlier run that nobody
-        waits for any more: they would write beside ours."""
+        waits for any more: they would write beside ours. Raises UserError."""
         deadline = time.monotonic() + patience
         while not self._offers(RESOURCE) and not self._offers(None):
             if time.monotonic() > deadline:
                 raise UserError(
                     f"the scheduler at {self._address} has no workers",
-                    do=f"start some with `dask worker {self._address} --nthreads 1`",
+                    f"none within {patience:g} s",
+                    self._advice,
                 )
             time.sleep(LOOK_SECONDS)
         self._resources = {RESOURCE: 1} if self._offers(RESOURCE) else None
         self._slots = self._room()
-        while True in self._ask(_is_busy, self._prefix).values():
+        deadline = time.monotonic() + EARLIER_SECONDS
+        while busy := [one for one, at in self._ask(_is_busy, self._prefix).items() if at is True]:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    "workers are still at what an earlier run left them to do",
+                    listed(busy),
+                    "start them anew, or wait and run the same command again",
+                )
             time.sleep(LOOK_SECONDS)
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -180,12 +198,14 @@ class Cluster(Executor):
         out: Path | RemoteFolder,
         marker: str,
         packages: Collection[str] = (),
+        writes: bool = True,
     ) -> None:
         """As of `Workers`; also refuses workers with other versions of what decides the result."""
         sizes = tuple((file, size_of(file) or 0) for file in sorted(files, key=str))
         versions = (*installed().items(), *((name, _version(name)) for name in packages))
         there = out.read(marker) if isinstance(out, RemoteFolder) else (out / marker).read_bytes()
-        self._conditions = Conditions(versions, sizes, out, marker, (there or b"").decode())
+        text = (there or b"").decode()
+        self._conditions = Conditions(versions, sizes, out, marker, text, writes)
         for address, found in self._ask(_admission, self._conditions).items():
             if isinstance(found, OSError):  # it died meanwhile
                 continue
@@ -243,6 +263,8 @@ class Cluster(Executor):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Begin nothing new. What runs ends by itself, and a next run waits for it."""
         with self._change:
+            self._failure = self._failure or UserError("the conversion has ended", do=AGAIN)
+            self._change.notify_all()
             self._client.cancel(list(self._calls.values()))
 
     def _done(self, call: Any, again: Callable[[], None], name: str, future: "Future[Any]") -> None:
@@ -305,7 +327,7 @@ class Cluster(Executor):
                 self._change.notify_all()
             if time.monotonic() - seen > ALONE_SECONDS:
                 gone = f"the scheduler at {self._address} has no workers left"
-                self._fail(UserError(gone, do=f"start some; {AGAIN}"))
+                self._fail(UserError(gone, do=f"{self._advice}; {AGAIN}"))
                 return
 
     def _fail(self, error: UserError) -> None:

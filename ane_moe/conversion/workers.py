@@ -37,10 +37,11 @@ class Workers(Protocol):
         out: Path | RemoteFolder,
         marker: str,
         packages: Collection[str] = (),
+        writes: bool = True,
     ) -> None:
         """Check, before anything is begun, that all of them can read `files`, and see the file
-        `marker` of `out`, where they are to write, and have these `packages` too, in our versions.
-        Raises UserError."""
+        `marker` of `out`, to which they can write where it `writes`, and have these `packages` too,
+        in our versions. Raises UserError."""
 
     def readers(self) -> AbstractContextManager[Pool]:
         """For calls that read and hash."""
@@ -66,6 +67,7 @@ class LocalWorkers:
         out: Path | RemoteFolder,
         marker: str,
         packages: Collection[str] = (),
+        writes: bool = True,
     ) -> None:
         """They see what this process sees."""
 

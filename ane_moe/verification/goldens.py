@@ -56,17 +56,24 @@ def read_goldens(out: Path, manifest: Manifest, quick: bool) -> tuple[Goldens, i
     assert manifest.golden is not None
     original = read_golden(out / manifest.golden)
     as_stored = read_golden(out / manifest.golden_as_stored) if manifest.golden_as_stored else None
+    both = Goldens(original, as_stored, manifest.compression)
+    return prepared(both, manifest, quick, out), len(original.prompts)
+
+
+def prepared(goldens: Goldens, manifest: Manifest, quick: bool, out: Path) -> Goldens:
+    """Goldens that lie in the conversion in `out`, of a few of their prompts if `quick`, with
+    hidden states as large as its own. Raises UserError where they are of something else."""
+    original, as_stored = goldens.original, goldens.as_stored
     for golden in filter(None, (original, as_stored)):
         _require_layers(golden, manifest, out)
         width = golden.layers[manifest.layers[0]].x.shape[1]
         _require_same_model((golden.n_layers, golden.logits.shape[1], width), manifest, out)
         check_prompts([list(ids) for ids in golden.prompts], manifest.vocab, manifest.context)
-    count = len(original.prompts)
     if quick:
         places = sampled_prompts(original.prompts)
         original = golden_of(original, places, manifest.layers)
         as_stored = as_stored and golden_of(as_stored, places, manifest.layers)
-    return _divided(Goldens(original, as_stored, manifest.compression), manifest), count
+    return _divided(replace(goldens, original=original, as_stored=as_stored), manifest)
 
 
 def capture(

@@ -6,7 +6,7 @@ with; a run that was broken off goes on there.
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,8 @@ class Proof:
 
     def compared(self, trials: Sequence[Trial]) -> list[Comparison]:
         """Every function and the whole model against each golden; they are of the same prompts."""
-        golden, ropes, dispatch = trials[0].golden, rope_tables(self.manifest), self._dispatch()
+        golden, ropes = trials[0].golden, rope_tables(self.manifest)
+        dispatch = self._dispatch(self.manifest)
         parities = [self._parity(trial, ropes, dispatch) for trial in trials]
         passes = [] if self.why_no_model(golden) else self._passes(golden)
         rows: list[list[Row]] = [
@@ -85,7 +86,7 @@ class Proof:
 
     def rows(self, stage: Stage, trials: Sequence[Trial]) -> list[list[Row]]:
         """The rows of one stage against each golden, and nothing of the whole model."""
-        ropes, dispatch = rope_tables(self.manifest), self._dispatch()
+        ropes, dispatch = rope_tables(self.manifest), self._dispatch(of_stage(self.manifest, stage))
         parities = [self._parity(trial, ropes, dispatch) for trial in trials]
         return self._stage(stage, parities, (), ropes, dispatch)
 
@@ -172,14 +173,14 @@ class Proof:
             streams = [table[np.asarray(ids)] for ids in golden.prompts]
         return model_passes(self.manifest, golden.prompts, streams, tail)
 
-    def _dispatch(self) -> ExpertDispatch | None:
+    def _dispatch(self, manifest: Manifest) -> ExpertDispatch | None:
         """What runs the expert functions, where there are any, in a share of the memory that is
         free."""
-        layers, room = expert_layers(self.manifest), psutil.virtual_memory().available // 4
+        layers, room = expert_layers(manifest), psutil.virtual_memory().available // 4
         if not layers:
             return None
         return ExpertDispatch(
-            layers, open_cache(self.out, self.manifest, self.runtime, room, **self.options)
+            layers, open_cache(self.out, manifest, self.runtime, room, **self.options)
         )
 
     def _open(self, shard: Shard) -> LoadedShard:
@@ -189,6 +190,13 @@ class Proof:
         )
         check_shard(loaded, self.out)
         return loaded
+
+
+def of_stage(manifest: Manifest, stage: Stage) -> Manifest:
+    """The conversion without dispatched experts of the layers that only other stages have."""
+    layers = (None, *stage)  # of a graph that computes experts of many layers: none
+    kept = (shard for shard in manifest.shards if not shard.dispatched or shard.layer in layers)
+    return replace(manifest, shards=tuple(kept))
 
 
 def _comparison(trial: Trial, rows: Sequence[Row], passes: Sequence[ModelPass]) -> Comparison:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ane_moe.checkpoints.adapter import adapter_name
+from ane_moe.checkpoints.hub import local_folder
 from ane_moe.errors import UserError
 from ane_moe.kept import Kept, kept_beside
 from ane_moe.manifest import FILE_NAME, Manifest, read_manifest
@@ -20,7 +21,7 @@ from ane_moe.progress import Progress, phase, silent
 from ane_moe.runtime import with_precision
 from ane_moe.runtime.coreai.installed import DISTRIBUTIONS
 from ane_moe.runtime.reference.engine.ledger import Ledger
-from ane_moe.verification.elsewhere import by_workers
+from ane_moe.verification.elsewhere import by_workers, shared_goldens
 from ane_moe.verification.engine_report import engine_report
 from ane_moe.verification.engine_result import EngineReport
 from ane_moe.verification.goldens import (
@@ -68,8 +69,8 @@ def verify(
     **options: Any,
 ) -> VerifyReport:
     """Check the conversion in `out` against a golden: the one inside, or one captured from
-    `checkpoint`, with what `adapters` add, now. Its tokenizer is compared with what the
-    checkpoint's gave then, or gives now.
+    `checkpoint` (as of `local_folder`), with what `adapters` add, now. Its tokenizer is compared
+    with what the checkpoint's gave then, or gives now.
 
     `decode_tokens` is about how many tokens go through one-token calls where prefill covers all of
     them (None: all). `quick` looks at a part only (sample.py). What an equal run proved before it
@@ -81,13 +82,17 @@ def verify(
     `cluster` (as of `open_workers`) its workers, which see `out`, prove the functions.
     """
     told, written = progress or silent, read_manifest(out)
+    if checkpoint is not None:
+        checkpoint = local_folder(checkpoint, written.walked)
     whole = with_switched(written, adapters, merged=checkpoint is not None)
     manifest = sampled_manifest(whole) if quick else whole
     runtime, computed = with_precision(runtime, precision, manifest.package_form)
     problems = check_integrity(out, written, phase(told, 0, FILES), manifest.shards)
     by_engine = precision == "engine"
     if cluster:
-        _require_shared(checkpoint, by_engine)
+        if by_engine:
+            found, do = "--precision engine", "leave one out"
+            raise UserError("--cluster proves by exact sums", found, do)
         out = out.absolute()  # its workers are in folders of their own
     options = options if by_engine else options | computed
     require_golden(out, manifest, checkpoint, prompts)
@@ -123,7 +128,7 @@ def verify(
         if by_engine:
             (against_original, *others), engine = _compared_by_engine(proof, computed, trials)
         elif cluster:
-            with _on_cluster(cluster, proof, trials) as shared:
+            with _on_cluster(cluster, proof, trials, goldens, checkpoint is not None) as shared:
                 (against_original, *others), engine = shared.compared(trials), None
         else:
             (against_original, *others), engine = proof.compared(trials), None
@@ -150,26 +155,23 @@ def verify(
     return replace(report, passed=not report.failures)
 
 
-def _require_shared(checkpoint: Path | None, by_engine: bool) -> None:
-    """Raise UserError for what the workers of a cluster cannot share."""
-    if checkpoint is not None:
-        raise UserError("--cluster proves by the golden in OUT", "--checkpoint", "leave it out")
-    if by_engine:
-        raise UserError("--cluster proves by exact sums", "--precision engine", "leave one out")
-
-
 @contextmanager
-def _on_cluster(where: str, proof: Proof, trials: Sequence[Trial]) -> Iterator[Proof]:
-    """The proof with its functions proved by workers that see the conversion as it is here."""
+def _on_cluster(
+    where: str, proof: Proof, trials: Sequence[Trial], goldens: Goldens, captured: bool
+) -> Iterator[Proof]:
+    """The proof with its functions proved by workers that see the conversion as it is here, or
+    fetch what they need of it from the address that it came from."""
     from ane_moe.conversion.cluster import open_cluster
 
     manifest = proof.manifest
-    goldens = filter(None, (manifest.golden, manifest.golden_as_stored))
-    with open_cluster(where, proof.out) as workers:
-        files = [proof.out / name for name in goldens]
-        packages = DISTRIBUTIONS if manifest.package_form == ASSET else ()
-        workers.admit(files, proof.out, FILE_NAME, packages)
-        with workers.writers() as pool, by_workers(proof, trials, pool) as shared:
+    packages = DISTRIBUTIONS if manifest.package_form == ASSET else ()
+    with (
+        open_cluster(where, proof.out) as workers,
+        shared_goldens(proof.out, manifest, goldens, captured) as (there, files),
+    ):
+        seen = [file for file in files.files if isinstance(file, Path)]
+        workers.admit(seen, there, FILE_NAME, packages, writes=False)
+        with workers.writers() as pool, by_workers(proof, trials, pool, there, files) as shared:
             yield shared
 
 

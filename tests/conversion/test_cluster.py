@@ -20,6 +20,7 @@ import pytest
 
 from ane_moe.conversion import cluster as cluster_module
 from ane_moe.conversion import pipeline, stamping
+from ane_moe.conversion.batch_system import BatchSystem
 from ane_moe.conversion.cluster import RESOURCE, Conditions, installed
 from ane_moe.conversion.job import open_job
 from ane_moe.conversion.output_folder import MARKER
@@ -319,6 +320,31 @@ def test_functions_are_proved_by_workers_as_here(checkpoint, address, trouble, t
     here = verify(out, runtime="reference")
     there = verify(out, runtime="reference", cluster=address)
     assert here.passed and there == replace(here, folder=there.folder) and len(there.shards) > 6
+    now = verify(out, runtime="reference", cluster=address, checkpoint=checkpoint)
+    assert now == replace(there, golden_tokens=now.golden_tokens) and now.passed
+
+
+class NoCluster:
+    """A scheduler with a worker, or with none, which is busy for ever."""
+
+    def __init__(self, workers: int):
+        self._workers = {f"tcp://{n}": {"resources": {}, "nthreads": 1} for n in range(workers)}
+
+    def scheduler_info(self, **_):
+        return {"workers": self._workers}
+
+    def run(self, *_, **__):
+        return dict.fromkeys(self._workers, True)
+
+
+def test_waiting_for_workers_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster_module, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(cluster_module, "EARLIER_SECONDS", 0.05)
+    jobs = BatchSystem("slurm", 1, 1, {"log_directory": "/logs"}).advice
+    with pytest.raises(UserError, match=r"none within 0\.05 s; look at .* of a job in /logs"):
+        cluster_module.Cluster(NoCluster(0), "tcp://x", tmp_path, jobs).begin(0.05)
+    with pytest.raises(UserError, match="an earlier run left them to do; found: tcp://0; start"):
+        cluster_module.Cluster(NoCluster(1), "tcp://x", tmp_path, jobs).begin(0.05)
 
 
 def _stamp_again(job, templates, times: int) -> None:
