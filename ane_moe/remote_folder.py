@@ -33,7 +33,8 @@ class RemoteFolder:
         return self.url
 
     def sizes(self, below: str = "") -> dict[str, int]:
-        """Bytes of each file `below` a path, as it is now; of none where nothing is there."""
+        """Bytes of each file `below` a path, as it is now; of none where nothing is there. Names
+        that lead out of a folder, which a store may have, are left out."""
         files, root = self._place()
         top = f"{root}/{below}".rstrip("/")
 
@@ -48,7 +49,8 @@ class RemoteFolder:
         except Exception as error:  # of many libraries: network, permission
             raise unreadable(self.url, error) from None
         start = len(root.rstrip("/")) + 1
-        return {path[start:]: int(one["size"] or 0) for path, one in found.items()}
+        named = {path[start:]: int(one["size"] or 0) for path, one in found.items()}
+        return {name: size for name, size in named.items() if _is_inside(name)}
 
     def read(self, name: str) -> bytes | None:
         """A small file; None where there is none."""
@@ -156,6 +158,11 @@ def _fetched(file: SentFile) -> "tempfile.TemporaryDirectory[str]":
     scratch = tempfile.TemporaryDirectory(prefix="ane-moe-")
     file.folder.fetch_checked({file.name: file.sha256}, Path(scratch.name))
     return scratch
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a file of this name lies in the folder wherever that is."""
+    return bool(name) and not {"", ".", ".."} & {*name.split("/")} and not {*name} & {"\\", "\0"}
 
 
 def _tried(call: Callable[[], T]) -> T:

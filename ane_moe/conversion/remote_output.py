@@ -4,7 +4,7 @@ whoever makes them, and what is finished is put there, the manifest last."""
 import json
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -19,11 +19,10 @@ from ane_moe.conversion.output_folder import (
 )
 from ane_moe.conversion.plan import ROUTERS
 from ane_moe.conversion.side_files import LABEL_FILES
-from ane_moe.emit.coreml.package import MODEL
 from ane_moe.files import TEMPORARY, sha256
 from ane_moe.formats.calibration import FILE_NAME as CALIBRATION
 from ane_moe.manifest import FILE_NAME, Manifest
-from ane_moe.package_form import ASSET, METADATA, PACKAGE
+from ane_moe.package_form import ASSET, PACKAGE
 from ane_moe.remote_folder import RemoteFolder, SentFile
 
 KEPT = ("golden*.safetensors", CALIBRATION)  # of an earlier run, to be looked at here
@@ -42,16 +41,16 @@ class Destination:
         """Raise UserError where another conversion has begun to write there meanwhile, or ended."""
         found = self.folder.read(MARKER)
         if found is None:  # an equal run may have come to its end
-            manifest = json.loads(self.folder.read(FILE_NAME) or b"{}")
-            found = json.dumps(manifest.get("source"), sort_keys=True).encode() + b"\n"
+            with suppress(ValueError, LookupError, TypeError):  # whatever lies there
+                source = json.loads(self.folder.read(FILE_NAME) or b"")["source"]
+                found = json.dumps(source, sort_keys=True).encode() + b"\n"
         if found != self.marker.encode():
             raise of_another(self.folder)
 
-    def send(self, folder: Path, path: str, files: Collection[str]) -> None:
-        """Put the `files` of the shard `path` there: what holds its key comes last."""
+    def send(self, folder: Path, files: Collection[str], last: str) -> None:
+        """Put `files` of a folder there that are one thing; the `last` tells which."""
         self.require_ours()
-        ends = (f"{path}/{METADATA if path.endswith(ASSET) else MODEL}", path)
-        self.folder.replace_group(folder, sorted(files, key=lambda name: (name in ends, name)))
+        self.folder.replace_group(folder, [*sorted({*files} - {last}), last])
 
 
 @contextmanager

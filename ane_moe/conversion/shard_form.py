@@ -14,6 +14,9 @@ from ane_moe.conversion.store_writer import read_store_key, sound_digest, write_
 from ane_moe.conversion.workers import this_process
 from ane_moe.emit.coreai.asset import read_asset_key, stamp_asset
 from ane_moe.emit.coreml.package import (
+    MANIFEST,
+    MODEL,
+    WEIGHTS,
     ContentKey,
     Weight,
     Written,
@@ -24,7 +27,7 @@ from ane_moe.emit.coreml.package import (
 from ane_moe.emit.coreml.template import Template
 from ane_moe.expert_record import Store
 from ane_moe.formats.recipe import find_format
-from ane_moe.package_form import ASSET
+from ane_moe.package_form import ASSET, DIGEST, METADATA, PROGRAM
 from ane_moe.runtime.coreai.installed import DISTRIBUTIONS
 
 Templates = Mapping[str, Template]
@@ -37,6 +40,7 @@ class ShardForm(ABC):
 
     shard: ShardPlan
     tools: ClassVar[tuple[str, ...]] = ("ane-moe", "coremltools", "torch")
+    parts: ClassVar[tuple[str, ...]] = ("",)  # files that it has, what tells its key the last
 
     @property
     @abstractmethod
@@ -57,6 +61,8 @@ class ShardForm(ABC):
 
 
 class PackageForm(ShardForm):
+    parts = (MANIFEST, WEIGHTS, MODEL)
+
     @property
     def made_of(self) -> Any:
         return self.shard.graphs
@@ -65,7 +71,8 @@ class PackageForm(ShardForm):
         return read_content_key(path)
 
     def digests_at(self, path: Path) -> dict[str, str] | None:
-        return file_hashes(path)
+        found = file_hashes(path)
+        return found if found.keys() >= {*self.parts} else None
 
     def write(self, templates: Templates, values: Values, key: ContentKey, path: Path) -> Written:
         formats = [find_format(choice.format) for choice in self.shard.choices.values()]
@@ -75,6 +82,7 @@ class PackageForm(ShardForm):
 
 class AssetForm(PackageForm):
     tools = (*ShardForm.tools, *DISTRIBUTIONS)
+    parts = (PROGRAM, DIGEST, METADATA)
 
     def key_at(self, path: Path) -> str | None:
         return read_asset_key(path)

@@ -109,7 +109,8 @@ def stamp_shard(job: ShardJob, templates: dict[str, Template]) -> Done:
         return _stamped(job, templates)
     with _in_scratch(job) as here:
         done = _stamped(here, templates)
-        job.sent_to.send(here.out, done.path, done.files)
+        last = f"{done.path}/{form_of(job.shard).parts[-1]}".rstrip("/")
+        job.sent_to.send(here.out, done.files, last)
         return done
 
 
@@ -234,7 +235,7 @@ def stamp_embedding(
     if sent_to is not None:
         with tempfile.TemporaryDirectory(prefix="ane-moe-") as scratch:
             done = stamp_embedding(checkpoint, source, Path(scratch) / path.name, form)
-            sent_to.send(Path(scratch), done.path, done.files)
+            sent_to.send(Path(scratch), done.files, done.path)
             return done
     key = ContentKey(form, ENCODING)
     try:

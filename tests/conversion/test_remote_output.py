@@ -15,6 +15,7 @@ from ane_moe import remote_folder
 from ane_moe.cli import app
 from ane_moe.conversion.output_folder import MARKER
 from ane_moe.conversion.pipeline import ConvertOptions, convert
+from ane_moe.emit.coreml.package import WEIGHTS
 from ane_moe.errors import UserError
 from ane_moe.formats.recipe import find_recipe
 from ane_moe.hub.fetched import address_of, fetched
@@ -75,20 +76,30 @@ def test_either_goes_on_where_the_other_stopped(
 ) -> None:
     shutil.copytree(local, there)
     (there / KEY).unlink()  # a worker was killed before it put the last file of a shard
+    (there / "attn/layer_00.mlpackage" / WEIGHTS).unlink()  # and somebody lost another
     (there / FILE_NAME).rename(there / MARKER)
     source = json.loads((there / MARKER).read_text())["source"]
     (there / MARKER).write_text(json.dumps(source, sort_keys=True) + "\n")
     report = convert(checkpoint, Path(URL), OPTIONS, golden=True)
-    assert report.written == (SHARD,) and contents(there) == contents(local)
+    assert report.written == ("attn/layer_00.mlpackage", SHARD) and contents(there) == contents(
+        local
+    )
     here = Path(shutil.copytree(there, tmp_path / "here"))
     assert not convert(checkpoint, here, OPTIONS, golden=True).written
 
 
-@pytest.mark.parametrize("routing", ["stream", pytest.param("sparse", marks=pytest.mark.slow)])
-def test_stores_and_expert_functions_go_the_same_way(
-    checkpoint: Path, there: Path, tmp_path: Path, routing: str
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"routing": "stream"},
+        pytest.param({"routing": "sparse"}, marks=pytest.mark.slow),
+        pytest.param({"format": "aimodel"}, marks=pytest.mark.slow),
+    ],
+)
+def test_stores_and_assets_go_the_same_way(
+    checkpoint: Path, there: Path, tmp_path: Path, changed: dict[str, Any]
 ) -> None:
-    options = replace(OPTIONS, routing=routing, calibrate=None)
+    options = replace(OPTIONS, calibrate=None, **changed)
     convert(checkpoint, tmp_path / "out", options)
     convert(checkpoint, Path(URL), options)
     assert contents(there) == contents(tmp_path / "out")
@@ -188,6 +199,13 @@ def test_a_key_is_never_beside_weights_of_another(
     bucket.befall()
     RemoteFolder(URL).replace_group(made, ["weights", "key"])
     assert {path.read_text() for path in there.iterdir()} == {"new"}
+
+
+def test_names_that_lead_elsewhere_are_none(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("a/b", "../a", "a/../../b", "/a", "a//b", "a\\b", "")
+    found = {f"some/out/{name}": {"size": 1} for name in names}
+    monkeypatch.setattr(bucket.Bucket, "find", lambda *_, **__: found)
+    assert RemoteFolder(URL).sizes() == {"a/b": 1}
 
 
 def test_a_place_without_a_writer_is_one_line(checkpoint: Path, there: Path) -> None:
