@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -66,8 +67,9 @@ def diff(
 ) -> None:
     """Run both on the same inputs and show the first op where they part, and by how much.
 
-    Ops are matched by name, then by order; of an .aimodel the outputs alone are seen. Exits with 1
-    when something differs by more than the tolerance.
+    Ops are matched by name, then by order. Of an .aimodel, and of what runs in the coreai runtime,
+    Core AI's intermediate logger shows them; how many it does not show is said. Exits with 1 when
+    something differs by more than the tolerance.
     """
     from ane_moe.package_form import ASSET
     from ane_moe.runtime import with_precision
@@ -118,10 +120,16 @@ def _document(result: "Diff") -> dict[str, Any]:
 
 
 def _lines(result: "Diff") -> "Iterator[str]":
-    yield (
-        f"{result.compared} intermediates compared, {result.unmatched_a} only in A, "
-        f"{result.unmatched_b} only in B; tolerance {result.tolerance:g}"
+    from ane_moe.mlprogram.printer import printable
+
+    only_a = _left_out(result, "A", result.unmatched_a)
+    only_b = _left_out(result, "B", result.unmatched_b)
+    yield printable(
+        f"{result.compared} intermediates compared, {only_a}, {only_b}; "
+        f"tolerance {result.tolerance:g}"
     )
+    for side, why in result.blind.items():
+        yield printable(f"of {side} the outputs alone are seen: {why}")
     place = result.parts_at
     if place is not None and place is not result.first:
         yield f"first apart: {_only(result.only[0])}"
@@ -132,12 +140,29 @@ def _lines(result: "Diff") -> "Iterator[str]":
     elif result.worst is not None:
         apart = "none apart" if result.same else "only the outputs are apart"
         yield f"{apart}; worst: {_pair(result.worst)}"
-    others = [item for item in result.only if item is not place]
+    others = [
+        item
+        for item in result.only
+        if item is not place and _other(item.side) not in result.in_part
+    ]
     yield from (_only(item) for item in others[:SHOWN])
     if len(others) > SHOWN:
         yield f"and {len(others) - SHOWN} more that only one side has"
     for pair in result.outputs:
         yield f"output: {_pair(pair)}"
+
+
+def _other(side: str) -> str:
+    return "B" if side == "A" else "A"
+
+
+def _left_out(result: "Diff", side: str, count: int) -> str:
+    """A program may well have what Core AI does not show of it."""
+    if _other(side) not in result.in_part or not count:
+        return f"{count} only in {side}"
+    types = Counter(item.op for item in result.only if item.side == side)
+    listed = ", ".join(f"{number} {op}" for op, number in types.most_common())
+    return f"{count} of {side} not shown by Core AI in {_other(side)} ({listed})"
 
 
 def _only(item: "Unmatched") -> str:

@@ -34,7 +34,10 @@ def run(
         bool,
         typer.Option(
             "--trace",
-            help="Keep every intermediate (trace.npz in --output) and report its numbers.",
+            help=(
+                "Keep every intermediate (trace.npz in --output) and report its numbers; with "
+                "coreai those that Core AI shows."
+            ),
         ),
     ] = False,
     as_json: AsJson = False,
@@ -57,9 +60,11 @@ def run(
     )
 
     resolved = resolve_runtime(runtime, package)
-    if trace and (resolved == "coreai" or (resolved != "reference" and runtime != "auto")):
-        raise UserError("only the reference runtime can trace", resolved, "leave --trace out")
-    chosen, options = with_precision("reference" if trace else runtime, precision, package)
+    if trace and resolved == "coreml":
+        if runtime != "auto":
+            raise UserError("Core ML shows no intermediates", resolved, "leave --trace out")
+        runtime = "reference"
+    chosen, options = with_precision(runtime, precision, package)
     loaded: Any = load_package(package, function, chosen, **options)
     inputs = read_inputs(given or [])
     if seed is not None:

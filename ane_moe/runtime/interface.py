@@ -1,6 +1,7 @@
 """What every runtime's loaded function looks like."""
 
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -10,6 +11,14 @@ from ane_moe.mlprogram.program import Feature
 
 class NotExecuted(UserError):
     """A sound function that a runtime has no way to execute."""
+
+
+class NotObserved(UserError):
+    """A function whose runtime cannot show what is between its inputs and its outputs."""
+
+
+# Told an operation's type, its name, and what it gives, by name.
+Observer = Callable[[str, str, Mapping[str, np.ndarray]], None]
 
 
 class Package(Protocol):
@@ -43,4 +52,20 @@ class LoadedFunction(Protocol):
         """Run once; `state`, needed when the function declares states, is updated in place.
 
         Raises UserError for inputs that do not fit the declared names, shapes and dtypes.
+        """
+
+
+@runtime_checkable
+class Observable(Protocol):
+    """A loaded function that shows what is inside it. With `in_part` some of its operations are not
+    shown, since the runtime made others of them."""
+
+    in_part: bool
+
+    def observe(
+        self, inputs: Mapping[str, np.ndarray], observer: Observer, state: Any = None
+    ) -> dict[str, Any]:
+        """As `predict`, showing `observer` what each operation gives, once.
+
+        Raises UserError as `predict` does, and NotObserved where nothing can be shown.
         """

@@ -23,6 +23,7 @@ from ane_moe.loop.session import Session
 from ane_moe.loop.shards import load_shards
 from ane_moe.manifest import read_manifest
 from ane_moe.runtime import with_precision
+from ane_moe.runtime.reference.diff import Side, diff
 from tests.slow_set import slow_but
 from tests.verification.tiny import tiny_checkpoint
 
@@ -94,6 +95,21 @@ def test_both_formats_give_the_same_ids(converted: Callable[..., Path], options:
     ours, theirs = (logits(converted(form, **options)) for form in ("mlpackage", "aimodel"))
     assert ours[0] == theirs[0]
     assert cosine(ours[1], theirs[1]) > COSINE
+
+
+@needs_core_ai
+@pytest.mark.parametrize("function", ["decode", "prefill"])
+def test_what_is_between_is_the_same_under_the_same_names(
+    converted: Callable[..., Path], function: str
+) -> None:
+    """What a template names, every layer that is stamped of it does."""
+    ours, theirs = converted("mlpackage"), converted("aimodel")
+    for part, least in (("attn/layer_01", 50), ("moe/layer_00", 60)):
+        package, asset = ours / f"{part}.mlpackage", theirs / f"{part}.aimodel"
+        result = diff(Side(package, function=function), Side(asset, "coreai", function))
+        assert result.same and result.compared > least
+        shown = {item.op for item in result.only}
+        assert shown <= {"read_state", "reshape", "transpose"} and not result.unmatched_b
 
 
 @needs_core_ai

@@ -14,7 +14,7 @@ from ane_moe.mlprogram.program import Program
 from ane_moe.mlprogram.proto import FeatureTypes_pb2, MIL_pb2, Model_pb2
 from ane_moe.mlprogram.reader import program_of
 from ane_moe.mlprogram.values import ValueReader
-from ane_moe.runtime.coreai.twin import converted
+from ane_moe.runtime.coreai.twin import converted, mlir_module
 
 
 def make_asset_template(template: Template) -> Template:
@@ -23,8 +23,9 @@ def make_asset_template(template: Template) -> Template:
     Raises UserError where Core AI is not installed, and for an operation that it lacks.
     """
     program = _with_open_weights(template)
-    module = converted({name: (program, name) for name in program.functions})
-    return Template(str(module).encode(), template.weights)
+    module = mlir_module(converted({name: (program, name) for name in program.functions}))
+    text = module.operation.get_asm(enable_debug_info=True)  # with the names of operations
+    return Template(text.encode(), template.weights)
 
 
 def _with_open_weights(template: Template) -> Program:

@@ -10,7 +10,7 @@ import hashlib
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from contextvars import Context
 from dataclasses import dataclass
@@ -25,9 +25,11 @@ from ane_moe.mlprogram.program import Feature, Interface, TensorType
 from ane_moe.mlprogram.reader import OpenProgram, open_program
 from ane_moe.mlprogram.weights import weights_of
 from ane_moe.package_form import ASSET, DIGEST, METADATA, PROGRAM
-from ane_moe.runtime.coreai.installed import core_ai, quiet
+from ane_moe.runtime.coreai.installed import INSTALL, core_ai, quiet
+from ane_moe.runtime.coreai.names import OperationName, read_names
 from ane_moe.runtime.coreai.twin import MAIN, save_twin
 from ane_moe.runtime.inputs import check_inputs
+from ane_moe.runtime.interface import NotObserved, Observer
 from ane_moe.runtime.numpy_dtypes import NUMPY
 
 VERSION = "2.0"  # of assets, as coreai-core 1.0.0b3 writes them
@@ -38,6 +40,7 @@ DTYPES = {
     "bfloat16": "bf16",
     **{name: name for name in ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16")},
 }
+LOGGER = ("IntermediateLogger", "CompileIdentifiers")
 DAMAGED = "the asset is damaged: make it again"
 
 
@@ -55,9 +58,11 @@ class CoreAiState:
 class CoreAiFunction:
     """A function that Core AI has loaded. Calls of several threads follow each other."""
 
+    in_part = True  # what it folds, or does as part of something else, it does not show
+
     def __init__(self, model: "Model", name: str, where: str, interface: Interface | None = None):
         """`interface` is what a package declares (None: what the asset says)."""
-        self._model, self._where = model, where
+        self._model, self._name, self._where = model, name, where
         self._native = model.load(name, where)
         declared = interface or _interface(self._native.desc)
         self.inputs, self.outputs, self.states = declared.inputs, declared.outputs, declared.states
@@ -72,10 +77,64 @@ class CoreAiFunction:
     ) -> dict[str, np.ndarray]:
         """Run once. Raises UserError for inputs or a state that do not fit, and where Core AI
         refuses the call."""
+        return self._called(self._native, inputs, state)
+
+    def observe(
+        self, inputs: Mapping[str, np.ndarray], observer: Observer, state: CoreAiState | None = None
+    ) -> dict[str, np.ndarray]:
+        """As `predict`, showing `observer` the operations that have a name (`names.py`), through
+        Core AI's intermediate logger; runs twice.
+
+        Of several of Core AI's operations behind one name the last has its value: which that is,
+        the first run tells, in a state of its own. Raises NotObserved where there are no names, and
+        where this version of Core AI has no such logger.
+        """
+        names, last = self._model.names(self._where), dict[OperationName, int]()
+
+        def note(number: int, _: Any) -> None:
+            last[names[number]] = number
+
+        def show(number: int, value: Any) -> None:
+            name = names[number]
+            observer(name.type, name.output, {name.output: value()})
+
+        self._logged(names, note, inputs, self.make_state() if self.states else None)
+        return self._logged(last.values(), show, inputs, state)
+
+    def _logged(
+        self,
+        numbers: Iterable[int],
+        told: Callable[[int, Callable[[], np.ndarray]], None],
+        inputs: Mapping[str, np.ndarray],
+        state: CoreAiState | None,
+    ) -> dict[str, np.ndarray]:
+        """Run once; `told` is called with the number of each of Core AI's operations that is asked
+        for as it ends, and what copies its value."""
+        runtime, failed = core_ai("coreai.runtime"), list[Exception]()
+
+        def log(values: Sequence[Any], kind: str, made: Any) -> None:
+            if kind != "output" or not values or values[0] is None or failed:
+                return
+            try:
+                told(made.id, lambda: np.array(runtime.NDArray._wrap(values[0]).numpy()))
+            except Exception as error:  # which must not pass through Core AI
+                failed.append(error)
+
+        asked = [runtime.CompileIdentifiers(number) for number in numbers]
+        logger = runtime.IntermediateLogger(asked, log)
+        native = self._model.load(self._name, self._where, intermediate_logger=logger)
+        results = self._called(native, inputs, state)
+        if failed:
+            raise failed[0]
+        return results
+
+    def _called(
+        self, native: Any, inputs: Mapping[str, np.ndarray], state: CoreAiState | None
+    ) -> dict[str, np.ndarray]:
         runtime = core_ai("coreai.runtime")
         arrays = check_inputs(self.inputs, dict(inputs), self._where)
         given = {name: runtime.NDArray(np.ascontiguousarray(each)) for name, each in arrays.items()}
-        call = self._native(given, self._kept(state))
+        call = native(given, self._kept(state))
         results = self._model.wait(call, f"Core AI could not run {self._where}")
         return {one.name: np.array(results[one.name].numpy()) for one in self.outputs}
 
@@ -125,12 +184,27 @@ class Model:
     def functions(self) -> tuple[str, ...]:
         return tuple(self._native.function_names)
 
-    def load(self, name: str, where: str) -> Any:
+    def load(self, name: str, where: str, **options: Any) -> Any:
         """Core AI's own function. Raises UserError where there is none of this name."""
         if name not in self.functions:
             raise UserError(f"there is no {where}", do=f"functions: {', '.join(self.functions)}")
         with quiet():
-            return self._native.load_function(name)
+            return self._native.load_function(name, **options)
+
+    def names(self, where: str) -> dict[int, OperationName]:
+        """What Core AI's operations are called, by its numbers for them. Raises NotObserved where
+        they have no names, and where Core AI does not tell them."""
+        missing = [one for one in LOGGER if not hasattr(core_ai("coreai.runtime"), one)]
+        if missing:
+            raise NotObserved("this version of Core AI shows no intermediates", missing[0], INSTALL)
+        try:
+            names = read_names(self._native._debug_infos)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            found = f"{type(error).__name__}: {error}"
+            raise NotObserved("Core AI tells of operations in another form", found) from None
+        if not names:
+            raise NotObserved(f"{where} does not name its operations", do="make the asset again")
+        return names
 
     def wait(self, call: Any, failed: str) -> Any:
         """What an asynchronous call gives. Raises UserError with what Core AI says."""

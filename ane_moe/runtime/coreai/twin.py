@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ane_moe.errors import UserError
 from ane_moe.mlprogram.program import Argument, Constant, Feature, Operation, Program, TensorType
 from ane_moe.runtime.coreai.installed import core_ai, quiet
+from ane_moe.runtime.coreai.names import mark_values, write_names
 from ane_moe.runtime.coreai.operations import OPERATIONS
 from ane_moe.runtime.interface import NotExecuted
 from ane_moe.runtime.reference.dtypes import torch_dtype
@@ -24,6 +25,22 @@ from ane_moe.runtime.reference.weight_values import weight_values
 STRUCTURE = ("const", "read_state", "write_state", "reshape")
 Value = Tensor | np.ndarray | str | tuple
 MAIN = "main"  # the function of an asset that is a twin
+
+
+class Step(nn.Module):
+    """An operation as a module of its own, by whose path what is exported tells its parts."""
+
+    def __init__(self, op: Operation):
+        super().__init__()
+        self._op = op
+
+    def forward(self, values: Mapping[str, Any]) -> Any:
+        op = self._op
+        if op.type == "reshape":
+            declared = op.outputs[0].type
+            assert isinstance(declared, TensorType)
+            return values[_name(op, "x")].reshape(declared.shape)
+        return _computed(op, values)
 
 
 class Twin(nn.Module):
@@ -42,6 +59,7 @@ class Twin(nn.Module):
                 ", ".join(sorted(lacking)),
                 "the reference runtime executes them",
             )
+        self.steps = nn.ModuleList(map(Step, self._function.block.operations))
         self._constants: dict[str, Value] = {}
         for name, value in weight_values(self._function, lambda _: True):
             self._keep(name, torch.from_numpy(np.array(value)))
@@ -63,17 +81,13 @@ class Twin(nn.Module):
         features = zip(self.interface.inputs, inputs, strict=True)
         values: dict[str, Any] = dict(self._constants)
         values |= {feature.name: value for feature, value in features}
-        for op in self._function.block.operations:
+        for op, step in zip(self._function.block.operations, self.steps, strict=True):
             if op.type == "read_state":
                 values[op.outputs[0].name] = kept[_name(op, "input")]
             elif op.type == "write_state":
                 kept[_name(op, "input")] = values[_name(op, "data")]
-            elif op.type == "reshape":
-                declared = op.outputs[0].type
-                assert isinstance(declared, TensorType)
-                values[op.outputs[0].name] = values[_name(op, "x")].reshape(declared.shape)
-            elif op.outputs and op.type in OPERATIONS:
-                results = _computed(op, values)
+            elif op.outputs and (op.type in OPERATIONS or op.type == "reshape"):
+                results = step(values)
                 several = results if isinstance(results, tuple) else (results,)
                 names = (output.name for output in op.outputs)
                 values |= zip(names, several, strict=True)
@@ -148,7 +162,7 @@ def converted(functions: Mapping[str, tuple[Program, str]]) -> Any:
     Raises as `save_twin` does.
     """
     tools = core_ai("coreai_torch")
-    converter = tools.TorchConverter(mode=tools.TorchConverter.Mode.RELEASE)
+    converter = tools.TorchConverter(mode=tools.TorchConverter.Mode.DEBUG)  # tells of nodes
     with torch.no_grad(), quiet():
         for name, (program, function) in functions.items():
             try:
@@ -156,9 +170,17 @@ def converted(functions: Mapping[str, tuple[Program, str]]) -> Any:
             except (RuntimeError, ValueError, NotImplementedError) as error:  # of torch or Apple
                 raise _refused(program, function, error) from None
         try:
-            return converter.to_coreai()
+            made = converter.to_coreai()
         except (RuntimeError, ValueError, NotImplementedError) as error:
             raise _refused(program, ", ".join(functions), error) from None
+    blocks = {name: owner.functions[own].block for name, (owner, own) in functions.items()}
+    write_names(mlir_module(made), {name: block.operations for name, block in blocks.items()})
+    return made
+
+
+def mlir_module(program: Any) -> Any:
+    """The module inside a program of Core AI's."""
+    return program._module._mlir_module
 
 
 def _refused(program: Program, functions: str, error: Exception) -> NotExecuted:
@@ -172,6 +194,7 @@ def _add(converter: Any, tools: Any, name: str, twin: Twin) -> None:
     """Stage a twin as the entry point `name`."""
     exported = torch.export.export(twin, twin.examples())
     exported = exported.run_decompositions(tools.get_decomp_table())
+    mark_values(exported.graph)
     written = list(exported.graph_signature.buffers_to_mutate.values())
     if unwritten := twin.states.keys() - set(written):
         names = ", ".join(sorted(twin.states[buffer].name for buffer in unwritten))

@@ -2,18 +2,18 @@
 part."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from ane_moe.errors import UserError
 from ane_moe.runtime import load_package
 from ane_moe.runtime.arrays import random_inputs
-from ane_moe.runtime.interface import LoadedFunction
-from ane_moe.runtime.reference.tracing import Traceable, Traced, describe, trace
+from ane_moe.runtime.interface import LoadedFunction, NotObserved, Observable
+from ane_moe.runtime.reference.tracing import Traced, describe
 
 # Relative L2 beyond which two values have parted; ten fp16 roundings stay well below.
 TOLERANCE = 1e-2
@@ -27,6 +27,30 @@ class Side:
     runtime: str = "reference"
     function: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Shown(Protocol):
+    """What tells a value from others."""
+
+    @property
+    def op(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+A = TypeVar("A", bound=Shown)
+B = TypeVar("B", bound=Shown)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A value that was compared with the other side's of its name, and let go."""
+
+    op: str
+    name: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -59,7 +83,11 @@ class Unmatched:
 @dataclass(frozen=True)
 class Diff:
     """`first` is the first pair of intermediates beyond the tolerance, in the order of side a, and
-    `first_position` how many pairs come before it; None when none is. `only` is in order."""
+    `first_position` how many pairs come before it; None when none is. `only` is in order.
+
+    Of a side `in_part` (A, B) the runtime shows some operations only; why one shows none, `blind`
+    says.
+    """
 
     first: Difference | None
     first_position: int | None
@@ -70,6 +98,8 @@ class Diff:
     unmatched_b: int
     only: tuple[Unmatched, ...]
     tolerance: float
+    in_part: tuple[str, ...] = ()
+    blind: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def same(self) -> bool:
@@ -79,9 +109,10 @@ class Diff:
     def parts_at(self) -> Difference | Unmatched | None:
         """Where the two part: at an operation that one of them lacks, if it comes before `first`.
 
-        None where their values agree, and where nothing but their outputs was compared.
+        None where their values agree, and where nothing but their outputs was compared. What a
+        side in part does not show is no place to part.
         """
-        if self.same or not self.only:
+        if self.same or not self.only or self.in_part:
             return self.first
         if self.first_position is not None and self.first_position < self.only[0].position:
             return self.first
@@ -98,8 +129,9 @@ def diff(
     """Run both sides once on `inputs` (what is missing is drawn from `seed`), states fresh, and
     compare.
 
-    Intermediates are compared where both sides are the reference runtime, outputs always. Raises
-    UserError where the two functions take other inputs.
+    Intermediates are compared where both runtimes show them, outputs always. Those of a are kept;
+    one of b is compared as it comes, and kept only where a has none of its name. Raises UserError
+    where the two functions take other inputs.
     """
     loaded = [
         load_package(side.path, side.function, side.runtime, **side.options) for side in (a, b)
@@ -111,10 +143,19 @@ def diff(
         [feature for feature in loaded[0].inputs if feature.name not in (inputs or {})], seed
     )
     given = {**drawn, **(inputs or {})}
-    (results_a, trace_a), (results_b, trace_b) = (_run(function, given) for function in loaded)
-    both = trace_a is not None and trace_b is not None
-    pairs = align(trace_a or (), trace_b or ()) if both else []
-    differences = [compare(x, y) for x, y in pairs]
+    in_part = tuple(
+        name
+        for name, function in zip("AB", loaded, strict=True)
+        if isinstance(function, Observable) and function.in_part
+    )
+    first, second = _First(), _Second(bool(in_part))
+    results_a, blind_a = _run(loaded[0], given, first)
+    second.first = {value.name: value for value in first.values}
+    results_b, blind_b = _run(loaded[1], given, second)
+    blind = {name: why for name, why in (("A", blind_a), ("B", blind_b)) if why}
+    seen_a, seen_b = ((), ()) if blind else (first.values, second.seen)
+    pairs = align(seen_a, seen_b)
+    differences = [second.difference(x, y) for x, y in pairs]
     outputs = [
         _compare_outputs(x, y, results_a[x], results_b[y])
         for x, y in zip(results_a, _like(results_a, results_b), strict=False)
@@ -126,22 +167,64 @@ def diff(
         worst=max(differences, key=lambda pair: pair.relative, default=None),
         outputs=tuple(outputs),
         compared=len(pairs),
-        unmatched_a=len(trace_a or ()) - len(pairs),
-        unmatched_b=len(trace_b or ()) - len(pairs),
-        only=unmatched(trace_a or (), trace_b or (), pairs) if both else (),
+        unmatched_a=len(seen_a) - len(pairs),
+        unmatched_b=len(seen_b) - len(pairs),
+        only=unmatched(seen_a, seen_b, pairs),
         tolerance=tolerance,
+        in_part=in_part,
+        blind=blind,
     )
 
 
+class _First:
+    """Keeps what side a shows."""
+
+    def __init__(self) -> None:
+        self.values: list[Traced] = []
+
+    def note(self, op: str, _: str, outputs: Mapping[str, np.ndarray]) -> None:
+        self.values.extend(describe(op, name, value) for name, value in outputs.items())
+
+
+class _Second:
+    """Compares what side b shows with what side a has of its name, `first`; `seen` is in order."""
+
+    def __init__(self, in_part: bool) -> None:
+        self.first: Mapping[str, Traced] = {}
+        self.seen: list[Traced | Compared] = []
+        self._in_part = in_part
+        self._found: dict[str, Difference] = {}
+
+    def note(self, op: str, _: str, outputs: Mapping[str, np.ndarray]) -> None:
+        for name, value in outputs.items():
+            shown, partner = describe(op, name, value), self.first.get(name)
+            if partner is None or partner.op != op:
+                self.seen.append(shown)
+            else:
+                self._found[name] = self._compared(partner, shown)
+                self.seen.append(Compared(op, name, value.shape))
+
+    def difference(self, a: Traced, b: Traced | Compared) -> Difference:
+        return self._found[b.name] if isinstance(b, Compared) else self._compared(a, b)
+
+    def _compared(self, a: Traced, b: Traced) -> Difference:
+        """Where operations became others of Core AI's, a value may have other axes."""
+        if self._in_part and a.value.size == b.value.size:
+            b = replace(b, value=b.value.reshape(a.shape))
+        return compare(a, b)
+
+
 def _run(
-    function: LoadedFunction,
-    inputs: Mapping[str, np.ndarray],
-) -> tuple[dict[str, np.ndarray], tuple[Traced, ...] | None]:
+    function: LoadedFunction, inputs: Mapping[str, np.ndarray], side: _First | _Second
+) -> tuple[dict[str, Any], str]:
+    """What it gives, `side` told of what is inside; and why nothing is told, if so."""
     state = function.make_state() if function.states else None
-    if not isinstance(function, Traceable):
-        return function.predict(dict(inputs), state), None
-    traced = trace(function, inputs, state)
-    return traced.results, traced.values
+    if not isinstance(function, Observable):
+        return function.predict(dict(inputs), state), "its runtime shows no intermediates"
+    try:
+        return function.observe(inputs, side.note, state), ""
+    except NotObserved as error:
+        return function.predict(dict(inputs), state), str(error)
 
 
 def _like(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
@@ -149,11 +232,11 @@ def _like(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     return list(first) if first.keys() == second.keys() else list(second)
 
 
-def align(a: Sequence[Traced], b: Sequence[Traced]) -> list[tuple[Traced, Traced]]:
+def align(a: Sequence[A], b: Sequence[B]) -> list[tuple[A, B]]:
     """Pairs in the order of `a`: by name and op first, the rest by the order of equal ops of equal
     shape."""
     by_name = {value.name: value for value in b}
-    partner: dict[str, Traced] = {
+    partner = {
         value.name: by_name[value.name]
         for value in a
         if value.name in by_name and by_name[value.name].op == value.op
@@ -161,15 +244,15 @@ def align(a: Sequence[Traced], b: Sequence[Traced]) -> list[tuple[Traced, Traced
     taken = {value.name for value in partner.values()}
     left_a = [value for value in a if value.name not in partner]
     left_b = [value for value in b if value.name not in taken]
-    keys = [[(value.op, value.value.shape) for value in side] for side in (left_a, left_b)]
-    for block in SequenceMatcher(None, keys[0], keys[1], autojunk=False).get_matching_blocks():
+    keys_a, keys_b = ([(one.op, one.shape) for one in left] for left in (left_a, left_b))
+    for block in SequenceMatcher(None, keys_a, keys_b, autojunk=False).get_matching_blocks():
         for i in range(block.size):
             partner[left_a[block.a + i].name] = left_b[block.b + i]
     return [(value, partner[value.name]) for value in a if value.name in partner]
 
 
 def unmatched(
-    a: Sequence[Traced], b: Sequence[Traced], pairs: Sequence[tuple[Traced, Traced]]
+    a: Sequence[Shown], b: Sequence[Shown], pairs: Sequence[tuple[Shown, Shown]]
 ) -> tuple[Unmatched, ...]:
     """What `pairs` leave out of `a` and of `b`, by the pair before which it stands."""
     names = ["", *(x.name for x, _ in pairs)]
@@ -180,7 +263,7 @@ def unmatched(
 
 
 def _left_out(
-    side: str, values: Sequence[Traced], places: Mapping[str, int], names: Sequence[str]
+    side: str, values: Sequence[Shown], places: Mapping[str, int], names: Sequence[str]
 ) -> list[Unmatched]:
     """Each value without a place, before the earliest of the pairs that follow it on its side."""
     left_out: list[Unmatched] = []
@@ -190,7 +273,7 @@ def _left_out(
             earliest = min(earliest, places[value.name])
         else:
             left_out.append(
-                Unmatched(side, value.op, value.name, value.value.shape, earliest, names[earliest])
+                Unmatched(side, value.op, value.name, value.shape, earliest, names[earliest])
             )
     return left_out[::-1]
 

@@ -1,6 +1,6 @@
 """A pipeline of ML Programs in the reference runtime: its stages one after the other."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,8 +9,7 @@ from ane_moe.errors import UserError
 from ane_moe.mlprogram.pipeline import OpenPipeline
 from ane_moe.mlprogram.program import Feature
 from ane_moe.runtime.inputs import check_inputs
-
-Observer = Callable[[str, str, Mapping[str, np.ndarray]], None]
+from ane_moe.runtime.interface import Observer
 
 
 class Stage(Protocol):
@@ -35,6 +34,8 @@ class ReferencePipeline:
     Raises UserError for stages with states, and where one takes or the pipeline gives what nothing
     before it provides.
     """
+
+    in_part = False
 
     def __init__(self, pipeline: OpenPipeline, stages: Sequence[Stage]):
         self.name = "main"

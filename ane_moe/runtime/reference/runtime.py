@@ -21,6 +21,7 @@ from ane_moe.mlprogram.program import Feature, Program, TensorType, sizes
 from ane_moe.mlprogram.reader import OpenProgram
 from ane_moe.mlprogram.weights import weights_of
 from ane_moe.runtime.inputs import check_inputs, default_value
+from ane_moe.runtime.interface import Observer
 from ane_moe.runtime.memory import Memory, weight_memory
 from ane_moe.runtime.reference.dtypes import to_numpy, torch_dtype
 from ane_moe.runtime.reference.engine.arithmetic import Engine
@@ -30,7 +31,7 @@ from ane_moe.runtime.reference.lists import TensorList
 from ane_moe.runtime.reference.ops import TABLE
 from ane_moe.runtime.reference.ops.arithmetic import Arithmetic, Exact, Narrow
 from ane_moe.runtime.reference.ops.table import OpTable
-from ane_moe.runtime.reference.pipeline import Observer, ReferencePipeline
+from ane_moe.runtime.reference.pipeline import ReferencePipeline
 from ane_moe.runtime.reference.prepare import Plan, prepare
 from ane_moe.runtime.reference.scope import FOREIGN, STATES
 from ane_moe.runtime.reference.stored_matrix import Matrices, StoredMatrix
@@ -60,6 +61,8 @@ class State:
 class ReferenceFunction:
     """One function of a package, prepared. Weights are read by `load_weights` or the first call,
     and kept until `drop_weights`."""
+
+    in_part = False
 
     def __init__(
         self,

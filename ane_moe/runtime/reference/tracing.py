@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ane_moe.runtime.reference.pipeline import ReferencePipeline
-from ane_moe.runtime.reference.runtime import ReferenceFunction
+from ane_moe.runtime.interface import Observable
 
 
 @dataclass(frozen=True)
@@ -21,6 +20,10 @@ class Traced:
     nan: int
     inf: int
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -28,10 +31,7 @@ class Trace:
     values: tuple[Traced, ...]
 
 
-Traceable = ReferenceFunction | ReferencePipeline
-
-
-def trace(function: Traceable, inputs: Mapping[str, np.ndarray], state: Any = None) -> Trace:
+def trace(function: Observable, inputs: Mapping[str, np.ndarray], state: Any = None) -> Trace:
     """Run once and keep all intermediates, in order. Takes the memory of all of them."""
     values: list[Traced] = []
 
