@@ -179,13 +179,14 @@ def test_nothing_of_a_call_is_kept(asset: Path) -> None:
     function = load_package(asset, runtime="coreai")
     inputs = random_inputs(function.inputs, 0)
 
-    def handles() -> int:
-        function.predict(inputs)
+    def handles_after(calls: int) -> int:
+        for _ in range(calls):
+            function.predict(inputs)
         gc.collect()
         return sum(isinstance(one, asyncio.Handle) for one in gc.get_objects())
 
-    before = handles()
-    assert {handles() for _ in range(4)} == {before}
+    before = handles_after(1)
+    assert handles_after(20) < before + 10  # the loop may be at its own work
 
 
 def test_without_the_packages_there_is_one_line(
