@@ -14,8 +14,10 @@ from ane_moe.forecast.workload import workload_of
 from ane_moe.loop.figures import conditions as runtime_label
 from ane_moe.manifest import Manifest
 from ane_moe.placement.machine import this_machine
+from ane_moe.runtime.coreai.installed import DISTRIBUTIONS
 
 PACKAGES = ("ane-moe", "coremltools", "numpy", "torch")
+EXECUTING = {"coreai": DISTRIBUTIONS}  # what a runtime is beside them
 BATTERY = ("pmset", "-g", "batt")  # "Now drawing from 'AC Power'"
 SETTINGS = ("pmset", "-g")  # " lowpowermode         0"
 THERMAL = ("pmset", "-g", "therm")  # notes, or "CPU_Speed_Limit = 100"
@@ -43,7 +45,7 @@ def surroundings(
         low_power_mode=low_power_mode(),
         thermal=thermal_state(),
         versions={"python": platform.python_version()}
-        | {name: _version(name) for name in PACKAGES},
+        | {name: _version(name) for name in (*PACKAGES, *EXECUTING.get(runtime, ()))},
         weights=manifest.weights,
         routing=manifest.routing,
         context=manifest.context,

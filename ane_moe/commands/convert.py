@@ -219,8 +219,13 @@ def convert(
         ),
     ] = None,
     system: Annotated[
-        int, typer.Option("--os", help="The system whose placement rules to warn of: 15, 26 or 27.")
-    ] = 26,
+        int | None,
+        typer.Option(
+            "--os",
+            help="The system whose placement rules to warn of: 15, 26 or 27.",
+            show_default="26",
+        ),
+    ] = None,
     allow_cpu: Annotated[
         bool,
         typer.Option(
@@ -254,7 +259,7 @@ def convert(
     from ane_moe.number_lists import parse_counts, parse_layers
     from ane_moe.opened import open_model
     from ane_moe.original.checkpoint_tokenizer import require_tokenizer
-    from ane_moe.placement.targets import DEFAULT_TARGET, find_target
+    from ane_moe.placement.targets import DEFAULT_OS, DEFAULT_TARGET, find_target
     from ane_moe.report.convert_table import (
         ConvertBar,
         plan_document,
@@ -281,13 +286,14 @@ def convert(
             "no --early",
             "give --early FILE, or leave it out",
         )
-    if target and format_ == "aimodel":
+    ruled = {"--target": target, "--os": system, "--allow-cpu": allow_cpu}
+    if format_ == "aimodel" and (given := [name for name, value in ruled.items() if value]):
         raise UserError(
-            "--target chooses by Core ML's placement rules",
+            f"{given[0]} is of Core ML's placement rules",
             "--format aimodel",
-            "leave --target out: nothing is known of where Core AI runs a graph",
+            f"leave {given[0]} out: nothing is known of where Core AI runs a graph",
         )
-    place = find_target(target or DEFAULT_TARGET, system)
+    place = find_target(target or DEFAULT_TARGET, system or DEFAULT_OS)
     recipe = find_recipe(
         compress, group=lut_group, vector=int(lut_vector or 0) or None, rank=recover_rank
     )

@@ -304,10 +304,22 @@ def test_another_precision_is_not_core_ais(runtime: str) -> None:
         with_precision(runtime, "fp16", "a.aimodel")
 
 
-def test_a_target_is_of_core_ml(checkpoint: Path, tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize("given", [["--target", "m4-max"], ["--os", "27"], ["--allow-cpu"]])
+def test_placement_rules_are_core_mls(
+    checkpoint: Path, tmp_path: Path, given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     out = str(tmp_path / "out")
     with pytest.raises(SystemExit) as ended:
-        main(["convert", str(checkpoint), out, "--format", "aimodel", "--target", "m4-max"])
+        main(["convert", str(checkpoint), out, "--format", "aimodel", *given])
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "leave --target out" in line
+    assert f"leave {given[0]} out" in line
+
+
+def test_a_benchmark_of_assets_says_which_core_ai_it_was(converted: Callable[..., Path]) -> None:
+    from ane_moe.benchmark.surroundings import surroundings
+
+    manifest = read_manifest(converted("mlpackage"))
+    by_runtime = [surroundings(manifest, name, None, 0, None) for name in ("coreai", "reference")]
+    versions, others = (conditions.versions for conditions in by_runtime)
+    assert versions.keys() - others.keys() == {"coreai-core", "coreai-torch"}
