@@ -210,6 +210,10 @@ def verify(
         write_named_by_user(
             html, render_html(gather(out, verify=report, placement=placement, target=target))
         )
+    if second and not as_json:
+        for row in [row for row in second.pairs if not row.passed][:1]:
+            where = f"{out / row.path} --function {row.function} --runtime-b {second.runtime}"
+            typer.echo(f"next: ane-moe diff {where}  # the first operation where they part")
     if not passed:
         raise typer.Exit(1)
     if not as_json:

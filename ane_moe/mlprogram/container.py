@@ -6,11 +6,13 @@ file.
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ane_moe.errors import UserError
 from ane_moe.lfs import FETCH, is_lfs_pointer
+from ane_moe.package_form import ASSET, PACKAGE
 
 MAX_MANIFEST_BYTES = 1 << 20  # real ones have under 1 kB
 MAX_MODEL_BYTES = 64 << 20  # programs without their weights: 10,000 operations take about 5 MB
@@ -81,6 +83,7 @@ def open_container(path: Path) -> Container:
     if not os.path.exists(
         root / "Manifest.json"
     ):  # unlike Path.exists, False where it may not look
+        _refuse_folder_of(path)
         raise UserError(
             "not an .mlpackage: it has no Manifest.json", str(path), "point at the package itself"
         )
@@ -97,6 +100,18 @@ def open_container(path: Path) -> Container:
             "Manifest.json names no root model", quoted(identifier), "the package is damaged"
         )
     return Container(root, _inside(root, root / "Data", relative))
+
+
+def _refuse_folder_of(path: Path) -> None:
+    """Raise UserError for a folder that has packages in it."""
+    with suppress(OSError):
+        inside = sorted(each for each in path.iterdir() if each.suffix in (PACKAGE, ASSET))
+        if inside:
+            raise UserError(
+                f"{path} is a folder of packages",
+                f"{len(inside)} of them",
+                f"name one: {inside[0]}",
+            )
 
 
 def _open_compiled(root: Path) -> Container:

@@ -8,6 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from ane_moe.cli import app
 from ane_moe.commands.inspect import inspect
 from ane_moe.coreml_tools import MIL_pb2, Model_pb2, ct
 from ane_moe.errors import UserError
@@ -213,3 +214,12 @@ def test_a_program_file_that_is_a_pointer_is_told(package, tmp_path):
     (path / MODEL).write_text(POINTER)
     result = _invoke(str(path))
     assert "model.mlmodel has not been downloaded; found: a Git LFS" in str(result.exception)
+
+
+def test_a_folder_of_packages_is_told_from_one(tmp_path: Path) -> None:
+    for name in ("layer_01.aimodel", "layer_00.aimodel", "notes"):
+        (tmp_path / name).mkdir()
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path)])
+    assert isinstance(shown.exception, UserError)
+    assert "is a folder of packages; found: 2 of them; name one: " in str(shown.exception)
+    assert str(shown.exception).endswith("layer_00.aimodel")

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ane_moe.manifest import Shard
 from ane_moe.runtime import RUNTIMES
 from ane_moe.runtime.reference import runtime as reference
 from ane_moe.verification.against import _whole, check_against
-from ane_moe.verification.pairs import PairResult, Sums, paired
+from ane_moe.verification.pairs import AgainstReport, PairResult, Sums, paired
 from tests.verification.tiny import tiny_checkpoint, tiny_conversion
 
 SHARD = Shard("moe/layer_00.mlpackage", "moe", 0, ())
@@ -103,6 +104,20 @@ def test_a_runtime_that_computes_one_value_otherwise_is_found(
     assert ("prefill", value) in failed and not report.passed
     # Through a cache, what is computed from it is apart too; else nothing but the one value.
     assert value == "v_cache" or failed == {("prefill", value)}
+
+
+def test_a_part_that_fails_is_followed_by_where_to_look(
+    conversion: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing = replace(check_against(conversion, "reference").pairs[0], passed=False)
+    report = AgainstReport(False, "", "coreai", 0, "golden", 1, 1, (failing,), (), ())
+    monkeypatch.setattr("ane_moe.verification.against.check_against", lambda *_, **__: report)
+    with pytest.raises(SystemExit) as ended:
+        main(["verify", str(conversion), "--against", "coreai", "--quick"])
+    assert ended.value.code == 1
+    path = conversion / failing.path
+    line = f"next: ane-moe diff {path} --function {failing.function} --runtime-b coreai"
+    assert line in capsys.readouterr().out
 
 
 def test_a_runtime_agrees_with_itself(conversion: Path) -> None:
