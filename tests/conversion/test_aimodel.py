@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from ane_moe.loop.session import Session
 from ane_moe.loop.shards import load_shards
 from ane_moe.manifest import read_manifest
 from ane_moe.runtime import with_precision
+from ane_moe.runtime.coreai.installed import PACKAGES
 from ane_moe.runtime.reference.diff import Side, diff
 from tests.slow_set import slow_but
 from tests.verification.tiny import tiny_checkpoint
@@ -282,6 +284,29 @@ def test_without_the_packages_nothing_is_begun(
     assert ended.value.code == 2
     assert "pip install 'ane-moe[coreai]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@needs_core_ai
+@pytest.mark.parametrize("command", ["generate", "inspect", "run", "diff", "against"])
+def test_without_the_packages_each_command_gives_one_line(
+    command: str, converted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    out, packages = converted("aimodel"), converted("mlpackage")
+    shard = str(out / read_manifest(out).packages[0].path)
+    arguments = {
+        "generate": ["generate", str(out), "--prompt-ids", "3,4"],
+        "inspect": ["inspect", shard],
+        "run": ["run", shard, "--seed", "0"],
+        "diff": ["diff", shard, shard],
+        "against": ["verify", str(packages), "--against", "coreai"],
+    }
+    for name in [name for name in sys.modules if name.partition(".")[0] in PACKAGES]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit) as ended:
+        main(arguments[command])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "pip install 'ane-moe[coreai]'" in line
 
 
 @needs_core_ai

@@ -1,93 +1,127 @@
-"""`--format aimodel` over the families: Hugging Face's model, the reference runtime and Core AI's on
-the same prompts."""
+"""`--format aimodel` over the families: Hugging Face's model, the conversion for Core ML and the one
+for Core AI on the same tokens, as `scripts/core_ai_families.py` compares them for docs/coreai.md."""
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ane_moe.conversion.job import plan_of
 from ane_moe.conversion.pipeline import convert
 from ane_moe.conversion.plan import ConvertOptions
+from ane_moe.emit.coreai.tracing import make_asset_template
+from ane_moe.emit.coreml.tracing import make_template
+from ane_moe.errors import UserError
 from ane_moe.formats.recipe import FP16, find_recipe
-from ane_moe.loop.session import Session
-from ane_moe.loop.shards import load_shards
-from ane_moe.original.golden import read_golden
+from ane_moe.model.template_key import TemplateKey
+from ane_moe.opened import open_model
+from ane_moe.verification.against import check_against
 from ane_moe.verification.verify import verify
-from tests.models import DECODERS, make_model, save_checkpoint
-from tests.zoo import ROWS
+from scripts.core_ai_families import (
+    CASES,
+    COSINE,
+    ENCODER,
+    INDEXED,
+    INDEXERS,
+    TABLE,
+    Compared,
+    compared,
+)
+from tests.models import make_model, save_checkpoint
+from tests.slow_set import slow_but
 
 HAS_CORE_AI = importlib.util.find_spec("coreai_torch") is not None
-pytestmark = pytest.mark.skipif(not HAS_CORE_AI, reason="Core AI's packages are not installed")
+needs_core_ai = pytest.mark.skipif(not HAS_CORE_AI, reason="Core AI's packages are not installed")
 
-TOKENS, MORE = 20, 8
-COSINE = 0.9999  # of logits, fp16
-TIE = 0.01  # of the spread of scores: random models are not decided on all tokens
-# Tokens for which fp16 chooses another expert: scores of random models tie more often.
-ROUTED_OTHERWISE = 1
-# Its windows see all of a prompt, which is longer for the golden: further tokens are of it there.
-NO_DECODER_GOLDEN = "unlimited_ocr"
-QUICK = "lfm2_moe"  # short convolutions beside attention, sigmoid routing
-PROMPT = np.random.default_rng(0).integers(3, 211, TOKENS).tolist()
-
-
-def scores(out: Path, ids: list[int]) -> np.ndarray:
-    """Logits after the prompt and after each further one of `ids`, [1 + MORE,V]."""
-    session = Session(load_shards(out))
-    found = [session.prefill(ids[:TOKENS]).copy()]  # a session has one array for its scores
-    found += [session.decode(token).copy() for token in ids[TOKENS : TOKENS + MORE]]
-    return np.array(found, np.float64)
+PROMPTS = [np.random.default_rng(seed).integers(3, 211, 30).tolist() for seed in (0, 1)]
+QUICK = "axk2" + INDEXERS  # latent attention to the tokens that an indexer chooses
+EXPERTS = {"expert_tokens": (1, 16)}
+FORMS = {
+    "masked": {},
+    "soft": {"routing": "soft"},
+    "sparse": {"routing": "sparse", **EXPERTS},
+    "stream": {"routing": "stream", **EXPERTS},
+    "explicit states, turned": {"state": "explicit", "layout": "bct1"},
+    "rings": {"ring_caches": True},
+    "a roster": {"roster": True, "routing": "sparse", **EXPERTS},
+    "divided, two layers a shard": {"layers_per_shard": 2, "stream_divisor": 2},
+    "packed tracks": {"inputs": "embeds", "tracks": "packed"},
+}
 
 
-def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-    return np.sum(a * b, -1) / norms
+def agree(row: Compared) -> bool:
+    same = row.as_hf == row.as_ml == row.tokens
+    return same and min(row.hf_ml, row.hf_ai, row.ml_ai) > COSINE
 
 
-def agree(ours: np.ndarray, theirs: np.ndarray) -> bool:
-    """Whether both choose the same tokens, but where ours are as good as equal, and one more."""
-    chosen = theirs.argmax(-1)[:, None]
-    lost = ours.max(-1) - np.take_along_axis(ours, chosen, -1)[:, 0]
-    return int((lost > TIE * ours.std(-1)).sum()) <= ROUTED_OTHERWISE
-
-
-def compared(family: str, folder: Path, prefill: int = 16) -> dict[str, float]:
-    """The least cosines of the three pairs, but for one token, over the prompt's last and those
-    after it, which are the golden's own."""
-    seed = ROWS[family].seed if family in ROWS else 0
-    checkpoint = save_checkpoint(make_model(family, seed=seed), folder / "checkpoint")
-    ids = [*PROMPT, *np.random.default_rng(1).integers(3, 211, MORE).tolist()]
-    (folder / "prompts.json").write_text(json.dumps([ids]))
-    for form in ("mlpackage", "aimodel"):
-        options = ConvertOptions(recipe=FP16, format=form, prefill=prefill, context=64)
-        golden = form == "mlpackage"
-        prompts = folder / "prompts.json" if golden else None
-        convert(checkpoint, folder / form, options, golden=golden, prompts=prompts)
-    original = np.asarray(read_golden(folder / "mlpackage/golden.safetensors").logits, np.float64)
-    ours, theirs = (scores(folder / form, ids) for form in ("mlpackage", "aimodel"))
-    assert agree(ours, theirs)
-    hf = original[TOKENS - 1 : TOKENS + MORE]
-    pairs = {"HF, reference": (hf, ours), "HF, Core AI": (hf, theirs), "both": (ours, theirs)}
-    return {name: float(np.sort(cosines(*pair))[ROUTED_OTHERWISE]) for name, pair in pairs.items()}
-
-
+@needs_core_ai
 def test_three_opinions_agree(tmp_path: Path) -> None:
-    assert min(compared(QUICK, tmp_path, prefill=0).values()) > COSINE
+    (row,) = compared(QUICK, tmp_path, ("masked",), prefill=0)
+    assert agree(row)
 
 
+@needs_core_ai
 @pytest.mark.slow
-@pytest.mark.parametrize("family", sorted({*DECODERS, *ROWS} - {NO_DECODER_GOLDEN}))
-def test_three_opinions_agree_in_every_family(family: str, tmp_path: Path) -> None:
-    assert min(compared(family, tmp_path).values()) > COSINE
+@pytest.mark.parametrize("case", CASES)
+def test_three_opinions_agree_in_every_family(case: str, tmp_path: Path) -> None:
+    assert [row for row in compared(case, tmp_path) if not agree(row)] == []
 
 
+def test_the_page_has_a_line_of_each_family() -> None:
+    found = re.findall(r"^\| ([a-z]\w+(?: with indexers)?) \| \d", TABLE.text, re.M)
+    assert tuple(found) == CASES
+
+
+@needs_core_ai
+@pytest.mark.slow
+@pytest.mark.parametrize("case", sorted(INDEXED))
+def test_indexers_are_judged_by_core_ai(case: str, tmp_path: Path) -> None:
+    """Two prompts of 30 tokens, of which 12 are chosen."""
+    checkpoint = save_checkpoint(make_model(case, **INDEXED[case]), tmp_path / "checkpoint")
+    (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS))
+    options = ConvertOptions(recipe=FP16, prefill=16, context=64)
+    out = tmp_path / "out"
+    convert(checkpoint, out, options, golden=True, prompts=tmp_path / "prompts.json")
+    report = check_against(out, "coreai")
+    assert report.passed and not report.left_out
+
+
+def templates_of(case: str, folder: Path, **options) -> list[TemplateKey]:
+    """The distinct graphs of a conversion; none where there is no such conversion."""
+    family = case.removesuffix(INDEXERS)
+    changes = INDEXED[family] if case != family else {}
+    checkpoint = folder / "checkpoint"
+    if not checkpoint.exists():
+        save_checkpoint(make_model(family, **changes), checkpoint)
+    shape = {"lengths": (16,)} if family == ENCODER else {"prefill": 16, "context": 64}
+    try:
+        plan = plan_of(open_model(checkpoint), ConvertOptions(recipe=FP16, **shape, **options))
+    except UserError:  # a form that the family has not
+        return []
+    return [key for shard in plan.shards for key in shard.graphs.values()]
+
+
+@needs_core_ai
+@pytest.mark.parametrize("case", slow_but([], CASES))
+def test_core_ai_has_every_operation_of_a_family_in_any_form(case: str, tmp_path: Path) -> None:
+    """What the twin or Apple's converter lacks is refused by name: nothing is."""
+    forms = FORMS.values()
+    found = {key for options in forms for key in templates_of(case, tmp_path, **options)}
+    assert found
+    for key in found:
+        make_asset_template(make_template(key))
+
+
+@needs_core_ai
 @pytest.mark.slow
 @pytest.mark.parametrize("compress", ["fp16", "int8"])
 def test_an_encoder_is_proved_right_by_core_ai(compress: str, tmp_path: Path) -> None:
     """Functions for lengths, labels, and biases of bands."""
-    checkpoint = save_checkpoint(make_model("openai_privacy_filter"), tmp_path / "checkpoint")
-    (tmp_path / "prompts.json").write_text(json.dumps([PROMPT]))
+    checkpoint = save_checkpoint(make_model(ENCODER), tmp_path / "checkpoint")
+    (tmp_path / "prompts.json").write_text(json.dumps([PROMPTS[0][:20]]))
     options = ConvertOptions(recipe=find_recipe(compress), format="aimodel", lengths=(16, 32))
     out, prompts = tmp_path / "out", tmp_path / "prompts.json"
     convert(checkpoint, out, options, golden=True, prompts=prompts)
