@@ -22,13 +22,14 @@ def make_asset_template(template: Template) -> Template:
 
     Raises UserError where Core AI is not installed, and for an operation that it lacks.
     """
-    program = _with_open_weights(template)
+    program = with_open_weights(template)
     module = mlir_module(converted({name: (program, name) for name in program.functions}))
     text = module.operation.get_asm(enable_debug_info=True)  # with the names of operations
     return Template(text.encode(), template.weights)
 
 
-def _with_open_weights(template: Template) -> Program:
+def with_open_weights(template: Template) -> Program:
+    """The program of a template, each weight an input."""
     model = Model_pb2.Model.FromString(template.model)
     names = {value_name(name) for name in template.weights}
     described = {function.name: function for function in model.description.functions}
