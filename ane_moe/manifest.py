@@ -209,7 +209,8 @@ class Manifest:
     compression: dict[str, dict[str, Any]] = field(default_factory=dict)
     # The sha256 of every file, packages file by file.
     files: dict[str, str] = field(default_factory=dict)
-    # layer -> {"experts": E, "k": k}, and the layer that its attention shard "guesses", if any.
+    # layer -> {"experts": E, "k": k}, the layer that its attention shard "guesses", if any, and the
+    # "router" file by which the host does, with the "ranking" (model/ranking.py; none: by logits).
     moe: dict[str, dict[str, Any]] = field(default_factory=dict)
     # Of layers that are half of one: the scopes of their shards.
     halves: dict[str, tuple[str, ...]] = field(default_factory=dict)

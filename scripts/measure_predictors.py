@@ -29,6 +29,7 @@ from ane_moe.demo import demo_checkpoint
 from ane_moe.early_adapters import write_adapters
 from ane_moe.files import write_text
 from ane_moe.loop.prefetch import guesses_of
+from ane_moe.loop.router_table import choosers
 from ane_moe.loop.session import Session
 from ane_moe.loop.shards import load_shards
 from ane_moe.manifest import FILE_NAME
@@ -101,8 +102,9 @@ def by_shards(out: Path, far: int, texts: list[list[int]]) -> list[Recall]:
                 chosen[layer].append((session.slot(f"gates.{meant}") != 0).T)
     rows = []
     for layer, meant in pairs.items():
-        given, wanted = np.concatenate(scores[layer]), np.concatenate(chosen[layer])
-        k = shards.manifest.moe[str(meant)]["k"]
+        chooser = choosers(shards.manifest)[meant]
+        given, k = chooser.eligible(np.concatenate(scores[layer])), chooser.k
+        wanted = np.concatenate(chosen[layer])
         rows.append(
             Recall("shard", far, meant, *(recall(given, wanted, k * times) for times in (1, 2)))
         )

@@ -35,6 +35,7 @@ from ane_moe.loop.prefetch import (
     ShardScores,
     guesses_of,
 )
+from ane_moe.loop.router_table import Chooser, RouterTable
 from ane_moe.loop.session import Session
 from ane_moe.loop.shards import LoadedShards, load_shards
 from ane_moe.loop.tokenizer import load_tokenizer
@@ -172,12 +173,12 @@ def of_geometry(d: int, experts: int, k: int, rank: int) -> str:
     def drawn(*shape: int) -> np.ndarray:
         return random.normal(size=shape).astype(np.float32)
 
-    router = {0: (drawn(experts, d), k)}
+    router = {0: RouterTable(drawn(experts, d), Chooser(experts, k))}
     adapted = RouterAhead(router, {0: Adapter(drawn(d, rank), drawn(rank, d))})
     ways: dict[str, tuple[Predictor, np.ndarray]] = {
         "router": (RouterAhead(router), drawn(d).astype(np.float16)),
         "adapter": (adapted, drawn(d).astype(np.float16)),
-        BY_SHARD: (ShardScores({0: k}), drawn(experts).astype(np.float16)),
+        BY_SHARD: (ShardScores({0: Chooser(experts, k)}), drawn(experts).astype(np.float16)),
     }
     calls: dict[str, Callable[[], Sequence[int]]] = {
         name: lambda way=way, given=given: way.predict(0, given)

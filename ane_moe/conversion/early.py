@@ -14,6 +14,7 @@ from ane_moe.checkpoints.checkpoint import Checkpoint, Hasher, TensorSource
 from ane_moe.early_adapters import Adapter, Adapters, write_adapters
 from ane_moe.errors import UserError
 from ane_moe.half import narrowed
+from ane_moe.model.ranking import Ranking
 from ane_moe.model.spec import ModelSpec, MoeSpec
 from ane_moe.model.weight import WeightName
 from ane_moe.wording import counted
@@ -24,10 +25,13 @@ FILE_NAME = "early.npz"
 @dataclass(frozen=True)
 class EarlyRows:
     """A weight that scores the experts of a later layer: its `router` with the weights of the
-    `norm` before it, and the `adapter` (by its `digest`) before both."""
+    `norm` before it, and the `adapter` (by its `digest`) before both. Experts are ranked by
+    `ranking`, with that router's `bias` if any, which is a weight by itself."""
 
     router: TensorSource
     norm: TensorSource
+    bias: TensorSource | None
+    ranking: Ranking
     digest: str
     adapter: Adapter = field(repr=False, compare=False)
 
@@ -43,7 +47,7 @@ class EarlyRows:
 
     @property
     def tensors(self) -> tuple[TensorSource, TensorSource]:
-        """What it is made of in the checkpoint."""
+        """What the matrix is made of in the checkpoint."""
         return self.router, self.norm
 
     def feed(self, hasher: Hasher) -> None:
@@ -86,13 +90,25 @@ def table_sources(
     return sources[weight], sources[own if own in sources else weight.beside("norm.weight")]
 
 
-def guessable(spec: ModelSpec, layers: Collection[int]) -> list[int]:
-    """Of these layers those with experts of which a matrix alone, after a norm by the root of the
-    mean square, says which score highest."""
+def bias_source(
+    sources: Mapping[WeightName, TensorSource], layer: int, ranking: Ranking
+) -> TensorSource | None:
+    """What a layer's router adds to scores or, where these are logits, to them; None: nothing."""
+    if not ranking.bias:
+        return None
+    chosen = WeightName(layer, "ffn", None, "router.choice_bias")
+    return sources[chosen if chosen in sources else chosen.beside("router.bias")]
+
+
+def rankings(spec: ModelSpec, layers: Collection[int]) -> dict[int, Ranking]:
+    """Of these layers those with experts that are ranked by one matrix and a vector, after a norm
+    by the root of the mean square: by what. Nothing is guessed for whole texts."""
+    if spec.is_encoder or spec.norm.kind != "rms" or spec.norm.gate_rank:
+        return {}
     ffns = {n: spec.layers[n].ffn for n in layers}
-    linear = (n for n, ffn in ffns.items() if isinstance(ffn, MoeSpec) and ffn.router.is_linear)
-    normed = [n for n in linear if spec.layers[n].ffn_residual.norms != "after"]
-    return normed if spec.norm.kind == "rms" and not spec.norm.gate_rank else []
+    ranked = {n: ffn.router.ranking for n, ffn in ffns.items() if isinstance(ffn, MoeSpec)}
+    normed = {n for n in ranked if spec.layers[n].ffn_residual.norms != "after"}
+    return {n: one for n, one in ranked.items() if one is not None and n in normed}
 
 
 def early_rows(
@@ -109,21 +125,25 @@ def early_rows(
     """
     meant = _meant(spec, ahead)
     fitted = _fitted(adapters, ahead, meant)
-    known = guessable(spec, layers)
+    known = rankings(spec, layers)
     pairs = {n: other for n, other in meant.items() if n in layers and other in known}
     if not pairs:
         what = f"no experts {counted(ahead, 'layer')} ahead are converted"
         raise _not_guessed(what, f"layers {sorted(layers)} alone")
-    return {
-        n: EarlyRows(*table_sources(sources, other), fitted[n].digest, fitted[n])
-        for n, other in pairs.items()
-    }
+    return {n: _rows(sources, other, known[other], fitted[n]) for n, other in pairs.items()}
+
+
+def _rows(
+    sources: Mapping[WeightName, TensorSource], layer: int, ranking: Ranking, adapter: Adapter
+) -> EarlyRows:
+    bias = bias_source(sources, layer, ranking)
+    return EarlyRows(*table_sources(sources, layer), bias, ranking, adapter.digest, adapter)
 
 
 def _meant(spec: ModelSpec, ahead: int) -> dict[int, int]:
     """Of the whole model: each layer with experts, and the one that lies so far `ahead`."""
     routed = [n for n, layer in enumerate(spec.layers) if isinstance(layer.ffn, MoeSpec)]
-    if spec.tracks is not None or not guessable(spec, routed):
+    if spec.tracks is not None or not rankings(spec, routed):
         why = "their tracks have no hidden state in common" if spec.tracks else "by no one matrix"
         raise _not_guessed(f"experts of {spec.family} are not guessed by shards", why)
     if not 1 <= ahead < len(routed):

@@ -240,7 +240,7 @@ def _written(
     kept. `prompts` are there if goldens were asked for."""
     out = job.out
     done, embed = _stamp(job, workers, meter)
-    write_routers(job.checkpoint, job.sources, job.plan.routers, out)
+    write_routers(job.checkpoint, job.sources, job.plan, out)
     facts = (job.spec.d_model, job.plan.options.ahead)
     manifest = _manifest(job, done, embed, tokenizer, write_early(job.plan.early, facts, out))
     if prompts is not None or (earlier and earlier.golden):
@@ -469,7 +469,7 @@ def _manifest(
         eos_ids=spec.eos_ids,
         files=files,
         compression=_compression(plan),
-        moe=dict(_moe_facts(plan)),
+        moe=dict(moe_facts(plan)),
         halves={str(layer): scopes for layer, scopes in plan.halves.items()},
         versions=tool_versions(*map(form_of, plan.shards)),
         source=identity(job),
@@ -526,7 +526,9 @@ def _compression(plan: ConversionPlan) -> dict[str, dict[str, Any]]:
     return roles
 
 
-def _moe_facts(plan: ConversionPlan) -> Iterable[tuple[str, dict[str, Any]]]:
+def moe_facts(plan: ConversionPlan) -> Iterable[tuple[str, dict[str, Any]]]:
+    """What a manifest says of each layer with experts."""
+    rankings = plan.rankings
     for layer in plan.layers:
         ffn = plan.spec.layers[layer].ffn
         if isinstance(ffn, MoeSpec):
@@ -534,6 +536,7 @@ def _moe_facts(plan: ConversionPlan) -> Iterable[tuple[str, dict[str, Any]]]:
             facts = {"experts": ffn.router.experts, "k": ffn.router.k}
             further = {
                 "router": plan.routers.get(layer),
+                "ranking": rankings[layer].as_json() if layer in rankings else None,
                 "guesses": plan.early[layer].layer if layer in plan.early else None,
                 "idle": idle or None,
             }

@@ -8,13 +8,14 @@ from typing import Literal
 
 from ane_moe.checkpoints.adapter import LowRank
 from ane_moe.checkpoints.checkpoint import Hasher, TensorSource
-from ane_moe.conversion.early import EarlyRows, guessable
+from ane_moe.conversion.early import EarlyRows, rankings
 from ane_moe.errors import UserError
 from ane_moe.formats.recipe import INT8, Choice, Recipe, find_format
 from ane_moe.manifest import (
     Shard,
     length_function,
 )
+from ane_moe.model.ranking import Ranking
 from ane_moe.model.spec import (
     ModelSpec,
     Synchronisations,
@@ -267,10 +268,13 @@ class ConversionPlan:
 
     @property
     def routers(self) -> dict[int, str]:
-        """Paths of the router tables that guesses of the host read, by layer: where a matrix alone,
-        after a norm by the root of the mean square, says which experts score highest."""
-        told = guessable(self.spec, self.layers) if self.options.dispatches else ()
-        return {n: f"{ROUTERS}/layer_{n:02d}.bin" for n in told}
+        """Paths of the router tables that guesses of the host read, by layer."""
+        return {n: f"{ROUTERS}/layer_{n:02d}.bin" for n in self.rankings}
+
+    @property
+    def rankings(self) -> dict[int, Ranking]:
+        """By layer whose experts the host can guess: what they are ranked by."""
+        return rankings(self.spec, self.layers) if self.options.dispatches else {}
 
     @property
     def early(self) -> dict[int, EarlyRows]:

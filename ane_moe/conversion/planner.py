@@ -63,6 +63,7 @@ from ane_moe.model.weight import (
     HEAD_BIAS,
     Directions,
     Early,
+    EarlyBias,
     Place,
     Selection,
     Weight,
@@ -510,12 +511,13 @@ class _Planner:
         if not isinstance(ffn, MoeSpec) or not self.options.dispatches:
             assert mixer is not None
             return mixer
-        guesses = self.early[layer].shape[0] if layer in self.early else 0
+        early = self.early.get(layer)
+        guesses = (early.shape[0], early.ranking) if early else ()
         if mixer is None:
-            return RoutingConfig(self.spec.d_model, self.spec.norm, ffn.router, guesses)
+            return RoutingConfig(self.spec.d_model, self.spec.norm, ffn.router, *guesses)
         # Experts add to the stream with what a mixer beside them adds.
         whole = replace(mixer, residual=replace(mixer.residual, parallel=False))
-        facts = (ffn.router, spec.ffn_residual, ffn.router_norm, guesses)
+        facts = (ffn.router, spec.ffn_residual, ffn.router_norm, *guesses)
         return RoutedMixerConfig(whole, *facts)
 
     def ffn(self, layer: int) -> list[ShardPlan]:
@@ -859,6 +861,10 @@ class _Planner:
                     sources[path] = OneHot(count, total, copy.experts[0])
                 case Early(path):
                     sources[path] = self.early[place.layers[0]]
+                case EarlyBias(path):
+                    bias = self.early[place.layers[0]].bias
+                    assert bias is not None
+                    sources[path] = bias
                 case Directions(path, of, rank, side):
                     apart = sources[of]
                     assert isinstance(apart, TensorSource)

@@ -9,7 +9,8 @@ import numpy as np
 
 from ane_moe.checkpoints.checkpoint import Checkpoint, Hasher, TensorSource
 from ane_moe.checkpoints.folder import folders_of
-from ane_moe.conversion.early import router_table, table_sources
+from ane_moe.conversion.early import bias_source, router_table, table_sources
+from ane_moe.conversion.plan import ConversionPlan
 from ane_moe.files import replaced
 from ane_moe.formats.recipe import find_format
 from ane_moe.hashed_file import HashedFile
@@ -18,7 +19,9 @@ from ane_moe.model.weight import WeightName
 EMBED_CHUNK_BYTES = 1 << 20  # read and written while they are in the cache
 # Of a token classifier, where it has them: biases for what label may follow which.
 LABEL_FILES = ("viterbi_calibration.json",)
-LARGEST = 60_000  # below fp16's end; which experts score highest does not change with the scale
+# Below fp16's end; the order of logits does not change with the scale, and sigmoids of such ones
+# hardly do.
+LARGEST = 60_000
 
 
 def write_embedding(
@@ -65,15 +68,18 @@ def copy_label_files(checkpoint: Path, out: Path) -> None:
 def write_routers(
     checkpoint: Checkpoint,
     sources: Mapping[WeightName, TensorSource],
-    paths: Mapping[int, str],
+    plan: ConversionPlan,
     out: Path,
 ) -> None:
-    """Write each layer's router, fp16 `[E,d]` with the norm's weight folded in, to its path below
-    `out`."""
-    for layer, path in paths.items():
+    """Write each layer's router, fp16 `[E,d]` with the norm's weight folded in and then the bias
+    `[E]` that experts are ranked with, if any, to its path below `out`."""
+    rankings = plan.rankings
+    for layer, path in plan.routers.items():
         table = router_table(checkpoint, *table_sources(sources, layer))
         table /= max(1.0, float(np.abs(table).max()) / LARGEST)
+        bias = bias_source(sources, layer, rankings[layer])
         target = out / path
         target.parent.mkdir(exist_ok=True)
         with replaced(target) as temporary:
-            table.astype("<f2").tofile(temporary)
+            parts = [table] if bias is None else [table, checkpoint.read(bias)]
+            np.concatenate([one.astype("<f2").reshape(-1) for one in parts]).tofile(temporary)

@@ -1,6 +1,7 @@
 """Guessing the experts a layer will need, so that they load while the layer before it computes.
 
-d = d_model, E = experts of a layer, k = experts per token.
+d = d_model, E = experts of a layer, C = classes of its router (idle experts too), k = experts per
+token.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from ane_moe.errors import UserError
 from ane_moe.loop.ahead_rule import CONTENTION, AheadRule
 from ane_moe.loop.experts import ExpertDispatch
 from ane_moe.loop.figures import PrefetchFigures
+from ane_moe.loop.router_table import Chooser, RouterTable, choosers, read_routers
 from ane_moe.manifest import Manifest
 from ane_moe.model.port import GUESS, STREAM
 from ane_moe.wording import counted
@@ -29,7 +31,7 @@ class Predictor(Protocol):
 
     def predict(self, layer: int, hidden: np.ndarray | None) -> Sequence[int]:
         """Experts `layer` may need, likeliest first. `hidden` is the residual stream `[d]` as it
-        left the attention of the layer before (or scores `[E]`); None when `layer` is the first of
+        left the attention of the layer before (or scores `[C]`); None when `layer` is the first of
         the next token."""
 
     def observe(self, layer: int, experts: Sequence[int]) -> None: ...
@@ -94,12 +96,10 @@ class RouterAhead(Predictor):
 
     def __init__(
         self,
-        routers: dict[int, tuple[np.ndarray, int]],
+        routers: Mapping[int, RouterTable],
         adapters: Mapping[int, Adapter] | None = None,
     ) -> None:
-        """`routers`: layer -> (fp32 weights `[E,d]` with the norm's weight folded in, k). The
-        norm's scale does not change which k score highest. `adapters`: by the layer that is
-        guessed; none: the hidden state as it is."""
+        """Both by the layer that is guessed; no `adapters`: the hidden state as it is."""
         self._routers = routers
         self._adapters = adapters or {}
         self._previous = PreviousToken()
@@ -107,14 +107,13 @@ class RouterAhead(Predictor):
     def predict(self, layer: int, hidden: np.ndarray | None) -> Sequence[int]:
         if hidden is None or layer not in self._routers:
             return self._previous.predict(layer, None)
-        return _highest(self.scores(layer, hidden), self._routers[layer][1])
+        return self._routers[layer].chooser.highest(self.scores(layer, hidden))
 
     def scores(self, layer: int, hidden: np.ndarray) -> np.ndarray:
-        """What its router would give to the experts of `layer` for hidden states `[...,d]`, fp32
-        `[...,E]`."""
-        weights, _ = self._routers[layer]
-        adapter = self._adapters.get(layer)
-        return (adapter(hidden) if adapter else hidden.astype(np.float32)) @ weights.T
+        """What the router of `layer` would rank its classes by for hidden states `[...,d]`, fp32
+        `[...,C]`."""
+        router, adapter = self._routers[layer], self._adapters.get(layer)
+        return router.scores(adapter(hidden) if adapter else router.read(hidden))
 
     def observe(self, layer: int, experts: Sequence[int]) -> None:
         self._previous.observe(layer, experts)
@@ -126,55 +125,18 @@ class ShardScores(Predictor):
 
     reads = GUESS
 
-    def __init__(self, k: Mapping[int, int]) -> None:
-        """`k`: experts per token, by layer."""
-        self._k = k
+    def __init__(self, choosers: Mapping[int, Chooser]) -> None:
+        """`choosers`: by the layer that is guessed."""
+        self._choosers = choosers
         self._previous = PreviousToken()
 
     def predict(self, layer: int, hidden: np.ndarray | None) -> Sequence[int]:
         if hidden is None:
             return self._previous.predict(layer, None)
-        return _highest(hidden.astype(np.float32), self._k[layer])
+        return self._choosers[layer].highest(hidden.astype(np.float32))
 
     def observe(self, layer: int, experts: Sequence[int]) -> None:
         self._previous.observe(layer, experts)
-
-
-def _highest(scores: np.ndarray, k: int) -> list[int]:
-    """The k highest of `scores [E]`, the lowest index winning ties."""
-    return np.argsort(-scores, kind="stable")[:k].tolist()
-
-
-def read_routers(folder: Path, manifest: Manifest) -> dict[int, tuple[np.ndarray, int]]:
-    """Routers the conversion left for the host: fp16 `[E,d]` files named by
-    `manifest.moe[layer]["router"]`.
-
-    Raises UserError when there are none, or one is not listed among the conversion's files or of
-    another size.
-    """
-    routers = {}
-    for layer, facts in manifest.moe.items():
-        if "router" not in facts:
-            continue
-        path, shape = folder / facts["router"], (facts["experts"], manifest.d_model)
-        listed = facts["router"] in manifest.files and path.is_file()
-        if not listed or path.stat().st_size != 2 * shape[0] * shape[1]:
-            raise UserError(
-                f"the router table of layer {layer} is not sound",
-                str(facts["router"]),
-                "convert again",
-            )
-        routers[int(layer)] = (
-            np.fromfile(path, "<f2").reshape(shape).astype(np.float32),
-            int(facts["k"]),
-        )
-    if not routers:
-        raise UserError(
-            "this conversion holds no router tables",
-            "",
-            "convert again, or choose another predictor",
-        )
-    return routers
 
 
 def _experts(manifest: Manifest) -> dict[int, int]:
@@ -269,7 +231,7 @@ def _taken_up(folder: Path, manifest: Manifest) -> Adapters:
 
 
 def _by_shard(folder: Path, manifest: Manifest, guessing: Guessing) -> Predictor:
-    return ShardScores({int(layer): int(facts["k"]) for layer, facts in manifest.moe.items()})
+    return ShardScores(choosers(manifest))
 
 
 BY_SHARD = "shard"

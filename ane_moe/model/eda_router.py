@@ -6,6 +6,7 @@ Source: transformers' `ZayaRouter`.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ane_moe.model.ranking import Ranking
 from ane_moe.model.weight import Weight
 
 
@@ -34,8 +35,9 @@ class EdaRouterSpec:
         return self.width
 
     @property
-    def is_linear(self) -> bool:
-        return False
+    def ranking(self) -> Ranking | None:
+        """None: no matrix alone tells the highest."""
+        return None
 
     def rows(self, d_model: int) -> Iterator[Weight]:
         width = self.width

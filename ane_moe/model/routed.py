@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 
 from ane_moe.model.mixer import MixerConfig
 from ane_moe.model.port import ADDED, FFN_INPUT, GUESS, LATER, STREAM, Port, Ports
+from ane_moe.model.ranking import PLAIN as BY_LOGITS
+from ane_moe.model.ranking import Ranking
 from ane_moe.model.residual import PLAIN, ResidualSpec, affine_rows
 from ane_moe.model.router import router_ports
 from ane_moe.model.spec import (
@@ -12,20 +14,22 @@ from ane_moe.model.spec import (
     NormSpec,
     router_norm_rows,
 )
-from ane_moe.model.weight import Early, Row
+from ane_moe.model.weight import Early, EarlyBias, Row
 
-EARLY = "early.weight"
+EARLY = "early"
 
 
 @dataclass(frozen=True)
 class RoutedMixerConfig:
-    """`guesses`: so many experts of a later layer are scored early, from the stream."""
+    """`guesses`: so many experts of a later layer are scored early, from the stream, by what that
+    layer's router ranks them by."""
 
     mixer: MixerConfig
     router: AnyRouterSpec
     residual: ResidualSpec = PLAIN  # of the feed-forward block
     router_norm: bool = False
     guesses: int = 0
+    guessed_by: Ranking = BY_LOGITS
 
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""
@@ -37,7 +41,7 @@ class RoutedMixerConfig:
         yield from (row.under("ffn.router") for row in self.router.rows(d))
         if self.residual.affine:
             yield from (row.under("ffn") for row in affine_rows(d))
-        yield from _early_rows(self.guesses, d)
+        yield from _early_rows(self.guesses, self.guessed_by, d)
 
     def ports(self, tokens: int) -> Ports:
         ports, routing = self.mixer.ports(tokens), router_ports(self.router, tokens)
@@ -56,18 +60,19 @@ class RoutedMixerConfig:
 
 @dataclass(frozen=True)
 class RoutingConfig:
-    """Of a layer without a mixer, whose experts add to the stream. `guesses` as above."""
+    """Of a layer without a mixer, whose experts add to the stream. Guesses are as above."""
 
     d_model: int
     norm: NormSpec
     router: AnyRouterSpec
     guesses: int = 0
+    guessed_by: Ranking = BY_LOGITS
 
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""
         yield from (row.under("ffn") for row in self.norm.rows(self.d_model))
         yield from (row.under("ffn.router") for row in self.router.rows(self.d_model))
-        yield from _early_rows(self.guesses, self.d_model)
+        yield from _early_rows(self.guesses, self.guessed_by, self.d_model)
 
     def ports(self, tokens: int) -> Ports:
         shape, routing = (1, self.d_model, 1, tokens), router_ports(self.router, tokens)
@@ -78,9 +83,11 @@ class RoutingConfig:
         )
 
 
-def _early_rows(guesses: int, d_model: int) -> Iterator[Row]:
+def _early_rows(guesses: int, guessed_by: Ranking, d_model: int) -> Iterator[Row]:
     if guesses:
-        yield Early(f"ffn.{EARLY}", (guesses, d_model))
+        yield Early(f"ffn.{EARLY}.weight", (guesses, d_model))
+    if guesses and guessed_by.bias:
+        yield EarlyBias(f"ffn.{EARLY}.choice_bias", (guesses,))
 
 
 def _guess(guesses: int, tokens: int) -> tuple[Port, ...]:

@@ -6,6 +6,7 @@ Source: transformers' `sparsemixer` (arXiv 2409.12136), as it works outside of t
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ane_moe.model.ranking import PLAIN, Ranking
 from ane_moe.model.weight import Weight
 
 
@@ -21,7 +22,7 @@ class SparseMixerSpec:
     k: int = 2
     carry: int = 0
     takes: bool = False
-    is_linear: bool = True
+    ranking: Ranking = PLAIN
 
     @property
     def classes(self) -> int:

@@ -11,6 +11,7 @@ from typing import Literal, Protocol, Self, TypeVar
 
 from ane_moe.model.eda_router import EdaRouterSpec
 from ane_moe.model.norm import NormSpec
+from ane_moe.model.ranking import Ranking
 from ane_moe.model.residual import STREAM_SCALE, Norms, ResidualSpec
 from ane_moe.model.sparse_mixer import SparseMixerSpec
 from ane_moe.model.weight import EMBEDDING, HEAD, HEAD_BIAS, Row, Weight, WeightName
@@ -234,10 +235,27 @@ class RouterSpec:
         return False
 
     @property
-    def is_linear(self) -> bool:
-        """Whether one matrix alone says which experts score highest."""
-        biased = self.bias or self.logit_bias
-        return not (biased or self.idle or self.open_groups < self.groups)
+    def ranking(self) -> Ranking | None:
+        """What the choice is made by, as far as it takes to tell the highest: a score that rises
+        with the logit changes no order, unless something is added. None with two biases, of
+        logits and of their scores."""
+        grouped = self.open_groups < self.groups
+        scored = (self.bias and not self.by_logits) or (grouped and self.group_best > 1)
+        if self.logit_bias and (self.bias or scored):
+            return None
+        ranking = Ranking(
+            self.score if scored else "logits",
+            self.bias or self.logit_bias,
+            self.softcap if self.bias or scored else None,
+        )
+        if not grouped:
+            return ranking
+        return replace(
+            ranking,
+            groups=self.groups,
+            open_groups=self.open_groups,
+            group_best=self.group_best,
+        )
 
     def rows(self, d_model: int) -> Iterator[Weight]:
         yield Weight("weight", (self.classes, d_model))

@@ -87,7 +87,18 @@ class Early:
         return replace(self, path=f"{prefix}.{self.path}")
 
 
-Row = Weight | Selection | Directions | Early
+@dataclass(frozen=True)
+class EarlyBias:
+    """What that router adds to its scores, by expert: the checkpoint's own."""
+
+    path: str
+    shape: tuple[int]
+
+    def under(self, prefix: str) -> "EarlyBias":
+        return replace(self, path=f"{prefix}.{self.path}")
+
+
+Row = Weight | Selection | Directions | Early | EarlyBias
 
 
 def with_directions(rows: Iterable[Weight], ranks: Mapping[str, int]) -> Iterator[Row]:

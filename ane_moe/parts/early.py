@@ -2,23 +2,30 @@
 
 from torch import Tensor
 
+from ane_moe.model.ranking import Ranking
 from ane_moe.parts.norm import UnitNorm
 from ane_moe.parts.projection import Projection
+from ane_moe.parts.residual import vector
+from ane_moe.parts.router import SCORES, capped
 
 
 class EarlyRouter(Projection):
     """`(1, d, 1, T) -> (1, E, 1, T)`. Both are linear in the stream but for its scale, so that one
     matrix is enough (`Adapter.before`). Where the layer's own norm reads the same stream, the two
-    have their operations in common."""
+    have their operations in common. Groups are left to the host, which loads."""
 
-    def __init__(self, d_model: int, experts: int, eps: float):
+    def __init__(self, d_model: int, experts: int, eps: float, ranking: Ranking):
         super().__init__(d_model, experts)
         self.level = UnitNorm(eps)
+        self.ranking = ranking
+        self.choice_bias = vector(experts) if ranking.bias else None
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        return super().forward(self.level(x), scale)
+        logits = capped(super().forward(self.level(x), scale), self.ranking.softcap)
+        scores = SCORES[self.ranking.score](logits)
+        return scores if self.choice_bias is None else scores + self.choice_bias
 
 
-def make_early(d_model: int, experts: int, eps: float) -> EarlyRouter | None:
+def make_early(d_model: int, experts: int, eps: float, ranking: Ranking) -> EarlyRouter | None:
     """Nothing where no experts are guessed."""
-    return EarlyRouter(d_model, experts, eps) if experts else None
+    return EarlyRouter(d_model, experts, eps, ranking) if experts else None

@@ -19,6 +19,19 @@ FAR = 2e4
 LEAST = 2**-14
 
 
+# What logits `(1, E, 1, T)` become.
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "logits": lambda logits: logits,
+    "sigmoid": torch.sigmoid,
+    "softmax": lambda logits: torch.softmax(logits, dim=1),
+}
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Kept within `softcap` by a tanh, where there is one."""
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
 def top_k_mask(logits: Tensor, k: int, experts: int, groups: int = 1) -> Tensor:
     """1 at the k largest of axis 1, 0 elsewhere; the lowest index wins ties. `(G, E, 1, T) -> (G,
     E, 1, T)`.
@@ -57,9 +70,7 @@ class Router(Projection):
         self.expert_scale = vector(spec.experts) if spec.weighed else None
 
     def gates(self, x: Tensor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        logits = self(x)
-        if self.spec.softcap is not None:
-            logits = torch.tanh(logits / self.spec.softcap) * self.spec.softcap
+        logits = capped(self(x), self.spec.softcap)
         return self._scaled(self._chosen(logits, inputs.get("noise"))), {}
 
     def _chosen(self, logits: Tensor, noise: Tensor | None) -> Tensor:
@@ -67,7 +78,7 @@ class Router(Projection):
         plain = not (spec.bias or spec.renorm_eps or spec.renorm_floor)
         if spec.score == "softmax" and plain and spec.open_groups == spec.groups:
             return self._softmax(logits, noise)
-        scores = torch.sigmoid(logits) if spec.score == "sigmoid" else torch.softmax(logits, dim=1)
+        scores = SCORES[spec.score](logits)
         ranked = logits if spec.by_logits else scores
         ranked = ranked if self.choice_bias is None else ranked + self.choice_bias
         ranked = ranked if noise is None else ranked + noise

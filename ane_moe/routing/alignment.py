@@ -16,7 +16,7 @@ import psutil
 
 from ane_moe.early_adapters import Adapter, Adapters, levelled
 from ane_moe.errors import UserError
-from ane_moe.loop.prefetch import read_routers
+from ane_moe.loop.router_table import RouterTable, read_routers
 from ane_moe.loop.shards import LoadedShards, load_shards
 from ane_moe.original.prompts import cut_passages, read_prompts
 from ane_moe.progress import Progress, silent
@@ -28,7 +28,7 @@ RIDGE = 1e-2  # of the mean square of a channel, which is 1
 FIT_SHARE = 2 / 3  # of the passages' tokens; what is reported is of the rest
 WINDOW = 256
 MAX_TOKENS = 6144
-Routers = Mapping[int, tuple[np.ndarray, int]]
+Routers = Mapping[int, RouterTable]
 
 
 @dataclass(frozen=True)
@@ -172,17 +172,15 @@ def _recalls(
     """On tokens left out of the fit, by each predictor."""
     if meant not in routers:
         return []
-    weights, k = routers[meant]
-    chosen, used = heard.chosen[meant][:, : len(weights)], heard.chosen[meant][:cut]
-    x = heard.entering[layer][cut:]
-    popular = np.broadcast_to(used[:, : len(weights)].mean(0), (len(x), len(weights)))
+    router, x = routers[meant], heard.entering[layer][cut:]
+    chooser, classes = router.chooser, len(router.weights)
+    chosen = heard.chosen[meant] & (np.arange(classes) < chooser.experts)  # idle: nothing to load
+    popular = np.broadcast_to(chosen[:cut].mean(0), (len(x), classes))
     before = chosen[cut - 1 : -1].astype(np.float64) + popular * 1e-3
-    scores = {
-        "static": popular,
-        "previous": before,
-        "router": x.astype(np.float32) @ weights.T,
-        "adapter": own(x) @ weights.T,
-    }
+    by_router = {"router": router.read(x), "adapter": own(x)}
+    scores = {"static": popular, "previous": before}
+    scores |= {name: chooser.eligible(router.scores(one)) for name, one in by_router.items()}
+    k = chooser.k
     return [
         Recall(name, far, meant, *(recall(one, chosen[cut:], k * times) for times in (1, 2)))
         for name, one in scores.items()

@@ -21,7 +21,7 @@ class HostGuesses:
     layers: Mapping[int, int]
 
     def of(self, shard: Shard, hidden: np.ndarray) -> np.ndarray:
-        """Scores fp32 `[N,E]` for hidden states `[N,d]` as the shard's experts add to them."""
+        """Scores fp32 `[N,C]` for hidden states `[N,d]` as the shard's experts add to them."""
         assert shard.layer is not None
         return self.router.scores(self.layers[shard.layer], hidden)
 
@@ -79,8 +79,10 @@ class GoldenSlots:
             return np.zeros_like(logits), logits
         if root == GUESS and self.guesses:
             kept, added = self._stream(shard, None)
-            scores = self.guesses.of(shard, kept + added)
-            return np.zeros_like(scores), scores
+            scores, at_rest = (
+                self.guesses.of(shard, one) for one in (kept + added, np.zeros_like(kept))
+            )
+            return at_rest, scores - at_rest
         if root == "carry":
             (name,) = slot_arguments(slot)
             after = self._last(shard).carried_out[name]

@@ -25,6 +25,7 @@ from ane_moe.loop.session import Session
 from ane_moe.loop.shards import load_shards
 from ane_moe.manifest import read_manifest
 from ane_moe.mlprogram.reader import read_program
+from ane_moe.model.ranking import PLAIN
 from ane_moe.routing.residuals import record_residuals
 from ane_moe.verification.verify import verify
 from tests.early import drawn_adapters, drawn_file
@@ -240,10 +241,10 @@ def test_what_cannot_be_guessed_is_one_line(checkpoint, tmp_path, options, adapt
 
 
 def test_experts_that_no_matrix_chooses_are_refused(tmp_path):
-    checkpoint = save_checkpoint(make_model("deepseek_v3"), tmp_path / "checkpoint")
+    checkpoint = save_checkpoint(make_model("zaya"), tmp_path / "checkpoint")
     facts = plan(checkpoint, ConvertOptions())
     file = drawn_file(tmp_path / "a.npz", facts.spec.d_model, (0,), 1)
-    with pytest.raises(UserError, match="deepseek_v3 are not guessed by shards"):
+    with pytest.raises(UserError, match="zaya are not guessed by shards"):
         plan(checkpoint, ConvertOptions(routing="sparse", early=str(file)))
 
 
@@ -257,9 +258,12 @@ def test_numbers_that_fp16_does_not_hold_are_refused(checkpoint, tmp_path):
         job.plan.early[0].value(job.checkpoint)
 
 
+NO_SOURCES = (None, None, None, PLAIN)
+
+
 def test_a_source_is_told_by_its_numbers():
     one, other = (drawn_adapters(D, (0,), 1, seed).ahead[0, 1] for seed in (0, 1))
-    sources = [EarlyRows(None, None, each.digest, each) for each in (one, one, other)]
+    sources = [EarlyRows(*NO_SOURCES, each.digest, each) for each in (one, one, other)]
     assert sources[0] == sources[1] != sources[2] and len(set(sources)) == 2
     assert replace(one, up=-one.up).digest != one.digest
 

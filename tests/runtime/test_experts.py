@@ -13,7 +13,8 @@ from ane_moe.errors import UserError
 from ane_moe.loop.expert_cache import ExpertCache, FunctionKey
 from ane_moe.loop.experts import ExpertDispatch, Group, expert_layers
 from ane_moe.loop.figures import CallClock, PhaseFigures
-from ane_moe.loop.prefetch import LayerBefore, read_routers
+from ane_moe.loop.prefetch import LayerBefore
+from ane_moe.loop.router_table import read_routers
 from ane_moe.loop.session import Session
 from ane_moe.manifest import Shard
 from tests.runtime.numpy_shards import (
