@@ -1,7 +1,8 @@
 """Files and folders that are there whole or not at all, and what a killed run leaves behind.
 
 Whatever is written goes under a temporary name beside its place first (`.writing-NAME`) and is
-renamed when it is complete. A run that is killed leaves such names; `sweep` removes them.
+renamed when it is complete. A run that is killed leaves such names; the next conversion sweeps them
+(conversion/output_folder.py).
 """
 
 import errno
@@ -64,7 +65,7 @@ def named_by_user(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder(beside: Path, name: str) -> Iterator[Path]:
-    """An empty folder in `beside` for the length of the block; `sweep` removes it after a kill."""
+    """An empty folder in `beside` for the length of the block; it stays after a kill."""
     with tempfile.TemporaryDirectory(prefix=f"{TEMPORARY}{name}-", dir=beside) as folder:
         yield Path(folder)
 
@@ -79,12 +80,6 @@ def write_named_by_user(path: Path, text: str) -> None:
     """Write UTF-8 text atomically. Raises UserError where that is not possible."""
     with named_by_user(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def sweep(folder: Path) -> None:
-    """Delete what a killed run left half-written below `folder`."""
-    for path in [*folder.rglob(f"{TEMPORARY}*")]:
-        _remove(path)
 
 
 def is_hidden(path: Path) -> bool:

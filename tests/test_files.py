@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from ane_moe.conversion.output_folder import sweep_unfinished
 from ane_moe.errors import UserError
-from ane_moe.files import replaced, scratch_folder, sha256, sweep, write_named_by_user, write_text
+from ane_moe.files import replaced, scratch_folder, sha256, write_named_by_user, write_text
 
 KILLED = """
 import os, signal
@@ -55,7 +56,7 @@ def test_what_a_killed_process_leaves_is_swept_and_nothing_else(tmp_path: Path) 
         [sys.executable, "-c", script], cwd=Path(__file__).parents[1], check=False
     )
     assert ended.returncode == -signal.SIGKILL and len(names(tmp_path)) == 4
-    sweep(tmp_path)
+    sweep_unfinished(tmp_path)
     assert names(tmp_path) == ["kept"]
 
 

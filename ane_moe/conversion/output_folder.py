@@ -2,23 +2,44 @@
 one left."""
 
 import json
+import re
 import shutil
+from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 
 from ane_moe.checkpoints.adapter import adapter_name
 from ane_moe.conversion.early import FILE_NAME as EARLY
 from ane_moe.conversion.job import Job
-from ane_moe.conversion.plan import MB, ROUTERS, ConversionPlan, ConvertOptions
+from ane_moe.conversion.plan import (
+    EXPERTS,
+    FOLDERS,
+    MB,
+    ROUTERS,
+    ConversionPlan,
+    ConvertOptions,
+)
+from ane_moe.conversion.side_files import LABEL_FILES
 from ane_moe.emit.coreml.package import ContentKey
 from ane_moe.errors import UserError
-from ane_moe.files import sweep, write_text
+from ane_moe.files import TEMPORARY, write_text
+from ane_moe.formats.calibration import FILE_NAME as CALIBRATION
 from ane_moe.manifest import FILE_NAME, Manifest
 from ane_moe.original.checkpoint_tokenizer import ALL_FILES as TOKENIZER_FILES
 from ane_moe.package_form import ASSET, PACKAGE
 
 MARKER = ".converting.json"  # present while a conversion is unfinished: which one it is
-LOOSE = (*TOKENIZER_FILES, EARLY, "golden*.safetensors")  # beside the shards, and not always
+# Beside the shards, and not always.
+ALONE = (*TOKENIZER_FILES, EARLY, "golden*.safetensors", *LABEL_FILES, CALIBRATION, "embed.bin")
+# Packages, stores and tables of an output with what is in them, and what is half-written.
+OURS = re.compile(
+    rf"(?:{'|'.join(FOLDERS)})/[^/]+(?:{re.escape(PACKAGE)}|{re.escape(ASSET)})(?:/.*)?"
+    rf"|(?:{ROUTERS}|{EXPERTS})/layer_\d+\.bin"
+    rf"|(?:(?:{'|'.join(FOLDERS)})/)?{re.escape(TEMPORARY)}[^/]*(?:/.*)?",
+    re.DOTALL,
+)
 
 
 def claim(job: Job, overwrite: bool) -> None:
@@ -34,7 +55,7 @@ def claim(job: Job, overwrite: bool) -> None:
             raise of_something_else(where)
         if found != what and not overwrite:
             raise of_another(where)
-        sweep(out)
+        sweep_unfinished(out)
     out.mkdir(parents=True, exist_ok=True)
     write_text(marker, json.dumps(what, sort_keys=True) + "\n")
     (out / FILE_NAME).unlink(missing_ok=True)
@@ -92,14 +113,49 @@ def require_disk(out: Path, conversion: ConversionPlan) -> None:
         )
 
 
+def sweep_unfinished(out: Path) -> None:
+    """Delete what a killed run left half-written in the folder of a conversion."""
+    _delete(out, (name for name in strangers(_names(out), ()) if TEMPORARY in name))
+
+
 def remove_strangers(out: Path, manifest: Manifest) -> None:
-    """What an earlier conversion left and this one does not name: shards, routers,
-    tokenizers, goldens."""
-    kept = {shard.path for shard in manifest.shards}
-    for path in [*out.rglob(f"*{PACKAGE}"), *out.rglob(f"*{ASSET}")]:
-        if path.relative_to(out).as_posix() not in kept:
-            shutil.rmtree(path)
-    loose = [path for pattern in LOOSE for path in out.glob(pattern)]
-    for path in (*(out / ROUTERS).glob("*"), *(out / "experts").glob("*.bin"), *loose):
-        if path.relative_to(out).as_posix() not in manifest.files:
-            path.unlink()
+    """Delete the `strangers` of the folder of a conversion."""
+    _delete(out, strangers(_names(out), manifest.files))
+
+
+def strangers(names: Collection[str], kept: Collection[str]) -> list[str]:
+    """What an earlier conversion left, or a killed one, and is none of the `kept` files: of the
+    files and folders of an output those that conversions write, where they write them. A
+    conversion that lies further down is another one."""
+    told = (PurePosixPath(name) for name in names)
+    others = {path.parent for path in told if path.name in (FILE_NAME, MARKER) and path.parts[1:]}
+    needed = {*kept, *(str(parent) for name in kept for parent in PurePosixPath(name).parents)}
+    return [
+        name
+        for name in names
+        if name not in needed and _is_ours(name) and others.isdisjoint(PurePosixPath(name).parents)
+    ]
+
+
+def _is_ours(name: str) -> bool:
+    if "/" not in name and any(fnmatchcase(name, pattern) for pattern in ALONE):
+        return True
+    return OURS.fullmatch(name) is not None
+
+
+def _names(out: Path) -> list[str]:
+    """Files and folders of an output where a conversion writes."""
+    inside = (path for folder in FOLDERS for path in (out / folder).rglob("*"))
+    beside = (path for path in out.glob(f"{TEMPORARY}*") if not path.is_symlink())
+    below = (path for folder in beside for path in folder.rglob("*"))
+    return [path.relative_to(out).as_posix() for path in (*out.glob("*"), *inside, *below)]
+
+
+def _delete(out: Path, names: Iterable[str]) -> None:
+    """Files, and folders that are empty then."""
+    for path in (out / name for name in sorted(names, reverse=True)):
+        if path.is_dir() and not path.is_symlink():
+            with suppress(OSError):
+                path.rmdir()
+        else:
+            path.unlink(missing_ok=True)

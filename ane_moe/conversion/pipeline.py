@@ -23,7 +23,14 @@ from ane_moe.conversion.goldens import (
     write_goldens,
 )
 from ane_moe.conversion.job import Job, open_job, plan_of
-from ane_moe.conversion.output_folder import MARKER, claim, identity, remove_strangers, require_disk
+from ane_moe.conversion.output_folder import (
+    MARKER,
+    claim,
+    identity,
+    remove_strangers,
+    require_disk,
+    sweep_unfinished,
+)
 from ane_moe.conversion.plan import MB, ConversionPlan, ConvertOptions, Recovery
 from ane_moe.conversion.remote_output import (
     announce,
@@ -67,7 +74,7 @@ from ane_moe.emit.coreml.package import disk_error
 from ane_moe.emit.coreml.template import Template
 from ane_moe.emit.coreml.template_cache import TemplateCache
 from ane_moe.errors import UserError
-from ane_moe.files import sha256, sweep
+from ane_moe.files import sha256
 from ane_moe.formats.calibration import FILE_NAME as CALIBRATION
 from ane_moe.formats.calibration import is_calibration_of
 from ane_moe.manifest import Manifest
@@ -215,7 +222,7 @@ def _carried_out(
             meter.begin_again()
         sent, manifest = manifest.files, _complete(manifest, job)
         stream = divided_stream(job, out / GOLDEN)
-        sweep(out)  # of killed workers, whose calls others did
+        sweep_unfinished(out)  # of killed workers, whose calls others did
         remove_strangers(out, manifest)
         manifest.write(out)
         deliver(job, manifest, sent)

@@ -27,7 +27,13 @@ MB = 1_000_000
 BLOB_OVERHEAD = 128  # bytes a stored array takes in the file beside its own: metadata and alignment
 MAX_PARTS = 3  # arrays of an encoded weight: indices or data, palettes or mask, scales
 DEFAULT_LENGTHS = (32, 128, 512)
-ROUTERS = "router"
+ROUTERS, EXPERTS = "router", "experts"
+# Where packages, stores and router tables lie, each directly in its folder: whatever else is in an
+# output's folders is not ours.
+FOLDERS = (
+    *("attn", "routing", "dense", "moe", EXPERTS, "join", "stack", "tracks", "lm_head", "labels"),
+    ROUTERS,
+)
 DISPATCHED = ("sparse", "stream")  # routings whose experts the host calls
 MAX_LENGTH = 1 << 12  # a mask of as many rows and columns takes 32 MB
 

@@ -12,6 +12,7 @@ from ane_moe.checkpoints.checkpoint import TensorSource
 from ane_moe.conversion.early import EarlyRows, early_rows
 from ane_moe.conversion.expert_layout import Formed, common_record
 from ane_moe.conversion.plan import (
+    FOLDERS,
     MB,
     ConversionPlan,
     ConvertOptions,
@@ -127,6 +128,7 @@ def make_plan(
     if options.format == "aimodel":
         shards = list(map(_as_asset, shards))
     for shard in shards:
+        assert shard.path.split("/")[0] in FOLDERS, shard.path  # else none would sweep it
         if shard.store is None and shard.file_bytes > MAX_WEIGHT_BYTES:
             raise UserError(
                 f"{shard.path} would hold {shard.weight_bytes / MB:.0f} MB",

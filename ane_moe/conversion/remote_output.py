@@ -12,22 +12,17 @@ from pathlib import Path, PurePosixPath
 from ane_moe.addresses import address
 from ane_moe.conversion.job import Job
 from ane_moe.conversion.output_folder import (
-    LOOSE,
     MARKER,
     of_another,
     of_something_else,
+    strangers,
 )
-from ane_moe.conversion.plan import ROUTERS
-from ane_moe.conversion.side_files import LABEL_FILES
-from ane_moe.files import TEMPORARY, sha256
+from ane_moe.files import sha256
 from ane_moe.formats.calibration import FILE_NAME as CALIBRATION
 from ane_moe.manifest import FILE_NAME, Manifest
-from ane_moe.package_form import ASSET, PACKAGE
 from ane_moe.remote_folder import RemoteFolder, SentFile
 
 KEPT = ("golden*.safetensors", CALIBRATION)  # of an earlier run, to be looked at here
-FOLDERS = (ROUTERS, "experts")  # of files that are no packages
-ALONE = (*LOOSE, *LABEL_FILES, CALIBRATION, "embed.bin")
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,11 @@ def with_scratch(job: Job) -> Iterator[Job]:
         told = [name for name in (MARKER, FILE_NAME) if name in there]
         if there and not told:
             raise of_something_else(url)
-        kept = (name for name in there if any(fnmatchcase(name, one) for one in KEPT))
+        kept = (
+            name
+            for name in there
+            if "/" not in name and any(fnmatchcase(name, one) for one in KEPT)
+        )
         for name in (*told, *kept):
             away.fetch(name, here / name)
         yield replace(job, out=here, away=away)
@@ -121,17 +120,7 @@ def deliver(job: Job, manifest: Manifest, sent: Collection[str]) -> None:
     away = to.folder
     for name in sorted(manifest.files.keys() - set(sent)):
         away.send(job.out / name, name)
-    for name in away.sizes():
-        if name not in manifest.files and _is_ours(name):
-            away.remove(name)
+    for name in strangers(away.sizes(), manifest.files):
+        away.remove(name)
     away.send(job.out / FILE_NAME, FILE_NAME)
     away.remove(MARKER)
-
-
-def _is_ours(name: str) -> bool:
-    """Whether a file is one that conversions write, or that a killed one left."""
-    parts = PurePosixPath(name).parts
-    made = any(part.endswith((PACKAGE, ASSET)) or part.startswith(TEMPORARY) for part in parts)
-    inside = len(parts) > 1 and parts[0] in FOLDERS
-    alone = len(parts) == 1 and any(fnmatchcase(name, pattern) for pattern in ALONE)
-    return made or inside or alone

@@ -166,6 +166,28 @@ def test_what_is_held_by_something_else_stays(checkpoint: Path, there: Path, loc
     assert contents(there) == contents(local)
 
 
+@pytest.mark.parametrize("at_an_address", [True, False])
+def test_a_run_again_deletes_what_is_of_this_conversion_alone(
+    checkpoint: Path, local: Path, there: Path, tmp_path: Path, at_an_address: bool
+) -> None:
+    out = there if at_an_address else tmp_path / "out"
+    shutil.copytree(local, out)
+    others = ("child", "moe/child", "moe/layer_07.mlpackage", "golden/child")
+    for child in others:
+        shutil.copytree(local, out / child)
+    (out / "begun" / "attn" / ".writing-layer_00.mlpackage").mkdir(parents=True)
+    (out / "begun" / MARKER).write_text("{}")
+    mine = ("mine.txt", "router/mine.txt", "experts/mine.bin", "mine/layer_00.mlpackage/mine")
+    ours = ("router/layer_00.bin", "moe/.writing-x/a", ".writing-b", "attn/a.aimodel/a")
+    for name in (*mine, *ours, "begun/attn/.writing-layer_00.mlpackage/a"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("")
+    before = contents(out)
+    convert(checkpoint, Path(URL) if at_an_address else out, OPTIONS, golden=True)
+    assert before.keys() - contents(out).keys() == {*ours}
+    assert all(contents(out / child) == contents(local) for child in others)
+
+
 def test_whoever_finds_another_conversion_begun_there_stops(
     checkpoint: Path, there: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from coremltools.converters.mil.frontend.milproto.load import load
 
+from ane_moe.conversion.output_folder import sweep_unfinished
 from ane_moe.coreml_tools import Model_pb2, ct
 from ane_moe.emit.coreml import package
 from ane_moe.emit.coreml.package import (
@@ -22,7 +23,6 @@ from ane_moe.emit.coreml.package import (
 from ane_moe.emit.coreml.template import value_name
 from ane_moe.emit.coreml.tracing import make_template
 from ane_moe.errors import UserError
-from ane_moe.files import sweep
 from ane_moe.model.mlp import DenseConfig
 from ane_moe.model.spec import MlpSpec, NormSpec
 from ane_moe.model.template_key import TemplateKey
@@ -167,7 +167,7 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
     half = tmp_path / "attn" / ".writing-layer_00.mlpackage" / "Data"
     half.mkdir(parents=True)
     (tmp_path / ".writing-embed.bin").write_bytes(b"x")
-    sweep(tmp_path)
+    sweep_unfinished(tmp_path)
     assert [path.name for path in tmp_path.rglob("*")] == ["attn"]
 
 

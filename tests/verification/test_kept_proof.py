@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from ane_moe.cli import main
-from ane_moe.conversion.output_folder import sweep
+from ane_moe.conversion.output_folder import sweep_unfinished
 from ane_moe.formats.recipe import INT8
 from ane_moe.manifest import read_manifest
 from ane_moe.verification import proof
@@ -176,7 +176,7 @@ def test_other_gates_judge_what_was_measured(own, monkeypatch):
 
 def test_the_next_conversion_sweeps_what_is_kept(own, monkeypatch):
     folder = break_off(monkeypatch, *own)
-    sweep(own[1])
+    sweep_unfinished(own[1])
     assert not folder.exists()
 
 
