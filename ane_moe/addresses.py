@@ -7,8 +7,10 @@ from typing import Any
 from ane_moe.errors import UserError
 
 # pathlib makes one stroke of two.
-ADDRESS = re.compile(r"(?P<protocol>[a-z][a-z0-9+.-]+):/{1,2}(?P<rest>[^/].*?)/*")
+ADDRESS = re.compile(r"(?P<protocol>[a-z][a-z0-9+.-]+):/{1,2}(?P<rest>[^/].*?)/*", re.I)
+LIKE_ONE = re.compile(r"(?P<protocol>[a-z][a-z0-9+.:-]+):(?P<rest>/.*)?", re.I)
 HUB = "hf"  # by its own name and cache (checkpoints/hub.py)
+HERE = re.compile(r"\A(?:file|local):/+(?=[^/])", re.I)
 # Protocols that need a package beyond fsspec have theirs in this extra.
 EXTRA = "pip install 'ane-moe[remote]', or what fsspec names for it"
 LONGEST = 200  # characters of an answer that are shown
@@ -17,9 +19,38 @@ LONGEST = 200  # characters of an answer that are shown
 def address(given: str | Path) -> str | None:
     """The address that is named; None for a path that is there, and for what is none."""
     found = ADDRESS.fullmatch(str(given))
-    if found is None or found["protocol"] in (HUB, "file") or Path(given).exists():
+    if found is None or HERE.match(str(given)) or Path(given).exists():
         return None
-    return f"{found['protocol']}://{found['rest']}"
+    protocol = found["protocol"].lower()
+    return None if protocol == HUB else f"{protocol}://{found['rest']}"
+
+
+def local_path(given: str | Path) -> Path:
+    """The path that is given, or that `file://` is before."""
+    return Path(given if Path(given).exists() else HERE.sub("/", str(given), count=1))
+
+
+def output_place(given: Path) -> Path:
+    """The path or the address, as it is given, where something is to be written. Raises UserError
+    for what looks like an address and is none."""
+    path = local_path(given)
+    found = LIKE_ONE.fullmatch(str(path))
+    if found is None or address(path) or path.exists():
+        return path
+    shown = f"{found['protocol']}://{(found['rest'] or '').lstrip('/')}"
+    if found["protocol"].lower() == HUB:
+        raise UserError(
+            f"{shown} is on the Hugging Face Hub, where this does not write",
+            do="name a folder, then `ane-moe push FOLDER OWNER/NAME`",
+        )
+    raise UserError(f"{shown} is no address", do="name a folder, or PROTOCOL://PLACE/NAME")
+
+
+def output_path(given: Path) -> Path:
+    """`output_place`, where no address will do."""
+    if url := address(given):
+        raise UserError(f"{url} is an address", do="name a place on this machine")
+    return output_place(given)
 
 
 def named(given: str | Path) -> str:

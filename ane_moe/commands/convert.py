@@ -237,11 +237,12 @@ def convert(
 ) -> None:
     """Convert a checkpoint into shards for Core ML, or for Core AI. Run it again to go on after an
     interruption."""
-    from ane_moe.addresses import from_anywhere, named
+    from ane_moe.addresses import from_anywhere, named, output_place
     from ane_moe.checkpoints.hub import local_folder
     from ane_moe.conversion.workers import open_workers, prepare
     from ane_moe.manifest import FILE_NAME
 
+    out = output_place(out)
     if cluster:  # its workers are in folders of their own
         out = from_anywhere(out)
     may_be_done = (out / FILE_NAME).exists() and not overwrite

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ane_moe.commands.options import written_here
 from ane_moe.demo import DEMOS, LANGUAGE, copy_demo
 from ane_moe.errors import UserError
 
@@ -15,7 +16,8 @@ def demo(
         typer.Argument(help=f"One of {', '.join(DEMOS)}; without it {LANGUAGE}.", metavar="[NAME]"),
     ],
     folder: Annotated[
-        Path | None, typer.Argument(help="A new or empty folder.", metavar="DIR")
+        Path | None,
+        typer.Argument(help="A new or empty folder.", metavar="DIR", callback=written_here),
     ] = None,
 ) -> None:
     """Write a built-in trained model to DIR, as a Hugging Face checkpoint; its README.md says how

@@ -6,15 +6,15 @@ from typing import Annotated
 
 import typer
 
-from ane_moe.addresses import address
+from ane_moe.addresses import address, local_path, output_path
 
 
 def opened_out(context: typer.Context, out: Path) -> Path:
     """The folder itself, or what is fetched of a conversion on the Hub or at an address: how every
     command opens its OUT. Raises UserError."""
-    url, on_hub = address(out), str(out).startswith("hf:")
+    url, on_hub = address(out), str(out).lower().startswith("hf:")
     if context.resilient_parsing or not (url or on_hub):
-        return out
+        return local_path(out)
     from ane_moe.hub.fetched import fetched
     from ane_moe.hub.pulled import pulled
     from ane_moe.report.step_bar import step_bar
@@ -27,7 +27,7 @@ def opened_package(context: typer.Context, package: Path) -> Path:
     """The package itself, or that of an address, fetched for this command. Raises UserError."""
     url = address(package)
     if context.resilient_parsing or url is None:
-        return package
+        return local_path(package)
     from ane_moe.remote_folder import RemoteFolder
 
     scratch = context.with_resource(tempfile.TemporaryDirectory(prefix="ane-moe-"))
@@ -35,6 +35,11 @@ def opened_package(context: typer.Context, package: Path) -> Path:
     for name in there.sizes():
         there.fetch(name, here / name)
     return here
+
+
+def written_here(path: Path | None) -> Path | None:
+    """What a command writes that writes on this machine alone. Raises UserError."""
+    return path and output_path(path)
 
 
 AdapterFolders = Annotated[

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ane_moe.commands.options import AsJson
+from ane_moe.commands.options import AsJson, written_here
 
 
 def pull(
@@ -15,7 +15,10 @@ def pull(
         typer.Argument(help="The repository.", metavar="OWNER/NAME[@REVISION]", show_default=False),
     ],
     folder: Annotated[
-        Path, typer.Argument(help="A new or empty folder.", metavar="DIR", show_default=False)
+        Path,
+        typer.Argument(
+            help="A new or empty folder.", metavar="DIR", callback=written_here, show_default=False
+        ),
     ],
     as_json: AsJson = False,
 ) -> None:

@@ -6,13 +6,16 @@ from typing import Annotated
 
 import typer
 
-from ane_moe.commands.options import AsJson, Out, RuntimeName
+from ane_moe.commands.options import AsJson, Out, RuntimeName, written_here
 
 
 def vectors(
     out: Out,
     folder: Annotated[
-        Path, typer.Argument(help="Where to write them.", metavar="DIR", show_default=False)
+        Path,
+        typer.Argument(
+            help="Where to write them.", metavar="DIR", callback=written_here, show_default=False
+        ),
     ],
     tokens: Annotated[int, typer.Option(help="Tokens of the run.", min=1)] = 20,
     decoded: Annotated[

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ane_moe.addresses import from_anywhere
+from ane_moe.addresses import from_anywhere, output_place
 from ane_moe.checkpoints.checkpoint import TensorSource
 from ane_moe.checkpoints.hub import local_folder
 from ane_moe.conversion import stamping
@@ -145,7 +145,9 @@ def convert(
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> ConvertReport:
     """Open `checkpoint`, plan its conversion into the folder or address `out`, and `carry_out`
-    that: by processes of this machine, or by the workers of a `cluster`, as of `open_workers`."""
+    that: by processes of this machine, or by the workers of a `cluster`, as of `open_workers`.
+    Raises UserError as that does, and as of `output_place`."""
+    out = output_place(out)
     if cluster:  # whose workers are in folders of their own
         checkpoint, out = local_folder(checkpoint, apart=True).absolute(), from_anywhere(out)
     job = open_job(checkpoint, out, options or ConvertOptions())

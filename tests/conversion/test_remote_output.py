@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ane_moe import remote_folder
+from ane_moe.addresses import output_place
 from ane_moe.cli import app
 from ane_moe.conversion.output_folder import MARKER
 from ane_moe.conversion.pipeline import ConvertOptions, convert
@@ -203,6 +204,39 @@ def test_whoever_finds_another_conversion_begun_there_stops(
     with pytest.raises(UserError, match=f"{URL} holds another conversion"):
         convert(checkpoint, Path(URL), OPTIONS)
     assert (there / MARKER).read_text() == other and not (there / FILE_NAME).exists()
+
+
+@pytest.mark.parametrize("cluster", [None, "tcp://127.0.0.1:1"])
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("hf://me/model", "hf://me/model is on the Hugging Face Hub.*`ane-moe push FOLDER"),
+        ("HF://me/model", "is on the Hugging Face Hub"),
+        ("s3://", "s3:// is no address"),
+        ("simplecache::s3://b/o", "simplecache::s3://b/o is no address"),
+    ],
+)
+def test_what_only_looks_like_an_address_is_no_folder(
+    checkpoint: Path, there: Path, tmp_path: Path, out: str, said: str, cluster: str | None
+) -> None:
+    with pytest.raises(UserError, match=said):
+        convert(checkpoint, Path(out), OPTIONS, cluster=cluster)
+    assert not Path(out).exists()
+
+
+def test_a_folder_and_a_store_have_more_than_one_spelling(
+    local: Path, there: Path, tmp_path: Path
+) -> None:
+    here = output_place(Path(f"FILE://{tmp_path}/out"))
+    assert here == tmp_path / "out" and output_place(Path("c:/out")) == Path("c:/out")
+    shutil.copytree(local, there)
+    names = [
+        json.loads(ran("inspect", f"{out}/{SHARD}", "--json").stdout)["functions"]
+        for out in (f"file://{local}", URL.replace("bucket", "Bucket"))
+    ]
+    assert names[0] == names[1]
+    result = CliRunner().invoke(app, ["pull", "me/model", URL])
+    assert f"{URL} is an address" in str(result.exception)
 
 
 def test_a_key_is_never_beside_weights_of_another(
