@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ane_moe.addresses import address
+from ane_moe.addresses import address, local_path
 from ane_moe.checkpoints.folder import CONFIG, SMALL, weight_files, weight_names
 from ane_moe.checkpoints.hub_range import range_at
 from ane_moe.checkpoints.remote import (
@@ -32,11 +32,12 @@ from ane_moe.json_file import read_json
 from ane_moe.user_cache import user_cache
 
 NAME = re.compile(
-    r"(?:hf:/{1,2})?(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?"
+    r"(?:(?i:hf):/{1,2})?(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?"
     r"(?::(?P<kind>\w[\w.-]*))?"
 )
 FILE = re.compile(  # one file of a repository
-    r"hf:/{1,2}(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w.-]*))?/(?P<file>.+\.gguf)"
+    r"(?i:hf):/{1,2}(?P<repository>\w[\w.-]*/\w[\w.-]*)"
+    r"(?:@(?P<revision>refs/(?:pr|convert)/[\w.-]+|(?!refs/)\w[\w.-]*))?/(?P<file>.+\.gguf)"
 )
 AT_COMMIT = re.compile(r"hf://(?P<hub>[^/]+/[^/@]+)@(?P<revision>\w+)(?:/.*)?")
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -94,7 +95,7 @@ def local_folder(
         return _said(model, lambda: gguf_at(f"{_at_commit(model)}/{file['file']}"))
     name = hub_name(given)
     if name is None:
-        return Path(given)
+        return local_path(given)
     return _said(name, lambda: _folder(name, layers, apart))
 
 

@@ -23,7 +23,7 @@ def asking(what: str, do: str) -> Iterator[None]:
 
 def repository(text: str) -> HubName:
     """The repository that is named: OWNER/NAME[@REVISION], with hf:// or not. Raises UserError."""
-    name = hub_name(text if text.startswith("hf:") else f"hf://{text}")
+    name = hub_name(text if text.lower().startswith("hf:") else f"hf://{text}")
     if name is None or name.kind:
         raise UserError("no repository of the Hub has this name", text, "give OWNER/NAME")
     return name

@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType as Kind
 from typer.testing import CliRunner
 
 from ane_moe.checkpoints.checkpoint import open_checkpoint
-from ane_moe.checkpoints.hub import HubName, hub_name, local_folder
+from ane_moe.checkpoints.hub import FILE, HubName, hub_name, local_folder
 from ane_moe.checkpoints.weight_file import read_range
 from ane_moe.cli import app
 from ane_moe.errors import UserError
@@ -64,6 +64,13 @@ def hub(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 )
 def test_names_and_paths_are_told_apart(given: str, name: HubName | None) -> None:
     assert hub_name(given) == name
+
+
+@pytest.mark.parametrize("revision", [None, "v1.0", "refs/pr/3"])
+def test_a_file_is_told_from_the_revision_before_it(revision: str | None) -> None:
+    at = f"@{revision}" if revision else ""
+    found = FILE.fullmatch(f"hf://owner/name{at}/F16/a.gguf")
+    assert found and found["revision"] == revision and found["file"] == "F16/a.gguf"
 
 
 def test_a_path_that_is_there_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +160,7 @@ def test_gguf_files_that_stay_there_are_read_by_ranges(hub: Hub, tmp_path: Path)
     hub.models |= gguf_models(tmp_path)
     one, parts = "someone/one-GGUF", "someone/several-GGUF"
     for name, apart, file in (
-        (f"hf://{one}/tiny-Q8_0.gguf", False, tmp_path / "one" / "tiny-Q8_0.gguf"),
+        (f"HF://{one}/tiny-Q8_0.gguf", False, tmp_path / "one" / "tiny-Q8_0.gguf"),
         (f"hf://{parts}@v1/F16/tiny-F16-00002-of-00002.gguf", False, tmp_path / "several" / "F16"),
         (f"{parts}:F16", True, tmp_path / "several" / "F16"),
     ):
