@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ane_moe.errors import UserError
+from ane_moe.errors import DiskFull, UserError
 
 TEMPORARY = ".writing-"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -80,6 +81,20 @@ def write_named_by_user(path: Path, text: str) -> None:
     """Write UTF-8 text atomically. Raises UserError where that is not possible."""
     with named_by_user(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def disk_error(error: Exception, path: Path) -> Exception:
+    """A DiskFull when `error`, of writing `path`, looks like a full disk, or a used up quota, else
+    the error itself."""
+    free = shutil.disk_usage(next(one for one in path.absolute().parents if one.exists())).free
+    full = getattr(error, "errno", None) in FULL
+    if full or (isinstance(error, RuntimeError) and free < 1 << 26):
+        what, do = (
+            f"the disk is full: {path.name} was not written",
+            "free some space and run the same command again",
+        )
+        return DiskFull(what, f"{free / 1e6:.0f} MB free", do)
+    return error
 
 
 def is_hidden(path: Path) -> bool:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ane_moe.addresses import file_system, reason_of, unreadable
-from ane_moe.errors import UserError
-from ane_moe.files import replaced, sha256
+from ane_moe.errors import DiskFull, UserError
+from ane_moe.files import disk_error, replaced, sha256
 
 T = TypeVar("T")
 TRIES, PAUSE_SECONDS = 4, 0.5  # again, where the line breaks; twice the pause each time
@@ -65,11 +65,13 @@ class RemoteFolder:
     def fetch(self, name: str, path: Path, writer: str = "") -> None:
         """Bring a file to `path`; `writer` is as of `replaced`."""
         files, root = self._place()
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with replaced(path, writer) as temporary:
                 _tried(lambda: files.get_file(f"{root}/{name}", str(temporary)))
         except Exception as error:  # as above
+            if isinstance(full := disk_error(error, path), DiskFull):
+                raise full from None
             raise unreadable(f"{self.url}/{name}", error) from None
 
     def send(self, path: Path, name: str) -> None:

@@ -70,11 +70,10 @@ from ane_moe.conversion.workers import (
     start,
     this_process,
 )
-from ane_moe.emit.coreml.package import disk_error
 from ane_moe.emit.coreml.template import Template
 from ane_moe.emit.coreml.template_cache import TemplateCache
 from ane_moe.errors import UserError
-from ane_moe.files import sha256
+from ane_moe.files import disk_error, sha256
 from ane_moe.formats.calibration import FILE_NAME as CALIBRATION
 from ane_moe.formats.calibration import is_calibration_of
 from ane_moe.manifest import Manifest

@@ -21,10 +21,10 @@ from ane_moe.conversion.remote_output import Destination, destination, sent_cali
 from ane_moe.conversion.shard_form import ShardForm, form_of
 from ane_moe.conversion.side_files import write_embedding
 from ane_moe.conversion.workers import peak_memory_bytes, this_process
-from ane_moe.emit.coreml.package import ContentKey, Weight, disk_error
+from ane_moe.emit.coreml.package import ContentKey, Weight
 from ane_moe.emit.coreml.template import Template
 from ane_moe.errors import UserError
-from ane_moe.files import sha256
+from ane_moe.files import disk_error, sha256
 from ane_moe.formats.as_stored import AsStored, Codes
 from ane_moe.formats.calibration import Moments
 from ane_moe.formats.encoded import Encoded

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ane_moe.emit.coreml.package import ContentKey, Weight, Written, disk_error
+from ane_moe.emit.coreml.package import ContentKey, Weight, Written
 from ane_moe.errors import UserError
 from ane_moe.expert_record import (
     PLAIN,
@@ -17,7 +17,7 @@ from ane_moe.expert_record import (
     StoreEnd,
     read_end,
 )
-from ane_moe.files import replaced
+from ane_moe.files import disk_error, replaced
 from ane_moe.formats.encoded import Stored
 from ane_moe.hashed_file import HashedFile
 from ane_moe.mlprogram.storage import STORAGE, encode

@@ -5,7 +5,7 @@ import hashlib
 from pathlib import Path
 
 from ane_moe.errors import UserError
-from ane_moe.files import write_text
+from ane_moe.files import disk_error, write_text
 from ane_moe.hub.digests import check_digests_once, note_checked
 from ane_moe.hub.pulled import PARTIAL, take
 from ane_moe.manifest import FILE_NAME, read_manifest
@@ -31,9 +31,12 @@ def fetched(url: str, progress: Progress = silent) -> Path:
         check_digests_once(folder, read_manifest(folder), progress)
         return folder
     partial = folder / PARTIAL
-    partial.mkdir(parents=True, exist_ok=True)
-    write_text(of_address / ADDRESS_FILE, url)
-    (partial / FILE_NAME).write_bytes(text)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        write_text(of_address / ADDRESS_FILE, url)
+        (partial / FILE_NAME).write_bytes(text)
+    except OSError as error:
+        raise disk_error(error, folder) from None
     manifest = read_manifest(partial)
 
     def download(into: Path) -> None:

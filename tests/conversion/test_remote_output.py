@@ -1,5 +1,6 @@
 """Conversions into an address are those of a folder, byte for byte, whatever befalls on the way."""
 
+import errno
 import json
 import shutil
 from collections.abc import Iterator
@@ -17,11 +18,11 @@ from ane_moe.cli import app
 from ane_moe.conversion.output_folder import MARKER
 from ane_moe.conversion.pipeline import ConvertOptions, convert
 from ane_moe.emit.coreml.package import WEIGHTS
-from ane_moe.errors import UserError
+from ane_moe.errors import DiskFull, UserError
 from ane_moe.formats.recipe import find_recipe
 from ane_moe.hub.fetched import address_of, fetched
 from ane_moe.manifest import FILE_NAME, read_manifest
-from ane_moe.remote_folder import RemoteFolder
+from ane_moe.remote_folder import RemoteFolder, SentFile
 from tests.conversion import bucket
 from tests.conversion.test_convert import contents
 from tests.models import make_model, save_checkpoint
@@ -146,6 +147,20 @@ def test_a_store_that_refuses_is_one_line_and_nothing_is_lost(
     bucket.befall()
     report = convert(checkpoint, Path(URL), OPTIONS, golden=True)
     assert len(report.reused) == 2 and contents(there) == contents(local)
+
+
+def test_a_full_disk_here_is_not_the_addresss_fault(
+    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there.mkdir(parents=True)
+    (there / "a").write_text("a")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(bucket.Bucket, "get_file", full)
+    with pytest.raises(DiskFull, match="the disk is full: a was not written"):
+        SentFile(RemoteFolder(URL), "a", "0").here()
 
 
 def test_what_is_held_by_something_else_stays(checkpoint: Path, there: Path, local: Path) -> None:

@@ -17,10 +17,10 @@ from typing import Any
 from ane_moe.emit.coreai.bytecode import DO, read_arrays
 from ane_moe.emit.coreai.expansions import Held, constant, expanded, resource
 from ane_moe.emit.coreai.told import Arrays, by_name, told_of, weight_of
-from ane_moe.emit.coreml.package import ContentKey, Weight, Written, disk_error, extent
+from ane_moe.emit.coreml.package import ContentKey, Weight, Written, extent
 from ane_moe.emit.coreml.template import Template, value_name
 from ane_moe.errors import UserError
-from ane_moe.files import replaced, sha256
+from ane_moe.files import disk_error, replaced, sha256
 from ane_moe.formats.encoded import Encoded, Expansion, Stored
 from ane_moe.json_file import read_json
 from ane_moe.model.template_key import function_name, weight_name

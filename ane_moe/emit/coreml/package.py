@@ -9,11 +9,9 @@ A package is a folder: Manifest.json, Data/com.apple.CoreML/model.mlmodel (the p
 weights/weight.bin (the blob file). It appears under its final name only when it is complete.
 """
 
-import errno
 import hashlib
 import json
 import math
-import shutil
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,8 +23,7 @@ import numpy as np
 
 from ane_moe.emit.coreml.expansions import FILE, expansion_operations
 from ane_moe.emit.coreml.template import Template, value_name
-from ane_moe.errors import DiskFull
-from ane_moe.files import is_hidden, replaced, sha256
+from ane_moe.files import disk_error, is_hidden, replaced, sha256
 from ane_moe.formats.encoded import Encoded, Expansion, Stored
 from ane_moe.mlprogram.blob_writer import BlobWriter
 from ane_moe.mlprogram.proto import MIL_pb2, Model_pb2
@@ -37,7 +34,6 @@ WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
 MANIFEST = "Manifest.json"
 CONTENT_KEY = "ane_moe.content_key"
 SHORT = 4096  # bytes, of which a key takes all
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Weight = np.ndarray | Encoded
 
@@ -136,19 +132,6 @@ def read_content_key(path: Path) -> str | None:
 def file_hashes(folder: Path) -> dict[str, str]:
     """sha256 of every file below `folder`, by path relative to it, without hidden files."""
     return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(_files(folder))}
-
-
-def disk_error(error: Exception, path: Path) -> Exception:
-    """A DiskFull when `error` looks like a full disk, or a used up quota, else the error itself."""
-    free = shutil.disk_usage(path.parent).free
-    full = getattr(error, "errno", None) in FULL
-    if full or (isinstance(error, RuntimeError) and free < 1 << 26):
-        what, do = (
-            f"the disk is full: {path.name} was not written",
-            "free some space and run the same command again",
-        )
-        return DiskFull(what, f"{free / 1e6:.0f} MB free", do)
-    return error
 
 
 def _files(folder: Path) -> Iterator[Path]:
