@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ane_moe.commands.options import AsJson, InputFiles
+from ane_moe.commands.options import AsJson, InputFiles, opened_package
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,7 +21,12 @@ SHOWN = 10  # operations that only one side has, listed at most
 
 def diff(
     a: Annotated[
-        Path, typer.Argument(help="An .mlpackage, .mlmodelc or .aimodel folder.", metavar="A")
+        Path,
+        typer.Argument(
+            help="An .mlpackage, .mlmodelc or .aimodel folder, or the address of one.",
+            metavar="A",
+            callback=opened_package,
+        ),
     ],
     b: Annotated[
         Path | None,
@@ -31,6 +36,7 @@ def diff(
                 "precision."
             ),
             metavar="B",
+            callback=opened_package,
             show_default=False,
         ),
     ] = None,

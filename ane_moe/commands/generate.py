@@ -170,8 +170,10 @@ def generate(
     if text is None:
         ids = [] if prompt_ids is None else _parse_ids(prompt_ids)
     elif tokenizer is None:
+        from ane_moe.hub.fetched import shown
+
         raise UserError(
-            f"{out} has no tokenizer", "the checkpoint had none", "give --prompt-ids 1,2,3"
+            f"{shown(out)} has no tokenizer", "the checkpoint had none", "give --prompt-ids 1,2,3"
         )
     else:
         ids = tokenizer.encode_chat(text) if chat else tokenizer.encode(text)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ane_moe.addresses import address, local_path, output_path
+from ane_moe.errors import UserError
 
 
 def opened_out(context: typer.Context, out: Path) -> Path:
@@ -23,16 +24,19 @@ def opened_out(context: typer.Context, out: Path) -> Path:
         return pulled(str(out), progress) if url is None else fetched(url, progress)
 
 
-def opened_package(context: typer.Context, package: Path) -> Path:
+def opened_package(context: typer.Context, package: Path | None) -> Path | None:
     """The package itself, or that of an address, fetched for this command. Raises UserError."""
-    url = address(package)
-    if context.resilient_parsing or url is None:
-        return local_path(package)
+    url = None if package is None else address(package)
+    if context.resilient_parsing or package is None or url is None:
+        return package and local_path(package)
     from ane_moe.remote_folder import RemoteFolder
 
     scratch = context.with_resource(tempfile.TemporaryDirectory(prefix="ane-moe-"))
     here, there = Path(scratch) / package.name, RemoteFolder(url)
-    for name in there.sizes():
+    names = there.sizes()
+    if not names:
+        raise UserError("no such package", url, "check the address")
+    for name in names:
         there.fetch(name, here / name)
     return here
 

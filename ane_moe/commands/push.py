@@ -2,16 +2,15 @@
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ane_moe.commands.options import AsJson, RuntimeName
+from ane_moe.commands.options import AsJson, Out, RuntimeName
 
 
 def push(
-    out: Annotated[Path, typer.Argument(help="Folder of a conversion.", show_default=False)],
+    out: Out,
     name: Annotated[
         str,
         typer.Argument(help="The repository.", metavar="OWNER/NAME[@BRANCH]", show_default=False),
@@ -38,6 +37,7 @@ def push(
     Files go in batches, the manifest last; the same command goes on after a break, and sends
     nothing twice. Exits with 1, and sends nothing, when a gate failed.
     """
+    from ane_moe.hub.fetched import shown
     from ane_moe.hub.licence import licence_of
     from ane_moe.hub.pushed import push as send
     from ane_moe.manifest import read_manifest
@@ -52,7 +52,7 @@ def push(
             report = run(out, runtime=runtime, progress=progress)
         data = gather(out, verify=report, target=target)
         if data.passed is False:
-            typer.echo(f"a gate failed, nothing was sent: ane-moe verify {out}", err=True)
+            typer.echo(f"a gate failed, nothing was sent: ane-moe verify {shown(out)}", err=True)
             raise typer.Exit(1)
         card = render_card(data, name.partition("@")[0], licence or licence_of(manifest.origin))
         if dry_run:

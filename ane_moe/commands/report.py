@@ -12,7 +12,11 @@ from ane_moe.commands.options import Out, PlacementSystem, RuntimeName
 def report(
     out: Out,
     html: Annotated[
-        Path | None, typer.Option(help="The page to write. [default: OUT/report.html]")
+        Path | None,
+        typer.Option(
+            help="The page to write. [default: OUT/report.html, or report.html here for one "
+            "that is fetched]"
+        ),
     ] = None,
     markdown: Annotated[
         Path | None, typer.Option(help="Also write the content as Markdown.")
@@ -39,6 +43,7 @@ def report(
     from rich.console import Console
 
     from ane_moe.files import write_named_by_user
+    from ane_moe.hub.fetched import origin_of
     from ane_moe.manifest import read_manifest
     from ane_moe.package_form import PACKAGE
     from ane_moe.placement.check import check_placement
@@ -66,7 +71,7 @@ def report(
     from ane_moe.report.html import render_html
     from ane_moe.report.markdown import render_markdown
 
-    page = html or out / "report.html"
+    page = html or (Path() if origin_of(out) else out) / "report.html"
     write_named_by_user(page, render_html(data))
     if markdown:
         write_named_by_user(markdown, render_markdown(data))

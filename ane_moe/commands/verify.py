@@ -126,6 +126,7 @@ def verify(
     """
     from rich.console import Console
 
+    from ane_moe.hub.fetched import address_of, shown
     from ane_moe.manifest import read_manifest
     from ane_moe.placement.check import check_placement, require_packages
     from ane_moe.placement.targets import find_target
@@ -147,7 +148,7 @@ def verify(
     if others_only and cluster is not None:
         raise UserError(
             "--cluster has workers prove functions by the golden",
-            f"no golden in {out}",
+            f"no golden in {shown(out)}",
             "leave it out, or convert with --golden",
         )
     report = placement = second = None
@@ -191,7 +192,7 @@ def verify(
         typer.echo(f"no golden in OUT and no --checkpoint: only {what} is checked", err=True)
     passed = all(part.passed for part in (report, placement, second) if part is not None)
     if as_json:
-        document = report.as_json() if report else {"folder": str(out)}
+        document = report.as_json() if report else {"folder": shown(out)}
         document |= {"placement": placement.as_json()} if placement else {}
         document |= {"against": second.as_json()} if second else {}
         typer.echo(json.dumps(document | {"passed": passed}, indent=2))
@@ -212,10 +213,11 @@ def verify(
         )
     if second and not as_json:
         for row in [row for row in second.pairs if not row.passed][:1]:
-            where = f"{out / row.path} --function {row.function} --runtime-b {second.runtime}"
+            package = f"{address_of(out) or out}/{row.path}"
+            where = f"{package} --function {row.function} --runtime-b {second.runtime}"
             typer.echo(f"next: ane-moe diff {where}  # the first operation where they part")
     if not passed:
         raise typer.Exit(1)
     if not as_json:
         then = "report" if html is None else "bench"
-        typer.echo(f"next: ane-moe {then} {out}")
+        typer.echo(f"next: ane-moe {then} {shown(out)}")

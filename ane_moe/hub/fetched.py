@@ -56,5 +56,21 @@ def address_of(folder: Path) -> RemoteFolder | None:
     return RemoteFolder(record.read_text()) if inside and record.is_file() else None
 
 
+def origin_of(folder: Path) -> str | None:
+    """What a folder of our cache was fetched from: an address, or hf://OWNER/NAME@COMMIT; None for
+    others."""
+    if there := address_of(folder):
+        return there.url
+    commit = folder.absolute()
+    if commit.parent.parent != _root().parent.absolute():
+        return None
+    return f"hf://{commit.parent.name.replace('--', '/', 1)}@{commit.name}"
+
+
+def shown(folder: Path) -> str:
+    """A conversion by what a user knows it by: where it was fetched from, else its path."""
+    return origin_of(folder) or str(folder)
+
+
 def _root() -> Path:
     return user_cache() / "conversions" / "addresses"

@@ -15,6 +15,7 @@ from ane_moe.forecast.core_ai import of_conversion
 from ane_moe.forecast.cost_model import predict
 from ane_moe.forecast.workload import workload_of
 from ane_moe.formats.recipe import recipe_of
+from ane_moe.hub.fetched import shown
 from ane_moe.manifest import Manifest, read_manifest
 from ane_moe.original.golden import read_golden
 from ane_moe.package_form import PACKAGE
@@ -84,7 +85,7 @@ def gather(
     if manifest.package_form != PACKAGE:
         told = of_conversion(recipe_of(manifest.weights, manifest.recipe).formats)
     return ReportData(
-        str(out), manifest, verify, placement, figures, predicted, routing, source, told
+        shown(out), manifest, verify, placement, figures, predicted, routing, source, told
     )
 
 

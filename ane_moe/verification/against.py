@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ane_moe.errors import UserError
+from ane_moe.hub.fetched import shown
 from ane_moe.loop.buffers import rope_tables
 from ane_moe.loop.shards import LoadedShard
 from ane_moe.manifest import Manifest, Shard, ShardFunction, read_manifest
@@ -140,7 +141,7 @@ def check_against(
     passed = not left_out and all(one.passed for one in pairs) and all(one.passed for one in rows)
     return AgainstReport(
         passed,
-        str(out),
+        shown(out),
         runtime,
         tolerance,
         "golden" if golden else "drawn",

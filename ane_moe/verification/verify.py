@@ -11,6 +11,7 @@ from typing import Any
 from ane_moe.checkpoints.adapter import adapter_name
 from ane_moe.checkpoints.hub import local_folder
 from ane_moe.errors import UserError
+from ane_moe.hub.fetched import shown
 from ane_moe.kept import Kept, kept_beside
 from ane_moe.manifest import FILE_NAME, Manifest, read_manifest
 from ane_moe.model.spec import InnerScale
@@ -97,7 +98,7 @@ def verify(
     options = options if by_engine else options | computed
     require_golden(out, manifest, checkpoint, prompts)
     facts = (manifest.routing, manifest.weights, manifest.compressed)
-    report = VerifyReport(False, str(out), runtime, *facts, 0, problems)
+    report = VerifyReport(False, shown(out), runtime, *facts, 0, problems)
     if problems:
         return report
     scope = (decode_tokens, quick, by_engine, [adapter_name(one) for one in adapters])

@@ -20,7 +20,7 @@ from ane_moe.conversion.pipeline import ConvertOptions, convert
 from ane_moe.emit.coreml.package import WEIGHTS
 from ane_moe.errors import DiskFull, UserError
 from ane_moe.formats.recipe import find_recipe
-from ane_moe.hub.fetched import address_of, fetched
+from ane_moe.hub.fetched import address_of, fetched, shown
 from ane_moe.manifest import FILE_NAME, read_manifest
 from ane_moe.remote_folder import RemoteFolder, SentFile
 from tests.conversion import bucket
@@ -115,7 +115,9 @@ def test_stores_and_assets_go_the_same_way(
 def test_commands_read_it_from_there(local: Path, there: Path, tmp_path: Path) -> None:
     shutil.copytree(local, there)
     (there / "beside.txt").write_text("named by nobody")
-    assert ran("verify", URL, "--runtime", "reference", "--quick").exit_code == 0
+    verified = ran("verify", URL, "--runtime", "reference", "--quick").stdout
+    assert f"passed what a quick look sees  {URL}: " in verified
+    assert f"next: ane-moe report {URL}\n" in verified and "cache" not in verified
     common = ("--prompt-ids", "3,4,5", "--max-tokens", 3, "--runtime", "reference", "--json")
     ids = [json.loads(ran("generate", out, *common).stdout)["ids"] for out in (local, URL)]
     assert ids[0] == ids[1] and ids[0]
@@ -130,6 +132,28 @@ def test_commands_read_it_from_there(local: Path, there: Path, tmp_path: Path) -
     (there / FILE_NAME).unlink()
     with pytest.raises(UserError, match=f"{URL} is not a finished conversion"):
         fetched(URL)
+
+
+def test_what_commands_say_and_write_is_not_of_the_cache(
+    local: Path, there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*arguments: str) -> str:
+        return str(CliRunner().invoke(app, arguments).exception)
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for command in (("push", URL, "me/model"), ("report", URL)):
+        assert f"{URL} is not a finished conversion" in refused(*command)
+    for command in ("inspect", "diff"):
+        assert f"no such package; found: {URL}/{SHARD}" in refused(command, f"{URL}/{SHARD}")
+    shutil.copytree(local, there)
+    assert ran("diff", f"{URL}/{SHARD}").exit_code == 0
+    assert "report: report.html" in ran("report", URL, "--no-verify").stdout
+    page = (tmp_path / "here" / "report.html").read_text()
+    assert URL in page and str(tmp_path) not in page
+    assert not [*(tmp_path / "cache").rglob("report.html")]
+    on_hub = tmp_path / "cache" / "conversions" / "me--a--b" / "c0ffee"
+    assert shown(on_hub) == "hf://me/a--b@c0ffee" and shown(local) == str(local)
 
 
 def test_a_store_that_refuses_is_one_line_and_nothing_is_lost(
