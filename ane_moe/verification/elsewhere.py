@@ -16,6 +16,7 @@ from ane_moe.files import TEMPORARY, scratch_folder, sha256
 from ane_moe.hub.fetched import address_of
 from ane_moe.kept import Kept
 from ane_moe.manifest import Manifest, Shard
+from ane_moe.model.port import GUESS
 from ane_moe.original.golden import read_golden, write_golden
 from ane_moe.original.stored_model import Goldens
 from ane_moe.progress import silent
@@ -84,12 +85,23 @@ def _at_hand(call: StageCall) -> Iterator[Path]:
     if isinstance(call.out, Path):
         yield call.out
         return
-    files = call.manifest.files
+    places, files = [f"{path}/" for path in _needed(call)], call.manifest.files
     with tempfile.TemporaryDirectory(prefix="ane-moe-") as scratch:
-        for shard in _shards(call):
-            mine = {n: d for n, d in files.items() if f"{n}/".startswith(f"{shard.path}/")}
-            call.out.fetch_checked(mine, Path(scratch))
+        mine = {n: d for n, d in files.items() if any(map(f"{n}/".startswith, places))}
+        call.out.fetch_checked(mine, Path(scratch))
         yield Path(scratch)
+
+
+def _needed(call: StageCall) -> set[str]:
+    """The paths of a stage's shards, and of what those that guess experts are compared with."""
+    shards, manifest = _shards(call), call.manifest
+    functions = (function for shard in shards for function in shard.functions)
+    roots = {port.root for function in functions for port in function.ports.outputs}
+    needed = {shard.path for shard in shards}
+    if GUESS in roots:
+        needed |= {str(one["router"]) for one in manifest.moe.values() if "router" in one}
+        needed |= {manifest.early} if manifest.early else set()
+    return needed
 
 
 def _shards(call: StageCall) -> list[Shard]:

@@ -1,6 +1,6 @@
 """What a golden says of the slots around a shard. N = tokens, C = channels of a slot."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,10 +39,11 @@ def host_guesses(folder: Path, manifest: Manifest) -> HostGuesses | None:
 
 @dataclass(frozen=True)
 class GoldenSlots:
-    """Values of slots before and after the call of a shard."""
+    """Values of slots before and after the call of a shard. `guesses` are asked for by shards that
+    guess experts, and by no others."""
 
     golden: Golden
-    guesses: HostGuesses | None = None  # where shards guess experts
+    guesses: Callable[[], HostGuesses | None]
 
     def before(self, shard: Shard, slot: str) -> np.ndarray:
         """What the shard is given, fp32 `[N,C]`."""
@@ -77,10 +78,10 @@ class GoldenSlots:
         if root == "logits":
             logits = self.golden.logits[:, slice(*(shard.rows or (0, None)))]
             return np.zeros_like(logits), logits
-        if root == GUESS and self.guesses:
+        if root == GUESS and (guesses := self.guesses()):
             kept, added = self._stream(shard, None)
             scores, at_rest = (
-                self.guesses.of(shard, one) for one in (kept + added, np.zeros_like(kept))
+                guesses.of(shard, one) for one in (kept + added, np.zeros_like(kept))
             )
             return at_rest, scores - at_rest
         if root == "carry":

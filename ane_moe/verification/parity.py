@@ -21,7 +21,7 @@ from ane_moe.model.port import GATES, GUESS, STREAM, slot_arguments, slot_root
 from ane_moe.original.golden import Golden, embedded
 from ane_moe.verification.expert_parity import ExpertParity
 from ane_moe.verification.gate import NOT_FINITE, judge
-from ane_moe.verification.golden_slots import GoldenSlots, host_guesses
+from ane_moe.verification.golden_slots import GoldenSlots, HostGuesses, host_guesses
 from ane_moe.verification.result import RoutingResult, ShardResult
 from ane_moe.verification.routing_parity import compare_routing, near_tie_flips
 from ane_moe.verification.stage import Outcome, StageRun, Values
@@ -55,7 +55,11 @@ class Parity:
 
     @cached_property
     def _slots(self) -> GoldenSlots:
-        return GoldenSlots(self.golden, host_guesses(self.folder, self.manifest))
+        return GoldenSlots(self.golden, lambda: self._guesses)
+
+    @cached_property
+    def _guesses(self) -> HostGuesses | None:
+        return host_guesses(self.folder, self.manifest)
 
     def embed(self) -> Iterator[ShardResult]:
         """The embedding table, where there is one, against the input of layer 0."""

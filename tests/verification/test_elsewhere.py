@@ -26,7 +26,8 @@ from ane_moe.verification.stage import stages
 from ane_moe.verification.verify import verify
 from tests.conversion import bucket
 from tests.conversion.test_convert import contents
-from tests.verification.tiny import tiny_conversion
+from tests.early import drawn_file
+from tests.verification.tiny import SIZES, tiny_checkpoint, tiny_conversion
 
 verify_module = import_module("ane_moe.verification.verify")
 
@@ -100,6 +101,21 @@ def test_a_conversion_at_an_address_is_proved_by_what_workers_fetch(
     assert here.passed and there == replace(here, folder=there.folder)
     again = proved_by_a_pool(monkeypatch, folder, checkpoint=checkpoint, quick=True)
     assert again.passed and contents(out) == before
+
+
+def test_shards_that_guess_experts_are_proved_by_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tiny_checkpoint("qwen3_moe", tmp_path / "checkpoint", num_hidden_layers=2)
+    adapters, out = drawn_file(tmp_path / "a.npz", SIZES["hidden_size"], [0], 1), tmp_path / "out"
+    shape = {"routing": "sparse", "early": str(adapters), "ahead": 1}
+    tiny_conversion(checkpoint, out, golden=True, **shape)
+    monkeypatch.setenv(bucket.VARIABLE, "")
+    bucket.begin(tmp_path)
+    folder = fetched("bucket://out")
+    here, there = verify(folder, runtime="reference"), proved_by_a_pool(monkeypatch, folder)
+    assert here.passed and there == replace(here, folder=there.folder)
+    assert any(row.function.endswith("guess") for row in there.shards)
 
 
 def test_nothing_is_begun_after_an_interruption(
