@@ -3,6 +3,7 @@ gives a token of its own (`HF_TOKEN`, `hf auth login`), which no address has in 
 
 import re
 from typing import Any
+from urllib.parse import urlsplit
 
 from ane_moe.errors import UserError
 
@@ -58,7 +59,7 @@ def _headers(url: str, headers: dict[str, Any]) -> dict[str, Any]:
     """Without the user's token where the file lies elsewhere than on the Hub."""
     from huggingface_hub import constants
 
-    if url.startswith(constants.ENDPOINT):
+    if urlsplit(url)[:2] == urlsplit(constants.ENDPOINT)[:2]:  # scheme, and host with port
         return headers
     return {name: value for name, value in headers.items() if name.lower() != "authorization"}
 

@@ -10,6 +10,7 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from typer.testing import CliRunner
 
+from ane_moe.checkpoints import hub_range
 from ane_moe.checkpoints.checkpoint import open_checkpoint
 from ane_moe.checkpoints.hub import FILE, HubName, hub_name, local_folder
 from ane_moe.checkpoints.weight_file import read_range
@@ -154,6 +155,25 @@ def test_weights_that_stay_there_are_read_by_ranges(
     file = next(saved.glob("*.safetensors")).name
     with pytest.raises(UserError, match=rf"{file} cannot be read; found: the Hub answers 401"):
         read_range(f"hf://{NAME}@{COMMIT}/{file}", 0, 8)
+
+
+@pytest.mark.parametrize(
+    ("place", "sent"),
+    [
+        ("https://huggingface.co/a/b/resolve/main/c", True),
+        ("https://huggingface.co.evil.example/a", False),
+        ("https://huggingface.co@evil.example/a", False),
+        ("https://huggingface.co:8443/a", False),
+        ("http://huggingface.co/a", False),
+        ("https://cdn-lfs.huggingface.co/a", False),
+    ],
+)
+def test_a_token_goes_to_the_hub_alone(
+    monkeypatch: pytest.MonkeyPatch, place: str, sent: bool
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://huggingface.co")
+    headers = {"Authorization": "Bearer hf_mine", "user-agent": "ours"}
+    assert ("Authorization" in hub_range._headers(place, headers)) == sent
 
 
 def test_gguf_files_that_stay_there_are_read_by_ranges(hub: Hub, tmp_path: Path) -> None:
