@@ -7,7 +7,7 @@ from pathlib import Path
 from ane_moe.errors import UserError
 from ane_moe.files import disk_error, write_text
 from ane_moe.hub.digests import check_digests_once, note_checked
-from ane_moe.hub.pulled import PARTIAL, take
+from ane_moe.hub.pulled import PARTIAL, one_run, take
 from ane_moe.manifest import FILE_NAME, read_manifest
 from ane_moe.progress import Progress, silent
 from ane_moe.remote_folder import RemoteFolder
@@ -27,13 +27,19 @@ def fetched(url: str, progress: Progress = silent) -> Path:
         )
     of_address = _root() / hashlib.sha256(url.encode()).hexdigest()[:16]
     folder = of_address / hashlib.sha256(text).hexdigest()[:32]
-    if (folder / FILE_NAME).is_file():
-        check_digests_once(folder, read_manifest(folder), progress)
-        return folder
+    with one_run(of_address, progress):
+        if (folder / FILE_NAME).is_file():
+            check_digests_once(folder, read_manifest(folder), progress)
+        else:
+            _fetch(there, text, folder, progress)
+    return folder
+
+
+def _fetch(there: RemoteFolder, text: bytes, folder: Path, progress: Progress) -> None:
     partial = folder / PARTIAL
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        write_text(of_address / ADDRESS_FILE, url)
+        write_text(folder.parent / ADDRESS_FILE, there.url)
         (partial / FILE_NAME).write_bytes(text)
     except OSError as error:
         raise disk_error(error, folder) from None
@@ -46,7 +52,6 @@ def fetched(url: str, progress: Progress = silent) -> Path:
 
     take(download, manifest, folder, progress)
     note_checked(folder, manifest)
-    return folder
 
 
 def address_of(folder: Path) -> RemoteFolder | None:

@@ -1,10 +1,12 @@
 """Conversions from the Hugging Face Hub: what the manifest names and nothing else, checked by its
 digests before anything is loaded."""
 
+import fcntl
+import hashlib
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ane_moe.checkpoints.hub import HubName
@@ -33,11 +35,12 @@ def pulled(text: str, progress: Progress = silent) -> Path:
         commit, manifest = _manifest(name)
     owned = commit.repository.replace("/", "--")
     folder = user_cache() / "conversions" / owned / str(commit.revision)
-    if (folder / FILE_NAME).is_file():
-        check_digests_once(folder, manifest, progress)
-    else:
-        _fetch(commit, manifest, folder, progress)
-        note_checked(folder, manifest)
+    with one_run(folder, progress):
+        if (folder / FILE_NAME).is_file():
+            check_digests_once(folder, manifest, progress)
+        else:
+            _fetch(commit, manifest, folder, progress)
+            note_checked(folder, manifest)
     return folder
 
 
@@ -48,13 +51,28 @@ def pull(text: str, folder: Path, progress: Progress = silent) -> Manifest:
     Raises UserError as `pulled`, and where the folder holds something or cannot be written.
     """
     name = repository(text)
-    others = [path for path in folder.iterdir() if path.name != PARTIAL] if folder.is_dir() else []
-    if others or (folder.exists() and not folder.is_dir()):
-        raise UserError(f"{folder} holds something else", do="name a new or empty folder")
-    with _asking(name):
-        commit, manifest = _manifest(name)
-    _fetch(commit, manifest, folder, progress)
+    with one_run(folder, progress):
+        others = [one for one in folder.iterdir() if one.name != PARTIAL] if folder.is_dir() else []
+        if others or (folder.exists() and not folder.is_dir()):
+            raise UserError(f"{folder} holds something else", do="name a new or empty folder")
+        with _asking(name):
+            commit, manifest = _manifest(name)
+        _fetch(commit, manifest, folder, progress)
     return manifest
+
+
+@contextmanager
+def one_run(folder: Path, progress: Progress) -> Iterator[None]:
+    """Whoever fetches into `folder` on this machine waits here for who does so already: an
+    interrupted download goes on in one place."""
+    progress("waiting for another run that fetches it", 0, 1)
+    place = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:32]
+    path = user_cache() / "fetching" / place
+    with ExitStack() as stack:
+        with suppress(OSError):  # a cache that cannot be written, a file system without locks
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(path.open("a")), fcntl.LOCK_EX)
+        yield
 
 
 def _asking(name: HubName) -> AbstractContextManager[None]:

@@ -3,7 +3,10 @@
 import errno
 import json
 import shutil
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -154,6 +157,25 @@ def test_what_commands_say_and_write_is_not_of_the_cache(
     assert not [*(tmp_path / "cache").rglob("report.html")]
     on_hub = tmp_path / "cache" / "conversions" / "me--a--b" / "c0ffee"
     assert shown(on_hub) == "hf://me/a--b@c0ffee" and shown(local) == str(local)
+
+
+def test_runs_that_fetch_one_address_at_once_wait_for_each_other(
+    local: Path, there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(local, there)
+    both, opened, fetch = threading.Barrier(2), [], RemoteFolder.fetch
+
+    def slowly(self: RemoteFolder, name: str, path: Path) -> None:
+        with suppress(threading.BrokenBarrierError):
+            both.wait(0.2 if len(opened) < 2 else 0)  # until the other one is here, too
+        opened.append(name)
+        fetch(self, name, path)
+
+    monkeypatch.setattr(RemoteFolder, "fetch", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        folders = {*pool.map(fetched, [URL, URL])}
+    assert len(folders) == 1 and contents(folders.pop()) == contents(local)
+    assert sorted(opened) == sorted(read_manifest(local).files)  # each of them once
 
 
 def test_a_store_that_refuses_is_one_line_and_nothing_is_lost(
