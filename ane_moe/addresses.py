@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ane_moe.errors import UserError
+from ane_moe.errors import QUERY, USER, UserError, without_secrets
 
 # pathlib makes one stroke of two.
 ADDRESS = re.compile(r"(?P<protocol>[a-z][a-z0-9+.-]+):/{1,2}(?P<rest>[^/].*?)/*", re.I)
@@ -17,12 +17,21 @@ LONGEST = 200  # characters of an answer that are shown
 
 
 def address(given: str | Path) -> str | None:
-    """The address that is named; None for a path that is there, and for what is none."""
+    """The address that is named; None for a path that is there, and for what is none. Raises
+    UserError for one that gives access: addresses are shown, kept, and sent to workers."""
     found = ADDRESS.fullmatch(str(given))
     if found is None or HERE.match(str(given)) or Path(given).exists():
         return None
     protocol = found["protocol"].lower()
-    return None if protocol == HUB else f"{protocol}://{found['rest']}"
+    if protocol == HUB:
+        return None
+    url = f"{protocol}://{found['rest']}"
+    if USER.search(url) or (protocol.startswith("http") and QUERY.search(url)):
+        raise UserError(
+            f"{url} has a password or a query in it",
+            do="credentials are fsspec's own: ~/.config/fsspec/conf.json, or the store's",
+        )
+    return url
 
 
 def local_path(given: str | Path) -> Path:
@@ -72,14 +81,15 @@ def file_system(url: str) -> tuple[Any, str]:
         files, path = fsspec.core.url_to_fs(url)
         return files, path
     except ImportError as error:
-        raise UserError(f"{url} needs another package", str(error), EXTRA) from None
+        raise UserError(f"{url} needs another package", reason_of(error), EXTRA) from None
     except ValueError as error:
-        raise UserError(f"{url} is at no known kind of place", str(error)) from None
+        raise UserError(f"{url} is at no known kind of place", reason_of(error)) from None
 
 
 def reason_of(error: Exception) -> str:
-    """What a library says of it, in a line."""
-    return str(error).strip().split("\n")[0][:LONGEST] or type(error).__name__
+    """What a library says of it, in a line, without what gives access."""
+    said = without_secrets(str(error).strip().split("\n")[0])
+    return said[:LONGEST] or type(error).__name__
 
 
 def unreadable(url: str, error: Exception) -> UserError:

@@ -1,5 +1,18 @@
 """The one exception type that reaches users."""
 
+import re
+
+# A user and a password before a host, or whatever stands there in an address of the web.
+USER = re.compile(
+    r"(?<=//)[^/\s'\"@]*:[^/\s'\"]*@|(?<=http://)[^/\s'\"]+@|(?<=https://)[^/\s'\"]+@"
+)
+QUERY = re.compile(r"\?[^\s'\"<>=?]+=[^\s'\"<>]*")  # a signed one opens a file for whoever reads it
+
+
+def without_secrets(text: str) -> str:
+    """A text without what gives access in the addresses that it names."""
+    return QUERY.sub("?...", USER.sub("...@", text))
+
 
 class UserError(Exception):
     """Something the user can mend: what is wrong, what was found, what to do.
@@ -8,6 +21,7 @@ class UserError(Exception):
     """
 
     def __init__(self, what: str, found: str = "", do: str = ""):
+        what, found, do = map(without_secrets, (what, found, do))
         self.what = what
         self.found = found
         self.do = do

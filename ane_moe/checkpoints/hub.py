@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ane_moe.addresses import address, local_path
+from ane_moe.addresses import address, local_path, reason_of
 from ane_moe.checkpoints.folder import CONFIG, SMALL, weight_files, weight_names
 from ane_moe.checkpoints.hub_range import range_at
 from ane_moe.checkpoints.remote import (
@@ -150,7 +150,7 @@ def _said(
     except Exception as error:  # of many libraries: no network, no such model, no permission
         raise UserError(
             f"{what or name} cannot be fetched from the Hugging Face Hub",
-            str(error).strip().split("\n")[0][:200] or type(error).__name__,
+            reason_of(error),
             do,
         ) from None
 

@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ane_moe.addresses import reason_of
 from ane_moe.checkpoints.hub import HubName, hub_name
 from ane_moe.errors import UserError
-
-LONGEST = 200  # characters of an answer that are shown
 
 
 @contextmanager
@@ -17,8 +16,7 @@ def asking(what: str, do: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # of many libraries: no network, no such repository, no permission
-        answer = str(error).strip().split("\n")[0][:LONGEST] or type(error).__name__
-        raise UserError(what, answer, do) from None
+        raise UserError(what, reason_of(error), do) from None
 
 
 def repository(text: str) -> HubName:

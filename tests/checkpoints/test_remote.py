@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ane_moe.addresses import address
+from ane_moe.addresses import address, reason_of
 from ane_moe.checkpoints import weight_file
 from ane_moe.checkpoints.checkpoint import open_checkpoint
 from ane_moe.checkpoints.hub import local_folder
@@ -107,6 +107,44 @@ def memory(saved: Path) -> Iterator[str]:
 )
 def test_an_address_is_told_from_paths_and_names(given: str | Path, found: str | None) -> None:
     assert address(given) == found
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "http://me:SECRET@host/out",
+        "https://SECRET@host:8443/out",
+        Path("sftp://me:SECRET@host/out"),
+        "https://host/get?token=SECRET&path=/out",
+    ],
+)
+def test_an_address_that_gives_access_is_refused_and_not_shown(given: str | Path) -> None:
+    for open_it in (address, local_folder):
+        with pytest.raises(UserError, match=r"host\S* has a password or a query in it") as raised:
+            open_it(given)
+        assert "SECRET" not in str(raised.value)
+    assert address("abfs://container@account.dfs.core.windows.net/out")  # a name
+
+
+@pytest.mark.parametrize(
+    ("told", "shown"),
+    [
+        (
+            "403, message='Forbidden', url='https://cdn.host/a/b?X-Amz-Signature=SECRET&X=1'",
+            "403, message='Forbidden', url='https://cdn.host/a/b?...'",
+        ),
+        (
+            "Max retries exceeded with url: /b?se=2026&sig=SECRET (refused)",
+            "Max retries exceeded with url: /b?... (refused)",
+        ),
+        ("no proxy http://me:SE@CRET@proxy:80/ there", "no proxy http://...@proxy:80/ there"),
+        ("is it there? x=3, a@b", "is it there? x=3, a@b"),
+    ],
+)
+def test_what_libraries_say_is_shown_without_secrets(told: str, shown: str) -> None:
+    assert reason_of(OSError(told)) == shown
+    assert str(UserError("it broke", told)) == f"it broke; found: {shown}"
+    assert "SECRET" not in reason_of(OSError("x" * 150 + told))
 
 
 def test_tensors_come_by_ranges_and_are_those_of_the_file(saved: Path, memory: str) -> None:
