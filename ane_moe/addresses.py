@@ -1,11 +1,14 @@
 """Places that fsspec knows by an address: `s3://bucket/model`, `https://host/model`."""
 
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ane_moe.errors import QUERY, USER, UserError, without_secrets
 
+T = TypeVar("T")
 # pathlib makes one stroke of two.
 ADDRESS = re.compile(r"(?P<protocol>[a-z][a-z0-9+.-]+):/{1,2}(?P<rest>[^/].*?)/*", re.I)
 LIKE_ONE = re.compile(r"(?P<protocol>[a-z][a-z0-9+.:-]+):(?P<rest>/.*)?", re.I)
@@ -14,6 +17,11 @@ HERE = re.compile(r"\A(?:file|local):/+(?=[^/])", re.I)
 # Protocols that need a package beyond fsspec have theirs in this extra.
 EXTRA = "pip install 'ane-moe[remote]', or what fsspec names for it"
 LONGEST = 200  # characters of an answer that are shown
+MAX_SMALL_BYTES = 1 << 28  # of a file that is read whole
+TRIES, PAUSE_SECONDS = 5, 0.5  # again, where the line breaks; twice the pause each time
+FINAL = (FileNotFoundError, PermissionError, UserError)  # another try gives the same
+RESET, LONGEST_PAUSE = re.compile(r"\bt=(\d{1,6})\b"), 300  # seconds
+PASSING = (408, 425, 429)  # answers 4xx that another try may change
 
 
 def address(given: str | Path) -> str | None:
@@ -95,3 +103,73 @@ def reason_of(error: Exception) -> str:
 def unreadable(url: str, error: Exception) -> UserError:
     do = "check the address, and the network"
     return UserError(f"{url} cannot be read", reason_of(error), do)
+
+
+def tried(call: Callable[[], T]) -> T:
+    """What `call` gives, asked again where it fails by what may pass. Raises what it raises."""
+    for number in range(TRIES - 1):
+        try:
+            return call()
+        except Exception as error:  # of many libraries: network, permission
+            if isinstance(error, FINAL) or _is_refusal(error):
+                raise
+            time.sleep(max(PAUSE_SECONDS * 2**number, _asked_pause(error)))
+    return call()
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether a web server said that it will not, by the numbers that libraries give of it."""
+    status = getattr(error, "status", getattr(getattr(error, "response", None), "status_code", 0))
+    return isinstance(status, int) and 400 <= status < 500 and status not in PASSING
+
+
+def _asked_pause(error: Exception) -> int:
+    """The seconds after which a web server wants to be asked again, where it says so: all of them
+    do it in one header, and the Hub in another one."""
+    answer = getattr(error, "response", error)
+    headers = getattr(answer, "headers", None) or {}
+    told = f"t={headers.get('Retry-After', '')};{headers.get('RateLimit', '')}"
+    return min(max(map(int, RESET.findall(told)), default=0), LONGEST_PAUSE)
+
+
+def remote_size(url: str) -> int | None:
+    """Bytes of a file at an address; None where nobody says. Raises UserError where it is not
+    there."""
+    try:
+        return _size(*file_system(url))
+    except Exception as error:  # as above
+        raise _said(url, error) from None
+
+
+def read_small(url: str) -> bytes:
+    """A file of at most MAX_SMALL_BYTES, as it is now. Raises UserError, and FileNotFoundError
+    where there is none."""
+    files, path = file_system(url)
+
+    def read() -> bytes:
+        files.invalidate_cache()
+        size = _size(files, path)
+        if size is None:  # who makes a file while it is sent counts nothing
+            with files.open(path, "rb") as stream:
+                data = bytes(stream.read(MAX_SMALL_BYTES + 1))
+        else:
+            data = bytes(files.cat_file(path)) if size <= MAX_SMALL_BYTES else b""
+        if max(size or 0, len(data)) > MAX_SMALL_BYTES:
+            raise UserError(f"{url} is too large", f"{size or len(data)} bytes")
+        return data
+
+    try:
+        return tried(read)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # as above
+        raise _said(url, error) from None
+
+
+def _size(files: Any, path: str) -> int | None:
+    size = tried(lambda: files.info(path))["size"]
+    return None if size is None else int(size)
+
+
+def _said(url: str, error: Exception) -> UserError:
+    return error if isinstance(error, UserError) else unreadable(url, error)

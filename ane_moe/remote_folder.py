@@ -3,21 +3,17 @@ puts it so, as object stores do; elsewhere it is whole unless a writer was kille
 
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from ane_moe.addresses import file_system, reason_of, unreadable
+from ane_moe.addresses import file_system, read_small, reason_of, tried, unreadable
 from ane_moe.errors import DiskFull, UserError
 from ane_moe.files import disk_error, replaced, sha256
 
-T = TypeVar("T")
-TRIES, PAUSE_SECONDS = 4, 0.5  # again, where the line breaks; twice the pause each time
-FINAL = (FileNotFoundError, PermissionError)  # another try gives the same
 FETCHED_FILES = 4  # that a process keeps
 _FETCHING = threading.Lock()
 
@@ -43,7 +39,7 @@ class RemoteFolder:
             return dict(files.find(top, detail=True))
 
         try:
-            found = _tried(find)
+            found = tried(find)
         except FileNotFoundError:
             return {}
         except Exception as error:  # of many libraries: network, permission
@@ -54,11 +50,16 @@ class RemoteFolder:
 
     def read(self, name: str) -> bytes | None:
         """A small file; None where there is none."""
-        files, root = self._place()
         try:
-            return bytes(_tried(lambda: files.cat_file(f"{root}/{name}")))
+            return read_small(f"{self.url}/{name}")
         except FileNotFoundError:
             return None
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        files, root = self._place()
+        try:
+            return bool(tried(lambda: files.isfile(f"{root}/{name}")))
         except Exception as error:  # as above
             raise unreadable(f"{self.url}/{name}", error) from None
 
@@ -68,7 +69,7 @@ class RemoteFolder:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replaced(path, writer) as temporary:
-                _tried(lambda: files.get_file(f"{root}/{name}", str(temporary)))
+                tried(lambda: files.get_file(f"{root}/{name}", str(temporary)))
         except Exception as error:  # as above
             if isinstance(full := disk_error(error, path), DiskFull):
                 raise full from None
@@ -126,7 +127,7 @@ class RemoteFolder:
 
     def _changed(self, name: str, change: Callable[[], None]) -> None:
         try:
-            _tried(change)
+            tried(change)
         except Exception as error:  # as above
             raise UserError(
                 f"{self.url}/{name} cannot be written",
@@ -165,14 +166,3 @@ def _fetched(file: SentFile) -> "tempfile.TemporaryDirectory[str]":
 def _is_inside(name: str) -> bool:
     """Whether a file of this name lies in the folder wherever that is."""
     return bool(name) and not {"", ".", ".."} & {*name.split("/")} and not {*name} & {"\\", "\0"}
-
-
-def _tried(call: Callable[[], T]) -> T:
-    for number in range(TRIES - 1):
-        try:
-            return call()
-        except FINAL:
-            raise
-        except Exception:  # of many libraries
-            time.sleep(PAUSE_SECONDS * 2**number)
-    return call()

@@ -5,11 +5,11 @@ import re
 from typing import Any
 from urllib.parse import urlsplit
 
+from ane_moe.addresses import tried
 from ane_moe.errors import UserError
 
 PROTOCOL = "hf://"
 FILE = re.compile(r"hf://(?P<repository>[^/]+/[^/@]+)@(?P<revision>[^/]+)/(?P<file>.+)")
-TRIES = 5  # again, where the line breaks
 DO = "check HF_TOKEN and the network of whoever reads it"
 
 
@@ -18,7 +18,7 @@ def hub_size(url: str) -> int | None:
     import huggingface_hub as hub
 
     try:
-        return hub.get_hf_file_metadata(_place(url)).size
+        return tried(lambda: hub.get_hf_file_metadata(_place(url))).size
     except Exception as error:  # of many libraries: no network, no such file, no permission
         raise _refused(url, error) from None
 
@@ -35,16 +35,20 @@ def hub_range(url: str, first: int, last: int) -> bytes:
 
 def range_at(place: str, first: int, last: int) -> bytes:
     """Bytes [first, last) of a file of the Hub at its own address, or where that leads."""
-    from huggingface_hub.utils import build_hf_headers, http_backoff
+    from huggingface_hub.utils import build_hf_headers, get_session
 
     headers = {**_headers(place, build_hf_headers()), "Range": f"bytes={first}-{last - 1}"}
-    response = http_backoff("GET", place, headers=headers, max_retries=TRIES)
-    response.raise_for_status()
-    if len(response.content) != last - first:
-        raise UserError(
-            f"{place} gave {len(response.content)} bytes", f"{last - first} asked for", "try again"
-        )
-    return bytes(response.content)
+
+    def get() -> bytes:
+        response = get_session().get(place, headers=headers)
+        response.raise_for_status()
+        return bytes(response.content)
+
+    data = tried(get)
+    if len(data) != last - first:
+        what = f"{place} gave {len(data)} bytes"
+        raise UserError(what, f"{last - first} asked for", "try again")
+    return data
 
 
 def _place(url: str) -> str:

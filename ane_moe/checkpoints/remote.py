@@ -16,20 +16,19 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ane_moe.addresses import file_system, unreadable
+from ane_moe.addresses import file_system, read_small, tried, unreadable
 from ane_moe.checkpoints.folder import CONFIG, INDEX, SINGLE, SMALL, TOKENIZER, weight_names
 from ane_moe.checkpoints.gguf.header import read_gguf
 from ane_moe.checkpoints.gguf.model import SUFFIX, first_parts, part_names
 from ane_moe.checkpoints.safetensors_header import MAX_HEADER_BYTES
 from ane_moe.checkpoints.stored_tensor import StoredTensor
-from ane_moe.checkpoints.weight_file import RemoteFile, WeightFile, read_range, remote_size
+from ane_moe.checkpoints.weight_file import RemoteFile, WeightFile, read_range, weight_size
 from ane_moe.errors import UserError
-from ane_moe.files import TEMPORARY, is_hidden, replaced, write_text
+from ane_moe.files import TEMPORARY, is_hidden, replaced
 from ane_moe.user_cache import user_cache
 from ane_moe.wording import listed
 
 ADDRESS_FILE = ".address"  # in a folder of our cache, and nowhere else
-MAX_SMALL_BYTES = 1 << 28
 STALE_SECONDS = 24 * 3600  # after which nobody is writing a file any more
 # What is asked for at a web server that lists no folder.
 ASKED = (
@@ -80,7 +79,7 @@ def keep_small(url: str, files: Mapping[str, bytes]) -> Path:
         with suppress(FileNotFoundError):
             if time.time() - left.stat().st_mtime > STALE_SECONDS:
                 left.unlink()
-    write_text(folder / ADDRESS_FILE, url)
+    _keep(folder / ADDRESS_FILE, url.encode())
     for name, data in files.items():
         _keep(folder / name, data)
     return folder
@@ -169,12 +168,13 @@ def _names(url: str) -> list[str]:
     """The names of the files at a place."""
     files, root = file_system(url)
     try:
-        there = [path.rstrip("/").rpartition("/")[2] for path in files.ls(root, detail=False)]
+        found = tried(lambda: files.ls(root, detail=False))
+        there = [path.rstrip("/").rpartition("/")[2] for path in found]
     except FileNotFoundError:
         there = []
     if CONFIG in there or first_parts(there):
         return sorted(filter(_is_name, there))
-    there = [name for name in ASKED if files.exists(f"{root}/{name}")]
+    there = [name for name in ASKED if tried(partial(files.exists, f"{root}/{name}"))]
     if INDEX in there:
         index = json.loads(_whole(f"{url}/{INDEX}"))
         told = {str(name) for name in index.get("weight_map", {}).values()}
@@ -189,24 +189,15 @@ def _is_name(text: str) -> bool:
 
 def _whole(url: str) -> bytes:
     """A small file. Raises UserError where it is none, or cannot be had."""
-    files, path = file_system(url)
-    size = remote_size(url)
     try:
-        if size is None:  # who makes a file while it is sent counts nothing
-            with files.open(path, "rb") as stream:
-                data = bytes(stream.read(MAX_SMALL_BYTES + 1))
-        else:
-            data = bytes(files.cat_file(path)) if size <= MAX_SMALL_BYTES else b""
-    except Exception as error:  # as of `remote_folder`
+        return read_small(url)
+    except FileNotFoundError as error:
         raise unreadable(url, error) from None
-    if max(size or 0, len(data)) > MAX_SMALL_BYTES:
-        raise UserError(f"{url} is too large", f"{size or len(data)} bytes")
-    return data
 
 
 def _size(url: str) -> int:
     """Bytes of a weight file. Raises UserError where it is not there, or nobody says."""
-    if (size := remote_size(url)) is None:
+    if (size := weight_size(url)) is None:
         do = "download it, and give the folder"
         raise UserError(f"{url} has no size that its server tells", "no Content-Length", do)
     return size

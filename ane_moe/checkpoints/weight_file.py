@@ -1,7 +1,6 @@
 """The bytes of a weight file: of this machine, or of a place that fsspec reads by ranges."""
 
 import io
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from ane_moe.addresses import file_system, unreadable
+from ane_moe.addresses import file_system, remote_size, tried, unreadable
 from ane_moe.checkpoints.hub_range import PROTOCOL, hub_range, hub_size
 from ane_moe.errors import UserError
 
 BLOCK, BLOCKS = 1 << 23, 6  # bytes of a request, and how many stay: neighbours are read next
-TRIES, PAUSE_SECONDS = 5, 0.2  # again, where the line breaks; twice the pause each time
 
 
 @dataclass(frozen=True, order=True)
@@ -41,20 +39,21 @@ def read_range(url: str, first: int, last: int) -> bytes:
     if url.startswith(PROTOCOL):
         return hub_range(url, first, last)
     files, path = file_system(url)
-    for number in range(TRIES):
-        try:
-            data = bytes(files.cat_file(path, start=first, end=last))
-            break
-        except FileNotFoundError:
-            raise UserError(f"there is no {url}") from None
-        except Exception as error:  # of many libraries: network, permission
-            if number == TRIES - 1:
-                raise unreadable(url, error) from None
-            time.sleep(PAUSE_SECONDS * 2**number)
+    try:
+        data = bytes(tried(lambda: files.cat_file(path, start=first, end=last)))
+    except FileNotFoundError:
+        raise UserError(f"there is no {url}") from None
+    except Exception as error:  # of many libraries: network, permission
+        raise unreadable(url, error) from None
     if len(data) != last - first:
         found = f"{len(data)} bytes where {last - first} were asked for"
         raise UserError(f"{url} is not given by ranges", found, "download it, and give the folder")
     return data
+
+
+def weight_size(url: str) -> int | None:
+    """As `remote_size`, of the Hub's files too."""
+    return hub_size(url) if url.startswith(PROTOCOL) else remote_size(url)
 
 
 def size_of(file: WeightFile) -> int | None:
@@ -62,22 +61,9 @@ def size_of(file: WeightFile) -> int | None:
     if isinstance(file, Path):
         return file.stat().st_size if file.is_file() else None
     try:
-        return remote_size(file.url)
+        return weight_size(file.url)
     except UserError:
         return None
-
-
-def remote_size(url: str) -> int | None:
-    """Bytes of a file at an address; None where nobody says. Raises UserError where it is not
-    there."""
-    if url.startswith(PROTOCOL):
-        return hub_size(url)
-    files, path = file_system(url)
-    try:
-        size = files.info(path)["size"]
-        return None if size is None else int(size)
-    except Exception as error:  # of many libraries: network, permission
-        raise unreadable(url, error) from None
 
 
 def opened(file: WeightFile) -> io.RawIOBase:

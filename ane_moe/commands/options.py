@@ -29,14 +29,15 @@ def opened_package(context: typer.Context, package: Path | None) -> Path | None:
     url = None if package is None else address(package)
     if context.resilient_parsing or package is None or url is None:
         return package and local_path(package)
+    from ane_moe.package_form import MARKS
     from ane_moe.remote_folder import RemoteFolder
 
+    there = RemoteFolder(url)
+    if not any(there.has(name) for name in MARKS):
+        raise UserError(f"{url} is no package", f"none of {', '.join(MARKS)} is there")
     scratch = context.with_resource(tempfile.TemporaryDirectory(prefix="ane-moe-"))
-    here, there = Path(scratch) / package.name, RemoteFolder(url)
-    names = there.sizes()
-    if not names:
-        raise UserError("no such package", url, "check the address")
-    for name in names:
+    here = Path(scratch) / package.name
+    for name in there.sizes():
         there.fetch(name, here / name)
     return here
 

@@ -122,7 +122,7 @@ def test_a_download_that_broke_off_goes_on(
 ) -> None:
     layers = range(4)
     hub.break_after = 20_000  # of the next larger answer
-    monkeypatch.setattr("ane_moe.checkpoints.hub_range.TRIES", 0)
+    monkeypatch.setattr("ane_moe.addresses.TRIES", 1)
     with pytest.raises(UserError, match="cannot be fetched"):
         local_folder(NAME, layers)
     hub.break_after, before = None, len(hub.sent)

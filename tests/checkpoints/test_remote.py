@@ -15,17 +15,21 @@ import fsspec
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from typer.testing import CliRunner
 
-from ane_moe.addresses import address, reason_of
+from ane_moe.addresses import address, reason_of, tried
 from ane_moe.checkpoints import weight_file
 from ane_moe.checkpoints.checkpoint import open_checkpoint
 from ane_moe.checkpoints.hub import local_folder
 from ane_moe.checkpoints.remote import url_of
 from ane_moe.checkpoints.weight_file import RemoteFile, read_range
+from ane_moe.cli import app
 from ane_moe.conversion.pipeline import ConvertOptions, convert
 from ane_moe.errors import UserError
 from ane_moe.files import TEMPORARY
 from ane_moe.forecast.outlook import outlook
+from ane_moe.hub.fetched import fetched
+from ane_moe.remote_folder import RemoteFolder
 from ane_moe.verification.verify import verify
 from tests.checkpoints.hub_server import Hub, _Handler
 from tests.conversion.test_convert import contents
@@ -273,7 +277,7 @@ def test_a_line_that_breaks_is_asked_again_and_a_dead_one_is_said(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("aiohttp")
-    monkeypatch.setattr(weight_file, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("ane_moe.addresses.PAUSE_SECONDS", 0.01)
     file = next(saved.glob("*.safetensors"))
     with web_server(saved) as server:
         url, server.break_after = f"{server.endpoint}/{file.name}", 100
@@ -283,6 +287,57 @@ def test_a_line_that_breaks_is_asked_again_and_a_dead_one_is_said(
     with pytest.raises(UserError, match=rf"{dead} cannot be read; found: .*127\.0\.0\.1") as raised:
         read_range(dead, 8, 5000)
     assert "\n" not in str(raised.value)
+
+
+class Answer(Exception):
+    """As libraries give what a web server says."""
+
+    def __init__(self, status: int, **headers: str):
+        self.status, self.headers = status, headers
+
+
+@pytest.mark.parametrize(
+    ("error", "pauses"),
+    [
+        (ConnectionResetError("the line broke"), [0.5, 1, 2, 4]),
+        (Answer(503), [0.5, 1, 2, 4]),
+        (Answer(429, **{"Retry-After": "3"}), [3, 3, 3, 4]),
+        (Answer(429, RateLimit='"api";r=0;t=55'), [55] * 4),
+        (Answer(403), []),
+        (PermissionError("Access Denied"), []),
+    ],
+)
+def test_what_may_pass_is_asked_five_times_and_a_refusal_once(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, pauses: list[float]
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("ane_moe.addresses.time.sleep", slept.append)
+
+    def failing() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        tried(failing)
+    assert slept == pauses
+
+
+def test_a_small_file_that_is_large_is_not_read(
+    memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ane_moe.addresses.MAX_SMALL_BYTES", 100)
+    files = fsspec.filesystem("memory")
+    files.pipe("/models/tiny/runtime_meta.json", bytes(101))
+    monkeypatch.setattr(type(files), "cat_file", lambda *_, **__: pytest.fail("it was read"))
+    with pytest.raises(UserError, match=r"runtime_meta\.json is too large; found: 101 bytes"):
+        fetched(memory)
+
+
+def test_what_is_no_package_is_not_fetched(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RemoteFolder, "fetch", lambda *_: pytest.fail("it was fetched"))
+    result = CliRunner().invoke(app, ["inspect", memory])
+    assert isinstance(result.exception, UserError) and f"{memory} is no package" in str(
+        result.exception
+    )
 
 
 def test_a_server_that_gives_whole_files_is_refused(saved: Path) -> None:

@@ -15,7 +15,6 @@ import fsspec
 import pytest
 from typer.testing import CliRunner
 
-from ane_moe import remote_folder
 from ane_moe.addresses import output_place
 from ane_moe.cli import app
 from ane_moe.conversion.output_folder import MARKER
@@ -51,7 +50,7 @@ def local(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder behind URL."""
-    monkeypatch.setattr(remote_folder, "PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr("ane_moe.addresses.PAUSE_SECONDS", 0.001)
     monkeypatch.setenv("ANE_MOE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv(bucket.VARIABLE, "")
     (tmp_path / "store").mkdir()
