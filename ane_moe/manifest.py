@@ -13,6 +13,7 @@ from typing import Any
 from ane_moe.errors import UserError
 from ane_moe.expert_record import Store, store_of
 from ane_moe.files import write_text
+from ane_moe.manifest_facts import require_sound
 from ane_moe.model.port import FFN_INPUT, STATE, Port, Ports, slot_rows
 from ane_moe.model.spec import Synchronisations
 from ane_moe.model.template_key import function_name
@@ -21,6 +22,7 @@ from ane_moe.package_form import ASSET, PACKAGE
 
 FILE_NAME = "runtime_meta.json"
 FORMAT = 3
+MAX_BYTES = 1 << 28
 FUNCTIONS = ("functions", "adapted")  # fields of a shard
 EXPERT_GRAPH = "expert_graph"  # the kind of what computes stored experts
 TAIL = "tail"  # a function for one token, of a prompt the last one, in each lane
@@ -314,8 +316,8 @@ class Manifest:
 def read_manifest(folder: Path) -> Manifest:
     """Read and check `folder/runtime_meta.json`.
 
-    Raises UserError when it is missing, not JSON, of another format, lacks or adds fields, or names
-    a path outside the folder.
+    Raises UserError when it is missing, not JSON, of another format, lacks or adds fields, names a
+    path outside the folder, or says of files and experts what cannot be.
     """
     path = folder / FILE_NAME
     if not path.is_file():
@@ -325,7 +327,9 @@ def read_manifest(folder: Path) -> Manifest:
             "run `ane-moe convert` again",
         )
     try:
-        data = json.loads(path.read_text())
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"{path} is too large", f"{path.stat().st_size} bytes")
+        data = json.loads(path.read_text(encoding="utf-8"))
         if data.get("format") != FORMAT:
             raise UserError(
                 f"{path} is of another version",
@@ -334,22 +338,12 @@ def read_manifest(folder: Path) -> Manifest:
             )
         interfaces = [_ports(entry) for entry in data.pop("interfaces")]
         shards = tuple(_shard(entry, interfaces) for entry in data.pop("shards"))
+        require_sound(data, (shard.path for shard in shards), path)
         manifest = Manifest(shards=shards, **{key: _frozen(value) for key, value in data.items()})
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} cannot be read", f"{type(error).__name__}: {error}", "convert again"
         ) from None
-    shard_paths = [shard.path for shard in manifest.shards]
-    for relative in (*shard_paths, *manifest.files, *manifest.tokenizer):
-        _require_inside(relative, path)
-    for single in (
-        manifest.embed,
-        manifest.golden,
-        manifest.golden_as_stored,
-        manifest.tokenizer_record,
-    ):
-        if single is not None:
-            _require_inside(single, path)
     return manifest
 
 
@@ -376,13 +370,3 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _frozen(item) for key, item in value.items()}
     return value
-
-
-def _require_inside(relative: str, manifest: Path) -> None:
-    path = PurePosixPath(relative)
-    if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in relative:
-        raise UserError(
-            f"{manifest} names a file outside its folder",
-            repr(relative),
-            "do not trust this conversion",
-        )
