@@ -73,9 +73,9 @@ def diff(
 ) -> None:
     """Run both on the same inputs and show the first op where they part, and by how much.
 
-    Ops are matched by name, then by order. Of an .aimodel, and of what runs in the coreai runtime,
-    Core AI's intermediate logger shows them; how many it does not show is said. Exits with 1 when
-    something differs by more than the tolerance.
+    Ops are matched in order, by type and shape; among equal ones names choose. Of an .aimodel, and
+    of what runs in the coreai runtime, Core AI's intermediate logger shows them; how many it does
+    not show is said. Exits with 1 when something differs by more than the tolerance.
     """
     from ane_moe.package_form import ASSET
     from ane_moe.runtime import with_precision

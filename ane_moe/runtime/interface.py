@@ -1,6 +1,7 @@
 """What every runtime's loaded function looks like."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -19,6 +20,16 @@ class NotObserved(UserError):
 
 # Told an operation's type, its name, and what it gives, by name.
 Observer = Callable[[str, str, Mapping[str, np.ndarray]], None]
+
+
+@dataclass(frozen=True)
+class Intermediate:
+    """What an operation gives, without its numbers. `shape`: None where it is not known before the
+    operation runs, as are single sizes."""
+
+    op: str
+    name: str
+    shape: tuple[int | None, ...] | None
 
 
 class Package(Protocol):
@@ -61,6 +72,9 @@ class Observable(Protocol):
     shown, since the runtime made others of them."""
 
     in_part: bool
+
+    def intermediates(self) -> tuple[Intermediate, ...]:
+        """What `observe` will show, in the order of the program. Raises NotObserved."""
 
     def observe(
         self, inputs: Mapping[str, np.ndarray], observer: Observer, state: Any = None

@@ -19,7 +19,7 @@ from ane_moe.errors import UserError
 from ane_moe.mlprogram.reader import read_program
 from ane_moe.runtime import load_package
 from ane_moe.runtime.interface import NotObserved
-from ane_moe.runtime.reference.diff import Compared, Side, _Second, diff
+from ane_moe.runtime.reference.diff import Seen, Side, _Second, diff
 from ane_moe.runtime.reference.tracing import describe
 from tests.converted import save_converted
 
@@ -207,9 +207,7 @@ def test_what_an_observer_raises_comes_out(packages) -> None:
 
 
 def test_a_value_is_let_go_once_it_is_compared() -> None:
-    side = _Second(in_part=False)
-    side.first = {"x": describe("add", "x", np.ones(4))}
+    side = _Second({"x": describe("add", "w", np.ones(4))}, in_part=False)
     side.note("add", "x", {"x": np.full(4, 1.5)})
-    (left,) = side.seen
-    assert left == Compared("add", "x", (4,))
-    assert side.difference(side.first["x"], left).relative == 0.5
+    assert side.seen == [Seen("add", "x", (4,))]
+    assert (side.found["x"].name_a, side.found["x"].relative) == ("w", 0.5)

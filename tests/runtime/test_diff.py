@@ -1,11 +1,14 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count, pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from coremltools.converters.mil.mil import Builder as mb
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from ane_moe.cli import app
@@ -13,7 +16,8 @@ from ane_moe.coreml_tools import ct
 from ane_moe.errors import UserError
 from ane_moe.mlprogram.program import Feature, TensorType
 from ane_moe.runtime.arrays import random_inputs, read_array, read_inputs
-from ane_moe.runtime.reference.diff import Side, Unmatched, align, compare, diff, unmatched
+from ane_moe.runtime.interface import Intermediate
+from ane_moe.runtime.reference.diff import Seen, Side, Unmatched, align, compare, diff, unmatched
 from ane_moe.runtime.reference.tracing import describe
 
 Get = Callable[[str], Path]
@@ -117,9 +121,10 @@ def test_operations_of_one_side_that_change_nothing_are_listed_and_not_apart(
 
 
 def test_a_first_or_last_operation_that_only_one_side_has_is_not_passed_over() -> None:
-    x, y = (describe("add", name, np.ones(2)) for name in ("x", "y"))
-    assert unmatched([x], [x, y], [(x, x)]) == (Unmatched("B", "add", "y", (2,), 1, "x"),)
-    assert unmatched([y, x], [x], [(x, x)]) == (Unmatched("A", "add", "y", (2,), 0, ""),)
+    x, y = (Seen("add", name, (2,)) for name in ("x", "y"))
+    same = [(Intermediate("add", "x", (2,)),) * 2]
+    assert unmatched([x], [x, y], same) == (Unmatched("B", "add", "y", (2,), 1, "x"),)
+    assert unmatched([y, x], [x], same) == (Unmatched("A", "add", "y", (2,), 0, ""),)
 
 
 def test_two_precisions_of_one_package_are_near_but_not_the_same(package: Get) -> None:
@@ -135,12 +140,80 @@ def test_packages_with_other_inputs_are_not_compared(pair: tuple[Path, Path], pa
         diff(Side(pair[0]), Side(package("net_ios18_fp16")))
 
 
-def test_values_are_matched_by_name_before_order() -> None:
-    def values(*names: str) -> list:
-        return [describe("add", name, np.zeros(2)) for name in names]
+def listed(*values: str) -> list[Intermediate]:
+    """Of `op name size`."""
+    parts = (value.split() for value in values)
+    return [Intermediate(op, name, (int(size),)) for op, name, size in parts]
 
-    pairs = align(values("p", "q", "r"), values("r", "s", "t"))
-    assert [(a.name, b.name) for a, b in pairs] == [("p", "s"), ("q", "t"), ("r", "r")]
+
+def test_an_operation_more_moves_the_numbers_of_those_behind_it_and_pairs_stay_right() -> None:
+    """As exporting numbers them: `var_2` of b is what `var_1` of a is."""
+    a = listed("mul x 8", "mul var_1 8", "conv var_2 4", "mul var_3 4", "mul var_4 8", "add y 8")
+    more = ["conv guess 2", "mul var_1 4"]
+    b = listed(
+        "mul x 8", *more, "mul var_2 8", "conv var_3 4", "mul var_4 4", "mul var_5 8", "add y 8"
+    )
+    expected = [(x, y) for x, y in zip(a, [b[0], *b[3:]], strict=True)]
+    assert align(a, b) == expected
+    assert align(b, a) == [(y, x) for x, y in expected]
+
+
+def test_names_choose_among_pairs_of_the_same_operation_and_shape() -> None:
+    a, b = listed("mul p 2", "mul q 2", "mul r 2"), listed("mul q 2", "mul r 3")
+    assert align(a, b) == [(a[1], b[0]), (a[2], b[1])]  # of another shape, for want of a better
+    unknown = [replace(one, shape=None) for one in b]
+    assert align(a, unknown) == [(a[1], unknown[0]), (a[2], unknown[1])]
+    assert align(a, []) == align([], b) == [] and align(a, a) == list(zip(a, a, strict=True))
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=7), st.lists(st.sampled_from("abc"), max_size=7))
+def test_no_way_to_pair_in_order_pairs_more(first: list[str], second: list[str]) -> None:
+    """Against all ways."""
+
+    def most(i: int, j: int) -> int:
+        if i == len(first) or j == len(second):
+            return 0
+        here = 1 + most(i + 1, j + 1) if first[i] == second[j] else 0
+        return max(here, most(i + 1, j), most(i, j + 1))
+
+    a, b = (
+        listed(*(f"{op} {op}{place} 1" for place, op in enumerate(ops))) for ops in (first, second)
+    )
+    pairs = align(a, b)
+    places = [(a.index(x), b.index(y)) for x, y in pairs]
+    assert len(pairs) == most(0, 0) and all(x.op == y.op for x, y in pairs)
+    assert all(i < k and j < m for (i, j), (k, m) in pairwise(places))
+
+
+def numbered(path: Path, more: bool) -> Path:
+    """y = norm(tanh(x)), every operation but the last with a number; with an output more, of two
+    operations before them."""
+
+    @mb.program(input_specs=[mb.TensorSpec((1, 4))], opset_version=ct.target.iOS17)
+    def program(x):
+        names = (f"var_{number}" for number in count(1))
+        x = mb.tanh(x=x, name="start")
+        guess = [mb.reduce_sum(x=x, axes=[1], keep_dims=True, name=next(names))] if more else []
+        guess = [mb.mul(x=one, y=np.float32(3), name="guess") for one in guess]
+        square = mb.mul(x=x, y=x, name=next(names))
+        mean = mb.reduce_mean(x=square, axes=[1], keep_dims=True, name=next(names))
+        scaled = mb.mul(x=x, y=mb.rsqrt(x=mean, name=next(names)), name=next(names))
+        return (mb.mul(x=scaled, y=np.float32(2), name="y"), *guess)
+
+    ct.convert(
+        program,
+        minimum_deployment_target=ct.target.iOS17,
+        skip_model_load=True,
+        compute_precision=ct.precision.FLOAT32,
+    ).save(str(path))
+    return path
+
+
+def test_two_packages_whose_common_outputs_agree_part_nowhere_before_them(tmp_path: Path) -> None:
+    a, b = (numbered(tmp_path / f"{more}.mlpackage", more) for more in (False, True))
+    result = diff(Side(a), Side(b))
+    assert result.same and result.compared == 6 and result.unmatched_a == 0
+    assert {(item.side, item.op) for item in result.only} == {("B", "reduce_sum"), ("B", "mul")}
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from ane_moe.runtime.coreai.installed import INSTALL, core_ai, quiet
 from ane_moe.runtime.coreai.names import OperationName, read_names
 from ane_moe.runtime.coreai.twin import MAIN, save_twin
 from ane_moe.runtime.inputs import check_inputs
-from ane_moe.runtime.interface import NotObserved, Observer
+from ane_moe.runtime.interface import Intermediate, NotObserved, Observer
 from ane_moe.runtime.numpy_dtypes import NUMPY
 
 VERSION = "2.0"  # of assets, as coreai-core 1.0.0b3 writes them
@@ -78,6 +78,12 @@ class CoreAiFunction:
         """Run once. Raises UserError for inputs or a state that do not fit, and where Core AI
         refuses the call."""
         return self._called(self._native, inputs, state)
+
+    def intermediates(self) -> tuple[Intermediate, ...]:
+        """The operations that have a name, in the order of the program. Raises NotObserved as
+        `observe` does."""
+        names = sorted(set(self._model.names(self._where).values()))
+        return tuple(Intermediate(one.type, one.output, None) for one in names)
 
     def observe(
         self, inputs: Mapping[str, np.ndarray], observer: Observer, state: CoreAiState | None = None

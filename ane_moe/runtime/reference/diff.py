@@ -1,18 +1,23 @@
 """Two programs on the same inputs, or one under two runtimes or precisions: the first op where they
 part."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 
 from ane_moe.errors import UserError
 from ane_moe.runtime import load_package
 from ane_moe.runtime.arrays import random_inputs
-from ane_moe.runtime.interface import LoadedFunction, NotObserved, Observable
+from ane_moe.runtime.interface import (
+    Intermediate,
+    LoadedFunction,
+    NotObserved,
+    Observable,
+    Observer,
+)
 from ane_moe.runtime.reference.tracing import Traced, describe
 
 # Relative L2 beyond which two values have parted; ten fp16 roundings stay well below.
@@ -29,24 +34,9 @@ class Side:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Shown(Protocol):
-    """What tells a value from others."""
-
-    @property
-    def op(self) -> str: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-
-A = TypeVar("A", bound=Shown)
-B = TypeVar("B", bound=Shown)
-
-
 @dataclass(frozen=True)
-class Compared:
-    """A value that was compared with the other side's of its name, and let go."""
+class Seen:
+    """A value that was shown, without its numbers."""
 
     op: str
     name: str
@@ -129,9 +119,10 @@ def diff(
     """Run both sides once on `inputs` (what is missing is drawn from `seed`), states fresh, and
     compare.
 
-    Intermediates are compared where both runtimes show them, outputs always. Those of a are kept;
-    one of b is compared as it comes, and kept only where a has none of its name. Raises UserError
-    where the two functions take other inputs.
+    Intermediates are compared where both runtimes show them, outputs always. Which belong together
+    is known from the programs, before they run. Of a's those are kept that have a partner; one of
+    b is compared as it comes, and let go. Raises UserError where the two functions take other
+    inputs.
     """
     loaded = [
         load_package(side.path, side.function, side.runtime, **side.options) for side in (a, b)
@@ -148,14 +139,16 @@ def diff(
         for name, function in zip("AB", loaded, strict=True)
         if isinstance(function, Observable) and function.in_part
     )
-    first, second = _First(), _Second(bool(in_part))
-    results_a, blind_a = _run(loaded[0], given, first)
-    second.first = {value.name: value for value in first.values}
-    results_b, blind_b = _run(loaded[1], given, second)
+    (listed_a, blind_a), (listed_b, blind_b) = map(_listed, loaded)
     blind = {name: why for name, why in (("A", blind_a), ("B", blind_b)) if why}
-    seen_a, seen_b = ((), ()) if blind else (first.values, second.seen)
-    pairs = align(seen_a, seen_b)
-    differences = [second.difference(x, y) for x, y in pairs]
+    pairs = [] if blind else align(listed_a, listed_b)
+    first = _First({x.name for x, _ in pairs})
+    results_a = _run(loaded[0], given, None if blind else first.note)
+    partners = {y.name: first.values[x.name] for x, y in pairs if x.name in first.values}
+    second = _Second(partners, bool(in_part))
+    results_b = _run(loaded[1], given, None if blind else second.note)
+    pairs = [(x, y) for x, y in pairs if y.name in second.found]
+    differences = [second.found[y.name] for _, y in pairs]
     outputs = [
         _compare_outputs(x, y, results_a[x], results_b[y])
         for x, y in zip(results_a, _like(results_a, results_b), strict=False)
@@ -167,9 +160,9 @@ def diff(
         worst=max(differences, key=lambda pair: pair.relative, default=None),
         outputs=tuple(outputs),
         compared=len(pairs),
-        unmatched_a=len(seen_a) - len(pairs),
-        unmatched_b=len(seen_b) - len(pairs),
-        only=unmatched(seen_a, seen_b, pairs),
+        unmatched_a=len(first.seen) - len(pairs),
+        unmatched_b=len(second.seen) - len(pairs),
+        only=unmatched(first.seen, second.seen, pairs),
         tolerance=tolerance,
         in_part=in_part,
         blind=blind,
@@ -177,35 +170,34 @@ def diff(
 
 
 class _First:
-    """Keeps what side a shows."""
+    """What side a shows, in order, with the values of the `paired` names."""
 
-    def __init__(self) -> None:
-        self.values: list[Traced] = []
-
-    def note(self, op: str, _: str, outputs: Mapping[str, np.ndarray]) -> None:
-        self.values.extend(describe(op, name, value) for name, value in outputs.items())
-
-
-class _Second:
-    """Compares what side b shows with what side a has of its name, `first`; `seen` is in order."""
-
-    def __init__(self, in_part: bool) -> None:
-        self.first: Mapping[str, Traced] = {}
-        self.seen: list[Traced | Compared] = []
-        self._in_part = in_part
-        self._found: dict[str, Difference] = {}
+    def __init__(self, paired: Collection[str]) -> None:
+        self.seen: list[Seen] = []
+        self.values: dict[str, Traced] = {}
+        self._paired = paired
 
     def note(self, op: str, _: str, outputs: Mapping[str, np.ndarray]) -> None:
         for name, value in outputs.items():
-            shown, partner = describe(op, name, value), self.first.get(name)
-            if partner is None or partner.op != op:
-                self.seen.append(shown)
-            else:
-                self._found[name] = self._compared(partner, shown)
-                self.seen.append(Compared(op, name, value.shape))
+            self.seen.append(Seen(op, name, value.shape))
+            if name in self._paired:
+                self.values[name] = describe(op, name, value)
 
-    def difference(self, a: Traced, b: Traced | Compared) -> Difference:
-        return self._found[b.name] if isinstance(b, Compared) else self._compared(a, b)
+
+class _Second:
+    """What side b shows, in order, and what was `found` where side a has a partner of it, both by
+    b's name."""
+
+    def __init__(self, partners: Mapping[str, Traced], in_part: bool) -> None:
+        self.seen: list[Seen] = []
+        self.found: dict[str, Difference] = {}
+        self._partners, self._in_part = partners, in_part
+
+    def note(self, op: str, _: str, outputs: Mapping[str, np.ndarray]) -> None:
+        for name, value in outputs.items():
+            self.seen.append(Seen(op, name, value.shape))
+            if name in self._partners:
+                self.found[name] = self._compared(self._partners[name], describe(op, name, value))
 
     def _compared(self, a: Traced, b: Traced) -> Difference:
         """Where operations became others of Core AI's, a value may have other axes."""
@@ -214,17 +206,24 @@ class _Second:
         return compare(a, b)
 
 
-def _run(
-    function: LoadedFunction, inputs: Mapping[str, np.ndarray], side: _First | _Second
-) -> tuple[dict[str, Any], str]:
-    """What it gives, `side` told of what is inside; and why nothing is told, if so."""
-    state = function.make_state() if function.states else None
+def _listed(function: LoadedFunction) -> tuple[tuple[Intermediate, ...], str]:
+    """What a function will show; and why nothing, if so."""
     if not isinstance(function, Observable):
-        return function.predict(dict(inputs), state), "its runtime shows no intermediates"
+        return (), "its runtime shows no intermediates"
     try:
-        return function.observe(inputs, side.note, state), ""
+        return function.intermediates(), ""
     except NotObserved as error:
-        return function.predict(dict(inputs), state), str(error)
+        return (), str(error)
+
+
+def _run(
+    function: LoadedFunction, inputs: Mapping[str, np.ndarray], told: Observer | None
+) -> dict[str, Any]:
+    """What it gives, `told` of what is inside."""
+    state = function.make_state() if function.states else None
+    if told is None or not isinstance(function, Observable):
+        return function.predict(dict(inputs), state)
+    return function.observe(inputs, told, state)
 
 
 def _like(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
@@ -232,27 +231,70 @@ def _like(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     return list(first) if first.keys() == second.keys() else list(second)
 
 
-def align(a: Sequence[A], b: Sequence[B]) -> list[tuple[A, B]]:
-    """Pairs in the order of `a`: by name and op first, the rest by the order of equal ops of equal
-    shape."""
-    by_name = {value.name: value for value in b}
-    partner = {
-        value.name: by_name[value.name]
-        for value in a
-        if value.name in by_name and by_name[value.name].op == value.op
-    }
-    taken = {value.name for value in partner.values()}
-    left_a = [value for value in a if value.name not in partner]
-    left_b = [value for value in b if value.name not in taken]
-    keys_a, keys_b = ([(one.op, one.shape) for one in left] for left in (left_a, left_b))
-    for block in SequenceMatcher(None, keys_a, keys_b, autojunk=False).get_matching_blocks():
-        for i in range(block.size):
-            partner[left_a[block.a + i].name] = left_b[block.b + i]
-    return [(value, partner[value.name]) for value in a if value.name in partner]
+def align(
+    a: Sequence[Intermediate], b: Sequence[Intermediate]
+) -> list[tuple[Intermediate, Intermediate]]:
+    """Pairs of equal ops, in the order of both.
+
+    As many as possible of equal shape (one that is not known equals any), and among the ways to
+    pair so many the one with most equal names. Names alone say little: exporting numbers most of
+    them, and one operation more moves the numbers of those behind it. Beside one of its own kind
+    and shape, which of the two is the one more is not known.
+    """
+    start = _common(a, b)
+    a_left, b_left = a[start:], b[start:]
+    end = _common(a_left[::-1], b_left[::-1])
+    middle_a, middle_b = a_left[: len(a_left) - end], b_left[: len(b_left) - end]
+    places = _heaviest(_weights(middle_a, middle_b), len(middle_b))
+    return [
+        *zip(a[:start], b[:start], strict=True),
+        *((middle_a[i], middle_b[j]) for i, j in places),
+        *zip(a[len(a) - end :], b[len(b) - end :], strict=True),
+    ]
+
+
+def _common(a: Sequence[Intermediate], b: Sequence[Intermediate]) -> int:
+    """How many at the beginning are the same."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((place for place, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+def _weights(a: Sequence[Intermediate], b: Sequence[Intermediate]) -> Iterator[np.ndarray]:
+    """For each of `a` what a pair with each of `b` counts, int64 `[b]`; 0 where ops differ."""
+    codes: dict[Any, int] = {None: 0}
+
+    def coded(keys: Iterable[Any]) -> np.ndarray:
+        return np.array([codes.setdefault(key, len(codes)) for key in keys], np.int64)
+
+    ops, names, shapes = (coded(getattr(one, key) for one in b) for key in ("op", "name", "shape"))
+    for one in a:
+        op, name, shape = (codes.get(key, -1) for key in (one.op, one.name, one.shape))
+        alike = (shapes == shape) | (shapes == 0) | (shape == 0)
+        yield (ops == op) * (alike * (len(b) + 1) + (names == name))
+
+
+def _heaviest(rows: Iterable[np.ndarray], columns: int) -> list[tuple[int, int]]:
+    """The places `(row, column)`, rising in both, whose weights add up to most: a longest common
+    subsequence (Needleman and Wunsch 1970), a row at a time."""
+    best, steps = np.zeros(columns + 1, np.int64), list[np.ndarray]()
+    for weights in rows:
+        paired = np.where(weights > 0, best[:-1] + weights, 0)
+        higher = np.maximum(best[1:], paired)
+        row = np.maximum.accumulate(higher)
+        # 2: a pair; 1: this row is in none; 0: this column is in none
+        steps.append(np.where(row > higher, 0, np.where(paired > best[1:], 2, 1)).astype(np.int8))
+        best = np.concatenate([[0], row])
+    pairs, at, column = list[tuple[int, int]](), len(steps) - 1, columns - 1
+    while at >= 0 and column >= 0:
+        step = int(steps[at][column])
+        if step == 2:
+            pairs.append((at, column))
+        at, column = at - (step > 0), column - (step != 1)
+    return pairs[::-1]
 
 
 def unmatched(
-    a: Sequence[Shown], b: Sequence[Shown], pairs: Sequence[tuple[Shown, Shown]]
+    a: Sequence[Seen], b: Sequence[Seen], pairs: Sequence[tuple[Intermediate, Intermediate]]
 ) -> tuple[Unmatched, ...]:
     """What `pairs` leave out of `a` and of `b`, by the pair before which it stands."""
     names = ["", *(x.name for x, _ in pairs)]
@@ -263,7 +305,7 @@ def unmatched(
 
 
 def _left_out(
-    side: str, values: Sequence[Shown], places: Mapping[str, int], names: Sequence[str]
+    side: str, values: Sequence[Seen], places: Mapping[str, int], names: Sequence[str]
 ) -> list[Unmatched]:
     """Each value without a place, before the earliest of the pairs that follow it on its side."""
     left_out: list[Unmatched] = []

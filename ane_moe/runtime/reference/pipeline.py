@@ -1,6 +1,7 @@
 """A pipeline of ML Programs in the reference runtime: its stages one after the other."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,7 +10,7 @@ from ane_moe.errors import UserError
 from ane_moe.mlprogram.pipeline import OpenPipeline
 from ane_moe.mlprogram.program import Feature
 from ane_moe.runtime.inputs import check_inputs
-from ane_moe.runtime.interface import Observer
+from ane_moe.runtime.interface import Intermediate, Observer
 
 
 class Stage(Protocol):
@@ -20,6 +21,8 @@ class Stage(Protocol):
     states: tuple[Feature, ...]
 
     def predict(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]: ...
+
+    def intermediates(self) -> tuple[Intermediate, ...]: ...
 
     def observe(self, inputs: Mapping[str, np.ndarray], observer: Observer) -> dict[str, Any]: ...
 
@@ -64,6 +67,14 @@ class ReferencePipeline:
         Raises UserError for inputs that do not fit, as a single function does.
         """
         return self._run(inputs, None)
+
+    def intermediates(self) -> tuple[Intermediate, ...]:
+        """Those of all stages, in order; names are `stage/name`."""
+        return tuple(
+            replace(one, name=f"{index}/{one.name}")
+            for index, stage in enumerate(self._stages)
+            for one in stage.intermediates()
+        )
 
     def observe(
         self, inputs: Mapping[str, np.ndarray], observer: Observer, state: None = None

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ane_moe.errors import UserError
 from ane_moe.mlprogram.pipeline import OpenPipeline, open_model
-from ane_moe.mlprogram.program import Feature, Program, TensorType, sizes
+from ane_moe.mlprogram.program import Feature, Program, TensorType, ValueType, sizes
 from ane_moe.mlprogram.reader import OpenProgram
 from ane_moe.mlprogram.weights import weights_of
 from ane_moe.runtime.inputs import check_inputs, default_value
-from ane_moe.runtime.interface import Observer
+from ane_moe.runtime.interface import Intermediate, Observer
 from ane_moe.runtime.memory import Memory, weight_memory
 from ane_moe.runtime.reference.dtypes import to_numpy, torch_dtype
 from ane_moe.runtime.reference.engine.arithmetic import Engine
@@ -111,6 +111,13 @@ class ReferenceFunction:
             slots = self._slots(inputs, state)
             self._plan.lean.execute(slots)
             return self._results(slots)
+
+    def intermediates(self) -> tuple[Intermediate, ...]:
+        """What `observe` shows, with the shapes that the program declares."""
+        operations = self.program.functions[self.name].block.operations
+        types = {output.name: output.type for one in operations for output in one.outputs}
+        shown = [(step.op, name) for step in self._plan.steps.steps for name, _ in step.shown]
+        return tuple(Intermediate(op, name, _shape(types.get(name))) for op, name in shown)
 
     def observe(
         self, inputs: Mapping[str, np.ndarray], observer: Observer, state: State | None = None
@@ -351,6 +358,10 @@ def _tensors(value: Weight) -> list[Tensor]:
     """The tensors that a slot holds."""
     held = value.elements if isinstance(value, TensorList) else (value,)
     return [tensor for tensor in held if isinstance(tensor, Tensor)]
+
+
+def _shape(declared: ValueType | None) -> tuple[int | None, ...] | None:
+    return declared.shape if isinstance(declared, TensorType) else None
 
 
 def _fixed_shape(feature: Feature) -> tuple[int, ...]:
