@@ -67,8 +67,12 @@ def diff(
     ] = None,
     seed: Annotated[int, typer.Option(help="Draws the inputs that are not given.")] = 0,
     tolerance: Annotated[
-        float, typer.Option(help="Relative L2 beyond which two values have parted.")
-    ] = 1e-2,
+        float | None,
+        typer.Option(
+            help="Relative L2 beyond which two values have parted.",
+            show_default="0.01; of two runtimes 0.05, and gaps up to 2^-14 are none",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run both on the same inputs and show the first op where they part, and by how much.
@@ -130,9 +134,10 @@ def _lines(result: "Diff") -> "Iterator[str]":
 
     only_a = _left_out(result, "A", result.unmatched_a)
     only_b = _left_out(result, "B", result.unmatched_b)
+    beyond = f", gaps beyond {result.least_gap:.2g}" if result.least_gap else ""
     yield printable(
         f"{result.compared} intermediates compared, {only_a}, {only_b}; "
-        f"tolerance {result.tolerance:g}"
+        f"tolerance {result.tolerance:g}{beyond}"
     )
     for side, why in result.blind.items():
         yield printable(f"of {side} the outputs alone are seen: {why}")

@@ -15,9 +15,22 @@ from ane_moe.cli import app
 from ane_moe.coreml_tools import ct
 from ane_moe.errors import UserError
 from ane_moe.mlprogram.program import Feature, TensorType
+from ane_moe.runtime import RUNTIMES
 from ane_moe.runtime.arrays import random_inputs, read_array, read_inputs
 from ane_moe.runtime.interface import Intermediate
-from ane_moe.runtime.reference.diff import Seen, Side, Unmatched, align, compare, diff, unmatched
+from ane_moe.runtime.reference.diff import (
+    ACROSS,
+    LEAST_GAP,
+    Diff,
+    Difference,
+    Seen,
+    Side,
+    Unmatched,
+    align,
+    compare,
+    diff,
+    unmatched,
+)
 from ane_moe.runtime.reference.tracing import describe
 
 Get = Callable[[str], Path]
@@ -133,6 +146,31 @@ def test_two_precisions_of_one_package_are_near_but_not_the_same(package: Get) -
     assert near.same and near.worst is not None and near.worst.relative > 0
     strict = diff(Side(path), Side(path, options={"precision": "fp16"}), tolerance=0)
     assert strict.first is not None
+
+
+def test_two_runtimes_may_differ_by_more_and_by_what_fp16_may_drop(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A constant that is 2 % apart, and values around fp16's least normal number."""
+    monkeypatch.setitem(RUNTIMES, "other", RUNTIMES["reference"])
+    x = {"x": np.ones((1, 4), np.float32)}
+
+    def found(path: Path, runtime: str, **given: float) -> Diff:
+        return diff(Side(pair[0]), Side(path, runtime), x, **given)
+
+    near = build(pair[0].parent / "near.mlpackage", 0.54)
+    assert found(near, "other").same and found(near, "other").tolerance == 0.05
+    assert not found(near, "reference").same and not found(near, "other", tolerance=0.01).same
+    assert not found(pair[1], "other").same
+    tiny = Difference("clip", "x", "x", (1,), (1,), 0.067, 6e-5)
+    assert not tiny.beyond(ACROSS, LEAST_GAP) and tiny.beyond(ACROSS, 0)
+    assert replace(tiny, largest=np.inf).beyond(ACROSS, LEAST_GAP)
+
+
+@pytest.mark.parametrize("tolerance", ["nan", "-0.1", "inf"])
+def test_a_tolerance_that_is_none_is_one_line(pair: tuple[Path, Path], tolerance: str) -> None:
+    result = CliRunner().invoke(app, ["diff", str(pair[0]), "--tolerance", tolerance])
+    assert isinstance(result.exception, UserError) and "not possible" in str(result.exception)
 
 
 def test_packages_with_other_inputs_are_not_compared(pair: tuple[Path, Path], package: Get) -> None:
