@@ -147,7 +147,7 @@ def test_what_commands_say_and_write_is_not_of_the_cache(
     for command in (("push", URL, "me/model"), ("report", URL)):
         assert f"{URL} is not a finished conversion" in refused(*command)
     for command in ("inspect", "diff"):
-        assert f"no such package; found: {URL}/{SHARD}" in refused(command, f"{URL}/{SHARD}")
+        assert f"{URL}/{SHARD} is no package" in refused(command, f"{URL}/{SHARD}")
     shutil.copytree(local, there)
     assert ran("diff", f"{URL}/{SHARD}").exit_code == 0
     assert "report: report.html" in ran("report", URL, "--no-verify").stdout
