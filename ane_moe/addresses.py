@@ -13,6 +13,7 @@ T = TypeVar("T")
 ADDRESS = re.compile(r"(?P<protocol>[a-z][a-z0-9+.-]+):/{1,2}(?P<rest>[^/].*?)/*", re.I)
 LIKE_ONE = re.compile(r"(?P<protocol>[a-z][a-z0-9+.:-]+):(?P<rest>/.*)?", re.I)
 HUB = "hf"  # by its own name and cache (checkpoints/hub.py)
+ON_HUB = re.compile(rf"\A{HUB}:/{{1,2}}(?=[^/])", re.I)
 HERE = re.compile(r"\A(?:file|local):/+(?=[^/])", re.I)
 # Protocols that need a package beyond fsspec have theirs in this extra.
 EXTRA = "pip install 'ane-moe[remote]', or what fsspec names for it"
@@ -71,8 +72,8 @@ def output_path(given: Path) -> Path:
 
 
 def named(given: str | Path) -> str:
-    """A path or an address, for people."""
-    return address(given) or str(given)
+    """A path, an address or a name on the Hub, for people."""
+    return address(given) or ON_HUB.sub(f"{HUB}://", str(given))
 
 
 def from_anywhere(given: Path) -> Path:

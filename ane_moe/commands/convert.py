@@ -387,7 +387,10 @@ def convert(
     faults = () if warned else faults_of(chosen.formats)
     _print_all(fault for fault in faults if fault not in warnings)
     document = report_document(report, final)
-    typer.echo(json.dumps(document, indent=2)) if as_json else print_report(report)
+    if as_json:
+        typer.echo(json.dumps(document, indent=2))
+    else:
+        print_report(report, named(checkpoint))
 
 
 def _divisor(text: str) -> int | None:

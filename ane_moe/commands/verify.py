@@ -22,7 +22,8 @@ def verify(
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            help="Capture the golden from this checkpoint now, instead of reading the one in OUT."
+            help="Capture the golden from this checkpoint (as of `convert`) now, instead of "
+            "reading the one in OUT."
         ),
     ] = None,
     prompts: Annotated[
@@ -126,6 +127,7 @@ def verify(
     """
     from rich.console import Console
 
+    from ane_moe.demo import built_in
     from ane_moe.hub.fetched import address_of, shown
     from ane_moe.manifest import read_manifest
     from ane_moe.placement.check import check_placement, require_packages
@@ -157,7 +159,7 @@ def verify(
             try:
                 report = run(
                     out,
-                    checkpoint=checkpoint,
+                    checkpoint=checkpoint and built_in(checkpoint),
                     prompts=prompts,
                     runtime=runtime,
                     precision=precision,

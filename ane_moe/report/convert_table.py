@@ -141,8 +141,9 @@ def report_document(report: ConvertReport, concerns: Iterable[Concern] = ()) -> 
     }
 
 
-def print_report(report: ConvertReport) -> None:
-    """The result in two lines, and the next command."""
+def print_report(report: ConvertReport, checkpoint: str) -> None:
+    """The result in two lines, and the next command, with the name that was given of the
+    checkpoint."""
     size = sum(shard.weight_bytes for shard in report.manifest.shards) / MB
     console = Console()
     console.print(
@@ -156,7 +157,7 @@ def print_report(report: ConvertReport) -> None:
     if line := stream_line(report.stream):
         console.print(line, markup=False, soft_wrap=True)
     _print_source(console, report.notes, report.manifest.left_out)
-    with_golden = "" if report.manifest.golden else " --checkpoint CHECKPOINT"
+    with_golden = "" if report.manifest.golden else f" --checkpoint {checkpoint}"
     console.print(
         f"next: ane-moe verify {named(report.folder)}{with_golden}", markup=False, soft_wrap=True
     )

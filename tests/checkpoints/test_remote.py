@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
-from ane_moe.addresses import address, reason_of, tried
+from ane_moe.addresses import address, named, reason_of, tried
 from ane_moe.checkpoints import weight_file
 from ane_moe.checkpoints.checkpoint import open_checkpoint
 from ane_moe.checkpoints.hub import local_folder
@@ -149,6 +149,11 @@ def test_what_libraries_say_is_shown_without_secrets(told: str, shown: str) -> N
     assert reason_of(OSError(told)) == shown
     assert str(UserError("it broke", told)) == f"it broke; found: {shown}"
     assert "SECRET" not in reason_of(OSError("x" * 150 + told))
+
+
+def test_a_name_is_shown_as_it_is_given() -> None:
+    for given in ("hf://owner/name@v1", "s3://bucket/a", "/a/b", "demo"):
+        assert named(Path(given)) == given
 
 
 def test_tensors_come_by_ranges_and_are_those_of_the_file(saved: Path, memory: str) -> None:

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
+from ane_moe.cli import app
 from ane_moe.demo import copy_demo, demo_checkpoint
 from ane_moe.errors import UserError
 
@@ -161,3 +163,16 @@ def test_a_disk_that_fills_up_leaves_no_half_copy(tmp_path, monkeypatch):
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_what_convert_says_comes_next_is_a_command_that_works(tmp_path: Path) -> None:
+    asked = ["convert", "demo", str(tmp_path / "out"), "--layers", "0", "--prefill", "0"]
+    converted = CliRunner().invoke(app, [*asked, "--context", "64", "--workers", "1"])
+    (line,) = [one for one in converted.stdout.splitlines() if one.startswith("next: ane-moe ")]
+    told = line.removeprefix("next: ane-moe ").split()
+    assert told == ["verify", str(tmp_path / "out"), "--checkpoint", "demo"]
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text("[[3, 4, 5]]")
+    options = ["--prompts", str(prompts), "--runtime", "reference", "--quick"]
+    verified = CliRunner().invoke(app, [*told, *options])
+    assert verified.exit_code == 0, verified.exception
