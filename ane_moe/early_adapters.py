@@ -6,7 +6,6 @@ In the manner of M2R2 (arXiv 2502.02040), of which the abstract was read. d = d_
 """
 
 import hashlib
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,8 @@ import numpy as np
 
 from ane_moe.errors import UserError
 from ane_moe.files import named_by_user
+from ane_moe.npz_file import read_npz
+from ane_moe.wording import counted
 
 FORMAT = 1
 MAX_BYTES = 1 << 31
@@ -36,7 +37,8 @@ class Adapter:
     def before(self, rows: np.ndarray) -> np.ndarray:
         """A matrix `[n,d]` and this one in front of it in one, fp32 `[n,d]`: of a levelled state it
         gives what `rows` give of the adapted one."""
-        return rows + rows @ self.up.T @ self.down.T
+        with np.errstate(over="ignore", invalid="ignore"):  # infinite, as whoever asks will see
+            return rows + rows @ self.up.T @ self.down.T
 
     @property
     def digest(self) -> str:
@@ -79,22 +81,27 @@ def read_adapters(path: Path, d_model: int) -> Adapters:
     """Read and check adapters of a model of this width. Raises UserError when the file holds none,
     or is damaged."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > MAX_BYTES:
-                raise ValueError("more than 2 GiB")
-        with np.load(path, allow_pickle=False) as arrays:
-            return _parsed(arrays, d_model)
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        arrays = read_npz(path, MAX_BYTES)
+        found = int(arrays["d_model"])
+        adapters = _parsed(arrays, found)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
             f"{path} cannot be read as adapters of this model",
             f"{type(error).__name__}: {error}",
             "make them with `ane-moe align`",
         ) from None
+    if found != d_model:
+        raise UserError(
+            f"{path} holds adapters of another model",
+            f"for hidden states of {counted(found, 'channel')}",
+            f"this model's have {d_model}: make them with `ane-moe align` on it",
+        )
+    return adapters
 
 
 def _parsed(arrays: Mapping[str, np.ndarray], d_model: int) -> Adapters:
-    if int(arrays["format"]) != FORMAT or int(arrays["d_model"]) != d_model:
-        raise ValueError(f"format {arrays['format']} for {arrays['d_model']} channels")
+    if int(arrays["format"]) != FORMAT:
+        raise ValueError(f"format {arrays['format']}")
     ahead, exits = {}, {}
     for name in sorted(name.removesuffix(".down") for name in arrays if name.endswith(".down")):
         kind, *places = name.split(".")
@@ -117,6 +124,7 @@ def _require_sound(adapter: Adapter, d_model: int, name: str) -> None:
         or shapes[0] != shapes[1]
         or down.ndim != 2
         or down.shape[0] != d_model
+        or not down.size
         or not (np.isfinite(down).all() and np.isfinite(up).all())
     ):
         raise ValueError(f"{name} has {down.dtype} {down.shape} and {up.dtype} {up.shape}")

@@ -4,7 +4,6 @@ docs/routing.md has the schema.
 N = tokens, k = experts per token, E = experts of the layer, P = passages the tokens come from.
 """
 
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 
 from ane_moe.errors import UserError
 from ane_moe.files import named_by_user
+from ane_moe.npz_file import read_npz
 
 FORMAT = 1
 MAX_BYTES = 1 << 32
@@ -102,15 +102,8 @@ def read_trace(path: Path) -> RoutingTrace:
     """Read and check a trace. Raises UserError when it is none, damaged, or larger than 4 GiB
     unpacked."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-        if size > MAX_BYTES:
-            raise UserError(
-                f"{path} is too large", f"{size / 1e9:.1f} GB unpacked", "trace fewer tokens"
-            )
-        with np.load(path, allow_pickle=False) as arrays:
-            return _parsed(arrays)
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        return _parsed(read_npz(path, MAX_BYTES))
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
             f"{path} cannot be read as a routing trace", f"{type(error).__name__}: {error}", _AGAIN
         ) from None

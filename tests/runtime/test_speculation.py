@@ -150,12 +150,13 @@ def test_adapters_read_back_as_written_and_damaged_ones_are_named(tmp_path):
         replace(one, up=one.up[:1]),
         replace(one, down=one.down.astype(np.float64)),
         replace(one, up=one.up * np.nan),
+        replace(one, up=one.up[:0], down=one.down[:, :0]),
     ]
     for number, damaged in enumerate(wrong):
         write_adapters(Adapters(6, exits={0: damaged}), tmp_path / f"{number}.npz")
         with pytest.raises(UserError, match="cannot be read as adapters"):
             read_adapters(tmp_path / f"{number}.npz", 6)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=r"found: for hidden states of 6 channels; this .* have 7"):
         read_adapters(tmp_path / "a.npz", 7)
     (tmp_path / "text.npz").write_text("no archive")
     with pytest.raises(UserError):
