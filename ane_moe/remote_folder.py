@@ -3,10 +3,9 @@ puts it so, as object stores do; elsewhere it is whole unless a writer was kille
 
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from ane_moe.addresses import file_system, read_small, reason_of, tried, unreada
 from ane_moe.errors import DiskFull, UserError
 from ane_moe.files import disk_error, replaced, sha256
 
-FETCHED_FILES = 4  # that a process keeps
+KEPT_SECONDS = 300  # of a file that nobody has open: the next call may want it again
 _FETCHING = threading.Lock()
 
 
@@ -144,23 +143,49 @@ class SentFile:
     name: str
     sha256: str
 
-    def here(self) -> Path:
-        """The file in a scratch folder of this process. Raises UserError."""
-        with _FETCHING:  # of threads that ask at once
-            return Path(_fetched(self).name) / self.name
+
+@contextmanager
+def at_hand(file: Path | SentFile) -> Iterator[Path]:
+    """Where the file can be opened, for the length of the block: one at an address in a scratch
+    folder of this process, gone with it, or when nobody has wanted it for a while. Raises
+    UserError."""
+    if isinstance(file, Path):
+        yield file
+        return
+    with _FETCHING:  # of threads that ask at once
+        here = _fetched.get(file) or _Fetched(file)
+        _fetched[file] = here
+        here.users += 1
+        here.end.cancel()
+    try:
+        yield here.path
+    finally:
+        with _FETCHING:
+            here.users -= 1
+            if not here.users:
+                here.end = threading.Timer(KEPT_SECONDS, _forget, (file, here))
+                here.end.daemon = True
+                here.end.start()
 
 
-def at_hand(file: Path | SentFile) -> Path:
-    """Where the file can be opened. Raises UserError as `SentFile.here`."""
-    return file.here() if isinstance(file, SentFile) else file
+class _Fetched:
+    """A file that was sent, here, and how many have it open."""
+
+    def __init__(self, file: SentFile):
+        self.scratch = tempfile.TemporaryDirectory(prefix="ane-moe-")
+        self.path, self.users = Path(self.scratch.name) / file.name, 0
+        self.end = threading.Timer(0, lambda: None)  # when it goes
+        file.folder.fetch_checked({file.name: file.sha256}, Path(self.scratch.name))
 
 
-@lru_cache(maxsize=FETCHED_FILES)
-def _fetched(file: SentFile) -> "tempfile.TemporaryDirectory[str]":
-    """Gone with the process, or when others have come."""
-    scratch = tempfile.TemporaryDirectory(prefix="ane-moe-")
-    file.folder.fetch_checked({file.name: file.sha256}, Path(scratch.name))
-    return scratch
+_fetched: dict[SentFile, _Fetched] = {}
+
+
+def _forget(file: SentFile, here: _Fetched) -> None:
+    with _FETCHING:
+        if not here.users and here.end is threading.current_thread():
+            _fetched.pop(file)
+            here.scratch.cleanup()
 
 
 def _is_inside(name: str) -> bool:

@@ -5,7 +5,7 @@ In a process that imports neither torch nor coremltools, unless a weight format 
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -78,9 +78,12 @@ def shard_job(job: Job, shard: ShardPlan) -> ShardJob:
 
 @contextmanager
 def _in_scratch(job: ShardJob) -> Iterator[ShardJob]:
-    """The job with a folder of this machine alone to write into."""
-    with tempfile.TemporaryDirectory(prefix="ane-moe-") as scratch:
-        yield replace(job, out=Path(scratch), sent_to=None)
+    """The job with a folder of this machine alone to write into, and the calibration at hand."""
+    with (
+        tempfile.TemporaryDirectory(prefix="ane-moe-") as scratch,
+        at_hand(job.calibration) if job.calibration else nullcontext() as calibration,
+    ):
+        yield replace(job, out=Path(scratch), calibration=calibration, sent_to=None)
 
 
 def reuse_shard(job: ShardJob) -> Done | None:
@@ -128,8 +131,13 @@ def _report(job: ShardJob, content_key: str, files: dict[str, str], reused: bool
     return Done(shard.path, content_key, shard.weight_bytes, reused, named, peak, this_process())
 
 
+def _calibration(job: ShardJob) -> Path | None:
+    assert not isinstance(job.calibration, SentFile)  # one that is sent is at hand in a scratch
+    return job.calibration
+
+
 def _key(job: ShardJob) -> ContentKey:
-    shard, calibration = job.shard, job.calibration and at_hand(job.calibration)
+    shard, calibration = job.shard, _calibration(job)
     seen = sha256(calibration) if calibration and shard.choices else None
     choices = sorted((name, choice.format, choice.rank) for name, choice in shard.choices.items())
     form = form_of(shard)
@@ -157,7 +165,7 @@ def _expected_key(job: ShardJob) -> str:
 def _values(job: ShardJob, key: ContentKey) -> Iterator[tuple[str, Weight]]:
     """Each weight of the shard, valid until the next one of its shape: fresh memory costs more than
     the reading."""
-    shard, calibration = job.shard, job.calibration and at_hand(job.calibration)
+    shard, calibration = job.shard, _calibration(job)
     moments = Moments(calibration) if calibration else None
     buffers: dict[Shape, np.ndarray] = {}
     ranks = {

@@ -50,8 +50,9 @@ def measure_sensitivity(
     checkpoint: Checkpoint, calibration: Path | SentFile, sources: Sequence[TensorSource]
 ) -> list[Sensitivity]:
     """Encode a sample of each matrix in every candidate format and compare outputs."""
-    moments = Moments(at_hand(calibration))
-    return [_measured(checkpoint.read(_sample(source)), source, moments) for source in sources]
+    with at_hand(calibration) as path:
+        moments = Moments(path)
+        return [_measured(checkpoint.read(_sample(source)), source, moments) for source in sources]
 
 
 def _sample(source: TensorSource) -> TensorSource:

@@ -6,7 +6,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,14 +37,17 @@ class GoldenFiles:
     files: tuple[File, ...]
     captured: bool
 
-    def read(self, call: "StageCall") -> list[Any]:
-        """In a worker: the goldens, opened. Raises UserError."""
-        found = [read_golden(at_hand(file)) for file in self.files]
-        if self.captured:
-            return found
-        goldens, where = Goldens(found[0], (*found, None)[1], {}), Path(str(call.out))
-        both = prepared(goldens, call.manifest, call.quick, where)
-        return [one for one in (both.original, both.as_stored) if one]
+    @contextmanager
+    def opened(self, call: "StageCall") -> Iterator[list[Any]]:
+        """In a worker: the goldens, whose layers are read as they are asked for. Raises
+        UserError."""
+        with ExitStack() as stack:
+            found = [read_golden(stack.enter_context(at_hand(file))) for file in self.files]
+            if not self.captured:
+                goldens, where = Goldens(found[0], (*found, None)[1], {}), Path(str(call.out))
+                both = prepared(goldens, call.manifest, call.quick, where)
+                found = [one for one in (both.original, both.as_stored) if one]
+            yield found
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,9 @@ class StageCall:
 
 def rows_of(call: StageCall) -> list[list[Row]]:
     """In a worker: the rows of a stage, against each golden."""
-    both = zip(call.goldens.read(call), call.cosines, strict=True)
-    trials = [Trial(golden, least, 0) for golden, least in both]
-    with _at_hand(call) as out:
+    with call.goldens.opened(call) as goldens, _at_hand(call) as out:
+        both = zip(goldens, call.cosines, strict=True)
+        trials = [Trial(golden, least, 0) for golden, least in both]
         facts = (out, call.manifest, call.runtime, call.options, call.decode_tokens)
         return Proof(*facts, NOTHING_KEPT, call.quick, silent).rows(call.stage, trials)
 

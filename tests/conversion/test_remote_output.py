@@ -6,7 +6,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,18 @@ import fsspec
 import pytest
 from typer.testing import CliRunner
 
+from ane_moe import remote_folder
 from ane_moe.addresses import output_place
 from ane_moe.cli import app
 from ane_moe.conversion.output_folder import MARKER
 from ane_moe.conversion.pipeline import ConvertOptions, convert
 from ane_moe.emit.coreml.package import WEIGHTS
 from ane_moe.errors import DiskFull, UserError
+from ane_moe.files import sha256
 from ane_moe.formats.recipe import find_recipe
 from ane_moe.hub.fetched import address_of, fetched, shown
 from ane_moe.manifest import FILE_NAME, read_manifest
-from ane_moe.remote_folder import RemoteFolder, SentFile
+from ane_moe.remote_folder import RemoteFolder, SentFile, at_hand
 from tests.conversion import bucket
 from tests.conversion.test_convert import contents
 from tests.models import make_model, save_checkpoint
@@ -315,6 +317,28 @@ def test_a_key_is_never_beside_weights_of_another(
     bucket.befall()
     RemoteFolder(URL).replace_group(made, ["weights", "key"])
     assert {path.read_text() for path in there.iterdir()} == {"new"}
+
+
+def test_a_file_that_was_sent_is_fetched_once_and_stays_while_it_is_open(
+    there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there.mkdir(parents=True)
+    files = []
+    for number in range(6):  # more than anybody would keep by their count
+        (there / f"{number}").write_text(f"{number}")
+        files.append(SentFile(RemoteFolder(URL), f"{number}", sha256(there / f"{number}")))
+    monkeypatch.setattr(remote_folder, "KEPT_SECONDS", 0)
+    with ExitStack() as stack:
+        here = [stack.enter_context(at_hand(file)) for file in files]
+        shutil.rmtree(there)
+        assert [path.read_text() for path in here] == [*"012345"]
+        with at_hand(files[0]) as again:  # of another thread
+            assert again == here[0]
+        assert here[0].read_text() == "0"
+        ends = [remote_folder._fetched[file] for file in files]
+    for one in ends:
+        one.end.join(10)
+    assert not [path for path in here if path.parent.exists()] and not remote_folder._fetched
 
 
 def test_names_that_lead_elsewhere_are_none(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
