@@ -30,6 +30,7 @@ from ane_moe.benchmark.versus_mlx import run_mlx
 from ane_moe.conversion.workers import peak_memory_bytes
 from ane_moe.errors import UserError
 from ane_moe.loop.labels import Labeller
+from ane_moe.loop.prefetch import AUTO
 from ane_moe.loop.session import Session
 from ane_moe.loop.shards import LoadedShards, load_shards
 from ane_moe.manifest import Manifest, read_manifest
@@ -58,7 +59,7 @@ class BenchOptions:
     memory_mb: float | None = None
     direct: bool = False
     concurrency: int = 1
-    predictor: str = "none"
+    predictor: str = AUTO
     energy: bool = False
     vs_mlx: Path | None = None
 
@@ -170,7 +171,12 @@ def _require_sensible(options: BenchOptions, manifest: Manifest) -> None:
         require_powermetrics(shutil.which)
     if not manifest.lengths:
         return
-    decoding = {"--fills": options.fills, "--energy": options.energy, "--vs": options.vs_mlx}
+    decoding = {
+        "--fills": options.fills,
+        "--energy": options.energy,
+        "--vs": options.vs_mlx,
+        "--predictor": options.predictor not in (AUTO, "none"),
+    }
     if asked := [name for name, value in decoding.items() if value]:
         raise UserError(f"{asked[0]} is of decoding", "an encoder, which decodes nothing")
     if set(options.lengths or ()) - set(manifest.lengths):

@@ -15,6 +15,7 @@ from ane_moe.commands.options import (
     ExpertCacheMb,
     MemoryMb,
     Out,
+    Predictor,
     RuntimeName,
 )
 from ane_moe.errors import UserError
@@ -58,10 +59,7 @@ def bench(
     memory_mb: MemoryMb = None,
     direct: Direct = False,
     concurrency: Concurrency = 1,
-    predictor: Annotated[
-        str,
-        typer.Option(help="Load experts ahead, guessed by: none, previous, layer, router, shard."),
-    ] = "none",
+    predictor: Predictor = "auto",
     energy: Annotated[
         bool,
         typer.Option(

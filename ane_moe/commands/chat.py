@@ -55,7 +55,7 @@ def chat(
     expert_cache_mb: ExpertCacheMb = None,
     memory_mb: MemoryMb = None,
     concurrency: Concurrency = 1,
-    predictor: Predictor = None,
+    predictor: Predictor = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Talk with the shards in OUT, by the checkpoint's chat template.

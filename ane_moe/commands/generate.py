@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,19 @@ from ane_moe.commands.options import (
     RuntimeName,
 )
 from ane_moe.errors import UserError
+
+# What an option is of: one of these has to be given, or to hold without.
+NEEDS = {
+    "--ahead": ("--predictor",),
+    "--ahead-if-it-pays": ("--predictor",),
+    "--contention": ("--ahead-if-it-pays",),
+    "--adapters": ("--predictor adapter", "--self-speculate"),
+    "--exit-layer": ("--self-speculate",),
+    "--pin-every": ("--pin-experts",),
+    "--tau": ("--roster",),
+    "--tau-schedule": ("--roster",),
+    "--skip-layers": ("--roster",),
+}
 
 
 def generate(
@@ -56,7 +70,7 @@ def generate(
     memory_mb: MemoryMb = None,
     direct: Direct = False,
     concurrency: Concurrency = 1,
-    predictor: Predictor = None,
+    predictor: Predictor = "auto",
     ahead: Annotated[
         int | None,
         typer.Option(
@@ -73,9 +87,13 @@ def generate(
         ),
     ] = False,
     contention: Annotated[
-        float,
-        typer.Option(help="ahead-if-it-pays: computing takes 1 + this as long meanwhile.", min=0),
-    ] = 0.73,
+        float | None,
+        typer.Option(
+            help="ahead-if-it-pays: computing takes 1 + this as long meanwhile.",
+            min=0,
+            show_default="0.73",
+        ),
+    ] = None,
     adapters: Annotated[
         Path | None,
         typer.Option(
@@ -121,7 +139,10 @@ def generate(
             metavar="N",
         ),
     ] = None,
-    tau: Annotated[float, typer.Option(help="roster: what the noise is multiplied by.")] = 0.1,
+    tau: Annotated[
+        float | None,
+        typer.Option(help="roster: what the noise is multiplied by.", show_default="0.1"),
+    ] = None,
     tau_schedule: Annotated[
         Path | None,
         typer.Option(help='roster: the same by layer, as {"0": 0.1}.', metavar="FILE.json"),
@@ -140,14 +161,15 @@ def generate(
     token of white space is taken back, and the first new one must begin with it.
     """
     from ane_moe.early_adapters import read_adapters
+    from ane_moe.loop.ahead_rule import CONTENTION
     from ane_moe.loop.embeddings_file import read_embeddings
     from ane_moe.loop.figures import figures_dict, figures_line
     from ane_moe.loop.generation import GenerateOptions
     from ane_moe.loop.generation import generate as start
     from ane_moe.loop.opened import open_model
     from ane_moe.loop.pinning import PinnedSession, PinOptions
-    from ane_moe.loop.prefetch import Guessing
-    from ane_moe.loop.roster import RosterOptions, RosterSession, read_schedule
+    from ane_moe.loop.prefetch import Guessing, settled
+    from ane_moe.loop.roster import TAU, RosterOptions, RosterSession, read_schedule
     from ane_moe.loop.session import Session
     from ane_moe.loop.speculation import SpeculationOptions, SpeculativeSession
 
@@ -178,9 +200,38 @@ def generate(
     else:
         ids = tokenizer.encode_chat(text) if chat else tokenizer.encode(text)
     fitted = None if adapters is None else read_adapters(adapters, width)
-    asked = None if predictor == "none" else predictor
-    ways = (self_speculate, pin_experts, roster, asked)
-    _require_alone(sum(way is not None for way in ways))
+    ways = {
+        "--self-speculate": self_speculate is not None,
+        "--pin-experts": pin_experts is not None,
+        "--roster": roster is not None,
+        "--predictor": predictor not in ("auto", "none"),
+    }
+    _require_alone(sum(ways.values()))
+    rule = CONTENTION if contention is None else contention
+    guessing = Guessing(predictor, ahead, fitted, ahead_if_it_pays, rule)
+    way = next((option for option, is_given in ways.items() if is_given), None)
+    guessed_by = "none"
+    if way in (None, "--predictor"):
+        guessed_by = settled(guessing, shards.manifest).predictor
+    _require_used(
+        {
+            "--ahead": ahead is not None,
+            "--ahead-if-it-pays": ahead_if_it_pays,
+            "--contention": contention is not None,
+            "--adapters": adapters is not None,
+            "--exit-layer": exit_layer is not None,
+            "--pin-every": pin_every is not None,
+            "--tau": tau is not None,
+            "--tau-schedule": tau_schedule is not None,
+            "--skip-layers": skip_layers != 0,
+        },
+        {
+            **ways,
+            "--predictor": guessed_by != "none",
+            "--predictor adapter": guessed_by == "adapter",
+        },
+        f"guesses by: {guessed_by}" if way in (None, "--predictor") else f"with {way}",
+    )
     session: Session
     if self_speculate is not None:
         drafting = SpeculationOptions(self_speculate, exit_layer)
@@ -189,11 +240,10 @@ def generate(
         pins = PinOptions(pin_experts, pin_every)
         session = PinnedSession(shards, pins, concurrency=concurrency)
     elif roster is None:
-        guessing = Guessing(predictor, ahead, fitted, ahead_if_it_pays, contention)
         session = Session(shards, concurrency=concurrency, predictor=guessing)
     else:
         schedule = {} if tau_schedule is None else read_schedule(tau_schedule)
-        how = RosterOptions(roster, tau, schedule, skip_layers, seed)
+        how = RosterOptions(roster, TAU if tau is None else tau, schedule, skip_layers, seed)
         session = RosterSession(shards, how, concurrency=concurrency)
     options = GenerateOptions(max_tokens, temperature, top_p, seed, tuple(stop or ()))
     begun = (
@@ -242,6 +292,17 @@ def _require_alone(ways: int) -> None:
             "there is more than one way to take tokens",
             do="use one of --predictor, --self-speculate, --pin-experts, --roster",
         )
+
+
+def _require_used(given: Mapping[str, bool], active: Mapping[str, bool], found: str) -> None:
+    """Raise UserError for an option that would do nothing, by what else is given or `active`."""
+    for option, needed in NEEDS.items():
+        if given[option] and not any(active.get(one) or given.get(one) for one in needed):
+            raise UserError(
+                f"{option} would do nothing",
+                found,
+                f"give {' or '.join(needed)}, or leave it out",
+            )
 
 
 def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:

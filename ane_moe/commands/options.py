@@ -132,14 +132,13 @@ PrecisionName = Annotated[
     ),
 ]
 Predictor = Annotated[
-    str | None,
+    str,
     typer.Option(
         help=(
             "Load experts ahead, guessed by: none, static (most used), previous (token), layer "
             "(before), router (of the layer that is guessed), adapter (and an adapter), shard (as "
-            "`convert --early` made it)."
+            "`convert --early` made it), auto (shard, where there are such)."
         ),
-        show_default="shard, where there are such",
     ),
 ]
 RuntimeName = Annotated[str, typer.Option(help="reference, coreml, coreai or auto.")]

@@ -51,7 +51,7 @@ def serve(
     expert_cache_mb: ExpertCacheMb = None,
     memory_mb: MemoryMb = None,
     concurrency: Concurrency = 1,
-    predictor: Predictor = None,
+    predictor: Predictor = "auto",
 ) -> None:
     """Serve the shards in OUT: /v1/chat/completions, /v1/completions, or /v1/redact for a privacy
     filter; a page at /, /v1/models, /figures, /report, /healthz, /metrics.
@@ -108,7 +108,7 @@ def _opened(
     expert_cache_mb: float | None,
     memory_mb: float | None,
     concurrency: int,
-    predictor: str | None,
+    predictor: str,
 ) -> "Served":
     """The model in `folder`, of whatever kind it is."""
     from ane_moe.loop.conversations import Conversations
@@ -125,7 +125,7 @@ def _opened(
             "--precision": precision != "fp32",
             "--expert-cache-mb": expert_cache_mb is not None,
             "--memory-mb": memory_mb is not None,
-            "--predictor": predictor is not None,
+            "--predictor": predictor != "auto",
         }
         if unused := [option for option, is_given in given.items() if is_given]:
             raise UserError("a privacy filter is not served with that", unused[0], "leave it out")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from ane_moe.errors import UserError
 from ane_moe.loop.figures import Figures
 from ane_moe.loop.generation import GenerateOptions, Generation, generate
+from ane_moe.loop.prefetch import AUTO
 from ane_moe.loop.session import Session
 from ane_moe.loop.shards import LoadedShards
 from ane_moe.loop.tokenizer import Begun, Decode
@@ -41,7 +42,7 @@ class Conversations:
         count: int = 1,
         *,
         concurrency: int = 1,
-        predictor: str | None = None,
+        predictor: str = AUTO,
     ) -> None:
         """`concurrency` and `predictor` are those of a session. Raises UserError for an encoder and
         for no conversations."""

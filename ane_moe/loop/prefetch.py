@@ -146,12 +146,12 @@ def _experts(manifest: Manifest) -> dict[int, int]:
 
 @dataclass(frozen=True)
 class Guessing:
-    """How a session guesses: by the predictor of this name (a key of PREDICTORS; None: by what
+    """How a session guesses: by the predictor of this name (a key of PREDICTORS; AUTO: by what
     shards give, where they do), so many layers with experts `ahead` (None: as far as shards do, or
     1), with `adapters` where it takes them; what it loads `only_if_it_pays`, if computing takes
     1 + `contention` as long meanwhile."""
 
-    predictor: str | None = "none"
+    predictor: str = "none"
     ahead: int | None = None
     adapters: Adapters | None = None
     only_if_it_pays: bool = False
@@ -183,9 +183,9 @@ def settled(guessing: Guessing, manifest: Manifest) -> Guessing:
     """With all said that was left open. Raises UserError for an unknown name, for guesses of shards
     that give none, or of another distance."""
     own = guessed_ahead(manifest)
-    name = guessing.predictor or (BY_SHARD if own else "none")
+    name = (BY_SHARD if own else "none") if guessing.predictor == AUTO else guessing.predictor
     if name not in PREDICTORS:
-        known = ", ".join(PREDICTORS)
+        known = ", ".join([AUTO, *PREDICTORS])
         raise UserError("unknown predictor", name, f"choose one of: {known}")
     ahead = guessing.ahead or own or 1
     if name == BY_SHARD and own is None:
@@ -216,7 +216,7 @@ def _aligned(folder: Path, manifest: Manifest, guessing: Guessing) -> Predictor:
     }
     if not adapters:
         raise UserError(
-            f"there are no adapters for experts {guessing.ahead} layers ahead",
+            f"there are no adapters for experts {counted(guessing.ahead or 1, 'layer')} ahead",
             f"{len(given)} adapters",
             "give --adapters FILE, made by `ane-moe align` on this conversion",
         )
@@ -234,7 +234,7 @@ def _by_shard(folder: Path, manifest: Manifest, guessing: Guessing) -> Predictor
     return ShardScores(choosers(manifest))
 
 
-BY_SHARD = "shard"
+AUTO, BY_SHARD = "auto", "shard"
 # name -> makes the predictor of one session
 PREDICTORS: dict[str, Callable[[Path, Manifest, Guessing], Predictor | None]] = {
     "none": lambda folder, manifest, how: None,
@@ -268,7 +268,8 @@ class Prefetch:
         self._figures = figures
         self._layers = list(dispatch.layers)
         if not 1 <= ahead <= len(self._layers):
-            raise UserError(f"there are no {ahead} layers ahead", f"of {len(self._layers)}")
+            lacking = f"there are no experts {counted(ahead, 'layer')} ahead"
+            raise UserError(lacking, f"{counted(len(self._layers), 'layer')} with experts")
         self._ahead = ahead
         self._rule = rule
         self._predicted: dict[int, list[int]] = {}  # by layers to come, in their order
@@ -303,4 +304,4 @@ class Prefetch:
 def make_predictor(guessing: Guessing, folder: Path, manifest: Manifest) -> Predictor | None:
     """Raises UserError as `settled` does, and for what the predictor lacks."""
     how = settled(guessing, manifest)
-    return PREDICTORS[str(how.predictor)](folder, manifest, how)
+    return PREDICTORS[how.predictor](folder, manifest, how)

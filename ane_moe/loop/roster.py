@@ -24,6 +24,8 @@ from ane_moe.loop.shards import LoadedShards
 from ane_moe.loop.wiring import Call, Lane
 from ane_moe.model.port import GATES, STREAM, slot_arguments, slot_root
 
+TAU = 0.1
+
 
 @dataclass(frozen=True)
 class RosterOptions:
@@ -31,7 +33,7 @@ class RosterOptions:
     the last `skip_layers` layers with experts have none. Noise is repeatable by `seed`."""
 
     samples: int
-    tau: float = 0.1
+    tau: float = TAU
     schedule: Mapping[int, float] = field(default_factory=dict)
     skip_layers: int = 0
     seed: int | None = None

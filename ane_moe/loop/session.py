@@ -67,11 +67,11 @@ class Session:
         shards: LoadedShards,
         *,
         concurrency: int = 1,
-        predictor: str | Guessing | None = "none",
+        predictor: str | Guessing = "none",
         figures: Figures | None = None,
     ) -> None:
         """`concurrency` dispatched experts of one layer, or tracks, run at once (the results do not
-        depend on it), and `predictor` (a key of prefetch.PREDICTORS, or more about it; None: the
+        depend on it), and `predictor` (a key of prefetch.PREDICTORS, or more about it; AUTO: the
         shards, where they guess) chooses the experts loaded ahead; `figures` are those of several
         sessions together. Raises UserError for an encoder, and as `settled` does."""
         if shards.manifest.lengths:
@@ -256,9 +256,15 @@ class Session:
     def _ahead(self, guessing: Guessing, dispatch: ExpertDispatch | None) -> Prefetch | None:
         how = settled(guessing, self.manifest)
         predictor = make_predictor(how, self.shards.folder, self.manifest)
-        if predictor is None or dispatch is None:
+        if predictor is None:
             return None
-        self.figures.prefetch = self.figures.prefetch or PrefetchFigures(str(how.predictor))
+        if dispatch is None:
+            raise UserError(
+                "there are no experts to load ahead",
+                "no function or store holds any alone",
+                "leave --predictor out",
+            )
+        self.figures.prefetch = self.figures.prefetch or PrefetchFigures(how.predictor)
         rule = None
         if how.only_if_it_pays:
             rule = AheadRule(dispatch.cache.figures, self._concurrency, how.contention)

@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 from ane_moe.commands.generate import generate
 from ane_moe.errors import UserError
 from ane_moe.loop.session import Session
+from tests.early import drawn_file
 from tests.letters import serve_shards
-from tests.runtime.numpy_shards import VOCAB, Decoder, make_manifest, make_shards
+from tests.runtime.numpy_shards import VOCAB, D, Decoder, make_manifest, make_shards
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}!{% endif %}"
 
@@ -123,6 +124,41 @@ def test_an_interrupt_ends_with_the_figures_so_far(out, monkeypatch):
 )
 def test_bad_input_is_one_clear_error(out, arguments, message):
     result = run(out, *arguments)
+    assert isinstance(result.exception, UserError) and message in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["--self-speculate", 3, "--ahead", 2],
+            "--ahead would do nothing; found: with --self-speculate",
+        ),
+        (["--ahead", 3], "--ahead would do nothing; found: guesses by: none; give --predictor, or"),
+        (["--ahead-if-it-pays"], "--ahead-if-it-pays would do nothing"),
+        (
+            ["--predictor", "static", "--contention", 0.2],
+            "give --ahead-if-it-pays, or leave it out",
+        ),
+        (
+            ["--roster", 2, "--adapters", "a.npz"],
+            "--adapters would do nothing; found: with --roster",
+        ),
+        (
+            ["--predictor", "router", "--adapters", "a.npz"],
+            "nothing; found: guesses by: router; give",
+        ),
+        (["--exit-layer", 0], "give --self-speculate, or leave it out"),
+        (["--pin-every", 8], "give --pin-experts, or leave it out"),
+        (["--roster", 2, "--self-speculate", 2], "more than one way"),
+        (["--tau", 0.1], "--tau would do nothing; found: guesses by: none; give --roster"),
+        (["--predictor", "static"], "there are no experts to load ahead"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_one_clear_error(out, tmp_path, arguments, message):
+    file = drawn_file(tmp_path / "a.npz", D, (0,), 1)
+    given = [file if one == "a.npz" else one for one in arguments]
+    result = run(out, "--prompt", "0", *given)
     assert isinstance(result.exception, UserError) and message in str(result.exception)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from ane_moe.benchmark import measurement
 from ane_moe.cli import app
 from ane_moe.conversion import early
 from ane_moe.conversion.early import EarlyRows
@@ -126,15 +127,15 @@ def test_a_session_loads_by_them_what_the_host_would_and_changes_no_bit(
     runtime = "coreai" if "Core AI" in form else "reference"
     out = converted(checkpoint, tmp_path / "out", ahead, **FORMS[form])
     found = {}
-    for name in ("none", "adapter", None):
+    for name in ("none", "adapter", "auto"):
         shards = load_shards(out, runtime, expert_cache_bytes=5 * 2 * 3 * D * D)
         session = Session(shards, predictor=Guessing(name))
         logits = np.array([session.decode(identifier).copy() for identifier in IDS])
         found[name] = (logits, session.figures.prefetch)
-    assert found["none"][1] is None and found[None][1].predictor == "shard"
-    for name in ("adapter", None):
+    assert found["none"][1] is None and found["auto"][1].predictor == "shard"
+    for name in ("adapter", "auto"):
         np.testing.assert_array_equal(found[name][0], found["none"][0])
-    host, shard = found["adapter"][1], found[None][1]
+    host, shard = found["adapter"][1], found["auto"][1]
     assert (host.needed, host.predicted) == (shard.needed, shard.predicted)
     assert abs(host.right - shard.right) <= 1 and shard.right > 10  # one near tie
 
@@ -268,6 +269,23 @@ def test_a_source_is_told_by_its_numbers():
     assert replace(one, up=-one.up).digest != one.digest
 
 
+def test_bench_measures_what_generate_does(out, monkeypatch):
+    """By what shards guess, unless it is told otherwise."""
+    sessions = []
+
+    def session(*given, **options):
+        sessions.append(Session(*given, **options))
+        return sessions[-1]
+
+    monkeypatch.setattr(measurement, "Session", session)
+    quick = ["--runs", 1, "--warmup", 1, "--tokens", 2, "--fills", 0, "--lengths", PREFILL]
+    for given in ([], ["--predictor", "none"]):
+        arguments = ["bench", out, *quick, "--runtime", "reference", *given]
+        assert CliRunner().invoke(app, [str(one) for one in arguments]).exit_code == 0
+    by_shards, none = (one.figures.prefetch for one in sessions)
+    assert by_shards.predictor == "shard" and by_shards.predicted > 0 and none is None
+
+
 def test_the_command_line(checkpoint, out, tmp_path):
     def run(*arguments: object):
         return CliRunner().invoke(app, [str(one) for one in arguments])
@@ -285,10 +303,12 @@ def test_the_command_line(checkpoint, out, tmp_path):
     assert "scores experts 1 layer ahead" in run(*convert_, "--early", file).stdout
     alone = run(*convert_, "--ahead", 1).exception
     assert isinstance(alone, UserError) and "no --early" in str(alone)
+    unused = run(*generate, "--adapters", file).exception
+    assert isinstance(unused, UserError) and "found: guesses by: shard" in str(unused)
     silent = replace(read_manifest(out), moe={"0": {"experts": EXPERTS, "k": K}})
-    assert settled(Guessing(None), silent).predictor == "none"
+    assert settled(Guessing("auto"), silent).predictor == "none"
     damaged = replace(silent, moe={"0": {"experts": EXPERTS, "k": K, "guesses": 7}})
     with pytest.raises(UserError, match="convert again"):
-        settled(Guessing(None), damaged)
+        settled(Guessing("auto"), damaged)
     with pytest.raises(UserError, match="guess no experts"):
         settled(Guessing("shard"), silent)
