@@ -30,6 +30,7 @@ OF_EXPERTS: dict[str, Callable[[Any], bool]] = {
     "idle": _is_count,
     "guesses": _is_index,
     "router": lambda value: isinstance(value, str),
+    "ranking": lambda value: isinstance(value, Mapping),  # parse_ranking looks into it
 }
 ALWAYS = {"experts", "k"}
 

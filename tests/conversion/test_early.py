@@ -229,7 +229,7 @@ def test_families_guess_as_their_host_does(family, tmp_path):
         ({"ahead": LAYERS}, {}, "no experts 3 layers ahead"),
         ({"ahead": 2}, {}, "no adapters for experts 2 layers ahead"),
         ({"layers": (0,)}, {}, "no experts 1 layer ahead are converted"),
-        ({}, {"d_model": D + 1}, "cannot be read as adapters of this model"),
+        ({}, {"d_model": D + 1}, "holds adapters of another model"),
         ({}, {"layers": (0, 1, 2)}, "of another model"),
         ({}, {"layers": (0,)}, "of another model"),
     ],

@@ -206,8 +206,11 @@ def test_a_full_disk_here_is_not_the_addresss_fault(
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
     monkeypatch.setattr(bucket.Bucket, "get_file", full)
-    with pytest.raises(DiskFull, match="the disk is full: a was not written"):
-        SentFile(RemoteFolder(URL), "a", "0").here()
+    with (
+        pytest.raises(DiskFull, match="the disk is full: a was not written"),
+        at_hand(SentFile(RemoteFolder(URL), "a", "0")),
+    ):
+        pass
 
 
 def test_what_is_held_by_something_else_stays(checkpoint: Path, there: Path, local: Path) -> None:
@@ -338,7 +341,8 @@ def test_a_file_that_was_sent_is_fetched_once_and_stays_while_it_is_open(
         ends = [remote_folder._fetched[file] for file in files]
     for one in ends:
         one.end.join(10)
-    assert not [path for path in here if path.parent.exists()] and not remote_folder._fetched
+    assert not [path for path in here if path.parent.exists()]
+    assert not remote_folder._fetched.keys() & {*files}
 
 
 def test_names_that_lead_elsewhere_are_none(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
