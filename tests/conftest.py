@@ -12,7 +12,7 @@ import pytest
 from ane_moe.user_cache import VARIABLE
 from tests.slow_set import MARK, parse_slow
 
-FREEZE_EVERY = 15  # tests
+FREEZE_EVERY, THAW_EVERY = 15, 300  # tests
 
 
 def pytest_addoption(parser) -> None:
@@ -47,10 +47,15 @@ def pytest_collection_modifyitems(config, items) -> None:
 
 def pytest_runtest_setup(item) -> None:
     """Modules that tests import stay: coremltools collects garbage at each conversion, and would
-    walk over all that they have made each time, which took a sixth of a run."""
-    if not next(item.config.tests_begun) % FREEZE_EVERY:
-        gc.collect()
-        gc.freeze()
+    walk over all that they have made each time, which took a sixth of a run. What has become
+    garbage since it was frozen goes seldom."""
+    begun = next(item.config.tests_begun)
+    if begun % FREEZE_EVERY:
+        return
+    if not begun % THAW_EVERY:
+        gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure(config) -> None:
