@@ -398,7 +398,7 @@ def test_a_killed_scheduler_is_one_line(checkpoint, local, trouble, tmp_path, mo
             scheduler.kill()
 
         threading.Thread(target=kill, daemon=True).start()
-        while not file.exists():
+        while not (file.exists() and file.read_text().endswith("}")):  # written to its end
             time.sleep(0.02)
         address = json.loads(file.read_text())["address"]
         with pytest.raises(UserError, match=r"the scheduler at \S+ went away; start it") as e:
