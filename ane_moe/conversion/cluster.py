@@ -12,7 +12,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Executor, Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from typing import Any
 import ane_moe
 from ane_moe.addresses import from_anywhere
 from ane_moe.checkpoints.weight_file import WeightFile, forget, size_of
+from ane_moe.conversion.admission import Admission
 from ane_moe.conversion.batch_system import read_batch_system, started
 from ane_moe.errors import DiskFull, UserError
 from ane_moe.files import TEMPORARY, scratch_folder
@@ -192,20 +193,15 @@ class Cluster(Executor):
         self._ended.set()
         self._client.close(timeout=2)
 
-    def admit(
-        self,
-        files: Collection[WeightFile],
-        out: Path | RemoteFolder,
-        marker: str,
-        packages: Collection[str] = (),
-        writes: bool = True,
-    ) -> None:
+    def admit(self, needed: Admission) -> None:
         """As of `Workers`; also refuses workers with other versions of what decides the result."""
-        sizes = tuple((file, size_of(file) or 0) for file in sorted(files, key=str))
-        versions = (*installed().items(), *((name, _version(name)) for name in packages))
+        sizes = tuple((file, size_of(file) or 0) for file in sorted(needed.files, key=str))
+        own = ((name, _version(name)) for name in needed.packages)
+        out, marker = needed.out, needed.marker
         there = out.read(marker) if isinstance(out, RemoteFolder) else (out / marker).read_bytes()
-        text = (there or b"").decode()
-        self._conditions = Conditions(versions, sizes, out, marker, text, writes)
+        self._conditions = Conditions(
+            (*installed().items(), *own), sizes, out, marker, (there or b"").decode(), needed.writes
+        )
         for address, found in self._ask(_admission, self._conditions).items():
             if isinstance(found, OSError):  # it died meanwhile
                 continue

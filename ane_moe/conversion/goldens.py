@@ -8,6 +8,7 @@ from typing import Any
 
 from ane_moe.checkpoints.checkpoint import TensorSource
 from ane_moe.conversion.job import Job
+from ane_moe.conversion.plan import GOLDEN_FILES
 from ane_moe.emit.coreml.package import ContentKey
 from ane_moe.errors import UserError
 from ane_moe.files import scratch_folder, sha256
@@ -117,7 +118,7 @@ def _captured(
 
 def remove_goldens(out: Path) -> None:
     """Delete goldens that are of other weights."""
-    for path in out.glob("golden*.safetensors"):
+    for path in out.glob(GOLDEN_FILES):
         path.unlink()
 
 

@@ -11,18 +11,20 @@ from ane_moe.errors import UserError
 from ane_moe.families import beside
 from ane_moe.formats.mixture import with_mixed_formats
 from ane_moe.opened import Model, open_model
-from ane_moe.remote_folder import RemoteFolder
+from ane_moe.remote_folder import RemoteFolder, SentFile
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job(Model):
     """A model on its way into the folder `out`, by a plan. `calibration` is a file, where there is
-    one. Where it all goes to an address in the end, `away`, `out` is a scratch folder."""
+    one. Where it all goes to an address in the end, `away`, `out` is a scratch folder, and workers
+    find the calibration where it was `sent`."""
 
     plan: ConversionPlan
     out: Path
     calibration: Path | None = None
     away: RemoteFolder | None = None
+    sent: SentFile | None = None
 
 
 def plan_of(model: Model, options: ConvertOptions) -> ConversionPlan:

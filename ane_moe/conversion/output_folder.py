@@ -14,8 +14,10 @@ from ane_moe.checkpoints.adapter import adapter_name
 from ane_moe.conversion.early import FILE_NAME as EARLY
 from ane_moe.conversion.job import Job
 from ane_moe.conversion.plan import (
+    EMBED,
     EXPERTS,
     FOLDERS,
+    GOLDEN_FILES,
     MB,
     ROUTERS,
     ConversionPlan,
@@ -32,7 +34,7 @@ from ane_moe.package_form import ASSET, PACKAGE
 
 MARKER = ".converting.json"  # present while a conversion is unfinished: which one it is
 # Beside the shards, and not always.
-ALONE = (*TOKENIZER_FILES, EARLY, "golden*.safetensors", *LABEL_FILES, CALIBRATION, "embed.bin")
+ALONE = (*TOKENIZER_FILES, EARLY, GOLDEN_FILES, *LABEL_FILES, CALIBRATION, EMBED)
 # Packages, stores and tables of an output with what is in them, and what is half-written.
 OURS = re.compile(
     rf"(?:{'|'.join(FOLDERS)})/[^/]+(?:{re.escape(PACKAGE)}|{re.escape(ASSET)})(?:/.*)?"
@@ -138,9 +140,12 @@ def strangers(names: Collection[str], kept: Collection[str]) -> list[str]:
 
 
 def _is_ours(name: str) -> bool:
-    if "/" not in name and any(fnmatchcase(name, pattern) for pattern in ALONE):
-        return True
-    return OURS.fullmatch(name) is not None
+    return is_beside(name, ALONE) or OURS.fullmatch(name) is not None
+
+
+def is_beside(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a file lies beside the shards under a name of these."""
+    return "/" not in name and any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _names(out: Path) -> list[str]:

@@ -12,6 +12,7 @@ from ane_moe.addresses import from_anywhere, output_place
 from ane_moe.checkpoints.checkpoint import TensorSource
 from ane_moe.checkpoints.hub import local_folder
 from ane_moe.conversion import stamping
+from ane_moe.conversion.admission import Admission
 from ane_moe.conversion.early import write_early
 from ane_moe.conversion.goldens import (
     GOLDEN,
@@ -31,16 +32,15 @@ from ane_moe.conversion.output_folder import (
     require_disk,
     sweep_unfinished,
 )
-from ane_moe.conversion.plan import MB, ConversionPlan, ConvertOptions, Recovery
+from ane_moe.conversion.plan import EMBED, MB, ConversionPlan, ConvertOptions, Recovery
 from ane_moe.conversion.remote_output import (
     announce,
     deliver,
     destination,
     fetch_shards,
     present,
-    send_calibration,
-    sent_calibration,
     with_scratch,
+    with_sent_calibration,
 )
 from ane_moe.conversion.shard_form import form_of
 from ane_moe.conversion.side_files import LABEL_FILES, copy_label_files, write_routers
@@ -89,7 +89,6 @@ from ane_moe.original.checkpoint_tokenizer import (
 )
 from ane_moe.runtime.coreai.installed import DISTRIBUTIONS, require_packages
 
-EMBED = "embed.bin"
 BUILTIN_TEXT = "builtin"
 THIS_PROCESS = LocalWorkers(1, stamping.__name__)
 
@@ -206,7 +205,7 @@ def _carried_out(
     if job.away is None:  # whoever keeps an address says so when it is full
         require_disk(out, job.plan)
     files = {tensor.path for tensor in job.checkpoint.tensors.values()}
-    workers.admit(files, job.away or out, MARKER, packages)
+    workers.admit(Admission(files, job.away or out, MARKER, packages))
     meter = _Meter(job.plan.disk_bytes, progress)
     try:
         tokenizer_files = write_tokenizer(tokenizer, out)
@@ -309,8 +308,7 @@ def _require_text(options: ConvertOptions) -> None:
 def _calibrated(job: Job, workers: Workers, meter: _Meter) -> Job:
     """The job with its calibration, and with the formats that a budget or a least cosine chooses,
     where asked for."""
-    job = replace(job, calibration=_calibration(job, meter))
-    send_calibration(job)
+    job = with_sent_calibration(replace(job, calibration=_calibration(job, meter)))
     if job.plan.options.budget_mb is None and job.plan.options.min_cosine is None:
         return job
     with workers.writers() as pool:
@@ -352,7 +350,7 @@ def _with_formats(pool: Pool, job: Job, meter: _Meter) -> Job:
     from ane_moe.formats.budget import fit_budget, measure_sensitivity, reach_cosine  # torch
 
     plan, options, measured = job.plan, job.plan.options, []
-    calibration = sent_calibration(job)
+    calibration = job.sent or job.calibration
     assert calibration is not None
     calls = [
         (job.checkpoint.holding({source.key for source in matrices}), calibration, matrices)
@@ -536,16 +534,16 @@ def _compression(plan: ConversionPlan) -> dict[str, dict[str, Any]]:
 
 def moe_facts(plan: ConversionPlan) -> Iterable[tuple[str, dict[str, Any]]]:
     """What a manifest says of each layer with experts."""
-    rankings = plan.rankings
+    rankings, routers, early = plan.rankings, plan.routers, plan.early
     for layer in plan.layers:
         ffn = plan.spec.layers[layer].ffn
         if isinstance(ffn, MoeSpec):
             idle = getattr(ffn.router, "idle", 0)
             facts = {"experts": ffn.router.experts, "k": ffn.router.k}
             further = {
-                "router": plan.routers.get(layer),
+                "router": routers.get(layer),
                 "ranking": rankings[layer].as_json() if layer in rankings else None,
-                "guesses": plan.early[layer].layer if layer in plan.early else None,
+                "guesses": early[layer].layer if layer in early else None,
                 "idle": idle or None,
             }
             yield str(layer), facts | {name: one for name, one in further.items() if one}

@@ -28,6 +28,7 @@ BLOB_OVERHEAD = 128  # bytes a stored array takes in the file beside its own: me
 MAX_PARTS = 3  # arrays of an encoded weight: indices or data, palettes or mask, scales
 DEFAULT_LENGTHS = (32, 128, 512)
 ROUTERS, EXPERTS = "router", "experts"
+EMBED, GOLDEN_FILES = "embed.bin", "golden*.safetensors"
 # Where packages, stores and router tables lie, each directly in its folder: whatever else is in an
 # output's folders is not ours.
 FOLDERS = (
@@ -59,9 +60,8 @@ class ConvertOptions:
     no longer than calls can see, as it always has where there are tracks; those of a block are
     apart, or "packed" into one graph. `adapters` are folders of PEFT's: what they add is merged
     into the weights, or each can be switched on by functions of its own. Packages are of `format`:
-    Core ML's or Core AI's. By the adapters of a
-    file that `ane-moe align` wrote (`early`), attention shards score experts so many layers with
-    experts `ahead`."""
+    Core ML's or Core AI's. By the adapters of a file that `ane-moe align` wrote (`early`),
+    attention shards score experts so many layers with experts `ahead`."""
 
     routing: Literal["masked", "soft", "sparse", "stream"] = "masked"
     state: Literal["mlstate", "explicit"] = "mlstate"

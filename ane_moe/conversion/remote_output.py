@@ -6,23 +6,24 @@ import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from ane_moe.addresses import address
 from ane_moe.conversion.job import Job
 from ane_moe.conversion.output_folder import (
     MARKER,
+    is_beside,
     of_another,
     of_something_else,
     strangers,
 )
+from ane_moe.conversion.plan import GOLDEN_FILES
 from ane_moe.files import sha256
 from ane_moe.formats.calibration import FILE_NAME as CALIBRATION
 from ane_moe.manifest import FILE_NAME, Manifest
 from ane_moe.remote_folder import RemoteFolder, SentFile
 
-KEPT = ("golden*.safetensors", CALIBRATION)  # of an earlier run, to be looked at here
+KEPT = (GOLDEN_FILES, CALIBRATION)  # of an earlier run, to be looked at here
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,7 @@ def with_scratch(job: Job) -> Iterator[Job]:
         told = [name for name in (MARKER, FILE_NAME) if name in there]
         if there and not told:
             raise of_something_else(url)
-        kept = (
-            name
-            for name in there
-            if "/" not in name and any(fnmatchcase(name, one) for one in KEPT)
-        )
-        for name in (*told, *kept):
+        for name in (*told, *(name for name in there if is_beside(name, KEPT))):
             away.fetch(name, here / name)
         yield replace(job, out=here, away=away)
 
@@ -92,17 +88,13 @@ def present(job: Job) -> set[str]:
     return {str(path) for name in names for path in (name, *name.parents)}
 
 
-def sent_calibration(job: Job) -> Path | SentFile | None:
-    """The job's calibration where whoever makes shards finds it."""
+def with_sent_calibration(job: Job) -> Job:
+    """The job, with its calibration where whoever makes shards finds it."""
     path = job.calibration
-    if path is None or job.away is None:
-        return path
-    return SentFile(job.away, path.name, sha256(path))
-
-
-def send_calibration(job: Job) -> None:
-    if job.away and job.calibration:
-        job.away.send(job.calibration, job.calibration.name)
+    if job.away is None or path is None:
+        return job
+    job.away.send(path, path.name)
+    return replace(job, sent=SentFile(job.away, path.name, sha256(path)))
 
 
 def fetch_shards(job: Job, manifest: Manifest) -> None:

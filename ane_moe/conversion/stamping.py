@@ -17,7 +17,7 @@ from ane_moe.checkpoints.checkpoint import Checkpoint, TensorSource
 from ane_moe.conversion.early import EarlyRows
 from ane_moe.conversion.job import Job
 from ane_moe.conversion.plan import OneHot, Recovery, ShardPlan, tensors_of
-from ane_moe.conversion.remote_output import Destination, destination, sent_calibration
+from ane_moe.conversion.remote_output import Destination, destination
 from ane_moe.conversion.shard_form import ShardForm, form_of
 from ane_moe.conversion.side_files import write_embedding
 from ane_moe.conversion.workers import peak_memory_bytes, this_process
@@ -72,8 +72,8 @@ class ShardJob:
 def shard_job(job: Job, shard: ShardPlan) -> ShardJob:
     """What a worker needs to know of the job to make one shard."""
     keys = {tensor.key for source in shard.sources.values() for tensor in tensors_of(source)}
-    calibration, to = sent_calibration(job), destination(job)
-    return ShardJob(job.checkpoint.holding(keys), job.out, shard, calibration, to)
+    calibration = job.sent or job.calibration
+    return ShardJob(job.checkpoint.holding(keys), job.out, shard, calibration, destination(job))
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import os
 import platform
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import (
     Executor,
     Future,
@@ -20,8 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 import psutil
 
-from ane_moe.checkpoints.weight_file import WeightFile
-from ane_moe.remote_folder import RemoteFolder
+from ane_moe.conversion.admission import Admission
 
 T = TypeVar("T")
 
@@ -31,17 +30,8 @@ Pool = Executor | None  # None: everything in this process
 class Workers(Protocol):
     """Who does the calls of a conversion."""
 
-    def admit(
-        self,
-        files: Collection[WeightFile],
-        out: Path | RemoteFolder,
-        marker: str,
-        packages: Collection[str] = (),
-        writes: bool = True,
-    ) -> None:
-        """Check, before anything is begun, that all of them can read `files`, and see the file
-        `marker` of `out`, to which they can write where it `writes`, and have these `packages` too,
-        in our versions. Raises UserError."""
+    def admit(self, needed: Admission) -> None:
+        """Check that all of them have it, packages in our versions. Raises UserError."""
 
     def readers(self) -> AbstractContextManager[Pool]:
         """For calls that read and hash."""
@@ -61,14 +51,7 @@ class LocalWorkers:
     count: int
     preload: str
 
-    def admit(
-        self,
-        files: Collection[WeightFile],
-        out: Path | RemoteFolder,
-        marker: str,
-        packages: Collection[str] = (),
-        writes: bool = True,
-    ) -> None:
+    def admit(self, needed: Admission) -> None:
         """They see what this process sees."""
 
     def readers(self) -> AbstractContextManager[Pool]:

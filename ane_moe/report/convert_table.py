@@ -13,7 +13,7 @@ from rich.table import Table
 from ane_moe.addresses import named
 from ane_moe.conversion.pipeline import ConvertReport
 from ane_moe.conversion.pipeline import Progress as Step
-from ane_moe.conversion.plan import MB, ConversionPlan, ShardPlan
+from ane_moe.conversion.plan import EMBED, MB, ConversionPlan, ShardPlan
 from ane_moe.conversion.stream_scale import DividedStream
 from ane_moe.forecast.concerns import Concern
 from ane_moe.forecast.conversion_cost import conversion_memory_bytes
@@ -107,7 +107,7 @@ def print_plan(plan: ConversionPlan) -> None:
     for (path, size, reason), count in _rows(plan.shards).items():
         table.add_row(path, str(count), f"{size / MB:,.1f}", f"{count * size / MB:,.0f}", reason)
     if size := plan.embed_bytes:
-        table.add_row("embed.bin", "1", f"{size / MB:,.1f}", f"{size / MB:,.0f}", "")
+        table.add_row(EMBED, "1", f"{size / MB:,.1f}", f"{size / MB:,.0f}", "")
     console = Console()
     console.print(
         f"{plan.spec.family}, {len(plan.layers)} of {len(plan.spec.layers)} layers, "

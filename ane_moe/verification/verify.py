@@ -162,6 +162,7 @@ def _on_cluster(
 ) -> Iterator[Proof]:
     """The proof with its functions proved by workers that see the conversion as it is here, or
     fetch what they need of it from the address that it came from."""
+    from ane_moe.conversion.admission import Admission
     from ane_moe.conversion.cluster import open_cluster
 
     manifest = proof.manifest
@@ -171,7 +172,7 @@ def _on_cluster(
         shared_goldens(proof.out, manifest, goldens, captured) as (there, files),
     ):
         seen = [file for file in files.files if isinstance(file, Path)]
-        workers.admit(seen, there, FILE_NAME, packages, writes=False)
+        workers.admit(Admission(seen, there, FILE_NAME, packages, writes=False))
         with workers.writers() as pool, by_workers(proof, trials, pool, there, files) as shared:
             yield shared
 
