@@ -45,7 +45,7 @@ from ane_moe.model.mlp import DenseConfig, MlpRanks
 from ane_moe.model.moe import MoeConfig
 from ane_moe.model.part import PartConfig
 from ane_moe.model.port import ADDED, FFN_INPUT, LATER, STREAM, How, Ports, track_slot
-from ane_moe.model.routed import RoutedMixerConfig, RoutingConfig
+from ane_moe.model.routed import EarlyConfig, RoutedMixerConfig, RoutingConfig
 from ane_moe.model.spec import (
     GqaSpec,
     LayerSpec,
@@ -513,14 +513,13 @@ class _Planner:
         if not isinstance(ffn, MoeSpec) or not self.options.dispatches:
             assert mixer is not None
             return mixer
-        early = self.early.get(layer)
-        guesses = (early.shape[0], early.ranking) if early else ()
+        rows = self.early.get(layer)
+        early = EarlyConfig(rows.shape[0], rows.ranking) if rows else None
         if mixer is None:
-            return RoutingConfig(self.spec.d_model, self.spec.norm, ffn.router, *guesses)
+            return RoutingConfig(self.spec.d_model, self.spec.norm, ffn.router, early)
         # Experts add to the stream with what a mixer beside them adds.
         whole = replace(mixer, residual=replace(mixer.residual, parallel=False))
-        facts = (ffn.router, spec.ffn_residual, ffn.router_norm, *guesses)
-        return RoutedMixerConfig(whole, *facts)
+        return RoutedMixerConfig(whole, ffn.router, spec.ffn_residual, ffn.router_norm, early)
 
     def ffn(self, layer: int) -> list[ShardPlan]:
         ffn = self.spec.layers[layer].ffn

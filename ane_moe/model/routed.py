@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 
 from ane_moe.model.mixer import MixerConfig
 from ane_moe.model.port import ADDED, FFN_INPUT, GUESS, LATER, STREAM, Port, Ports
-from ane_moe.model.ranking import PLAIN as BY_LOGITS
 from ane_moe.model.ranking import Ranking
 from ane_moe.model.residual import PLAIN, ResidualSpec, affine_rows
 from ane_moe.model.router import router_ports
@@ -20,16 +19,31 @@ EARLY = "early"
 
 
 @dataclass(frozen=True)
+class EarlyConfig:
+    """So many `experts` of a later layer, scored early, from the stream, by what that layer's
+    router ranks them by."""
+
+    experts: int
+    ranking: Ranking
+
+    def rows(self, d_model: int) -> Iterator[Row]:
+        yield Early(f"{EARLY}.weight", (self.experts, d_model))
+        if self.ranking.bias:
+            yield EarlyBias(f"{EARLY}.choice_bias", (self.experts,))
+
+    def port(self, tokens: int) -> Port:
+        return Port("guess", (1, self.experts, 1, tokens), f"{GUESS}.{{0}}")
+
+
+@dataclass(frozen=True)
 class RoutedMixerConfig:
-    """`guesses`: so many experts of a later layer are scored early, from the stream, by what that
-    layer's router ranks them by."""
+    """`early`: experts of a later layer that it scores too."""
 
     mixer: MixerConfig
     router: AnyRouterSpec
     residual: ResidualSpec = PLAIN  # of the feed-forward block
     router_norm: bool = False
-    guesses: int = 0
-    guessed_by: Ranking = BY_LOGITS
+    early: EarlyConfig | None = None
 
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""
@@ -41,7 +55,8 @@ class RoutedMixerConfig:
         yield from (row.under("ffn.router") for row in self.router.rows(d))
         if self.residual.affine:
             yield from (row.under("ffn") for row in affine_rows(d))
-        yield from _early_rows(self.guesses, self.guessed_by, d)
+        if self.early is not None:
+            yield from (row.under("ffn") for row in self.early.rows(d))
 
     def ports(self, tokens: int) -> Ports:
         ports, routing = self.mixer.ports(tokens), router_ports(self.router, tokens)
@@ -54,41 +69,34 @@ class RoutedMixerConfig:
         return replace(
             ports,
             inputs=(*ports.inputs, *routing.inputs),
-            outputs=(*ports.outputs, *normed, *routing.outputs, *_guess(self.guesses, tokens)),
+            outputs=(*ports.outputs, *normed, *routing.outputs, *_guess(self.early, tokens)),
         )
 
 
 @dataclass(frozen=True)
 class RoutingConfig:
-    """Of a layer without a mixer, whose experts add to the stream. Guesses are as above."""
+    """Of a layer without a mixer, whose experts add to the stream; `early` as above."""
 
     d_model: int
     norm: NormSpec
     router: AnyRouterSpec
-    guesses: int = 0
-    guessed_by: Ranking = BY_LOGITS
+    early: EarlyConfig | None = None
 
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""
         yield from (row.under("ffn") for row in self.norm.rows(self.d_model))
         yield from (row.under("ffn.router") for row in self.router.rows(self.d_model))
-        yield from _early_rows(self.guesses, self.guessed_by, self.d_model)
+        if self.early is not None:
+            yield from (row.under("ffn") for row in self.early.rows(self.d_model))
 
     def ports(self, tokens: int) -> Ports:
         shape, routing = (1, self.d_model, 1, tokens), router_ports(self.router, tokens)
         normed = Port("ffn_input", shape, FFN_INPUT)
         return Ports(
             (Port("x", shape, STREAM), *routing.inputs),
-            (normed, *routing.outputs, *_guess(self.guesses, tokens)),
+            (normed, *routing.outputs, *_guess(self.early, tokens)),
         )
 
 
-def _early_rows(guesses: int, guessed_by: Ranking, d_model: int) -> Iterator[Row]:
-    if guesses:
-        yield Early(f"ffn.{EARLY}.weight", (guesses, d_model))
-    if guesses and guessed_by.bias:
-        yield EarlyBias(f"ffn.{EARLY}.choice_bias", (guesses,))
-
-
-def _guess(guesses: int, tokens: int) -> tuple[Port, ...]:
-    return (Port("guess", (1, guesses, 1, tokens), f"{GUESS}.{{0}}"),) if guesses else ()
+def _guess(early: EarlyConfig | None, tokens: int) -> tuple[Port, ...]:
+    return () if early is None else (early.port(tokens),)

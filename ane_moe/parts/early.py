@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ane_moe.model.ranking import Ranking
+from ane_moe.model.routed import EarlyConfig
 from ane_moe.parts.norm import UnitNorm
 from ane_moe.parts.projection import Projection
 from ane_moe.parts.residual import vector
@@ -14,11 +14,11 @@ class EarlyRouter(Projection):
     matrix is enough (`Adapter.before`). Where the layer's own norm reads the same stream, the two
     have their operations in common. Groups are left to the host, which loads."""
 
-    def __init__(self, d_model: int, experts: int, eps: float, ranking: Ranking):
-        super().__init__(d_model, experts)
+    def __init__(self, d_model: int, eps: float, config: EarlyConfig):
+        super().__init__(d_model, config.experts)
         self.level = UnitNorm(eps)
-        self.ranking = ranking
-        self.choice_bias = vector(experts) if ranking.bias else None
+        self.ranking = config.ranking
+        self.choice_bias = vector(config.experts) if self.ranking.bias else None
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         logits = capped(super().forward(self.level(x), scale), self.ranking.softcap)
@@ -26,6 +26,6 @@ class EarlyRouter(Projection):
         return scores if self.choice_bias is None else scores + self.choice_bias
 
 
-def make_early(d_model: int, experts: int, eps: float, ranking: Ranking) -> EarlyRouter | None:
+def make_early(d_model: int, eps: float, config: EarlyConfig | None) -> EarlyRouter | None:
     """Nothing where no experts are guessed."""
-    return EarlyRouter(d_model, experts, eps, ranking) if experts else None
+    return None if config is None else EarlyRouter(d_model, eps, config)

@@ -25,7 +25,7 @@ class Routing(nn.Module):
         self.router, self.hands_on = make_router(d, config.router), spec.hands_on
         self.spec = config.router
         self.residual, self.keeps = unnormed_residual(d, spec), spec.keeps
-        self.early = make_early(d, config.guesses, config.mixer.norm.eps, config.guessed_by)
+        self.early = make_early(d, config.mixer.norm.eps, config.early)
 
     def forward(self, x: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         # Without a norm, one value would be two outputs, of which a program has but one.
@@ -68,8 +68,7 @@ class NormAndRouter(nn.Module):
         super().__init__()
         self.norm = make_norm(config.d_model, config.norm)
         self.router = make_router(config.d_model, config.router)
-        guessing = (config.guesses, config.norm.eps, config.guessed_by)
-        self.early = make_early(config.d_model, *guessing)
+        self.early = make_early(config.d_model, config.norm.eps, config.early)
 
     def forward(self, x: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         h = self.norm(x)

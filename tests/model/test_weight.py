@@ -21,8 +21,9 @@ from ane_moe.model.mla import MlaConfig, MlaSpec
 from ane_moe.model.mlp import DenseConfig
 from ane_moe.model.moa import MoaConfig, MoaSpec
 from ane_moe.model.moe import MoeConfig
+from ane_moe.model.ranking import Ranking
 from ane_moe.model.residual import ResidualSpec
-from ane_moe.model.routed import RoutedMixerConfig, RoutingConfig
+from ane_moe.model.routed import EarlyConfig, RoutedMixerConfig, RoutingConfig
 from ane_moe.model.short_conv import ShortConvConfig, ShortConvSpec
 from ane_moe.model.spec import (
     BandSpec,
@@ -88,8 +89,8 @@ CONFIGS = [
     ShortConvConfig(D, NORM, ShortConvSpec(3, bias=True), ranks=(("b", 2),)),
     RoutedMixerConfig(ATTENTION, MOE.router),
     RoutingConfig(D, NORM, MOE.router),
-    RoutedMixerConfig(ATTENTION, MOE.router, guesses=5),
-    RoutingConfig(D, NORM, MOE.router, guesses=5),
+    RoutedMixerConfig(ATTENTION, MOE.router, early=EarlyConfig(5, Ranking())),
+    RoutingConfig(D, NORM, MOE.router, early=EarlyConfig(5, Ranking())),
     RoutedMixerConfig(ATTENTION, EDA.router, residual=ResidualSpec(affine=True)),
     DENSE,
     DenseConfig(D, NORM, MlpSpec(24), residual=ResidualSpec(affine=True)),
