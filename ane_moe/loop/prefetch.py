@@ -50,6 +50,16 @@ class PreviousToken(Predictor):
         self._used[layer] = tuple(experts)
 
 
+class Fallible(Predictor):
+    """Falls back on the previous token where it knows of nothing better."""
+
+    def __init__(self) -> None:
+        self._previous = PreviousToken()
+
+    def observe(self, layer: int, experts: Sequence[int]) -> None:
+        self._previous.observe(layer, experts)
+
+
 class MostUsed(Predictor):
     """The experts that the layer used most often so far, k of them."""
 
@@ -67,15 +77,15 @@ class MostUsed(Predictor):
         self._k[layer] = max(len(experts), self._k.get(layer, 0))
 
 
-class LayerBefore(Predictor):
+class LayerBefore(Fallible):
     """The experts that the token used in the layer before: what routers that layers share choose
     more often than not (Omni-router, arXiv 2507.05724). Falls back on the previous token in the
     first layer, and where the layer before has another number of experts."""
 
     def __init__(self, experts: Mapping[int, int]) -> None:
         """`experts`: how many each layer has."""
+        super().__init__()
         self._experts = experts
-        self._previous = PreviousToken()
         self._last: tuple[int, Sequence[int]] = (-1, ())
 
     def predict(self, layer: int, hidden: np.ndarray | None) -> Sequence[int]:
@@ -86,10 +96,10 @@ class LayerBefore(Predictor):
 
     def observe(self, layer: int, experts: Sequence[int]) -> None:
         self._last = (layer, experts)
-        self._previous.observe(layer, experts)
+        super().observe(layer, experts)
 
 
-class RouterAhead(Predictor):
+class RouterAhead(Fallible):
     """The layer's own router applied early, to a hidden state from some layers before (the residual
     stream moves slowly: Eliseev and Mazur 2023, arXiv 2312.17238); to what an adapter makes of it,
     where there are adapters. Falls back on the previous token where there is no hidden state."""
@@ -100,9 +110,9 @@ class RouterAhead(Predictor):
         adapters: Mapping[int, Adapter] | None = None,
     ) -> None:
         """Both by the layer that is guessed; no `adapters`: the hidden state as it is."""
+        super().__init__()
         self._routers = routers
         self._adapters = adapters or {}
-        self._previous = PreviousToken()
 
     def predict(self, layer: int, hidden: np.ndarray | None) -> Sequence[int]:
         if hidden is None or layer not in self._routers:
@@ -115,11 +125,8 @@ class RouterAhead(Predictor):
         router, adapter = self._routers[layer], self._adapters.get(layer)
         return router.scores(adapter(hidden) if adapter else router.read(hidden))
 
-    def observe(self, layer: int, experts: Sequence[int]) -> None:
-        self._previous.observe(layer, experts)
 
-
-class ShardScores(Predictor):
+class ShardScores(Fallible):
     """What the attention shard of an earlier layer gives for the layer's experts, as an output of
     its call. Falls back on the previous token where it gives none."""
 
@@ -127,16 +134,13 @@ class ShardScores(Predictor):
 
     def __init__(self, choosers: Mapping[int, Chooser]) -> None:
         """`choosers`: by the layer that is guessed."""
+        super().__init__()
         self._choosers = choosers
-        self._previous = PreviousToken()
 
     def predict(self, layer: int, hidden: np.ndarray | None) -> Sequence[int]:
         if hidden is None:
             return self._previous.predict(layer, None)
         return self._choosers[layer].highest(hidden.astype(np.float32))
-
-    def observe(self, layer: int, experts: Sequence[int]) -> None:
-        self._previous.observe(layer, experts)
 
 
 def _experts(manifest: Manifest) -> dict[int, int]:

@@ -4,7 +4,7 @@ d = d_model, C = classes of a router: experts, and idle ones after them; k = exp
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,17 @@ SCORES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 @dataclass(frozen=True)
 class Chooser:
-    """Whom scores choose: `k` of the classes, of which the first so many are `experts`."""
+    """Whom scores choose: `k` of the classes, of which the first so many are `experts`, and the
+    `idle` ones come after them."""
 
     experts: int
     k: int
     ranking: Ranking = PLAIN
+    idle: int = 0
+
+    @property
+    def classes(self) -> int:
+        return self.experts + self.idle
 
     def eligible(self, scores: np.ndarray) -> np.ndarray:
         """Scores `[...,C]` as they are in the groups that are chosen from, else minus infinity."""
@@ -101,16 +107,15 @@ def read_routers(folder: Path, manifest: Manifest) -> dict[int, RouterTable]:
 
 
 def _chooser(facts: Mapping[str, Any]) -> Chooser:
-    experts = int(facts["experts"])
-    ranking = parse_ranking(facts.get("ranking", {}), experts + int(facts.get("idle", 0)))
-    return Chooser(experts, int(facts["k"]), ranking)
+    chooser = Chooser(int(facts["experts"]), int(facts["k"]), idle=int(facts.get("idle", 0)))
+    ranking = parse_ranking(facts.get("ranking", {}), chooser.classes)
+    return replace(chooser, ranking=ranking)
 
 
 def _table(folder: Path, manifest: Manifest, layer: str) -> RouterTable:
     facts, width = manifest.moe[layer], manifest.d_model
     path, chooser = folder / facts["router"], _chooser(facts)
-    classes = chooser.experts + int(facts.get("idle", 0))
-    count = classes * (width + chooser.ranking.bias)
+    count = chooser.classes * (width + chooser.ranking.bias)
     listed = facts["router"] in manifest.files and path.is_file()
     if not listed or path.stat().st_size != 2 * count:
         raise UserError(
@@ -119,6 +124,6 @@ def _table(folder: Path, manifest: Manifest, layer: str) -> RouterTable:
             "convert again",
         )
     numbers = np.fromfile(path, "<f2").astype(np.float32)
-    weights, bias = np.split(numbers, [classes * width])
-    weights = weights.reshape(classes, width)
+    weights, bias = np.split(numbers, [chooser.classes * width])
+    weights = weights.reshape(chooser.classes, width)
     return RouterTable(weights, chooser, bias if chooser.ranking.bias else None)
