@@ -1,5 +1,6 @@
 """Places that fsspec knows by an address: `s3://bucket/model`, `https://host/model`."""
 
+import hashlib
 import re
 import time
 from collections.abc import Callable
@@ -12,8 +13,10 @@ T = TypeVar("T")
 # pathlib makes one stroke of two.
 ADDRESS = re.compile(r"(?P<protocol>[a-z][a-z0-9+.-]+):/{1,2}(?P<rest>[^/].*?)/*", re.I)
 LIKE_ONE = re.compile(r"(?P<protocol>[a-z][a-z0-9+.:-]+):(?P<rest>/.*)?", re.I)
+ADDRESS_FILE = ".address"  # in a folder of our cache, and nowhere else: which address it is of
 HUB = "hf"  # by its own name and cache (checkpoints/hub.py)
 ON_HUB = re.compile(rf"\A{HUB}:/{{1,2}}(?=[^/])", re.I)
+AT_COMMIT = re.compile(rf"{HUB}://(?P<hub>[^/]+/[^/@]+)@(?P<revision>[^/]+)(?:/(?P<file>.+))?")
 HERE = re.compile(r"\A(?:file|local):/+(?=[^/])", re.I)
 # Protocols that need a package beyond fsspec have theirs in this extra.
 EXTRA = "pip install 'ane-moe[remote]', or what fsspec names for it"
@@ -69,6 +72,16 @@ def output_path(given: Path) -> Path:
     if url := address(given):
         raise UserError(f"{url} is an address", do="name a place on this machine")
     return output_place(given)
+
+
+def is_on_hub(given: str | Path) -> bool:
+    """Whether something of the Hub is named, as `hf://`."""
+    return str(given).lower().startswith(f"{HUB}:")
+
+
+def kept_as(url: str) -> str:
+    """What a folder of our cache is called that is of an address."""
+    return hashlib.sha256(url.encode()).hexdigest()[:16]
 
 
 def named(given: str | Path) -> str:

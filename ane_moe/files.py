@@ -65,6 +65,13 @@ def named_by_user(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """An empty folder among the system's temporary ones, for the length of the block."""
+    with tempfile.TemporaryDirectory(prefix="ane-moe-") as folder:
+        yield Path(folder)
+
+
+@contextmanager
 def scratch_folder(beside: Path, name: str) -> Iterator[Path]:
     """An empty folder in `beside` for the length of the block; it stays after a kill."""
     with tempfile.TemporaryDirectory(prefix=f"{TEMPORARY}{name}-", dir=beside) as folder:

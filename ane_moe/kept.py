@@ -9,13 +9,12 @@ it.
 import fcntl
 import hashlib
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ane_moe.files import TEMPORARY, replaced
+from ane_moe.files import TEMPORARY, replaced, temporary_folder
 
 LOCK = "lock"
 
@@ -81,7 +80,7 @@ def kept_beside(folder: Path, name: str, key: str, *, fresh: bool) -> Iterator[K
             lock = stack.enter_context((own / LOCK).open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            yield Kept(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ane-moe-"))))
+            yield Kept(stack.enter_context(temporary_folder()))
             return
         if fresh:
             for path in own.iterdir():

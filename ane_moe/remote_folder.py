@@ -11,7 +11,7 @@ from typing import Any
 
 from ane_moe.addresses import file_system, read_small, reason_of, tried, unreadable
 from ane_moe.errors import DiskFull, UserError
-from ane_moe.files import disk_error, replaced, sha256
+from ane_moe.files import disk_error, replaced, sha256, temporary_folder
 
 KEPT_SECONDS = 300  # of a file that nobody has open: the next call may want it again
 _FETCHING = threading.Lock()
@@ -81,8 +81,8 @@ class RemoteFolder:
 
     def write(self, name: str, text: str) -> None:
         """Put a file of this text there."""
-        with tempfile.TemporaryDirectory(prefix="ane-moe-") as scratch:
-            path = Path(scratch) / "text"
+        with temporary_folder() as scratch:
+            path = scratch / "text"
             path.write_text(text, encoding="utf-8")
             self.send(path, name)
 

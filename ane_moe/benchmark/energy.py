@@ -10,13 +10,13 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 from xml.parsers.expat import ExpatError
 
 from ane_moe.benchmark.result import Energy, PowerReading
 from ane_moe.errors import UserError
+from ane_moe.files import temporary_folder
 
 INTERVAL_MS = 500
 IDLE_SAMPLES = 6
@@ -53,8 +53,8 @@ def require_powermetrics(which: Callable[[str], str | None] = shutil.which) -> N
 
 def measure_energy(decode_token: Callable[[], None]) -> Energy:
     """Power at rest, then while `decode_token` is called again and again. Raises NotPermitted."""
-    with TemporaryDirectory(prefix="ane-moe-") as folder:
-        samples = Path(folder) / "samples"
+    with temporary_folder() as folder:
+        samples = folder / "samples"
         meter = _start(samples, IDLE_SAMPLES)
         idle = _finish(meter, samples)
         meter, tokens, started = _start(samples, DECODE_SAMPLES), 0, perf_counter()

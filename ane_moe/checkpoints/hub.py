@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ane_moe.addresses import address, local_path, reason_of
+from ane_moe.addresses import AT_COMMIT, address, local_path, reason_of
 from ane_moe.checkpoints.folder import CONFIG, SMALL, weight_files, weight_names
 from ane_moe.checkpoints.hub_range import range_at
 from ane_moe.checkpoints.remote import (
@@ -39,7 +39,6 @@ FILE = re.compile(  # one file of a repository
     r"(?i:hf):/{1,2}(?P<repository>\w[\w.-]*/\w[\w.-]*)"
     r"(?:@(?P<revision>refs/(?:pr|convert)/[\w.-]+|(?!refs/)\w[\w.-]*))?/(?P<file>.+\.gguf)"
 )
-AT_COMMIT = re.compile(r"hf://(?P<hub>[^/]+/[^/@]+)@(?P<revision>\w+)(?:/.*)?")
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>\w+)$")
 PARTIAL = re.compile(
@@ -128,7 +127,7 @@ def origin(folder: Path) -> dict[str, str]:
     UserError as `url_of`."""
     path = folder.absolute()
     if told := AT_COMMIT.fullmatch(url_of(path.parent if path.is_file() else path)):
-        return told.groupdict()
+        return {"hub": told["hub"], "revision": told["revision"]}
     places = [one.as_posix() for one in (path, *path.parents)]
     matches = (SNAPSHOT.search(place) or PARTIAL.search(place) for place in places)
     found = next((match for match in matches if match), None)

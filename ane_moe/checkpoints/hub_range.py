@@ -1,15 +1,13 @@
 """Bytes of files on the Hugging Face Hub, by ranges: `hf://OWNER/NAME@REVISION/FILE`. Whoever reads
 gives a token of its own (`HF_TOKEN`, `hf auth login`), which no address has in it."""
 
-import re
 from typing import Any
 from urllib.parse import urlsplit
 
-from ane_moe.addresses import tried
+from ane_moe.addresses import AT_COMMIT, HUB, tried
 from ane_moe.errors import UserError
 
-PROTOCOL = "hf://"
-FILE = re.compile(r"hf://(?P<repository>[^/]+/[^/@]+)@(?P<revision>[^/]+)/(?P<file>.+)")
+PROTOCOL = f"{HUB}://"
 DO = "check HF_TOKEN and the network of whoever reads it"
 
 
@@ -54,9 +52,9 @@ def range_at(place: str, first: int, last: int) -> bytes:
 def _place(url: str) -> str:
     import huggingface_hub as hub
 
-    found = FILE.fullmatch(url)
-    assert found is not None
-    return str(hub.hf_hub_url(found["repository"], found["file"], revision=found["revision"]))
+    found = AT_COMMIT.fullmatch(url)
+    assert found is not None and found["file"]
+    return str(hub.hf_hub_url(found["hub"], found["file"], revision=found["revision"]))
 
 
 def _headers(url: str, headers: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ folder of our cache; tensors are read where they are wanted, by byte ranges (wei
 that the workers of a cluster need no disk in common for them.
 """
 
-import hashlib
 import json
 import os
 import time
@@ -16,7 +15,14 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ane_moe.addresses import file_system, read_small, tried, unreadable
+from ane_moe.addresses import (
+    ADDRESS_FILE,
+    file_system,
+    kept_as,
+    read_small,
+    tried,
+    unreadable,
+)
 from ane_moe.checkpoints.folder import CONFIG, INDEX, SINGLE, SMALL, TOKENIZER, weight_names
 from ane_moe.checkpoints.gguf.header import read_gguf
 from ane_moe.checkpoints.gguf.model import SUFFIX, first_parts, part_names
@@ -28,7 +34,6 @@ from ane_moe.files import TEMPORARY, is_hidden, replaced
 from ane_moe.user_cache import user_cache
 from ane_moe.wording import listed
 
-ADDRESS_FILE = ".address"  # in a folder of our cache, and nowhere else
 STALE_SECONDS = 24 * 3600  # after which nobody is writing a file any more
 # What is asked for at a web server that lists no folder.
 ASKED = (
@@ -73,7 +78,7 @@ def remote_folder(url: str) -> Path:
 
 def keep_small(url: str, files: Mapping[str, bytes]) -> Path:
     """The folder of our cache for an address, with these files in it."""
-    folder = _root() / hashlib.sha256(url.encode()).hexdigest()[:16]
+    folder = _root() / kept_as(url)
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(f"{TEMPORARY}*"):  # of a killed run
         with suppress(FileNotFoundError):

@@ -210,9 +210,8 @@ def generate(
     rule = CONTENTION if contention is None else contention
     guessing = Guessing(predictor, ahead, fitted, ahead_if_it_pays, rule)
     way = next((option for option, is_given in ways.items() if is_given), None)
-    guessed_by = "none"
-    if way in (None, "--predictor"):
-        guessed_by = settled(guessing, shards.manifest).predictor
+    guesses = way in (None, "--predictor")
+    guessed_by = settled(guessing, shards.manifest).predictor if guesses else "none"
     _require_used(
         {
             "--ahead": ahead is not None,
@@ -230,7 +229,7 @@ def generate(
             "--predictor": guessed_by != "none",
             "--predictor adapter": guessed_by == "adapter",
         },
-        f"guesses by: {guessed_by}" if way in (None, "--predictor") else f"with {way}",
+        f"guesses by: {guessed_by}" if guesses else f"with {way}",
     )
     session: Session
     if self_speculate is not None:

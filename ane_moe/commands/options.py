@@ -1,20 +1,20 @@
 """Options and arguments that several commands have, so that they read and mean the same."""
 
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ane_moe.addresses import address, local_path, output_path
+from ane_moe.addresses import address, is_on_hub, local_path, output_path
 from ane_moe.errors import UserError
+from ane_moe.files import temporary_folder
 
 
 def opened_out(context: typer.Context, out: Path) -> Path:
     """The folder itself, or what is fetched of a conversion on the Hub or at an address: how every
     command opens its OUT. Raises UserError."""
-    url, on_hub = address(out), str(out).lower().startswith("hf:")
-    if context.resilient_parsing or not (url or on_hub):
+    url = address(out)
+    if context.resilient_parsing or not (url or is_on_hub(out)):
         return local_path(out)
     from ane_moe.hub.fetched import fetched
     from ane_moe.hub.pulled import pulled
@@ -35,8 +35,8 @@ def opened_package(context: typer.Context, package: Path | None) -> Path | None:
     there = RemoteFolder(url)
     if not any(there.has(name) for name in MARKS):
         raise UserError(f"{url} is no package", f"none of {', '.join(MARKS)} is there")
-    scratch = context.with_resource(tempfile.TemporaryDirectory(prefix="ane-moe-"))
-    here = Path(scratch) / package.name
+    scratch = context.with_resource(temporary_folder())
+    here = scratch / package.name
     for name in there.sizes():
         there.fetch(name, here / name)
     return here

@@ -2,7 +2,6 @@
 whoever makes them, and what is finished is put there, the manifest last."""
 
 import json
-import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from ane_moe.conversion.output_folder import (
     strangers,
 )
 from ane_moe.conversion.plan import GOLDEN_FILES
-from ane_moe.files import sha256
+from ane_moe.files import sha256, temporary_folder
 from ane_moe.formats.calibration import FILE_NAME as CALIBRATION
 from ane_moe.manifest import FILE_NAME, Manifest
 from ane_moe.remote_folder import RemoteFolder, SentFile
@@ -58,8 +57,8 @@ def with_scratch(job: Job) -> Iterator[Job]:
         yield job
         return
     away = RemoteFolder(url)
-    with tempfile.TemporaryDirectory(prefix="ane-moe-") as scratch:
-        here, there = Path(scratch), away.sizes()
+    with temporary_folder() as here:
+        there = away.sizes()
         told = [name for name in (MARKER, FILE_NAME) if name in there]
         if there and not told:
             raise of_something_else(url)

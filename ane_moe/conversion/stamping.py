@@ -3,7 +3,6 @@
 In a process that imports neither torch nor coremltools, unless a weight format needs torch.
 """
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from ane_moe.conversion.workers import peak_memory_bytes, this_process
 from ane_moe.emit.coreml.package import ContentKey, Weight
 from ane_moe.emit.coreml.template import Template
 from ane_moe.errors import UserError
-from ane_moe.files import disk_error, sha256
+from ane_moe.files import disk_error, sha256, temporary_folder
 from ane_moe.formats.as_stored import AsStored, Codes
 from ane_moe.formats.calibration import Moments
 from ane_moe.formats.encoded import Encoded
@@ -80,10 +79,10 @@ def shard_job(job: Job, shard: ShardPlan) -> ShardJob:
 def _in_scratch(job: ShardJob) -> Iterator[ShardJob]:
     """The job with a folder of this machine alone to write into, and the calibration at hand."""
     with (
-        tempfile.TemporaryDirectory(prefix="ane-moe-") as scratch,
+        temporary_folder() as scratch,
         at_hand(job.calibration) if job.calibration else nullcontext() as calibration,
     ):
-        yield replace(job, out=Path(scratch), calibration=calibration, sent_to=None)
+        yield replace(job, out=scratch, calibration=calibration, sent_to=None)
 
 
 def reuse_shard(job: ShardJob) -> Done | None:
@@ -241,9 +240,9 @@ def stamp_embedding(
 ) -> Done:
     """Write the embedding table to `path`, or send it by its name."""
     if sent_to is not None:
-        with tempfile.TemporaryDirectory(prefix="ane-moe-") as scratch:
-            done = stamp_embedding(checkpoint, source, Path(scratch) / path.name, form)
-            sent_to.send(Path(scratch), done.files, done.path)
+        with temporary_folder() as scratch:
+            done = stamp_embedding(checkpoint, source, scratch / path.name, form)
+            sent_to.send(scratch, done.files, done.path)
             return done
     key = ContentKey(form, ENCODING)
     try:

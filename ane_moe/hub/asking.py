@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ane_moe.addresses import reason_of
+from ane_moe.addresses import is_on_hub, reason_of
 from ane_moe.checkpoints.hub import HubName, hub_name
 from ane_moe.errors import UserError
 
@@ -21,7 +21,7 @@ def asking(what: str, do: str) -> Iterator[None]:
 
 def repository(text: str) -> HubName:
     """The repository that is named: OWNER/NAME[@REVISION], with hf:// or not. Raises UserError."""
-    name = hub_name(text if text.lower().startswith("hf:") else f"hf://{text}")
+    name = hub_name(text if is_on_hub(text) else f"hf://{text}")
     if name is None or name.kind:
         raise UserError("no repository of the Hub has this name", text, "give OWNER/NAME")
     return name

@@ -4,6 +4,7 @@ before anything is loaded."""
 import hashlib
 from pathlib import Path
 
+from ane_moe.addresses import ADDRESS_FILE, kept_as
 from ane_moe.errors import UserError
 from ane_moe.files import disk_error, write_text
 from ane_moe.hub.digests import check_digests_once, note_checked
@@ -12,8 +13,6 @@ from ane_moe.manifest import FILE_NAME, read_manifest
 from ane_moe.progress import Progress, silent
 from ane_moe.remote_folder import RemoteFolder
 from ane_moe.user_cache import user_cache
-
-ADDRESS_FILE = ".address"  # above the folders of one address
 
 
 def fetched(url: str, progress: Progress = silent) -> Path:
@@ -25,7 +24,7 @@ def fetched(url: str, progress: Progress = silent) -> Path:
         raise UserError(
             f"{url} is not a finished conversion", f"no {FILE_NAME}", "run `ane-moe convert` again"
         )
-    of_address = _root() / hashlib.sha256(url.encode()).hexdigest()[:16]
+    of_address = _root() / kept_as(url)
     folder = of_address / hashlib.sha256(text).hexdigest()[:32]
     with one_run(of_address, progress):
         if (folder / FILE_NAME).is_file():

@@ -10,7 +10,6 @@ import importlib.util
 import json
 import re
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from ane_moe.checkpoints.gguf.header import read_gguf
 from ane_moe.checkpoints.gguf.model import gguf_file
 from ane_moe.checkpoints.gguf.vocabulary import read_vocabulary
 from ane_moe.errors import UserError
-from ane_moe.files import replaced
+from ane_moe.files import replaced, temporary_folder
 from ane_moe.json_file import read_json
 from ane_moe.loop.tokenizer import Tokenizer, read_saved
 from ane_moe.original.gguf_tokenizer import tokenizer_of
@@ -141,8 +140,7 @@ def write_tokenizer(tokenizer: Tokenizer | None, out: Path) -> TokenizerFiles:
     """
     if tokenizer is None:
         return TokenizerFiles((), None, None)
-    with tempfile.TemporaryDirectory(prefix="ane-moe-") as scratch:
-        folder = Path(scratch)
+    with temporary_folder() as folder:
         class_name = _save(tokenizer.loaded, folder)
         record = record_of(tokenizer)
         try:

@@ -2,7 +2,6 @@
 stages of the model do not wait for each other; the whole model, which is a chain, stays with who
 asks."""
 
-import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ane_moe.errors import UserError
-from ane_moe.files import TEMPORARY, scratch_folder, sha256
+from ane_moe.files import TEMPORARY, scratch_folder, sha256, temporary_folder
 from ane_moe.hub.fetched import address_of
 from ane_moe.kept import Kept
 from ane_moe.manifest import Manifest, Shard
@@ -89,10 +88,10 @@ def _at_hand(call: StageCall) -> Iterator[Path]:
         yield call.out
         return
     places, files = [f"{path}/" for path in _needed(call)], call.manifest.files
-    with tempfile.TemporaryDirectory(prefix="ane-moe-") as scratch:
+    with temporary_folder() as scratch:
         mine = {n: d for n, d in files.items() if any(map(f"{n}/".startswith, places))}
-        call.out.fetch_checked(mine, Path(scratch))
-        yield Path(scratch)
+        call.out.fetch_checked(mine, scratch)
+        yield scratch
 
 
 def _needed(call: StageCall) -> set[str]:

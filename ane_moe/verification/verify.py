@@ -1,7 +1,6 @@
 """Prove a conversion right: its files, every function of every shard, its routing, and the whole
 model."""
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any
 from ane_moe.checkpoints.adapter import adapter_name
 from ane_moe.checkpoints.hub import local_folder
 from ane_moe.errors import UserError
+from ane_moe.files import temporary_folder
 from ane_moe.hub.fetched import shown
 from ane_moe.kept import Kept, kept_beside
 from ane_moe.manifest import FILE_NAME, Manifest, read_manifest
@@ -182,10 +182,10 @@ def _compared_by_engine(
 ) -> tuple[list[Comparison], EngineReport]:
     """The comparisons by the engine's arithmetic, and how they differ from the exact `proof`."""
     ledger = Ledger()
-    with tempfile.TemporaryDirectory(prefix="ane-moe-") as scratch:
+    with temporary_folder() as scratch:
         # What operations met is in the ledger alone, so no step of this is gone on with.
         noted = {**proof.options, **computed, "ledger": ledger}
-        predicted = replace(proof, options=noted, kept=Kept(Path(scratch)))
+        predicted = replace(proof, options=noted, kept=Kept(scratch))
         found = predicted.compared(trials)
     (exact,) = proof.compared(trials[:1])
     return found, engine_report(proof.out, proof.manifest, ledger, found[0], exact)

@@ -3,6 +3,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,6 +37,17 @@ from ane_moe.runtime.reference.tracing import describe
 Get = Callable[[str], Path]
 
 
+def saved(program: Any, path: Path) -> Path:
+    """A package of a program of coremltools', in fp32."""
+    ct.convert(
+        program,
+        minimum_deployment_target=ct.target.iOS17,
+        skip_model_load=True,
+        compute_precision=ct.precision.FLOAT32,
+    ).save(str(path))
+    return path
+
+
 def build(
     path: Path, offset: float, name: str = "middle", width: int = 4, overflow: bool = False
 ) -> Path:
@@ -49,13 +61,7 @@ def build(
         tilt = (offset * np.arange(width)).astype(np.float32)
         return mb.softmax(x=mb.add(x=x, y=tilt, name="tilted"), axis=-1, name="y")
 
-    ct.convert(
-        program,
-        minimum_deployment_target=ct.target.iOS17,
-        skip_model_load=True,
-        compute_precision=ct.precision.FLOAT32,
-    ).save(str(path))
-    return path
+    return saved(program, path)
 
 
 @pytest.fixture(scope="module")
@@ -238,13 +244,7 @@ def numbered(path: Path, more: bool) -> Path:
         scaled = mb.mul(x=x, y=mb.rsqrt(x=mean, name=next(names)), name=next(names))
         return (mb.mul(x=scaled, y=np.float32(2), name="y"), *guess)
 
-    ct.convert(
-        program,
-        minimum_deployment_target=ct.target.iOS17,
-        skip_model_load=True,
-        compute_precision=ct.precision.FLOAT32,
-    ).save(str(path))
-    return path
+    return saved(program, path)
 
 
 def test_two_packages_whose_common_outputs_agree_part_nowhere_before_them(tmp_path: Path) -> None:

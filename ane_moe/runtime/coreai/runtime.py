@@ -7,7 +7,6 @@ ours.
 
 import asyncio
 import hashlib
-import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any, TypeVarTuple
 import numpy as np
 
 from ane_moe.errors import UserError
+from ane_moe.files import temporary_folder
 from ane_moe.json_file import read_json
 from ane_moe.mlprogram.program import Feature, Interface, TensorType
 from ane_moe.mlprogram.reader import OpenProgram, open_program
@@ -259,8 +259,8 @@ class TwinPackage:
         unknown name, and for an operation that the twin lacks."""
         name = name or self._program.default_function
         program = self._program.read((name,))
-        with tempfile.TemporaryDirectory(prefix="ane-moe-") as scratch:
-            path = Path(scratch) / f"{MAIN}{ASSET}"
+        with temporary_folder() as scratch:
+            path = scratch / f"{MAIN}{ASSET}"
             save_twin(program, name, path)
             model = Model(path)
         where = f"the twin of function '{name}' of {self._program.path}"
