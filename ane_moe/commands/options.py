@@ -68,6 +68,9 @@ Beside = Annotated[
     ),
 ]
 Concurrency = Annotated[int, typer.Option(help="Experts of a layer, or tracks, to run at once.")]
+Context = Annotated[
+    int | None, typer.Option(help="Tokens of the KV cache. [default: 2048, or the model's]")
+]
 ExpertCacheMb = Annotated[
     float | None,
     typer.Option(

@@ -40,9 +40,21 @@ def plan_of(model: Model, options: ConvertOptions) -> ConversionPlan:
     return replace(plan, source=SourceFacts(said, left_out))
 
 
+def require_early(early: str | Path | None, ahead: int | None) -> None:
+    """Raise UserError where it is said how far ahead experts are guessed, and not by what."""
+    if ahead is not None and early is None:
+        raise UserError(
+            "--ahead says how far shards guess experts",
+            "no --early",
+            "give --early FILE, or leave it out",
+        )
+
+
 def _early_adapters(model: Model, options: ConvertOptions) -> Adapters | None:
-    """Raises UserError where the host loads no experts, and for a file of another model."""
+    """Raises UserError where the host loads no experts, for a file of another model, and as
+    `require_early`."""
     if options.early is None:
+        require_early(None, None if options.ahead == 1 else options.ahead)
         return None
     if not options.dispatches:
         raise UserError(

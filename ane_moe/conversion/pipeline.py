@@ -106,12 +106,13 @@ class Progress:
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """`reused` shards were there already with the same content key. `golden_kept`:
-    the goldens are those of an earlier run. `notes` are sentences on how the checkpoint was
-    read, and on workers that were left out. `stream` is what became of hidden states that are too
-    large for fp16."""
+    """`plan` is what was carried out, with the formats that a budget chose. `reused` shards were
+    there already with the same content key. `golden_kept`: the goldens are those of an earlier run.
+    `notes` are sentences on how the checkpoint was read, and on workers that were left out.
+    `stream` is what became of hidden states that are too large for fp16."""
 
     folder: Path
+    plan: ConversionPlan
     manifest: Manifest
     written: tuple[str, ...]
     reused: tuple[str, ...]
@@ -124,7 +125,8 @@ class ConvertReport:
 def plan(checkpoint: Path, options: ConvertOptions) -> ConversionPlan:
     """Check the checkpoint and say what `convert` would write, without reading weights. Raises
     UserError."""
-    model = open_model(checkpoint, options.ignore_tensors, options.adapters, options.adapter_mode)
+    source = local_folder(checkpoint, ())
+    model = open_model(source, options.ignore_tensors, options.adapters, options.adapter_mode)
     planned = plan_of(model, options)
     require_tokenizer(model.checkpoint.folder)
     return planned
@@ -142,13 +144,14 @@ def convert(
     overwrite: bool = False,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> ConvertReport:
-    """Open `checkpoint`, plan its conversion into the folder or address `out`, and `carry_out`
-    that: by processes of this machine, or by the workers of a `cluster`, as of `open_workers`.
-    Raises UserError as that does, and as of `output_place`."""
-    out = output_place(out)
+    """Open `checkpoint` (as of `local_folder`), plan its conversion into the folder or address
+    `out`, and `carry_out` that: by processes of this machine, or by the workers of a `cluster`, as
+    of `open_workers`. Raises UserError as these do, and as of `output_place`."""
+    out, options = output_place(out), options or ConvertOptions()
+    source = local_folder(checkpoint, options.layers_read(golden), apart=cluster is not None)
     if cluster:  # whose workers are in folders of their own
-        checkpoint, out = local_folder(checkpoint, apart=True).absolute(), from_anywhere(out)
-    job = open_job(checkpoint, out, options or ConvertOptions())
+        source, out = source.absolute(), from_anywhere(out)
+    job = open_job(source, out, options)
     with open_workers(workers, stamping.__name__, cluster, out) as those:
         return carry_out(
             job,
@@ -232,7 +235,7 @@ def _carried_out(
     reused = tuple(sorted(shard.path for shard in done if shard.reused))
     written = tuple(sorted(shard.path for shard in done if not shard.reused))
     notes = (*job.plan.source.notes, *workers.notes)
-    return ConvertReport(out, manifest, written, reused, meter.peak, stream, kept, notes)
+    return ConvertReport(out, job.plan, manifest, written, reused, meter.peak, stream, kept, notes)
 
 
 def _written(

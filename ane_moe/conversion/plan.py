@@ -2,7 +2,7 @@
 together."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -95,6 +95,12 @@ class ConvertOptions:
     def dispatches(self) -> bool:
         """Whether the host calls the experts that were chosen."""
         return self.routing in DISPATCHED
+
+    def layers_read(self, golden: bool) -> Sequence[int] | None:
+        """The layers whose weights are read (None: all): a golden, a calibration and a choice of
+        formats go through those before the last, too."""
+        walked = golden or self.calibrate or self.budget_mb or self.min_cosine
+        return range(max(self.layers) + 1) if self.layers and walked else self.layers
 
 
 @dataclass(frozen=True)

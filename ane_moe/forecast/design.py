@@ -112,19 +112,20 @@ def design(
 
 
 def sizes_of(
-    spec: ModelSpec,
-    asked: tuple[str, str],
-    target: Target,
-    context: int | None,
-    prefill: int,
-    lengths: tuple[int, ...] | None,
+    spec: ModelSpec, options: ConvertOptions, asked: tuple[str, str], target: Target
 ) -> tuple[int, int]:
     """Experts of a function and layers of a shard: numbers as asked, or AUTO for what `design`
-    says. Raises UserError for anything else."""
+    says of the options' calls. Raises UserError for anything else."""
     if AUTO not in asked:
         experts, layers = map(_number, asked)
         return experts, layers
-    found = design(spec, target, context=context, prefill=prefill, lengths=lengths)
+    found = design(
+        spec,
+        target,
+        context=options.context,
+        prefill=options.prefill,
+        lengths=options.lengths,
+    )
     chosen = (found.experts_per_function, found.layers_per_shard)
     experts, layers = (
         best if text == AUTO else _number(text) for text, best in zip(asked, chosen, strict=True)

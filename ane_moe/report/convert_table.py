@@ -17,6 +17,7 @@ from ane_moe.conversion.plan import EMBED, MB, ConversionPlan, ShardPlan
 from ane_moe.conversion.stream_scale import DividedStream
 from ane_moe.forecast.concerns import Concern
 from ane_moe.forecast.conversion_cost import conversion_memory_bytes
+from ane_moe.forecast.objections import Objections
 from ane_moe.original.ranges import STREAM_LIMIT, SUM_LIMIT
 from ane_moe.placement.targets import Target
 from ane_moe.wording import counted, listed
@@ -203,8 +204,13 @@ def _of_layers(stream: DividedStream) -> Iterator[str]:
             )
 
 
-def warning(concern: Concern, target: Target) -> str:
-    """A placement rule that the packages would meet, as a line on stderr."""
+def warnings(objections: Objections, target: Target) -> list[str]:
+    """What speaks against the packages, as lines on stderr."""
+    met = (_warning(concern, target) for concern in objections.concerns)
+    return [*met, *objections.faults]
+
+
+def _warning(concern: Concern, target: Target) -> str:
     where = f"{concern.kind} on {target.name} under OS {target.os}"
     return f"ane-moe: warning: {concern.state}: {where}: {concern.sentence}"
 

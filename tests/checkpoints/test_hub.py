@@ -15,6 +15,8 @@ from ane_moe.checkpoints.checkpoint import open_checkpoint
 from ane_moe.checkpoints.hub import FILE, HubName, hub_name, local_folder
 from ane_moe.checkpoints.weight_file import read_range
 from ane_moe.cli import app
+from ane_moe.conversion.pipeline import convert, plan
+from ane_moe.conversion.plan import ConvertOptions
 from ane_moe.errors import UserError
 from ane_moe.families import describe
 from ane_moe.forecast.outlook import outlook
@@ -115,6 +117,11 @@ def test_a_plan_and_a_dry_run_fetch_no_weights(hub: Hub, saved: Path, tmp_path: 
     weights = [file for file in saved.iterdir() if file.suffix == ".safetensors"]
     headers = [int.from_bytes(file.read_bytes()[:8], "little") + 16 for file in weights]
     assert sum(hub.bytes_of(file.name) for file in weights) == sum(headers)
+    planned = plan(Path(NAME), ConvertOptions(context=64))
+    shown = [
+        (shard["path"], shard["weight_bytes"]) for shard in json.loads(result.stdout)["shards"]
+    ]
+    assert [(shard.path, shard.weight_bytes) for shard in planned.shards] == shown
 
 
 def test_a_download_that_broke_off_goes_on(
@@ -221,6 +228,8 @@ def test_what_is_wrong_is_one_line(hub: Hub, saved: Path, tmp_path: Path) -> Non
     for name, reason in reasons.items():
         result = CliRunner().invoke(app, ["convert", name, str(tmp_path / "out")])
         assert isinstance(result.exception, UserError) and reason in str(result.exception), name
+        with pytest.raises(UserError, match=reason):
+            convert(Path(name), tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
 

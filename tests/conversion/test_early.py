@@ -303,6 +303,8 @@ def test_the_command_line(checkpoint, out, tmp_path):
     assert "scores experts 1 layer ahead" in run(*convert_, "--early", file).stdout
     alone = run(*convert_, "--ahead", 1).exception
     assert isinstance(alone, UserError) and "no --early" in str(alone)
+    with pytest.raises(UserError, match="no --early"):
+        plan(checkpoint, ConvertOptions(routing="stream", ahead=2))
     unused = run(*generate, "--adapters", file).exception
     assert isinstance(unused, UserError) and "found: guesses by: shard" in str(unused)
     silent = replace(read_manifest(out), moe={"0": {"experts": EXPERTS, "k": K}})

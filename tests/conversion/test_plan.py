@@ -224,3 +224,14 @@ def test_token_counts_of_expert_functions_are_parsed_and_checked():
     ):
         with pytest.raises(UserError):
             plan(routing="sparse", **options)
+
+
+@pytest.mark.parametrize(
+    "more", [{"calibrate": "builtin"}, {"budget_mb": 1.0}, {"min_cosine": 0.9}]
+)
+def test_what_is_taken_from_running_the_model_reads_the_layers_before_too(more):
+    few = ConvertOptions(layers=(1, 3))
+    assert few.layers_read(golden=False) == (1, 3)
+    assert list(few.layers_read(golden=True)) == [0, 1, 2, 3]
+    assert list(dataclasses.replace(few, **more).layers_read(golden=False)) == [0, 1, 2, 3]
+    assert ConvertOptions(**more).layers_read(golden=True) is None
