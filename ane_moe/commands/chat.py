@@ -20,7 +20,10 @@ from ane_moe.commands.options import (
     PrecisionName,
     Predictor,
     RuntimeName,
+    Seed,
     Shards,
+    Temperature,
+    TopP,
 )
 from ane_moe.errors import UserError
 
@@ -44,11 +47,9 @@ def chat(
         int | None,
         typer.Option(help="New tokens of an answer at most.", show_default="the context"),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
-    top_p: Annotated[
-        float, typer.Option(help="Draw from the likeliest tokens that add up to this.")
-    ] = 0.95,
-    seed: Annotated[int | None, typer.Option(help="Makes draws repeatable.")] = None,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.95,
+    seed: Seed = None,
     adapter: AdapterName = None,
     runtime: RuntimeName = "auto",
     precision: PrecisionName = "fp32",

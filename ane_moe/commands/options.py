@@ -145,6 +145,7 @@ Predictor = Annotated[
     ),
 ]
 RuntimeName = Annotated[str, typer.Option(help="reference, coreml, coreai or auto.")]
+Seed = Annotated[int | None, typer.Option(help="Makes draws repeatable.")]
 Shards = Annotated[
     Path,
     typer.Argument(
@@ -155,6 +156,7 @@ Shards = Annotated[
         show_default=False,
     ),
 ]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TextFile = Annotated[
     Path | None,
     typer.Option(help="Take the text from this file, and from those that TEXT then names."),
@@ -165,3 +167,4 @@ TextOrFiles = Annotated[
         help="The text; after --file, more files.", metavar="[TEXT]", show_default="stdin"
     ),
 ]
+TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that add up to this.")]
