@@ -10,6 +10,7 @@ import typer
 
 from ane_moe.addresses import named
 from ane_moe.checkpoints.hub import local_folder
+from ane_moe.commands.interruption import ended_by_interrupt
 from ane_moe.conversion import stamping
 from ane_moe.conversion.job import Job, job_of
 from ane_moe.conversion.pipeline import ConvertReport, carry_out
@@ -28,8 +29,6 @@ from ane_moe.report.convert_table import (
     report_document,
     warnings,
 )
-
-INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 
 
 @dataclass(frozen=True)
@@ -78,27 +77,20 @@ def planned(asked: Asked, dry_run: bool) -> Planned:
 
 def carried_out(way: Planned) -> ConvertReport:
     """Convert, with a bar on stderr; Ctrl-C ends the command. Raises UserError."""
-    asked = way.asked
-    try:
-        with (
-            open_workers(asked.workers, stamping.__name__, asked.cluster, asked.out) as workers,
-            ConvertBar(way.warnings) as bar,
-        ):
-            return carry_out(
-                way.job,
-                workers=workers,
-                golden=asked.golden,
-                prompts=asked.prompts,
-                overwrite=asked.overwrite,
-                progress=bar.update,
-            )
-    except KeyboardInterrupt:
-        typer.echo(
-            f"ane-moe: interrupted; finished shards are kept in {named(asked.out)}: run the same "
-            "command again",
-            err=True,
+    asked, kept = way.asked, f"finished shards are kept in {named(way.asked.out)}"
+    with (
+        ended_by_interrupt(f"ane-moe: interrupted; {kept}: run the same command again"),
+        open_workers(asked.workers, stamping.__name__, asked.cluster, asked.out) as workers,
+        ConvertBar(way.warnings) as bar,
+    ):
+        return carry_out(
+            way.job,
+            workers=workers,
+            golden=asked.golden,
+            prompts=asked.prompts,
+            overwrite=asked.overwrite,
+            progress=bar.update,
         )
-        raise typer.Exit(INTERRUPTED) from None
 
 
 def show_plan(way: Planned, as_json: bool) -> None:
