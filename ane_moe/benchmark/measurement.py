@@ -105,36 +105,43 @@ def bench(
     )
     if not report.passed:
         return report
-    report = replace(
-        report,
-        load=load,
-        functions=tuple(
-            time_functions(
-                out,
-                manifest,
-                runtime,
-                options.warmup,
-                options.runs,
-                report_progress,
-                **runtime_options,
-            )
-        ),
-    )
-    if isinstance(model, Labeller):
-        lengths = options.lengths or model.lengths
-        windows = time_windows(model, text, lengths, options.runs, report_progress)
-        report = replace(report, windows=tuple(windows))
-    else:
-        report = _with_loop(report, model, text, options, report_progress)
-    report = replace(
-        report,
-        memory=_memory(model.shards),
-        conditions=replace(conditions, thermal=thermal_state()),
-    )
+    report = replace(report, load=load)
+    report = _timed(report, model, text, options, runtime_options, report_progress)
     beside = set_beside(report, out, options.concurrency)
     if isinstance(beside, Beside):
         return replace(report, predicted=beside.as_json())
     return replace(report, predicted_skipped=beside)
+
+
+def _timed(
+    report: BenchReport,
+    model: Session | Labeller,
+    text: list[int],
+    options: BenchOptions,
+    runtime_options: dict[str, Any],
+    progress: Progress,
+) -> BenchReport:
+    """With the times of functions, and of the loop over texts or tokens; memory and the machine's
+    state as they are after it."""
+    shards = model.shards
+    functions = time_functions(
+        shards.folder,
+        shards.manifest,
+        shards.runtime,
+        options.warmup,
+        options.runs,
+        progress,
+        **runtime_options,
+    )
+    report = replace(report, functions=tuple(functions))
+    if isinstance(model, Labeller):
+        lengths = options.lengths or model.lengths
+        windows = time_windows(model, text, lengths, options.runs, progress)
+        report = replace(report, windows=tuple(windows))
+    else:
+        report = _with_loop(report, model, text, options, progress)
+    conditions = replace(report.conditions, thermal=thermal_state())
+    return replace(report, memory=_memory(shards), conditions=conditions)
 
 
 def _with_loop(
