@@ -1,15 +1,17 @@
 """`ane-moe inspect`: what a package holds."""
 
 import json
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ane_moe.commands.options import AsJson, Package
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from rich.console import RenderableType
 
@@ -38,72 +40,111 @@ def inspect(
 ) -> None:
     """Show the functions, inputs, outputs, states, operations and weight formats of a package, or
     how experts lie in a store (experts/layer_NN.bin)."""
-    from rich.console import Console
-    from rich.text import Text
+    from ane_moe.package_form import ASSET
+    from ane_moe.report.store_table import SUFFIX
 
-    from ane_moe.errors import UserError
+    if package.suffix == SUFFIX:
+        _show_store(package, as_json)
+    elif package.suffix == ASSET:
+        _require_no("--ops" if ops else "--placement" if placement else None)
+        _show_asset(package, as_json)
+    else:
+        found = _opened(package)
+        report = _predicted(found.programs, package.name, target, system) if placement else None
+        _show_model(found, ops, report, as_json)
+        if report and not report.passed:
+            raise typer.Exit(1)
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """A model of Core ML's: its programs, what they hold as JSON data, and as tables."""
+
+    programs: "Sequence[Program]"
+    document: "Callable[[], dict[str, Any]]"
+    parts: "Callable[[], list[RenderableType]]"
+
+
+def _opened(package: Path) -> Inspected:
+    """A package or a pipeline of several, without the need of their weights."""
     from ane_moe.mlprogram.pipeline import OpenPipeline, open_model
-    from ane_moe.mlprogram.printer import program_text
     from ane_moe.mlprogram.summary import (
         pipeline_document,
         summarize,
         summarize_pipeline,
         summary_document,
     )
-    from ane_moe.package_form import ASSET
-    from ane_moe.report.store_table import SUFFIX, find_store, store_document, store_table
 
-    if package.suffix == SUFFIX:
-        shard = find_store(package)
-        if as_json:
-            typer.echo(json.dumps(store_document(shard), indent=2))
-        else:
-            Console().print(store_table(shard))
-        return
-    if package.suffix == ASSET:
-        if ops or placement:
-            raise UserError(
-                "of an .aimodel neither operations nor placement are shown",
-                "--ops" if ops else "--placement",
-                "leave it out",
-            )
-        from ane_moe.report.asset_table import asset_report
-        from ane_moe.runtime.coreai.summary import summarize_asset
-
-        asset = summarize_asset(package)
-        if as_json:
-            typer.echo(json.dumps(asset.as_json(), indent=2))
-        else:
-            Console().print(asset_report(asset))
-        return
     model = open_model(package, require_weights=False)
     if isinstance(model, OpenPipeline):
         pipeline = summarize_pipeline(model)
         programs = [stage.program for stage in pipeline.stages if stage.program]
-        document, parts = partial(pipeline_document, pipeline), partial(_pipeline_parts, pipeline)
-    else:
-        programs = [model.read()]
-        summary = summarize(programs[0])
-        document, parts = partial(summary_document, summary), partial(_parts, summary)
-    report = _predicted(programs, package.name, target, system) if placement else None
-    if as_json:
-        lines = [line for program in programs for line in program_text(program)]
-        extra: dict[str, object] = {"program": lines} if ops else {}
-        extra |= {"placement": report.as_json()} if report else {}
-        typer.echo(json.dumps(document() | extra, indent=2))
-    else:
-        console = Console()
-        for part in parts():
-            console.print(part)
-        for program in programs if ops else ():
-            for line in program_text(program):
-                console.print(Text(line), soft_wrap=True)
-        if report:
-            from ane_moe.report.placement_table import placement_report
+        document = partial(pipeline_document, pipeline)
+        return Inspected(programs, document, partial(_pipeline_parts, pipeline))
+    program = model.read()
+    summary = summarize(program)
+    return Inspected([program], partial(summary_document, summary), partial(_parts, summary))
 
-            console.print("", placement_report(report))
-    if report and not report.passed:
-        raise typer.Exit(1)
+
+def _require_no(option: str | None) -> None:
+    """Raise UserError for what is not known of Core AI's assets."""
+    if option:
+        from ane_moe.errors import UserError
+
+        raise UserError(
+            "of an .aimodel neither operations nor placement are shown", option, "leave it out"
+        )
+
+
+def _show_store(file: Path, as_json: bool) -> None:
+    from rich.console import Console
+
+    from ane_moe.report.store_table import find_store, store_document, store_table
+
+    shard = find_store(file)
+    if as_json:
+        typer.echo(json.dumps(store_document(shard), indent=2))
+    else:
+        Console().print(store_table(shard))
+
+
+def _show_asset(package: Path, as_json: bool) -> None:
+    from rich.console import Console
+
+    from ane_moe.report.asset_table import asset_report
+    from ane_moe.runtime.coreai.summary import summarize_asset
+
+    asset = summarize_asset(package)
+    if as_json:
+        typer.echo(json.dumps(asset.as_json(), indent=2))
+    else:
+        Console().print(asset_report(asset))
+
+
+def _show_model(
+    found: Inspected, ops: bool, placement: "PlacementReport | None", as_json: bool
+) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    from ane_moe.mlprogram.printer import program_text
+
+    programs = found.programs if ops else ()
+    lines = [line for program in programs for line in program_text(program)]
+    if as_json:
+        extra: dict[str, Any] = {"program": lines} if ops else {}
+        extra |= {"placement": placement.as_json()} if placement else {}
+        typer.echo(json.dumps(found.document() | extra, indent=2))
+        return
+    console = Console()
+    for part in found.parts():
+        console.print(part)
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
+    if placement:
+        from ane_moe.report.placement_table import placement_report
+
+        console.print("", placement_report(placement))
 
 
 def _predicted(
