@@ -18,33 +18,43 @@ from ane_moe.commands.options import (
 from ane_moe.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ane_moe.manifest import Manifest
     from ane_moe.serve.model import Served
 
 NEEDED = ("starlette", "uvicorn", "prometheus_client")
 
+Host = Annotated[
+    str, typer.Option(help="Address to listen on; any but this machine's needs --api-key.")
+]
+Port = Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(help="What clients have to know.", envvar="ANE_MOE_API_KEY", metavar="KEY"),
+]
+Name = Annotated[
+    str | None, typer.Option(help="What clients call the model.", show_default="the folder's")
+]
+Waiting = Annotated[int, typer.Option(help="Requests in the queue at most.", min=0)]
+Conversations = Annotated[
+    int,
+    typer.Option(help="Conversations whose caches are kept, each with memory of its own."),
+]
+MaxBodyMb = Annotated[float, typer.Option(help="MB (10^6 bytes) of a request.")]
+Grace = Annotated[float, typer.Option(help="Seconds that answers have to end in at shutdown.")]
+
 
 def serve(
     out: Shards,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; any but this machine's needs --api-key.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8000,
-    api_key: Annotated[
-        str | None,
-        typer.Option(help="What clients have to know.", envvar="ANE_MOE_API_KEY", metavar="KEY"),
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="What clients call the model.", show_default="the folder's")
-    ] = None,
-    waiting: Annotated[int, typer.Option(help="Requests in the queue at most.", min=0)] = 64,
-    conversations: Annotated[
-        int,
-        typer.Option(help="Conversations whose caches are kept, each with memory of its own."),
-    ] = 4,
-    max_body_mb: Annotated[float, typer.Option(help="MB (10^6 bytes) of a request.")] = 4.0,
-    grace: Annotated[
-        float, typer.Option(help="Seconds that answers have to end in at shutdown.")
-    ] = 30.0,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    api_key: ApiKey = None,
+    name: Name = None,
+    waiting: Waiting = 64,
+    conversations: Conversations = 4,
+    max_body_mb: MaxBodyMb = 4.0,
+    grace: Grace = 30.0,
     adapter: AdapterName = None,
     runtime: RuntimeName = "auto",
     precision: PrecisionName = "fp32",
@@ -114,23 +124,18 @@ def _opened(
     from ane_moe.loop.conversations import Conversations
     from ane_moe.loop.opened import open_model
     from ane_moe.manifest import read_manifest
-    from ane_moe.redaction.redactor import open_redactor
-    from ane_moe.redaction.viterbi import read_biases
-    from ane_moe.serve.model import LanguageModel, PrivacyFilter
+    from ane_moe.serve.model import LanguageModel
 
     manifest = read_manifest(folder)
     if manifest.labels:
-        given = {
+        of_decoders = {
             "--adapter": adapter is not None,
             "--precision": precision != "fp32",
             "--expert-cache-mb": expert_cache_mb is not None,
             "--memory-mb": memory_mb is not None,
             "--predictor": predictor != "auto",
         }
-        if unused := [option for option, is_given in given.items() if is_given]:
-            raise UserError("a privacy filter is not served with that", unused[0], "leave it out")
-        redactor = open_redactor(folder, runtime=runtime)
-        return PrivacyFilter(redactor, manifest, read_biases(folder))
+        return _privacy_filter(folder, manifest, runtime, of_decoders)
     opened = open_model(
         folder,
         runtime,
@@ -150,6 +155,20 @@ def _opened(
     if model.form.is_plain:
         _say("the tokenizer has no chat template: messages go as a plain transcript")
     return model
+
+
+def _privacy_filter(
+    folder: Path, manifest: "Manifest", runtime: str, of_decoders: "Mapping[str, bool]"
+) -> "Served":
+    """Raises UserError for options `of_decoders` that are given."""
+    from ane_moe.redaction.redactor import open_redactor
+    from ane_moe.redaction.viterbi import read_biases
+    from ane_moe.serve.model import PrivacyFilter
+
+    if unused := [name for name, is_given in of_decoders.items() if is_given]:
+        raise UserError("a privacy filter is not served with that", unused[0], "leave it out")
+    redactor = open_redactor(folder, runtime=runtime)
+    return PrivacyFilter(redactor, manifest, read_biases(folder))
 
 
 def _require_installed() -> None:
