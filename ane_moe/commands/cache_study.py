@@ -6,57 +6,60 @@ from typing import Annotated
 
 import typer
 
-from ane_moe.commands.options import AsJson
+from ane_moe.commands.options import AsJson, TraceFile
 from ane_moe.errors import UserError
+
+Capacities = Annotated[str, typer.Option(help="Shares of all experts' bytes that the caches hold.")]
+GuessPolicy = Annotated[str, typer.Option(help="Who leaves first where experts are loaded ahead.")]
+MaxTokens = Annotated[int, typer.Option(help="Tokens of the trace to play.", min=1)]
+ComputeMs = Annotated[
+    float, typer.Option(help="Assumed: ms that a layer takes, nothing being waited for.")
+]
+ReadGbS = Annotated[float, typer.Option(help="Assumed: 10^9 bytes a second of one read.")]
+LatencyMs = Annotated[float, typer.Option(help="Assumed: ms before a read begins.")]
+Readers = Annotated[int, typer.Option(help="Assumed: reads at once.", min=1)]
+Contention = Annotated[
+    float,
+    typer.Option(
+        help="Assumed: computing takes 1 + this as long while experts load ahead (0.73 was "
+        "measured of a GPU)."
+    ),
+]
+Conversion = Annotated[
+    Path | None,
+    typer.Option(
+        help="Guesses by hidden states too: run the trace's tokens through this conversion.",
+        metavar="OUT",
+        show_default=False,
+    ),
+]
+Adapters = Annotated[
+    Path | None,
+    typer.Option(
+        help="Of `ane-moe align`, for --conversion.", metavar="FILE.npz", show_default=False
+    ),
+]
+Runtime = Annotated[str, typer.Option(help="For --conversion: reference, coreml or auto.")]
+Plot = Annotated[
+    Path | None,
+    typer.Option(help="Draw hits by capacity.", metavar="FILE.svg", show_default=False),
+]
 
 
 def cache_study(
-    trace: Annotated[
-        Path, typer.Argument(help="A routing trace.", metavar="TRACE.npz", show_default=False)
-    ],
-    capacities: Annotated[
-        str, typer.Option(help="Shares of all experts' bytes that the caches hold.")
-    ] = "0.125,0.25,0.5,1",
-    guess_policy: Annotated[
-        str, typer.Option(help="Who leaves first where experts are loaded ahead.")
-    ] = "layer-distance",
-    max_tokens: Annotated[int, typer.Option(help="Tokens of the trace to play.", min=1)] = 2048,
-    compute_ms: Annotated[
-        float, typer.Option(help="Assumed: ms that a layer takes, nothing being waited for.")
-    ] = 1.0,
-    read_gb_s: Annotated[
-        float, typer.Option(help="Assumed: 10^9 bytes a second of one read.")
-    ] = 3.0,
-    latency_ms: Annotated[float, typer.Option(help="Assumed: ms before a read begins.")] = 0.1,
-    readers: Annotated[int, typer.Option(help="Assumed: reads at once.", min=1)] = 4,
-    contention: Annotated[
-        float,
-        typer.Option(
-            help="Assumed: computing takes 1 + this as long while experts load ahead (0.73 was "
-            "measured of a GPU)."
-        ),
-    ] = 0.0,
-    conversion: Annotated[
-        Path | None,
-        typer.Option(
-            help="Guesses by hidden states too: run the trace's tokens through this conversion.",
-            metavar="OUT",
-            show_default=False,
-        ),
-    ] = None,
-    adapters: Annotated[
-        Path | None,
-        typer.Option(
-            help="Of `ane-moe align`, for --conversion.", metavar="FILE.npz", show_default=False
-        ),
-    ] = None,
-    runtime: Annotated[
-        str, typer.Option(help="For --conversion: reference, coreml or auto.")
-    ] = "auto",
-    plot: Annotated[
-        Path | None,
-        typer.Option(help="Draw hits by capacity.", metavar="FILE.svg", show_default=False),
-    ] = None,
+    trace: TraceFile,
+    capacities: Capacities = "0.125,0.25,0.5,1",
+    guess_policy: GuessPolicy = "layer-distance",
+    max_tokens: MaxTokens = 2048,
+    compute_ms: ComputeMs = 1.0,
+    read_gb_s: ReadGbS = 3.0,
+    latency_ms: LatencyMs = 0.1,
+    readers: Readers = 4,
+    contention: Contention = 0.0,
+    conversion: Conversion = None,
+    adapters: Adapters = None,
+    runtime: Runtime = "auto",
+    plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
     """Play a trace through caches of experts: hits, bytes and stalls by policy, capacity and

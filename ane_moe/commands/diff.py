@@ -18,61 +18,71 @@ if TYPE_CHECKING:
 
 SHOWN = 10  # operations that only one side has, listed at most
 
+ProgramA = Annotated[
+    Path,
+    typer.Argument(
+        help="An .mlpackage, .mlmodelc or .aimodel folder, or the address of one.",
+        metavar="A",
+        callback=opened_package,
+    ),
+]
+ProgramB = Annotated[
+    Path | None,
+    typer.Argument(
+        help=(
+            "Another one; left out, A is compared with itself under the other runtime or precision."
+        ),
+        metavar="B",
+        callback=opened_package,
+        show_default=False,
+    ),
+]
+Function = Annotated[
+    str | None, typer.Option(help="The function of both.", show_default="the default one")
+]
+FunctionB = Annotated[
+    str | None, typer.Option(help="The function of B.", show_default="as --function")
+]
+Runtime = Annotated[
+    str | None,
+    typer.Option(
+        help="Runtime of A: reference, coreml, coreai or auto.",
+        show_default="reference; coreai for an .aimodel",
+    ),
+]
+RuntimeB = Annotated[
+    str | None,
+    typer.Option(help="Runtime of B.", show_default="as --runtime; coreai for an .aimodel"),
+]
+Precision = Annotated[
+    str, typer.Option(help="Precision of A in the reference runtime: fp32, fp16 or engine.")
+]
+PrecisionB = Annotated[
+    str | None,
+    typer.Option(help="Precision of B.", show_default="as --precision; fp32 for an .aimodel"),
+]
+Seed = Annotated[int, typer.Option(help="Draws the inputs that are not given.")]
+Tolerance = Annotated[
+    float | None,
+    typer.Option(
+        help="Relative L2 beyond which two values have parted.",
+        show_default="0.01; of two runtimes 0.05, and gaps up to 2^-14 are none",
+    ),
+]
+
 
 def diff(
-    a: Annotated[
-        Path,
-        typer.Argument(
-            help="An .mlpackage, .mlmodelc or .aimodel folder, or the address of one.",
-            metavar="A",
-            callback=opened_package,
-        ),
-    ],
-    b: Annotated[
-        Path | None,
-        typer.Argument(
-            help=(
-                "Another one; left out, A is compared with itself under the other runtime or "
-                "precision."
-            ),
-            metavar="B",
-            callback=opened_package,
-            show_default=False,
-        ),
-    ] = None,
+    a: ProgramA,
+    b: ProgramB = None,
     given: InputFiles = None,
-    function: Annotated[
-        str | None, typer.Option(help="The function of both.", show_default="the default one")
-    ] = None,
-    function_b: Annotated[
-        str | None, typer.Option(help="The function of B.", show_default="as --function")
-    ] = None,
-    runtime: Annotated[
-        str | None,
-        typer.Option(
-            help="Runtime of A: reference, coreml, coreai or auto.",
-            show_default="reference; coreai for an .aimodel",
-        ),
-    ] = None,
-    runtime_b: Annotated[
-        str | None,
-        typer.Option(help="Runtime of B.", show_default="as --runtime; coreai for an .aimodel"),
-    ] = None,
-    precision: Annotated[
-        str, typer.Option(help="Precision of A in the reference runtime: fp32, fp16 or engine.")
-    ] = "fp32",
-    precision_b: Annotated[
-        str | None,
-        typer.Option(help="Precision of B.", show_default="as --precision; fp32 for an .aimodel"),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Draws the inputs that are not given.")] = 0,
-    tolerance: Annotated[
-        float | None,
-        typer.Option(
-            help="Relative L2 beyond which two values have parted.",
-            show_default="0.01; of two runtimes 0.05, and gaps up to 2^-14 are none",
-        ),
-    ] = None,
+    function: Function = None,
+    function_b: FunctionB = None,
+    runtime: Runtime = None,
+    runtime_b: RuntimeB = None,
+    precision: Precision = "fp32",
+    precision_b: PrecisionB = None,
+    seed: Seed = 0,
+    tolerance: Tolerance = None,
     as_json: AsJson = False,
 ) -> None:
     """Run both on the same inputs and show the first op where they part, and by how much.

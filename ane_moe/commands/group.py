@@ -7,37 +7,38 @@ from typing import Annotated
 
 import typer
 
-from ane_moe.commands.options import AsJson
+from ane_moe.commands.options import AsJson, TraceFile
 from ane_moe.errors import UserError
+
+Out = Annotated[
+    Path, typer.Option(help="Write the grouping here.", metavar="FILE.json", show_default=False)
+]
+ExpertsPerFunction = Annotated[
+    str,
+    typer.Option(
+        help=(
+            "Experts that share a function, or `auto`: as many as the target is expected to "
+            "run fastest."
+        ),
+        metavar="G|auto",
+    ),
+]
+Target = Annotated[str, typer.Option(help="For auto: chip to predict for, m1 ... m5-max.")]
+FormatName = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        help="For auto: weight format of the conversion, such as fp16, int8 or lut4.",
+    ),
+]
 
 
 def group(
-    trace: Annotated[
-        Path, typer.Argument(help="A routing trace.", metavar="TRACE.npz", show_default=False)
-    ],
-    out: Annotated[
-        Path, typer.Option(help="Write the grouping here.", metavar="FILE.json", show_default=False)
-    ],
-    experts_per_function: Annotated[
-        str,
-        typer.Option(
-            help=(
-                "Experts that share a function, or `auto`: as many as the target is expected to "
-                "run fastest."
-            ),
-            metavar="G|auto",
-        ),
-    ] = "auto",
-    target: Annotated[
-        str, typer.Option(help="For auto: chip to predict for, m1 ... m5-max.")
-    ] = "m4-max",
-    form: Annotated[
-        str,
-        typer.Option(
-            "--format",
-            help="For auto: weight format of the conversion, such as fp16, int8 or lut4.",
-        ),
-    ] = "int8",
+    trace: TraceFile,
+    out: Out,
+    experts_per_function: ExpertsPerFunction = "auto",
+    target: Target = "m4-max",
+    form: FormatName = "int8",
     as_json: AsJson = False,
 ) -> None:
     """Group experts that tokens choose together, so that a token calls few functions.

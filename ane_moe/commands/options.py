@@ -168,3 +168,6 @@ TextOrFiles = Annotated[
     ),
 ]
 TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that add up to this.")]
+TraceFile = Annotated[
+    Path, typer.Argument(help="A routing trace.", metavar="TRACE.npz", show_default=False)
+]

@@ -32,72 +32,75 @@ FORMS = {"text": "", "json": ".json", "spans": ".jsonl", "html": ".html", "check
 SCHEMES = ("bio", "bioes")
 KB = 1000
 
+Shards = Annotated[
+    Path,
+    typer.Argument(
+        help="Folder of a conversion of a privacy filter, hf://OWNER/NAME, or `demo`.",
+        callback=opened_out,
+        show_default=False,
+    ),
+]
+Labels = Annotated[
+    str | None,
+    typer.Option(help="Look for these only, as email,phone.", show_default="all of the model's"),
+]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        help=(
+            "text, json, spans (a JSON object a line), html (the original in colour) or check "
+            "(where spans begin)."
+        ),
+        show_default="text; on a terminal the original in colour",
+    ),
+]
+Placeholder = Annotated[str, typer.Option(help="What to put in place of what was found.")]
+Numbering = Annotated[
+    bool,
+    typer.Option(
+        "--numbered", help="Number placeholders: the same text gets the same, as [EMAIL_1]."
+    ),
+]
+MappingFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Write what numbered placeholders stand for, for `unredact`, readable by you.",
+        metavar="FILE",
+    ),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="Biases of the decoder: default (none), precision, recall.",
+        show_default="the model's own",
+    ),
+]
+Scheme = Annotated[
+    str | None,
+    typer.Option(help="Print the label of every token instead, as bio or bioes."),
+]
+Unit = Annotated[str, typer.Option(help="What is looked at by itself: paragraph or line.")]
+Check = Annotated[
+    bool,
+    typer.Option("--check", help="Exit with 1 when anything is found; say where, not what it is."),
+]
+
 
 def redact(
-    shards: Annotated[
-        Path,
-        typer.Argument(
-            help="Folder of a conversion of a privacy filter, hf://OWNER/NAME, or `demo`.",
-            callback=opened_out,
-            show_default=False,
-        ),
-    ],
+    shards: Shards,
     text: TextOrFiles = None,
     file: TextFile = None,
-    labels: Annotated[
-        str | None,
-        typer.Option(
-            help="Look for these only, as email,phone.", show_default="all of the model's"
-        ),
-    ] = None,
-    form: Annotated[
-        str | None,
-        typer.Option(
-            "--format",
-            help=(
-                "text, json, spans (a JSON object a line), html (the original in colour) or check "
-                "(where spans begin)."
-            ),
-            show_default="text; on a terminal the original in colour",
-        ),
-    ] = None,
-    placeholder: Annotated[
-        str, typer.Option(help="What to put in place of what was found.")
-    ] = "[{LABEL}]",
-    numbered: Annotated[
-        bool,
-        typer.Option(
-            "--numbered", help="Number placeholders: the same text gets the same, as [EMAIL_1]."
-        ),
-    ] = False,
-    mapping: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write what numbered placeholders stand for, for `unredact`, readable by you.",
-            metavar="FILE",
-        ),
-    ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            help="Biases of the decoder: default (none), precision, recall.",
-            show_default="the model's own",
-        ),
-    ] = None,
-    scheme: Annotated[
-        str | None,
-        typer.Option(help="Print the label of every token instead, as bio or bioes."),
-    ] = None,
-    unit: Annotated[
-        str, typer.Option(help="What is looked at by itself: paragraph or line.")
-    ] = "paragraph",
+    labels: Labels = None,
+    form: Format = None,
+    placeholder: Placeholder = "[{LABEL}]",
+    numbered: Numbering = False,
+    mapping: MappingFile = None,
+    preset: Preset = None,
+    scheme: Scheme = None,
+    unit: Unit = "paragraph",
     beside: Beside = False,
-    check: Annotated[
-        bool,
-        typer.Option(
-            "--check", help="Exit with 1 when anything is found; say where, not what it is."
-        ),
-    ] = False,
+    check: Check = False,
     runtime: RuntimeName = "auto",
     as_json: AsJson = False,
 ) -> None:

@@ -8,41 +8,46 @@ import typer
 
 from ane_moe.commands.options import AsJson, opened_out
 
+Source = Annotated[
+    Path,
+    typer.Argument(
+        help="A conversion (hf://OWNER/NAME: one on the Hub), a Hugging Face model folder or "
+        "OWNER/NAME, or `demo`.",
+        metavar="OUT|CHECKPOINT",
+        callback=opened_out,
+        show_default=False,
+    ),
+]
+CorpusFile = Annotated[
+    Path,
+    typer.Option(
+        help="Text to run: UTF-8, parted by lines of ---, or .json texts or ids.",
+        metavar="FILE",
+        show_default=False,
+    ),
+]
+TraceOut = Annotated[
+    Path, typer.Option(help="Write the trace here.", metavar="FILE.npz", show_default=False)
+]
+Window = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of a passage; each begins with an empty context.",
+        show_default="512 or the context",
+        min=1,
+    ),
+]
+MaxTokens = Annotated[int, typer.Option(help="Tokens in all.", min=1)]
+Runtime = Annotated[str, typer.Option(help="For a conversion: reference, coreml or auto.")]
+
 
 def trace(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            help="A conversion (hf://OWNER/NAME: one on the Hub), a Hugging Face model folder or "
-            "OWNER/NAME, or `demo`.",
-            metavar="OUT|CHECKPOINT",
-            callback=opened_out,
-            show_default=False,
-        ),
-    ],
-    text: Annotated[
-        Path,
-        typer.Option(
-            help="Text to run: UTF-8, parted by lines of ---, or .json texts or ids.",
-            metavar="FILE",
-            show_default=False,
-        ),
-    ],
-    out: Annotated[
-        Path, typer.Option(help="Write the trace here.", metavar="FILE.npz", show_default=False)
-    ],
-    window: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens of a passage; each begins with an empty context.",
-            show_default="512 or the context",
-            min=1,
-        ),
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens in all.", min=1)] = 8192,
-    runtime: Annotated[
-        str, typer.Option(help="For a conversion: reference, coreml or auto.")
-    ] = "auto",
+    source: Source,
+    text: CorpusFile,
+    out: TraceOut,
+    window: Window = None,
+    max_tokens: MaxTokens = 8192,
+    runtime: Runtime = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Record the experts and weights every token chooses, layer by layer.
