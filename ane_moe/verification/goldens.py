@@ -1,7 +1,7 @@
 """The goldens that a conversion is held against: those inside, or ones captured now."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ane_moe.checkpoints.adapter import adapter_name
@@ -20,22 +20,44 @@ from ane_moe.progress import Progress
 from ane_moe.verification.sample import golden_of, sampled_prompts
 
 
-def require_golden(
-    out: Path, manifest: Manifest, checkpoint: Path | None, prompts: Path | None
-) -> None:
-    """Raise UserError where there is nothing to compare with, or prompts nobody runs."""
-    if checkpoint is None and prompts is not None:
-        raise UserError(
-            "--prompts needs a checkpoint to run them on",
-            "no --checkpoint",
-            "give --checkpoint PATH",
-        )
-    if checkpoint is None and manifest.golden is None:
-        raise UserError(
-            f"{shown(out)} holds no golden to compare with",
-            "no golden.safetensors",
-            "give --checkpoint PATH, or convert with --golden",
-        )
+@dataclass(frozen=True)
+class GoldenSource:
+    """Where goldens come from: the conversion itself or, where there is a `checkpoint` (a folder),
+    that, with what `adapters` add, on the `prompts` of a file or the built-in ones."""
+
+    checkpoint: Path | None = None
+    prompts: Path | None = None
+    adapters: tuple[Path, ...] = ()
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """What is read beside the conversion."""
+        return () if self.checkpoint is None else (self.checkpoint, *self.adapters)
+
+    def require(self, out: Path, manifest: Manifest) -> None:
+        """Raise UserError where there is nothing to compare with, or prompts nobody runs."""
+        if self.checkpoint is None and self.prompts is not None:
+            raise UserError(
+                "--prompts needs a checkpoint to run them on",
+                "no --checkpoint",
+                "give --checkpoint PATH",
+            )
+        if self.checkpoint is None and manifest.golden is None:
+            raise UserError(
+                f"{shown(out)} holds no golden to compare with",
+                "no golden.safetensors",
+                "give --checkpoint PATH, or convert with --golden",
+            )
+
+    def goldens(
+        self, out: Path, manifest: Manifest, kept: Kept, quick: bool, progress: Progress
+    ) -> tuple[Goldens, int]:
+        """Those that there are, or that are captured now, of a few prompts if `quick`; and how many
+        prompts there are. Raises UserError as `read_goldens` and `capture`."""
+        if self.checkpoint is None:
+            return read_goldens(out, manifest, quick)
+        how = (self.prompts, kept, quick, progress, self.adapters)
+        return capture(out, manifest, self.checkpoint, *how)
 
 
 def with_switched(

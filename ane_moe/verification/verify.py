@@ -26,16 +26,14 @@ from ane_moe.verification.elsewhere import by_workers, shared_goldens
 from ane_moe.verification.engine_report import engine_report
 from ane_moe.verification.engine_result import EngineReport
 from ane_moe.verification.goldens import (
-    capture,
+    GoldenSource,
     inner_scales,
-    read_goldens,
-    require_golden,
     with_switched,
 )
 from ane_moe.verification.integrity import check_integrity
 from ane_moe.verification.proof import Proof, Trial
 from ane_moe.verification.proof_key import proof_key
-from ane_moe.verification.result import Comparison, VerifyReport
+from ane_moe.verification.result import Comparison, TokenizerResult, VerifyReport
 from ane_moe.verification.sample import sample_of, sampled_manifest
 from ane_moe.verification.tokenizer_parity import compare_tokenizer
 
@@ -85,75 +83,81 @@ def verify(
     told, written = progress or silent, read_manifest(out)
     if checkpoint is not None:
         checkpoint = local_folder(checkpoint, written.walked)
-    whole = with_switched(written, adapters, merged=checkpoint is not None)
+    source = GoldenSource(checkpoint, prompts, tuple(adapters))
+    captured = checkpoint is not None
+    whole = with_switched(written, adapters, merged=captured)
     manifest = sampled_manifest(whole) if quick else whole
     runtime, computed = with_precision(runtime, precision, manifest.package_form)
     problems = check_integrity(out, written, phase(told, 0, FILES), manifest.shards)
     by_engine = precision == "engine"
     if cluster:
-        if by_engine:
-            found, do = "--precision engine", "leave one out"
-            raise UserError("--cluster proves by exact sums", found, do)
+        _require_exact(by_engine)
         out = out.absolute()  # its workers are in folders of their own
     options = options if by_engine else options | computed
-    require_golden(out, manifest, checkpoint, prompts)
+    source.require(out, manifest)
     facts = (manifest.routing, manifest.weights, manifest.compressed)
     report = VerifyReport(False, shown(out), runtime, *facts, 0, problems)
     if problems:
         return report
     scope = (decode_tokens, quick, by_engine, [adapter_name(one) for one in adapters])
-    sources = () if checkpoint is None else (checkpoint, *adapters)
-    key = proof_key(out, sources, prompts, runtime, options, scope)
+    key = proof_key(out, source.folders, prompts, runtime, options, scope)
     with kept_beside(out, "proof", key, fresh=fresh) as kept:
-        goldens, prompts_in_all = (
-            read_goldens(out, manifest, quick)
-            if checkpoint is None
-            else capture(
-                out,
-                manifest,
-                checkpoint,
-                prompts,
-                kept,
-                quick,
-                phase(told, FILES, GOLDENS),
-                adapters,
-            )
-        )
+        capturing = phase(told, FILES, GOLDENS)
+        goldens, prompts_in_all = source.goldens(out, manifest, kept, quick, capturing)
         told("tokenizer", 0, 1)
-        ids = compare_tokenizer(out, manifest, checkpoint)
-        skipped, tokenizer = (ids, None) if isinstance(ids, str) else (None, ids)
-        inner = inner_scales(manifest)
-        rest = phase(told, FILES if checkpoint is None else GOLDENS, 1)
+        tokenizer = compare_tokenizer(out, manifest, checkpoint)
+        rest = phase(told, GOLDENS if captured else FILES, 1)
         proof = Proof(out, manifest, runtime, options, decode_tokens, kept, quick, rest)
         trials = _trials(goldens, _gates(manifest, min_cosine, min_logit_cosine))
+        engine = None
         if by_engine:
-            (against_original, *others), engine = _compared_by_engine(proof, computed, trials)
+            found, engine = _compared_by_engine(proof, computed, trials)
         elif cluster:
-            with _on_cluster(cluster, proof, trials, goldens, checkpoint is not None) as shared:
-                (against_original, *others), engine = shared.compared(trials), None
+            with _on_cluster(cluster, proof, trials, goldens, captured) as shared:
+                found = shared.compared(trials)
         else:
-            (against_original, *others), engine = proof.compared(trials), None
+            found = proof.compared(trials)
         prompts_seen = (len(goldens.original.prompts), prompts_in_all)
-        sample = sample_of(whole, manifest, prompts_seen, checkpoint is not None)
-        report = replace(
-            report,
-            **vars(against_original),
-            golden_tokens=sum(map(len, goldens.original.prompts)),
-            model_skipped=proof.why_no_model(goldens.original),
-            as_stored=others[0] if others else None,
-            compression=goldens.compression,
-            tokenizer=tokenizer,
-            tokenizer_skipped=skipped,
-            sample=sample if quick else None,
-            reused_steps=kept.reused,
-            engine=engine,
-            stream_scale=manifest.stream_scale,
-            ranges=tuple(
-                one.scaled(inner.get(one.layer, InnerScale()))
-                for one in ranges_of(goldens.original)
-            ),
-        )
+        sample = sample_of(whole, manifest, prompts_seen, captured) if quick else None
+        report = replace(report, sample=sample, engine=engine)
+        report = _with_tokenizer(_with_comparisons(report, proof, goldens, found), tokenizer)
     return replace(report, passed=not report.failures)
+
+
+def _require_exact(by_engine: bool) -> None:
+    """Raise UserError where workers would prove by the engine's arithmetic."""
+    if by_engine:
+        found, do = "--precision engine", "leave one out"
+        raise UserError("--cluster proves by exact sums", found, do)
+
+
+def _with_comparisons(
+    report: VerifyReport, proof: Proof, goldens: Goldens, found: Sequence[Comparison]
+) -> VerifyReport:
+    """The report with what was compared: with the original model and, where there is a golden of
+    the weights as stored, with that."""
+    against_original, *others = found
+    original, manifest = goldens.original, proof.manifest
+    inner = inner_scales(manifest)
+    ranges = (one.scaled(inner.get(one.layer, InnerScale())) for one in ranges_of(original))
+    return replace(
+        report,
+        **vars(against_original),
+        golden_tokens=sum(map(len, original.prompts)),
+        model_skipped=proof.why_no_model(original),
+        as_stored=others[0] if others else None,
+        compression=goldens.compression,
+        reused_steps=proof.kept.reused,
+        stream_scale=manifest.stream_scale,
+        ranges=tuple(ranges),
+    )
+
+
+def _with_tokenizer(report: VerifyReport, found: TokenizerResult | str) -> VerifyReport:
+    """The report with what comparing tokens gave, or why there was nothing to compare."""
+    if isinstance(found, str):
+        return replace(report, tokenizer_skipped=found)
+    return replace(report, tokenizer=found)
 
 
 @contextmanager
