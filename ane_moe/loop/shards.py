@@ -118,46 +118,63 @@ def load_shards(
     """
     manifest = read_manifest(folder).with_adapter(adapter)
     check_manifest(manifest, folder)
+    _require_whole(manifest, folder)
+    runtime = resolve_runtime(runtime, manifest.package_form)
+    stored = stored_bytes(folder, manifest)
+    limits = _limits(folder, manifest, stored, memory_mb, expert_cache_bytes)
+    options |= session_options(runtime, limits.memory_mb, stored)
+    experts = expert_layers(manifest)
+    steps = tuple(
+        experts[step] if isinstance(step, int) else _loaded(folder, step, runtime, options)
+        for step in call_order(manifest)
+    )
+    cache = None
+    if experts:
+        kept = (limits.expert_bytes, expert_policy)
+        cache = open_cache(folder, manifest, runtime, *kept, direct=direct, **options)
+    embed, ropes = open_embeddings(folder, manifest), rope_tables(manifest)
+    return LoadedShards(folder, manifest, runtime, steps, embed, ropes, cache, limits.budget)
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """What weights may take: `memory_mb` packages and what the runtime expands of them,
+    `expert_bytes` the experts that are kept (None: no limit); and how memory was divided, where
+    experts lie in stores."""
+
+    memory_mb: float | None
+    expert_bytes: int | None
+    budget: Budget | None = None
+
+
+def _limits(
+    folder: Path, manifest: Manifest, stored: int, memory_mb: float | None, expert_bytes: int | None
+) -> _Limits:
+    """The limits that were asked for; of stores, what both leave. `stored`: bytes of packages.
+    Raises UserError as `budget_of`."""
+    if not any(shard.store for shard in manifest.shards):
+        return _Limits(memory_mb, expert_bytes)
+    limit = None if memory_mb is None else int(memory_mb * MB)
+    budget = budget_of(manifest.shards, table_bytes(folder, manifest), limit)
+    packages_mb = None if limit is None else (stored + budget.expanded) / MB
+    return _Limits(packages_mb, min(expert_bytes or budget.experts, budget.experts), budget)
+
+
+def _loaded(folder: Path, shard: Shard, runtime: str, options: dict[str, Any]) -> LoadedShard:
+    package = open_package(folder / shard.path, runtime, **options)
+    functions = {entry.name: package.function(entry.entry) for entry in shard.functions}
+    loaded = LoadedShard(shard, functions)
+    check_shard(loaded, folder)
+    return loaded
+
+
+def _require_whole(manifest: Manifest, folder: Path) -> None:
     if not is_whole(manifest):
         raise UserError(
             f"{folder} holds a part of the model only",
             f"{len(manifest.layers)} of {manifest.n_layers} layers",
             "convert without --layers",
         )
-    runtime = resolve_runtime(runtime, manifest.package_form)
-    stored, budget = stored_bytes(folder, manifest), None
-    if any(shard.store for shard in manifest.shards):
-        limit = None if memory_mb is None else int(memory_mb * MB)
-        budget = budget_of(manifest.shards, table_bytes(folder, manifest), limit)
-        expert_cache_bytes = min(expert_cache_bytes or budget.experts, budget.experts)
-        memory_mb = None if limit is None else (stored + budget.expanded) / MB
-    options |= session_options(runtime, memory_mb, stored)
-
-    def load(shard: Shard) -> LoadedShard:
-        package = open_package(folder / shard.path, runtime, **options)
-        functions = {entry.name: package.function(entry.entry) for entry in shard.functions}
-        loaded = LoadedShard(shard, functions)
-        check_shard(loaded, folder)
-        return loaded
-
-    experts = expert_layers(manifest)
-    steps = [
-        experts[step] if isinstance(step, int) else load(step) for step in call_order(manifest)
-    ]
-    cache = None
-    if experts:
-        limits = (expert_cache_bytes, expert_policy)
-        cache = open_cache(folder, manifest, runtime, *limits, direct=direct, **options)
-    return LoadedShards(
-        folder,
-        manifest,
-        runtime,
-        tuple(steps),
-        open_embeddings(folder, manifest),
-        rope_tables(manifest),
-        cache,
-        budget,
-    )
 
 
 def table_bytes(folder: Path, manifest: Manifest) -> int:
