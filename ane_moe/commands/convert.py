@@ -63,9 +63,9 @@ def convert(
     if not (dry_run or cluster or _may_be_done(out, overwrite)):
         _prepare(workers)
     from ane_moe.commands.conversion import Asked, carried_out, planned, show_plan, show_report
+    from ane_moe.conversion.extent import MAX_EXPERT_TOKENS
     from ane_moe.conversion.job import require_early
     from ane_moe.conversion.plan import MAX_LENGTH, ConvertOptions
-    from ane_moe.conversion.planner import MAX_EXPERT_TOKENS
     from ane_moe.forecast.aim import aim_of
     from ane_moe.formats.recipe import find_recipe
     from ane_moe.number_lists import parse_counts, parse_layers

@@ -1,50 +1,41 @@
 """Decide what a conversion will write, from the ModelSpec and the options alone."""
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 from ane_moe.checkpoints.adapter import MERGED_INSTEAD, LowRank
 from ane_moe.checkpoints.checkpoint import TensorSource
 from ane_moe.conversion.early import EarlyRows, early_rows
 from ane_moe.conversion.expert_layout import Formed, common_record
+from ane_moe.conversion.extent import CACHE_STEP, blocks_of, extent_of
+from ane_moe.conversion.package_plan import Copy, Packing, apart
 from ane_moe.conversion.plan import (
     FOLDERS,
     MB,
     ConversionPlan,
     ConvertOptions,
-    OneHot,
     Recovery,
     ShardPlan,
-    Source,
     functions_of,
-    lengths_of,
 )
 from ane_moe.early_adapters import Adapters
 from ane_moe.errors import UserError
 from ane_moe.expert_record import Store
-from ane_moe.formats.recipe import Choice, find_format
-from ane_moe.manifest import (
-    EXPERT_GRAPH,
-    FUNCTIONS,
-    TAIL,
-    ShardFunction,
-    asset_path,
-)
+from ane_moe.formats.recipe import Choice
+from ane_moe.manifest import EXPERT_GRAPH, FUNCTIONS, TAIL, asset_path
 from ane_moe.model.attention import AttentionConfig, RingConfig
 from ane_moe.model.experts import ExpertGroupConfig, GivenExpertConfig, SharedExpertConfig
 from ane_moe.model.head import HeadConfig
 from ane_moe.model.join import JoinConfig
 from ane_moe.model.mixer import MixerConfig
 from ane_moe.model.mixers import mixer_config
-from ane_moe.model.mla import MlaSpec
 from ane_moe.model.mlp import DenseConfig, MlpRanks
 from ane_moe.model.moe import MoeConfig
 from ane_moe.model.part import PartConfig
-from ane_moe.model.port import ADDED, FFN_INPUT, LATER, STREAM, How, Ports, track_slot
+from ane_moe.model.port import ADDED, FFN_INPUT, LATER, STREAM, How, track_slot
 from ane_moe.model.routed import EarlyConfig, RoutedMixerConfig, RoutingConfig
 from ane_moe.model.spec import (
     GqaSpec,
@@ -52,33 +43,18 @@ from ane_moe.model.spec import (
     MlpSpec,
     ModelSpec,
     MoeSpec,
-    RouterSpec,
     SharedGqaSpec,
     SharedSpec,
     TrackSpec,
 )
 from ane_moe.model.stack import FfnConfig, PackedConfig, StackConfig, can_share
-from ane_moe.model.template_key import TemplateKey, function_name, weight_name
-from ane_moe.model.weight import (
-    HEAD,
-    HEAD_BIAS,
-    Directions,
-    Early,
-    EarlyBias,
-    Place,
-    Selection,
-    Weight,
-    WeightName,
-)
+from ane_moe.model.template_key import weight_name
+from ane_moe.model.weight import HEAD, WeightName
 from ane_moe.wording import counted, listed
 
-CACHE_STEP = 32  # a state's last axis must be a multiple of it (coremltools issue 2631)
 MAX_WEIGHT_BYTES = 1 << 31  # Core ML refuses larger weight files (coremltools PR 2593)
 MAX_HEAD_ROWS = 16_384  # widest axis of the M1 to M3 engines (ane-guide, appendix A)
 MIN_HEAD_PARTS = 2
-DEFAULT_CONTEXT = 2048
-MAX_EXPERT_TOKENS = 1 << 14
-STREAM_DIVISORS = tuple(1 << power for power in range(16))
 
 
 def make_plan(
@@ -94,33 +70,14 @@ def make_plan(
     Raises UserError for a context or a layer the model does not have, for senseless expert
     functions, for a shard that cannot be cut below 2 GiB, and as `early_rows` does.
     """
-    _require_expert_functions(options)
-    if options.stream_divisor not in (None, *STREAM_DIVISORS):
-        raise UserError(
-            f"hidden states are not divided by {options.stream_divisor}",
-            do=f"give a power of two, up to {STREAM_DIVISORS[-1]}",
-        )
-    if options.roster:
-        spec = _disturbed(spec, options.routing)
-    context = _context(spec, options)
-    layers = tuple(range(len(spec.layers))) if options.layers is None else options.layers
-    if outside := [n for n in layers if not 0 <= n < len(spec.layers)]:
-        raise UserError(
-            f"the model has no layer {outside[0]}", do=f"its layers are 0-{len(spec.layers) - 1}"
-        )
-    if lacking := [n for n in layers if spec.source(n) not in layers]:
-        raise UserError(
-            f"layer {lacking[0]} reads the keys and values of layer {spec.source(lacking[0])}",
-            do=f"give {spec.source(lacking[0])} to --layers too",
-        )
-    width = math.ceil(context / CACHE_STEP) * CACHE_STEP
-    spec = _within(spec, context)
+    extent = extent_of(spec, options)
+    spec, layers = extent.spec, extent.layers
     rows = {} if early is None else early_rows(spec, sources, early, options.ahead, layers)
-    planner = _Planner(spec, sources, options, width, adapters or {}, early=rows)
+    planner = _Planner(spec, sources, options, extent.slots, adapters or {}, early=rows)
     if spec.tracks is None:
         shards = [shard for group in planner.groups(layers) for shard in planner.layers(group)]
     else:
-        blocks = _blocks(spec.tracks, len(spec.layers), layers, options)
+        blocks = blocks_of(spec.tracks, len(spec.layers), layers, options)
         shards = [shard for block in blocks for shard in planner.block(block, spec.tracks)]
     if len(layers) == len(spec.layers):
         shards += planner.head()
@@ -136,18 +93,7 @@ def make_plan(
             )
     for name, low_ranks in (adapters or {}).items():
         _require_switched(name, low_ranks, layers, shards)
-    return ConversionPlan(spec, options, context, width, layers, tuple(shards))
-
-
-def _within(spec: ModelSpec, context: int) -> ModelSpec:
-    """The model in such a context, without the indexers that it has no need of."""
-    layers = (
-        replace(layer, mixer=layer.mixer.within(context))
-        if isinstance(layer.mixer, MlaSpec)
-        else layer
-        for layer in spec.layers
-    )
-    return replace(spec, layers=tuple(layers))
+    return ConversionPlan(spec, options, extent.context, extent.slots, layers, tuple(shards))
 
 
 def _require_switched(
@@ -168,101 +114,6 @@ def _require_switched(
     why = "it adapts experts, which lie in a store" if stored else "it adapts more than projections"
     what = f"the adapter {name} cannot be switched: {why}"
     raise UserError(what, listed([str(one) for one in idle]), MERGED_INSTEAD)
-
-
-def _blocks(
-    tracks: TrackSpec, count: int, layers: Sequence[int], options: ConvertOptions
-) -> list[tuple[range, ...]]:
-    """The blocks of tracks, out of `count` layers, that make up `layers`. Raises UserError where
-    they are not whole, or the host would have to call experts inside of one package."""
-    if options.dispatches and options.tracks == "packed":
-        raise UserError(
-            "the host calls experts between layers of a track",
-            "all layers of a block are in one package",
-            "give --tracks apart, or --routing masked",
-        )
-    chosen, blocks = set(layers), []
-    for block in tracks.blocks(count):
-        own = {number for track in block for number in track}
-        if own & chosen:
-            blocks.append(block)
-        if own & chosen and own - chosen:
-            raise UserError(
-                "tracks meet in whole blocks",
-                f"{len(own & chosen)} of the layers {min(own)}-{max(own)}",
-                "give all of these to --layers, or none",
-            )
-    return blocks
-
-
-def _disturbed(spec: ModelSpec, routing: str) -> ModelSpec:
-    """The model with routers that take noise. Raises UserError where none can."""
-    if routing == "soft":
-        raise UserError("soft routing chooses no experts", do="give another --routing")
-    routers = [layer.ffn.router for layer in spec.layers if isinstance(layer.ffn, MoeSpec)]
-    known = all(isinstance(router, RouterSpec) for router in routers)
-    if spec.is_encoder or not routers or not known:
-        raise UserError(f"a roster is not possible with {spec.family}", do="leave --roster out")
-    return replace(spec, layers=tuple(_with_noise(layer) for layer in spec.layers))
-
-
-def _with_noise(layer: LayerSpec) -> LayerSpec:
-    ffn = layer.ffn
-    if not (isinstance(ffn, MoeSpec) and isinstance(ffn.router, RouterSpec)):
-        return layer
-    return replace(layer, ffn=replace(ffn, router=replace(ffn.router, noise=True)))
-
-
-def _context(spec: ModelSpec, options: ConvertOptions) -> int:
-    if lengths := lengths_of(spec, options):
-        if options.context is not None:
-            raise UserError(f"{spec.family} has no context to size", do="give --lengths instead")
-        return lengths[-1]
-    context = min(DEFAULT_CONTEXT, spec.context) if options.context is None else options.context
-    if not 1 <= context <= spec.context:
-        raise UserError(
-            f"a context of {context} tokens is not possible", f"the model's own is {spec.context}"
-        )
-    return context
-
-
-def _require_expert_functions(options: ConvertOptions) -> None:
-    tokens = options.expert_tokens
-    if (
-        list(tokens) != sorted(set(tokens))
-        or not tokens
-        or not 1 <= tokens[0] <= tokens[-1] <= MAX_EXPERT_TOKENS
-    ):
-        raise UserError(
-            "the token counts of expert functions are not possible",
-            ",".join(map(str, tokens)) or "none",
-            f"give rising numbers from 1 to {MAX_EXPERT_TOKENS}",
-        )
-    if options.experts_per_function > 1 and options.routing == "stream":
-        raise UserError(
-            "a store is read expert by expert",
-            f"{options.experts_per_function} experts of a function",
-            "leave --experts-per-function out",
-        )
-    if options.experts_per_function < 1:
-        raise UserError("an expert function needs an expert", str(options.experts_per_function))
-    if options.groups and options.routing != "sparse":
-        raise UserError(
-            "a grouping is of expert functions",
-            f"{options.routing} routing",
-            "give --routing sparse",
-        )
-    if options.layers_per_shard < 1:
-        raise UserError("a shard needs a layer", str(options.layers_per_shard))
-
-
-@dataclass(frozen=True)
-class _Copy:
-    """One block of a package, the experts that it holds, and the same with what adapters add."""
-
-    block: PartConfig
-    experts: tuple[int, ...] = ()
-    adapted: Mapping[str, PartConfig] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -286,6 +137,11 @@ class _Planner:
         }
 
     @cached_property
+    def _packing(self) -> Packing:
+        recipe, layout = self.options.recipe, self.options.layout
+        return Packing(self.sources, recipe, layout, self.adapters, self.early)
+
+    @cached_property
     def _more(self) -> dict[tuple[int | None, str, str], int]:
         """Directions that the adapter adds to a matrix; of experts, to any of them."""
         most: dict[tuple[int | None, str, str], int] = {}
@@ -296,12 +152,12 @@ class _Planner:
 
     def _copy(
         self, make: Callable[["_Planner"], PartConfig], experts: tuple[int, ...] = ()
-    ) -> _Copy:
+    ) -> Copy:
         """What `make` makes of this planner, and of those of adapters that change it."""
         block = make(self)
         others = {name: make(planner) for name, planner in self._with_adapter.items()}
         changed = {name: other for name, other in others.items() if other != block}
-        return _Copy(block, experts, changed)
+        return Copy(block, experts, changed)
 
     def groups(self, layers: Sequence[int]) -> list[tuple[int, ...]]:
         """Layers that share a shard: those that read one layer's caches with it, else neighbours
@@ -448,14 +304,9 @@ class _Planner:
 
     def _rank(self, name: WeightName) -> int:
         """Directions beside a tensor: kept apart from it, or added by an adapter."""
-        return self._apart(self.sources[name]) + self._more.get(
+        return apart(self.sources[name], self.options.recipe) + self._more.get(
             (name.layer, name.part, _of_any(name)), 0
         )
-
-    def _apart(self, source: TensorSource) -> int:
-        """Directions kept apart from a tensor: never more than half of those it has."""
-        choice = self.options.recipe.choice(source.name, source.role)
-        return choice.directions(source.shape)
 
     def _mixer(self, layer: int, lends: bool = False) -> MixerConfig | None:
         """That of a layer; `lends`: in a package with those that read its caches."""
@@ -550,10 +401,10 @@ class _Planner:
         groups = self._expert_groups(layer, moe.router.experts)
         shared = self._shared_copy(layer, moe)
 
-        def package(path: str, copies: dict[str, _Copy], **facts: Any) -> ShardPlan:
+        def package(path: str, copies: dict[str, Copy], **facts: Any) -> ShardPlan:
             return self._expert_package(path, layer, copies, **facts)
 
-        def routed(group: tuple[int, ...]) -> dict[str, _Copy]:
+        def routed(group: tuple[int, ...]) -> dict[str, Copy]:
             copy = self._copy(lambda planner: planner._group(layer, moe, len(group)), group)
             return {f"expert_{group[0]:03d}": copy}
 
@@ -562,7 +413,7 @@ class _Planner:
         parts = even_parts(len(groups), math.ceil(len(groups) / max(1, room // largest)))
         shards, first = [], 0
         for part, count in enumerate(parts):
-            copies: dict[str, _Copy] = {}
+            copies: dict[str, Copy] = {}
             for group in groups[first : first + count]:
                 copies |= routed(group)
             copies |= {} if part else shared
@@ -576,7 +427,7 @@ class _Planner:
     def stored_experts(self, layer: int, moe: MoeSpec) -> list[ShardPlan]:
         """The store of a layer's experts, and a package of the one that is always called."""
         config, count = self._group(layer, moe, 1), moe.router.experts
-        copies = {f"expert_{expert:03d}": _Copy(config, (expert,)) for expert in range(count)}
+        copies = {f"expert_{expert:03d}": Copy(config, (expert,)) for expert in range(count)}
         shared = self._shared_copy(layer, moe)
         path, parts = f"experts/layer_{layer:02d}", 2 if shared else 1
         reason = f"{count} records, read when they are chosen"
@@ -598,7 +449,9 @@ class _Planner:
     def expert_graphs(self) -> list[ShardPlan]:
         """The packages that compute stored experts, whatever their layer."""
         return [
-            self._package(path, EXPERT_GRAPH, None, {"": _Copy(config)}, self._expert_functions)
+            self._packing.package(
+                path, EXPERT_GRAPH, None, {"": Copy(config)}, self._expert_functions
+            )
             for config, path in self.graphs.items()
         ]
 
@@ -607,12 +460,14 @@ class _Planner:
         return tuple((f"t{tokens}", tokens) for tokens in self.options.expert_tokens)
 
     def _expert_package(
-        self, path: str, layer: int, copies: Mapping[str, _Copy], **facts: Any
+        self, path: str, layer: int, copies: Mapping[str, Copy], **facts: Any
     ) -> ShardPlan:
         functions = self._expert_functions
-        return self._package(path, "experts", layer, copies, functions, scope="ffn", **facts)
+        return self._packing.package(
+            path, "experts", layer, copies, functions, scope="ffn", **facts
+        )
 
-    def _shared_copy(self, layer: int, moe: MoeSpec) -> dict[str, _Copy]:
+    def _shared_copy(self, layer: int, moe: MoeSpec) -> dict[str, Copy]:
         """The expert that is always called, where there is one."""
         if moe.shared is None:
             return {}
@@ -694,7 +549,7 @@ class _Planner:
         norm = head.norm(self.spec.norm)
         return HeadConfig(self.spec.d_model, norm, rows, rank, head.bias, head.softcap)
 
-    def _part(self, layer: int, moe: MoeSpec, experts: range) -> _Copy:
+    def _part(self, layer: int, moe: MoeSpec, experts: range) -> Copy:
         """A part of a MoE layer that holds these experts."""
         first = experts.start == 0
         return self._copy(
@@ -746,14 +601,14 @@ class _Planner:
         return even_parts(experts, math.ceil(experts / fitting)), reason
 
     def _shard(
-        self, path: str, kind: str, layer: int | None, copy: _Copy, **facts: Any
+        self, path: str, kind: str, layer: int | None, copy: Copy, **facts: Any
     ) -> ShardPlan:
         functions = functions_of(self.spec, self.options)
         if layer is not None and layer >= self._tail:
             functions = ((TAIL, 1),)
         elif isinstance(copy.block, StackConfig) and copy.block.runs:
             functions = (*functions, (TAIL, 1))
-        return self._package(path, kind, layer, {"": copy}, functions, **facts)
+        return self._packing.package(path, kind, layer, {"": copy}, functions, **facts)
 
     @cached_property
     def _tail(self) -> int:
@@ -763,122 +618,6 @@ class _Planner:
         while first and _keeps_nothing(self.spec.layers[first - 1]):
             first -= 1
         return first
-
-    def _package(
-        self,
-        path: str,
-        kind: str,
-        layer: int | None,
-        copies: Mapping[str, _Copy],
-        functions: tuple[tuple[str, int], ...],
-        *,
-        scope: str = "",
-        layers: tuple[int, ...] = (),
-        rows: tuple[int, int] | None = None,
-        **facts: Any,
-    ) -> ShardPlan:
-        """`rows` of the vocabulary are those of a slice of the head."""
-        layout = self.options.layout
-        graphs: dict[str, TemplateKey] = {}
-        alone = () if layer is None else (layer,)
-        sources: dict[str, Source] = {}
-        choices: dict[str, Choice] = {}
-        payloads: dict[str, int] = {}
-        shared: dict[str, str] = {}
-        entries: dict[bool, list[ShardFunction]] = {False: [], True: []}
-        first: dict[Source, str] = {}  # of weights that stand in base and adapters alike
-        for adapter, plain, copy in self._copies(copies):
-            prefix = function_name(adapter, plain) if plain else adapter
-            graphs[prefix] = TemplateKey(copy.block, functions, layout)
-            place = Place(layers or alone, scope, copy.experts)
-            own = (self._with_adapter[adapter] if adapter else self)._sources(copy, place, rows)
-            chosen = {name: self._choice(source) for name, source in own.items()}
-            sizes = {name: _payload(source, chosen[name]) for name, source in own.items()}
-            once = {name: weight_name(prefix, same) for name, same in _shared(own).items()}
-            sizes |= dict.fromkeys(once, 0)
-            told = sizes
-            if self.adapters:
-                once = _again(own, prefix, first, once)
-                sizes = sizes | dict.fromkeys(once, 0)
-            entries[bool(adapter)] += [
-                ShardFunction(
-                    function_name(plain, name),
-                    tokens,
-                    _ports(part, tokens, place.layers, rows, layout),
-                    adapter=adapter,
-                    layers=_run(part, place.layers),
-                    **_work(part, copy.experts, own, chosen, told),
-                )
-                for name, tokens in functions
-                for part in [graphs[prefix].block_of(name)]
-            ]
-            for name, source in own.items():
-                unique = weight_name(prefix, name)
-                sources[unique], payloads[unique] = source, sizes[name]
-                if chosen[name] != Choice() and name not in once:
-                    choices[unique] = chosen[name]
-                if name in once:
-                    shared[unique] = once[name]
-        return ShardPlan(
-            path,
-            kind,
-            layer,
-            tuple(entries[False]),
-            scope,
-            layers=layers,
-            adapted=tuple(entries[True]),
-            weight_bytes=sum(payloads.values()),
-            graphs=graphs,
-            sources=sources,
-            payloads=payloads,
-            choices=choices,
-            shared=shared,
-            **facts,
-        )
-
-    def _copies(self, copies: Mapping[str, _Copy]) -> Iterator[tuple[str, str, _Copy]]:
-        """Each copy, and after all of them each again with what an adapter adds: the adapter, and
-        the prefix."""
-        for prefix, copy in copies.items():
-            yield "", prefix, copy
-        for adapter in self.adapters:
-            for prefix, copy in copies.items():
-                if adapter in copy.adapted:
-                    yield adapter, prefix, _Copy(copy.adapted[adapter], copy.experts)
-
-    def _sources(
-        self, copy: _Copy, place: Place, vocab_rows: tuple[int, int] | None
-    ) -> dict[str, Source]:
-        """Where the parameters of a block come from, in its own order. A slice of the head has its
-        `vocab_rows`."""
-        sources: dict[str, Source] = {}
-        for row in copy.block.rows():
-            match row:
-                case Weight(path):
-                    whole = self.sources[place.name(path)]
-                    by_row = whole.name in (HEAD, HEAD_BIAS)
-                    sources[path] = whole.part(*vocab_rows) if vocab_rows and by_row else whole
-                case Selection(path, (count, total)):
-                    sources[path] = OneHot(count, total, copy.experts[0])
-                case Early(path):
-                    sources[path] = self.early[place.layers[0]]
-                case EarlyBias(path):
-                    bias = self.early[place.layers[0]].bias
-                    assert bias is not None
-                    sources[path] = bias
-                case Directions(path, of, rank, side):
-                    apart = sources[of]
-                    assert isinstance(apart, TensorSource)
-                    own = self._apart(self.sources[apart.name])
-                    added = self.low_ranks.get(apart.name)
-                    cut = vocab_rows if apart.name == HEAD and added else None
-                    sources[path] = Recovery(apart, own, side, rank - own, added, cut)
-        return sources
-
-    def _choice(self, source: Source) -> Choice:
-        if not isinstance(source, TensorSource):
-            return Choice()
-        return self.options.recipe.choice(source.name, source.role)
 
 
 def _as_asset(shard: ShardPlan) -> ShardPlan:
@@ -894,32 +633,6 @@ def _formed(shard: ShardPlan, prefix: str, config: PartConfig) -> tuple[Formed, 
         (path, shard.sources[name].shape, shard.choices.get(name, Choice()).format)
         for path, name in names.items()
     )
-
-
-def _shared(sources: Mapping[str, Source]) -> dict[str, str]:
-    """Weights of several layers that are one tensor of the checkpoint, and stay fp16: each by the
-    first of them."""
-    first: dict[TensorSource, str] = {}
-    shared = {}
-    for name, source in sources.items():
-        if isinstance(source, TensorSource) and source.role is None:
-            same = replace(source, name=source.name.in_layer(None))
-            if first.setdefault(same, name) != name:
-                shared[name] = first[same]
-    return shared
-
-
-def _again(
-    sources: Mapping[str, Source], prefix: str, first: dict[Source, str], once: Mapping[str, str]
-) -> dict[str, str]:
-    """What is `once` in a package, with those weights that another copy of it (`first`) has too:
-    all of the base, for an adapter's functions."""
-    known = dict(once)
-    for name, source in sources.items():
-        unique = weight_name(prefix, name)
-        if name not in once and first.setdefault(source, unique) != unique:
-            known[name] = first[source]
-    return known
 
 
 def _of_any(name: WeightName) -> str:
@@ -956,54 +669,6 @@ def _on_track(shards: Sequence[ShardPlan], track: int, tracks: TrackSpec) -> lis
 def _sets_stream(shard: ShardPlan) -> bool:
     outputs = shard.functions[0].ports.outputs
     return any(port.slot == STREAM and port.how == "set" for port in outputs)
-
-
-def _payload(source: Source, choice: Choice) -> int:
-    """Bytes that a weight takes in the weight file, metadata aside."""
-    if choice == Choice():
-        return 2 * math.prod(source.shape)
-    return find_format(choice.format).stored_bytes(*source.shape)
-
-
-@cache
-def _ports(
-    block: PartConfig,
-    tokens: int,
-    layers: tuple[int, ...],
-    rows: tuple[int, int] | None,
-    layout: str,
-) -> Ports:
-    """Of all the expert functions of a layer, few have ports of their own."""
-    return block.ports(tokens).at(layers, rows, layout)
-
-
-def _run(part: PartConfig, layers: tuple[int, ...]) -> tuple[int, ...]:
-    """Which of the layers a function goes through, where it is not all of them."""
-    if not isinstance(part, StackConfig) or part.run is None:
-        return ()
-    return layers[slice(*part.run)]
-
-
-def _work(
-    part: PartConfig,
-    experts: tuple[int, ...],
-    sources: Mapping[str, Source],
-    choices: Mapping[str, Choice],
-    sizes: Mapping[str, int],
-) -> dict[str, Any]:
-    """What the manifest says of a call of one function: its experts, and the weights it works
-    through."""
-    elements: Counter[str] = Counter()
-    names = [row.path for row in part.rows()]
-    for name in names:
-        elements[choices[name].format] += math.prod(sources[name].shape)
-    rate = find_format(elements.most_common(1)[0][0]).rate if elements else "fp16"
-    return {
-        "experts": experts,
-        "elements": elements.total(),
-        "weight_bytes": sum(sizes[name] for name in names),
-        "rate": rate,
-    }
 
 
 def even_parts(total: int, least: int) -> list[int]:
