@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ane_moe.commands.options import AsJson, PlacementSystem
+from ane_moe.commands.options import AsJson, Context, PlacementSystem
 from ane_moe.errors import UserError
 
 
@@ -28,9 +28,7 @@ def plan(
     compress: Annotated[
         str, typer.Option(help="Recipes or weight formats to compare.", metavar="LIST")
     ] = "fp16,int8,small,tiny",
-    context: Annotated[
-        int | None, typer.Option(help="Tokens of the KV cache. [default: 2048, or the model's]")
-    ] = None,
+    context: Context = None,
     prefill: Annotated[
         int, typer.Option(help="Tokens of a prefill call; 0: decode functions only.", min=0)
     ] = 64,

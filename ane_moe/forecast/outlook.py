@@ -3,8 +3,8 @@ placement."""
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -207,23 +207,13 @@ def outlook_of(
     spec = model.spec
     if spec is None:
         return Outlook(model.name, model.refusal, target, os, None, None, model.notes, (), REFUSED)
-    choices, tokens = [], None
-    of_encoder: tuple[int, ...] = ()
-    for routing in routings(spec):
-        for name in recipes:
-            recipe = find_recipe(name)
-            _require_known(recipe)
-            options = ConvertOptions(
-                routing=routing,
-                context=context,
-                prefill=prefill,
-                max_shard_mb=max_shard_mb,
-                recipe=recipe,
-                lengths=lengths,
-            )
-            kinds = plan_kinds(spec, options)
-            tokens, of_encoder = kinds.plan.context, kinds.plan.lengths
-            choices.append(_choice(kinds, place))
+    shape = ConvertOptions(
+        context=context, prefill=prefill, max_shard_mb=max_shard_mb, lengths=lengths
+    )
+    ways = list(_ways(spec, recipes, shape))
+    choices = [_choice(kinds, place) for kinds in ways]
+    tokens = ways[-1].plan.context if ways else None
+    of_encoder = ways[-1].plan.lengths if ways else ()
     advice = REFUSED if model.refusal else recommendation(choices)
     by_default = ConvertOptions(
         context=context,
@@ -260,6 +250,16 @@ def outlook_of(
         ),
         lending_forms(spec, by_default, chip),
     )
+
+
+def _ways(spec: ModelSpec, recipes: Iterable[str], shape: ConvertOptions) -> Iterator[KindsPlan]:
+    """The plan of each way to compute experts with each recipe, in this shape otherwise. Raises
+    UserError."""
+    for routing in routings(spec):
+        for name in recipes:
+            recipe = find_recipe(name)
+            _require_known(recipe)
+            yield plan_kinds(spec, replace(shape, routing=routing, recipe=recipe))
 
 
 @dataclass(frozen=True)
