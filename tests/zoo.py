@@ -1400,7 +1400,9 @@ ROWS: dict[str, Row] = {
                 "n_group": 1,
                 "topk_group": 1,
                 "norm_topk_prob": False,
-            }
+            },
+            "latent": {"moe_latent_size": 56},
+            "latent without biases": {"moe_latent_size": 88, "mlp_bias": False},
         },
     ),
     "jamba": Row(

@@ -1,7 +1,7 @@
 """Decide what a conversion will write, from the ModelSpec and the options alone."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -30,6 +30,7 @@ from ane_moe.model.attention import AttentionConfig, RingConfig
 from ane_moe.model.experts import ExpertGroupConfig, GivenExpertConfig, SharedExpertConfig
 from ane_moe.model.head import HeadConfig
 from ane_moe.model.join import JoinConfig
+from ane_moe.model.latent import LatentRanks
 from ane_moe.model.mixer import MixerConfig
 from ane_moe.model.mixers import mixer_config
 from ane_moe.model.mlp import DenseConfig, MlpRanks
@@ -39,6 +40,7 @@ from ane_moe.model.port import ADDED, FFN_INPUT, LATER, STREAM, How, track_slot
 from ane_moe.model.routed import EarlyConfig, RoutedMixerConfig, RoutingConfig
 from ane_moe.model.spec import (
     GqaSpec,
+    LatentSpec,
     LayerSpec,
     MlpSpec,
     ModelSpec,
@@ -295,12 +297,14 @@ class _Planner:
         )
 
     def _mlp_ranks(self, layer: int, prefix: str = "", expert: int | None = None) -> MlpRanks:
-        names = (
-            WeightName(layer, "ffn", expert, f"{prefix}{matrix}.weight")
-            for matrix in ("gate", "up", "down")
-        )
-        gate, up, down = (self._rank(name) if name in self.sources else 0 for name in names)
+        paths = (f"{prefix}{matrix}.weight" for matrix in ("gate", "up", "down"))
+        gate, up, down = self._ranks(layer, paths, expert)
         return gate, up, down
+
+    def _ranks(self, layer: int, paths: Iterable[str], expert: int | None = None) -> Iterator[int]:
+        """Directions beside matrices of a feed-forward block: 0 of those that it has not."""
+        names = (WeightName(layer, "ffn", expert, path) for path in paths)
+        return (self._rank(name) if name in self.sources else 0 for name in names)
 
     def _rank(self, name: WeightName) -> int:
         """Directions beside a tensor: kept apart from it, or added by an adapter."""
@@ -367,7 +371,11 @@ class _Planner:
         rows = self.early.get(layer)
         early = EarlyConfig(rows.shape[0], rows.ranking) if rows else None
         if mixer is None:
-            return RoutingConfig(self.spec.d_model, self.spec.norm, ffn.router, early)
+            ranks = self._latent_ranks(layer)
+            return RoutingConfig(
+                self.spec.d_model, self.spec.norm, ffn.router, early, ffn.latent, ranks
+            )
+        assert ffn.latent is None  # no family has it beside a mixer
         # Experts add to the stream with what a mixer beside them adds.
         whole = replace(mixer, residual=replace(mixer.residual, parallel=False))
         return RoutedMixerConfig(whole, ffn.router, spec.ffn_residual, ffn.router_norm, early)
@@ -468,8 +476,8 @@ class _Planner:
         )
 
     def _shared_copy(self, layer: int, moe: MoeSpec) -> dict[str, Copy]:
-        """The expert that is always called, where there is one."""
-        if moe.shared is None:
+        """The expert that is always called, where there is one that adds to what others do."""
+        if moe.shared is None or moe.latent is not None:
             return {}
         own = moe.shared
         return {"shared": self._copy(lambda planner: planner._shared(layer, own))}
@@ -493,35 +501,50 @@ class _Planner:
         return groups
 
     def _shared(self, layer: int, shared: SharedSpec) -> SharedExpertConfig:
-        ranks = self._mlp_ranks(layer, "shared.")
+        ranks = self._shared_ranks(layer)
         return SharedExpertConfig(self.spec.d_model, shared, ranks, self._target(layer))
 
     def _group(self, layer: int, moe: MoeSpec, size: int) -> ExpertGroupConfig:
         ranks, affine = self._mlp_ranks(layer, expert=0), self.spec.layers[layer].affine
         slot = self._target(layer)
-        return ExpertGroupConfig(self.spec.d_model, moe.expert, size, ranks, affine, slot)
+        width = moe.width(self.spec.d_model)
+        return ExpertGroupConfig(width, moe.expert, size, ranks, affine, slot)
 
     def _target(self, layer: int) -> str:
         """The slot that a layer's experts add to."""
-        residual = self.spec.layers[layer].ffn_residual
-        return ADDED if residual.norms != "before" else LATER if residual.hands_on else STREAM
+        whole = self.spec.layers[layer]
+        residual, in_latent = whole.ffn_residual, _latent(whole) is not None
+        apart = residual.norms != "before" or in_latent
+        return ADDED if apart else LATER if residual.hands_on else STREAM
 
     def joined(self, layer: int, shards: Sequence[ShardPlan]) -> list[ShardPlan]:
-        """Shards of a layer's experts and, if their sum is normed, what does that and adds it to
+        """Shards of a layer's experts and, if their sum is normed or in a latent, what takes it to
         the stream: the last part."""
         if self._target(layer) != ADDED:
             return [*shards]
         copy = self._copy(lambda planner: planner._join(layer))
         path, parts = f"join/layer_{layer:02d}.mlpackage", len(shards) + 1
-        reason = "the sum of the experts is normed"
+        latent = _latent(self.spec.layers[layer])
+        done = f"taken out of {latent.width} channels" if latent else "normed"
+        reason = f"the sum of the experts is {done}"
         join = self._shard(path, "join", layer, copy, scope="ffn", part=len(shards), reason=reason)
         return [replace(shard, parts=parts) for shard in (*shards, join)]
 
     def _join(self, layer: int) -> JoinConfig:
         spec = self.spec.layers[layer]
-        beside = spec.ffn.beside if isinstance(spec.ffn, MoeSpec) else None
-        ranks = self._beside_ranks(layer)
-        return JoinConfig(self.spec.d_model, self.spec.norm, spec.ffn_residual, beside, ranks)
+        moe = spec.ffn
+        assert isinstance(moe, MoeSpec)
+        return JoinConfig(
+            self.spec.d_model,
+            self.spec.norm,
+            spec.ffn_residual,
+            moe.beside,
+            self._beside_ranks(layer),
+            moe.latent,
+            moe.shared if moe.latent else None,  # elsewhere it adds to what experts do
+            self._latent_ranks(layer),
+            self._shared_ranks(layer),
+        )
 
     def head(self) -> list[ShardPlan]:
         head, scores, kind, least = self.spec.head, self.spec.scores, "labels", 1
@@ -558,7 +581,6 @@ class _Planner:
 
     def _moe(self, layer: int, moe: MoeSpec, experts: int, first: bool) -> MoeConfig:
         soft, ranks = self.options.routing == "soft", self._mlp_ranks(layer, expert=0)
-        shared = (0, 0, 0) if moe.shared is None else self._mlp_ranks(layer, "shared.")
         whole = self.spec.layers[layer]
         return MoeConfig(
             self.spec.d_model,
@@ -568,15 +590,21 @@ class _Planner:
             first,
             soft,
             ranks,
-            shared,
+            self._shared_ranks(layer),
             whole.ffn_residual,
             self._beside_ranks(layer),
+            self._latent_ranks(layer),
         )
 
+    def _shared_ranks(self, layer: int) -> MlpRanks:
+        return self._mlp_ranks(layer, "shared.")
+
     def _beside_ranks(self, layer: int) -> MlpRanks:
-        ffn = self.spec.layers[layer].ffn
-        there = isinstance(ffn, MoeSpec) and ffn.beside is not None
-        return self._mlp_ranks(layer, "beside.mlp.") if there else (0, 0, 0)
+        return self._mlp_ranks(layer, "beside.mlp.")
+
+    def _latent_ranks(self, layer: int) -> LatentRanks:
+        entering, leaving = self._ranks(layer, ("latent_in.weight", "latent_out.weight"))
+        return entering, leaving
 
     def _split(self, layer: int, moe: MoeSpec) -> tuple[list[int], str]:
         """Experts per part, and why: the fewest parts within the limit, equal ones where that costs
@@ -638,6 +666,10 @@ def _formed(shard: ShardPlan, prefix: str, config: PartConfig) -> tuple[Formed, 
 def _of_any(name: WeightName) -> str:
     """The path of a tensor, told apart from others but not by expert."""
     return name.path if name.expert is None else f"experts.{name.path}"
+
+
+def _latent(layer: LayerSpec) -> LatentSpec | None:
+    return layer.ffn.latent if isinstance(layer.ffn, MoeSpec) else None
 
 
 def _keeps_nothing(layer: LayerSpec) -> bool:

@@ -12,7 +12,7 @@ MISSING: dict[str, tuple[str, str]] = {
     "inkling2": ("", "convolutions around attention, a softly capped activation"),
     "muse_spark": (
         "afmoe",
-        "experts that work on a latent, a norm after each, gated residuals, a normed embedding",
+        "norms of a latent and after each expert, gated residuals, a normed embedding",
     ),
     "qwen4_exp": ("qwen3_next", "tables of n-grams, sparse attention by an index"),
 }

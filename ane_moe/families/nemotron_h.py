@@ -1,12 +1,13 @@
-"""Nemotron-H (Nemotron-3-Nano-30B-A3B): a layer is one block, of Mamba-2, attention without
-rotation, experts or an MLP; these have no gate, but a square."""
+"""Nemotron-H (Nemotron-3-Nano-30B-A3B; Nemotron-3-Super-120B-A12B, whose experts work on a latent):
+a layer is one block, of Mamba-2, attention without rotation, experts or an MLP; these have no gate,
+but a square."""
 
 from ane_moe.families.config import MAX_LAYERS, Config
 from ane_moe.families.decoder import FULL, decoder, gqa, sigmoid_router
 from ane_moe.families.granitemoehybrid import LINEAR, OLDER, mamba2, mamba_keys
 from ane_moe.families.keys import LAYER, Fused, KeyTable
 from ane_moe.families.taps import Taps
-from ane_moe.model.spec import LayerSpec, MlpSpec, ModelSpec, MoeSpec, SharedSpec
+from ane_moe.model.spec import LatentSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec, SharedSpec
 
 MOE, DENSE = "moe", "mlp"
 PATTERN = {"M": LINEAR, "*": FULL, "E": MOE, "-": DENSE}  # how older files spell the layers
@@ -19,6 +20,7 @@ SIZES = {
 }
 BLOCK = f"{LAYER}.mixer"
 MATRICES = ("up", "down")
+LATENT = {"latent_in": "fc1_latent_proj", "latent_out": "fc2_latent_proj"}
 
 KEYS: KeyTable = {
     "embed.weight": ("model.embeddings.weight",),
@@ -32,6 +34,11 @@ KEYS: KeyTable = {
     **mamba_keys(BLOCK, BLOCK),
     "layers.{layer}.ffn.router.weight": (f"{BLOCK}.gate.weight",),
     "layers.{layer}.ffn.router.choice_bias": (f"{BLOCK}.gate.e_score_correction_bias",),
+    **{
+        f"layers.{{layer}}.ffn.{ours}.{kind}": (f"{BLOCK}.{theirs}.{kind}",)
+        for ours, theirs in LATENT.items()
+        for kind in ("weight", "bias")
+    },
     **{
         f"layers.{{layer}}.ffn.experts.{{expert}}.{name}.weight": (
             f"{BLOCK}.experts.{{expert}}.{name}_proj.weight",
@@ -52,13 +59,13 @@ TAPS = Taps(
     choice_bias="e_score_correction_bias",
     groups=("num_group", "topk_group"),
     alone=("Mamba2Mixer", "Attention"),
+    latent=f"mixer.{LATENT['latent_in']}",
 )
 
 
 def spec(config: Config) -> ModelSpec:
     # Fields that would be other maths, and those that transformers' code does not read.
-    for field in ("moe_latent_size", "sliding_window"):
-        config.only(field, None)
+    config.only("sliding_window", None)
     for field in ("attention_bias", "tie_word_embeddings"):
         config.only(field, None, False)
     config.only("mlp_hidden_act", "relu2")
@@ -90,7 +97,10 @@ def _kinds(config: Config) -> list[str]:
 def _experts(config: Config) -> MoeSpec:
     expert = MlpSpec(config.integer("moe_intermediate_size"), squared=True)
     shared = SharedSpec(_mlp(config, "moe_shared_expert_intermediate_size"))
-    return MoeSpec(sigmoid_router(config), expert, shared)
+    latent = None
+    if config.has("moe_latent_size"):
+        latent = LatentSpec(config.integer("moe_latent_size"), config.flag("mlp_bias"))
+    return MoeSpec(sigmoid_router(config), expert, shared, latent=latent)
 
 
 def _mlp(config: Config, width: str) -> MlpSpec:

@@ -37,6 +37,7 @@ class Taps:
     one that routes and computes experts, on tokens in the order of these. A layer may be
     several of ours: `pieces` says of each of these where its modules are, by the names they have
     elsewhere, the first norm first. What the experts' block of the first gives, the last adds.
+    Where experts work on a latent, `latent` is the projection that gives it.
     """
 
     ffn_norm: str = "post_attention_layernorm"
@@ -73,6 +74,7 @@ class Taps:
     gate_up: str = "gate_up_proj"
     down: str = "down_proj"
     pieces: tuple[Mapping[str, str], ...] = ()
+    latent: str = ""
 
     @property
     def each(self) -> int:

@@ -47,6 +47,7 @@ MATRICES = {
     "attention": "qkvo",
     "experts": ("gate", "up", "down"),
     "shared": ("gate", "up", "down"),
+    "latent": ("in", "out"),
     "dense": ("gate", "up", "down"),
     "head": (),
     "embedding": (),

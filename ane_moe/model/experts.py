@@ -12,6 +12,8 @@ from ane_moe.model.weight import Directions, Row, Weight
 
 @dataclass(frozen=True)
 class ExpertGroupConfig:
+    """`d_model`: channels of what experts take and give, those of the stream or of a latent."""
+
     d_model: int
     expert: MlpSpec
     size: int = 1

@@ -5,9 +5,11 @@ in slots alone: whoever runs a model fills a function's input slots, calls it, a
 
     stream                  residual stream, (1, d, 1, T)
     added                   what experts give where a norm comes after their sum, or a mixer whose
-                            layer's other half reads the stream as it was, (1, d, 1, T)
+                            layer's other half reads the stream as it was, (1, d, 1, T); of experts
+                            that work on a latent as wide as that
     stream.track_1          that of track 1 until the next meeting
-    ffn_input  gates.3      what dispatched experts are given: the normed stream, gates of layer 3
+    ffn_input  gates.3      what dispatched experts are given: the normed stream, or a latent of it,
+                            and gates of layer 3
     ffn_input.track_1       that of track 1
     weight.up.weight        and, where one graph computes all of them, their own weights
     carry.router            what a layer hands to the next one beside the stream

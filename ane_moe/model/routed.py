@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from ane_moe.model.latent import LatentRanks, entering_rows
 from ane_moe.model.mixer import MixerConfig
 from ane_moe.model.port import ADDED, FFN_INPUT, GUESS, LATER, STREAM, Port, Ports
 from ane_moe.model.ranking import Ranking
@@ -10,6 +11,7 @@ from ane_moe.model.residual import PLAIN, ResidualSpec, affine_rows
 from ane_moe.model.router import router_ports
 from ane_moe.model.spec import (
     AnyRouterSpec,
+    LatentSpec,
     NormSpec,
     router_norm_rows,
 )
@@ -75,26 +77,36 @@ class RoutedMixerConfig:
 
 @dataclass(frozen=True)
 class RoutingConfig:
-    """Of a layer without a mixer, whose experts add to the stream; `early` as above."""
+    """Of a layer without a mixer, whose experts add to the stream, or work on a `latent` and add
+    there; `early` as above."""
 
     d_model: int
     norm: NormSpec
     router: AnyRouterSpec
     early: EarlyConfig | None = None
+    latent: LatentSpec | None = None
+    latent_ranks: LatentRanks = (0, 0)
 
     def rows(self) -> Iterator[Row]:
         """The block's parameters, in its own order."""
         yield from (row.under("ffn") for row in self.norm.rows(self.d_model))
         yield from (row.under("ffn.router") for row in self.router.rows(self.d_model))
+        if self.latent is not None:
+            rows = entering_rows(self.latent, self.d_model, self.latent_ranks)
+            yield from (row.under("ffn") for row in rows)
         if self.early is not None:
             yield from (row.under("ffn") for row in self.early.rows(self.d_model))
 
     def ports(self, tokens: int) -> Ports:
         shape, routing = (1, self.d_model, 1, tokens), router_ports(self.router, tokens)
-        normed = Port("ffn_input", shape, FFN_INPUT)
+        given = Port("ffn_input", shape, FFN_INPUT)
+        begun: tuple[Port, ...] = ()
+        if self.latent is not None:
+            given = replace(given, shape=(1, self.latent.width, 1, tokens))
+            begun = (replace(given, name="added", slot=ADDED),)
         return Ports(
             (Port("x", shape, STREAM), *routing.inputs),
-            (normed, *routing.outputs, *_guess(self.early, tokens)),
+            (given, *begun, *routing.outputs, *_guess(self.early, tokens)),
         )
 
 

@@ -337,16 +337,47 @@ AnyRouterSpec = RouterSpec | EdaRouterSpec | SparseMixerSpec
 
 
 @dataclass(frozen=True)
+class LatentSpec:
+    """Experts that work on `width` channels: a projection gives what enters them, and another one
+    takes their sum back to the stream; `bias`: of both.
+
+    Source: transformers' `NemotronHMoE` (`fc1_latent_proj`, `fc2_latent_proj`).
+    """
+
+    width: int
+    bias: bool = False
+
+    def entering(self, d_model: int) -> Iterator[Weight]:
+        """The projection into the latent."""
+        yield Weight("latent_in.weight", (self.width, d_model), "latent.in", reads="x")
+        if self.bias:
+            yield Weight("latent_in.bias", (self.width,))
+
+    def leaving(self, d_model: int) -> Iterator[Weight]:
+        """The one out of it. What multiplies all that is added to the stream is folded into the
+        experts already: here the bias alone is in need of it."""
+        yield Weight("latent_out.weight", (d_model, self.width), "latent.out", reads="mixed")
+        if self.bias:
+            yield Weight("latent_out.bias", (d_model,), fold="residual_scale")
+
+
+@dataclass(frozen=True)
 class MoeSpec:
     """`beside`: a gated MLP next to the experts. It reads the stream by a norm of its own; what it
     gives and what they give are each normed, before they are summed. `router_norm`: so does the
-    router, which is given the root-th part of it (`Gemma4TextRouter`)."""
+    router, which is given the root-th part of it (`Gemma4TextRouter`). `latent`: what routed
+    experts work on, where that is not the stream."""
 
     router: AnyRouterSpec
     expert: MlpSpec
     shared: SharedSpec | None = None
     beside: MlpSpec | None = None
     router_norm: bool = False
+    latent: LatentSpec | None = None
+
+    def width(self, d_model: int) -> int:
+        """Channels of what a routed expert takes and gives."""
+        return self.latent.width if self.latent else d_model
 
 
 FfnSpec = MlpSpec | MoeSpec
@@ -425,7 +456,7 @@ class LayerSpec:
         for row in self._ffn_rows(d_model, norm):
             yield WeightName(number, "ffn", None, row.path), row
         if isinstance(self.ffn, MoeSpec):
-            expert_rows = tuple(self.ffn.expert.rows(d_model, "experts"))
+            expert_rows = tuple(self.ffn.expert.rows(self.ffn.width(d_model), "experts"))
             for expert in range(self.ffn.router.experts):
                 for row in expert_rows:
                     yield WeightName(number, "ffn", expert, row.path), row
@@ -452,6 +483,9 @@ class LayerSpec:
         else:
             yield from router_norm_rows(norm, d_model, self.ffn.router_norm)
             yield from (row.under("router") for row in self.ffn.router.rows(d_model))
+            if self.ffn.latent is not None:
+                yield from self.ffn.latent.entering(d_model)
+                yield from self.ffn.latent.leaving(d_model)
             if self.ffn.shared is not None:
                 yield from self.ffn.shared.rows(d_model)
             if self.ffn.beside is not None:

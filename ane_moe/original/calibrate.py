@@ -7,6 +7,7 @@ it.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import cast
@@ -21,10 +22,11 @@ from ane_moe.model.spec import MlpSpec, ModelSpec, MoeSpec
 from ane_moe.model.weight import HEAD, WeightName
 from ane_moe.opened import Model
 from ane_moe.original.capture import Walk
+from ane_moe.original.golden import LayerGolden
 from ane_moe.original.prompts import builtin_prompts, check_prompts, cut_passages, read_prompts
 from ane_moe.original.ranges import range_of
 from ane_moe.original.stream import OriginalTensors, StreamedModel
-from ane_moe.original.tap import Tap
+from ane_moe.original.tap import Tap, TappedLayer
 from ane_moe.progress import Progress, silent
 from ane_moe.quiet_transformers import quiet_transformers
 
@@ -130,10 +132,11 @@ class _Collector:
         )
         self.counts[index] = np.bincount(chosen.reshape(-1), minlength=ffn.router.classes)
         gates = torch.from_numpy(np.concatenate([one.router_probs for one in goldens]))
+        given = self._given(index, taps[0].parts, x, goldens)
         for expert in range(ffn.router.experts):
             if self.counts[index][expert]:
                 took_it = torch.from_numpy((chosen == expert).any(1))
-                own = x[took_it]
+                own = given[took_it]
                 if ffn.expert.gate_enters:
                     own = own * gates[took_it, expert, None]
                 self._mlp(WeightName(index, "ffn", expert, ""), "", own, ffn.expert)
@@ -165,6 +168,21 @@ class _Collector:
         else:
             hidden = _activated(projected("gate"), projected("up"), spec)
         self.moments[part.beside(f"{prefix}hidden")] = _mean_squares(hidden)
+
+    def _given(
+        self, index: int, parts: TappedLayer, x: torch.Tensor, goldens: Sequence[LayerGolden]
+    ) -> torch.Tensor:
+        """What experts are given for the normed stream `(N, d)`: that, or a latent of it `(N, r)`.
+        What enters the projections around a latent is taken in: the stream, and the sum of what
+        experts give."""
+        if parts.latent is None:
+            return x
+        part = WeightName(index, "ffn", None, "")
+        mixed = [one.experts_delta for one in goldens if one.experts_delta is not None]
+        self.moments[part.beside("x")] = _mean_squares(x)
+        self.moments[part.beside("mixed")] = _mean_squares(torch.from_numpy(np.concatenate(mixed)))
+        latent: torch.Tensor = parts.latent(x)
+        return latent
 
     def _weight(self, name: WeightName) -> torch.Tensor:
         source = self._model.sources[name]

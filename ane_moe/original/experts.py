@@ -24,9 +24,9 @@ def with_experts(parts: TappedLayer, golden: LayerGolden) -> LayerGolden:
     if experts is None or block is None or golden.router_indices is None:
         return golden
     ffn_input = parts.ffn_norm(torch.from_numpy(golden.read_by_ffn)[None])
-    flat = ffn_input[0]
+    flat = (parts.latent(ffn_input) if parts.latent else ffn_input)[0]
     shared = torch.zeros(1)
-    if block is not experts:
+    if block is not experts and parts.latent is None:  # else the latter alone add up
         beside = [torch.from_numpy(carried)[None] for carried in golden.carried_in.values()]
         silent = experts.register_forward_hook(lambda _, args, output: torch.zeros_like(output))
         with parts.without_norm_after():

@@ -38,16 +38,16 @@ class LayerGolden:
     to it, `[N,d]`.
 
     For a MoE layer also the full router probabilities `[N,E]` and the experts chosen, int32
-    `[N,k]`. Where asked for, also what experts compute alone: their input (the normed hidden state)
-    and what the shared expert adds, `[N,d]`, and for the tokens int32 `[E,P]` each expert was
-    shown, its outputs `[E,P,d]` at a gate of 1; or at `expert_gate`, `[1]`, where they are not
-    proportional to it.
+    `[N,k]`. Where asked for, also what experts compute alone: their input (the normed hidden state,
+    or a latent of it, of which experts then give as many channels) and what the shared expert adds,
+    `[N,d]`, and for the tokens int32 `[E,P]` each expert was shown, its outputs `[E,P,d]` at a gate
+    of 1; or at `expert_gate`, `[1]`, where they are not proportional to it.
 
     `router_scores` are what experts are chosen by, where that is not the probabilities.
     `experts_delta` is what experts and shared expert add, where the layer also changes the stream
-    that they add to. `entering` is what the embedding gave, where the model changes that before the
-    first layer; `ffn_reads` what the feed-forward block reads, where that is not the stream after
-    the attention. All `[N,E]` or `[N,d]`.
+    that they add to; in a latent what experts alone do. `entering` is what the embedding gave,
+    where the model changes that before the first layer; `ffn_reads` what the feed-forward block
+    reads, where that is not the stream after the attention. All `[N,E]` or `[N,d]`.
 
     `attn_stream` and `ffn_stream`, `[2,d]`: bias and scale of the stream where the blocks' outputs
     meet it, if it has them.

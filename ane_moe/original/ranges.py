@@ -18,10 +18,10 @@ HEADROOM = 2.0
 
 @dataclass(frozen=True)
 class LayerRange:
-    """Largest magnitudes in one layer: of the hidden state before, between and after its blocks;
-    and of a partial sum, its terms in the worst order, of what is added to it (0: not known). So
-    are `values` of an attention and `ups`, the linear branch of gated MLPs; `hidden` is of their
-    products."""
+    """Largest magnitudes in one layer: of the hidden state before, between and after its blocks, or
+    what experts give where that is not added to it as it is; and of a partial sum, its terms in the
+    worst order, of what is added to it (0: not known). So are `values` of an attention and `ups`,
+    the linear branch of gated MLPs; `hidden` is of their products."""
 
     layer: int
     stream: float
@@ -55,7 +55,7 @@ class LayerRange:
 
 
 def range_of(layer: int, golden: LayerGolden) -> LayerRange:
-    states = (golden.x, golden.middle, golden.y, golden.entering)
+    states = (golden.x, golden.middle, golden.y, golden.entering, golden.experts_delta)
     stream = max(float(np.abs(state).max()) for state in states if state is not None)
     sums = 0.0 if golden.sums is None else float(golden.sums.max())
     inner = (0.0,) * 3 if golden.inner is None else golden.inner.max(0).tolist()

@@ -57,10 +57,10 @@ def known_matrices(layer: nn.Module, taps: Taps, experts: nn.Module | None) -> K
 
 
 class PartialSums(TorchFunctionMode):
-    """Hears every product with a matrix that gives hidden states, `width` channels: `largest` is
-    the largest magnitude of a partial sum that its terms reach in the worst order. So are `values`
-    and `ups`, of what is known to give them, and `hidden` is the largest number that enters a
-    `down`.
+    """Hears every product with a matrix that gives hidden states, `width` channels, or a `down`:
+    `largest` is the largest magnitude of a partial sum that its terms reach in the worst order. So
+    are `values` and `ups`, of what is known to give them, and `hidden` is the largest number that
+    enters a `down`.
 
     Of terms whose magnitudes add up to A, and which add up to s, those of one sign are
     (A + |s|) / 2.
@@ -123,7 +123,7 @@ class PartialSums(TorchFunctionMode):
         elif name == GATE_UP:
             half = matrix.shape[1] // 2
             self.ups = max(self.ups, _reached(x, matrix[:, half:], result[..., half:]))
-        elif result.shape[-1] == self.width:
+        elif result.shape[-1] == self.width or name == "down":  # a latent's, where experts have one
             self.largest = max(self.largest, _reached(x, matrix, result))
         if name == "down":
             self.hidden = max(self.hidden, float(x.abs().max()))

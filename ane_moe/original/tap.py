@@ -124,6 +124,12 @@ class TappedLayer:
         return torch.where(each > 0, torch.minimum(scores, last - each), scores)
 
     @property
+    def latent(self) -> nn.Module | None:
+        """What experts are given the normed stream by, where they work on a latent."""
+        module = self._named(self.taps.latent)
+        return None if isinstance(module, nn.Identity) else module
+
+    @property
     def after(self) -> nn.Module | None:
         """The norm of what the feed-forward block adds."""
         return self._named(self.taps.after)
@@ -265,15 +271,15 @@ class Tap:
 
     def _hear_added(self, block: nn.Module) -> RemovableHandle:
         """Before the norm of what is added, which may stand in the block; of experts alone where
-        no block holds them."""
+        no block holds them, or they give a latent."""
         if (norm := self.parts.after) and block is not self.parts.experts:
             return norm.register_forward_pre_hook(
                 lambda _, args: setattr(self, "added", args[0][0])
             )
-        return block.register_forward_hook(
-            lambda _, args, output: setattr(
-                self, "added", first_of(output).reshape(-1, self.sums.width)
-            )
+        experts = self.parts.experts
+        adding = block if experts is None or self.parts.latent is None else experts
+        return adding.register_forward_hook(
+            lambda _, args, output: setattr(self, "added", first_of(output).flatten(0, -2))
         )
 
     def _hear_input(self, _layer: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -306,8 +312,8 @@ class Tap:
         probs = SCORES[taps.score](logits)
         if taps.skip:
             chosen = chosen.masked_fill(weights == 0, probs.shape[1] - 1)
-        normed = bool(taps.residuals or taps.after or taps.added_factor)
-        apart = (self.added * parts.added_scale).numpy() if normed else None
+        changed = bool(taps.residuals or taps.after or taps.added_factor or parts.latent)
+        apart = (self.added * parts.added_scale).numpy() if changed else None
         if self.idle is not None:
             apart = (self.added - self.idle).numpy()
         ranked = logits if taps.by_logits else probs

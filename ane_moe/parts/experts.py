@@ -5,6 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from ane_moe.model.experts import ExpertGroupConfig, GivenExpertConfig, SharedExpertConfig
+from ane_moe.model.mlp import MlpRanks
+from ane_moe.model.spec import SharedSpec
 from ane_moe.parts.block import Block, give
 from ane_moe.parts.mlp import GatedMlp
 from ane_moe.parts.projection import Projection
@@ -60,22 +62,31 @@ class GivenExpert(Block):
         return outputs
 
 
-class SharedExpert(Block):
-    """The expert every token passes through, weighted by its own gate where it has one."""
+class WithShared(Block):
+    """A block that holds the expert every token passes through, weighted by its own gate where it
+    has one."""
+
+    def hold(self, d_model: int, shared: SharedSpec, ranks: MlpRanks) -> None:
+        """Take in its modules."""
+        self.shared = GatedMlp(d_model, shared.mlp, ranks)
+        self.shared_gate = Projection(d_model, 1) if shared.gated else None
+
+    def of_shared(self, x: Tensor) -> Tensor:
+        """What it gives for the normed stream, each `(1, d, 1, T)`."""
+        gate = self.shared_gate
+        given: Tensor = self.shared(x, None if gate is None else torch.sigmoid(gate(x)))
+        return given
+
+
+class SharedExpert(WithShared):
+    """It alone."""
 
     config: SharedExpertConfig
 
     def __init__(self, config: SharedExpertConfig):
         super().__init__()
         self.config = config
-        self.shared = GatedMlp(config.d_model, config.shared.mlp, config.ranks)
-        if config.shared.gated:
-            self.shared_gate = Projection(config.d_model, 1)
+        self.hold(config.d_model, config.shared, config.ranks)
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
-        x = inputs["ffn_input"]
-        return {
-            "y": self.shared(
-                x, torch.sigmoid(self.shared_gate(x)) if self.config.shared.gated else None
-            )
-        }
+        return {"y": self.of_shared(inputs["ffn_input"])}

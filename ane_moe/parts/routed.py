@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from ane_moe.model.routed import RoutedMixerConfig, RoutingConfig
 from ane_moe.parts.block import Block
 from ane_moe.parts.early import make_early
+from ane_moe.parts.latent import make_entering
 from ane_moe.parts.norm import make_norm
 from ane_moe.parts.registry import make_mixer
 from ane_moe.parts.residual import kept, norm_before, unnormed_residual
@@ -62,19 +63,26 @@ class RoutedMixer(Block):
 
 
 class NormAndRouter(nn.Module):
-    """The normed input of the experts, and their exact gates."""
+    """What experts are given, the normed stream or a latent of it, and their exact gates."""
 
     def __init__(self, config: RoutingConfig):
         super().__init__()
         self.norm = make_norm(config.d_model, config.norm)
         self.router = make_router(config.d_model, config.router)
+        self.latent_in = None
+        if config.latent is not None:
+            self.latent_in = make_entering(config.d_model, config.latent, config.latent_ranks)
         self.early = make_early(config.d_model, config.norm.eps, config.early)
 
     def forward(self, x: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         h = self.norm(x)
         gates, handed_on = self.router.gates(h, inputs)
         guess = {} if self.early is None else {"guess": self.early(x)}
-        return {"ffn_input": h, "gates": gates, **handed_on, **guess}
+        outputs = {"gates": gates, **handed_on, **guess}
+        if self.latent_in is None:
+            return outputs | {"ffn_input": h}
+        latent = self.latent_in(h)
+        return outputs | {"ffn_input": latent, "added": latent * 0}
 
 
 class RoutingAlone(Block):

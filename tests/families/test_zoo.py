@@ -46,6 +46,8 @@ ROUNDING, WRONG = 4e-5, 2e-4
 LAYERS = ("DecoderLayer", "DbrxBlock", "HBlock")
 IDS = np.random.default_rng(0).integers(3, 211, 24).tolist()
 CASES = [(family, variant) for family, row in ROWS.items() for variant in ("", *row.variants)]
+# Of each family one form, and others of which it cannot tell.
+FORMS = [*((family, "") for family in ROWS), ("nemotron_h", "latent")]
 
 
 def build(family: str, variant: str = ""):
@@ -66,20 +68,20 @@ def test_parts_compute_what_hugging_face_computes(family, variant, tmp_path: Pat
     assert np.abs(ours.logits(IDS) - expected(model)).max() < ROUNDING
 
 
-@pytest.mark.parametrize("family", ROWS)
-def test_hidden_states_can_be_divided(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "variant"), FORMS)
+def test_hidden_states_can_be_divided(family: str, variant: str, tmp_path: Path) -> None:
     """By a power of two, which changes no result where norms read them."""
-    folder = save_checkpoint(build(family), tmp_path)
+    folder = save_checkpoint(build(family, variant), tmp_path)
     whole = TorchModel(folder)
     divided = TorchModel(folder, whole.spec.with_stream(1 / 8))
     same = np.abs(divided.logits(IDS) - whole.logits(IDS)).max() < ROUNDING
     assert same == whole.spec.may_scale_stream
 
 
-@pytest.mark.parametrize("family", ROWS)
-def test_numbers_inside_layers_can_be_divided(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "variant"), FORMS)
+def test_numbers_inside_layers_can_be_divided(family: str, variant: str, tmp_path: Path) -> None:
     """Where nothing but a product reads them: values of attention, and up of gated MLPs."""
-    folder = save_checkpoint(build(family), tmp_path)
+    folder = save_checkpoint(build(family, variant), tmp_path)
     whole = TorchModel(folder)
     inner = {layer: InnerScale(1 / 8, 1 / 8) for layer in range(len(whole.spec.layers))}
     divided = TorchModel(folder, replace(whole.spec, inner=inner))
@@ -88,10 +90,12 @@ def test_numbers_inside_layers_can_be_divided(family: str, tmp_path: Path) -> No
     assert 1 / 8 in (scales.get(VALUES), scales.get(UPS))
 
 
-@pytest.mark.parametrize("family", ROWS)
-def test_the_sums_of_all_that_can_be_divided_are_heard(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "variant"), FORMS)
+def test_the_sums_of_all_that_can_be_divided_are_heard(
+    family: str, variant: str, tmp_path: Path
+) -> None:
     """In Hugging Face's layer there is a matrix for each."""
-    model = build(family)
+    model = build(family, variant)
     spec, _ = describe(open_checkpoint(save_checkpoint(model, tmp_path)))
     taps = load_family(family).TAPS
     whole = [one for one in model.modules() if type(one).__name__.endswith(LAYERS)]
@@ -286,6 +290,10 @@ MUTATIONS: dict[str, tuple[Callable[[ModelSpec, Change], ModelSpec], Change]] = 
     ),
     "no cap": (of_routers, lambda r: {"softcap": None}),
     "no weights of experts": (of_routers, lambda r: {"weighed": False}),
+    "no biases around a latent": (
+        of_moes,
+        lambda m: {"latent": m.latent and replace(m.latent, bias=False)},
+    ),
     "no norm of the router": (of_moes, lambda m: {"router_norm": False}),
     "nothing beside": (of_moes, lambda m: {"beside": None}),
     "another activation": (
@@ -418,10 +426,10 @@ SAME: dict[str, Collection[str]] = {
 }
 
 
-@pytest.mark.parametrize("family", ROWS)
-def test_every_field_counts(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "variant"), FORMS)
+def test_every_field_counts(family: str, variant: str, tmp_path: Path) -> None:
     """A model that differs in one of them computes something else."""
-    model = build(family)
+    model = build(family, variant)
     folder = save_checkpoint(model, tmp_path)
     true, hugging_face = describe(open_checkpoint(folder))[0], expected(model)
     tried, unseen = 0, []

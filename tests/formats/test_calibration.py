@@ -24,6 +24,7 @@ from ane_moe.original.stored_weights import stored_weights
 from ane_moe.verification.verify import verify
 from tests.models import FAMILIES, make_model, save_checkpoint
 from tests.verification.tiny import tiny_checkpoint, tiny_conversion
+from tests.zoo import FULL
 
 PROMPTS = "[[3, 5, 8, 13, 21, 34, 55], [2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22]]"
 
@@ -86,6 +87,30 @@ def test_moments_are_the_mean_squares_of_what_hugging_face_computes(family, tmp_
         all(counts.sum() == k * 18 for counts in calibration.counts.values())
         and calibration.tokens == 18
     )
+
+
+def test_what_enters_and_leaves_a_latent_is_heard(tmp_path, text):
+    model = make_model("nemotron_h", moe_latent_size=56, layers_block_type=["moe", FULL])
+    calibration = calibrate(open_model(save_checkpoint(model, tmp_path / "checkpoint")), text)
+    block, heard = model.model.layers[0].mixer, {"x": [], "mixed": [], "experts": [], "chosen": []}
+    for name, module in (("x", block.fc1_latent_proj), ("mixed", block.fc2_latent_proj)):
+        module.register_forward_pre_hook(lambda _, args, own=heard[name]: own.append(args[0]))
+    block.experts.register_forward_pre_hook(lambda _, args: heard["experts"].append(args[0]))
+    block.experts.register_forward_pre_hook(lambda _, args: heard["chosen"].append(args[1]))
+    with torch.no_grad():
+        for ids in json.loads(PROMPTS):
+            model(input_ids=torch.tensor([ids]), use_cache=False)
+    whole = {name: torch.cat(parts) for name, parts in heard.items()}
+    expert = int(whole["chosen"][0, 0])
+    taken = whole["experts"][(whole["chosen"] == expert).any(1)]
+    moments = {str(name): values for name, values in calibration.moments.items()}
+    for name, entered in (
+        ("layers.0.ffn.x", whole["x"]),
+        ("layers.0.ffn.mixed", whole["mixed"]),
+        (f"layers.0.ffn.experts.{expert}.x", taken),
+    ):
+        expected = entered.double().square().mean(0)
+        np.testing.assert_allclose(moments[name], expected, rtol=1e-4, atol=1e-9)
 
 
 def silu_of(experts, expert, x):

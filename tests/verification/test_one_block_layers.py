@@ -82,7 +82,7 @@ def test_squares_are_divided_where_fp16_does_not_hold_them(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
-        ({"moe_latent_size": 32}, "moe_latent_size"),
+        ({"moe_latent_size": 0}, "moe_latent_size"),
         ({"mlp_hidden_act": "silu"}, "mlp_hidden_act"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"sliding_window": 4}, "sliding_window"),
