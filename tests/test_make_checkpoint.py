@@ -29,6 +29,7 @@ TOTAL_PARAMETERS = {  # billions, of the whole models, as their authors give the
     "granite-3.1-1b-a400m": 1.3,
     "granite-4.0-h-tiny": 6.94,
     "nemotron-3-nano-30b-a3b": 31.6,
+    "nemotron-3-super-120b-a12b": 120,
     "jamba-v0.1": 51.6,
     "zaya1-8b": 8.84,
     "lfm2-8b-a1b": 8.34,
