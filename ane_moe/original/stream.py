@@ -81,6 +81,8 @@ class OriginalTensors:
         self.folder, self.config, self._made = checkpoint.folder, checkpoint.config, checkpoint.made
         tensors = checkpoint.tensors
         self._stored = {tensor.key: tensor for tensor in tensors.values()} | tensors
+        keys = {tensor.key: name for name, tensor in tensors.items()}
+        self._known_as = keys | {name: name for name in tensors}
         self.origins = {name: tensor.key for name, tensor in self._stored.items()}
         self.dtypes = {
             name: DTYPES.get(tensor.dtype, torch.float32) for name, tensor in self._stored.items()
@@ -100,7 +102,7 @@ class OriginalTensors:
     def _opened(self, files: Mapping[Path, Any], name: str) -> Any:
         tensor = self._stored[name]
         if tensor.made:
-            return torch.from_numpy(self._made(name))
+            return torch.from_numpy(self._made(self._known_as[name]))
         if isinstance(tensor.path, RemoteFile):
             stored = torch.from_numpy(stored_bytes(tensor, 0, tensor.size))
             return stored.view(DTYPES[tensor.dtype]).reshape(tensor.shape)

@@ -9,10 +9,13 @@ from transformers import AutoModelForCausalLM
 
 from ane_moe.checkpoints.checkpoint import open_checkpoint
 from ane_moe.errors import UserError
+from ane_moe.opened import open_model
 from ane_moe.original import stream as hf_stream
 from ane_moe.original.capture import capture_golden
 from ane_moe.original.golden import Golden, LayerGolden, read_golden, write_golden
+from tests.adapters import adapt
 from tests.models import LLAMA_SHAPED, make_model, make_variant, save_checkpoint, save_fused
+from tests.zoo import FULL
 
 MAX_DIFFERENCE = 2e-6
 PROMPTS = [[5, 7, 11, 13, 17, 19, 23], [1], list(range(3, 40))]
@@ -54,6 +57,19 @@ def assert_agrees_with_from_pretrained(golden, folder):
             assert (
                 np.abs(golden.layers[index].y - golden.layers[index + 1].x).max() <= MAX_DIFFERENCE
             )
+
+
+def test_what_is_made_of_a_tensor_is_found_by_the_name_in_its_file_too(tmp_path):
+    """Nemotron-H's files have another name for it than transformers' modules."""
+    model = make_model("nemotron_h", moe_latent_size=56, layers_block_type=["moe", FULL])
+    folder, modules = save_checkpoint(model, tmp_path / "checkpoint"), ["fc1_latent_proj", "q_proj"]
+    adapted = adapt(model, tmp_path / "adapter", target_modules=modules)
+    checkpoint = open_model(folder, adapters=[tmp_path / "adapter"]).checkpoint
+    out = tmp_path / "golden.safetensors"
+    capture_golden(checkpoint, layers=(0, 1), prompts=PROMPTS[:1], out=out)
+    with torch.no_grad():
+        expected = adapted(torch.tensor(PROMPTS[:1])).logits[0].numpy()
+    assert np.abs(read_golden(out).logits - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize("save", [save_checkpoint, save_fused])
