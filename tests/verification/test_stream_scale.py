@@ -17,8 +17,8 @@ from ane_moe.conversion.plan import ConvertOptions
 from ane_moe.manifest import read_manifest
 from ane_moe.model.spec import InnerScale, ModelSpec
 from ane_moe.opened import open_model, with_scales
-from ane_moe.original.golden import read_golden
-from ane_moe.original.ranges import LayerRange, needed_divisor
+from ane_moe.original.golden import LayerGolden, read_golden
+from ane_moe.original.ranges import LayerRange, needed_divisor, range_of
 from ane_moe.original.sums import PartialSums
 from ane_moe.report.convert_table import stream_line
 from ane_moe.report.verify_table import verify_report
@@ -201,6 +201,13 @@ def test_what_is_needed(stream, sums, divisor):
     scaled = [replace(one, stream=one.stream / 4, sums=one.sums / 4) for one in ranges]
     assert needed_divisor(scaled, 1 / 4) == divisor
     assert needed_divisor([]) == needed_divisor([LayerRange(0, math.inf, 1.0)]) == 1
+
+
+def test_what_experts_give_apart_from_the_stream_counts_too():
+    small, large = np.ones((3, 8), np.float32), np.full((3, 5), -70000.0, np.float32)
+    layer = LayerGolden(small, small, small, experts_delta=large)
+    assert range_of(0, layer) == LayerRange(0, 70000.0, 0.0)
+    assert range_of(0, replace(layer, experts_delta=None)) == LayerRange(0, 3.0, 0.0)
 
 
 def test_partial_sums_are_those_of_the_worst_order():
