@@ -10,6 +10,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import fsspec
 import pytest
@@ -359,30 +360,45 @@ def test_a_place_without_a_writer_is_one_line(checkpoint: Path, there: Path) -> 
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.slow
-def test_s3_takes_and_gives_it(
-    checkpoint: Path, local: Path, there: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By s3fs, and moto's server in the place of Amazon's."""
+@pytest.fixture
+def s3(there: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """s3fs, and moto's server in the place of Amazon's."""
     pytest.importorskip("s3fs")
     servers = pytest.importorskip("moto.server")
     server = servers.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
+    url = f"http://{host}:{port}"
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "x")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # clients of another test's server
     try:
-        files = fsspec.filesystem("s3", skip_instance_cache=True)
-        with pytest.raises(UserError, match=r"s3://some/out\S* cannot be written"):
-            convert(checkpoint, Path("s3://some/out"), OPTIONS)
-        files.mkdir("some")
-        convert(checkpoint, Path("s3://some/out"), OPTIONS, golden=True, workers=2)
-        folder = fetched("s3://some/out")
-        assert contents(folder) == contents(local)
-        names = {path.removeprefix("some/out/") for path in files.find("some/out")}
-        assert names == {*read_manifest(local).files, FILE_NAME}
-        assert not convert(checkpoint, Path("s3://some/out"), OPTIONS, golden=True).written
+        urlopen(f"{url}/moto-api/reset", data=b"").close()  # what that one held
+        yield fsspec.filesystem("s3")
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize(
+    "options, how",
+    [
+        pytest.param(replace(OPTIONS, layers=(0,), calibrate=None), {}, id="a layer"),
+        pytest.param(OPTIONS, {"golden": True, "workers": 2}, id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_s3_takes_and_gives_it(
+    checkpoint: Path, s3: Any, tmp_path: Path, options: ConvertOptions, how: dict[str, Any]
+) -> None:
+    url, here = "s3://some/out", tmp_path / "out"
+    out = Path(url)
+    with pytest.raises(UserError, match=r"s3://some/out\S* cannot be written"):
+        convert(checkpoint, out, options)
+    s3.mkdir("some")
+    convert(checkpoint, out, options, **how)
+    convert(checkpoint, here, options, **how)
+    assert contents(fetched(url)) == contents(here)
+    names = {path.removeprefix("some/out/") for path in s3.find("some/out")}
+    assert names == {*read_manifest(here).files, FILE_NAME}
+    assert not convert(checkpoint, out, options, **how).written
