@@ -21,13 +21,15 @@ from ane_moe.checkpoints.remote import (
     fetch_header,
     gguf_at,
     headers_at,
-    keep_small,
+    keep,
+    kept_at,
     remote_folder,
     url_of,
 )
 from ane_moe.checkpoints.safetensors_header import read_header
 from ane_moe.errors import UserError
-from ane_moe.files import replaced, write_text
+from ane_moe.fetch_lock import one_run, this_writer
+from ane_moe.files import replaced
 from ane_moe.json_file import read_json
 from ane_moe.user_cache import user_cache
 
@@ -193,8 +195,8 @@ def _folder(name: HubName, layers: Sequence[int] | None, apart: bool) -> Path:
             f"{name} has no safetensors weights", f"{len(files)} other files", "name another"
         )
     if apart:
-        small = (file for file in folder.iterdir() if any(map(file.match, SMALL)))
-        return headers_at(url, weights, keep_small(url, {f.name: f.read_bytes() for f in small}))
+        with kept_at(url, _small_files(folder)) as kept:
+            return headers_at(url, weights, kept)
     if layers is not None and not offline:
         return _with_holes(commit, folder, weights, layers)
     return snapshot(commit.revision, list(map(_literal, weights)))
@@ -245,22 +247,38 @@ def _gguf(name: HubName, parts: list[str], header: bool) -> Path:
             for part in parts
         ]
         return Path(paths[0])
-    owned = name.repository.replace("/", "--")
-    folder = user_cache() / "hub" / owned / str(name.revision) / "headers"
-    for part in parts:
-        found = hub.get_hf_file_metadata(
-            hub.hf_hub_url(name.repository, part, revision=name.revision)
-        )
-        path, size = folder / part, found.size or 0
-        if path.is_file() and path.stat().st_size == size:
-            continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replaced(path) as unfinished, unfinished.open("wb") as stream:
-            for first in range(0, min(size, GGUF_HEADER_BYTES), PIECE):
-                last = min(first + PIECE, size, GGUF_HEADER_BYTES)
-                stream.write(range_at(found.location, first, last))
-            stream.truncate(size)
+    folder = _own_folder(name, "headers")
+    with one_run(folder):
+        for part in parts:
+            _fetch_gguf_header(name, part, folder / part)
     return folder / parts[0]
+
+
+def _fetch_gguf_header(name: HubName, file: str, path: Path) -> None:
+    import huggingface_hub as hub
+
+    url = hub.hf_hub_url(name.repository, file, revision=name.revision)
+    found = hub.get_hf_file_metadata(url)
+    size = found.size or 0
+    if path.is_file() and path.stat().st_size == size:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced(path, this_writer()) as unfinished, unfinished.open("wb") as stream:
+        for first in range(0, min(size, GGUF_HEADER_BYTES), PIECE):
+            last = min(first + PIECE, size, GGUF_HEADER_BYTES)
+            stream.write(range_at(found.location, first, last))
+        stream.truncate(size)
+
+
+def _own_folder(name: HubName, held: str) -> Path:
+    """Where our own cache has what is `held` of a model."""
+    owned = name.repository.replace("/", "--")
+    return user_cache() / "hub" / owned / str(name.revision) / held
+
+
+def _small_files(folder: Path) -> dict[str, bytes]:
+    small = (file for file in folder.iterdir() if any(map(file.match, SMALL)))
+    return {file.name: file.read_bytes() for file in small}
 
 
 def _literal(file: str) -> str:
@@ -271,16 +289,15 @@ def _literal(file: str) -> str:
 def _with_holes(name: HubName, small: Path, weights: list[str], layers: Sequence[int]) -> Path:
     """A folder with the `small` files and weight files of full size, in which only the tensors of
     `layers`, and those outside all layers, have arrived; of no layers, only their headers."""
-    owned = name.repository.replace("/", "--")
     held = "_".join(map(str, ("layers", *sorted(layers)))) if layers else "headers"
-    folder = user_cache() / "hub" / owned / str(name.revision) / held
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in small.iterdir():
-        if any(file.match(pattern) for pattern in SMALL):
-            (folder / file.name).write_bytes(file.read_bytes())
-    arrived = _Arrived(folder / FETCHED)
-    for weight_file in weights:
-        _fetch_tensors(name, folder / weight_file, set(layers), arrived)
+    folder = _own_folder(name, held)
+    with one_run(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, data in _small_files(small).items():
+            keep(folder / file, data)
+        arrived = _Arrived(folder / FETCHED)
+        for weight_file in weights:
+            _fetch_tensors(name, folder / weight_file, set(layers), arrived)
     weight_files(folder)  # says what is missing
     return folder
 
@@ -295,7 +312,8 @@ class _Arrived:
 
     def note(self, key: str, end: int) -> None:
         self.ends[key] = end
-        write_text(self.path, json.dumps(self.ends))
+        with replaced(self.path, this_writer()) as unfinished:
+            unfinished.write_text(json.dumps(self.ends))
 
 
 def _fetch_tensors(name: HubName, path: Path, layers: set[int], arrived: _Arrived) -> None:

@@ -6,10 +6,9 @@ that the workers of a cluster need no disk in common for them.
 """
 
 import json
-import os
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -30,6 +29,7 @@ from ane_moe.checkpoints.safetensors_header import MAX_HEADER_BYTES
 from ane_moe.checkpoints.stored_tensor import StoredTensor
 from ane_moe.checkpoints.weight_file import RemoteFile, WeightFile, read_range, weight_size
 from ane_moe.errors import UserError
+from ane_moe.fetch_lock import one_run, this_writer
 from ane_moe.files import TEMPORARY, is_hidden, replaced
 from ane_moe.user_cache import user_cache
 from ane_moe.wording import listed
@@ -66,28 +66,30 @@ def remote_folder(url: str) -> Path:
             f"{url} has no {CONFIG}", f"{len(names)} other files", "give a model's folder"
         )
     small = (name for name in names if any(map(PurePosixPath(name).match, SMALL)))
-    folder = keep_small(url, {name: _whole(f"{url}/{name}") for name in small})
-    weights = weight_names(folder, names)
-    if not weights:
-        raise UserError(f"{url} has no safetensors weights", f"{len(names)} other files")
-    for path in folder.iterdir():
-        if path.name not in (*names, *weights) and not is_hidden(path):  # another run's
-            path.unlink()
-    return headers_at(url, weights, folder)
+    with kept_at(url, {name: _whole(f"{url}/{name}") for name in small}) as folder:
+        weights = weight_names(folder, names)
+        if not weights:
+            raise UserError(f"{url} has no safetensors weights", f"{len(names)} other files")
+        for path in folder.iterdir():
+            if path.name not in (*names, *weights) and not is_hidden(path):  # another run's
+                path.unlink()
+        return headers_at(url, weights, folder)
 
 
-def keep_small(url: str, files: Mapping[str, bytes]) -> Path:
-    """The folder of our cache for an address, with these files in it."""
+@contextmanager
+def kept_at(url: str, files: Mapping[str, bytes]) -> Iterator[Path]:
+    """The folder of our cache for an address, with these files in it, for this run alone."""
     folder = _root() / kept_as(url)
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(f"{TEMPORARY}*"):  # of a killed run
-        with suppress(FileNotFoundError):
-            if time.time() - left.stat().st_mtime > STALE_SECONDS:
-                left.unlink()
-    _keep(folder / ADDRESS_FILE, url.encode())
-    for name, data in files.items():
-        _keep(folder / name, data)
-    return folder
+    with one_run(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(f"{TEMPORARY}*"):  # of a killed run
+            with suppress(FileNotFoundError):
+                if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                    left.unlink()
+        keep(folder / ADDRESS_FILE, url.encode())
+        for name, data in files.items():
+            keep(folder / name, data)
+        yield folder
 
 
 def headers_at(url: str, weights: Iterable[str], folder: Path) -> Path:
@@ -102,13 +104,14 @@ def gguf_at(url: str) -> Path:
     """A file of full size in our cache that has the header of the GGUF file at `url` alone, beside
     those of its further parts. Raises UserError."""
     above, _, given = url.rpartition("/")
-    folder, names = keep_small(above, {}), part_names(given) or [given]
-    for name in names:
-        file = RemoteFile(f"{above}/{name}", _size(f"{above}/{name}"))
-        tensors = read_gguf(file).tensors.values()
-        header = min((tensor.offset for tensor in tensors), default=file.size)
-        _keep_header(folder / name, file.size, read_range(file.url, 0, header))
-    return folder / names[0]
+    names = part_names(given) or [given]
+    with kept_at(above, {}) as folder:
+        for name in names:
+            file = RemoteFile(f"{above}/{name}", _size(f"{above}/{name}"))
+            tensors = read_gguf(file).tensors.values()
+            header = min((tensor.offset for tensor in tensors), default=file.size)
+            _keep_header(folder / name, file.size, read_range(file.url, 0, header))
+        return folder / names[0]
 
 
 def url_of(folder: Path) -> str:
@@ -151,14 +154,9 @@ def _keep_header(path: Path, size: int, header: bytes) -> None:
         with path.open("rb") as stream:
             if stream.read(len(header)) == header:
                 return
-    with replaced(path, _writer()) as unfinished, unfinished.open("wb") as stream:
+    with replaced(path, this_writer()) as unfinished, unfinished.open("wb") as stream:
         stream.write(header)
         stream.truncate(size)
-
-
-def _writer() -> str:
-    """Runs for one address may fetch the same at once."""
-    return f"{os.getpid()}-"
 
 
 def _root() -> Path:
@@ -208,9 +206,9 @@ def _size(url: str) -> int:
     return size
 
 
-def _keep(path: Path, data: bytes) -> None:
+def keep(path: Path, data: bytes) -> None:
     """Write a file unless it is so already: what was kept of it goes on by its times."""
     if path.is_file() and path.read_bytes() == data:
         return
-    with replaced(path, _writer()) as unfinished:
+    with replaced(path, this_writer()) as unfinished:
         unfinished.write_bytes(data)

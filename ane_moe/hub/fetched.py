@@ -6,9 +6,10 @@ from pathlib import Path
 
 from ane_moe.addresses import ADDRESS_FILE, kept_as
 from ane_moe.errors import UserError
+from ane_moe.fetch_lock import one_run
 from ane_moe.files import disk_error, write_text
 from ane_moe.hub.digests import check_digests_once, note_checked
-from ane_moe.hub.pulled import PARTIAL, one_run, take
+from ane_moe.hub.pulled import PARTIAL, take
 from ane_moe.manifest import FILE_NAME, read_manifest
 from ane_moe.progress import Progress, silent
 from ane_moe.remote_folder import RemoteFolder

@@ -1,16 +1,15 @@
 """Conversions from the Hugging Face Hub: what the manifest names and nothing else, checked by its
 digests before anything is loaded."""
 
-import fcntl
-import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from ane_moe.checkpoints.hub import HubName
 from ane_moe.errors import UserError
+from ane_moe.fetch_lock import one_run
 from ane_moe.files import TEMPORARY
 from ane_moe.hub.asking import asking, repository
 from ane_moe.hub.digests import check_digests, check_digests_once, note_checked
@@ -59,20 +58,6 @@ def pull(text: str, folder: Path, progress: Progress = silent) -> Manifest:
             commit, manifest = _manifest(name)
         _fetch(commit, manifest, folder, progress)
     return manifest
-
-
-@contextmanager
-def one_run(folder: Path, progress: Progress) -> Iterator[None]:
-    """Whoever fetches into `folder` on this machine waits here for who does so already: an
-    interrupted download goes on in one place."""
-    progress("waiting for another run that fetches it", 0, 1)
-    place = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:32]
-    path = user_cache() / "fetching" / place
-    with ExitStack() as stack:
-        with suppress(OSError):  # a cache that cannot be written, a file system without locks
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fcntl.flock(stack.enter_context(path.open("a")), fcntl.LOCK_EX)
-        yield
 
 
 def _asking(name: HubName) -> AbstractContextManager[None]:

@@ -2,7 +2,10 @@
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import huggingface_hub
@@ -19,6 +22,7 @@ from ane_moe.conversion.pipeline import convert, plan
 from ane_moe.conversion.plan import ConvertOptions
 from ane_moe.errors import UserError
 from ane_moe.families import describe
+from ane_moe.files import TEMPORARY
 from ane_moe.forecast.outlook import outlook
 from ane_moe.manifest import read_manifest
 from ane_moe.verification.verify import verify
@@ -271,6 +275,35 @@ def test_a_gguf_model_is_fetched_by_its_name_and_kind(hub: Hub, tmp_path: Path) 
     assert {name for name, _, _ in hub.sent[before:]} == {
         f"F16/tiny-F16-0000{part}-of-00002.gguf" for part in (1, 2)
     }
+
+
+def test_runs_that_fetch_one_model_at_once_wait_for_each_other(
+    hub: Hub, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.models |= gguf_models(tmp_path)
+    range_at, both, asked = hub_range.range_at, threading.Barrier(2), []
+
+    def slowly(place: str, first: int, last: int) -> bytes:
+        with suppress(threading.BrokenBarrierError):
+            both.wait(0.2)  # until the other one is here, too
+        asked.append((place, first, last))
+        return range_at(place, first, last)
+
+    monkeypatch.setattr("ane_moe.checkpoints.hub.range_at", slowly)
+    for name, layers, there in (
+        (NAME, range(4), saved),
+        ("someone/several-GGUF:F16", (), tmp_path / "several" / "F16"),
+    ):
+        both.reset()
+        with ThreadPoolExecutor(2) as pool:
+            found = {*pool.map(local_folder, [name] * 2, [layers] * 2)}
+        assert len(found) == 1
+        folder = found.pop() if layers else found.pop().parent
+        weights = [*there.glob("*.safetensors"), *there.glob("*.gguf")]
+        weights = [file for file in weights if file.name not in UNREAD]
+        assert all((folder / file.name).read_bytes() == file.read_bytes() for file in weights)
+        assert weights and not [*folder.glob(f"{TEMPORARY}*")]
+    assert len({*asked}) == len(asked)  # each range of them once
 
 
 def test_a_gguf_model_that_is_not_told_apart_is_one_line(hub: Hub, tmp_path: Path) -> None:
