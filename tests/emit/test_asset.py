@@ -128,6 +128,46 @@ def test_the_same_weights_give_the_same_bytes(asset: Path, tmp_path: Path) -> No
     assert read_asset_key(tmp_path) is None
 
 
+def test_large_constants_are_called_the_same_in_every_process(tmp_path: Path) -> None:
+    """Apple's converter names them by a hash, of another seed in each process."""
+    import coreai_torch
+    import torch
+
+    from ane_moe.emit.coreai.asset import stamp_asset
+    from ane_moe.emit.coreai.bytecode import read_arrays
+    from ane_moe.emit.coreai.tracing import SEEDED, with_numbered_constants
+    from ane_moe.runtime.coreai.installed import quiet
+    from ane_moe.runtime.coreai.twin import mlir_module
+
+    constants = [torch.arange(4096.0).reshape(64, 64) + number for number in range(3)]
+
+    class Product(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * constants[0] + x * constants[1] * constants[2] + constants[1]
+
+    converter = coreai_torch.TorchConverter()
+    exported = torch.export.export(Product(), (torch.zeros(64, 64),))
+    table = coreai_torch.get_decomp_table()
+    with quiet():
+        converter.add_exported_program(
+            exported.run_decompositions(table), input_names=["x"], output_names=["y"]
+        )
+        text = mlir_module(converter.to_coreai()).operation.get_asm()
+    names = dict.fromkeys(SEEDED.findall(text))
+    assert len(names) == 3
+    another = text
+    for number, name in enumerate(names):  # as another process would, one shorter than another
+        another = another.replace(name, f"resource_{7 ** (number + 9)}")
+    settled = with_numbered_constants(text)
+    assert another != text and with_numbered_constants(another) == settled
+    path = tmp_path / "a.aimodel"
+    stamp_asset({"": Template(settled.encode(), {})}, [], ContentKey(), path)
+    found = read_arrays(path / "main.mlirb")
+    assert sorted(found) == [f"constant{number:06d}" for number in range(3)]
+    stored = sorted(array.view(np.float32)[0] for array in found.values())
+    assert stored == [0, 1, 2]
+
+
 def test_a_weight_that_does_not_fit_leaves_nothing(tmp_path: Path) -> None:
     from ane_moe.emit.coreai.asset import stamp_asset
 

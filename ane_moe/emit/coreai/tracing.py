@@ -6,6 +6,7 @@ pass can fold or round them, and a distinct block goes through Apple's converter
 weights are.
 """
 
+import re
 from pathlib import Path
 
 from ane_moe.emit.coreml.template import Template, value_name
@@ -16,6 +17,9 @@ from ane_moe.mlprogram.reader import program_of
 from ane_moe.mlprogram.values import ValueReader
 from ane_moe.runtime.coreai.twin import converted, mlir_module
 
+# A large constant in the text of a module, and where its bytes are told.
+SEEDED = re.compile(r'(?<=dense_resource<)resource_\d+(?=>)|\bresource_\d+(?=: "0x)')
+
 
 def make_asset_template(template: Template) -> Template:
     """The graphs of `template` as text of Core AI's, each weight an input by its program's name.
@@ -25,7 +29,18 @@ def make_asset_template(template: Template) -> Template:
     program = with_open_weights(template)
     module = mlir_module(converted({name: (program, name) for name in program.functions}))
     text = module.operation.get_asm(enable_debug_info=True)  # with the names of operations
-    return Template(text.encode(), template.weights)
+    return Template(with_numbered_constants(text).encode(), template.weights)
+
+
+def with_numbered_constants(text: str) -> str:
+    """The text of a module, the same for the same module: Apple's converter calls a large constant
+    by a hash of its bytes that each process seeds anew."""
+    numbers: dict[str, str] = {}
+
+    def numbered(found: re.Match[str]) -> str:
+        return numbers.setdefault(found[0], f"constant{len(numbers):06d}")
+
+    return SEEDED.sub(numbered, text)
 
 
 def with_open_weights(template: Template) -> Program:
