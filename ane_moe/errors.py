@@ -2,6 +2,8 @@
 
 import re
 
+from ane_moe.origins import with_origins
+
 # A user and a password before a host, or whatever stands there in an address of the web.
 USER = re.compile(
     r"(?<=//)[^/\s'\"@]*:[^/\s'\"]*@|(?<=http://)[^/\s'\"]+@|(?<=https://)[^/\s'\"]+@"
@@ -17,11 +19,12 @@ def without_secrets(text: str) -> str:
 class UserError(Exception):
     """Something the user can mend: what is wrong, what was found, what to do.
 
-    The command line prints it as one line on stderr and exits with 2.
+    The command line prints it as one line on stderr and exits with 2. Folders that were fetched are
+    called by where they are from.
     """
 
     def __init__(self, what: str, found: str = "", do: str = ""):
-        what, found, do = map(without_secrets, (what, found, do))
+        what, found, do = (without_secrets(with_origins(text)) for text in (what, found, do))
         self.what = what
         self.found = found
         self.do = do

@@ -34,6 +34,7 @@ from ane_moe.loop.prefetch import AUTO
 from ane_moe.loop.session import Session
 from ane_moe.loop.shards import LoadedShards, load_shards
 from ane_moe.manifest import Manifest, read_manifest
+from ane_moe.origins import shown
 from ane_moe.progress import Progress, silent
 from ane_moe.runtime import resolve_runtime
 from ane_moe.verification.verify import MIN_LOGIT_COSINE, MIN_LOGIT_COSINE_COMPRESSED
@@ -97,7 +98,7 @@ def bench(
     checks = check_output(model, goldens, _limits(min_logit_cosine, manifest), report_progress)
     report = BenchReport(
         all(check.passed for check in checks),
-        str(out),
+        shown(out),
         runtime,
         conditions,
         checks,

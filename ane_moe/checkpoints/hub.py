@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ane_moe.addresses import AT_COMMIT, address, local_path, reason_of
+from ane_moe.addresses import AT_COMMIT, HUB, address, local_path, reason_of
 from ane_moe.checkpoints.folder import CONFIG, SMALL, weight_files, weight_names
 from ane_moe.checkpoints.hub_range import range_at
 from ane_moe.checkpoints.remote import (
@@ -31,6 +31,7 @@ from ane_moe.errors import UserError
 from ane_moe.fetch_lock import one_run, this_writer
 from ane_moe.files import replaced
 from ane_moe.json_file import read_json
+from ane_moe.origins import note_origin
 from ane_moe.user_cache import user_cache
 
 NAME = re.compile(
@@ -251,6 +252,7 @@ def _gguf(name: HubName, parts: list[str], header: bool) -> Path:
     with one_run(folder):
         for part in parts:
             _fetch_gguf_header(name, part, folder / part)
+    note_origin(folder, f"{HUB}://{name}")
     return folder / parts[0]
 
 
@@ -299,6 +301,7 @@ def _with_holes(name: HubName, small: Path, weights: list[str], layers: Sequence
         for weight_file in weights:
             _fetch_tensors(name, folder / weight_file, set(layers), arrived)
     weight_files(folder)  # says what is missing
+    note_origin(folder, f"{HUB}://{name}")
     return folder
 
 

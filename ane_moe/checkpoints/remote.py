@@ -31,6 +31,7 @@ from ane_moe.checkpoints.weight_file import RemoteFile, WeightFile, read_range, 
 from ane_moe.errors import UserError
 from ane_moe.fetch_lock import one_run, this_writer
 from ane_moe.files import TEMPORARY, is_hidden, replaced
+from ane_moe.origins import note_origin
 from ane_moe.user_cache import user_cache
 from ane_moe.wording import listed
 
@@ -90,6 +91,7 @@ def kept_at(url: str, files: Mapping[str, bytes]) -> Iterator[Path]:
         for name, data in files.items():
             keep(folder / name, data)
         yield folder
+    note_origin(folder, url)
 
 
 def headers_at(url: str, weights: Iterable[str], folder: Path) -> Path:

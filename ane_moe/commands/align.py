@@ -8,6 +8,7 @@ import typer
 
 from ane_moe.commands.options import AsJson, Out
 from ane_moe.errors import UserError
+from ane_moe.origins import shown
 
 
 def align(
@@ -60,7 +61,9 @@ def align(
         typer.echo(json.dumps({"file": str(out)} | found.as_json(), indent=2))
         return
     Console().print(alignment_table(found), soft_wrap=True)
-    typer.echo(f"next: ane-moe generate {source} --adapters {out} --self-speculate 3", err=True)
+    typer.echo(
+        f"next: ane-moe generate {shown(source)} --adapters {out} --self-speculate 3", err=True
+    )
 
 
 def _distances(text: str) -> list[int]:

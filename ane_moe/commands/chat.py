@@ -82,10 +82,8 @@ def chat(
     )
     shards, tokenizer = model.shards, model.tokenizer
     if tokenizer is None:
-        from ane_moe.hub.fetched import shown
-
         raise UserError(
-            f"{shown(out)} has no tokenizer", "the checkpoint had none", "use generate --prompt-ids"
+            f"{out} has no tokenizer", "the checkpoint had none", "use generate --prompt-ids"
         )
     options = GenerateOptions(max_tokens or shards.manifest.context, temperature, top_p, seed)
     conversations = Conversations(shards, concurrency=concurrency, predictor=predictor)

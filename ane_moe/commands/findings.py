@@ -10,7 +10,8 @@ import typer
 from rich.console import Console, RenderableType
 
 from ane_moe.commands.interruption import ended_by_interrupt
-from ane_moe.hub.fetched import address_of, shown
+from ane_moe.hub.fetched import address_of
+from ane_moe.origins import shown
 from ane_moe.placement.result import PlacementReport
 from ane_moe.report.against_table import against_report
 from ane_moe.report.placement_table import placement_report

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ane_moe.commands.options import AsJson, Package
+from ane_moe.origins import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -163,7 +164,7 @@ def _pipeline_parts(summary: "PipelineSummary") -> "list[RenderableType]":
         for stage, note in zip(summary.stages, notes, strict=True)
     ]
     facts = [
-        ("package", str(summary.path)),
+        ("package", shown(summary.path)),
         ("pipeline of", f"{len(kinds)} models"),
         *kinds,
         *((name.removeprefix(VENDOR), value) for name, value in summary.metadata.items()),
@@ -183,7 +184,7 @@ def _parts(summary: "Summary") -> "list[RenderableType]":
     from ane_moe.mlprogram.printer import printable
 
     facts = [
-        ("package", str(summary.path)),
+        ("package", shown(summary.path)),
         ("needs", f"{summary.system} (specification version {summary.specification_version})"),
         ("default function", summary.default_function),
         (

@@ -8,6 +8,7 @@ import typer
 from ane_moe.addresses import address, is_on_hub, local_path, output_path
 from ane_moe.errors import UserError
 from ane_moe.files import temporary_folder
+from ane_moe.origins import note_origin
 
 
 def opened_out(context: typer.Context, out: Path) -> Path:
@@ -39,6 +40,7 @@ def opened_package(context: typer.Context, package: Path | None) -> Path | None:
     here = scratch / package.name
     for name in there.sizes():
         there.fetch(name, here / name)
+    note_origin(here, url)
     return here
 
 

@@ -80,12 +80,8 @@ def _read(file: Path | None) -> str:
 def _encoded(text: str, chat: bool, model: "OpenModel", folder: Path) -> Prompt:
     tokenizer = model.tokenizer
     if tokenizer is None:
-        from ane_moe.hub.fetched import shown
-
         raise UserError(
-            f"{shown(folder)} has no tokenizer",
-            "the checkpoint had none",
-            "give --prompt-ids 1,2,3",
+            f"{folder} has no tokenizer", "the checkpoint had none", "give --prompt-ids 1,2,3"
         )
     if chat:
         return Prompt(tokenizer.encode_chat(text))

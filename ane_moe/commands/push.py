@@ -37,10 +37,10 @@ def push(
     Files go in batches, the manifest last; the same command goes on after a break, and sends
     nothing twice. Exits with 1, and sends nothing, when a gate failed.
     """
-    from ane_moe.hub.fetched import shown
     from ane_moe.hub.licence import licence_of
     from ane_moe.hub.pushed import push as send
     from ane_moe.manifest import read_manifest
+    from ane_moe.origins import shown
     from ane_moe.report.card import render_card
     from ane_moe.report.report_data import gather
     from ane_moe.report.step_bar import step_bar

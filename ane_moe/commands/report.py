@@ -48,8 +48,8 @@ def report(
     Prints what verifying found. Exits with 1 when a gate failed; the page is written all the same.
     """
     from ane_moe.files import write_named_by_user
-    from ane_moe.hub.fetched import origin_of
     from ane_moe.manifest import read_manifest
+    from ane_moe.origins import origin_of
     from ane_moe.package_form import PACKAGE
     from ane_moe.placement.check import check_placement
     from ane_moe.placement.targets import find_target

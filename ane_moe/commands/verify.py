@@ -51,8 +51,8 @@ def verify(
     """
     from ane_moe.commands.findings import find, next_diff, show, write_page
     from ane_moe.demo import built_in
-    from ane_moe.hub.fetched import shown
     from ane_moe.manifest import read_manifest
+    from ane_moe.origins import shown
     from ane_moe.placement.check import check_placement, require_packages
     from ane_moe.placement.targets import find_target
     from ane_moe.verification.against import check_against, require_programs
@@ -113,10 +113,8 @@ def verify(
 def _require_no(cluster: str | None, out: Path) -> None:
     """Raise UserError for workers where there is no golden to prove functions by."""
     if cluster is not None:
-        from ane_moe.hub.fetched import shown
-
         raise UserError(
             "--cluster has workers prove functions by the golden",
-            f"no golden in {shown(out)}",
+            f"no golden in {out}",
             "leave it out, or convert with --golden",
         )

@@ -4,13 +4,14 @@ before anything is loaded."""
 import hashlib
 from pathlib import Path
 
-from ane_moe.addresses import ADDRESS_FILE, kept_as
+from ane_moe.addresses import ADDRESS_FILE, address, kept_as
 from ane_moe.errors import UserError
 from ane_moe.fetch_lock import one_run
 from ane_moe.files import disk_error, write_text
 from ane_moe.hub.digests import check_digests_once, note_checked
 from ane_moe.hub.pulled import PARTIAL, take
 from ane_moe.manifest import FILE_NAME, read_manifest
+from ane_moe.origins import note_origin, origin_of
 from ane_moe.progress import Progress, silent
 from ane_moe.remote_folder import RemoteFolder
 from ane_moe.user_cache import user_cache
@@ -32,6 +33,7 @@ def fetched(url: str, progress: Progress = silent) -> Path:
             check_digests_once(folder, read_manifest(folder), progress)
         else:
             _fetch(there, text, folder, progress)
+    note_origin(folder, url)
     return folder
 
 
@@ -55,26 +57,9 @@ def _fetch(there: RemoteFolder, text: bytes, folder: Path, progress: Progress) -
 
 
 def address_of(folder: Path) -> RemoteFolder | None:
-    """Where a folder was `fetched` from; None for others."""
-    record = folder.absolute().parent / ADDRESS_FILE
-    inside = record.parent.parent == _root().absolute()
-    return RemoteFolder(record.read_text()) if inside and record.is_file() else None
-
-
-def origin_of(folder: Path) -> str | None:
-    """What a folder of our cache was fetched from: an address, or hf://OWNER/NAME@COMMIT; None for
-    others."""
-    if there := address_of(folder):
-        return there.url
-    commit = folder.absolute()
-    if commit.parent.parent != _root().parent.absolute():
-        return None
-    return f"hf://{commit.parent.name.replace('--', '/', 1)}@{commit.name}"
-
-
-def shown(folder: Path) -> str:
-    """A conversion by what a user knows it by: where it was fetched from, else its path."""
-    return origin_of(folder) or str(folder)
+    """Where a folder was `fetched` from by this process; None for others."""
+    url = address(origin_of(folder) or "")
+    return RemoteFolder(url) if url else None
 
 
 def _root() -> Path:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from ane_moe.addresses import HUB
 from ane_moe.checkpoints.hub import HubName
 from ane_moe.errors import UserError
 from ane_moe.fetch_lock import one_run
@@ -14,6 +15,7 @@ from ane_moe.files import TEMPORARY
 from ane_moe.hub.asking import asking, repository
 from ane_moe.hub.digests import check_digests, check_digests_once, note_checked
 from ane_moe.manifest import FILE_NAME, Manifest, read_manifest
+from ane_moe.origins import note_origin
 from ane_moe.progress import Progress, silent
 from ane_moe.user_cache import user_cache
 
@@ -40,6 +42,7 @@ def pulled(text: str, progress: Progress = silent) -> Path:
         else:
             _fetch(commit, manifest, folder, progress)
             note_checked(folder, manifest)
+    note_origin(folder, f"{HUB}://{commit}")
     return folder
 
 

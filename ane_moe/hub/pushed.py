@@ -9,7 +9,6 @@ from typing import Any
 
 from ane_moe.hub.asking import asking, repository
 from ane_moe.hub.digests import check_digests
-from ane_moe.hub.fetched import shown
 from ane_moe.hub.pulled import CARD
 from ane_moe.manifest import FILE_NAME, read_manifest
 from ane_moe.progress import Progress, silent
@@ -44,7 +43,7 @@ def push(
     name, manifest = repository(text), read_manifest(out)
     check_digests(out, manifest, progress)
     api = hub.HfApi()
-    with asking(f"{shown(out)} cannot be sent to {name} on the Hugging Face Hub", DO):
+    with asking(f"{out} cannot be sent to {name} on the Hugging Face Hub", DO):
         api.create_repo(name.repository, private=private or None, exist_ok=True)
         there = _remote(api, name.repository, name.revision)
         missing = [

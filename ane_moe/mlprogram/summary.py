@@ -9,6 +9,7 @@ from ane_moe.mlprogram.pipeline import OpenPipeline
 from ane_moe.mlprogram.program import Feature, Function, Interface, Program
 from ane_moe.mlprogram.reader import read_program
 from ane_moe.mlprogram.weights import Weight, operations_of, unique_bytes, weights_of
+from ane_moe.origins import shown
 
 # The first system that reads a specification version.
 SYSTEMS = {6: "iOS 15", 7: "iOS 16", 8: "iOS 17", 9: "iOS 18", 10: "iOS 26"}
@@ -102,7 +103,7 @@ def pipeline_document(summary: PipelineSummary) -> dict:
         for stage in summary.stages
     ]
     document = asdict(replace(summary, stages=()))
-    return document | {"path": str(summary.path), "stages": stages}
+    return document | {"path": shown(summary.path), "stages": stages}
 
 
 def summarize(package: Path | Program) -> Summary:
@@ -134,7 +135,7 @@ def summarize(package: Path | Program) -> Summary:
 def summary_document(summary: Summary) -> dict:
     """The summary as plain values for JSON; sizes are bytes, unknown dimensions null."""
     document = asdict(summary)
-    document["path"] = str(summary.path)
+    document["path"] = shown(summary.path)
     for function in document["functions"]:
         function |= function.pop("interface")
         for weight in function["weights"]:

@@ -15,9 +15,9 @@ from ane_moe.forecast.core_ai import of_conversion
 from ane_moe.forecast.cost_model import predict
 from ane_moe.forecast.workload import workload_of
 from ane_moe.formats.recipe import recipe_of
-from ane_moe.hub.fetched import shown
 from ane_moe.manifest import Manifest, read_manifest
 from ane_moe.original.golden import read_golden
+from ane_moe.origins import shown
 from ane_moe.package_form import PACKAGE
 from ane_moe.placement.result import PlacementReport
 from ane_moe.routing.routing_trace import read_trace

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from ane_moe.errors import UserError
-from ane_moe.hub.fetched import shown
 from ane_moe.loop.buffers import rope_tables
 from ane_moe.loop.shards import LoadedShard
 from ane_moe.manifest import Manifest, Shard, ShardFunction, read_manifest
@@ -22,6 +21,7 @@ from ane_moe.mlprogram.program import Function
 from ane_moe.mlprogram.reader import open_program
 from ane_moe.model.port import STREAM, WEIGHT
 from ane_moe.original.golden import Golden
+from ane_moe.origins import shown
 from ane_moe.package_form import PACKAGE
 from ane_moe.progress import Progress, silent
 from ane_moe.runtime import open_package, resolve_runtime

@@ -7,7 +7,6 @@ from pathlib import Path
 from ane_moe.checkpoints.adapter import adapter_name
 from ane_moe.checkpoints.left_out import BY_OPTION
 from ane_moe.errors import UserError
-from ane_moe.hub.fetched import shown
 from ane_moe.kept import Kept
 from ane_moe.loop.experts import expert_layers
 from ane_moe.manifest import Manifest
@@ -44,7 +43,7 @@ class GoldenSource:
             )
         if self.checkpoint is None and manifest.golden is None:
             raise UserError(
-                f"{shown(out)} holds no golden to compare with",
+                f"{out} holds no golden to compare with",
                 "no golden.safetensors",
                 "give --checkpoint PATH, or convert with --golden",
             )
@@ -159,7 +158,7 @@ def _require_same_model(found: tuple[int, int, int], manifest: Manifest, out: Pa
 
 def _of_another_model(out: Path, found: str) -> UserError:
     return UserError(
-        f"the golden is not of the model in {shown(out)}",
+        f"the golden is not of the model in {out}",
         found,
         "give the checkpoint the shards were converted from",
     )

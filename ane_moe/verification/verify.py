@@ -11,12 +11,12 @@ from ane_moe.checkpoints.adapter import adapter_name
 from ane_moe.checkpoints.hub import local_folder
 from ane_moe.errors import UserError
 from ane_moe.files import temporary_folder
-from ane_moe.hub.fetched import shown
 from ane_moe.kept import Kept, kept_beside
 from ane_moe.manifest import FILE_NAME, Manifest, read_manifest
 from ane_moe.model.spec import InnerScale
 from ane_moe.original.ranges import ranges_of
 from ane_moe.original.stored_model import Goldens
+from ane_moe.origins import shown
 from ane_moe.package_form import ASSET
 from ane_moe.progress import Progress, phase, silent
 from ane_moe.runtime import with_precision

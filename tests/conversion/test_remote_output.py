@@ -25,8 +25,9 @@ from ane_moe.emit.coreml.package import WEIGHTS
 from ane_moe.errors import DiskFull, UserError
 from ane_moe.files import sha256
 from ane_moe.formats.recipe import find_recipe
-from ane_moe.hub.fetched import address_of, fetched, shown
+from ane_moe.hub.fetched import address_of, fetched
 from ane_moe.manifest import FILE_NAME, read_manifest
+from ane_moe.origins import note_origin, origin_of, shown
 from ane_moe.remote_folder import RemoteFolder, SentFile, at_hand
 from tests.conversion import bucket
 from tests.conversion.test_convert import contents
@@ -153,12 +154,28 @@ def test_what_commands_say_and_write_is_not_of_the_cache(
         assert f"{URL}/{SHARD} is no package" in refused(command, f"{URL}/{SHARD}")
     shutil.copytree(local, there)
     assert ran("diff", f"{URL}/{SHARD}").exit_code == 0
+    assert f" {URL}/{SHARD} " in ran("inspect", f"{URL}/{SHARD}").stdout
+    assert json.loads(ran("inspect", f"{URL}/{SHARD}", "--json").stdout)["path"] == f"{URL}/{SHARD}"
     assert "report: report.html" in ran("report", URL, "--no-verify").stdout
     page = (tmp_path / "here" / "report.html").read_text()
     assert URL in page and str(tmp_path) not in page
     assert not [*(tmp_path / "cache").rglob("report.html")]
-    on_hub = tmp_path / "cache" / "conversions" / "me--a--b" / "c0ffee"
-    assert shown(on_hub) == "hf://me/a--b@c0ffee" and shown(local) == str(local)
+    manifest = json.loads((there / FILE_NAME).read_text())
+    manifest["shards"].pop()
+    (there / FILE_NAME).write_text(json.dumps(manifest))
+    message = refused("generate", URL, "--prompt-ids", "1")
+    assert f"{URL}: lm_head" in message and str(tmp_path) not in message
+
+
+def test_a_folder_is_called_by_its_origin_wherever_it_is_named(tmp_path: Path) -> None:
+    origin, here = "hf://me/a@c0ffee", tmp_path / "hub" / "layers_1"
+    note_origin(here, origin)
+    raised = UserError(f"{here}/a.bin is odd", f"in {here}", f"see {here}, {here}_2 and {here}.old")
+    assert str(raised) == (
+        f"{origin}/a.bin is odd; found: in {origin}; see {origin}, {here}_2 and {origin}.old"
+    )
+    assert (shown(here), shown(tmp_path)) == (origin, str(tmp_path))
+    assert (origin_of(here), origin_of(tmp_path)) == (origin, None)
 
 
 def test_runs_that_fetch_one_address_at_once_wait_for_each_other(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ane_moe.errors import UserError
+from ane_moe.origins import shown
 from ane_moe.package_form import PROGRAM
 from ane_moe.runtime.coreai.installed import core_ai, quiet
 from ane_moe.runtime.coreai.runtime import DAMAGED, check_asset
@@ -57,4 +58,4 @@ def summarize_asset(path: Path) -> AssetSummary:
     )
     operations = dict(sorted(found.operation_distribution, key=lambda pair: -pair[1]))
     size, elements = (path / PROGRAM).stat().st_size, dict(sorted(found.storage_types))
-    return AssetSummary(str(path), size, functions, elements, operations)
+    return AssetSummary(shown(path), size, functions, elements, operations)
