@@ -21,7 +21,22 @@ def one_run(folder: Path, progress: Progress = silent) -> Iterator[None]:
         with suppress(OSError):  # a cache that cannot be written, a file system without locks
             path.parent.mkdir(parents=True, exist_ok=True)
             fcntl.flock(stack.enter_context(path.open("a")), fcntl.LOCK_EX)
+            os.utime(path)  # when the folder was wanted last
         yield
+
+
+@contextmanager
+def if_free(folder: Path, cache: Path) -> Iterator[bool]:
+    """Whether nobody fetches into a folder of a `cache`; in the block nobody begins to."""
+    path = lock_of(folder, cache)
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(path.open("a")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # one that is locked, a file system without locks
+            yield False
+        else:
+            yield True
 
 
 def lock_of(folder: Path, cache: Path) -> Path:

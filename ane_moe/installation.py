@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 from packaging.requirements import Requirement
 
+from ane_moe.fetched_folders import fetched_folders
 from ane_moe.placement.machine import Machine, this_machine
 from ane_moe.user_cache import user_cache
 
@@ -69,6 +70,15 @@ class Disk:
 
 
 @dataclass(frozen=True)
+class Fetched:
+    """How much is kept in a cache `folder` of what was fetched of addresses and of the Hub."""
+
+    folder: str
+    count: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
 class Finding:
     """Something that a command finds out, and whether it measures or predicts it here."""
 
@@ -94,6 +104,7 @@ class Installation:
     memory_bytes: int
     free_memory_bytes: int
     disks: tuple[Disk, ...]
+    fetched: Fetched
     findings: tuple[Finding, ...]
 
     @property
@@ -124,6 +135,7 @@ def installation() -> Installation:
         memory_bytes=memory.total,
         free_memory_bytes=memory.available,
         disks=tuple(_disks()),
+        fetched=_fetched(user_cache()),
         findings=tuple(
             Finding(what, command, here if core_ml else elsewhere)
             for what, command, here, elsewhere in FINDINGS
@@ -169,6 +181,11 @@ def _disks() -> Iterable[Disk]:
             path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()
         )
         yield Disk(purpose, str(folder), shutil.disk_usage(there).free)
+
+
+def _fetched(cache: Path) -> Fetched:
+    kept = fetched_folders(cache)
+    return Fetched(str(cache), len(kept), sum(one.size_bytes for one in kept))
 
 
 def _usable_cores() -> int:

@@ -125,7 +125,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], tuple[str, str]]] = {
     ),
     "cache": (
         ("ane-moe cache", "what is kept, and how large"),
-        ("ane-moe cache --clear", "remove what can be made again"),
+        ("ane-moe cache --remove s3://bucket/out", "remove what was fetched of an address"),
     ),
     "doctor": (
         ("ane-moe doctor", "what is installed, and what can be measured on this machine"),

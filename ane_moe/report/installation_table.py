@@ -22,6 +22,11 @@ def installation_lines(found: Installation) -> Iterator[str]:
     yield f"memory: {free:.1f} GB free of {total:.1f} GB"
     for disk in found.disks:
         yield f"disk: {disk.free_bytes / GB:.1f} GB free for {disk.purpose} ({disk.folder})"
+    kept = found.fetched
+    yield (
+        f"fetched of addresses and of the Hub: {kept.count} folders, {kept.size_bytes / GB:.1f} GB "
+        f"({kept.folder}); `ane-moe cache` lists and removes them"
+    )
     yield ""
     yield from _aligned([(one.what, one.command, one.how) for one in found.findings])
     yield ""

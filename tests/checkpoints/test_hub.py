@@ -22,9 +22,11 @@ from ane_moe.conversion.pipeline import convert, plan
 from ane_moe.conversion.plan import ConvertOptions
 from ane_moe.errors import UserError
 from ane_moe.families import describe
+from ane_moe.fetched_folders import fetched_folders
 from ane_moe.files import TEMPORARY
 from ane_moe.forecast.outlook import outlook
 from ane_moe.manifest import read_manifest
+from ane_moe.user_cache import user_cache
 from ane_moe.verification.verify import verify
 from tests.checkpoints.gguf_models import make, save_both
 from tests.checkpoints.hub_server import COMMIT, Hub, point_at, served
@@ -304,6 +306,9 @@ def test_runs_that_fetch_one_model_at_once_wait_for_each_other(
         assert all((folder / file.name).read_bytes() == file.read_bytes() for file in weights)
         assert weights and not [*folder.glob(f"{TEMPORARY}*")]
     assert len({*asked}) == len(asked)  # each range of them once
+    kept = {(one.origin, one.holds) for one in fetched_folders(user_cache())}
+    at_commit = (f"hf://{name}@{COMMIT}" for name in (NAME, "someone/several-GGUF"))
+    assert kept == {*zip(at_commit, ("layers 0 1 2 3", "headers"), strict=True)}
 
 
 def test_a_gguf_model_that_is_not_told_apart_is_one_line(hub: Hub, tmp_path: Path) -> None:

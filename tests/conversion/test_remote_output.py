@@ -131,6 +131,8 @@ def test_commands_read_it_from_there(local: Path, there: Path, tmp_path: Path) -
     assert shown[0]["functions"] == shown[1]["functions"]
     folder = fetched(URL)
     assert contents(folder) == contents(local) and address_of(folder) == RemoteFolder(URL)
+    ran("cache", "--remove", URL)
+    assert not folder.exists() and contents(fetched(URL)) == contents(local)
     (there / "embed.bin").write_bytes(b"another")
     (there / FILE_NAME).write_text((there / FILE_NAME).read_text() + "\n")
     with pytest.raises(UserError, match=r"embed\.bin is not the file that was written"):

@@ -1,0 +1,132 @@
+"""The folders of the user's cache that hold what was fetched: conversions of addresses and of the
+Hub, and of checkpoints the headers, or some layers. They stay until they are removed."""
+
+import os
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from ane_moe.addresses import ADDRESS_FILE, AT_COMMIT, HUB, named
+from ane_moe.errors import UserError
+from ane_moe.fetch_lock import if_free, lock_of
+from ane_moe.files import TEMPORARY
+
+# What the folders of a pattern hold. Below OWNER--NAME/COMMIT, or of an address, which is in them.
+PATTERNS = {
+    "conversions/addresses/*": "conversion",
+    "conversions/*--*/*": "conversion",
+    "remote/*": "headers",
+    "hub/*--*/*/*": "",  # said by the name
+}
+CHECKED = "checked"  # marks of files that need not be read again (hub/digests.py)
+UNTOLD = "unknown"
+BLOCK = 512  # bytes, of what the system counts in
+
+
+@dataclass(frozen=True)
+class FetchedFolder:
+    """What `folder` holds, and of which `origin`; bytes are those of the disk, since files have
+    holes, `last_used` is in seconds since the epoch."""
+
+    origin: str
+    holds: str
+    folder: Path
+    size_bytes: int
+    last_used: float
+
+
+def fetched_folders(cache: Path) -> list[FetchedFolder]:
+    """All of them in a cache, the largest first. Links are none."""
+    found = []
+    for pattern, holds in PATTERNS.items():
+        for folder in filter(partial(_is_inside, cache), cache.glob(pattern)):
+            with suppress(FileNotFoundError):  # another run removes it
+                found.append(_described(folder, holds, cache))
+    return sorted(found, key=lambda one: (-one.size_bytes, one.origin, one.holds))
+
+
+def of_origin(text: str, cache: Path) -> list[FetchedFolder]:
+    """Those of an address, or of OWNER/NAME on the Hub, with @COMMIT or all. Raises UserError where
+    there are none."""
+    given = {named(text).rstrip("/"), f"{HUB}://{text}"}
+    kept = fetched_folders(cache)
+    wanted = [one for one in kept if given & _names(one.origin)]
+    if not wanted:
+        found = f"{len(kept)} others" if kept else "nothing at all"
+        raise UserError(f"nothing of {text} is kept", found, "`ane-moe cache` lists what is")
+    return wanted
+
+
+def remove(kept: Iterable[FetchedFolder], cache: Path) -> list[FetchedFolder]:
+    """Delete folders, each whole or not at all, but those that a run fetches into. Returns which
+    were deleted. Raises UserError where the system does not let them go."""
+    removed = []
+    for one in kept:
+        with if_free(one.folder, cache) as is_free:
+            if is_free and _is_inside(cache, one.folder):
+                _delete(one.folder)
+                _forget_checks(one.folder, cache / CHECKED)
+                removed.append(one)
+    return removed
+
+
+def _names(origin: str) -> set[str]:
+    """What people may say for it."""
+    at_commit = AT_COMMIT.fullmatch(origin)
+    return {origin, f"{HUB}://{at_commit['hub']}"} if at_commit else {origin}
+
+
+def _is_inside(cache: Path, folder: Path) -> bool:
+    """Whether it is a folder of the cache itself: nothing on the way to it is a link."""
+    below = folder.relative_to(cache).parts
+    way = [cache.joinpath(*below[:depth]) for depth in range(1, len(below) + 1)]
+    return folder.is_dir() and not any(path.is_symlink() for path in way)
+
+
+def _described(folder: Path, holds: str, cache: Path) -> FetchedFolder:
+    lock = lock_of(folder, cache)
+    used = (lock if lock.exists() else folder).stat().st_mtime
+    held = holds or folder.name.removeprefix(TEMPORARY).replace("_", " ")
+    return FetchedFolder(_origin(folder, cache), held, folder, _size(folder), used)
+
+
+def _origin(folder: Path, cache: Path) -> str:
+    record = folder / ADDRESS_FILE
+    if record.is_file():
+        return record.read_text(errors="replace")
+    _, owned, *rest = folder.relative_to(cache).parts
+    if "--" not in owned or not rest:  # a run was killed before it said what it fetches
+        return UNTOLD
+    commit = rest[0].removeprefix(TEMPORARY)  # of a removal that was killed
+    return f"{HUB}://{owned.replace('--', '/', 1)}@{commit}"
+
+
+def _size(folder: Path) -> int:
+    size = 0
+    for inside, _, names in os.walk(folder):  # which follows no links
+        for path in (Path(inside) / name for name in names):
+            with suppress(FileNotFoundError):  # written under another name
+                size += path.lstat().st_blocks * BLOCK
+    return size
+
+
+def _delete(folder: Path) -> None:
+    """It loses its name first: half of a folder is taken for none that is finished."""
+    aside = folder.with_name(f"{TEMPORARY}{folder.name.removeprefix(TEMPORARY)}")
+    try:
+        if aside != folder:
+            shutil.rmtree(aside, ignore_errors=True)  # of a removal that was killed
+            os.replace(folder, aside)
+        shutil.rmtree(aside)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be removed", str(error.strerror)) from None
+
+
+def _forget_checks(folder: Path, marks: Path) -> None:
+    for mark in marks.glob("*"):
+        with suppress(OSError, ValueError):  # another run's, half-written
+            if Path(mark.read_text().strip()).is_relative_to(folder):
+                mark.unlink()
