@@ -29,7 +29,6 @@ def letter_shards(folder: Path, template: str | None = CHAT, context: int = 64) 
 
 def serve_shards(patch: pytest.MonkeyPatch, shards: LoadedShards) -> None:
     """What is opened from now on is these."""
-    patch.setattr("ane_moe.loop.opened.read_manifest", lambda folder: shards.manifest)
     patch.setattr("ane_moe.loop.opened.load_shards", lambda *given, **options: shards)
 
 

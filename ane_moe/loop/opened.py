@@ -6,8 +6,6 @@ from pathlib import Path
 from ane_moe.loop.eviction import DEFAULT_POLICY
 from ane_moe.loop.shards import LoadedShards, load_shards
 from ane_moe.loop.tokenizer import Tokenizer, load_tokenizer
-from ane_moe.manifest import read_manifest
-from ane_moe.runtime import with_precision
 
 MB = 1_000_000
 
@@ -33,15 +31,14 @@ def open_model(
 ) -> OpenModel:
     """Load the conversion in `folder`, as `load_shards` and `load_tokenizer`. Raises UserError."""
     limit = None if expert_cache_mb is None else int(expert_cache_mb * MB)
-    chosen, computed = with_precision(runtime, precision, read_manifest(folder).package_form)
     shards = load_shards(
         folder,
-        chosen,
+        runtime,
+        precision=precision,
         expert_cache_bytes=limit,
         expert_policy=expert_policy,
         memory_mb=memory_mb,
         adapter=adapter,
         direct=direct,
-        **computed,
     )
     return OpenModel(shards, load_tokenizer(folder, shards.manifest))

@@ -15,7 +15,7 @@ from ane_moe.loop.expert_source import check_function
 from ane_moe.loop.experts import ExpertLayer, expert_layers, open_cache
 from ane_moe.loop.memory_budget import MB, Budget, budget_of
 from ane_moe.manifest import Manifest, Shard, read_manifest
-from ane_moe.runtime import open_package, resolve_runtime, session_options
+from ane_moe.runtime import open_package, session_options, with_precision
 from ane_moe.runtime.interface import LoadedFunction
 
 # Upper limits of what a manifest may ask the host to allocate; an order of magnitude above any
@@ -97,6 +97,7 @@ def load_shards(
     folder: Path,
     runtime: str = "auto",
     *,
+    precision: str = "fp32",
     expert_cache_bytes: int | None = None,
     expert_policy: str = DEFAULT_POLICY,
     memory_mb: float | None = None,
@@ -104,7 +105,8 @@ def load_shards(
     direct: bool = False,
     **options: Any,
 ) -> LoadedShards:
-    """Load every shard of the conversion in `folder`; `options` go to the runtime.
+    """Load every shard of the conversion in `folder`; `options` go to the runtime, and `precision`,
+    as of `with_precision`.
 
     Expert functions are loaded when first called, and kept within `expert_cache_bytes` (None: all
     of them), by the `expert_policy`, a key of POLICIES in `loop/eviction.py`. Weights of all
@@ -119,10 +121,10 @@ def load_shards(
     manifest = read_manifest(folder).with_adapter(adapter)
     check_manifest(manifest, folder)
     _require_whole(manifest, folder)
-    runtime = resolve_runtime(runtime, manifest.package_form)
+    runtime, computed = with_precision(runtime, precision, manifest.package_form)
     stored = stored_bytes(folder, manifest)
     limits = _limits(folder, manifest, stored, memory_mb, expert_cache_bytes)
-    options |= session_options(runtime, limits.memory_mb, stored)
+    options |= computed | session_options(runtime, limits.memory_mb, stored)
     experts = expert_layers(manifest)
     steps = tuple(
         experts[step] if isinstance(step, int) else _loaded(folder, step, runtime, options)
