@@ -1,7 +1,7 @@
 """A checkpoint's folder: which of its files hold the weights, and what is none."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -84,33 +84,30 @@ def require_folder(path: str | Path) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights: the single file, else those of the index, as transformers
-    chooses; else all. Raises UserError where there are none, or the index cannot be followed."""
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if names := set(weight_map(folder).values()):
-        return [_inside(folder, name) for name in sorted(names)]
-    files = [
-        path
-        for path in sorted(folder.glob("*.safetensors"))
-        if not path.name.startswith(NOT_THE_MODEL)
-    ]
-    if not files:
+    """The files that hold the weights. Raises UserError where there are none, or the index cannot
+    be followed."""
+    there = [one.name for one in folder.iterdir() if one.name != SINGLE or one.is_file()]
+    names = _chosen(there, weight_map(folder).values())
+    if not names:
         raise _foreign(folder) or UserError(f"{folder} holds no safetensors files", "no weights")
-    return files
+    return [_inside(folder, name) for name in names]
 
 
-def weight_names(folder: Path, files: list[str]) -> list[str]:
-    """The weight files that are read, out of the names of all, as `weight_files` chooses
-    once they are there."""
+def weight_names(folder: Path, files: Collection[str]) -> list[str]:
+    """The same by the names of `files` elsewhere, of which `folder` has the index, if there is one:
+    those that can be had. None of them where there is no such file."""
+    found = read_json(folder / INDEX).get("weight_map") if INDEX in files else {}
+    told = [*found.values()] if isinstance(found, dict) else [found]
+    return [name for name in _chosen(files, map(str, told)) if name in files and "/" not in name]
+
+
+def _chosen(files: Collection[str], told: Iterable[str]) -> list[str]:
+    """The names of the weight files, as transformers chooses: the single one, else those `told` by
+    an index; else all."""
     if SINGLE in files:
         return [SINGLE]
-    if INDEX in files:
-        found = read_json(folder / INDEX).get("weight_map")
-        names = [*found.values()] if isinstance(found, dict) else []  # whatever they are
-        return sorted(file for file in files if file in names and "/" not in file)
-    plain = (file for file in files if "/" not in file and file.endswith(".safetensors"))
-    return sorted(file for file in plain if not file.startswith(NOT_THE_MODEL))
+    plain = (name for name in files if name.endswith(".safetensors"))
+    return sorted({*told}) or sorted(name for name in plain if not name.startswith(NOT_THE_MODEL))
 
 
 def weight_map(folder: Path) -> dict[str, str]:

@@ -18,6 +18,7 @@ from safetensors.torch import save, save_file
 
 from ane_moe.checkpoints import checkpoint as checkpoint_module
 from ane_moe.checkpoints.checkpoint import Checkpoint, TensorSource, open_checkpoint
+from ane_moe.checkpoints.folder import weight_files, weight_names
 from ane_moe.checkpoints.safetensors_header import read_header
 from ane_moe.errors import UserError
 
@@ -355,6 +356,28 @@ def test_several_files_with_an_index_are_one_checkpoint(tmp_path: Path) -> None:
     assert np.array_equal(
         checkpoint.read(TensorSource("ours", "v", (4,))), tensors["v"].half().numpy()
     )
+
+
+@pytest.mark.parametrize(
+    ("there", "told", "read"),
+    [
+        (("model", "a", "consolidated"), ("a",), ("model",)),
+        (("b", "a", "c"), ("b", "a"), ("a", "b")),
+        (("b", "a", "adapter_model", "consolidated-1"), (), ("a", "b")),
+    ],
+)
+def test_here_and_elsewhere_the_same_files_are_read(
+    there: tuple[str, ...], told: tuple[str, ...], read: tuple[str, ...], tmp_path: Path
+) -> None:
+    for name in there:
+        (tmp_path / f"{name}.safetensors").write_bytes(b"")
+    if told:
+        index = {"weight_map": {name: f"{name}.safetensors" for name in told}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    names = [path.name for path in tmp_path.iterdir()]
+    expected = [f"{name}.safetensors" for name in read]
+    assert [path.name for path in weight_files(tmp_path)] == expected
+    assert weight_names(tmp_path, names) == expected
 
 
 @pytest.mark.parametrize(
