@@ -93,7 +93,7 @@ def write_named_by_user(path: Path, text: str) -> None:
 def disk_error(error: Exception, path: Path) -> Exception:
     """A DiskFull when `error`, of writing `path`, looks like a full disk, or a used up quota, else
     the error itself."""
-    free = shutil.disk_usage(next(one for one in path.absolute().parents if one.exists())).free
+    free = free_bytes(path.parent)
     full = getattr(error, "errno", None) in FULL
     if full or (isinstance(error, RuntimeError) and free < 1 << 26):
         what, do = (
@@ -102,6 +102,19 @@ def disk_error(error: Exception, path: Path) -> Exception:
         )
         return DiskFull(what, f"{free / 1e6:.0f} MB free", do)
     return error
+
+
+def require_room(folder: Path, needed: int, what: object) -> None:
+    """Raise DiskFull where a folder has fewer bytes free than are `needed` for something."""
+    if needed > (free := free_bytes(folder)):
+        found = f"{free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB needed"
+        raise DiskFull(f"the disk is too full for {what}", found, "free some space, and try again")
+
+
+def free_bytes(folder: Path) -> int:
+    """What is free where a folder is, or is to be."""
+    place = folder.absolute()
+    return shutil.disk_usage(next(one for one in (place, *place.parents) if one.exists())).free
 
 
 def is_hidden(path: Path) -> bool:

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import shutil
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ import psutil
 from packaging.requirements import Requirement
 
 from ane_moe.fetched_folders import fetched_folders
+from ane_moe.files import free_bytes
 from ane_moe.placement.machine import Machine, this_machine
 from ane_moe.user_cache import user_cache
 
@@ -177,10 +177,7 @@ def _disks() -> Iterable[Disk]:
         "templates and compiled models": user_cache(),
     }
     for purpose, folder in places.items():
-        there = next(
-            path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()
-        )
-        yield Disk(purpose, str(folder), shutil.disk_usage(there).free)
+        yield Disk(purpose, str(folder), free_bytes(folder))
 
 
 def _fetched(cache: Path) -> Fetched:

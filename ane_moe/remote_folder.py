@@ -3,7 +3,7 @@ puts it so, as object stores do; elsewhere it is whole unless a writer was kille
 
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 from ane_moe.addresses import file_system, read_small, reason_of, tried, unreadable
 from ane_moe.errors import DiskFull, UserError
-from ane_moe.files import disk_error, replaced, sha256, temporary_folder
+from ane_moe.files import disk_error, replaced, require_room, sha256, temporary_folder
 
 KEPT_SECONDS = 300  # of a file that nobody has open: the next call may want it again
 _FETCHING = threading.Lock()
@@ -95,6 +95,15 @@ class RemoteFolder:
                 files.rm_file(f"{root}/{name}")
 
         self._changed(name, gone)
+
+    def require_room(self, names: Collection[str], folder: Path) -> None:
+        """Raise DiskFull where files that `folder` lacks do not fit into it, as far as the store
+        lists them. A web server is not asked: it lists a folder at a time, if at all."""
+        if self.url.startswith("http"):
+            return
+        sizes = self.sizes()
+        lacking = (name for name in names if not (folder / name).is_file())
+        require_room(folder, sum(sizes.get(name, 0) for name in lacking), self.url)
 
     def fetch_checked(self, digests: Mapping[str, str], folder: Path) -> None:
         """Bring files into `folder`, but for those that are there by their sha256 (hex)."""

@@ -7,7 +7,7 @@ import typer
 
 from ane_moe.addresses import address, is_on_hub, local_path, output_path
 from ane_moe.errors import UserError
-from ane_moe.files import temporary_folder
+from ane_moe.files import require_room, temporary_folder
 from ane_moe.origins import note_origin
 
 
@@ -38,7 +38,9 @@ def opened_package(context: typer.Context, package: Path | None) -> Path | None:
         raise UserError(f"{url} is no package", f"none of {', '.join(MARKS)} is there")
     scratch = context.with_resource(temporary_folder())
     here = scratch / package.name
-    for name in there.sizes():
+    sizes = there.sizes()
+    require_room(scratch, sum(sizes.values()), url)
+    for name in sizes:
         there.fetch(name, here / name)
     note_origin(here, url)
     return here

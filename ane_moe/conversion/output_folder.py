@@ -3,7 +3,6 @@ one left."""
 
 import json
 import re
-import shutil
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -18,7 +17,6 @@ from ane_moe.conversion.plan import (
     EXPERTS,
     FOLDERS,
     GOLDEN_FILES,
-    MB,
     ROUTERS,
     ConversionPlan,
     ConvertOptions,
@@ -26,7 +24,7 @@ from ane_moe.conversion.plan import (
 from ane_moe.conversion.side_files import LABEL_FILES
 from ane_moe.emit.coreml.package import ContentKey
 from ane_moe.errors import UserError
-from ane_moe.files import TEMPORARY, write_text
+from ane_moe.files import TEMPORARY, require_room, write_text
 from ane_moe.formats.calibration import FILE_NAME as CALIBRATION
 from ane_moe.manifest import FILE_NAME, Manifest
 from ane_moe.original.checkpoint_tokenizer import ALL_FILES as TOKENIZER_FILES
@@ -107,12 +105,7 @@ def _identity_on_disk(out: Path) -> dict[str, str] | None:
 
 def require_disk(out: Path, conversion: ConversionPlan) -> None:
     present = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    needed, free = conversion.disk_bytes - present, shutil.disk_usage(out).free
-    if needed > free:
-        raise UserError(
-            f"the disk is too full for {out}",
-            f"{free / MB:.0f} MB free, {needed / MB:.0f} MB needed",
-        )
+    require_room(out, conversion.disk_bytes - present, out)
 
 
 def sweep_unfinished(out: Path) -> None:

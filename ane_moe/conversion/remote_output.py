@@ -99,6 +99,7 @@ def with_sent_calibration(job: Job) -> Job:
 def fetch_shards(job: Job, manifest: Manifest) -> None:
     """Bring here what the golden of compressed weights is made of."""
     if job.away and manifest.compressed:
+        job.away.require_room(manifest.files, job.out)
         job.away.fetch_checked(manifest.files, job.out)
 
 

@@ -46,6 +46,7 @@ def _fetch(there: RemoteFolder, text: bytes, folder: Path, progress: Progress) -
     except OSError as error:
         raise disk_error(error, folder) from None
     manifest = read_manifest(partial)
+    there.require_room(manifest.files, partial)
 
     def download(into: Path) -> None:
         for done, (name, digest) in enumerate(sorted(manifest.files.items())):

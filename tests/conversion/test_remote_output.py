@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.request import urlopen
 
@@ -231,6 +232,27 @@ def test_a_full_disk_here_is_not_the_addresss_fault(
         at_hand(SentFile(RemoteFolder(URL), "a", "0")),
     ):
         pass
+
+
+def test_what_does_not_fit_is_not_begun_to_be_fetched(
+    local: Path, there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(local, there)
+    files = [local / name for name in read_manifest(local).files]
+    needed = sum(path.stat().st_size for path in files)
+    package = sum(path.stat().st_size for path in (local / SHARD).rglob("*") if path.is_file())
+    asked, get = [], bucket.Bucket.get_file
+    monkeypatch.setattr(bucket.Bucket, "get_file", lambda *a, **k: asked.append(a) or get(*a, **k))
+    free = SimpleNamespace(free=0)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: free)
+    free.free = needed - 1
+    with pytest.raises(DiskFull, match=f"the disk is too full for {URL}; found: .* MB needed"):
+        fetched(URL)
+    free.free = package - 1
+    result = CliRunner().invoke(app, ["inspect", f"{URL}/{SHARD}"])
+    assert f"the disk is too full for {URL}/{SHARD}" in str(result.exception) and not asked
+    free.free = needed
+    assert contents(fetched(URL)) == contents(local) and len(asked) == len(files)
 
 
 def test_what_is_held_by_something_else_stays(checkpoint: Path, there: Path, local: Path) -> None:
