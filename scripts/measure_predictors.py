@@ -81,7 +81,7 @@ def measure(checkpoint: Path, out: Path, rank: int) -> Alignment:
     write_adapters(found.adapters, file)
     own: list[Recall] = []
     for far in sorted({far for _, far in found.adapters.ahead}):
-        shape = ConvertOptions(routing="sparse", prefill=PREFILL, early=str(file), ahead=far)
+        shape = ConvertOptions(routing="sparse", prefill=0, early=str(file), ahead=far)
         report = convert(checkpoint, out.with_name(f"{out.name}-{far}"), shape, overwrite=True)
         own += by_shards(report.folder, far, json.loads(text.read_text()))
     return replace(found, recalls=(*found.recalls, *own))
@@ -95,8 +95,8 @@ def by_shards(out: Path, far: int, texts: list[list[int]]) -> list[Recall]:
     chosen: dict[int, list[np.ndarray]] = {layer: [] for layer in pairs}
     for text in texts[int(len(texts) * FIT_SHARE) :]:
         session.reset()
-        for first in range(0, len(text), PREFILL):
-            session.prefill(text[first : first + PREFILL])
+        for identifier in text:
+            session.prefill([identifier])
             for layer, meant in pairs.items():
                 scores[layer].append(session.slot(f"guess.{layer}").T.astype(np.float32))
                 chosen[layer].append((session.slot(f"gates.{meant}") != 0).T)

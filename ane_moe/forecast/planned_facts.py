@@ -20,6 +20,7 @@ from ane_moe.manifest import ShardFunction
 from ane_moe.mlprogram.program import Operation, TensorType
 from ane_moe.mlprogram.weights import Part
 from ane_moe.model.experts import GivenExpertConfig
+from ane_moe.model.part import PartConfig
 from ane_moe.model.port import MASK, SHIFT, Port
 from ane_moe.model.recent import RECENT
 from ane_moe.model.template_key import TemplateKey, function_name, weight_name
@@ -79,14 +80,15 @@ def facts_of_plan(plan: ConversionPlan) -> Iterator[PlannedFunction]:
     for shard in plan.shards:
         entries = {entry.entry: entry for entry in (*shard.functions, *shard.adapted)}
         for prefix, key in shard.graphs.items():
-            weights = _weights(shard, prefix, key)
+            weights = _weights(shard, prefix, key.block)
             package = shard.file_bytes, len(entries)
             if (key, weights, package) in seen:
                 continue
             seen.add((key, weights, package))
             for name, tokens in key.functions:
                 entry = entries[function_name(prefix, name)]
-                graph = _Graph(shard, key, weights, tokens)
+                own = _weights(shard, prefix, key.block_of(name))
+                graph = _Graph(shard, key, own, tokens)
                 yield PlannedFunction(shard, entry, graph.facts(entry))
 
 
@@ -110,10 +112,10 @@ class _Weight:
     reads_input: bool
 
 
-def _weights(shard: ShardPlan, prefix: str, key: TemplateKey) -> tuple[_Weight, ...]:
-    if isinstance(key.block, GivenExpertConfig):
-        return tuple(map(_given, key.block.given.values()))
-    names = {row: weight_name(prefix, row.path) for row in key.block.rows()}
+def _weights(shard: ShardPlan, prefix: str, block: PartConfig) -> tuple[_Weight, ...]:
+    if isinstance(block, GivenExpertConfig):
+        return tuple(map(_given, block.given.values()))
+    names = {row: weight_name(prefix, row.path) for row in block.rows()}
     return tuple(_weight(shard, row, shard.shared.get(own, own)) for row, own in names.items())
 
 

@@ -39,7 +39,7 @@ class EarlyConfig:
 
 @dataclass(frozen=True)
 class RoutedMixerConfig:
-    """`early`: experts of a later layer that it scores too."""
+    """`early`: experts of a later layer that it scores too, in calls of decode."""
 
     mixer: MixerConfig
     router: AnyRouterSpec
@@ -59,6 +59,10 @@ class RoutedMixerConfig:
             yield from (row.under("ffn") for row in affine_rows(d))
         if self.early is not None:
             yield from (row.under("ffn") for row in self.early.rows(d))
+
+    def of(self, name: str) -> "RoutedMixerConfig":
+        """What the function of this name computes."""
+        return replace(self, early=_guessed_by(name, self.early))
 
     def ports(self, tokens: int) -> Ports:
         ports, routing = self.mixer.ports(tokens), router_ports(self.router, tokens)
@@ -97,6 +101,10 @@ class RoutingConfig:
         if self.early is not None:
             yield from (row.under("ffn") for row in self.early.rows(self.d_model))
 
+    def of(self, name: str) -> "RoutingConfig":
+        """What the function of this name computes."""
+        return replace(self, early=_guessed_by(name, self.early))
+
     def ports(self, tokens: int) -> Ports:
         shape, routing = (1, self.d_model, 1, tokens), router_ports(self.router, tokens)
         given = Port("ffn_input", shape, FFN_INPUT)
@@ -108,6 +116,11 @@ class RoutingConfig:
             (Port("x", shape, STREAM), *routing.inputs),
             (given, *begun, *routing.outputs, *_guess(self.early, tokens)),
         )
+
+
+def _guessed_by(name: str, early: EarlyConfig | None) -> EarlyConfig | None:
+    """Nothing while a prompt is read: its tokens together call nearly every expert."""
+    return early if name == "decode" else None
 
 
 def _guess(early: EarlyConfig | None, tokens: int) -> tuple[Port, ...]:

@@ -3,7 +3,11 @@
 from dataclasses import dataclass
 
 from ane_moe.model.part import PartConfig
+from ane_moe.model.routed import RoutedMixerConfig, RoutingConfig
 from ane_moe.model.stack import StackConfig
+
+# Whose functions are not all of the same.
+PARTED = (StackConfig, RoutedMixerConfig, RoutingConfig)
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,7 @@ class TemplateKey:
 
     def block_of(self, name: str) -> PartConfig:
         """What of the block the function of this name goes through."""
-        return self.block.of(name) if isinstance(self.block, StackConfig) else self.block
+        return self.block.of(name) if isinstance(self.block, PARTED) else self.block
 
 
 def function_name(prefix: str, name: str) -> str:

@@ -123,7 +123,7 @@ def test_shards_score_as_the_host_does(family, tmp_path):
     out, layers = converted(family, (FAMILIES | FURTHER)[family], tmp_path)
     report = verify(out, runtime="reference")
     rows = [row for row in report.shards if "guess" in row.function]
-    assert len(rows) == 2 * len(layers[:-1]) and report.passed
+    assert len(rows) == len(layers[:-1]) and report.passed
 
 
 def test_shards_guess_in_groups_and_a_session_loads_what_the_host_would(glm):
