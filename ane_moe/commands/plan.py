@@ -62,6 +62,16 @@ def plan(
             show_default="as many as of all",
         ),
     ] = None,
+    recall: Annotated[
+        float | None,
+        typer.Option(
+            help="Assumed of streams: how many of a layer's experts attention shards guess a layer "
+            "ahead (`align` says it for an adapter, `convert --early` builds them).",
+            min=0,
+            max=1,
+            show_default="nothing is guessed",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say whether a model fits, how fast it would be and which way to take; predict every way.
@@ -75,7 +85,7 @@ def plan(
     from ane_moe.number_lists import parse_counts
     from ane_moe.report.outlook_table import print_outlook
 
-    streams = {"--read-gb-s": read_gb_s, "--hit-rate": hit_rate}
+    streams = {"--read-gb-s": read_gb_s, "--hit-rate": hit_rate, "--recall": recall}
     idle = [name for name, value in streams.items() if value is not None]
     if idle and memory_mb is None:
         raise UserError(
@@ -94,8 +104,11 @@ def plan(
         max_shard_mb=max_shard_mb,
         lengths=None if lengths is None else parse_counts(lengths, "--lengths", 1),
         memory_mb=memory_mb,
-        reading=Reading(read_gb_s or READ_GB_S, hit_rate),
+        reading=Reading(read_gb_s or READ_GB_S, hit_rate, recall),
     )
+    if recall is not None and found.early is None:
+        what = f"experts of {found.model_type} are not guessed by shards"
+        raise UserError(what, f"--recall {recall:g}", "leave it out")
     if as_json:
         typer.echo(json.dumps(found.as_json(), indent=2))
         return

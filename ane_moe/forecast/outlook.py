@@ -21,6 +21,7 @@ from ane_moe.forecast.concerns import Concern, concerns_of_plan
 from ane_moe.forecast.conversion_cost import conversion_seconds
 from ane_moe.forecast.cost_model import NOTE, Prediction, predict
 from ane_moe.forecast.design import Design, design, routings
+from ane_moe.forecast.early_cost import EarlyCost, early_cost
 from ane_moe.forecast.layer_kinds import KindsPlan, plan_kinds
 from ane_moe.forecast.lending_forms import LendingForms, lending_forms
 from ane_moe.forecast.memory_sizes import Fit, fit
@@ -101,6 +102,7 @@ class Outlook:
     verdict: Verdict | None = None
     streams: tuple[StreamFit, ...] = ()  # where a limit of memory was asked about
     lending: LendingForms | None = None  # of layers that read another one's caches
+    early: EarlyCost | None = None  # of experts that attention shards can guess
 
     @property
     def supported(self) -> bool:
@@ -139,6 +141,7 @@ class Outlook:
             "streams": [fit.as_json() for fit in self.streams],
             "stream_verdict": self.stream and self.stream.sentence,
             "lending": self.lending and self.lending.as_json(),
+            "early": self.early and self.early.as_json(),
             "notes": list(self.notes),
             "choices": [_choice_json(choice) for choice in self.choices],
             "recommendation": self.recommendation,
@@ -222,6 +225,7 @@ def outlook_of(
         recipe=find_recipe(DEFAULT_RECIPE),
     )
     chip = find_chip(place.name)
+    early = early_cost(spec, chip)
     return Outlook(
         model.name,
         model.refusal,
@@ -247,8 +251,10 @@ def outlook_of(
             reading,
             context,
             prefill,
+            early,
         ),
         lending_forms(spec, by_default, chip),
+        early,
     )
 
 

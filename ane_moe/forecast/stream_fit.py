@@ -8,6 +8,7 @@ from typing import Any
 from ane_moe.conversion.plan import ConversionPlan, ConvertOptions
 from ane_moe.errors import UserError
 from ane_moe.forecast.chips import Chip
+from ane_moe.forecast.early_cost import EarlyCost
 from ane_moe.forecast.layer_kinds import plan_kinds
 from ane_moe.forecast.stream_speed import Reading, StreamSpeed, stream_speed
 from ane_moe.forecast.verdict import short
@@ -59,16 +60,17 @@ def stream_fits(
     reading: Reading,
     context: int | None = None,
     prefill: int = 64,
+    early: EarlyCost | None = None,
 ) -> tuple[StreamFit, ...]:
     """How a model's experts fit into `memory_mb` (10^6 bytes) with each of `recipes`, and how fast
-    `chip` would be with them; nothing for models that have none to stream. Recipes that a store
-    does not hold are refused in their row."""
+    `chip` would be with them, also with what shards guess `early`; nothing for models that have
+    none to stream. Recipes that a store does not hold are refused in their row."""
     routed = any(isinstance(layer.ffn, MoeSpec) for layer in spec.layers)
     if spec.tracks or not routed:
         return ()
     options = ConvertOptions(routing="stream", context=context, prefill=prefill)
     each = (replace(options, recipe=recipe) for recipe in recipes)
-    return tuple(_fit(spec, own, memory_mb, chip, reading) for own in each)
+    return tuple(_fit(spec, own, memory_mb, chip, reading, early) for own in each)
 
 
 def best_stream(streams: Sequence[StreamFit]) -> StreamFit | None:
@@ -78,7 +80,12 @@ def best_stream(streams: Sequence[StreamFit]) -> StreamFit | None:
 
 
 def _fit(
-    spec: ModelSpec, options: ConvertOptions, memory_mb: float, chip: Chip, reading: Reading
+    spec: ModelSpec,
+    options: ConvertOptions,
+    memory_mb: float,
+    chip: Chip,
+    reading: Reading,
+    early: EarlyCost | None,
 ) -> StreamFit:
     name = options.recipe.name
     try:
@@ -103,7 +110,8 @@ def _fit(
     hits = budget.fitting / budget.total if reading.hit_rate is None else reading.hit_rate
     workload = workload_of_plan(plan, kinds.repeats)
     k = sum(_chosen(plan, layer) for layer, _ in stores if layer is not None) / len(stores)
-    speed = stream_speed(workload, chip, read, len(stores), k, hits, reading.gb_s)
+    assumed = replace(reading, hit_rate=hits)
+    speed = stream_speed(workload, chip, read, len(stores), k, assumed, early)
     return StreamFit(*facts, budget, speed=speed)
 
 

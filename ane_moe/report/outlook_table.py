@@ -12,6 +12,7 @@ from ane_moe.forecast.design import Design
 from ane_moe.forecast.outlook import Choice, Outlook
 from ane_moe.forecast.stream_fit import StreamFit
 from ane_moe.forecast.track_forms import advice
+from ane_moe.loop.ahead_rule import CONTENTION
 from ane_moe.loop.expert_store import READERS
 
 MINUTE = 60
@@ -21,6 +22,10 @@ BYTES = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
 SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 DURATIONS = {"h": 3600.0, "min": 60.0} | SECONDS
 SOFT = "soft routing costs what masked costs, and is another function than the model's."
+GUESSED = (
+    "With guesses: of attention shards a layer ahead, as right as --recall says, read one after "
+    f"another; computing takes {1 + CONTENTION:g} times as long meanwhile (upper end: no longer)."
+)
 LEAST = 0.1  # of a unit that a column's smallest figure may be
 
 
@@ -46,6 +51,8 @@ def print_outlook(found: Outlook) -> None:
         _print(console, advice(found.forms, found.target))
     if found.lending:
         _print(console, found.lending.sentence)
+    if found.early:
+        _print(console, found.early.sentence)
     for note in found.notes:
         _print(console, f"note: {note}")
     if found.choices:
@@ -91,6 +98,7 @@ def _forecast(console: Console, found: Outlook) -> None:
 
 def _streams(console: Console, streams: Sequence[StreamFit]) -> None:
     """What stays in memory with the experts in a store."""
+    guessed = any(fit.speed and fit.speed.early_tok_s for fit in streams)
     table = _table_of(
         "weights",
         "resident MB",
@@ -98,6 +106,7 @@ def _streams(console: Console, streams: Sequence[StreamFit]) -> None:
         "most MB read/token",
         "experts in memory",
         "tok/s, predicted",
+        *["with guesses"] * guessed,
     )
     refused = [fit for fit in streams if fit.budget is None]
     for fit in streams:
@@ -111,6 +120,7 @@ def _streams(console: Console, streams: Sequence[StreamFit]) -> None:
             f"{fit.most_read_bytes_per_token / 1e6:,.0f}",
             f"{fit.budget.fitting:,} of {fit.budget.total:,} ({share:.0%})",
             _range(fit.speed.tok_s),
+            *([_range(fit.speed.early_tok_s)] if fit.speed.early_tok_s else []),
         )
     _print(console, "\nWith --routing stream, in the memory asked about:")
     if table.row_count:
@@ -122,6 +132,8 @@ def _streams(console: Console, streams: Sequence[StreamFit]) -> None:
             f"Predicted for {reads}, when they are called; where no --hit-rate is given, as many "
             "of those called are in memory as of all.",
         )
+    if guessed:
+        _print(console, GUESSED)
     for fit in refused:
         _print(console, f"{fit.recipe}: {fit.refusal}")
 
@@ -160,6 +172,7 @@ def _table_of(*columns: str) -> Table:
 def _print_table(console: Console, table: Table) -> None:
     """At its full width, whatever the terminal's."""
     width = Measurement.get(console, console.options.update(max_width=UNBOUNDED), table).maximum
+    console.width = max(width, console.width)  # no table is printed wider than that
     console.print(table, width=width, crop=False, no_wrap=True, overflow="ignore")
 
 

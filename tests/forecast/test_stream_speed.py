@@ -1,19 +1,23 @@
 """The speed of streams: by hand, by the simulation, and as `plan` says it."""
 
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
 
 from ane_moe.cli import app
 from ane_moe.errors import UserError
+from ane_moe.families import describe_config, published
 from ane_moe.forecast.chips import find_chip
 from ane_moe.forecast.cost_model import breakdown
+from ane_moe.forecast.early_cost import early_cost
 from ane_moe.forecast.outlook import outlook_of
 from ane_moe.forecast.stream_speed import Reading, stream_speed
 from ane_moe.forecast.streaming import simulate
 from ane_moe.loop.layer_times import LayerTimes
 from tests.forecast.hub_configs import OLMOE, QWEN3_30B, QWEN3_235B
+from tests.models import make_model
 
 CHIP = find_chip("m4-max")
 
@@ -88,12 +92,61 @@ def test_plan_says_it_in_a_sentence_and_takes_a_stream_where_nothing_else_fits(t
 
 def test_speed_is_of_a_chip_and_a_workload() -> None:
     found = plan(OLMOE, 10_000, Reading())
-    workload = found.choices[1].workload
-    slow, fast = (stream_speed(workload, CHIP, 10**8, 16, 8, 0.0, gb_s) for gb_s in (1, 10))
+    workload, disks = found.choices[1].workload, (Reading(gb_s, 0.0) for gb_s in (1, 10))
+    slow, fast = (stream_speed(workload, CHIP, 10**8, 16, 8, disk) for disk in disks)
     assert slow.stalled_ms == pytest.approx(100) and fast.stalled_ms == pytest.approx(10)
 
 
-@pytest.mark.parametrize("option", [("--hit-rate", "0"), ("--read-gb-s", "17.5")])
+def test_guesses_cost_their_matrices_and_where_nothing_is_missing_nothing_else() -> None:
+    """47 of 48 layers score the 128 experts of the next one, of 2,048 channels."""
+    found = plan(QWEN3_30B, 200_000, Reading(recall=0.5), "fp16")
+    size, (fit,) = 47 * 128 * 2048 * 2, found.streams
+    assert found.early.weight_bytes == size and found.early.layers == 47
+    gb_s = CHIP.range("stream_gb_s")
+    assert found.early.token_ms.expected == pytest.approx(size / gb_s.expected / 1e6)
+    own, guessed = fit.speed.in_memory_tok_s, fit.speed.early_tok_s
+    for end in ("low", "expected", "high"):
+        more = {"low": "high", "high": "low"}.get(end, end)
+        ms = 1e3 / getattr(own, end) + getattr(found.early.token_ms, more)
+        assert getattr(guessed, end) == pytest.approx(1e3 / ms)
+
+
+def test_a_router_with_a_bias_costs_a_number_an_expert_more() -> None:
+    config = make_model("glm4_moe", num_hidden_layers=4).config
+    found = early_cost(describe_config(config.to_dict(), "config.json"), CHIP)
+    assert found.layers == 4 - config.first_k_dense_replace - 1
+    each = config.n_routed_experts * (config.hidden_size + 1)
+    assert found.weight_bytes == found.layers * 2 * each
+
+
+def test_guesses_gain_where_most_is_in_memory_and_they_are_right() -> None:
+    """A read ahead is one of four at once: what is missing everywhere is read faster on demand."""
+
+    def gain(hits: float, recall: float) -> float:
+        speed = plan(QWEN3_30B, 20_000, Reading(6.0, hits, recall)).stream.speed
+        return speed.early_tok_s.expected / speed.tok_s.expected
+
+    assert gain(0.9, 1.0) > gain(0.9, 0.8) > 1 > gain(0.9, 0.0)
+    assert gain(0.1, 0.5) < 0.9
+
+
+def test_what_nobody_guesses_is_said(tmp_path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(QWEN3_30B))
+    asked = ["plan", str(path), "--compress", "int8", "--memory-mb", "20000"]
+    assert "with guesses" not in CliRunner().invoke(app, asked).stdout
+    shown = CliRunner().invoke(app, [*asked, "--recall", "0.8"]).stdout
+    assert "0.52 MB in each of 47 layers" in shown and "with guesses" in shown
+    row = next(line for line in shown.splitlines() if line.startswith("int8 "))
+    assert len(re.findall(r"\d[\d.]*-\d[\d.]*-\d[\d.]*(?= |$)", row)) == 2
+    path.write_text(json.dumps(published("pt-6b-d4")))
+    refused = CliRunner().invoke(app, [*asked, "--recall", "0.8"]).exception
+    assert isinstance(refused, UserError) and "not guessed by shards" in str(refused)
+
+
+@pytest.mark.parametrize(
+    "option", [("--hit-rate", "0"), ("--read-gb-s", "17.5"), ("--recall", "0.5")]
+)
 def test_what_is_assumed_of_streams_is_refused_where_none_is_asked_for(option: tuple) -> None:
     refused = CliRunner().invoke(app, ["plan", "demo", *option]).exception
     assert isinstance(refused, UserError) and f"{option[0]} is of experts" in str(refused)

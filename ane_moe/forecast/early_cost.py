@@ -1,0 +1,49 @@
+"""What it takes that attention shards guess experts (`convert --early`), of their bytes alone. A
+prediction: nothing here runs anything. d = d_model, E = experts.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ane_moe.conversion.early import rankings
+from ane_moe.forecast.chips import SCENARIOS, Chip, Range
+from ane_moe.model.spec import ModelSpec, MoeSpec
+
+
+@dataclass(frozen=True)
+class EarlyCost:
+    """So many `layers` score the experts of the next one that has any: `weight_bytes` of all their
+    matrices `[E,d]` and biases `[E]`, and the ms a token that reading these takes."""
+
+    layers: int
+    weight_bytes: int
+    token_ms: Range
+
+    @property
+    def sentence(self) -> str:
+        ms = "-".join(f"{end:.2g}" for end in asdict(self.token_ms).values())
+        return (
+            f"Guesses of attention shards a layer ahead (convert --early) take "
+            f"{self.weight_bytes / self.layers / 1e6:.2g} MB in each of {self.layers} layers, and "
+            f"{ms} ms a token for them, predicted by their bytes."
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        return {"kind": "predicted", **asdict(self)}
+
+
+def early_cost(spec: ModelSpec, chip: Chip) -> EarlyCost | None:
+    """None where shards guess nothing."""
+    routed = [n for n, layer in enumerate(spec.layers) if isinstance(layer.ffn, MoeSpec)]
+    if spec.tracks or not (guessed := rankings(spec, routed[1:])):
+        return None
+    size = sum(_bytes(spec, layer, how.bias) for layer, how in guessed.items())
+    rate = chip.range("stream_gb_s")
+    fast, expected, slow = (size / rate.of_rate(end) / 1e6 for end in SCENARIOS)
+    return EarlyCost(len(guessed), size, Range(fast, expected, slow))
+
+
+def _bytes(spec: ModelSpec, layer: int, bias: bool) -> int:
+    ffn = spec.layers[layer].ffn
+    assert isinstance(ffn, MoeSpec)
+    return 2 * ffn.router.classes * (spec.d_model + bias)
