@@ -5,7 +5,7 @@ layer's router what it would choose then (`ane-moe align`). d = d_model, E = exp
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from ane_moe.early_adapters import Adapter, Adapters, write_adapters
 from ane_moe.errors import UserError
 from ane_moe.half import narrowed
 from ane_moe.model.ranking import Ranking
-from ane_moe.model.spec import ModelSpec, MoeSpec
+from ane_moe.model.spec import LayerSpec, ModelSpec, MoeSpec
 from ane_moe.model.weight import WeightName
 from ane_moe.wording import counted
 
@@ -23,32 +23,58 @@ FILE_NAME = "early.npz"
 
 
 @dataclass(frozen=True)
-class EarlyRows:
-    """A weight that scores the experts of a later layer: its `router` with the weights of the
-    `norm` before it, and the `adapter` (by its `digest`) before both. Experts are ranked by
-    `ranking`, with that router's `bias` if any, which is a weight by itself."""
+class ShiftedLogits:
+    """What the `norm_bias` of a layer norm adds to the logits of the `router` after it, `[E]`."""
 
     router: TensorSource
-    norm: TensorSource
-    bias: TensorSource | None
+    norm_bias: TensorSource
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.router.shape[:1]
+
+    @property
+    def tensors(self) -> tuple[TensorSource, ...]:
+        """What it is made of in the checkpoint."""
+        return self.router, self.norm_bias
+
+    def feed(self, hasher: Hasher) -> None:
+        """Feed `hasher` what tells it from a stored bias."""
+        hasher.update(b"logits of a norm's bias")
+
+    def value(self, checkpoint: Checkpoint, hasher: Hasher | None = None) -> np.ndarray:
+        """fp16; `hasher` is fed what is read."""
+        rows, bias = (
+            checkpoint.read(one, hasher=hasher).astype(np.float32) for one in self.tensors
+        )
+        return narrowed(rows @ bias)
+
+
+BiasSource = TensorSource | ShiftedLogits
+
+
+@dataclass(frozen=True)
+class EarlyRows:
+    """A weight that scores the experts of a later layer: made of the `tensors` of its table, with
+    the `adapter` (by its `digest`) before them. Experts are ranked by `ranking`, with that router's
+    `bias` if any, which is a weight by itself."""
+
+    tensors: tuple[TensorSource, ...]
+    bias: BiasSource | None
     ranking: Ranking
     digest: str
     adapter: Adapter = field(repr=False, compare=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.router.shape
+        return self.tensors[0].shape
 
     @property
     def layer(self) -> int:
         """The one whose experts are scored."""
-        assert self.router.name.layer is not None
-        return self.router.name.layer
-
-    @property
-    def tensors(self) -> tuple[TensorSource, TensorSource]:
-        """What the matrix is made of in the checkpoint."""
-        return self.router, self.norm
+        layer = self.tensors[0].name.layer
+        assert layer is not None
+        return layer
 
     def feed(self, hasher: Hasher) -> None:
         """Feed `hasher` what tells its adapter from others."""
@@ -57,7 +83,8 @@ class EarlyRows:
     def value(self, checkpoint: Checkpoint, hasher: Hasher | None = None) -> np.ndarray:
         """fp16 `[E,d]`; `hasher` is fed what is read. Raises UserError where fp16 does not hold
         it."""
-        rows = self.adapter.before(router_table(checkpoint, *self.tensors, hasher))
+        table = router_table(checkpoint, self.tensors, self.ranking, hasher)
+        rows = self.adapter.before(table)
         half = narrowed(rows)
         if not np.isfinite(half).all():
             raise UserError(
@@ -70,45 +97,68 @@ class EarlyRows:
 
 def router_table(
     checkpoint: Checkpoint,
-    router: TensorSource,
-    norm: TensorSource,
+    tensors: tuple[TensorSource, ...],
+    ranking: Ranking,
     hasher: Hasher | None = None,
 ) -> np.ndarray:
-    """A router with the weights of the norm before it folded in, fp32 `[E,d]`."""
-    rows, weights = (
-        checkpoint.read(one, hasher=hasher).astype(np.float32) for one in (router, norm)
-    )
-    return rows * weights
+    """The tensors of a table in one, fp32 `[E,d]`. Where the norm takes out the mean of what it
+    reads, so do the rows."""
+    rows, *weights = (checkpoint.read(one, hasher=hasher).astype(np.float32) for one in tensors)
+    for own in weights:
+        rows = rows * own
+    return rows - rows.mean(1, keepdims=True) if ranking.centred else rows
 
 
 def table_sources(
     sources: Mapping[WeightName, TensorSource], layer: int
-) -> tuple[TensorSource, TensorSource]:
-    """A layer's router, and the norm of what it reads."""
+) -> tuple[TensorSource, ...]:
+    """A layer's router, and the norm of what it reads, if it reads no stream as it is."""
     weight = WeightName(layer, "ffn", None, "router.weight")
-    own = weight.beside("router_norm.weight")
-    return sources[weight], sources[own if own in sources else weight.beside("norm.weight")]
+    norms = [weight.beside(f"{name}.weight") for name in ("router_norm", "norm")]
+    return sources[weight], *[sources[one] for one in norms if one in sources][:1]
 
 
 def bias_source(
     sources: Mapping[WeightName, TensorSource], layer: int, ranking: Ranking
-) -> TensorSource | None:
+) -> BiasSource | None:
     """What a layer's router adds to scores or, where these are logits, to them; None: nothing."""
     if not ranking.bias:
         return None
-    chosen = WeightName(layer, "ffn", None, "router.choice_bias")
-    return sources[chosen if chosen in sources else chosen.beside("router.bias")]
+    weight = WeightName(layer, "ffn", None, "router.weight")
+    own = (weight.beside(f"router.{name}") for name in ("choice_bias", "bias"))
+    found = next((sources[one] for one in own if one in sources), None)
+    return found or ShiftedLogits(sources[weight], sources[weight.beside("norm.bias")])
+
+
+def read_bias(checkpoint: Checkpoint, source: BiasSource) -> np.ndarray:
+    """fp16 `[E]`."""
+    if isinstance(source, ShiftedLogits):
+        return source.value(checkpoint)
+    return checkpoint.read(source)
 
 
 def rankings(spec: ModelSpec, layers: Collection[int]) -> dict[int, Ranking]:
-    """Of these layers those with experts that are ranked by one matrix and a vector, after a norm
-    by the root of the mean square: by what. Nothing is guessed for whole texts."""
-    if spec.is_encoder or spec.norm.kind != "rms" or spec.norm.gate_rank:
+    """Of these layers those with experts that are ranked by one matrix and a vector: by what.
+    Nothing is guessed for whole texts, nor after a gated norm."""
+    if spec.is_encoder or spec.norm.gate_rank:
         return {}
-    ffns = {n: spec.layers[n].ffn for n in layers}
-    ranked = {n: ffn.router.ranking for n, ffn in ffns.items() if isinstance(ffn, MoeSpec)}
-    normed = {n for n in ranked if spec.layers[n].ffn_residual.norms != "after"}
-    return {n: one for n, one in ranked.items() if one is not None and n in normed}
+    found = {n: _ranking(spec, spec.layers[n]) for n in layers}
+    return {n: one for n, one in found.items() if one is not None}
+
+
+def _ranking(spec: ModelSpec, layer: LayerSpec) -> Ranking | None:
+    """None where no one matrix and vector rank experts: with two biases, and where scores hang on
+    the scale of a stream that no norm takes out."""
+    own = layer.ffn.router.ranking if isinstance(layer.ffn, MoeSpec) else None
+    if own is None:
+        return None
+    own = replace(own, before_mixer=layer.ffn_residual.parallel)
+    if layer.ffn_residual.norms == "after":
+        return None if own.sees_scale else own
+    if spec.norm.bias and own.sees_scale:
+        return None
+    centred = spec.norm.kind == "layer"
+    return replace(own, centred=centred, bias=own.bias or spec.norm.bias)
 
 
 def early_rows(
@@ -137,7 +187,7 @@ def _rows(
     sources: Mapping[WeightName, TensorSource], layer: int, ranking: Ranking, adapter: Adapter
 ) -> EarlyRows:
     bias = bias_source(sources, layer, ranking)
-    return EarlyRows(*table_sources(sources, layer), bias, ranking, adapter.digest, adapter)
+    return EarlyRows(table_sources(sources, layer), bias, ranking, adapter.digest, adapter)
 
 
 def _meant(spec: ModelSpec, ahead: int) -> dict[int, int]:

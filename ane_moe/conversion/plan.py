@@ -8,7 +8,7 @@ from typing import Literal
 
 from ane_moe.checkpoints.adapter import LowRank
 from ane_moe.checkpoints.checkpoint import Hasher, TensorSource
-from ane_moe.conversion.early import EarlyRows, rankings
+from ane_moe.conversion.early import EarlyRows, ShiftedLogits, rankings
 from ane_moe.errors import UserError
 from ane_moe.formats.recipe import INT8, Choice, Recipe, find_format
 from ane_moe.manifest import (
@@ -157,14 +157,14 @@ class Recovery:
             self.added.feed(hasher)
 
 
-Source = TensorSource | OneHot | Recovery | EarlyRows
+Source = TensorSource | OneHot | Recovery | EarlyRows | ShiftedLogits
 
 
 def tensors_of(source: Source) -> tuple[TensorSource, ...]:
     """What a source of a weight reads of the checkpoint by itself."""
     if isinstance(source, TensorSource):
         return (source,)
-    return source.tensors if isinstance(source, EarlyRows) else ()
+    return source.tensors if isinstance(source, EarlyRows | ShiftedLogits) else ()
 
 
 @dataclass(frozen=True, kw_only=True)

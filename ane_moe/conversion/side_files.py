@@ -9,7 +9,7 @@ import numpy as np
 
 from ane_moe.checkpoints.checkpoint import Checkpoint, Hasher, TensorSource
 from ane_moe.checkpoints.folder import folders_of
-from ane_moe.conversion.early import bias_source, router_table, table_sources
+from ane_moe.conversion.early import bias_source, read_bias, router_table, table_sources
 from ane_moe.conversion.plan import ConversionPlan
 from ane_moe.files import replaced
 from ane_moe.formats.recipe import find_format
@@ -75,11 +75,11 @@ def write_routers(
     `[E]` that experts are ranked with, if any, to its path below `out`."""
     rankings = plan.rankings
     for layer, path in plan.routers.items():
-        table = router_table(checkpoint, *table_sources(sources, layer))
+        table = router_table(checkpoint, table_sources(sources, layer), rankings[layer])
         table /= max(1.0, float(np.abs(table).max()) / LARGEST)
         bias = bias_source(sources, layer, rankings[layer])
         target = out / path
         target.parent.mkdir(exist_ok=True)
         with replaced(target) as temporary:
-            parts = [table] if bias is None else [table, checkpoint.read(bias)]
+            parts = [table] if bias is None else [table, read_bias(checkpoint, bias)]
             np.concatenate([one.astype("<f2").reshape(-1) for one in parts]).tofile(temporary)

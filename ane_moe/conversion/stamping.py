@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ane_moe.checkpoints.checkpoint import Checkpoint, TensorSource
-from ane_moe.conversion.early import EarlyRows
+from ane_moe.conversion.early import EarlyRows, ShiftedLogits
 from ane_moe.conversion.job import Job
 from ane_moe.conversion.plan import OneHot, Recovery, ShardPlan, tensors_of
 from ane_moe.conversion.remote_output import Destination, destination
@@ -178,7 +178,7 @@ def _values(job: ShardJob, key: ContentKey) -> Iterator[tuple[str, Weight]]:
             source.feed(key)
         if isinstance(source, OneHot):
             yield name, np.eye(source.rows, source.columns, source.first, dtype=np.float16)
-        elif isinstance(source, EarlyRows):
+        elif isinstance(source, EarlyRows | ShiftedLogits):
             yield name, source.value(job.checkpoint, key)
         elif isinstance(source, Recovery):
             yield name, _thin(source, apart.get(source.source))

@@ -123,7 +123,7 @@ class RouterAhead(Fallible):
         """What the router of `layer` would rank its classes by for hidden states `[...,d]`, fp32
         `[...,C]`."""
         router, adapter = self._routers[layer], self._adapters.get(layer)
-        return router.scores(adapter(hidden) if adapter else router.read(hidden))
+        return router.scores(adapter(router.seen(hidden)) if adapter else router.read(hidden))
 
 
 class ShardScores(Fallible):

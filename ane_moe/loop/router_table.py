@@ -63,16 +63,22 @@ class Chooser:
 
 @dataclass(frozen=True)
 class RouterTable:
-    """`weights` fp32 `[C,d]`, with the norm's weight folded in; `bias` fp32 `[C]`, where there is
-    one."""
+    """`weights` fp32 `[C,d]`, with the norm's weight folded in, and its taking out of the mean;
+    `bias` fp32 `[C]`, where there is one."""
 
     weights: np.ndarray
     chooser: Chooser
     bias: np.ndarray | None = None
 
+    def seen(self, hidden: np.ndarray) -> np.ndarray:
+        """Of hidden states `[...,d]` what the norm sees, fp32, but for their scale."""
+        exact = hidden.astype(np.float32)
+        return exact - exact.mean(-1, keepdims=True) if self.chooser.ranking.centred else exact
+
     def read(self, hidden: np.ndarray) -> np.ndarray:
-        """Hidden states `[...,d]`, fp32, with a mean square of 1 where the choice hangs on it."""
-        return levelled(hidden) if self.chooser.ranking.sees_scale else hidden.astype(np.float32)
+        """The same, with a mean square of 1 where the choice hangs on it."""
+        seen = self.seen(hidden)
+        return levelled(seen) if self.chooser.ranking.sees_scale else seen
 
     def scores(self, state: np.ndarray) -> np.ndarray:
         """What classes are chosen by, fp32 `[...,C]`, of what is `read` of hidden states, or of

@@ -13,7 +13,8 @@ SCORES = ("logits", "sigmoid", "softmax")
 class Ranking:
     """Logits, kept within `softcap` by a tanh; their `score`, and a `bias` by expert added to it.
     The highest are chosen, with `groups` of neighbours out of the `open_groups` whose `group_best`
-    highest sum up highest."""
+    highest sum up highest. They are of a stream less its mean over channels where it is `centred`,
+    as layer norms have it, and `before_mixer` as it enters the layer."""
 
     score: Literal["logits", "sigmoid", "softmax"] = "logits"
     bias: bool = False
@@ -21,6 +22,8 @@ class Ranking:
     groups: int = 1
     open_groups: int = 1
     group_best: int = 1
+    centred: bool = False
+    before_mixer: bool = False
 
     @property
     def sees_scale(self) -> bool:
@@ -40,10 +43,11 @@ def parse_ranking(facts: Mapping[str, Any], classes: int) -> Ranking:
     """What `as_json` wrote, of so many `classes`. Raises UserError when it is nothing of that."""
     try:
         ranking = Ranking(**facts)
+        flags = (ranking.bias, ranking.centred, ranking.before_mixer)
         counts = (ranking.groups, ranking.open_groups, ranking.group_best)
         sound = (
             ranking.score in SCORES
-            and isinstance(ranking.bias, bool)
+            and all(isinstance(one, bool) for one in flags)
             and all(isinstance(count, int) for count in counts)
             and (ranking.softcap is None or ranking.softcap > 0)
             and 1 <= ranking.open_groups <= ranking.groups

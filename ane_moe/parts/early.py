@@ -16,8 +16,8 @@ class EarlyRouter(Projection):
 
     def __init__(self, d_model: int, eps: float, config: EarlyConfig):
         super().__init__(d_model, config.experts)
-        self.level = UnitNorm(eps)
         self.ranking = config.ranking
+        self.level = UnitNorm(eps, centred=self.ranking.centred)
         self.choice_bias = vector(config.experts) if self.ranking.bias else None
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:

@@ -28,7 +28,10 @@ class Routing(nn.Module):
         self.residual, self.keeps = unnormed_residual(d, spec), spec.keeps
         self.early = make_early(d, config.mixer.norm.eps, config.early)
 
-    def forward(self, x: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(
+        self, x: Tensor, inputs: dict[str, Tensor], mixed: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """`mixed`: the stream with what a mixer beside adds, which comes nearer to later ones."""
         # Without a norm, one value would be two outputs, of which a program has but one.
         h = self.norm(x) if self.normed else x + x * 0
         read = h if self.router_norm is None else self.router_norm(x)
@@ -38,7 +41,7 @@ class Routing(nn.Module):
         if self.hands_on:
             (outputs["later"],) = idle_share(h, gates, self.spec) or [x * 0]
         if self.early is not None:
-            outputs["guess"] = self.early(base)
+            outputs["guess"] = self.early(base if mixed is None else mixed)
         return outputs | {"added": x * 0} if self.apart else outputs
 
 
@@ -58,7 +61,7 @@ class RoutedMixer(Block):
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         outputs: dict[str, Tensor] = self.attn(**inputs)
         if self.config.residual.parallel:
-            return self.ffn(inputs["x"], inputs) | outputs
+            return self.ffn(inputs["x"], inputs, outputs["y"]) | outputs
         return outputs | self.ffn(outputs["y"], inputs)
 
 

@@ -133,7 +133,7 @@ def fit(
     for far in distances:
         for layer, meant in zip(layers, layers[far:], strict=False):
             progress(f"fitting {far} ahead", layers.index(layer), len(layers))
-            x, y = heard.entering[layer], heard.entering[meant]
+            x, y = pair(heard, layer, meant, routers.get(meant))
             adapter = ahead[layer, far] = fit_adapter(x[:cut], y[:cut], rank)
             recalls += _recalls(heard, layer, meant, far, cut, routers, adapter)
     exits, cosines = {}, {}
@@ -146,6 +146,19 @@ def fit(
     count = sum(map(len, passages))
     adapters = Adapters(shards.manifest.d_model, ahead, exits)
     return Alignment(adapters, rank, cut, count - cut, tuple(recalls), cosines)
+
+
+def pair(
+    heard: Residuals, layer: int, meant: int, router: RouterTable | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """What is there when `layer` has chosen, and what the router of `meant` will read, as its norm
+    sees them, `[N,d]`."""
+    given, wanted = heard.entering[layer], heard.entering[meant]
+    if router is None:
+        return given, wanted
+    if router.chooser.ranking.before_mixer:
+        wanted = heard.leaving[max(before for before in heard.leaving if before < meant)]
+    return router.seen(given), router.seen(wanted)
 
 
 def fit_adapter(x: np.ndarray, y: np.ndarray, rank: int) -> Adapter:
@@ -177,7 +190,7 @@ def _recalls(
     chosen = heard.chosen[meant] & (np.arange(classes) < chooser.experts)  # idle: nothing to load
     popular = np.broadcast_to(chosen[:cut].mean(0), (len(x), classes))
     before = chosen[cut - 1 : -1].astype(np.float64) + popular * 1e-3
-    by_router = {"router": router.read(x), "adapter": own(x)}
+    by_router = {"router": router.read(x), "adapter": own(router.seen(x))}
     scores = {"static": popular, "previous": before}
     scores |= {name: chooser.eligible(router.scores(one)) for name, one in by_router.items()}
     k = chooser.k

@@ -168,7 +168,7 @@ WRONG = {
     "the norm left out": (
         early,
         "router_table",
-        lambda checkpoint, router, norm, hasher=None: checkpoint.read(router).astype(np.float32),
+        lambda checkpoint, tensors, *rest: checkpoint.read(tensors[0]).astype(np.float32),
     ),
 }
 
@@ -257,7 +257,7 @@ def test_numbers_that_fp16_does_not_hold_are_refused(checkpoint, tmp_path):
         job.plan.early[0].value(job.checkpoint)
 
 
-NO_SOURCES = (None, None, None, PLAIN)
+NO_SOURCES = ((), None, PLAIN)
 
 
 def test_a_source_is_told_by_its_numbers():

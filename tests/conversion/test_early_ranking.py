@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ane_moe.conversion import early
@@ -20,7 +21,9 @@ from ane_moe.loop.router_table import Chooser, RouterTable, read_routers
 from ane_moe.loop.session import Session
 from ane_moe.loop.shards import load_shards
 from ane_moe.model.ranking import PLAIN, Ranking, parse_ranking
-from ane_moe.routing.alignment import fit
+from ane_moe.model.routed import EarlyConfig
+from ane_moe.parts.early import EarlyRouter
+from ane_moe.routing.alignment import fit, pair
 from ane_moe.routing.residuals import record_residuals
 from ane_moe.verification.verify import verify
 from tests.early import drawn_file
@@ -101,6 +104,58 @@ def test_the_host_names_whom_the_router_chooses_of_the_state_that_it_reads(famil
         assert same(replace(router, chooser=everywhere), hidden, expected) < 0.7
 
 
+# Routers after other norms than by the mean square: the layers, the norm, and the router in each.
+OTHERWISE = {
+    "cohere2_moe": ("model.layers", "input_layernorm", "mlp.gate"),
+    "dbrx": ("transformer.blocks", "norm_attn_norm.norm_2", "ffn.router"),
+    "phimoe": ("model.layers", "post_attention_layernorm", "mlp.router"),
+    "flex_olmo": ("model.layers", None, "mlp.gate"),
+}
+
+
+def modules(model: PreTrainedModel, family: str) -> tuple[nn.Module, nn.Module | None, nn.Module]:
+    """Hugging Face's second layer, its norm before experts, and its router."""
+    layers, norm, router = OTHERWISE[family]
+    layer = model.get_submodule(layers)[1]
+    return layer, norm and layer.get_submodule(norm), layer.get_submodule(router)
+
+
+@torch.no_grad()
+def named(model: PreTrainedModel, family: str, hidden: np.ndarray) -> np.ndarray:
+    """By these: the experts of each token, rising."""
+    layer, norm, router = modules(model, family)
+    states = torch.from_numpy(hidden.astype(np.float32))
+    given = router(norm(states) if norm else states)
+    if family == "dbrx":
+        given = layer.ffn.route_tokens_to_experts(given)
+    return np.sort(given[-1].numpy(), 1)
+
+
+@pytest.mark.parametrize("family", OTHERWISE)
+def test_the_host_names_whom_routers_after_other_norms_choose(family, tmp_path):
+    """Of states whose mean over channels is as large as what differs from it, at any scale: layer
+    norms see none of it."""
+    model = make_model(family)
+    _, norm, gate = modules(model, family)
+    if family == "phimoe":
+        norm.bias.data *= 4  # so that it decides something
+    router, random = tables(model, tmp_path)[1], np.random.default_rng(0)
+    states = random.normal(size=(400, router.weights.shape[1])) + random.normal(size=(400, 1))
+    hidden = (states * np.exp(random.normal(size=(400, 1)))).astype(np.float16)
+    expected, ranking = named(model, family, hidden), router.chooser.ranking
+    assert same(router, hidden, expected) >= SAME
+    assert ranking.centred == (family != "flex_olmo")
+    assert ranking.before_mixer == (family == "cohere2_moe")
+    assert (router.bias is not None) == (family == "phimoe")
+    if ranking.centred:
+        rows = next(gate.parameters()).detach() * norm.weight.detach()
+        off = replace(router.chooser, ranking=replace(ranking, centred=False))
+        assert same(replace(router, weights=rows.numpy(), chooser=off), hidden, expected) < 0.8
+    if ranking.bias:
+        assert same(replace(router, bias=np.zeros_like(router.bias)), hidden, expected) < 0.8
+        assert same(replace(router, chooser=off), hidden, expected) < 0.9  # at another scale
+
+
 def converted(family: str, overrides: dict[str, object], folder: Path) -> tuple[Path, list[int]]:
     """With guesses by adapters that nobody fitted; and its layers with experts."""
     checkpoint = save_checkpoint(make_model(family, **overrides), folder / "checkpoint")
@@ -126,14 +181,47 @@ def test_shards_score_as_the_host_does(family, tmp_path):
     assert len(rows) == len(layers[:-1]) and report.passed
 
 
-def test_shards_guess_in_groups_and_a_session_loads_what_the_host_would(glm):
-    report = verify(glm, runtime="reference")
-    rows = [row for row in report.shards if "guess" in row.function]
-    assert {row.layer for row in rows} == {1} and report.passed
+def test_a_shard_levels_what_differs_from_the_mean_as_the_host_does():
+    random = torch.Generator().manual_seed(0)
+    ranking = Ranking(bias=True, centred=True)
+    part = EarlyRouter(12, 1e-6, EarlyConfig(5, ranking))
+    for weight in part.parameters():
+        weight.data = torch.randn(weight.shape, generator=random)
+    x = torch.randn(1, 12, 1, 7, generator=random) * 9 + 20  # (1, d, 1, T)
+    weights, bias = part.weight.detach().reshape(5, 12), part.choice_bias.detach().reshape(5)
+    table = RouterTable(weights.numpy(), Chooser(5, 2, ranking), bias.numpy())
+    expected = table.scores(table.read(x[0, :, 0].T.numpy()))
+    found = part(x)[0, :, 0].T.detach().numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    by_mean_square = EarlyRouter(12, 1e-6, EarlyConfig(5, replace(ranking, centred=False)))
+    by_mean_square.load_state_dict(part.state_dict())
+    assert not np.allclose(by_mean_square(x)[0, :, 0].T.detach().numpy(), expected, atol=0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", OTHERWISE)
+def test_shards_score_after_other_norms_and_adapters_lead_to_what_routers_read(family, tmp_path):
+    out, layers = converted(family, {}, tmp_path)
+    report = verify(out, runtime="reference")
+    (row,) = (row for row in report.shards if "guess" in row.function)
+    assert layers == [0, 1] and row.layer == 0 and row.passed
+    ids = np.random.default_rng(6).integers(3, 60, 60).tolist()
+    shards = load_shards(out, "reference")
+    heard, router = record_residuals(shards, [ids]), read_routers(out, shards.manifest)[1]
+    _, wanted = pair(heard, 0, 1, router)
+    guesses = RouterAhead({1: router})
+    found = [sorted(guesses.predict(1, one)) for one in wanted]
+    used = [np.flatnonzero(one).tolist() for one in heard.chosen[1]]
+    assert np.mean([one == two for one, two in zip(found, used, strict=True)]) >= SAME
+    require_the_same_loads(out)
+
+
+def require_the_same_loads(out: Path) -> None:
+    """By shards and by the host, with the logits that come without either."""
     ids = np.random.default_rng(5).integers(3, 60, 24).tolist()
     found = {}
     for name in ("none", "adapter", "shard"):
-        session = Session(load_shards(glm, "reference"), predictor=Guessing(name))
+        session = Session(load_shards(out, "reference"), predictor=Guessing(name))
         logits = np.array([session.decode(identifier).copy() for identifier in ids])
         found[name] = (logits, session.figures.prefetch)
     for name in ("adapter", "shard"):
@@ -141,6 +229,13 @@ def test_shards_guess_in_groups_and_a_session_loads_what_the_host_would(glm):
     host, shard = found["adapter"][1], found["shard"][1]
     assert host.predicted == shard.predicted > 0
     assert abs(host.right - shard.right) <= 2 and shard.right > 10  # near ties
+
+
+def test_shards_guess_in_groups_and_a_session_loads_what_the_host_would(glm):
+    report = verify(glm, runtime="reference")
+    rows = [row for row in report.shards if "guess" in row.function]
+    assert {row.layer for row in rows} == {1} and report.passed
+    require_the_same_loads(glm)
 
 
 @pytest.mark.slow
