@@ -21,6 +21,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 # Factors of the losses that keep routing even and its logits small.
 BALANCE, LARGE_LOGITS = 0.01, 0.001
+BIAS_STEP = 1e-3  # of a bias that keeps it even in their place (arXiv 2408.15664)
 
 
 class Pace(Protocol):
@@ -92,13 +93,38 @@ def balance_loss(
     return torch.stack([torch.as_tensor(loss) for loss in losses]).mean()
 
 
+def routers_of(model: torch.nn.Module, biased: bool) -> list[torch.nn.Module]:
+    """Each `gate` of an MLP, of those with a choice bias or of the others."""
+    gates = (module for name, module in model.named_modules() if name.endswith(".mlp.gate"))
+    return [gate for gate in gates if hasattr(gate, "e_score_correction_bias") == biased]
+
+
 def hear_routers(model: torch.nn.Module) -> list[Tensor]:
-    """Filled by each call with the logits `[tokens, experts]` of its routers, `gate` of an MLP."""
+    """Filled by each call with the logits `[tokens, experts]` of routers that losses balance."""
     heard: list[Tensor] = []
-    for name, module in model.named_modules():
-        if name.endswith(".mlp.gate"):
-            module.register_forward_hook(lambda _, args, output: heard.append(output[0]))
+    for router in routers_of(model, biased=False):
+        router.register_forward_hook(lambda _, args, output: heard.append(output[0]))
     return heard
+
+
+def balance_by_biases(model: torch.nn.Module) -> Callable[[], None]:
+    """Balances without a loss those routers of Hugging Face's that have a choice bias, when it is
+    called after a step: experts that got more tokens than the mean are ranked lower by BIAS_STEP,
+    others higher."""
+    counts: dict[torch.nn.Module, Tensor] = {}
+
+    def count(router: torch.nn.Module, args: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        experts = len(router.e_score_correction_bias)
+        counts[router] = torch.bincount(output[2].flatten(), minlength=experts).float()
+
+    for router in routers_of(model, biased=True):
+        router.register_forward_hook(count)
+
+    def step() -> None:
+        for router, count in counts.items():
+            router.e_score_correction_bias += BIAS_STEP * torch.sign(count.mean() - count)
+
+    return step
 
 
 def train_on_text(

@@ -1,17 +1,20 @@
 """How well experts are guessed, by layers ahead and predictor, and what adapters add: on the
-built-in model, and on one of 16 experts that is trained for it.
+built-in model, and on two of 16 experts that are trained for it.
 
     scripts/measure_predictors.py WORK [--steps 400] [--rank 24] [--write]
 
-The model of 16 experts is that of scripts/train_omni.py with separate routers; WORK/separate is its
-checkpoint, trained where it is missing. Adapters are fitted on two thirds of held-out passages of
-the corpus, and judged on the rest. `--write` puts the tables into docs/streaming.md.
+One is that of scripts/train_omni.py with separate routers, the other a small DeepSeek-V3, whose
+routers score by a sigmoid and are balanced by choice biases alone. WORK/separate and WORK/biased
+are their checkpoints, trained where they are missing. Adapters are fitted on two thirds of held-out
+passages of the corpus, and judged on the rest. `--write` puts the tables into
+docs/streaming.md.
 """
 
 import argparse
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +24,12 @@ from demo_training import save_checkpoint, say
 from doc_page import PagePart
 from train_demo import encode, read_corpus, train_tokenizer
 from train_omni import ARCHITECTURE, HELD_OUT_PERCENT, Settings, build, train
-from transformers import AutoTokenizer
+from transformers import (
+    AutoTokenizer,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    PreTrainedModel,
+)
 
 from ane_moe.conversion.pipeline import convert
 from ane_moe.conversion.plan import ConvertOptions
@@ -48,14 +56,51 @@ NAMES = {
 DISTANCES = (1, 2, 3, 4)
 
 
-def trained(work: Path, steps: int) -> Path:
-    """The checkpoint of 16 experts."""
-    folder = work / "separate"
+# As many experts as those of scripts/train_omni.py, chosen as DeepSeek-V3 does: half of the groups
+# are open, a shared expert is beside, and the first layer has none.
+BIASED = {
+    "vocab_size": ARCHITECTURE["vocab_size"],
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": 7,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 48,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 24,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 1.0,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.05,
+    "tie_word_embeddings": True,
+}
+
+
+def build_biased(seed: int, end_of_text: int) -> DeepseekV3ForCausalLM:
+    torch.manual_seed(seed)
+    ids = {"eos_token_id": end_of_text, "pad_token_id": end_of_text, "bos_token_id": None}
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**BIASED, **ids))
+
+
+def build_separate(seed: int, end_of_text: int) -> PreTrainedModel:
+    return build(False, seed, end_of_text)
+
+
+def trained(folder: Path, make: Callable[[int, int], PreTrainedModel], steps: int) -> Path:
+    """The checkpoint of a model of 16 experts."""
     if not folder.is_dir():
         corpus, started = read_corpus(HELD_OUT_PERCENT), time.process_time()
         tokenizer = train_tokenizer(corpus.train, ARCHITECTURE["vocab_size"])
         settings = Settings(steps)
-        model = build(False, settings.seed, tokenizer.eos_token_id)
+        model = make(settings.seed, tokenizer.eos_token_id)
         train(model, encode(tokenizer, corpus.train), settings)
         save_checkpoint(model, tokenizer, folder)
         say(f"trained in {time.process_time() - started:.0f} CPU seconds")
@@ -141,11 +186,13 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     models = {
         "built-in, 8 experts": (demo_checkpoint(), arguments.work / "demo-sparse"),
-        "16 experts": (
-            trained(arguments.work, arguments.steps),
-            arguments.work / "separate-sparse",
-        ),
     }
+    for title, name, make in (
+        ("16 experts", "separate", build_separate),
+        ("16 experts, choice biases", "biased", build_biased),
+    ):
+        folder = arguments.work / name
+        models[title] = trained(folder, make, arguments.steps), folder.with_name(f"{name}-sparse")
     tables = []
     for title, (checkpoint, out) in models.items():
         started = time.process_time()

@@ -1,12 +1,14 @@
 """What scores, biases and groups are worth to guesses of experts: DeepSeek-V3's router, on random
-weights and random tokens, by what experts are ranked.
+weights and random tokens, and on the small model that scripts/measure_predictors.py trains in WORK
+and the passages that it is judged by.
 
-    scripts/measure_ranking.py [--rank 24] [--write]
+    scripts/measure_ranking.py WORK [--rank 24] [--write]
 
-`--write` puts the table into docs/streaming.md.
+`--write` puts the tables into docs/streaming.md.
 """
 
 import argparse
+import json
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -27,7 +29,7 @@ from tests.models import make_model, save_checkpoint  # noqa: E402
 from tests.verification.tiny import tiny_conversion  # noqa: E402
 
 TABLE = PagePart("streaming.md", "ranking")
-PASSAGES, PASSAGE, FITTED = 24, 128, 16 * 128
+PASSAGES, PASSAGE = 24, 128
 COMMON = {"num_hidden_layers": 5, "max_position_embeddings": 256}
 WIDER = {
     "hidden_size": 128,
@@ -40,6 +42,7 @@ MODELS = {
     "12 experts, 3 chosen, 2 of 4 groups open": COMMON,
     "32 experts, 4 chosen, 4 of 8 groups open": COMMON | WIDER,
 }
+TRAINED = "trained: 16 experts, 2 chosen, 2 of 4 groups open"
 RANKED_BY = ("logits alone", "score and bias", "and open groups")
 AHEAD = (0, 1, 2)
 
@@ -59,9 +62,10 @@ def recalls(
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for layer, meant in zip(layers, layers[ahead:], strict=False):
         x, y, router = heard.entering[layer], heard.entering[meant], routers[meant]
-        adapted = fit_adapter(x[:FITTED], y[:FITTED], rank)(x[FITTED:])
-        chosen, k = heard.chosen[meant][FITTED:], router.chooser.k
-        for name, state in (("router", router.read(x[FITTED:])), ("adapter", adapted)):
+        cut = 2 * len(x) // 3
+        adapted = fit_adapter(x[:cut], y[:cut], rank)(x[cut:])
+        chosen, k = heard.chosen[meant][cut:], router.chooser.k
+        for name, state in (("router", router.read(x[cut:])), ("adapter", adapted)):
             for ranked_by, scores in ways(router, state).items():
                 pair = recall(scores, chosen, k), recall(scores, chosen, 2 * k)
                 found.setdefault((name, ranked_by), []).append(pair)
@@ -81,6 +85,13 @@ def heard_of(sizes: Mapping[str, int]) -> tuple[Residuals, Mapping[int, RouterTa
         return record_residuals(shards, texts), read_routers(shards.folder, shards.manifest)
 
 
+def heard_in(work: Path) -> tuple[Residuals, Mapping[int, RouterTable]]:
+    """The same of the trained model's conversion and its passages."""
+    shards = load_shards(work / "biased-sparse", "reference")
+    texts = json.loads((work / "biased-sparse.json").read_text())
+    return record_residuals(shards, texts), read_routers(shards.folder, shards.manifest)
+
+
 def table(title: str, by: Mapping[int, Mapping[tuple[str, str], str]]) -> str:
     lines = [f"| {title} | {' | '.join(RANKED_BY)} |", f"|---|{'---:|' * len(RANKED_BY)}"]
     for name in ("router", "adapter"):
@@ -94,13 +105,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("work", type=Path)
     parser.add_argument("--rank", type=int, default=24)
     parser.add_argument("--write", action="store_true", help="put it into docs/streaming.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    models = {title: heard_of(sizes) for title, sizes in MODELS.items()}
+    models[TRAINED] = heard_in(arguments.work)
     tables = []
-    for title, sizes in MODELS.items():
-        heard, routers = heard_of(sizes)
+    for title, (heard, routers) in models.items():
         by = {far: recalls(heard, routers, far, arguments.rank) for far in AHEAD}
         tables.append(table(title, by))
     text = "\n\n".join(tables)

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from demo_training import save_checkpoint, say, train_on_text
+from demo_training import balance_by_biases, save_checkpoint, say, train_on_text
 from doc_page import PagePart
 from torch import nn
 from torch.nn import functional as F
 from train_demo import Corpus, encode, read_corpus, shuffled_windows, train_tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ane_moe.files import write_text
 from ane_moe.original.omni_moe import OmniMoeConfig, OmniMoeForCausalLM
@@ -68,11 +68,12 @@ def build(shared: bool, seed: int, end_of_text: int) -> OmniMoeForCausalLM:
     return OmniMoeForCausalLM(OmniMoeConfig(**ARCHITECTURE, **ids, shared_router=shared))
 
 
-def train(model: OmniMoeForCausalLM, stream: torch.Tensor, settings: Settings) -> None:
+def train(model: PreTrainedModel, stream: torch.Tensor, settings: Settings) -> None:
     """Train `model` in place on the token stream, reporting to stderr."""
     random = torch.Generator().manual_seed(settings.seed)
     windows = shuffled_windows(stream, CONTEXT, random)
-    train_on_text(model, lambda ids: model(ids).logits, windows, settings)
+    balance = balance_by_biases(model)
+    train_on_text(model, lambda ids: model(ids).logits, windows, settings, balance)
 
 
 @torch.inference_mode()
