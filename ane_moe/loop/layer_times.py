@@ -28,12 +28,15 @@ class LayerTimes:
     def ahead_ms(self, accuracy: float, resident: float = 0.0) -> float:
         """Expected, where k experts are guessed while the layer before computes, each rightly with
         probability `accuracy`."""
-        reading = self._rounds(1 - resident, self.ahead_readers) * self.read_ms
-        slowed = self.slowed_ms(reading)
-        # What is still being read when the layer begins is waited for, or is in the way.
-        late = max(0.0, reading - slowed)
-        missed = self._rounds((1 - resident) * (1 - accuracy), self.readers) * self.read_ms
-        return slowed + late + missed
+        rounds = self._rounds(1 - resident, self.ahead_readers)
+        slowed = self.slowed_ms(rounds * self.read_ms)
+        # What is not begun when the layer begins is dropped, and read on demand if it is needed.
+        begun = min(rounds, ceil(slowed / self.read_ms)) if rounds * self.read_ms else 0.0
+        guessed = accuracy * (begun / rounds if rounds else 1.0)
+        missed = self._rounds((1 - resident) * (1 - guessed), self.readers) * self.read_ms
+        # What is being read then is waited for, or in the way of others where no reader is free.
+        late = max(0.0, begun * self.read_ms - slowed)
+        return slowed + (max(late, missed) if self.readers > self.ahead_readers else late + missed)
 
     def slowed_ms(self, reading_ms: float) -> float:
         """Computing, beside so much reading ahead."""

@@ -1,5 +1,7 @@
 """The simulation of experts that are read from disk, against published and hand-made answers."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -60,6 +62,20 @@ def test_the_closed_form_of_guesses_is_near_the_simulations_where_reads_fit():
         times = LayerTimes(3.0, 1.0, 2, 2, 2, 0.5)
         played = simulate(times, 50, accuracy=accuracy, tokens=40)
         assert played.token_ms / 50 == pytest.approx(times.ahead_ms(accuracy), rel=0.02)
+
+
+def test_the_closed_form_decides_as_the_simulation_where_reads_do_not_fit():
+    """Guesses that wait their turn when a layer begins are read on demand with the rest of it."""
+    right, errors = [], []
+    for compute, read, accuracy in product((1.0, 3.0, 10.0), (2.0, 6.0), (0.5, 0.8, 1.0)):
+        for resident, readers in product((0.0, 0.7), (1, 4)):
+            times = LayerTimes(compute, read, 8, readers, 1, 0.5)
+            demand = simulate(times, 40, resident=resident, tokens=4).token_ms
+            ahead = simulate(times, 40, accuracy=accuracy, resident=resident, tokens=4).token_ms
+            errors.append(abs(40 * times.ahead_ms(accuracy, resident) / ahead - 1))
+            if abs(ahead / demand - 1) > 0.03:
+                right.append(times.pays(accuracy, resident) == (ahead < demand))
+    assert np.mean(right) > 0.9 and np.mean(errors) < 0.1
 
 
 def test_a_timeline_by_hand():
