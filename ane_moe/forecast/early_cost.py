@@ -8,6 +8,7 @@ from typing import Any
 from ane_moe.conversion.early import rankings
 from ane_moe.forecast.chips import SCENARIOS, Chip, Range
 from ane_moe.model.spec import ModelSpec, MoeSpec
+from ane_moe.wording import counted
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,10 @@ class EarlyCost:
     @property
     def sentence(self) -> str:
         ms = "-".join(f"{end:.2g}" for end in asdict(self.token_ms).values())
+        mb, layers = self.weight_bytes / self.layers / 1e6, counted(self.layers, "layer")
         return (
-            f"Guesses of attention shards a layer ahead (convert --early) take "
-            f"{self.weight_bytes / self.layers / 1e6:.2g} MB in each of {self.layers} layers, and "
-            f"{ms} ms a token for them, predicted by their bytes."
+            f"Guesses of attention shards a layer ahead (convert --early) take {mb:.2g} MB a layer "
+            f"({layers}) and {ms} ms a token, predicted by their bytes."
         )
 
     def as_json(self) -> dict[str, Any]:

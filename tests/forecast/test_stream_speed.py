@@ -136,7 +136,7 @@ def test_what_nobody_guesses_is_said(tmp_path) -> None:
     asked = ["plan", str(path), "--compress", "int8", "--memory-mb", "20000"]
     assert "with guesses" not in CliRunner().invoke(app, asked).stdout
     shown = CliRunner().invoke(app, [*asked, "--recall", "0.8"]).stdout
-    assert "0.52 MB in each of 47 layers" in shown and "with guesses" in shown
+    assert "0.52 MB a layer (47 layers)" in shown and "with guesses" in shown
     row = next(line for line in shown.splitlines() if line.startswith("int8 "))
     assert len(re.findall(r"\d[\d.]*-\d[\d.]*-\d[\d.]*(?= |$)", row)) == 2
     path.write_text(json.dumps(published("pt-6b-d4")))
