@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # it imports torch
     from ane_moe.formats.low_rank import LowRank
 
 NOTHING = np.empty((0, 0), np.float16)
-ENCODING = 3  # counts up when a weight format comes to give other bytes
+ENCODING = 4  # counts up when a weight format comes to give other bytes
 
 
 @dataclass(frozen=True)

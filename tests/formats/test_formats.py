@@ -2,6 +2,9 @@
 there are."""
 
 import math
+import os
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -273,6 +276,21 @@ def test_directions_apart_and_the_remainder_are_the_weight():
         np.linalg.norm(parts.remainder.astype(np.float64))
         < 1.05 * math.sqrt((best**2).sum()) + 0.05
     )
+
+
+def directions() -> bytes:
+    numbers = np.random.default_rng(0).integers(-2000, 2000, (2, 96, 160))
+    parts = split_directions((numbers.prod(0) / 2.0**24).astype(np.float16), 8)
+    return parts.into.tobytes() + parts.out.tobytes() + parts.remainder.tobytes()
+
+
+def test_directions_are_those_that_a_processor_without_wide_registers_finds():
+    plain = {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}
+    code = "from tests.formats.test_formats import directions; print(directions().hex())"
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | plain, capture_output=True, text=True
+    )
+    assert found.stdout.strip() == directions().hex(), found.stderr
 
 
 @pytest.mark.parametrize(
