@@ -3,11 +3,10 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ane_moe.commands import bench_options as option
 from ane_moe.commands.options import (
     AdapterName,
     AsJson,
@@ -26,28 +25,83 @@ if TYPE_CHECKING:
     from ane_moe.benchmark.saved import Comparison
 
 
+# What is timed.
+Runs = Annotated[int, typer.Option(help="Warm calls of each function that count.")]
+Warmup = Annotated[int, typer.Option(help="Calls before them.")]
+Tokens = Annotated[int, typer.Option(help="Tokens decoded at each context fill.")]
+Fills = Annotated[
+    str | None,
+    typer.Option(
+        help="Tokens in the context before decoding.",
+        metavar="LIST",
+        show_default="none, a quarter, half, and full but for the tokens decoded",
+    ),
+]
+Lengths = Annotated[
+    str | None,
+    typer.Option(
+        help="Prompt lengths to prefill.",
+        metavar="LIST",
+        show_default="1, 4 and 16 prefill calls",
+    ),
+]
+Units = Annotated[
+    Literal["cpu_and_ne", "cpu_only", "all"] | None,
+    typer.Option(help="Core ML's compute units.", show_default="cpu_and_ne"),
+]
+Energy = Annotated[
+    bool,
+    typer.Option(
+        "--energy",
+        help="macOS: energy per token, by powermetrics (needs root: run `sudo -v` before).",
+    ),
+]
+
+# What it is held against.
+MinLogitCosine = Annotated[
+    float | None,
+    typer.Option(
+        help="Mean cosine the logits must reach, or no speed is reported.",
+        show_default="0.99 for fp16 weights, 0.9 compressed",
+    ),
+]
+Vs = Annotated[
+    Literal["mlx"] | None,
+    typer.Option(help="Run the same prompt through mlx-lm, if it is installed."),
+]
+VsModel = Annotated[
+    Path | None,
+    typer.Option(help="For --vs: the checkpoint, or its mlx conversion.", metavar="FOLDER"),
+]
+Against = Annotated[Path | None, typer.Option(help="Compare with a saved report.", metavar="FILE")]
+
+# Where figures go.
+Save = Annotated[Path | None, typer.Option(help="Write the report here, as JSON.", metavar="FILE")]
+Html = Annotated[Path | None, typer.Option(help="Also write the figures as a page (see `report`).")]
+
+
 def bench(
     out: Out,
-    runs: option.Runs = 20,
-    warmup: option.Warmup = 3,
-    tokens: option.Tokens = 32,
-    fills: option.Fills = None,
-    lengths: option.Lengths = None,
+    runs: Runs = 20,
+    warmup: Warmup = 3,
+    tokens: Tokens = 32,
+    fills: Fills = None,
+    lengths: Lengths = None,
     runtime: RuntimeName = "auto",
-    units: option.Units = None,
-    min_logit_cosine: option.MinLogitCosine = None,
+    units: Units = None,
+    min_logit_cosine: MinLogitCosine = None,
     adapter: AdapterName = None,
     expert_cache_mb: ExpertCacheMb = None,
     memory_mb: MemoryMb = None,
     direct: Direct = False,
     concurrency: Concurrency = 1,
     predictor: Predictor = "auto",
-    energy: option.Energy = False,
-    vs: option.Vs = None,
-    vs_model: option.VsModel = None,
-    save: option.Save = None,
-    against: option.Against = None,
-    html: option.Html = None,
+    energy: Energy = False,
+    vs: Vs = None,
+    vs_model: VsModel = None,
+    save: Save = None,
+    against: Against = None,
+    html: Html = None,
     as_json: AsJson = False,
 ) -> None:
     """Time the shards in OUT: every kind of function, decoding, prefill.

@@ -23,7 +23,6 @@ from ane_moe.commands.options import (
     Temperature,
     TopP,
 )
-from ane_moe.commands.prompt import PromptOptions
 from ane_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -85,6 +84,7 @@ def generate(
     stdin when none is given. Without a tokenizer, ids go in (--prompt-ids) and come out. A last
     token of white space is taken back, and the first new one must begin with it.
     """
+    from ane_moe.commands.prompt import PromptOptions
     from ane_moe.early_adapters import read_adapters
     from ane_moe.loop.ahead_rule import CONTENTION
     from ane_moe.loop.generation import GenerateOptions
