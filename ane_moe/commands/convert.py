@@ -10,6 +10,7 @@ from ane_moe.errors import UserError
 
 WORKERS = min(2, os.cpu_count() or 1)  # more of them wait for the disk
 STAMPING = "ane_moe.conversion.stamping"  # what worker processes do
+Groups = Mapping[int, tuple[tuple[int, ...], ...]]  # of experts, by layer
 DIVISORS = {"auto": None, "off": 1}  # of `auto` none: whoever converts finds it
 
 
@@ -102,16 +103,16 @@ def convert(
         ahead=ahead or 1,
     )
     asked = Asked(
-        checkpoint,
-        out,
-        options,
-        (experts_per_function, layers_per_shard),
-        aim,
-        golden,
-        prompts,
-        overwrite,
-        workers,
-        cluster,
+        checkpoint=checkpoint,
+        out=out,
+        options=options,
+        sizes=(experts_per_function, layers_per_shard),
+        aim=aim,
+        golden=golden,
+        prompts=prompts,
+        overwrite=overwrite,
+        workers=workers,
+        cluster=cluster,
     )
     way = planned(asked, dry_run)
     if dry_run:
@@ -138,9 +139,6 @@ def _prepare(workers: int) -> None:
     from ane_moe.conversion.workers import prepare
 
     prepare(workers, STAMPING)
-
-
-Groups = Mapping[int, tuple[tuple[int, ...], ...]]
 
 
 def _grouped(grouping: Path | None, asked: str | None) -> tuple[str | None, Groups]:

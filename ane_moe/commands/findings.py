@@ -20,7 +20,7 @@ from ane_moe.report.verify_table import verify_report
 from ane_moe.verification.pairs import AgainstReport
 from ane_moe.verification.result import VerifyReport
 
-INTERRUPTED = "broken off: what was proved is kept, the same command goes on"
+BROKEN_OFF = "broken off: what was proved is kept, the same command goes on"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def find(
     report = placement = second = None
     with step_bar() as progress:
         if prove:
-            with ended_by_interrupt(INTERRUPTED):
+            with ended_by_interrupt(BROKEN_OFF):
                 report = prove(progress=progress)
         if not (report and report.integrity):
             placement = place(progress=progress) if place else None
