@@ -75,6 +75,9 @@ class GoldenSlots:
         if slot == ADDED and shard.scope == "attn" and not _leaves_experts_to_the_host(shard):
             added = self._first(shard).attn_delta
             return np.zeros_like(added), added
+        if slot == ADDED and shard.scope == "ffn" and self._first(shard).ffn_reads is None:
+            experts = self._first(shard).experts_delta
+            return None if experts is None else (np.zeros_like(experts), experts)
         if root == "logits":
             logits = self.golden.logits[:, slice(*(shard.rows or (0, None)))]
             return np.zeros_like(logits), logits
@@ -105,7 +108,7 @@ class GoldenSlots:
             delta, residuals = first.attn_delta, [first.attn_stream]
             if first.entering is not None:  # the stream is what has been made of that
                 before = given = first.x
-            to_host = _leaves_experts_to_the_host(shard) and ADDED not in _outputs(shard)
+            to_host = _leaves_experts_to_the_host(shard) and ADDED not in written(shard)
             if to_host and first.ffn_stream is not None:
                 assert first.experts_delta is not None
                 delta = first.y - first.experts_delta - before
@@ -134,8 +137,9 @@ class GoldenSlots:
 
 
 def _leaves_experts_to_the_host(shard: Shard) -> bool:
-    return FFN_INPUT in map(slot_root, _outputs(shard))
+    return FFN_INPUT in map(slot_root, written(shard))
 
 
-def _outputs(shard: Shard) -> set[str]:
-    return {port.slot for port in shard.functions[0].ports.outputs}
+def written(shard: Shard) -> set[str]:
+    """The slots that a shard's functions write."""
+    return {port.slot for function in shard.functions for port in function.ports.outputs}

@@ -1,6 +1,8 @@
 """Experts that work on a latent: whole conversions by every way of calling them, against Hugging
 Face's model, and what a plan says of them, by hand."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from ane_moe.loop.session import Session
 from ane_moe.loop.shards import load_shards
 from ane_moe.verification.verify import verify
 from tests.models import make_model, save_checkpoint
-from tests.verification.tiny import tiny_conversion
+from tests.verification.tiny import edit_tensors, tiny_conversion
 
 IDS = [np.random.default_rng(seed).integers(3, 211, 24).tolist() for seed in (0, 1)]
 WIDTH, LATENT, EXPERT, SHARED = 72, 56, 40, 52
@@ -51,6 +53,26 @@ def test_a_conversion_is_right(original, way, tmp_path):
     assert verify(out, checkpoint=checkpoint, prompts=checkpoint.parent / "prompts.json").passed
     logits = Session(load_shards(out, "reference")).prefill_logits(IDS[0])
     assert cosine(logits, expected) > least
+
+
+@pytest.mark.parametrize(
+    ("matrix", "factor", "kind"), [("fc1_latent", 0.9, "moe"), ("fc2_latent", 0.5, "join")]
+)
+def test_a_part_of_a_cut_layer_whose_experts_are_given_too_little_is_noticed(
+    original, matrix, factor, kind, tmp_path
+):
+    """The shared expert is most of what such a layer adds."""
+    checkpoint, _ = original
+    weaker = shutil.copytree(checkpoint, tmp_path / "weaker")
+
+    def weaken(tensors):
+        for name in tensors:
+            tensors[name] *= factor if matrix in name else 1
+
+    edit_tensors(weaker, weaken)
+    out = tiny_conversion(weaker, tmp_path / "out", max_shard_mb=0.1, prefill=0, context=64)
+    report = verify(out, checkpoint=checkpoint, prompts=checkpoint.parent / "prompts.json")
+    assert {row.kind for row in report.shards if not row.passed} == {kind}
 
 
 def test_experts_are_as_wide_as_their_latent_and_what_is_shared_goes_with_their_sum(original):
