@@ -84,11 +84,13 @@ def identity(job: Job) -> dict[str, str]:
 
 
 def _settled(plan: ConversionPlan) -> ConvertOptions:
-    """The options with what was left to the model filled in."""
+    """The options with what was left to the model filled in, and without what is chosen while
+    converting."""
     lengths, adapters = plan.lengths or None, tuple(map(adapter_name, plan.options.adapters))
     settled = replace(plan.options, context=plan.context, layers=plan.layers, lengths=lengths)
     early = plan.options.early and Path(plan.options.early).name
-    return replace(settled, adapters=adapters, early=early)
+    recipe = ConvertOptions().recipe if plan.options.chooses_formats else plan.options.recipe
+    return replace(settled, adapters=adapters, early=early, recipe=recipe)
 
 
 def _identity_on_disk(out: Path) -> dict[str, str] | None:

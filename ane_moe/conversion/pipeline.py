@@ -312,7 +312,7 @@ def _calibrated(job: Job, workers: Workers, meter: _Meter) -> Job:
     """The job with its calibration, and with the formats that a budget or a least cosine chooses,
     where asked for."""
     job = with_sent_calibration(replace(job, calibration=_calibration(job, meter)))
-    if job.plan.options.budget_mb is None and job.plan.options.min_cosine is None:
+    if not job.plan.options.chooses_formats:
         return job
     with workers.writers() as pool:
         return _with_formats(pool, job, meter)
@@ -332,7 +332,7 @@ def _stamp(job: Job, workers: Workers, meter: _Meter) -> tuple[list[Done], Done 
 def _calibration(job: Job, meter: _Meter) -> Path | None:
     """The calibration file that the options ask for, made now unless an earlier run left it."""
     path, options = job.out / CALIBRATION, job.plan.options
-    asked = options.calibrate or (BUILTIN_TEXT if options.budget_mb or options.min_cosine else None)
+    asked = options.calibrate or (BUILTIN_TEXT if options.chooses_formats else None)
     if asked is None:
         path.unlink(missing_ok=True)
         return None

@@ -96,10 +96,15 @@ class ConvertOptions:
         """Whether the host calls the experts that were chosen."""
         return self.routing in DISPATCHED
 
+    @property
+    def chooses_formats(self) -> bool:
+        """Whether a budget or a least cosine does, and `recipe` is only where it begins."""
+        return self.budget_mb is not None or self.min_cosine is not None
+
     def layers_read(self, golden: bool) -> Sequence[int] | None:
         """The layers whose weights are read (None: all): a golden, a calibration and a choice of
         formats go through those before the last, too."""
-        walked = golden or self.calibrate or self.budget_mb or self.min_cosine
+        walked = golden or self.calibrate or self.chooses_formats
         return range(max(self.layers) + 1) if self.layers and walked else self.layers
 
 

@@ -242,8 +242,12 @@ def test_a_conversion_fits_its_budget_and_tells_conversion_from_compression(chec
         sum(shard.weight_bytes for shard in read_manifest(whole).shards)
         + (whole / "embed.bin").stat().st_size
     )
-    out = tiny_conversion(checkpoint, tmp_path / "out", budget_mb=size * 0.62 / 1e6, golden=True)
+    options = {"budget_mb": size * 0.62 / 1e6, "golden": True}
+    out = tiny_conversion(checkpoint, tmp_path / "out", **options)
     manifest = read_manifest(out)
+    packages = [(out / shard.path).stat().st_ino for shard in manifest.shards]
+    tiny_conversion(checkpoint, out, **options)
+    assert packages == [(out / shard.path).stat().st_ino for shard in read_manifest(out).shards]
     stored = (
         sum(shard.weight_bytes for shard in manifest.shards) + (out / "embed.bin").stat().st_size
     )
