@@ -106,7 +106,7 @@ def plan(
         memory_mb=memory_mb,
         reading=Reading(read_gb_s or READ_GB_S, hit_rate, recall),
     )
-    if recall is not None and found.early is None:
+    if recall is not None and found.supported and found.early is None:
         what = f"experts of {found.model_type} are not guessed by shards"
         raise UserError(what, f"--recall {recall:g}", "leave it out")
     if as_json:

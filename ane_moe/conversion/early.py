@@ -147,15 +147,15 @@ def rankings(spec: ModelSpec, layers: Collection[int]) -> dict[int, Ranking]:
 
 
 def _ranking(spec: ModelSpec, layer: LayerSpec) -> Ranking | None:
-    """None where no one matrix and vector rank experts: with two biases, and where scores hang on
-    the scale of a stream that no norm takes out."""
+    """None where no one matrix and vector rank experts: with two biases, with one inside a cap or a
+    score, and where scores hang on the scale of a stream that no norm takes out."""
     own = layer.ffn.router.ranking if isinstance(layer.ffn, MoeSpec) else None
     if own is None:
         return None
     own = replace(own, before_mixer=layer.ffn_residual.parallel)
     if layer.ffn_residual.norms == "after":
         return None if own.sees_scale else own
-    if spec.norm.bias and own.sees_scale:
+    if spec.norm.bias and (own.sees_scale or own.softcap):
         return None
     centred = spec.norm.kind == "layer"
     return replace(own, centred=centred, bias=own.bias or spec.norm.bias)
