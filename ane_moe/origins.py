@@ -26,8 +26,10 @@ def shown(path: Path) -> str:
 
 def with_origins(text: str) -> str:
     """A text that calls what was fetched by where it is from."""
-    for folder, origin in list(_origins.items()):  # others may add to it
-        if folder in text:
-            literal = origin.replace("\\", r"\\")
-            text = re.sub(rf"{re.escape(folder)}(?![\w-])", literal, text)
-    return text
+    origins = dict(_origins)  # others may add to it
+    if not any(folder in text for folder in origins):
+        return text
+    # Whole, since a relative folder is the end of its own absolute spelling, and what lies within
+    # others first.
+    spellings = "|".join(map(re.escape, sorted(origins, key=len, reverse=True)))
+    return re.sub(rf"(?<![\w./-])(?:{spellings})(?![\w-])", lambda at: origins[at[0]], text)

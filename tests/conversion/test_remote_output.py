@@ -181,6 +181,21 @@ def test_a_folder_is_called_by_its_origin_wherever_it_is_named(tmp_path: Path) -
     assert (origin_of(here), origin_of(tmp_path)) == (origin, None)
 
 
+def test_a_relative_folder_is_called_by_its_origin_once_and_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = Path("cache-of-mine/remote/0123")
+    note_origin(here, URL)
+    note_origin(here / "below", f"{URL}2")
+    for text, said in {
+        f"{here.absolute()}/x and {here}/y": f"{URL}/x and {URL}/y",
+        f"'{here}', {here}/below/x": f"'{URL}', {URL}2/x",
+        f"/other/{here}/x, my{here}": f"/other/{here}/x, my{here}",
+    }.items():
+        assert str(UserError(text)) == said
+
+
 def test_runs_that_fetch_one_address_at_once_wait_for_each_other(
     local: Path, there: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
