@@ -62,7 +62,7 @@ def cache(
     from ane_moe.wording import listed
 
     templates = TemplateCache(folder / "templates" if folder else None)
-    models = ModelCache(folder) if folder or sys.platform == "darwin" else None
+    models = ModelCache(folder) if sys.platform == "darwin" else None
     if models is None and limit_gb is not None:
         raise UserError("--limit-gb is of compiled models", "no macOS", "leave it out")
     root = folder or user_cache()

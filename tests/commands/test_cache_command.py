@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -12,12 +13,14 @@ from ane_moe.errors import UserError
 from ane_moe.runtime.coreml.modelc_cache import ModelCache
 
 BUILD = "24F74"
+MAC = SimpleNamespace(platform="darwin")  # to the command alone
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A cache of two models of 1 MB, the second known to be good for decode."""
     monkeypatch.setattr("ane_moe.runtime.coreml.modelc_cache.current_os_build", lambda: BUILD)
+    monkeypatch.setattr("ane_moe.commands.cache.sys", MAC)
     store = ModelCache(tmp_path / "cache")
     for name in ("first", "second"):
         package = tmp_path / f"{name}.mlpackage"
@@ -77,10 +80,18 @@ def test_a_negative_limit_is_a_usage_error(folder):
     assert run(folder, "--limit-gb", -1).exit_code == 2
 
 
-def test_off_macos_it_is_one_clear_error(tmp_path, monkeypatch):
+def test_without_a_build_of_macos_it_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("ane_moe.commands.cache.sys", MAC)
     monkeypatch.setenv("PATH", str(tmp_path))
     result = run(tmp_path / "cache")
     assert isinstance(result.exception, UserError) and "macOS" in str(result.exception)
+
+
+def test_another_folder_is_shown_off_macos_without_compiled_models(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.platform", "linux")
+    shown = json.loads(run(tmp_path, "--json").stdout)
+    assert shown.keys() == {"templates", "fetched"}
+    assert shown["fetched"]["folder"] == str(tmp_path) and not [*tmp_path.iterdir()]
 
 
 def test_templates_are_shown_and_cleared_on_any_system(monkeypatch, tmp_path):
