@@ -2,28 +2,48 @@
 Hub, and of checkpoints the headers, or some layers. They stay until they are removed."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from ane_moe.addresses import ADDRESS_FILE, AT_COMMIT, HUB, named
 from ane_moe.errors import UserError
 from ane_moe.fetch_lock import if_free, lock_of
 from ane_moe.files import TEMPORARY
+from ane_moe.hub.pulled import PARTIAL
+from ane_moe.manifest import FILE_NAME
 
-# What the folders of a pattern hold. Below OWNER--NAME/COMMIT, or of an address, which is in them.
-PATTERNS = {
-    "conversions/addresses/*": "conversion",
-    "conversions/*--*/*": "conversion",
-    "remote/*": "headers",
-    "hub/*--*/*/*": "",  # said by the name
-}
+# Below OWNER--NAME/COMMIT of the Hub, whose own cache may lie beside ours, or of an address, by
+# what it is `kept_as`.
+COMMIT = r"(?!(?:models|datasets|spaces)--)[^/]+?--[^/]+/[0-9a-f]{40}"
+ADDRESS = "[0-9a-f]{16}"
 CHECKED = "checked"  # marks of files that need not be read again (hub/digests.py)
 UNTOLD = "unknown"
 BLOCK = 512  # bytes, of what the system counts in
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Folders that are fetched: where to look, what their path in the cache is, what they hold (as
+    the name says, where it is not told), and by which files, one of them, they are known."""
+
+    pattern: str
+    path: str
+    holds: str
+    marks: tuple[str, ...]
+
+
+KINDS = (
+    Kind(
+        "conversions/addresses/*", f"conversions/addresses/{ADDRESS}", "conversion", (ADDRESS_FILE,)
+    ),
+    Kind("conversions/*--*/*", f"conversions/{COMMIT}", "conversion", (FILE_NAME, PARTIAL)),
+    Kind("remote/*", f"remote/{ADDRESS}", "headers", (ADDRESS_FILE,)),
+    Kind("hub/*--*/*/*", rf"hub/{COMMIT}/(?:headers|layers[\d_]+)", "", ()),
+)
 
 
 @dataclass(frozen=True)
@@ -39,12 +59,14 @@ class FetchedFolder:
 
 
 def fetched_folders(cache: Path) -> list[FetchedFolder]:
-    """All of them in a cache, the largest first. Links are none."""
+    """All of them in a cache, the largest first. Links are none, nor is what only lies in their
+    place."""
     found = []
-    for pattern, holds in PATTERNS.items():
-        for folder in filter(partial(_is_inside, cache), cache.glob(pattern)):
-            with suppress(FileNotFoundError):  # another run removes it
-                found.append(_described(folder, holds, cache))
+    for kind in KINDS:
+        for folder in cache.glob(kind.pattern):
+            if _is_inside(cache, folder) and _is_ours(folder, kind, cache):
+                with suppress(FileNotFoundError):  # another run removes it
+                    found.append(_described(folder, kind.holds, cache))
     return sorted(found, key=lambda one: (-one.size_bytes, one.origin, one.holds))
 
 
@@ -79,6 +101,15 @@ def _names(origin: str) -> set[str]:
     return {origin, f"{HUB}://{at_commit['hub']}"} if at_commit else {origin}
 
 
+def _is_ours(folder: Path, kind: Kind, cache: Path) -> bool:
+    """Whether a folder is called as we call them, and is known by a file, unless it was set aside
+    to be removed."""
+    name = folder.name.removeprefix(TEMPORARY)
+    path = folder.relative_to(cache).with_name(name).as_posix() if name else ""
+    known = not kind.marks or any((folder / mark).exists() for mark in kind.marks)
+    return bool(re.fullmatch(kind.path, path)) and (known or name != folder.name)
+
+
 def _is_inside(cache: Path, folder: Path) -> bool:
     """Whether it is a folder of the cache itself: nothing on the way to it is a link."""
     below = folder.relative_to(cache).parts
@@ -98,7 +129,7 @@ def _origin(folder: Path, cache: Path) -> str:
     if record.is_file():
         return record.read_text(errors="replace")
     _, owned, *rest = folder.relative_to(cache).parts
-    if "--" not in owned or not rest:  # a run was killed before it said what it fetches
+    if "--" not in owned or not rest:  # a removal was killed
         return UNTOLD
     commit = rest[0].removeprefix(TEMPORARY)  # of a removal that was killed
     return f"{HUB}://{owned.replace('--', '/', 1)}@{commit}"

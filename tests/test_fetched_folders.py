@@ -1,42 +1,63 @@
 """What was fetched is listed by where it is from, and removed: that, and nothing beside it."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from ane_moe.addresses import ADDRESS_FILE
+from ane_moe.addresses import ADDRESS_FILE, kept_as
 from ane_moe.cli import app
 from ane_moe.errors import UserError
-from ane_moe.fetch_lock import one_run
+from ane_moe.fetch_lock import if_free
 from ane_moe.fetched_folders import FetchedFolder, fetched_folders, of_origin, remove
 from ane_moe.files import TEMPORARY
+from ane_moe.manifest import FILE_NAME
 
 ONE, OTHER = "s3://bucket/out", "s3://bucket/out2"
-AT = "hf://me/a--b@c0ffee"
+COMMIT = "c0ffee" * 6 + "0123"
+AT = f"hf://me/a--b@{COMMIT}"
+K1, K2 = kept_as(ONE), kept_as(OTHER)
+CONVERSION, LAYERS = f"conversions/me--a--b/{COMMIT}", f"hub/me--a--b/{COMMIT}/layers_1_3"
+FOREIGN = (  # of people, and of the Hub's own cache where it has the same folder as ours
+    "templates/x--y/z",
+    "remote/backup",
+    f"remote/{K2}",  # without an address
+    "conversions/addresses/of-friends",
+    "conversions/my--model/final",
+    f"conversions/my--model/{COMMIT}",  # without a manifest
+    f"hub/models--me--a/snapshots/{COMMIT}",
+    "hub/models--me--a/blobs/headers",
+    f"hub/models--me--a/{COMMIT}/headers",
+    f"hub/datasets--me--a/{COMMIT}/layers_1",
+    f"hub/my--model/{COMMIT}/weights",
+    "hub/my--model/main/headers",
+)
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """One folder of each kind, as they are fetched, and what is none."""
     cache = tmp_path / "cache"
     monkeypatch.setenv("ANE_MOE_CACHE", str(cache))
     for name, url in (
-        ("conversions/addresses/k1", ONE),
-        ("conversions/addresses/k2", OTHER),
-        ("conversions/me--a--b/c0ffee", ""),
-        ("remote/k3", ONE),
-        ("hub/me--a--b/c0ffee/layers_1_3", ""),
-        ("templates/x--y/z", ""),
+        (f"conversions/addresses/{K1}", ONE),
+        (f"conversions/addresses/{K2}", OTHER),
+        (CONVERSION, ""),
+        (f"remote/{K1}", ONE),
+        (LAYERS, ""),
+        *((name, "") for name in FOREIGN),
     ):
         (cache / name / "inside").mkdir(parents=True)
         (cache / name / "inside" / "file").write_bytes(b"a" * 5000)
         if url:
             (cache / name / ADDRESS_FILE).write_text(url)
-    with (cache / "remote/k3/holes").open("wb") as file:
+    (cache / CONVERSION / FILE_NAME).write_text("{}")
+    with (cache / f"remote/{K1}/holes").open("wb") as file:
         file.truncate(1 << 40)
-    return cache
+    yield cache
+    assert all((cache / name / "inside" / "file").is_file() for name in FOREIGN)
 
 
 def facts(found: list[FetchedFolder]) -> set[tuple[str, str]]:
@@ -54,7 +75,7 @@ def test_they_are_called_by_where_they_are_from(cache: Path) -> None:
     }
     assert all(5000 <= one.size_bytes < 100_000 for one in found)  # on the disk: holes are none
     assert facts(of_origin("s3:/bucket/out/", cache)) == {(ONE, "conversion"), (ONE, "headers")}
-    for name in ("me/a--b", "hf://me/a--b", "me/a--b@c0ffee", AT):
+    for name in ("me/a--b", "hf://me/a--b", f"me/a--b@{COMMIT}", AT):
         assert facts(of_origin(name, cache)) == {(AT, "conversion"), (AT, "layers 1 3")}, name
     for name in ("", "/", "hf://", "s3://bucket", "s3://bucket/ou", "me/a", "..", str(cache)):
         with pytest.raises(UserError, match="is kept; found: 5 others"):
@@ -63,27 +84,28 @@ def test_they_are_called_by_where_they_are_from(cache: Path) -> None:
 
 def test_links_are_neither_listed_nor_followed(cache: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
-    (elsewhere / "me--c" / "f00").mkdir(parents=True)
+    (elsewhere / "me--c" / COMMIT).mkdir(parents=True)
+    (elsewhere / "me--c" / COMMIT / FILE_NAME).write_text("{}")
     (elsewhere / "mine").write_text("mine")
-    (cache / "conversions" / "addresses" / "link").symlink_to(elsewhere)
+    (elsewhere / ADDRESS_FILE).write_text("s3://bucket/linked")
+    (cache / "conversions" / "addresses" / kept_as("s3://bucket/linked")).symlink_to(elsewhere)
     (cache / "conversions" / "me--c").symlink_to(elsewhere / "me--c")
-    (cache / "remote" / "k3" / "link").symlink_to(elsewhere)
+    (cache / "remote" / K1 / "link").symlink_to(elsewhere)
     found = fetched_folders(cache)
     assert len(found) == 5
     (cache / "hub").rename(tmp_path / "moved")
     (cache / "hub").symlink_to(tmp_path / "moved")  # after they were listed
     assert len(remove(found, cache)) == 4 and not fetched_folders(cache)
-    assert (elsewhere / "mine").read_text() == "mine" and (elsewhere / "me--c" / "f00").is_dir()
-    assert (tmp_path / "moved/me--a--b/c0ffee/layers_1_3/inside/file").is_file()
-    assert (cache / "templates/x--y/z/inside/file").is_file()
+    assert (elsewhere / "mine").read_text() == "mine" and (elsewhere / "me--c" / COMMIT).is_dir()
+    assert (tmp_path / "moved" / LAYERS.removeprefix("hub/") / "inside" / "file").is_file()
 
 
 def test_the_command_removes_what_is_named_and_what_no_run_fetches(cache: Path) -> None:
     mark = cache / "checked" / "0"
     mark.parent.mkdir()
-    mark.write_text(f"{cache}/conversions/addresses/k1/digest\n")
-    (mark.parent / "1").write_text(f"{cache}/conversions/addresses/k2/digest\n")
-    with one_run(cache / "remote" / "k3"):
+    mark.write_text(f"{cache}/conversions/addresses/{K1}/digest\n")
+    (mark.parent / "1").write_text(f"{cache}/conversions/addresses/{K2}/digest\n")
+    with if_free(cache / "remote" / K1, cache):  # as who fetches there
         result = CliRunner().invoke(app, ["cache", "--remove", ONE])
     assert isinstance(result.exception, UserError)
     assert f"{ONE} not removed; found: another run fetches there" in str(result.exception)
@@ -95,11 +117,11 @@ def test_the_command_removes_what_is_named_and_what_no_run_fetches(cache: Path) 
     told = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)["fetched"]
     assert told["count"] == 3 and told["size_bytes"] == done["fetched"]["size_bytes"]
     assert CliRunner().invoke(app, ["cache", "--remove-all"]).exit_code == 0
-    assert not fetched_folders(cache) and (cache / "templates/x--y/z/inside/file").is_file()
+    assert not fetched_folders(cache)
 
 
 def test_a_removal_that_was_killed_is_ended_by_the_next(cache: Path) -> None:
-    for folder in (cache / "conversions/addresses/k1", cache / "conversions/me--a--b/c0ffee"):
+    for folder in (cache / "conversions/addresses" / K1, cache / CONVERSION):
         folder.rename(folder.with_name(f"{TEMPORARY}{folder.name}"))
     assert facts(fetched_folders(cache)) >= {(ONE, "conversion"), (AT, "conversion")}
     for name in (ONE, AT):
