@@ -83,8 +83,9 @@ def of_origin(text: str, cache: Path) -> list[FetchedFolder]:
 
 
 def remove(kept: Iterable[FetchedFolder], cache: Path) -> list[FetchedFolder]:
-    """Delete folders, each whole or not at all, but those that a run fetches into. Returns which
-    were deleted. Raises UserError where the system does not let them go."""
+    """Delete folders, each whole or not at all, but those that a run fetches into or uses. Returns
+    which were deleted, by us or by another run meanwhile. Raises UserError where the system does
+    not let them go."""
     removed = []
     for one in kept:
         with if_free(one.folder, cache) as is_free:
@@ -92,6 +93,8 @@ def remove(kept: Iterable[FetchedFolder], cache: Path) -> list[FetchedFolder]:
                 _delete(one.folder)
                 _forget_checks(one.folder, cache / CHECKED)
                 removed.append(one)
+            elif not os.path.lexists(one.folder):
+                removed.append(one)  # another run was faster
     return removed
 
 
@@ -153,6 +156,8 @@ def _delete(folder: Path) -> None:
             os.replace(folder, aside)
         shutil.rmtree(aside)
     except OSError as error:
+        if not (folder.exists() or aside.exists()):  # another run, or a person, was faster
+            return
         raise UserError(f"{folder} cannot be removed", str(error.strerror)) from None
 
 

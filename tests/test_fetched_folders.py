@@ -1,6 +1,10 @@
 """What was fetched is listed by where it is from, and removed: that, and nothing beside it."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +14,7 @@ from typer.testing import CliRunner
 from ane_moe.addresses import ADDRESS_FILE, kept_as
 from ane_moe.cli import app
 from ane_moe.errors import UserError
-from ane_moe.fetch_lock import if_free
+from ane_moe.fetch_lock import FETCHING, if_free, lock_of
 from ane_moe.fetched_folders import FetchedFolder, fetched_folders, of_origin, remove
 from ane_moe.files import TEMPORARY
 from ane_moe.manifest import FILE_NAME
@@ -34,6 +38,17 @@ FOREIGN = (  # of people, and of the Hub's own cache where it has the same folde
     f"hub/my--model/{COMMIT}/weights",
     "hub/my--model/main/headers",
 )
+# A process that fetches into a folder, says so, and ends when it is told to.
+FETCHES = """
+import sys
+from pathlib import Path
+from ane_moe.fetch_lock import one_run
+
+with one_run(Path(sys.argv[1])):
+    pass
+print("fetched", flush=True)
+sys.stdin.read()
+"""
 
 
 @pytest.fixture
@@ -108,7 +123,9 @@ def test_the_command_removes_what_is_named_and_what_no_run_fetches(cache: Path) 
     with if_free(cache / "remote" / K1, cache):  # as who fetches there
         result = CliRunner().invoke(app, ["cache", "--remove", ONE])
     assert isinstance(result.exception, UserError)
-    assert f"{ONE} not removed; found: another run fetches there" in str(result.exception)
+    assert f"{ONE} not removed; found: another run fetches, uses or removes it" in str(
+        result.exception
+    )
     assert "removed 1 fetched folders" in result.stderr and ONE in result.stdout
     assert [path.name for path in mark.parent.iterdir()] == ["1"]
     done = json.loads(CliRunner().invoke(app, ["cache", "--remove", ONE, "--json"]).stdout)
@@ -127,3 +144,58 @@ def test_a_removal_that_was_killed_is_ended_by_the_next(cache: Path) -> None:
     for name in (ONE, AT):
         assert len(remove(of_origin(name, cache), cache)) == 2
     assert facts(fetched_folders(cache)) == {(OTHER, "conversion")}
+
+
+def test_what_a_living_process_has_fetched_is_not_removed(cache: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(cache)  # another spelling of the same cache
+    process = subprocess.Popen(
+        [sys.executable, "-c", FETCHES, str(link / "remote" / K1)],
+        env={**os.environ, "ANE_MOE_CACHE": str(link)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout and process.stdout.readline() == "fetched\n"
+        assert facts(remove(of_origin(ONE, cache), cache)) == {(ONE, "conversion")}
+        assert process.poll() is None and facts(of_origin(ONE, link)) == {(ONE, "headers")}
+        process.communicate("end")
+    assert facts(remove(of_origin(ONE, cache), cache)) == {(ONE, "headers")}
+
+
+def test_a_lock_is_the_same_however_a_folder_is_spelled(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(cache)
+    monkeypatch.chdir(tmp_path)
+    roots = (cache, tmp_path / "link", Path("link"), Path("cache"), cache / "hub" / "..")
+    locks = {lock_of(root / LAYERS, root).resolve() for root in roots}
+    locks.add(lock_of(cache / LAYERS, Path("link")).resolve())
+    aside = (cache / LAYERS).with_name(f"{TEMPORARY}layers_1_3")
+    assert locks == {lock_of(aside, cache)} and locks.pop().parent == cache / FETCHING
+    others = {lock_of(cache / name, cache) for name in (LAYERS, CONVERSION, "hub", ".")}
+    assert len(others | {lock_of(tmp_path, cache), lock_of(Path("/"), cache)}) == 6
+
+
+def test_of_two_removals_at_once_one_does_the_work(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, delete, by_other = fetched_folders(cache), shutil.rmtree, []
+
+    def meanwhile(folder: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:  # it has been set aside
+            with monkeypatch.context() as other:
+                other.setattr("ane_moe.fetched_folders.shutil.rmtree", delete)
+                left = [one for one in fetched_folders(cache) if one.folder == folder]
+                assert len(left) == 1 and not remove(left, cache)
+                by_other.extend(remove([one for one in before if gone(one)], cache))
+        delete(folder, ignore_errors=ignore_errors)
+
+    def gone(one: FetchedFolder) -> bool:
+        return not one.folder.exists()
+
+    monkeypatch.setattr("ane_moe.fetched_folders.shutil.rmtree", meanwhile)
+    assert remove(before, cache) == before and not fetched_folders(cache)
+    assert len(by_other) == 1 + 2 + 3 + 4 + 5  # each is gone for the other one, too
+    assert remove(before, cache) == before

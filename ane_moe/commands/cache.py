@@ -50,8 +50,8 @@ def cache(
     """Show the caches: templates of conversions, what was fetched of addresses and of the Hub, and,
     on macOS, compiled models. Clear or limit them.
 
-    What was fetched stays until it is removed by name, or all of it. What another run fetches just
-    then is not removed; the Hub's own cache (`hf cache`) is another one.
+    What was fetched stays until it is removed by name, or all of it. What another run fetches or
+    uses just then is not removed; the Hub's own cache (`hf cache`) is another one.
     """
     from ane_moe.emit.coreml.template_cache import TemplateCache
     from ane_moe.errors import UserError
@@ -84,7 +84,7 @@ def cache(
         if models:
             _print(models, removed)
     if busy := [one.origin for one in wanted if one not in forgotten]:
-        found = "another run fetches there, or files cannot be locked"
+        found = "another run fetches, uses or removes it, or files cannot be locked"
         raise UserError(f"{listed(busy)} not removed", found, "try again when it has ended")
 
 
