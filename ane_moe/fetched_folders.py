@@ -10,16 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ane_moe.addresses import ADDRESS_FILE, AT_COMMIT, HUB, named
+from ane_moe.checkpoints.hub import FILE, NAME
 from ane_moe.errors import UserError
 from ane_moe.fetch_lock import if_free, lock_of
 from ane_moe.files import TEMPORARY
 from ane_moe.hub.pulled import PARTIAL
 from ane_moe.manifest import FILE_NAME
+from ane_moe.wording import listed
 
 # Below OWNER--NAME/COMMIT of the Hub, whose own cache may lie beside ours, or of an address, by
 # what it is `kept_as`.
 COMMIT = r"(?!(?:models|datasets|spaces)--)[^/]+?--[^/]+/[0-9a-f]{40}"
 ADDRESS = "[0-9a-f]{16}"
+GGUF_FILE = re.compile(r"/[^/]+\.gguf\Z")
 CHECKED = "checked"  # marks of files that need not be read again (hub/digests.py)
 UNTOLD = "unknown"
 BLOCK = 512  # bytes, of what the system counts in
@@ -71,15 +74,22 @@ def fetched_folders(cache: Path) -> list[FetchedFolder]:
 
 
 def of_origin(text: str, cache: Path) -> list[FetchedFolder]:
-    """Those of an address, or of OWNER/NAME on the Hub, with @COMMIT or all. Raises UserError where
-    there are none."""
-    given = {named(text).rstrip("/"), f"{HUB}://{text}"}
+    """Those of an address, or of a model on the Hub, by the names that other commands know: of a
+    GGUF file the folder that it is kept in, of a branch the commit that it was when the Hub's own
+    cache saw it last. Raises UserError where there are none."""
     kept = fetched_folders(cache)
-    wanted = [one for one in kept if given & _names(one.origin)]
-    if not wanted:
-        found = f"{len(kept)} others" if kept else "nothing at all"
+    origins = {one.origin for one in kept}
+    url = named(text).rstrip("/")
+    on_hub = FILE.fullmatch(url) or NAME.fullmatch(url)
+    asked = on_hub.groupdict() if on_hub else {}
+    of_model = _of_model(origins, asked.get("repository"))
+    meant = origins & {url, GGUF_FILE.sub("", url)}
+    meant |= {origin for origin, at in of_model.items() if _is_asked(at, **asked)}
+    if not meant:
+        others = f"{len(kept)} others" if kept else "nothing at all"
+        found = listed(of_model) if of_model else others
         raise UserError(f"nothing of {text} is kept", found, "`ane-moe cache` lists what is")
-    return wanted
+    return [one for one in kept if one.origin in meant]
 
 
 def remove(kept: Iterable[FetchedFolder], cache: Path) -> list[FetchedFolder]:
@@ -98,10 +108,35 @@ def remove(kept: Iterable[FetchedFolder], cache: Path) -> list[FetchedFolder]:
     return removed
 
 
-def _names(origin: str) -> set[str]:
-    """What people may say for it."""
-    at_commit = AT_COMMIT.fullmatch(origin)
-    return {origin, f"{HUB}://{at_commit['hub']}"} if at_commit else {origin}
+def _of_model(origins: Iterable[str], repository: str | None) -> dict[str, re.Match[str]]:
+    found = ((origin, AT_COMMIT.fullmatch(origin)) for origin in origins)
+    return {origin: at for origin, at in found if at and at["hub"] == repository}
+
+
+def _is_asked(
+    at: re.Match[str],
+    repository: str,
+    revision: str | None,
+    file: str | None = None,
+    kind: str | None = None,
+) -> bool:
+    """Whether an origin of the model is at the revision, and has the file in it, that are named.
+    All kinds of a model are kept together."""
+    if file is not None and file.rpartition("/")[0] != (at["file"] or ""):
+        return False
+    commit = at["revision"]
+    return revision in (None, commit) or commit == _commit(repository, str(revision))
+
+
+def _commit(repository: str, branch: str) -> str:
+    """What the Hub's own cache knows a branch by; nothing for those that it never saw."""
+    from huggingface_hub import constants
+
+    owned = f"models--{repository.replace('/', '--')}"
+    path = Path(constants.HF_HUB_CACHE, owned, "refs", branch)
+    with suppress(OSError, ValueError):
+        return path.read_text().strip()
+    return ""
 
 
 def _is_ours(folder: Path, kind: Kind, cache: Path) -> bool:

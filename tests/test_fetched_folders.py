@@ -146,6 +146,35 @@ def test_a_removal_that_was_killed_is_ended_by_the_next(cache: Path) -> None:
     assert facts(fetched_folders(cache)) == {(OTHER, "conversion")}
 
 
+def test_names_are_those_that_other_commands_know(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    branch = tmp_path / "models--me--a--b" / "refs" / "main"
+    branch.parent.mkdir(parents=True)
+    branch.write_text(COMMIT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    below = cache / "remote" / kept_as(f"{AT}/sub")
+    below.mkdir()
+    (below / ADDRESS_FILE).write_text(f"{AT}/sub")
+    of_address = {(ONE, "conversion"), (ONE, "headers")}
+    of_model = {(AT, "conversion"), (AT, "layers 1 3")}
+    file_below = {(f"{AT}/sub", "headers")}
+    for name, meant in {
+        f"{ONE}/x.gguf": of_address,
+        "hf://me/a--b/x.gguf": of_model,
+        "HF:/me/a--b@main/x.gguf": of_model,
+        f"{AT}/sub/x.gguf": file_below,
+        f"{AT}/sub": file_below,
+        "me/a--b:Q4_K_M": of_model | file_below,
+        "me/a--b@main": of_model | file_below,
+        "hf://me/a--b@main:Q8_0/": of_model | file_below,
+    }.items():
+        assert facts(of_origin(name, cache)) == meant, name
+    for name in ("me/a--b@v1", "hf://me/a--b/other/x.gguf", f"me/a--b@{COMMIT[:-1]}4"):
+        with pytest.raises(UserError, match=f"is kept; found: {AT}, {AT}/sub; `ane-moe cache`"):
+            of_origin(name, cache)
+
+
 def test_what_a_living_process_has_fetched_is_not_removed(cache: Path, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(cache)  # another spelling of the same cache

@@ -28,7 +28,7 @@ def cache(
         list[str] | None,
         typer.Option(
             "--remove",
-            help="Remove what was fetched of an address, or of OWNER/NAME[@COMMIT] on the Hub; "
+            help="Remove what was fetched of an address, or of OWNER/NAME[@REVISION] on the Hub; "
             "repeat for more.",
             metavar="ADDRESS",
         ),
@@ -52,6 +52,9 @@ def cache(
 
     What was fetched stays until it is removed by name, or all of it. What another run fetches or
     uses just then is not removed; the Hub's own cache (`hf cache`) is another one.
+
+    Names are those of other commands: of a GGUF file, or :KIND, all goes that is kept with it; a
+    branch is the commit that it was when it was last seen.
     """
     from ane_moe.emit.coreml.template_cache import TemplateCache
     from ane_moe.errors import UserError
