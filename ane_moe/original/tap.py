@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -276,10 +276,12 @@ class Tap:
             return norm.register_forward_pre_hook(
                 lambda _, args: setattr(self, "added", args[0][0])
             )
-        experts = self.parts.experts
-        adding = block if experts is None or self.parts.latent is None else experts
+        experts, latent = self.parts.experts, self.parts.latent
+        adding, width = block, self.sums.width
+        if latent is not None and experts is not None:
+            adding, width = experts, cast(nn.Linear, latent).out_features
         return adding.register_forward_hook(
-            lambda _, args, output: setattr(self, "added", first_of(output).flatten(0, -2))
+            lambda _, args, output: setattr(self, "added", first_of(output).reshape(-1, width))
         )
 
     def _hear_input(self, _layer: nn.Module, arguments: tuple[Any, ...]) -> None:
