@@ -5,6 +5,7 @@ import gc
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,17 @@ def test_a_product_by_blocks_of_rows_is_the_product_of_the_whole_matrix(
     assert matrix.kept_bytes == (2 * dense.numel() if kept else 0)
 
 
+@cache
+def cut_products_are_whole(shape: tuple[int, int], count: int) -> bool:
+    """Whether this processor sums a product with `count` rows alike for a matrix and for blocks of
+    it, and for rows that lie as columns in memory: by torch alone, of other numbers."""
+    matrix, x = torch.rand(shape), torch.rand(count, shape[1])
+    cuts = StoredMatrix(shape, Copied(matrix), Memory(0), torch.float32)._cuts
+    by_blocks = torch.cat([x @ matrix[first:last].T for first, last in cuts], 1)
+    layouts = (x[None], x.T.contiguous().T[None])
+    return all(torch.equal(by_blocks, nn.functional.linear(one, matrix)[0]) for one in layouts)
+
+
 # A product with its factors the other way round is cut by columns, where MKL takes another kernel
 # for the few columns of a narrow matrix: at the true size of blocks there are none.
 @pytest.mark.parametrize("shape", [(64, 64), (129, 31), (4096, 256), (2049, 511), (1100, 2048)])
@@ -85,7 +97,11 @@ def test_the_product_with_rows_is_the_same_too(shape: tuple[int, int]) -> None:
     for count in COLUMNS:
         for given_shape in ((count, shape[1]), (2, count, shape[1])):
             x = torch.randn(given_shape)
-            assert torch.equal(matrix.applied(x), x @ dense.half().float().T)
+            expected = x @ dense.half().float().T
+            if cut_products_are_whole(shape, count):
+                assert torch.equal(matrix.applied(x), expected)
+            else:
+                torch.testing.assert_close(matrix.applied(x), expected, rtol=1e-5, atol=1e-3)
 
 
 @settings(max_examples=150, deadline=None)
@@ -194,7 +210,8 @@ def test_every_format_gives_the_bits_of_its_dense_form(
         expected = dense.predict({"x": x})["y"]
         results = [function.predict({"x": x})["y"] for function in functions]
         assert np.array_equal(*map(bits, results))
-        if tokens == 1:  # another order of the sum, so that some numbers are rounded elsewhere
+        # In another order of the sum some numbers are rounded elsewhere.
+        if tokens == 1 or not cut_products_are_whole((208, 192), tokens):
             assert np.abs(results[0] - expected).max() <= 2**-10 * np.abs(expected).max()
         else:
             assert np.array_equal(bits(results[0]), bits(expected))

@@ -20,7 +20,8 @@ from ane_moe.runtime.reference.stored_rows import Made, Rows, Whole, widened
 # Of a block: large enough that its operations outweigh being called, small enough for the caches.
 BLOCK_ELEMENTS = 1 << 19
 # A block begins at a multiple of so many rows, and none is shorter: with MKL, products of such
-# blocks are those of the whole matrix to the bit (tests/runtime/test_stored_matrix.py).
+# blocks are those of the whole matrix to the bit (tests/runtime/test_stored_matrix.py), but for
+# products with rows on some processors: a Xeon with AMX takes another kernel for a narrow block.
 STEP = 64
 
 
