@@ -10,6 +10,8 @@ from ane_moe.forecast.chips import SCENARIOS, Chip, Range
 from ane_moe.model.spec import ModelSpec, MoeSpec
 from ane_moe.wording import counted
 
+LEAST_MS = 0.001  # that is worth a figure
+
 
 @dataclass(frozen=True)
 class EarlyCost:
@@ -22,7 +24,8 @@ class EarlyCost:
 
     @property
     def sentence(self) -> str:
-        ms = "-".join(f"{end:.2g}" for end in asdict(self.token_ms).values())
+        ends = asdict(self.token_ms).values()
+        ms = "-".join(f"{end:.2g}" for end in ends) if max(ends) >= LEAST_MS else f"< {LEAST_MS}"
         mb, layers = self.weight_bytes / self.layers / 1e6, counted(self.layers, "layer")
         return (
             f"Guesses of attention shards a layer ahead (convert --early) take {mb:.2g} MB a layer "

@@ -142,6 +142,7 @@ def test_what_nobody_guesses_is_said(tmp_path) -> None:
     path.write_text(json.dumps(published("pt-6b-d4")))
     refused = CliRunner().invoke(app, [*asked, "--recall", "0.8"]).exception
     assert isinstance(refused, UserError) and "not guessed by shards" in str(refused)
+    assert "and < 0.001 ms a token" in CliRunner().invoke(app, ["plan", "demo"]).stdout
     path.write_text(json.dumps(QWEN3_30B | {"model_type": "qwen9_moe"}))
     assert CliRunner().invoke(app, [*asked, "--recall", "0.8"]).exit_code == 0  # it says why
 
