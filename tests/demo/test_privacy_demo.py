@@ -25,6 +25,7 @@ from ane_moe.manifest import FILE_NAME, read_manifest
 from ane_moe.redaction.redactor import Redactor, open_redactor, redact
 from ane_moe.redaction.viterbi import CALIBRATION, PRESETS
 from tests.redaction.scorers import HuggingFace
+from tests.slow_set import slow_but
 
 MAX_CHECKPOINT_BYTES = 4_000_000
 SETS = ("new", "held_out")  # draws of the trained templates and formats; of held-out ones
@@ -98,7 +99,7 @@ def test_the_original_finds_the_spans_that_the_card_counts(original, sentences):
     assert abs(float(f1[:-1]) - float(re.findall(r"[\d.]+(?=%)", row)[2])) < 0.3
 
 
-@pytest.fixture(scope="module", params=["fp16", "int8"])
+@pytest.fixture(scope="module", params=slow_but(["int8"], ["fp16", "int8"]))
 def shards(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("privacy") / request.param
     convert(privacy_checkpoint(), out, ConvertOptions(recipe=find_recipe(request.param)))
