@@ -35,6 +35,7 @@ from transformers import AutoTokenizer
 from ane_moe.coreml_tools import ct
 from ane_moe.demo import copy_demo
 from tests.models import make_model
+from tests.runtime.saved_program import saved
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'ab' * 32}\nsize 123456\n"
 PROMPT = "<|endoftext|>def f(x): return 2024 + x"
@@ -289,12 +290,7 @@ def squeeze(path: Path) -> None:
         row = mb.squeeze(x=mb.slice_by_index(x=x, begin=b, end=e), axes=[0])
         return mb.reshape(x=row, shape=[2, 1])
 
-    ct.convert(
-        program,
-        minimum_deployment_target=ct.target.iOS16,
-        skip_model_load=True,
-        compute_precision=ct.precision.FLOAT32,
-    ).save(str(path))
+    saved(program, path, ct.target.iOS16)
 
 
 def picked(path: Path) -> None:

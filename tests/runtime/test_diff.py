@@ -3,7 +3,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -33,19 +32,9 @@ from ane_moe.runtime.reference.diff import (
     unmatched,
 )
 from ane_moe.runtime.reference.tracing import describe
+from tests.runtime.saved_program import saved
 
 Get = Callable[[str], Path]
-
-
-def saved(program: Any, path: Path) -> Path:
-    """A package of a program of coremltools', in fp32."""
-    ct.convert(
-        program,
-        minimum_deployment_target=ct.target.iOS17,
-        skip_model_load=True,
-        compute_precision=ct.precision.FLOAT32,
-    ).save(str(path))
-    return path
 
 
 def build(

@@ -18,6 +18,7 @@ from ane_moe.runtime import load_package
 from ane_moe.runtime.arrays import random_inputs
 from ane_moe.runtime.inputs import check_input, shape_fits
 from ane_moe.runtime.interface import LoadedFunction
+from tests.runtime.saved_program import saved
 
 Get = Callable[[str], Path]
 MODEL = Path("Data/com.apple.CoreML/model.mlmodel")
@@ -83,13 +84,8 @@ def test_an_integer_input_may_be_the_float32_that_coremltools_own_tests_send(
     def program(x, begin):
         return mb.slice_by_size(x=x, begin=begin, size=[2, 2], name="y")
 
-    ct.convert(
-        program,
-        minimum_deployment_target=ct.target.iOS16,
-        skip_model_load=True,
-        compute_precision=ct.precision.FLOAT32,
-    ).save(str(tmp_path / "slice.mlpackage"))
-    function = load_package(tmp_path / "slice.mlpackage", runtime="reference")
+    package = saved(program, tmp_path / "slice.mlpackage", ct.target.iOS16)
+    function = load_package(package, runtime="reference")
     x = np.arange(12).reshape(4, 3)
     for begin in (np.array([1, 1], np.int32), np.array([1, 1], np.float32)):
         assert function.predict({"x": x, "begin": begin})["y"].tolist() == [[4, 5], [7, 8]]

@@ -14,18 +14,13 @@ from coremltools.converters.mil.mil import types
 from ane_moe.errors import UserError
 from ane_moe.runtime import load_package
 from ane_moe.runtime.reference.lists import MAX_LENGTH, TensorList
+from tests.runtime.saved_program import saved
 
 Predict = Callable[..., dict[str, np.ndarray]]
 
 
 def loaded(program: Any, path: Path) -> Predict:
-    ct.convert(
-        program,
-        minimum_deployment_target=ct.target.iOS17,
-        skip_model_load=True,
-        compute_precision=ct.precision.FLOAT32,
-    ).save(str(path))
-    function = load_package(path, runtime="reference")
+    function = load_package(saved(program, path), runtime="reference")
     return lambda **inputs: function.predict(inputs)
 
 

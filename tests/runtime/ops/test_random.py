@@ -11,6 +11,7 @@ from scipy import stats
 
 from ane_moe.errors import UserError
 from ane_moe.runtime import load_package
+from tests.runtime.saved_program import saved
 
 COUNT = 20_000
 SHAPE = [2, COUNT // 2]
@@ -68,13 +69,7 @@ def test_a_seed_repeats_a_sequence_and_no_seed_gives_another_each_time(tmp_path:
         seeded, free = (mb.random_normal(shape=[64], seed=seed) for seed in (3, -1))
         return mb.add(x=seeded, y=x, name="seeded"), mb.add(x=free, y=x, name="free")
 
-    path = tmp_path / "noise.mlpackage"
-    ct.convert(
-        program,
-        minimum_deployment_target=ct.target.iOS17,
-        skip_model_load=True,
-        compute_precision=ct.precision.FLOAT32,
-    ).save(str(path))
+    path = saved(program, tmp_path / "noise.mlpackage")
     functions = [load_package(path, runtime="reference") for _ in range(2)]
     first, second = (
         [function.predict({"x": np.zeros(1, np.float32)}) for _ in range(2)]
