@@ -66,9 +66,12 @@ class GoldenSlots:
         self, shard: Shard, slot: str, given: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray] | None:
         """What the slot holds afterwards, `[N,C]`, as what is there without the shard and the
-        shard's own contribution; None for slots that say nothing by themselves. `given` is the
-        stream that the shard was handed, if any. What tracks give is their own, as if none met.
+        shard's own contribution; None for slots that it does not write, or that say nothing by
+        themselves. `given` is the stream that the shard was handed, if any. What tracks give is
+        their own, as if none met.
         """
+        if slot not in _written(shard):
+            return None
         root = slot_root(slot)
         if root == STREAM:
             return self._stream(shard, given)
@@ -108,7 +111,7 @@ class GoldenSlots:
             delta, residuals = first.attn_delta, [first.attn_stream]
             if first.entering is not None:  # the stream is what has been made of that
                 before = given = first.x
-            to_host = _leaves_experts_to_the_host(shard) and ADDED not in written(shard)
+            to_host = _leaves_experts_to_the_host(shard) and ADDED not in _written(shard)
             if to_host and first.ffn_stream is not None:
                 assert first.experts_delta is not None
                 delta = first.y - first.experts_delta - before
@@ -137,9 +140,9 @@ class GoldenSlots:
 
 
 def _leaves_experts_to_the_host(shard: Shard) -> bool:
-    return FFN_INPUT in map(slot_root, written(shard))
+    return FFN_INPUT in map(slot_root, _written(shard))
 
 
-def written(shard: Shard) -> set[str]:
+def _written(shard: Shard) -> set[str]:
     """The slots that a shard's functions write."""
     return {port.slot for function in shard.functions for port in function.ports.outputs}

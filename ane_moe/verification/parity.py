@@ -21,7 +21,7 @@ from ane_moe.model.port import GATES, GUESS, STREAM, slot_arguments, slot_root
 from ane_moe.original.golden import Golden, embedded
 from ane_moe.verification.expert_parity import ExpertParity
 from ane_moe.verification.gate import NOT_FINITE, judge
-from ane_moe.verification.golden_slots import GoldenSlots, HostGuesses, host_guesses, written
+from ane_moe.verification.golden_slots import GoldenSlots, HostGuesses, host_guesses
 from ane_moe.verification.result import RoutingResult, ShardResult
 from ane_moe.verification.routing_parity import compare_routing, near_tie_flips
 from ane_moe.verification.stage import Outcome, StageRun, Values
@@ -120,8 +120,6 @@ class Parity:
         stream = next((v for slot, v in given.items() if slot_root(slot) == STREAM), None)
         for shard, finite in zip(shards, outcome.finite, strict=True):
             for slot, value in outcome.values.items():
-                if slot not in written(shard):
-                    continue
                 expected = self._slots.expected(shard.run_of(function), slot, stream)
                 if expected is None:
                     continue
