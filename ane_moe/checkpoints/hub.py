@@ -70,6 +70,11 @@ class HubName:
         at, of = self.revision and f"@{self.revision}", self.kind and f":{self.kind}"
         return f"{self.repository}{at or ''}{of or ''}"
 
+    @property
+    def place(self) -> Path:
+        """Where a room of our cache has what is fetched of a commit."""
+        return Path(self.repository.replace("/", "--"), str(self.revision))
+
 
 def hub_name(given: str | Path) -> HubName | None:
     """The model that is named; None for a path that is there, and for what is no name."""
@@ -274,8 +279,7 @@ def _fetch_gguf_header(name: HubName, file: str, path: Path) -> None:
 
 def _own_folder(name: HubName, held: str) -> Path:
     """Where our own cache has what is `held` of a model."""
-    owned = name.repository.replace("/", "--")
-    return user_cache() / "hub" / owned / str(name.revision) / held
+    return user_cache() / "hub" / name.place / held
 
 
 def _small_files(folder: Path) -> dict[str, bytes]:

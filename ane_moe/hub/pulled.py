@@ -34,8 +34,7 @@ def pulled(text: str, progress: Progress = silent) -> Path:
     name = repository(text)
     with _asking(name):
         commit, manifest = _manifest(name)
-    owned = commit.repository.replace("/", "--")
-    folder = user_cache() / "conversions" / owned / str(commit.revision)
+    folder = user_cache() / "conversions" / commit.place
     with one_run(folder, progress):
         if (folder / FILE_NAME).is_file():
             check_digests_once(folder, manifest, progress)
